@@ -1,0 +1,40 @@
+"""Every error that ckptlab raises on purpose.
+
+A message names the file and the tensor, what was expected, what was found, and what to do.
+"""
+
+
+class CkptlabError(Exception):
+    """The base of all of them: `except ckptlab.CkptlabError` catches whatever is the input's fault."""
+
+
+class MeshError(CkptlabError, ValueError):
+    """A mesh, an axis or a coordinate that does not exist."""
+
+
+class NotationError(CkptlabError, ValueError):
+    """A line of layout notation that cannot be parsed."""
+
+
+class LayoutError(CkptlabError, ValueError):
+    """A layout that does not fit a shape or a mesh."""
+
+
+class CheckpointError(CkptlabError):
+    """A checkpoint that is incomplete, inconsistent or damaged."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A file that is refused because reading it could execute something, or that lies about its extents."""
+
+
+class UnsupportedError(CheckpointError):
+    """A checkpoint of a kind that ckptlab knows but cannot handle yet."""
+
+
+class ReshapeError(CkptlabError, ValueError):
+    """A target that the checkpoint cannot be reshaped to."""
+
+
+class DestinationError(CkptlabError):
+    """A destination that exists already or cannot be written."""

@@ -1,0 +1,194 @@
+"""The one operation behind every view, reshape and writer: elements of a stored tensor, in the order of any other cut.
+
+Merging is gathering into the whole, splitting is gathering into a shard, reshaping is gathering from one cut into another.
+Boxes are copied from mapped files straight into a preallocated destination; nothing else is held in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from ckptlab.arrays.boxes import flat_boxes, plain_rows, restrict
+from ckptlab.catalog import Catalog, Fragment
+from ckptlab.layout import Cut, overlap
+
+CHUNK = 1 << 23  # elements that `chunks` holds at a time
+
+
+@dataclass
+class Tally:
+    """What was really read: bytes by the (pp, tp, dp) that stored them."""
+
+    read: Counter = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A box of a source shard that lies in one fragment: where it begins in the shard, and its elements."""
+
+    starts: tuple[int, ...]
+    array: np.ndarray
+    dp: int
+
+
+class Gather:
+    """Reads one state of one tensor of a catalog in any cut.
+
+    `stage` chooses the pp stage whose copy is read (default: the canonical one), `dtype` what the elements are converted
+    to (round to nearest even), `replica` the tp rank whose copy is read of a tensor that is not cut. Where the layout says
+    that replicas are averaged, and none is chosen, they are.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        name: str,
+        state: str,
+        *,
+        stage: int | None = None,
+        dtype: np.dtype | None = None,
+        replica: int | None = None,
+        tally: Tally | None = None,
+    ) -> None:
+        tensor = catalog[name]
+        self.catalog, self.name, self.state, self.tally = catalog, tensor.name, state, tally
+        self.cut = tensor.cut
+        self.stage = catalog.holders(tensor.name, state)[0] if stage is None else stage
+        self.stored_dtype = np.dtype(tensor.states[state])
+        self.dtype = self.stored_dtype if dtype is None else np.dtype(dtype)
+        averaged = tensor.layout.replicas == "mean" and not self.cut.axes and replica is None
+        self.replicas = tuple(range(catalog.mesh.tp)) if averaged else (replica or 0,)
+
+    def box(self, cut: Cut, at: tuple[int, ...], starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+        """The box of the shard `at` of `cut`: an array of shape `sizes`. What the source does not hold (padding) is 0."""
+        out = self._allocate(cut, sizes)
+        self._fill(out, cut, at, tuple(starts))
+        return out
+
+    def shard(self, cut: Cut, at: tuple[int, ...]) -> np.ndarray:
+        """The whole shard `at` of `cut`, of shape `cut.shard_shape(at)`."""
+        shape = cut.shard_shape(at)
+        return self.box(cut, at, (0,) * len(shape), shape)
+
+    def chunks(self, cut: Cut, at: tuple[int, ...], lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
+        """Elements lo … hi-1 of the flattened shard, in pieces of at most `limit` elements (one-dimensional).
+
+        A piece is only valid until the next one is asked for: the buffer is used again. Where source and target hold the
+        same shard, pieces are views of the mapped file.
+        """
+        if self._same_shard(cut, at):
+            yield from self._straight(at, lo, hi, limit)
+            return
+        shape = cut.shard_shape(at)
+        buffer: np.ndarray | None = None
+        for start in range(lo, hi, limit):
+            stop = min(start + limit, hi)
+            if buffer is None:
+                buffer = np.empty(stop - start, self.dtype)
+            flat = buffer[: stop - start]
+            if self._leaves_gaps(cut):
+                flat[...] = 0
+            done = 0
+            for starts, sizes in flat_boxes(shape, start, stop):
+                count = math.prod(sizes)
+                self._fill(flat[done : done + count].reshape(sizes), cut, at, starts)
+                done += count
+            yield flat
+
+    def _straight(self, at: tuple[int, ...], lo: int, hi: int, limit: int) -> Iterator[np.ndarray]:
+        rank = self._tp_of(at)
+        for fragment in self._fragments(rank):
+            first, last = max(lo, fragment.start), min(hi, fragment.start + fragment.count)
+            for start in range(first, last, limit):
+                stop = min(start + limit, last)
+                view = fragment.stored.flat[start - fragment.start : stop - fragment.start]
+                self._count(rank, fragment.dp, view.nbytes)
+                yield view.astype(self.dtype, copy=False)
+
+    def _same_shard(self, cut: Cut, at: tuple[int, ...]) -> bool:
+        if len(self.replicas) > 1 or cut.axes != self.cut.axes or cut.shape != self.cut.shape:
+            return False
+        if not cut.axes:
+            return True
+        return all(at in self._coordinates for _ in (0,)) and all(
+            np.array_equal(a, b) for a, b in zip(cut.rows(at), self.cut.rows(at), strict=True)
+        )
+
+    @cached_property
+    def _coordinates(self) -> dict[tuple[int, ...], int]:
+        """The tp rank at each coordinate of the source's cut."""
+        if not self.cut.axes:
+            return {(): self.replicas[0]}
+        return {self.cut.coordinate({"tp": t}): t for t in reversed(range(self.catalog.mesh.tp))}
+
+    def _tp_of(self, coordinate: tuple[int, ...]) -> int:
+        return self._coordinates[coordinate]
+
+    def _leaves_gaps(self, cut: Cut) -> bool:
+        return any(b > a for a, b in zip(self.cut.shape, cut.shape, strict=True))
+
+    def _allocate(self, cut: Cut, sizes: Sequence[int]) -> np.ndarray:
+        return (np.zeros if self._leaves_gaps(cut) else np.empty)(tuple(sizes), self.dtype)
+
+    def _fill(self, out: np.ndarray, cut: Cut, at: tuple[int, ...], starts: tuple[int, ...]) -> None:
+        """Copy into `out` the box of shard `at` that begins at `starts`."""
+        if len(self.replicas) == 1:
+            for coordinate, tp in self._coordinates.items():
+                self._copy(out, coordinate, tp, cut, at, starts)
+            return
+        total = np.zeros(out.shape, np.float32)
+        for tp in self.replicas:
+            one = np.zeros(out.shape, self.stored_dtype)
+            self._copy(one, (), tp, cut, at, starts)
+            total += one
+        np.divide(total, np.float32(len(self.replicas)), out=total)
+        np.copyto(out, total, casting="unsafe")
+
+    def _copy(
+        self, out: np.ndarray, coordinate: tuple[int, ...], tp: int, cut: Cut, at: tuple[int, ...], starts: tuple[int, ...]
+    ) -> None:
+        rows = [plain_rows(r) for r in overlap(self.cut, coordinate, cut, at)]
+        if any(len(r) == 0 for r in rows):
+            return
+        for piece in self._pieces(tp):
+            per_dim = []
+            for dim, dim_rows in enumerate(rows):
+                windows = (
+                    restrict(row, piece.starts[dim], piece.array.shape[dim], starts[dim], out.shape[dim]) for row in dim_rows
+                )
+                per_dim.append([w for w in windows if w is not None])
+            for combination in itertools.product(*per_dim):
+                source = piece.array[tuple(a for a, _ in combination)]
+                np.copyto(out[tuple(b for _, b in combination)], source, casting="unsafe")
+                self._count(tp, piece.dp, source.nbytes)
+
+    def _pieces(self, tp: int) -> list[_Piece]:
+        """The source shard of a tp rank as boxes, each within one fragment."""
+        shape = self.cut.shard_shape(self.cut.coordinate({"tp": tp}))
+        fragments = self._fragments(tp)
+        if len(fragments) == 1 and fragments[0].count == math.prod(shape):
+            stored = fragments[0].stored
+            array = stored.map() if stored.shape == shape else stored.flat.reshape(shape)
+            return [_Piece((0,) * len(shape), array, fragments[0].dp)]
+        pieces = []
+        for fragment in fragments:
+            flat, done = fragment.stored.flat, 0
+            for starts, sizes in flat_boxes(shape, fragment.start, fragment.start + fragment.count):
+                count = math.prod(sizes)
+                pieces.append(_Piece(starts, flat[done : done + count].reshape(sizes), fragment.dp))
+                done += count
+        return pieces
+
+    def _fragments(self, tp: int) -> tuple[Fragment, ...]:
+        return self.catalog.fragments(self.name, self.state, self.stage, tp)
+
+    def _count(self, tp: int, dp: int, nbytes: int) -> None:
+        if self.tally is not None:
+            self.tally.read[self.stage, tp, dp] += nbytes

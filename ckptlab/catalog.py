@@ -1,0 +1,201 @@
+"""All that is known of a checkpoint from its headers: mesh, tensors, layouts, flat buffers, and where every element lies.
+
+A reader makes a `Catalog`; the views, plans and writers are given one. Nothing here has read a tensor's data. The catalog
+of a *target* (what another mesh would hold) has the same form with nothing stored behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ckptlab.errors import CheckpointError
+from ckptlab.layout import Cut, Layout
+from ckptlab.mesh import Mesh
+from ckptlab.plan import FlatBuffer, Placement
+from ckptlab.stored import Stored
+
+MASTER = "fp32"  # the state that holds the master weight
+MODULE = "module"  # the state that holds the weight as the model computes with it (16-bit, as a rule)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the user must hear: `code` is stable, `text` is for people."""
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of a flattened shard: `stored` begins at element `start` of it and was stored by `dp`."""
+
+    start: int
+    stored: Stored
+    dp: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.stored.numel
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One logical tensor.
+
+    `shape` is the true whole (vocabulary padding cut off); `kind` is "parameter", "frozen" or "buffer"; `group` indexes
+    `Catalog.groups` (None where the optimizer does not know it); `stages` are the pp stages that hold it, the first
+    being canonical; `aliases` are further names of the same tensor in the model; `states` maps each state to its dtype;
+    `layout_known` is False where a checkpoint of tp 1 does not tell how the tensor would be cut.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    cut: Cut
+    kind: str
+    states: Mapping[str, np.dtype]
+    group: int | None = None
+    stages: tuple[int, ...] = (0,)
+    aliases: tuple[str, ...] = ()
+    layout_known: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the whole's dims."""
+        return self.layout.names
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """An optimizer's parameter group: its hyperparameters and its tensors, both in the order of the user's program;
+    `scalars` is what the optimizer keeps once for all of them (`step`)."""
+
+    options: Mapping[str, Any]
+    tensors: tuple[str, ...]
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str | None:
+        return self.options.get("name")
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """The flat buffers of one parameter group (at ZeRO-3: of one of its sub-groups) on one pp stage.
+
+    `flats[tp]` says where the shards lie, `dtypes` which states there are, `partitions[state][tp][dp]` what is stored of
+    them (nothing for a target).
+    """
+
+    stage: int
+    group: int
+    flats: tuple[FlatBuffer, ...]
+    dtypes: Mapping[str, np.dtype]
+    partitions: Mapping[str, tuple[tuple[Stored, ...], ...]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.flats[0].names
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What the headers of one checkpoint say.
+
+    `pieces[name, state][pp, tp]` are the fragments of states that lie outside the optimizer's flat buffers (module
+    weights, frozen tensors, buffers, whole tensors of a universal folder). `client` is what the training program put in,
+    `native` what only the format's own writer understands.
+    """
+
+    path: str
+    format: str
+    mesh: Mesh
+    zero_stage: int | None
+    tensors: Mapping[str, Tensor]
+    groups: tuple[ParameterGroup, ...] = ()
+    flat_groups: tuple[FlatGroup, ...] = ()
+    pieces: Mapping[tuple[str, str], Mapping[tuple[int, int], tuple[Fragment, ...]]] = field(default_factory=dict)
+    client: Mapping[str, Any] = field(default_factory=dict)
+    native: Any = None
+    notices: tuple[Notice, ...] = ()
+    files: tuple[str, ...] = ()
+
+    @cached_property
+    def _flat_index(self) -> dict[tuple[str, int], tuple[FlatGroup, int]]:
+        return {(name, g.stage): (g, i) for g in self.flat_groups for i, name in enumerate(g.names)}
+
+    @cached_property
+    def _aliases(self) -> dict[str, str]:
+        return {alias: t.name for t in self.tensors.values() for alias in t.aliases}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name or alias; CheckpointError (with the nearest names) if there is none."""
+        found = self.tensors.get(self._aliases.get(name, name))
+        if found is None:
+            import difflib
+
+            near = difflib.get_close_matches(name, [*self.tensors, *self._aliases], n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise CheckpointError(f"{self.path}: no tensor is called {name!r}{hint}")
+        return found
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Every state that some tensor has: the master first, the module weight last."""
+        seen = dict.fromkeys(s for t in self.tensors.values() for s in t.states)
+        rank = {MASTER: 0, MODULE: 2}
+        return tuple(sorted(seen, key=lambda s: rank.get(s, 1)))
+
+    def holders(self, name: str, state: str) -> tuple[int, ...]:
+        """The pp stages that store `state` of the tensor, the canonical one first."""
+        outside = self.pieces.get((name, state))
+        if outside is not None:
+            return tuple(dict.fromkeys(stage for stage, _ in outside))
+        return tuple(s for s in self.tensors[name].stages if (name, s) in self._flat_index)
+
+    def fragments(self, name: str, state: str, stage: int, tp: int) -> tuple[Fragment, ...]:
+        """Where the shard of one (pp, tp) coordinate lies, in the order of its flattened elements."""
+        outside = self.pieces.get((name, state))
+        if outside is not None:
+            return outside[stage, tp]
+        group, index = self._flat_index[name, stage]
+        partitions = group.partitions[state][tp]
+        return tuple(
+            Fragment(int(at), partitions[d].elements(int(start), int(count)), int(d))
+            for d, at, start, count in group.flats[tp].fragments(index)
+        )
+
+    def placement(self, name: str, state: str) -> Placement:
+        """How that state of the tensor lies on the mesh, for a plan."""
+        tensor = self.tensors[name]
+        stages = self.holders(name, state)
+        if (name, state) in self.pieces:
+            return Placement(tensor.cut, stages, {})
+        flats = {}
+        for stage in stages:
+            group, index = self._flat_index[name, stage]
+            flats.update({(stage, tp): (flat, index) for tp, flat in enumerate(group.flats)})
+        return Placement(tensor.cut, stages, flats)
+
+    def extents(self) -> Iterator[tuple[str, str, Stored]]:
+        """(tensor, state, stored) of everything that is stored outside flat buffers, then the flat partitions."""
+        for (name, state), by_rank in self.pieces.items():
+            for fragments in by_rank.values():
+                yield from ((name, state, f.stored) for f in fragments)
+        for group in self.flat_groups:
+            for state, by_tp in group.partitions.items():
+                yield from ((", ".join(group.names[:1]), state, s) for row in by_tp for s in row)

@@ -1,0 +1,152 @@
+"""Layouts out of `universal_checkpoint_info`: the lists of regular expressions by which a training program tells
+DeepSpeed how its tensors are cut over tensor parallel ranks.
+
+The order of precedence is that of DeepSpeed 0.19.8's `ds_to_universal.merge_tp_slices`: replicated, averaged, two
+sub-parameters, sub-parameters, row parallel, else column parallel. Patterns match from the start of the name, as there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptlab.errors import CheckpointError
+from ckptlab.layout import Layout
+from ckptlab.strategy import Shape, column, cut, dim_names, replicated
+
+
+@dataclass(frozen=True)
+class SubParameters:
+    """An entry of `parameter_with_sub_params`: the shard seen as `shape`, whose dim `partition_dim` holds sub-parameters
+    of the given whole sizes, each cut on its own. `widths[i][tp]`: recorded shard widths (from version 0.4)."""
+
+    pattern: str
+    shape: tuple[Any, ...]
+    partition_dim: int
+    widths: tuple[tuple[int, ...], ...] | None
+
+
+@dataclass(frozen=True)
+class UniversalInfo:
+    """A strategy: DeepSpeed's regex lists. `trusted`: the lists say enough for tensors that they do not name (a
+    checkpoint of tp 1 may lack those of replicated and row-parallel tensors)."""
+
+    replicated: tuple[str, ...]
+    averaged: tuple[str, ...]
+    row: tuple[str, ...]
+    two_sub: tuple[str, ...]
+    sub: tuple[SubParameters, ...]
+    vocabulary: tuple[str, ...]
+    pipeline_replicated: tuple[str, ...]
+    original_vocab_size: int | None
+    has_affine_map: bool
+    trusted: bool
+
+    @staticmethod
+    def of(info: Mapping[str, Any], tp: int) -> UniversalInfo:
+        def patterns(key: str) -> tuple[str, ...]:
+            return tuple(info.get(f"{key}_patterns", info.get(key)) or ())
+
+        lists = patterns("tp_replicated_parameter"), patterns("parameter_with_row_parallelism")
+        vocab = info.get("original_vocab_size")
+        return UniversalInfo(
+            replicated=lists[0],
+            averaged=patterns("parameter_to_average"),
+            row=lists[1],
+            two_sub=patterns("parameter_with_2_sub_params_cat_dim_0"),
+            sub=tuple(_sub_parameters(info)),
+            vocabulary=patterns("vocabulary_parameter"),
+            pipeline_replicated=patterns("pipeline_replicated_parameter"),
+            original_vocab_size=None if vocab is None else int(vocab),
+            has_affine_map=bool((info.get("affine_map") or {}).get("params")),
+            trusted=tp > 1 or any(lists),
+        )
+
+    def names(self, name: str) -> bool:
+        """Some list names the tensor, so that its layout is known whatever the tp degree."""
+        lists = (self.replicated, self.averaged, self.row, self.two_sub, self.vocabulary, [s.pattern for s in self.sub])
+        return any(_matches(one, name) for one in lists)
+
+    def is_vocabulary(self, name: str) -> bool:
+        return _matches(self.vocabulary, name)
+
+    def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
+        """See `Strategy.layout`. CheckpointError where the lists contradict the shards."""
+        ndim, tp = len(shards[0]), len(shards)
+        if self.is_vocabulary(name) and self.original_vocab_size is not None:
+            padded = sum(s[0] for s in shards)
+            if padded < self.original_vocab_size:
+                raise CheckpointError(
+                    f"{name}: {padded} rows over tp {tp}, but original_vocab_size is {self.original_vocab_size}: "
+                    "universal_checkpoint_info does not belong to this checkpoint"
+                )
+            return column(shards).replace(padded={0: padded})
+        if _matches(self.replicated, name):
+            return replicated(ndim)
+        if _matches(self.averaged, name):
+            return replicated(ndim, replicas="mean")
+        if _matches(self.two_sub, name):
+            return cut(ndim, 0, "2 tp {}")
+        for entry in self.sub:
+            if _matches([entry.pattern], name):
+                return _sub_layout(name, entry, shards)
+        if _matches(self.row, name):
+            return column(shards, dim=1)
+        return column(shards) if ndim and self.trusted else None
+
+
+def _matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.match(p, name) for p in patterns)
+
+
+def _sub_parameters(info: Mapping[str, Any]) -> Iterable[SubParameters]:
+    widths = info.get("sub_param_shard_widths") or {}
+    for entry in info.get("parameter_with_sub_params") or ():
+        fields = entry if isinstance(entry, Mapping) else entry.attributes
+        for pattern in fields["patterns"]:
+            recorded = widths.get(pattern)
+            yield SubParameters(
+                pattern,
+                tuple(tuple(d) if isinstance(d, (list, tuple)) else d for d in fields["shape"]),
+                int(fields["partition_dim"]),
+                None if recorded is None else tuple(tuple(int(w) for w in row) for row in recorded),
+            )
+
+
+def _sub_layout(name: str, entry: SubParameters, shards: Sequence[Shape]) -> Layout:
+    """Each sub-parameter cut on its own."""
+    ndim, tp = len(shards[0]), len(shards)
+    if len(entry.shape) != ndim:
+        raise CheckpointError(
+            f"{name}: parameter_with_sub_params describes it with {len(entry.shape)} dims {entry.shape}, its shards have {ndim} "
+            f"{tuple(shards[0])}: give its layout with a strategy"
+        )
+    dims = dim_names(ndim)
+    terms, totals, sizes = [], {}, {}
+    for i, widths in enumerate(_sub_widths(name, entry, shards)):
+        terms.append(f"(tp s{i})")
+        if len(set(widths)) > 1:
+            sizes[f"s{i}"] = widths
+        else:
+            totals[f"s{i}"] = widths[0] * tp
+    text = " ".join(f"({' + '.join(terms)})" if i == entry.partition_dim else d for i, d in enumerate(dims))
+    return Layout(text, dims=dims, totals=totals, sizes=sizes)
+
+
+def _sub_widths(name: str, entry: SubParameters, shards: Sequence[Shape]) -> tuple[tuple[int, ...], ...]:
+    """The width of each sub-parameter on each tp rank: as recorded, else even. Before version 0.4 a plain number in the
+    partition dim is how many equal sub-parameters there are."""
+    if entry.widths is not None:
+        return entry.widths
+    tp, wholes = len(shards), entry.shape[entry.partition_dim]
+    if not isinstance(wholes, tuple):
+        whole = sum(s[entry.partition_dim] for s in shards)
+        wholes = (whole // wholes,) * wholes
+    if any(n % tp for n in wholes):
+        raise CheckpointError(
+            f"{name}: sub-parameters of {wholes} rows are not all divisible by tp {tp}, and universal_checkpoint_info records no "
+            "sub_param_shard_widths: give its layout with a strategy"
+        )
+    return tuple((n // tp,) * tp for n in wholes)

@@ -1,0 +1,60 @@
+"""The names of the files in a DeepSpeed step folder (DeepSpeed 0.19.8, `deepspeed.checkpoint.constants` and the engine).
+
+XX of `mp_rank_XX` is pp * TP + tp; the D of `zero_pp_rank_D` is the *data*-parallel rank, whatever its name says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_ZERO3_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_OPTIM = re.compile(r"(?:(bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+
+
+@dataclass(frozen=True)
+class FileName:
+    """A file name taken apart. `kind` is "model", "zero3_model", "optim", "layer" or "expert"; fields that the kind does
+    not have are 0."""
+
+    kind: str
+    mp: int = 0
+    dp: int = 0
+    layer: int = 0
+    prefix: str = ""
+
+
+def parse(name: str) -> FileName | None:
+    """What a file of a step folder is, by its name; None if it is none of DeepSpeed's."""
+    if m := _MODEL.fullmatch(name):
+        return FileName("model", mp=int(m[1]))
+    if m := _ZERO3_MODEL.fullmatch(name):
+        return FileName("zero3_model", dp=int(m[1]), mp=int(m[2]))
+    if m := _OPTIM.fullmatch(name):
+        return FileName("optim", dp=int(m[2]), mp=int(m[3]), prefix=m[1] or "")
+    if m := _LAYER.fullmatch(name):
+        return FileName("layer", layer=int(m[1]), mp=int(m[2] or 0), prefix="model" if m[2] else "")
+    if _EXPERT.fullmatch(name):
+        return FileName("expert")
+    return None
+
+
+def model(mp: int) -> str:
+    return f"mp_rank_{mp:02d}_model_states.pt"
+
+
+def zero3_model(dp: int, mp: int) -> str:
+    return f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_model_states.pt"
+
+
+def optim(dp: int, mp: int, prefix: str = "") -> str:
+    """`prefix` is "bf16" if and only if the engine that is to read the file trains in bfloat16."""
+    return f"{prefix and prefix + '_'}zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt"
+
+
+def layer(index: int, tp: int | None) -> str:
+    """`tp` is None where the engine's topology has no model axis."""
+    return f"layer_{index:02d}{'' if tp is None else f'-model_{tp:02d}'}-model_states.pt"

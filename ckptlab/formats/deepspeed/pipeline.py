@@ -1,0 +1,145 @@
+"""How the pipeline engine deals layers to stages, and which stages a tensor lives on.
+
+Neither the partition method nor the number of layer specs is in a checkpoint. The method is inferred: the first that deals
+the source's layers to the stages they were found on. Sources: DeepSpeed 0.19.8, `PipelineModule._partition_layers`,
+`runtime.utils.partition_balanced` and `partition_uniform`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckptlab.catalog import Catalog, Tensor
+from ckptlab.errors import ReshapeError
+
+METHODS = ("blocks", "parameters", "uniform")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The layers of a pipeline, as far as a checkpoint tells.
+
+    `signatures[i]` describes layer i's parameters (empty for a layer without any), `counts[i]` is their number, `stages[i]`
+    the pp stage that held it. `tied_stages` are the stages on which tied modules were found beside their own layer's.
+    """
+
+    signatures: tuple[tuple, ...]
+    counts: tuple[int, ...]
+    stages: tuple[int, ...]
+
+    def starts(self, pp: int, method: str) -> tuple[int, ...]:
+        """The first layer of each of `pp` stages. ReshapeError for an unknown method or too few layers."""
+        if method == "uniform":
+            return _uniform(len(self.counts), pp)
+        if method == "parameters":
+            return _balanced(self.counts, pp)
+        if method == "blocks":
+            return _balanced(self.blocks, pp)
+        raise ReshapeError(f"pipeline method {method!r}: expected one of {', '.join(METHODS)} or the first layer of each stage")
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """1 for a repeated block (the most frequent kind of layer), else 0: what `type:transformer` comes to."""
+        kinds = Counter(s for s in self.signatures if s)
+        block = max(kinds, key=lambda s: kinds[s]) if kinds else ()
+        return tuple(int(s == block and bool(s)) for s in self.signatures)
+
+    def infer_method(self, pp: int) -> str | None:
+        """The method that deals the layers as they were found on `pp` stages; None if none of ours does."""
+        with_parameters = [i for i, s in enumerate(self.signatures) if s]
+        for method in METHODS:
+            starts = self.starts(pp, method)
+            if all(stage_of(i, starts) == self.stages[i] for i in with_parameters):
+                return method
+        return None
+
+
+def stage_of(layer: int, starts: Sequence[int]) -> int:
+    """The stage that layer is on, given the first layer of each stage."""
+    return int(np.searchsorted(np.asarray(starts), layer, side="right")) - 1
+
+
+def describe(catalog: Catalog) -> Pipeline:
+    """The pipeline of a catalog read from layer files."""
+    module = catalog.native.module
+    by_layer: dict[int, list[Tensor]] = {}
+    prefixes = {layer: prefix for layer, prefix in module.layer_keys.items()}
+    for layer, prefix in prefixes.items():
+        by_layer[layer] = [t for n, t in catalog.tensors.items() if n.startswith(prefix)]
+    tied_later = [p for p in set(prefixes.values()) if p.startswith("tied_modules.")]
+    last = max(by_layer, default=0)
+    tied = [t for p in sorted(tied_later) for t in catalog.tensors.values() if t.name.startswith(p)]
+    total = last + 1 + bool(tied)
+    signatures, counts, stages = [()] * total, [0] * total, [catalog.native.folder.mesh.pp - 1] * total
+    for layer, tensors in by_layer.items():
+        prefix = prefixes[layer]
+        signatures[layer] = tuple(sorted((t.name.removeprefix(prefix), t.shape) for t in tensors))
+        counts[layer] = sum(t.numel for t in tensors)
+        stages[layer] = module.layer_stages[layer]
+    if tied:
+        signatures[last + 1] = ("tied", *sorted(t.name for t in tied))
+        counts[last + 1] = sum(t.numel for t in tied)
+    return Pipeline(tuple(signatures), tuple(counts), tuple(stages))
+
+
+def tensor_stages(catalog: Catalog, starts: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The stages that hold each tensor: its layer's, and for a tied module the last one too (its later occurrence)."""
+    pp = len(starts)
+    found: dict[str, tuple[int, ...]] = {}
+    for layer, prefix in catalog.native.module.layer_keys.items():
+        stage = stage_of(layer, starts)
+        for name in catalog.tensors:
+            if name.startswith(prefix):
+                tied = prefix.startswith("tied_modules.")
+                found[name] = tuple(dict.fromkeys((stage, pp - 1))) if tied else (stage,)
+    for name, tensor in catalog.tensors.items():
+        if name not in found:
+            raise ReshapeError(
+                f"{catalog.path}: {name} belongs to no layer file, so that its pp stage is unknown (found on {tensor.stages}): "
+                "keep the number of pp stages"
+            )
+        middle = [s for s in tensor.stages if s not in (tensor.stages[0], catalog.native.folder.mesh.pp - 1)]
+        if middle:
+            raise ReshapeError(
+                f"{catalog.path}: {name} is tied to a layer on pp stage {middle[0]}, neither the first nor the last that has it: "
+                "ckptlab cannot tell which layer that is; keep the number of pp stages"
+            )
+    return found
+
+
+def _uniform(layers: int, pp: int) -> tuple[int, ...]:
+    """As even as possible, the longer stages first."""
+    size, rest = divmod(layers, pp)
+    return tuple(p * size + min(p, rest) for p in range(pp))
+
+
+def _balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
+    """The contiguous partition with the least spread between its heaviest and lightest part; of equal ones the latest cut.
+
+    A dynamic programme over (layers dealt, stages used), as DeepSpeed's: it keeps for each cell the cheapest way and that
+    way's extremes.
+    """
+    n = len(weights)
+    if n <= pp:
+        return _uniform(n, pp)
+    prefix = np.r_[0.0, np.cumsum(weights, dtype=np.float64)]
+    high = np.full((n + 1, pp + 1), math.inf)
+    low, cost = high.copy(), high.copy()
+    high[0, 0] = cost[0, 0] = 0.0
+    cut = np.zeros((n + 1, pp + 1), np.int64)
+    for i in range(1, n + 1):
+        part = prefix[i] - prefix[:i]
+        for j in range(1, min(i, pp) + 1):
+            highest, lowest = np.maximum(high[:i, j - 1], part), np.minimum(low[:i, j - 1], part)
+            spread = np.where(np.isfinite(highest), highest - lowest, math.inf)
+            k = i - 1 - int(np.argmin(spread[::-1]))
+            cost[i, j], high[i, j], low[i, j], cut[i, j] = spread[k], highest[k], lowest[k], k
+    ends = [n]
+    for j in range(pp, 0, -1):
+        ends.append(int(cut[ends[-1], j]))
+    return tuple(reversed(ends[1:]))

@@ -1,0 +1,398 @@
+"""What DeepSpeed would hold of a checkpoint on another mesh: the catalog of the target, with nothing stored behind it.
+
+Everything that cannot be is refused here, before a byte of data is read. The rules are those that real DeepSpeed 0.19.8
+was seen to need.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import MODULE, Catalog, FlatGroup, Fragment, Notice, ParameterGroup, Tensor
+from ckptlab.errors import LayoutError, ReshapeError
+from ckptlab.formats.deepspeed import pipeline
+from ckptlab.formats.deepspeed.optimizer import Wrapper
+from ckptlab.layout import on_degree
+from ckptlab.mesh import Mesh
+from ckptlab.plan import FlatBuffer
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What a user may say of a target; None keeps the source's.
+
+    `zero_stage`: 1, 2 or 3. `dtype`: "bf16", "fp16" or "fp32", what the engine trains in. `pipeline`: a method
+    ("blocks", "parameters", "uniform") or the first layer of each stage. `padded_vocab`: rows of the padded vocabulary.
+    `heads`: attention heads (and `kv_heads`), where the checkpoint does not tell. `sub_group_size`: ZeRO-3, elements.
+    `round_robin`: whether the target trains with round_robin_gradients. `param_groups`: hyperparameters of each group.
+    """
+
+    zero_stage: int | None = None
+    dtype: str | None = None
+    pipeline: str | tuple[int, ...] | None = None
+    padded_vocab: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    sub_group_size: int | None = None
+    round_robin: bool | None = None
+    param_groups: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class NativeTarget:
+    """What the native writer must know of the target beyond its catalog."""
+
+    wrapper: Wrapper
+    dtype: str
+    options: TargetOptions
+    layer_stages: Mapping[int, int]
+
+
+def engine_dtype(config: Mapping[str, Any]) -> str:
+    """What a DeepSpeed configuration trains in."""
+    for dtype, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+        if any((config.get(k) or {}).get("enabled") for k in keys):
+            return dtype
+    return "fp32"
+
+
+def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
+    """(attention heads, key/value heads): from the user, the client's `args`, or a config.json beside the checkpoint."""
+    args = getattr(catalog.client.get("args"), "attributes", None) or {}
+    config: Mapping[str, Any] = {}
+    for folder in (catalog.path, os.path.dirname(catalog.path)):
+        try:
+            with open(os.path.join(folder, "config.json")) as f:
+                config = json.load(f)
+        except (OSError, ValueError):
+            continue
+        break
+    heads = options.heads or args.get("num_attention_heads") or config.get("num_attention_heads")
+    kv = options.kv_heads or args.get("num_key_value_heads") or config.get("num_key_value_heads")
+    return (int(heads) if heads else None), (int(kv) if kv else None)
+
+
+def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
+    """Why the checkpoint cannot be written for that mesh; nothing if it can (cheap: no cut is resolved)."""
+    native = catalog.native
+    stage = options.zero_stage if options.zero_stage is not None else catalog.zero_stage
+    if stage not in (1, 2, 3):
+        yield f"ZeRO stage {stage}: ckptlab writes stages 1, 2 and 3"
+    trained = native.folder.mesh
+    if native.elastic and options.param_groups is None:
+        yield "the checkpoint is elastic and holds no hyperparameters: give param_groups (a list with lr, weight_decay, … of each group)"
+    is_pipeline = native.is_pipeline
+    if is_pipeline and stage in (2, 3):
+        yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
+    if mesh.pp > 1 and not is_pipeline:
+        yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine, its tensors know no layers to deal to stages"
+    if is_pipeline and mesh.pp != trained.pp:
+        layers = sum(pipeline.describe(catalog).blocks)
+        if mesh.pp > layers:
+            yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
+    if stage == 3 and mesh.tp > 1:
+        yield f"ZeRO-3 with tp {mesh.tp}: ckptlab cannot write it yet"
+    if mesh.tp > 1 and mesh.tp != trained.tp:
+        heads, kv = head_counts(catalog, options)
+        for count, what in ((heads, "attention heads"), (kv, "key/value heads")):
+            if count and count % mesh.tp:
+                yield f"tp {mesh.tp}: {count} {what} are not divisible by it"
+        unknown = [t.name for t in catalog.tensors.values() if not t.layout_known]
+        if unknown:
+            yield (
+                f"tp {mesh.tp}: nothing says how {unknown[0]}" + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
+                + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
+            )
+    if options.dtype is not None and options.dtype not in DTYPES:
+        yield f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}"
+
+
+def reshape(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
+    """The target's catalog. ReshapeError, with every reason and the nearest meshes that work, if it cannot be."""
+    if extra := [a for a in mesh.axes if a not in ("pp", "dp", "tp")]:
+        raise ReshapeError(f"{mesh}: DeepSpeed's native format has no axis {extra[0]!r}: use pp, dp and tp")
+    reasons = list(problems(catalog, mesh, options))
+    if not reasons:
+        try:
+            return _build(catalog, mesh, options)
+        except LayoutError as e:
+            reasons.append(str(e))
+    near = nearest_meshes(catalog, mesh, options)
+    hint = "\nMeshes that work: " + "; ".join(map(str, near)) if near else ""
+    raise ReshapeError(
+        f"{catalog.path}: cannot be reshaped to {mesh}:\n" + "\n".join(f"  - {r}" for r in reasons) + hint
+    )
+
+
+def nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions, count: int = 3) -> list[Mesh]:
+    """Up to `count` meshes near to the wanted one that the checkpoint can be reshaped to, the nearest first."""
+    degrees = sorted({1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64, mesh.tp, mesh.pp})
+
+    def distance(m: Mesh) -> float:
+        return sum(abs(math.log2(m[a] / mesh[a])) for a in ("tp", "pp", "dp"))
+
+    candidates = sorted((Mesh(tp=t, pp=p, dp=mesh.dp) for t, p in itertools.product(degrees, repeat=2)), key=distance)
+    found: list[Mesh] = []
+    for candidate in candidates[:60]:
+        if candidate == mesh or any(problems(catalog, candidate, options)):
+            continue
+        try:
+            _build(catalog, candidate, options)
+        except (LayoutError, ReshapeError):
+            continue
+        found.append(candidate)
+        if len(found) == count:
+            break
+    return found
+
+
+def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
+    source = catalog.native
+    stage = options.zero_stage or catalog.zero_stage
+    dtype = options.dtype or engine_dtype(source.config)
+    notices: list[Notice] = []
+    stages, layer_stages, said = _stages(catalog, mesh, options)
+    notices += said
+    padded, said = _padded_vocab(catalog, mesh, options)
+    notices += said
+    tensors = {
+        name: _retarget(catalog, t, mesh, stages[name], padded, dtype) for name, t in catalog.tensors.items()
+    }
+    heads, _ = head_counts(catalog, options)
+    if mesh.tp not in (1, source.folder.mesh.tp) and heads is None:
+        notices.append(
+            Notice("heads-unknown", f"{catalog.path}: the number of attention heads is unknown: whether tp {mesh.tp} divides it was not checked; say heads=")
+        )
+    wrapper = _wrapper(source.wrapper, stage)
+    flat_groups = _flat_groups(catalog, tensors, mesh, wrapper, options)
+    _refuse_empty_groups(catalog, mesh, flat_groups)
+    return Catalog(
+        path="",
+        format="deepspeed",
+        mesh=mesh,
+        zero_stage=stage,
+        tensors=tensors,
+        groups=_groups(catalog, options),
+        flat_groups=flat_groups,
+        pieces=_pieces(tensors, mesh, wrapper),
+        native=NativeTarget(wrapper, dtype, options, layer_stages),
+        notices=tuple(notices),
+    )
+
+
+def _stages(
+    catalog: Catalog, mesh: Mesh, options: TargetOptions
+) -> tuple[dict[str, tuple[int, ...]], dict[int, int], list[Notice]]:
+    """Stages of each tensor, the stage of each layer file, and what was inferred."""
+    module = catalog.native.module
+    trained = catalog.native.folder.mesh
+    if not catalog.native.is_pipeline:
+        return dict.fromkeys(catalog.tensors, (0,)), {}, []
+    if mesh.pp == trained.pp and options.pipeline is None:
+        return {n: t.stages for n, t in catalog.tensors.items()}, dict(module.layer_stages), []
+    layers = pipeline.describe(catalog)
+    notices = []
+    if isinstance(options.pipeline, tuple):
+        starts = options.pipeline
+        if len(starts) != mesh.pp or starts[0] != 0 or list(starts) != sorted(set(starts)):
+            raise ReshapeError(f"pipeline {starts}: expected the first layer of each of {mesh.pp} stages, ascending from 0")
+    else:
+        method = options.pipeline or layers.infer_method(trained.pp) or "blocks"
+        starts = layers.starts(mesh.pp, method)
+        if options.pipeline is None and mesh.pp > 1:
+            notices.append(
+                Notice(
+                    "pipeline-inferred",
+                    f"the checkpoint does not record how layers are dealt to stages; assumed {method!r} (it "
+                    + (f"fits the {trained.pp} stages found" if trained.pp > 1 else "is Megatron's default")
+                    + f"): stages begin at layers {', '.join(map(str, starts))}. Say pipeline= if the target deals them otherwise",
+                )
+            )
+    stages = pipeline.tensor_stages(catalog, starts)
+    empty = set(range(mesh.pp)) - {s for held in stages.values() for s in held}
+    if empty:
+        raise ReshapeError(f"{catalog.path}: pp stage {min(empty)} of {mesh.pp} would hold no tensor (stages begin at {starts})")
+    return stages, {layer: pipeline.stage_of(layer, starts) for layer in module.layer_keys}, notices
+
+
+def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple[int | None, list[Notice]]:
+    """Rows of the padded vocabulary on the target (None: nothing is padded), by Megatron's rule where it is recorded."""
+    padded = {dict(t.layout.padded)[0]: t.shape[0] for t in catalog.tensors.values() if t.layout.padded}
+    if not padded:
+        return None, []
+    (old, true), *_ = padded.items()
+    if options.padded_vocab is not None:
+        new = options.padded_vocab
+        if new < true or new % mesh.tp:
+            raise ReshapeError(f"padded vocabulary of {new}: expected at least {true} rows, a multiple of tp {mesh.tp}")
+    elif mesh.tp == catalog.native.folder.mesh.tp:
+        new = old
+    else:
+        args = getattr(catalog.client.get("args"), "attributes", None) or {}
+        unit = int(args.get("make_vocab_size_divisible_by") or 0)
+        if unit:
+            new = -(-true // (unit * mesh.tp)) * unit * mesh.tp
+        else:
+            new = old if old % mesh.tp == 0 else -(-true // mesh.tp) * mesh.tp
+            return new, [
+                Notice("vocabulary-rule", f"{catalog.path}: the rule by which the vocabulary is padded is not recorded; assumed {new} rows. Say padded_vocab= if the target's model has another number")
+            ]
+    if new == old:
+        return new, []
+    change = f"{new - old} rows of zeros are added" if new > old else f"the last {old - new} padding rows are cut off"
+    return new, [
+        Notice("vocabulary-padding", f"vocabulary padding follows tp: {old} → {new} rows, {change}; a model that does not mask padding in its loss will notice")
+    ]
+
+
+def _retarget(
+    catalog: Catalog, tensor: Tensor, mesh: Mesh, stages: tuple[int, ...], padded: int | None, dtype: str
+) -> Tensor:
+    layout = on_degree(tensor.layout, "tp", mesh.tp).replace(stages=stages)
+    if layout.padded and padded is not None:
+        layout = layout.replace(padded={0: padded})
+    try:
+        cut = layout.resolve(tensor.shape, mesh)
+    except LayoutError as e:
+        raise LayoutError(f"{tensor.name}: {e}") from None
+    states = {s: d for s, d in tensor.states.items() if s != MODULE}
+    source_dtype = tensor.states.get(MODULE)
+    if tensor.kind == "parameter":
+        states[MODULE] = np_dtype(dtype) if _converts(catalog, dtype) or source_dtype is None else source_dtype
+    else:
+        floating = source_dtype is not None and source_dtype.kind not in "iub"
+        changed = floating and tensor.kind == "frozen" and _converts(catalog, dtype)
+        states[MODULE] = np_dtype(dtype) if changed else source_dtype
+    return replace(tensor, layout=layout, cut=cut, states=states, stages=stages)
+
+
+def _converts(catalog: Catalog, dtype: str) -> bool:
+    return dtype != engine_dtype(catalog.native.config)
+
+
+def np_dtype(name: str) -> np.dtype:
+    import ml_dtypes
+
+    return np.dtype({"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[name])
+
+
+def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:
+    """Which wrapper's files the target reads: stage 1 and BF16_Optimizer take each other's."""
+    if stage == 3:
+        return Wrapper.ZERO3
+    return Wrapper.BF16 if stage == 1 and source is Wrapper.BF16 else Wrapper.ZERO12
+
+
+def _groups(catalog: Catalog, options: TargetOptions) -> tuple[ParameterGroup, ...]:
+    if options.param_groups is None:
+        return catalog.groups
+    if len(options.param_groups) != len(catalog.groups):
+        raise ReshapeError(f"param_groups: {len(options.param_groups)} given, the checkpoint has {len(catalog.groups)} groups")
+    return tuple(replace(g, options=given) for g, given in zip(catalog.groups, options.param_groups, strict=True))
+
+
+def _flat_groups(
+    catalog: Catalog, tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper, options: TargetOptions
+) -> tuple[FlatGroup, ...]:
+    found = []
+    for p in range(mesh.pp):
+        for index, group in enumerate(catalog.groups):
+            names = [n for n in group.tensors if p in tensors[n].stages]
+            if not names:
+                continue
+            if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
+                names = round_robin(original_order(catalog, names), mesh.dp)
+            elif catalog.native.round_robin:
+                names = original_order(catalog, names)
+            dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != MODULE}
+            for members in _sub_groups(names, tensors, mesh, wrapper, options, catalog):
+                flats: list[FlatBuffer] = []
+                for t in range(mesh.tp):
+                    counts = tuple(
+                        math.prod(tensors[n].cut.shard_shape(tensors[n].cut.coordinate({"tp": t}))) for n in members
+                    )
+                    make = FlatBuffer.per_tensor if wrapper is Wrapper.ZERO3 else FlatBuffer.contiguous
+                    same = next((f for f in flats if f.counts == counts), None)
+                    flats.append(same or make(tuple(members), counts, mesh.dp))
+                found.append(FlatGroup(p, index, tuple(flats), dtypes))
+    return tuple(found)
+
+
+def _round_robin(catalog: Catalog, options: TargetOptions) -> bool:
+    return catalog.native.round_robin if options.round_robin is None else options.round_robin
+
+
+def round_robin(names: list[str], dp: int) -> list[str]:
+    """The order in which round_robin_gradients lays a group's tensors out: dealt to dp ranks, then rank after rank."""
+    return [n for j in range(min(dp, len(names))) for n in names[j::dp]]
+
+
+def original_order(catalog: Catalog, names: list[str]) -> list[str]:
+    """A group's tensors in the order of the user's program, undoing the source's round robin."""
+    if not catalog.native.round_robin:
+        return names
+    dealt = round_robin([str(i) for i in range(len(names))], catalog.native.folder.mesh.dp)
+    position = {int(i): n for i, n in zip(dealt, names, strict=True)}
+    return [position[i] for i in range(len(names))]
+
+
+def _sub_groups(
+    names: list[str],
+    tensors: Mapping[str, Tensor],
+    mesh: Mesh,
+    wrapper: Wrapper,
+    options: TargetOptions,
+    catalog: Catalog,
+) -> list[list[str]]:
+    """ZeRO-3 closes a sub-group when the elements a rank holds reach `sub_group_size`; others have one."""
+    if wrapper is not Wrapper.ZERO3:
+        return [names]
+    config = catalog.native.config.get("zero_optimization") or {}
+    limit = options.sub_group_size or int(config.get("sub_group_size") or 1_000_000_000)
+    sizes = [-(-tensors[n].numel // mesh.dp) for n in names]
+    if sum(sizes) <= limit:
+        return [names]
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, size in zip(names, sizes, strict=True):
+        groups[-1].append(name)
+        held += size
+        if held >= limit and name != names[-1]:
+            groups.append([])
+            held = 0
+    return groups
+
+
+def _refuse_empty_groups(catalog: Catalog, mesh: Mesh, flat_groups: tuple[FlatGroup, ...]) -> None:
+    """A stage without a group's tensors cannot be trained, unless the source's own stages were like that."""
+    for index, group in enumerate(catalog.groups):
+        found_on = {stage for name in group.tensors for stage in catalog.tensors[name].stages}
+        if found_on != set(range(catalog.native.folder.mesh.pp)):
+            continue
+        missing = set(range(mesh.pp)) - {g.stage for g in flat_groups if g.group == index}
+        if missing:
+            raise ReshapeError(
+                f"{catalog.path}: pp stage {min(missing)} of {mesh.pp} would hold no tensor of parameter group {index} "
+                f"({catalog.groups[index].name or 'unnamed'}): DeepSpeed cannot train such a stage"
+            )
+
+
+def _pieces(
+    tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper
+) -> dict[tuple[str, str], dict[tuple[int, int], tuple[Fragment, ...]]]:
+    """Where module weights will stand: the first stage that holds a tensor. ZeRO-3 stores none for its parameters."""
+    return {
+        (name, MODULE): {(t.stages[0], tp): () for tp in range(mesh.tp)}
+        for name, t in tensors.items()
+        if t.states.get(MODULE) is not None and not (wrapper is Wrapper.ZERO3 and t.kind == "parameter")
+    }

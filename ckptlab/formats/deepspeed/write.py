@@ -1,0 +1,256 @@
+"""The native writer: a catalog on another mesh → the files that an ordinary `engine.load_checkpoint` there reads.
+
+Each output file is one `FileJob`; its tensors are drawn from the source while the file is written, so that no more than a
+chunk is in memory. What load needs, and what it ignores, was found by leaving out one key at a time (DeepSpeed 0.19.8).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ckptlab.arrays import Gather, Tally
+from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
+from ckptlab.convert import FileJob
+from ckptlab.formats import torchfile
+from ckptlab.formats.deepspeed import info, names
+from ckptlab.formats.deepspeed.optimizer import Wrapper
+from ckptlab.formats.deepspeed.target import NativeTarget, engine_dtype
+from ckptlab.formats.pickles import Size, foreign
+from ckptlab.formats.torchfile import Pending
+from ckptlab.stored import Stored
+
+FRAGMENT = ("deepspeed.utils.tensor_fragment", "fragment_address")
+ZERO_STAGE = ("deepspeed.runtime.zero.config", "ZeroStageEnum")
+
+
+def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[FileJob]:
+    """Every file of the native checkpoint for `target` (see `target.reshape`), drawn from `source`."""
+    return list(NativeWriter(source, target, tally).jobs())
+
+
+class NativeWriter:
+    """The files of one native checkpoint."""
+
+    def __init__(self, source: Catalog, target: Catalog, tally: Tally | None) -> None:
+        self.source, self.target, self.tally = source, target, tally
+        self.native: NativeTarget = target.native
+        self.mesh = target.mesh
+        self.folder = source.native.folder
+        self.config = info.adapt_config(source.native.config, target)
+        self.prefix = "bf16" if self.native.dtype == "bf16" else ""
+
+    def jobs(self) -> Iterator[FileJob]:
+        mesh = self.mesh
+        zero3 = self.native.wrapper is Wrapper.ZERO3
+        for p in range(mesh.pp):
+            for t in range(mesh.tp):
+                mp = p * mesh.tp + t
+                for d in range(mesh.dp if zero3 else 1):
+                    name = names.zero3_model(d, mp) if zero3 else names.model(mp)
+                    yield self._job(name, partial(self.model_file, p, t, d), self._model_bytes(t))
+                for d in range(mesh.dp):
+                    name = names.optim(d, mp, self.prefix)
+                    yield self._job(name, partial(self.optim_file, p, t, d), self._optim_bytes(p, t, d))
+        axis = self.folder.layer_axis or mesh.tp > 1
+        for layer, prefix in self.source.native.module.layer_keys.items():
+            for t in range(mesh.tp):
+                name = names.layer(layer, t if axis else None)
+                yield self._job(name, partial(self.layer_file, prefix, t), self._module_bytes(prefix, t))
+
+    @staticmethod
+    def _job(name: str, build: Callable[[], Any], nbytes: int) -> FileJob:
+        return FileJob(name, lambda path: torchfile.write(path, build()), nbytes)
+
+    def _model_bytes(self, t: int) -> int:
+        return 0 if self.source.native.is_pipeline else self._module_bytes("", t)
+
+    def _module_bytes(self, prefix: str, t: int) -> int:
+        held = [self.target.tensors[n] for n, s in self.target.pieces if s == MODULE and n.startswith(prefix)]
+        return sum(math.prod(self._shape(x, t)) * x.states[MODULE].itemsize for x in held)
+
+    def _optim_bytes(self, p: int, t: int, d: int) -> int:
+        return sum(g.flats[t].size(d) * dtype.itemsize for g in self.groups_on(p) for dtype in g.dtypes.values())
+
+    # ---------------------------------------------------------------- tensors
+
+    def coordinate(self, tensor: Tensor, tp: int) -> tuple[int, ...]:
+        return tensor.cut.coordinate({"tp": tp})
+
+    def module_weight(self, name: str, tp: int) -> Pending:
+        """A tensor's module weight on a tp rank: as it was stored, or the master rounded to the target's dtype."""
+        tensor = self.target.tensors[name]
+        dtype = tensor.states[MODULE]
+        state = MODULE if self.source[name].states.get(MODULE) == dtype or MASTER not in tensor.states else MASTER
+        at = self.coordinate(tensor, tp)
+        shape = tensor.cut.shard_shape(at)
+        gather = Gather(self.source, name, state, dtype=dtype, tally=self.tally, replica=self._replica(tensor, tp))
+        return Pending(dtype, shape, lambda: gather.chunks(tensor.cut, at, 0, math.prod(shape)))
+
+    def _replica(self, tensor: Tensor, tp: int) -> int | None:
+        """Buffers may differ between tp ranks: at an unchanged tp each rank keeps its own."""
+        return tp if tensor.kind == "buffer" and self.mesh.tp == self.source.mesh.tp else None
+
+    def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
+        """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
+        dtype = group.dtypes[state]
+        return Pending(dtype, (count,), lambda: self._partition_chunks(group, state, tp, dp, count))
+
+    def _partition_chunks(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Iterator[np.ndarray]:
+        done = 0
+        dtype = group.dtypes[state]
+        for index, start, where, length in group.flats[tp].within(dp):
+            if where > done:
+                yield np.zeros(int(where) - done, dtype)
+            tensor = self.target.tensors[group.names[index]]
+            gather = Gather(self.source, tensor.name, state, dtype=dtype, tally=self.tally)
+            yield from gather.chunks(tensor.cut, self.coordinate(tensor, tp), int(start), int(start + length))
+            done = int(where + length)
+        if count > done:
+            yield np.zeros(count - done, dtype)
+
+    # ---------------------------------------------------------------- model files
+
+    def groups_on(self, stage: int) -> list[FlatGroup]:
+        return [g for g in self.target.flat_groups if g.stage == stage]
+
+    def model_file(self, p: int, t: int, d: int) -> dict[str, Any]:
+        mesh = self.mesh
+        trained = self.folder.mesh
+        template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
+        model = {k: copy.copy(v) for k, v in template.items()}
+        first = (p, t, d) == (0, 0, 0)
+        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen"] if not self.source.native.is_pipeline else []
+        stage = self.target.zero_stage or 0
+        model.update(
+            module=None if self.source.native.is_pipeline else self.module(template, t),
+            optimizer=None,
+            param_shapes=[self._shapes(g, t) for g in self.groups_on(p)],
+            frozen_param_shapes=OrderedDict((x.name, self._shape(x, t)) for x in frozen) if stage > 1 else None,
+            frozen_param_fragments=OrderedDict((x.name, self._frozen(x, t, d)) for x in frozen) if stage > 1 else None,
+            shared_params={a: x.name for x in self.target.tensors.values() for a in x.aliases} if first else {},
+            dp_world_size=mesh.dp,
+            mp_world_size=mesh.pp * mesh.tp,
+            checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
+            ds_config=self.config,
+        )
+        return info.adapt_client(model, self.source.native.info, self.target, mesh.rank(pp=p, dp=d, tp=t))
+
+    def _shape(self, tensor: Tensor, tp: int) -> Size:
+        return Size(tensor.cut.shard_shape(self.coordinate(tensor, tp)))
+
+    def _shapes(self, group: FlatGroup, tp: int) -> OrderedDict[str, Size]:
+        return OrderedDict((n, self._shape(self.target.tensors[n], tp)) for n in group.names)
+
+    def module(self, template: Mapping[str, Any], tp: int) -> OrderedDict[str, Any]:
+        """The model's state dict; at ZeRO-3 everything but buffers is an empty placeholder."""
+        zero3 = self.native.wrapper is Wrapper.ZERO3
+        leaves: dict[str, Any] = {}
+        for key, value in (template.get("module") or {}).items():
+            if not isinstance(value, (Stored, Pending, np.ndarray)):
+                leaves[key] = value  # `_extra_state` and the like
+                continue
+            tensor = self.target[key]
+            if zero3 and tensor.kind != "buffer":
+                leaves[key] = np.empty(0, tensor.states[MODULE])
+            else:
+                leaves[key] = leaves.get(tensor.name) or self.module_weight(tensor.name, tp)
+        return OrderedDict(leaves)
+
+    def _frozen(self, tensor: Tensor, tp: int, dp: int) -> Pending:
+        """A frozen tensor as the model file repeats it: whole at stage 2, cut like a parameter at ZeRO-3."""
+        if self.native.wrapper is not Wrapper.ZERO3:
+            return self.module_weight(tensor.name, tp)
+        at = self.coordinate(tensor, tp)
+        numel = math.prod(tensor.cut.shard_shape(at))
+        part = -(-numel // self.mesh.dp)
+        lo, hi = min(dp * part, numel), min((dp + 1) * part, numel)
+        dtype = tensor.states[MODULE]
+
+        def chunks() -> Iterator[np.ndarray]:
+            yield from Gather(self.source, tensor.name, MODULE, dtype=dtype, tally=self.tally).chunks(tensor.cut, at, lo, hi)
+            yield np.zeros(part - (hi - lo), dtype)
+
+        return Pending(dtype, (part,), chunks)
+
+    def layer_file(self, prefix: str, tp: int) -> OrderedDict[str, Any]:
+        """The tensors of one layer, under their names within it."""
+        return OrderedDict(
+            (name.removeprefix(prefix), self.module_weight(name, tp)) for name in self.target.tensors if name.startswith(prefix)
+        )
+
+    # ---------------------------------------------------------------- optimizer files
+
+    def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
+        template = self.source.native.extras
+        groups = self.groups_on(p)
+        state = self._zero3_state(template, groups, t, d) if self.native.wrapper is Wrapper.ZERO3 else self._flat_state(template, groups, t, d)
+        version = self.folder.models[0, 0].get("ds_version")
+        return {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": version}
+
+    def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
+        return {
+            i: dict(self.target.groups[g.group].scalars) | {s: self.partition(g, s, tp, dp, g.flats[tp].size(dp)) for s in g.dtypes if s != MASTER}
+            for i, g in enumerate(groups)
+        }
+
+    def param_groups(self, groups: list[FlatGroup]) -> list[dict[str, Any]]:
+        """Hyperparameters, and which buffers belong to each group."""
+        members: dict[int, list[int]] = {}
+        for i, g in enumerate(groups):
+            members.setdefault(g.group, []).append(i)
+        return [{**self.target.groups[g].options, "params": ids} for g, ids in members.items()]
+
+    def _scaler(self, template: Mapping[str, Any]) -> dict[str, Any]:
+        """The loss scaler replaces the engine's own: the source's where the dtype stays, else one that fits."""
+        same = engine_dtype(self.source.native.config) == self.native.dtype
+        dynamic = self.native.dtype == "fp16"
+        if same and "loss_scaler" in template:
+            return {"loss_scaler": template["loss_scaler"], "dynamic_loss_scale": template.get("dynamic_loss_scale", dynamic), "overflow": False}
+        scaler = {} if dynamic and self.native.wrapper is not Wrapper.ZERO3 else {"loss_scaler": info.loss_scaler(dynamic)}
+        return {**scaler, "dynamic_loss_scale": dynamic, "overflow": False}
+
+    def _zero3_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
+        return {
+            "zero_stage": foreign(*ZERO_STAGE, 3),
+            **self._scaler(template),
+            "partition_count": self.mesh.dp,
+            "optimizer_state_dict": {"state": self._states(groups, t, d), "param_groups": self.param_groups(groups)},
+            "fp32_flat_groups": [self.partition(g, MASTER, t, d, g.flats[t].size(d)) for g in groups],
+        }
+
+    def _flat_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
+        bf16 = self.native.wrapper is Wrapper.BF16
+        flats = [g.flats[t] for g in groups]
+        if bf16:
+            paddings = [f.total - f.used if d == self.mesh.dp - 1 else 0 for f in flats]
+            masters = [f.size(d) for f in flats]
+        else:
+            paddings = [f.padding(d) for f in flats]
+            masters = [f.size(d) - pad for f, pad in zip(flats, paddings, strict=True)]
+        state: dict[str, Any] = {} if bf16 else self._scaler(template)
+        if "clip_grad" in template:
+            state["clip_grad"] = template["clip_grad"]
+        state["base_optimizer_state"] = {"state": self._states(groups, t, d), "param_groups": self.param_groups(groups)}
+        state["single_partition_of_fp32_groups"] = [
+            self.partition(g, MASTER, t, d, n) for g, n in zip(groups, masters, strict=True)
+        ]
+        if not bf16:
+            state["zero_stage"] = foreign(*ZERO_STAGE, self.target.zero_stage)
+        state["group_paddings"] = paddings
+        state["partition_count"] = [self.mesh.dp] * len(groups)
+        state["ds_version"] = self.folder.models[0, 0].get("ds_version")
+        state["param_slice_mappings"] = [self._mapping(f, d) for f in flats]
+        return state
+
+    def _mapping(self, flat: Any, d: int) -> OrderedDict[str, Any]:
+        return OrderedDict(
+            (flat.names[i], foreign(*FRAGMENT, state={"numel": int(count), "start": int(start)}, new=True))
+            for i, _, start, count in flat.within(d)
+        )

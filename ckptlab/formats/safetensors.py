@@ -1,0 +1,202 @@
+"""Consolidated safetensors: whole tensors under the model's own names, sharded with an index when large.
+
+The format: eight bytes of length, a JSON header, then the data (https://github.com/huggingface/safetensors). The header is
+written here because tensors are streamed into the file, never held; reading goes by the same header.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ckptlab.arrays import Gather, Tally
+from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Notice, Tensor
+from ckptlab.convert import FileJob
+from ckptlab.errors import CheckpointError
+from ckptlab.layout import Cut
+from ckptlab.mesh import Mesh
+from ckptlab.stored import Stored, row_major_strides
+from ckptlab.strategy import replicated
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def read_header(path: str) -> dict[str, Stored]:
+    """Where each tensor of a file lies. CheckpointError if the header is damaged or points outside the file."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise CheckpointError(f"{path}: the header claims {length:,} bytes, the file has {size:,}: truncated, or no safetensors file")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise CheckpointError(f"{path}: the header is not JSON ({e}): damaged, or no safetensors file") from None
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        shape, (lo, hi), dtype = tuple(entry["shape"]), entry["data_offsets"], _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{path}: {name}: dtype {entry['dtype']!r} is unknown to ckptlab")
+        expected = math.prod(shape) * dtype.itemsize
+        if not 0 <= lo <= hi <= size - 8 - length or hi - lo != expected:
+            raise CheckpointError(
+                f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - 8 - length:,} byte data part, expected {expected:,} bytes for "
+                f"{shape}: the file is truncated or damaged"
+            )
+        found[name] = Stored(path, 8 + length + lo, dtype, shape, row_major_strides(shape))
+    return found
+
+
+def read_safetensors(path: str) -> Catalog:
+    """Open a file or folder of safetensors: whole tensors, no mesh, no optimizer. One state: fp32 or module, by dtype."""
+    files = _files(path)
+    mesh = Mesh()
+    tensors: dict[str, Tensor] = {}
+    pieces = {}
+    for file in files:
+        for name, stored in read_header(file).items():
+            layout = replicated(len(stored.shape))
+            state = MASTER if stored.dtype == np.float32 else MODULE
+            tensors[name] = Tensor(name, stored.shape, layout, Cut.whole(stored.shape), "parameter", {state: stored.dtype})
+            pieces[name, state] = {(0, 0): (Fragment(0, stored),)}
+    return Catalog(path, "safetensors", mesh, None, tensors, pieces=pieces, files=tuple(map(os.path.basename, files)))
+
+
+def _files(path: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    index = os.path.join(path, INDEX)
+    if os.path.isfile(index):
+        with open(index) as f:
+            names = sorted(set(json.load(f)["weight_map"].values()))
+    else:
+        names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+    missing = [n for n in names if not os.path.isfile(os.path.join(path, n))]
+    if missing or not names:
+        raise CheckpointError(f"{path}: {', '.join(missing) or 'no .safetensors file'} missing")
+    return [os.path.join(path, n) for n in names]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor to be written under `name`."""
+
+    name: str
+    tensor: Tensor
+    state: str
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel * self.dtype.itemsize
+
+
+def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
+    """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
+
+    dtype converts floating-point tensors; None keeps the master's. Aliases are written out under their own names, so that
+    a strict load finds them.
+    """
+    for tensor in source.tensors.values():
+        wanted = dtype
+        state = MASTER if MASTER in tensor.states else MODULE
+        if wanted is not None and tensor.states.get(MODULE) == wanted:
+            state = MODULE  # the weight as the model had it
+        if state not in tensor.states:
+            continue
+        stored = np.dtype(tensor.states[state])
+        floating = stored.kind not in "iub"
+        for name in (tensor.name, *tensor.aliases):
+            yield _Entry(name, tensor, state, wanted if wanted is not None and floating else stored)
+
+
+def jobs(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int, tally: Tally | None = None) -> list[FileJob]:
+    """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an index."""
+    shards: list[list[_Entry]] = [[]]
+    filled = 0
+    for entry in entries(source, dtype):
+        if shards[-1] and filled + entry.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.nbytes
+    if len(shards) == 1:
+        return [_job(SINGLE, source, shards[0], tally)]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
+    total = sum(e.nbytes for shard in shards for e in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    made = [_job(n, source, shard, tally) for n, shard in zip(names, shards, strict=True)]
+    return [*made, FileJob(INDEX, lambda path: _write_json(path, index))]
+
+
+def _job(name: str, source: Catalog, shard: Sequence[_Entry], tally: Tally | None) -> FileJob:
+    return FileJob(name, lambda path: _write(path, source, shard, tally), sum(e.nbytes for e in shard))
+
+
+def _write_json(path: str, content: Mapping[str, Any]) -> int:
+    with open(path, "w") as f:
+        json.dump(content, f, indent=2)
+    return 0
+
+
+def _write(path: str, source: Catalog, shard: Sequence[_Entry], tally: Tally | None) -> int:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for e in shard:
+        header[e.name] = {"dtype": _NAMES[e.dtype], "shape": e.tensor.shape, "data_offsets": [offset, offset + e.nbytes]}
+        offset += e.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for e in shard:
+            cut = Cut.whole(e.tensor.shape)
+            gather = Gather(source, e.tensor.name, e.state, dtype=e.dtype, tally=tally)
+            for chunk in gather.chunks(cut, (), 0, e.tensor.numel):
+                write_all(f, chunk)
+    return offset
+
+
+def write_all(file: Any, chunk: np.ndarray) -> None:
+    """Write an array's bytes; an unbuffered file may take them in several goes."""
+    view = memoryview(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1))
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def notices(source: Catalog) -> list[Notice]:
+    """What safetensors cannot hold of the source."""
+    lost = [s for s in source.states if s not in (MASTER, MODULE)]
+    return [Notice("states-left-out", f"safetensors holds weights alone: {', '.join(lost)} are left out")] if lost else []

@@ -1,0 +1,320 @@
+"""Torch's `.pt` files, read and written with neither torch nor the classes that they name.
+
+A file is a zip (`torchzip`) of `data.pkl`, a pickle whose persistent ids name storages; the storages,
+`data/N`; `byteorder` and `version`. The source of the format is `torch/serialization.py` (`_save`, `_load`),
+and for tensors `torch/_utils.py` (`_rebuild_tensor_v2` and others).
+"""
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, BinaryIO, ClassVar, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
+from ckptlab.formats import pickles
+from ckptlab.formats.pickles import Global, named
+from ckptlab.formats.torchzip import RecordReader, RecordWriter
+from ckptlab.stored import Stored, row_major_strides
+
+# The storage class that stands for a dtype.
+_STORAGES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+    "ComplexFloatStorage": np.dtype(np.complex64),
+    "ComplexDoubleStorage": np.dtype(np.complex128),
+}
+_STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
+# Dtypes without one: the storage is untyped and the dtype, of the same name in torch and numpy, an argument.
+_UNTYPED: dict[str, np.dtype] = {
+    **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
+    **{
+        name: np.dtype(getattr(ml_dtypes, name))
+        for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    },
+}
+
+_MOST_DIMS = 32  # numpy's limit before 2.0
+_EXPANDED_LIMIT = 1 << 30  # bytes to which a tensor may be expanded that has more elements than its storage
+
+
+class Storage(NamedTuple):
+    """What tensors are views on: `numel` elements of `dtype` from byte `offset` of the file on."""
+
+    path: str
+    offset: int
+    dtype: np.dtype
+    numel: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """A tensor to be written that need not be in memory at once.
+
+    `chunks()` gives its elements in row-major order, as consecutive 1-D arrays of `dtype`.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+
+Leaf = Stored | Pending | np.ndarray
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: the object, and (module, name) of every class or function that its pickle names."""
+
+    value: Any
+    globals_seen: frozenset[tuple[str, str]]
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The object in a `.pt` file, its tensors as `Stored`. Reads headers only and executes nothing.
+
+    Raises UnsafeFileError for a file that could execute something or lies about its extents, UnsupportedError
+    for one of a kind that torch itself must save again, CheckpointError for a damaged one.
+    """
+    return read_contents(path).value
+
+
+def read_contents(path: str | os.PathLike[str]) -> Contents:
+    """As `read`, and which classes and functions a normal loader would have imported, and may have called."""
+    path = os.fspath(path)
+    with open(path, "rb") as file:
+        records = RecordReader(path, file)
+        if "byteorder" in records and records.bytes_of("byteorder") != b"little":
+            raise UnsupportedError(
+                f"{path}: its numbers are not little-endian; load it with torch and save it again"
+            )
+        unpickler = _TensorUnpickler(records)
+        return Contents(unpickler.load(), frozenset(unpickler.globals_seen))
+
+
+class _TensorUnpickler(pickles.Unpickler):
+    """Reads `data.pkl`: a persistent id becomes a `Storage`, what rebuilds a tensor of one a `Stored`."""
+
+    def __init__(self, records: RecordReader) -> None:
+        super().__init__(records.bytes_of("data.pkl"), records.path)
+        self._records = records
+        self._storages: dict[tuple[str, str], Storage] = {}
+
+    def persistent_load(self, pid: Any) -> Storage:
+        match pid:
+            case (
+                "storage",
+                Global(module="torch" | "torch.cuda" | "torch.storage", name=kind),
+                str(key),
+                _,
+                int(numel),
+            ):
+                known = self._storages.get((kind, key))
+                if known is None or known.numel != numel:
+                    known = self._storages[kind, key] = self._storage(kind, key, numel)
+                return known
+        raise UnsafeFileError(f"its pickle refers to {pid!r}, which is no storage; do not use it")
+
+    def _storage(self, kind: str, key: str, numel: int) -> Storage:
+        dtype = np.dtype(np.uint8) if kind == "UntypedStorage" else _STORAGES.get(kind)
+        if dtype is None:
+            raise UnsupportedError(
+                f"a tensor is kept in a torch.{kind}; convert it to a plain dtype and save it again"
+            )
+        offset, size = self._records.extent(f"data/{key}")
+        if not 0 <= numel * dtype.itemsize <= size:
+            raise UnsafeFileError(
+                f"storage {key} is said to hold {numel} elements of {dtype}, but its record has {size} "
+                f"bytes; the file is damaged or forged, get it again"
+            )
+        return Storage(self.source, offset, dtype, numel)
+
+
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> Stored:
+    """`torch._utils._rebuild_tensor_v2`; rest: requires_grad, hooks, and metadata where there is any."""
+    _refuse_metadata(rest[2:])
+    return _view(storage, start, shape, strides)
+
+
+def _rebuild_untyped(storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> Stored:
+    """`torch._utils._rebuild_tensor_v3`; rest: requires_grad, hooks, dtype, metadata where there is any."""
+    _refuse_metadata(rest[3:])
+    dtype = rest[2] if len(rest) > 2 else None
+    if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in _UNTYPED:
+        raise UnsupportedError(
+            f"a tensor is of {dtype!r}, a dtype without equal in numpy; convert it and save it again"
+        )
+    if type(storage) is not Storage:
+        raise UnsafeFileError(f"a tensor is a view on {storage!r}, which is no storage; do not use it")
+    kind = _UNTYPED[dtype.name]
+    bytes_held = storage.numel * storage.dtype.itemsize
+    return _view(storage._replace(dtype=kind, numel=bytes_held // kind.itemsize), start, shape, strides)
+
+
+def _refuse_metadata(metadata: tuple[Any, ...]) -> None:
+    if any(metadata):
+        raise UnsupportedError(
+            f"a tensor is a lazy view ({metadata[0]!r}); call .resolve_conj().resolve_neg() and save it"
+        )
+
+
+def _view(storage: Any, start: Any, shape: Any, strides: Any) -> Stored:
+    sizes_fit = type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MOST_DIMS
+    if type(storage) is not Storage or not sizes_fit or not _naturals(start, *shape, *strides):
+        raise UnsafeFileError(
+            f"a tensor of shape {shape!r}, strides {strides!r} at element {start!r} is no view on a storage; "
+            f"do not use the file"
+        )
+    numel = math.prod(shape)
+    end = (
+        start + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if numel
+        else 0
+    )
+    if end > storage.numel or (numel > storage.numel and numel * storage.dtype.itemsize > _EXPANDED_LIMIT):
+        raise UnsafeFileError(
+            f"a tensor of shape {shape}, strides {strides} at element {start} claims more than its "
+            f"storage holds ({storage.numel} elements); the file is damaged or forged, get it again"
+        )
+    return Stored(
+        storage.path, storage.offset + start * storage.dtype.itemsize, storage.dtype, shape, strides
+    )
+
+
+def _naturals(*numbers: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data if type(data) is Stored else NotImplemented
+
+
+def _rebuild_from_type(rebuild: Any, _class: Any, args: Any, _state: Any) -> Any:
+    value = rebuild(*args) if isinstance(rebuild, Global) and type(args) is tuple else NotImplemented
+    return value if type(value) is Stored else NotImplemented
+
+
+_REBUILD = Global("torch._utils", "_rebuild_tensor_v2", _rebuild_tensor)
+_REBUILD_UNTYPED = Global("torch._utils", "_rebuild_tensor_v3", _rebuild_untyped)
+_TensorUnpickler.known = MappingProxyType(
+    {
+        **pickles.PLAIN_VALUES,
+        **{
+            (known.module, known.name): known
+            for known in (
+                _REBUILD,
+                _REBUILD_UNTYPED,
+                Global("torch._utils", "_rebuild_parameter", _rebuild_parameter),
+                Global("torch._utils", "_rebuild_parameter_with_state", _rebuild_parameter),
+                Global("torch._tensor", "_rebuild_from_type_v2", _rebuild_from_type),
+            )
+        },
+    }
+)
+
+
+def write(path_or_file: str | os.PathLike[str] | BinaryIO, obj: Any) -> int:
+    """Writes an object as torch.save would; returns the bytes of tensor data written.
+
+    Tensors are `Stored`, `np.ndarray` or `Pending`; all else is what `pickles.Pickler` writes. The same
+    object twice becomes one tensor, `Stored` that are equal share a storage. Data is streamed: memory stays
+    near one chunk. path_or_file: if a file, seekable, empty, open for writing. After an error it is empty.
+    """
+    if isinstance(path_or_file, str | os.PathLike):
+        with open(path_or_file, "wb") as file:
+            return write(file, obj)
+    leaves: dict[str, Leaf] = {}
+    data = pickles.dumps(obj, lambda out: _TensorPickler(out, leaves))
+    with RecordWriter(path_or_file) as records:
+        records.write("data.pkl", [np.frombuffer(data, np.uint8)])
+        records.write("byteorder", [np.frombuffer(b"little", np.uint8)])
+        written = sum(records.write(f"data/{key}", _elements(leaf, key)) for key, leaf in leaves.items())
+        records.write("version", [np.frombuffer(b"3\n", np.uint8)])
+    return written
+
+
+class _Reference(NamedTuple):
+    """What stands in the pickle for a storage that is written beside it."""
+
+    kind: Global
+    key: str
+    numel: int
+
+
+class _TensorPickler(pickles.Pickler):
+    """Writes `data.pkl`, and collects what goes into the storages that it refers to."""
+
+    dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickles.Pickler.dispatch)
+
+    def __init__(self, file: BinaryIO, leaves: dict[str, Leaf]) -> None:
+        """leaves: filled with what each `data/N` is to hold, by N."""
+        super().__init__(file)
+        self._leaves = leaves
+        self._keys: dict[Any, str] = {}
+
+    def persistent_id(self, obj: Any) -> tuple[str, Global, str, str, int] | None:
+        if type(obj) is Storage:
+            whole = Stored(obj.path, obj.offset, obj.dtype, (obj.numel,), (1,))
+            kind = named("torch", _STORAGE_OF.get(obj.dtype, "UntypedStorage"))
+            return "storage", kind, self._key(whole), "cpu", obj.numel
+        return ("storage", obj.kind, obj.key, "cpu", obj.numel) if type(obj) is _Reference else None
+
+    def save_tensor(self, leaf: Leaf) -> None:
+        dtype, shape = leaf.dtype, tuple(map(int, leaf.shape))
+        key, numel = self._key(leaf), math.prod(shape)
+        if dtype in _STORAGE_OF:
+            storage = _Reference(named("torch", _STORAGE_OF[dtype]), key, numel)
+        elif dtype.name in _UNTYPED and dtype == _UNTYPED[dtype.name]:
+            storage = _Reference(named("torch.storage", "UntypedStorage"), key, numel * dtype.itemsize)
+        else:
+            raise TypeError(f"cannot write an array of dtype {dtype!r}: torch has no such dtype")
+        args: tuple[Any, ...] = (storage, 0, shape, row_major_strides(shape), False, OrderedDict())
+        if dtype in _STORAGE_OF:
+            self.save_reduce(_REBUILD, args, obj=leaf)
+        else:
+            self.save_reduce(_REBUILD_UNTYPED, (*args, named("torch", dtype.name)), obj=leaf)
+
+    for _leaf in (Stored, Pending, np.ndarray, np.memmap):
+        dispatch[_leaf] = save_tensor
+    del _leaf
+
+    def _key(self, leaf: Leaf) -> str:
+        identity = leaf if isinstance(leaf, Stored) else id(leaf)
+        key = self._keys.setdefault(identity, str(len(self._keys)))
+        self._leaves[key] = leaf
+        return key
+
+
+def _elements(leaf: Leaf, key: str) -> Iterator[np.ndarray]:
+    """The elements of a tensor in row-major order, as 1-D arrays."""
+    if isinstance(leaf, Stored):
+        yield leaf.flat
+    elif isinstance(leaf, np.ndarray):
+        yield leaf.reshape(-1)
+    else:
+        expected, given = math.prod(leaf.shape), 0
+        wanted = f"data/{key}, of shape {leaf.shape}, needs {expected} elements of {leaf.dtype} in 1-D chunks"
+        for chunk in leaf.chunks():
+            given += chunk.size
+            if chunk.ndim != 1 or chunk.dtype != leaf.dtype:
+                raise CheckpointError(
+                    f"{wanted}, but a chunk has shape {chunk.shape} and dtype {chunk.dtype}"
+                )
+            if given > expected:
+                raise CheckpointError(f"{wanted}, but its chunks hold more: at least {given}")
+            yield chunk
+        if given < expected:
+            raise CheckpointError(f"{wanted}, but its chunks hold only {given}")

@@ -1,0 +1,332 @@
+"""DeepSpeed's universal format: `zero/<tensor>/<state>.pt`, whole tensors, beside the model files of the run.
+
+Stages up to 2 store a dict with `param` and what a loader needs to cut it (`cat_dim`, `vocab_tensor`, …); stage 3 stores a
+bare flat tensor. Source: what DeepSpeed 0.19.8's `ds_to_universal` wrote, and what its loader was seen to need.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ckptlab.arrays import Gather, Tally
+from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, ParameterGroup, Tensor
+from ckptlab.convert import FileJob
+from ckptlab.errors import CheckpointError
+from ckptlab.formats import torchfile
+from ckptlab.formats.deepspeed import names
+from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
+from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
+from ckptlab.formats.deepspeed.optimizer import EXTRAS, Wrapper, match_groups
+from ckptlab.formats.deepspeed.read import (
+    ENGINE_KEYS,
+    Native,
+    choose_layout,
+    trainable_shapes,
+    universal_info,
+    whole,
+)
+from ckptlab.formats.deepspeed.target import engine_dtype
+from ckptlab.formats.deepspeed.write import NativeWriter
+from ckptlab.formats.pickles import foreign
+from ckptlab.formats.torchfile import Pending
+from ckptlab.layout import Cut, cut_dim, equal_parts, sub_parameters
+from ckptlab.mesh import Mesh
+from ckptlab.stored import Stored
+from ckptlab.strategy import Strategy
+
+FOLDER = "zero"
+OPTIMIZER = "optimizer_state.pt"
+
+
+def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
+    """Open a universal folder (the one that holds `zero/`): whole tensors, mesh 1 · 1 · 1.
+
+    The layouts, groups and pipeline layers that a reshape needs are taken from the model files beside. CheckpointError where
+    a state's shape contradicts them.
+    """
+    folder = read_step_folder(path, optimizer=False)
+    trained, info = folder.mesh, universal_info(folder)
+    trainable = trainable_shapes(folder)
+    module = read_module(folder, trainable)
+    common = torchfile.read(os.path.join(path, FOLDER, OPTIMIZER)) if _has(path, FOLDER, OPTIMIZER) else {}
+    wrapper = _wrapper(common)
+    shards = {n: [trainable[r][n] for r in trainable if n in trainable[r]][: trained.tp] for by in trainable.values() for n in by}
+    stages = {n: tuple(dict.fromkeys(p for (p, _), by in trainable.items() if n in by)) for n in shards}
+    tensors: dict[str, Tensor] = {}
+    pieces: dict[tuple[str, str], dict[tuple[int, int], tuple[Fragment, ...]]] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    found = dict(_state_files(path))
+    for name in dict.fromkeys([*shards, *found]):
+        if name in module.aliases or (name not in shards and name in module.kinds):
+            continue  # what is not trained is read from the model files, where it has its own dtype
+        if name not in found:
+            raise CheckpointError(f"{os.path.join(path, FOLDER, name)}: missing: the model files list this tensor; convert again")
+        states, single = _read_states(found[name])
+        tensors[name] = _tensor(name, states, shards.get(name), stages.get(name, (0,)), folder, info, strategy)
+        scalars[name] = single
+        for state, stored in states.items():
+            pieces[name, state] = {(0, 0): (Fragment(0, stored),)}
+    _add_module(folder, module, tensors, pieces)
+    groups = _groups(folder, common, trainable, scalars, wrapper)
+    group_of = {n: i for i, g in enumerate(groups) for n in g.tensors}
+    native = Native(folder, wrapper, info, _layers(folder, module, tensors), {k: common[k] for k in EXTRAS if k in common},
+                    not common.get("param_groups"), _round_robin(folder, wrapper))
+    return Catalog(
+        path=path,
+        format="universal",
+        mesh=Mesh(),
+        zero_stage=_stage(folder, wrapper),
+        tensors={n: replace(t, group=group_of.get(n)) for n, t in tensors.items()},
+        groups=groups,
+        pieces=pieces,
+        client={k: v for k, v in folder.models[0, 0].items() if k not in ENGINE_KEYS},
+        native=native,
+        notices=folder.notices,
+        files=(*folder.files, *(os.path.relpath(f, path) for files in found.values() for f in files.values())),
+    )
+
+
+def _has(*parts: str) -> bool:
+    return os.path.isfile(os.path.join(*parts))
+
+
+def _wrapper(common: Mapping[str, Any]) -> Wrapper:
+    if "fp32_flat_groups" in common or "optimizer_state_dict" in common:
+        return Wrapper.ZERO3
+    return Wrapper.ZERO12 if "zero_stage" in common else Wrapper.BF16
+
+
+def _stage(folder: StepFolder, wrapper: Wrapper) -> int:
+    if wrapper is Wrapper.ZERO3 or folder.is_zero3:
+        return 3
+    config = folder.models[0, 0].get("ds_config") or {}
+    return int((config.get("zero_optimization") or {}).get("stage") or 1)
+
+
+def _round_robin(folder: StepFolder, wrapper: Wrapper) -> bool:
+    zero = (folder.models[0, 0].get("ds_config") or {}).get("zero_optimization") or {}
+    return wrapper is Wrapper.ZERO12 and bool(zero.get("round_robin_gradients")) and folder.mesh.dp > 1
+
+
+def _state_files(path: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """(tensor name, {state: file}) of every folder under zero/ that holds states."""
+    root = os.path.join(path, FOLDER)
+    for at, _, files in os.walk(root):
+        states = {f.removesuffix(".pt"): os.path.join(at, f) for f in sorted(files) if f.endswith(".pt") and at != root}
+        if states:
+            yield os.path.relpath(at, root).replace(os.sep, "/"), states
+
+
+def _read_states(files: Mapping[str, str]) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """(states as stored, scalars) of one tensor's folder."""
+    states, scalars = {}, {}
+    for state, file in files.items():
+        content = torchfile.read(file)
+        value = content.get("param") if isinstance(content, Mapping) else content
+        if state == "step" or not isinstance(value, Stored):
+            scalars[state] = value
+        else:
+            states[state] = value
+    return states, scalars
+
+
+def _tensor(
+    name: str,
+    states: Mapping[str, Stored],
+    shards: list[tuple[int, ...]] | None,
+    stages: tuple[int, ...],
+    folder: StepFolder,
+    info: Any,
+    strategy: Strategy | None,
+) -> Tensor:
+    stored = next(iter(states.values()))
+    if shards is None:  # not in the model files: what is stored is all there is to know
+        shards = [stored.shape]
+        info = None
+    layout, known = choose_layout(name, "parameter", shards, info, strategy, folder.path)
+    shape, _ = whole(name, layout, shards, info, folder.mesh if len(shards) > 1 else Mesh())
+    if info is not None and info.is_vocabulary(name) and info.original_vocab_size is not None:
+        layout = layout.replace(padded={0: sum(s[0] for s in shards)})
+    for state, one in states.items():
+        if one.numel != math.prod(shape):
+            raise CheckpointError(
+                f"{one.path}: {name}: {state} has shape {one.shape}, the model files say {shape}: it comes from another run"
+            )
+    dtypes = {s: one.dtype for s, one in states.items()}
+    ordered = {s: dtypes[s] for s in sorted(dtypes, key=lambda s: s != MASTER)}
+    return Tensor(name, shape, layout.replace(stages=stages), Cut.whole(shape), "parameter", ordered, None, stages, (), known)
+
+
+def _add_module(
+    folder: StepFolder, module: ModuleWeights, tensors: dict[str, Tensor], pieces: dict[tuple[str, str], Any]
+) -> None:
+    """Frozen tensors, buffers and (at tp 1) module weights, from the model files."""
+    for name, by_rank in module.pieces.items():
+        aliases = tuple(a for a, target in module.aliases.items() if target == name)
+        if name in tensors:
+            tensors[name] = replace(tensors[name], aliases=aliases)
+            if folder.mesh.tp > 1:
+                continue
+            dtype = next(f.stored.dtype for fragments in by_rank.values() for f in fragments)
+            tensors[name] = replace(tensors[name], states={**tensors[name].states, MODULE: dtype})
+        else:
+            shape = module.shapes[name][0]
+            dtype = next(f.stored.dtype for f in by_rank[0, 0])
+            layout, known = choose_layout(name, module.kinds[name], [shape], None, None, folder.path)
+            tensors[name] = Tensor(name, shape, layout, Cut.whole(shape), module.kinds[name], {MODULE: dtype}, None, (0,), aliases, known)
+        pieces[name, MODULE] = {(0, 0): by_rank[0, 0]}
+    for alias, target in module.aliases.items():
+        if target in tensors and alias not in tensors[target].aliases:
+            tensors[target] = replace(tensors[target], aliases=(*tensors[target].aliases, alias))
+
+
+def _groups(
+    folder: StepFolder, common: Mapping[str, Any], trainable: Mapping[tuple[int, int], Any], scalars: Mapping[str, Any], wrapper: Wrapper
+) -> tuple[ParameterGroup, ...]:
+    """Parameter groups: tensors from the model files, hyperparameters from what the universal folder has of them."""
+    options = [{k: v for k, v in g.items() if k != "params"} for g in common.get("param_groups") or ()]
+    ids = [list(g["params"]) for g in common.get("param_groups") or ()]
+    stages = []
+    for p in range(folder.mesh.pp):
+        buffers = [list(g) for g in folder.models[p, 0].get("param_shapes") or ()]
+        if wrapper is Wrapper.ZERO3 and ids:
+            joined = [tuple(n for i in members for n in buffers[i]) for members in ids]
+        else:
+            joined = [tuple(b) for b in buffers]
+        if options and len(joined) != len(options):
+            raise CheckpointError(
+                f"{folder.path}: pp stage {p} has {len(joined)} parameter groups, {OPTIMIZER} has {len(options)}: ckptlab cannot "
+                "tell which are missing there"
+            )
+        stages.append([(o, names) for o, names in zip(options or [None] * len(joined), joined, strict=True)])
+    groups, _ = match_groups(folder.path, stages)
+    steps = _zero3_steps(common)
+    return tuple(
+        replace(g, scalars=next((scalars[n] for n in g.tensors if scalars.get(n)), steps)) for g in groups
+    )
+
+
+def _zero3_steps(common: Mapping[str, Any]) -> dict[str, Any]:
+    """Stage 3 stores no step beside the tensors; the optimizer's own state has it."""
+    state = (common.get("optimizer_state_dict") or {}).get("state") or {}
+    return next(({"step": s["step"]} for s in state.values() if "step" in s), {})
+
+
+def _layers(folder: StepFolder, module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeights:
+    """A universal folder has no layer files: the layers of a pipeline are told from the tensors' names, and a tied module
+    is taken to stand right before the first of them."""
+    if folder.models[0, 0].get("module") is not None:
+        return module
+    numbered: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        head = name.split(".", 1)[0]
+        if head.isdigit():
+            numbered.setdefault(int(head), tensor.stages[0])
+    module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
+    module.layer_stages = dict(numbered)
+    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith("tied_modules.")})
+    for offset, prefix in enumerate(reversed(tied)):
+        layer = min(numbered, default=len(tied)) - 1 - offset
+        module.layer_keys = {layer: prefix, **module.layer_keys}
+        module.layer_stages[layer] = 0
+    return module
+
+
+# -------------------------------------------------------------------- writing
+
+
+def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[FileJob]:
+    """Every file of the universal folder. `target` says for which mesh, stage and dtype the model files beside are made;
+    tensors are whole, whatever the mesh."""
+    writer = NativeWriter(source, target, tally)
+    made = [_state_job(source, target, t, s, tally) for t in source.tensors.values() for s in _written(t)]
+    flat = target.native.wrapper is Wrapper.ZERO3
+    for group in target.groups:
+        if "step" in group.scalars and not flat:
+            made += [_job(f"{FOLDER}/{n}/step.pt", partial(lambda v: v, group.scalars["step"]), 0) for n in group.tensors]
+    for tensor in source.tensors.values():
+        if not flat and MODULE in tensor.states and not source.native.is_pipeline:
+            names_ = tensor.aliases if tensor.kind == "parameter" else (tensor.name, *tensor.aliases)
+            made += [_whole_module(source, tensor, n, tally) for n in names_]
+    made.append(_job(f"{FOLDER}/{OPTIMIZER}", partial(_common, writer), 0))
+    for p in range(target.mesh.pp):
+        for t in range(target.mesh.tp):
+            for d in range(target.mesh.dp if flat else 1):
+                mp = p * target.mesh.tp + t
+                name = names.zero3_model(d, mp) if flat else names.model(mp)
+                made.append(_job(name, partial(writer.model_file, p, t, d), 0))
+    return made
+
+
+def _job(name: str, build: Any, nbytes: int) -> FileJob:
+    return FileJob(name, lambda path: torchfile.write(path, build()), nbytes)
+
+
+def _written(tensor: Tensor) -> list[str]:
+    return [s for s in tensor.states if s != MODULE] if tensor.kind == "parameter" else []
+
+
+def _state_job(source: Catalog, target: Catalog, tensor: Tensor, state: str, tally: Tally | None) -> FileJob:
+    dtype = tensor.states[state]
+    flat = target.native.wrapper is Wrapper.ZERO3
+    shape = (tensor.numel,) if flat else tensor.shape
+    leaf = _leaf(source, tensor, state, dtype, shape, tally)
+    build = (lambda: leaf) if flat else (lambda: {**loader_keys(source, tensor), "param": leaf})
+    return _job(f"{FOLDER}/{tensor.name}/{state}.pt", build, tensor.numel * dtype.itemsize)
+
+
+def _whole_module(source: Catalog, tensor: Tensor, name: str, tally: Tally | None) -> FileJob:
+    """What DeepSpeed's converter writes of tensors that the optimizer does not know, and of aliases: fp32 alone."""
+    state = MASTER if MASTER in tensor.states else MODULE
+    leaf = _leaf(source, tensor, state, np.dtype(np.float32), tensor.shape, tally)
+    return _job(f"{FOLDER}/{name}/{MASTER}.pt", lambda: {"param": leaf}, tensor.numel * 4)
+
+
+def _leaf(
+    source: Catalog, tensor: Tensor, state: str, dtype: np.dtype, shape: tuple[int, ...], tally: Tally | None
+) -> Pending:
+    gather = Gather(source, tensor.name, state, dtype=dtype, tally=tally)
+    return Pending(dtype, shape, lambda: gather.chunks(Cut.whole(tensor.shape), (), 0, tensor.numel))
+
+
+def loader_keys(source: Catalog, tensor: Tensor) -> dict[str, Any]:
+    """What DeepSpeed's loader needs to cut a whole tensor again: where its tp cut falls, and how."""
+    keys: dict[str, Any] = {}
+    dim, terms = cut_dim(tensor.layout, "tp"), sub_parameters(tensor.layout, "tp")
+    if dim is None:
+        if not tensor.layout_known:
+            keys["cat_dim"] = 0
+    elif terms:
+        shape = [tuple(terms) if i == dim else n for i, n in enumerate(tensor.shape)]
+        fields = {"patterns": [tensor.name], "shape": shape, "partition_dim": dim}
+        keys["sub_param_shape"] = foreign("deepspeed.checkpoint.universal_checkpoint", "SubparamShape", state=fields, new=True)
+    else:
+        keys["cat_dim"] = dim
+        if (parts := equal_parts(tensor.layout, "tp")) > 1:
+            keys["param_n_sub_params"] = parts
+    if tensor.layout.padded:
+        keys["vocab_tensor"] = True
+    return keys
+
+
+def _common(writer: NativeWriter) -> dict[str, Any]:
+    """`optimizer_state.pt`: what the optimizer files say once, hyperparameters included."""
+    target, extras = writer.target, writer.source.native.extras
+    state = {k: v for k, v in extras.items()} if engine_dtype(writer.source.native.config) == target.native.dtype else {}
+    state |= {"ds_version": writer.folder.models[0, 0].get("ds_version")}
+    if target.native.wrapper is not Wrapper.BF16:
+        state["zero_stage"] = foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", target.zero_stage)
+    groups = writer.groups_on(0)
+    state["partition_count"] = target.mesh.dp if target.native.wrapper is Wrapper.ZERO3 else [target.mesh.dp] * len(groups)
+    state["param_groups"] = writer.param_groups(groups)
+    if target.native.wrapper is Wrapper.ZERO3:
+        scalars = {i: dict(target.groups[g.group].scalars) for i, g in enumerate(groups)}
+        state["optimizer_state_dict"] = {"state": scalars, "param_groups": state["param_groups"]}
+    return state

@@ -1,0 +1,195 @@
+"""Meshes of ranks: named axes with degrees, sub-axes, rank ↔ coordinate, process groups."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckptlab.errors import MeshError
+
+STANDARD = ("pp", "dp", "tp")
+"""The axes that every mesh has, slowest first: DeepSpeed's rank is (pp * DP + dp) * TP + tp."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Mesh:
+    """Named mesh axes with degrees; a rank is one coordinate, the last axis running fastest.
+
+    `Mesh(pp=2, dp=4, tp=2)`: an axis that is not given has degree 1; axes other than pp, dp and tp come
+    before them, in the order given. `mesh["tp"]` is a degree; an axis that was split answers with the
+    product of its parts, in this and in all methods. Raises MeshError.
+    """
+
+    _degrees: tuple[tuple[str, int], ...]
+    _parts: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __init__(self, **degrees: int) -> None:
+        order = [axis for axis in degrees if axis not in STANDARD] + list(STANDARD)
+        object.__setattr__(self, "_degrees", tuple((a, _degree(a, degrees.get(a, 1))) for a in order))
+        object.__setattr__(self, "_parts", ())
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes, slowest first; of an axis that was split, its parts."""
+        return tuple(axis for axis, _ in self._degrees)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Axis → degree, slowest first."""
+        return dict(self._degrees)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The degrees alone, slowest first."""
+        return tuple(degree for _, degree in self._degrees)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.shape)
+
+    @property
+    def pp(self) -> int:
+        """Pipeline-parallel degree."""
+        return self["pp"]
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel degree."""
+        return self["dp"]
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel degree."""
+        return self["tp"]
+
+    def __getitem__(self, axis: str) -> int:
+        return math.prod(self.degrees[leaf] for leaf in self.leaves(axis))
+
+    def __contains__(self, axis: object) -> bool:
+        return axis in self.degrees or axis in dict(self._parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.axes)
+
+    def leaves(self, axis: str) -> tuple[str, ...]:
+        """The axis itself, or all parts of an axis that was split, slowest first."""
+        if axis in self.degrees:
+            return (axis,)
+        parts = dict(self._parts)
+        if axis not in parts:
+            known = ", ".join([*self.axes, *parts])
+            raise MeshError(f"this mesh has no axis {axis!r}; its axes are {known}")
+        return tuple(leaf for part in parts[axis] for leaf in self.leaves(part))
+
+    def rank(self, **coordinate: int) -> int:
+        """The rank at a coordinate; axes of degree 1 may be left out, a split axis may be given as one."""
+        place = self._leaf_coordinate(coordinate)
+        missing = [f"{axis}({n})" for axis, n in self._degrees if axis not in place and n > 1]
+        if missing:
+            raise MeshError(f"a rank of {self!r} needs a coordinate on {', '.join(missing)}")
+        return int(np.ravel_multi_index(tuple(place.get(axis, 0) for axis in self.axes), self.shape))
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Axis → coordinate of a rank, on `axes`."""
+        if not 0 <= rank < self.size:
+            raise MeshError(f"rank {rank} is not on {self!r}, which has {self.size} ranks")
+        return {a: int(k) for a, k in zip(self.axes, np.unravel_index(rank, self.shape), strict=True)}
+
+    def index(self, axis: str, coordinate: dict[str, int]) -> int:
+        """The coordinate on one axis, taken out of a full one; on a split axis, its parts run together."""
+        place = 0
+        for leaf in self.leaves(axis):
+            place = place * self.degrees[leaf] + coordinate[leaf]
+        return place
+
+    def ranks(self, **fixed: int) -> list[int]:
+        """All ranks at the given coordinates, ascending: `mesh.ranks(pp=0, tp=1)`."""
+        place = self._leaf_coordinate(fixed)
+        grid = np.arange(self.size).reshape(self.shape)
+        return [int(r) for r in grid[tuple(place.get(a, slice(None)) for a in self.axes)].ravel()]
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """Process groups along one axis (or several together): the ranks that differ in nothing else."""
+        along = [leaf for axis in axes for leaf in self.leaves(axis)]
+        order = [a for a in self.axes if a not in along] + along
+        grid = np.arange(self.size).reshape(self.shape).transpose([self.axes.index(a) for a in order])
+        return [[int(r) for r in row] for row in grid.reshape(-1, math.prod(self[a] for a in along))]
+
+    def split(self, axis: str, **parts: int) -> Mesh:
+        """The same ranks with one axis as sub-axes, the first part slowest: `split("dp", edp=2, ep=2)`."""
+        if axis not in self.degrees:
+            raise MeshError(f"cannot split {axis!r}: the axes of {self!r} are {', '.join(self.axes)}")
+        sizes = {part: _degree(part, n) for part, n in parts.items()}
+        taken = [part for part in sizes if part in self]
+        if taken:
+            raise MeshError(f"cannot split {axis} into {', '.join(sizes)}: the mesh already has {taken[0]!r}")
+        if not sizes or math.prod(sizes.values()) != self[axis]:
+            raise MeshError(f"cannot split {axis}: {_equation(sizes) or '1'} != {axis}({self[axis]})")
+        at = self.axes.index(axis)
+        degrees = (*self._degrees[:at], *sizes.items(), *self._degrees[at + 1 :])
+        return _mesh(degrees, (*self._parts, (axis, tuple(sizes))))
+
+    def replace(self, **degrees: int) -> Mesh:
+        """The mesh with other degrees; an axis that it lacks is added, slowest."""
+        for axis in degrees:
+            if axis in dict(self._parts):
+                parts = _equation({leaf: self.degrees[leaf] for leaf in self.leaves(axis)})
+                raise MeshError(f"{axis}({self[axis]}) is split into {parts}: replace those")
+        added = tuple((a, _degree(a, n)) for a, n in degrees.items() if a not in self)
+        kept = tuple((a, _degree(a, degrees.get(a, n))) for a, n in self._degrees)
+        return _mesh((*added, *kept), self._parts)
+
+    def _leaf_coordinate(self, coordinate: dict[str, int]) -> dict[str, int]:
+        place: dict[str, int] = {}
+        for axis, k in coordinate.items():
+            if not 0 <= k < self[axis]:
+                raise MeshError(f"{axis} {k} is outside {axis}({self[axis]}) of {self!r}")
+            leaves = self.leaves(axis)
+            twice = [leaf for leaf in leaves if leaf in place]
+            if twice:
+                raise MeshError(f"{twice[0]} is given twice, by itself and as a part of a split axis")
+            found = np.unravel_index(k, [self.degrees[leaf] for leaf in leaves])
+            place.update((leaf, int(j)) for leaf, j in zip(leaves, found, strict=True))
+        return place
+
+    def __repr__(self) -> str:
+        whole = [part for part, _ in self._parts]
+        made = {leaf for _, parts in self._parts for leaf in parts}
+        order = [axis for axis in self.axes if axis not in made]
+        order = [axis for axis in order if axis not in STANDARD]
+        order += [axis for axis in whole if axis not in made and axis not in STANDARD] + list(STANDARD)
+        text = f"Mesh({', '.join(f'{axis}={self[axis]}' for axis in order)})"
+        for axis, parts in self._parts:
+            text += f".split({axis!r}, {', '.join(f'{part}={self[part]}' for part in parts)})"
+        return text
+
+    def __str__(self) -> str:
+        others = [axis for axis in self.axes if axis not in ("tp", "pp", "dp")]
+        return " · ".join(f"{axis} {self[axis]}" for axis in ("tp", "pp", "dp", *others))
+
+
+def _mesh(degrees: tuple[tuple[str, int], ...], parts: tuple[tuple[str, tuple[str, ...]], ...]) -> Mesh:
+    mesh = Mesh.__new__(Mesh)
+    object.__setattr__(mesh, "_degrees", degrees)
+    object.__setattr__(mesh, "_parts", parts)
+    return mesh
+
+
+def _degree(axis: str, degree: int) -> int:
+    try:
+        value = operator.index(degree)
+    except TypeError:
+        value = 0
+    if value < 1:
+        raise MeshError(f"the degree of mesh axis {axis} must be an integer from 1, not {degree!r}")
+    return value
+
+
+def _equation(degrees: dict[str, int]) -> str:
+    """`dp(3) * tp(2)`: how a failed check spells its numbers."""
+    return " * ".join(f"{axis}({degree})" for axis, degree in degrees.items())

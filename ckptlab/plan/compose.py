@@ -1,0 +1,323 @@
+"""Composition: from how tensors lie on one mesh and on another to which rank sends how much to which.
+
+Reads no data. For each pair of shards that share elements, both sides' dp edges are mapped into the order
+of the shared elements (`boxes.py`) and merged: every piece between neighbouring edges has one source rank
+and one target rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptlab.errors import LayoutError, MeshError, ReshapeError
+from ckptlab.layout.cut import Coordinate, Cut
+from ckptlab.mesh import Mesh
+from ckptlab.plan.boxes import Box, shared_boxes
+from ckptlab.plan.flat import FlatBuffer
+
+Int64 = NDArray[np.int64]
+Columns = tuple[Int64, Int64, Int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where one tensor (one of its states) lies on one mesh.
+
+    `stages` are the pp stages that hold it, the first canonical. A stage's *holders* are numbered by the
+    coordinates on all axes but pp and those of dp, row-major: on a mesh of pp, dp and tp a holder is a tp
+    rank. `flats[stage, holder]` is the flat buffer that its shard lies in, and its index there. Without
+    flats (None or empty) a shard is not cut over dp: each dp rank has it; dp rank 0 is read, and writes.
+
+    Where dp is split (`edp`, `ep`) and the cut is over a part of it, that part counts among the holders'
+    axes, and flat buffers are cut over the rest. `at` fixes coordinates instead: a tensor that only ep rank
+    1 has says {"ep": 1}. `replicas`: see Layout; with "mean" every holder is read. LayoutError where cut,
+    stages and flats do not fit.
+    """
+
+    cut: Cut
+    stages: tuple[int, ...] = (0,)
+    flats: Mapping[tuple[int, int], tuple[FlatBuffer, int]] | None = None
+    replicas: str = "equal"
+    at: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if set(self.cut.axes) & {"pp", *self.at}:
+            raise LayoutError(
+                f"{self.cut!r} is cut over an axis on which it is fixed: pp {self.stages}, {dict(self.at)}"
+            )
+        if not self.stages or not all(0 <= stage < self.mesh.pp for stage in self.stages):
+            raise LayoutError(f"stages {self.stages} are not all among the stages of pp({self.mesh.pp})")
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.cut.mesh
+
+    @property
+    def coordinates(self) -> tuple[Coordinate, ...]:
+        """The cut's coordinate that each holder has."""
+        return _holders(self.cut, tuple(sorted(self.at.items())))[0]
+
+    def ranks(self, stage: int, holder: int) -> Int64:
+        """The ranks over which dp cuts the shard of a holder, in dp order."""
+        return _holders(self.cut, tuple(sorted(self.at.items())))[1][stage, holder]
+
+    def shards(self, stages: tuple[int, ...]) -> dict[Coordinate, list[Shard]]:
+        """The cut's coordinate → the shards of all holders that have it, on the given stages in turn."""
+        found: dict[Coordinate, list[Shard]] = {}
+        for stage in stages:
+            for holder, at in enumerate(self.coordinates):
+                found.setdefault(at, []).append(self._shard(stage, holder))
+        return found
+
+    def _shard(self, stage: int, holder: int) -> Shard:
+        ranks, shape = self.ranks(stage, holder), self.cut.shard_shape(self.coordinates[holder])
+        count = math.prod(shape)
+        if not self.flats:
+            return Shard(ranks, np.array([0, count] if count else [0], np.int64), 0, (count, 1))
+        where = f"pp {stage}, holder {holder} of {self.mesh!r}"
+        if (stage, holder) not in self.flats:
+            raise LayoutError(f"no flat buffer is given for {where}")
+        flat, index = self.flats[stage, holder]
+        if flat.counts[index] != count:
+            raise LayoutError(
+                f"{flat.counts[index]} elements in the flat buffer of {where}, {count} in shard {shape}"
+            )
+        if flat.dp != len(ranks):
+            raise LayoutError(
+                f"a flat buffer for dp({flat.dp}) at {where}, where {len(ranks)} ranks share a shard"
+            )
+        edges, first = flat.edges(index)
+        return Shard(ranks, edges, first, (count, flat.dp) if flat.partition is None else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What dp makes of one shard: fragment j lies on edges[j] … edges[j+1] of it, at ranks[first + j].
+
+    `pattern`, if not None, is all that the edges follow from: plans between such shards are worth
+    remembering.
+    """
+
+    ranks: Int64
+    edges: Int64
+    first: int
+    pattern: tuple[int, int] | None
+
+
+@lru_cache(maxsize=4096)
+def _holders(cut: Cut, at: tuple[tuple[str, int], ...]) -> tuple[tuple[Coordinate, ...], Int64]:
+    """The coordinate of each holder, and the ranks [stage, holder, dp]."""
+    mesh, fixed = cut.mesh, dict(at)
+    try:
+        data = [axis for axis in mesh.leaves("dp") if axis not in cut.axes and axis not in fixed]
+        stages = mesh.leaves("pp")
+        others = [axis for axis in mesh.axes if axis not in (*stages, *data, *fixed)]
+        grid = np.arange(mesh.size, dtype=np.int64).reshape(mesh.shape)
+        grid = grid[tuple(fixed.get(axis, slice(None)) for axis in mesh.axes)]
+    except (IndexError, MeshError) as error:
+        raise LayoutError(f"the placement at {fixed} does not exist on {mesh!r}: {error}") from None
+    left = [axis for axis in mesh.axes if axis not in fixed]
+    grid = grid.transpose([left.index(axis) for axis in (*stages, *others, *data)])
+    grid = grid.reshape(mesh.pp, math.prod(mesh[a] for a in others), math.prod(mesh[a] for a in data))
+    coordinates = (dict(zip(others, k, strict=True)) for k in np.ndindex(*(mesh[a] for a in others)))
+    return tuple(cut.coordinate(c) for c in coordinates), grid
+
+
+_Memo = dict[tuple[tuple[Box, ...], tuple[int, int], tuple[int, int]], Columns]
+
+
+def plan_tensor(a: Placement, b: Placement) -> Columns:
+    """(source rank, target rank, count) of one tensor, int64: each pair of ranks once, counts in elements.
+
+    Sources are ranks of the first stage of `a`: of holders that have the same shard the first, of parts
+    that several coordinates hold the lowest; where replicas are averaged, all. Targets are all stages and
+    holders of `b`. Elements that only one whole has (padding) are left out. Raises LayoutError.
+    """
+    return _concatenate(list(_pairs(a, b, {})))
+
+
+def _pairs(a: Placement, b: Placement, memo: _Memo) -> Iterator[Columns]:
+    """The columns of each pair of shards that have something in common."""
+    mean = a.replicas == "mean"
+    sources, targets = a.shards(a.stages[:1]), b.shards(b.stages)
+    for at_a, at_b, boxes in shared_boxes(a.cut, b.cut, not mean):
+        for source in sources[at_a][: None if mean else 1]:
+            for target in targets[at_b]:
+                i, j, count = _merged(boxes, source, target, memo)
+                yield source.ranks[source.first + i], target.ranks[target.first + j], count
+
+
+def _merged(boxes: tuple[Box, ...], source: Shard, target: Shard, memo: _Memo) -> Columns:
+    """(source fragment, target fragment, count) of what two shards share."""
+    if source.pattern is None or target.pattern is None:
+        return _merge(boxes, source.edges, target.edges)
+    key = (boxes, source.pattern, target.pattern)
+    if key not in memo:
+        memo[key] = _merge(boxes, source.edges, target.edges)
+    return memo[key]
+
+
+def _merge(boxes: tuple[Box, ...], edges_a: Int64, edges_b: Int64) -> Columns:
+    if len(boxes) == 1:
+        return _merge_box(boxes[0], edges_a, edges_b)
+    i, j, count = _concatenate([_merge_box(box, edges_a, edges_b) for box in boxes])
+    pairs, place = np.unique(i * len(edges_b) + j, return_inverse=True)
+    summed = np.zeros(len(pairs), np.int64)
+    np.add.at(summed, place, count)
+    return pairs // len(edges_b), pairs % len(edges_b), summed
+
+
+def _merge_box(box: Box, edges_a: Int64, edges_b: Int64) -> Columns:
+    """A sorted merge of both sides' edges, in the order of the box's elements."""
+    if len(edges_a) == len(edges_b) == 2:  # neither side is cut
+        return np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([box.size], np.int64)
+    ordinals_a, ordinals_b = box.a.ordinals(edges_a), box.b.ordinals(edges_b)
+    merged = np.union1d(ordinals_a, ordinals_b)
+    low = merged[:-1]
+    i = np.searchsorted(ordinals_a, low, "right") - 1
+    j = np.searchsorted(ordinals_b, low, "right") - 1
+    return i, j, np.diff(merged)
+
+
+def _concatenate(columns: list[Columns]) -> Columns:
+    if not columns:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    first, second, third = zip(*columns, strict=True)
+    return np.concatenate(first), np.concatenate(second), np.concatenate(third)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which rank sends how many elements of which tensor to which: one row each, columnar.
+
+    `tensor` (index into `names`), `source` and `target` (ranks), `count` (elements) have one entry a row.
+    One name may stand for several states, and may come several times. An element of tensor i takes
+    `read_size[i]` bytes in the source, `written_size[i]` in the target. `elements_read[i]` and
+    `elements_written[i]` are different elements: what is stored at several places counts once for each that
+    is read or written, however many rows it is in.
+
+    All byte figures are payload: elements of tensors that both wholes have. Padding, whether of dims or of
+    flat buffers, headers and client state are not in them.
+    """
+
+    names: tuple[str, ...]
+    sources: int
+    targets: int
+    tensor: NDArray[np.int32]
+    source: NDArray[np.int32]
+    target: NDArray[np.int32]
+    count: Int64
+    read_size: Int64
+    written_size: Int64
+    elements_read: Int64
+    elements_written: Int64
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: (tensor, source rank, target rank) that share elements."""
+        return len(self.count)
+
+    @cached_property
+    def read(self) -> int:
+        """Bytes read: each element once, from where it is taken (from all, where replicas are averaged)."""
+        return int(self.elements_read @ self.read_size)
+
+    @cached_property
+    def written(self) -> int:
+        """Bytes written: each element at every stage and holder of the target that has it."""
+        return int(self.elements_written @ self.written_size)
+
+    @cached_property
+    def sent(self) -> int:
+        """Bytes of all rows, in the source's dtypes: as `read`, but once for every rank that needs them."""
+        return int(self.count @ self.read_size[self.tensor])
+
+    @cached_property
+    def moved(self) -> int:
+        """Bytes that change rank: of `sent`, the rows whose source rank is not their target rank."""
+        away = self.source != self.target
+        return int(self.count[away] @ self.read_size[self.tensor[away]])
+
+    def matrix(self) -> Int64:
+        """(source ranks, target ranks): bytes from each to each, in the source's dtypes; the sum is `sent`."""
+        table = np.zeros((self.sources, self.targets), np.int64)
+        np.add.at(table, (self.source, self.target), self.count * self.read_size[self.tensor])
+        return table
+
+    def __repr__(self) -> str:
+        figures = f"reads {self.read:,}, writes {self.written:,}, moves {self.moved:,} bytes"
+        scale = f"{len(self.names):,} tensors, {self.sources:,} → {self.targets:,} ranks, {self.rows:,} rows"
+        return f"<Plan of {scale}: {figures}>"
+
+
+def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Plan:
+    """The plan for many tensors: (name, bytes an element read, bytes an element written, from, to) each.
+
+    The bytes are summed over the states that lie alike. All placements on one side have meshes of one size.
+    Raises ReshapeError, with the tensor's name, where a tensor's two placements do not fit.
+    """
+    names: list[str] = []
+    figures: list[tuple[int, int, int, int]] = []
+    parts: list[tuple[NDArray[np.int32], NDArray[np.int32], Int64]] = []
+    memo: _Memo = {}
+    sizes: dict[str, set[int]] = {"source": set(), "target": set()}
+    for name, read_size, written_size, a, b in tensors:
+        try:
+            source, target, count = _concatenate(list(_pairs(a, b, memo)))
+        except LayoutError as error:
+            raise ReshapeError(f"tensor {name!r}: {error}") from error
+        names.append(name)
+        figures.append(
+            (read_size, written_size, _elements_read(a, b.cut.shape), _elements_written(b, a.cut.shape))
+        )
+        parts.append((source.astype(np.int32), target.astype(np.int32), count))
+        sizes["source"].add(a.mesh.size)
+        sizes["target"].add(b.mesh.size)
+    for side, found in sizes.items():
+        if len(found) > 1:
+            raise ReshapeError(
+                f"the tensors' {side} meshes differ in size: {', '.join(map(str, sorted(found)))} ranks"
+            )
+    rows = [len(count) for _, _, count in parts]
+    table = np.array(figures, np.int64).reshape(-1, 4)
+    empty = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64))
+    first, second, third = zip(*(parts or [empty]), strict=True)
+    return Plan(
+        tuple(names),
+        max(sizes["source"], default=0),
+        max(sizes["target"], default=0),
+        np.repeat(np.arange(len(names), dtype=np.int32), rows),
+        np.concatenate(first),
+        np.concatenate(second),
+        np.concatenate(third),
+        table[:, 0],
+        table[:, 1],
+        table[:, 2],
+        table[:, 3],
+    )
+
+
+def _elements_read(a: Placement, other: tuple[int, ...]) -> int:
+    """A cut covers its whole, so without averaging each element that both wholes have is read once."""
+    if a.replicas != "mean":
+        return math.prod(min(n, m) for n, m in zip(a.cut.shape, other, strict=True))
+    return sum(_held(a.cut, at, other) for at in a.coordinates)
+
+
+def _elements_written(b: Placement, other: tuple[int, ...]) -> int:
+    return len(b.stages) * sum(_held(b.cut, at, other) for at in b.coordinates)
+
+
+@lru_cache(maxsize=1 << 16)
+def _held(cut: Cut, at: Coordinate, other: tuple[int, ...]) -> int:
+    """Elements of a shard that a whole of shape `other` has too."""
+    return math.prod(
+        dim.widths[part] if n >= dim.size else int((dim.positions(part) < n).sum())
+        for dim, part, n in zip(cut.dims, cut.per_dim(at), other, strict=True)
+    )

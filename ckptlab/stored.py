@@ -1,0 +1,149 @@
+"""A tensor that lies in a file: where, of which dtype and shape. No data until it is mapped.
+
+`Stored` is what every reader hands out and every writer takes, so that what travels between
+processes is a path and an offset. Data comes as read-only numpy views on files mapped whole.
+"""
+
+import math
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ckptlab.errors import CheckpointError, LayoutError, UnsafeFileError
+
+
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor of this shape."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file.
+
+    path: the file. offset: bytes from its start to the tensor's first element. dtype: numpy's, with
+    ml_dtypes for bfloat16 and fp8. shape: sizes by tensor dim. strides: in elements, none negative.
+    """
+
+    path: str
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., "Stored"], tuple[Any, ...]]:
+        return Stored, (self.path, self.offset, self.dtype, self.shape, self.strides)
+
+    def __setstate__(self, state: object) -> NoReturn:
+        # The one that dataclasses make sets fields: a hostile pickle could move a tensor that was checked.
+        raise UnsafeFileError("its pickle tries to change a tensor after it was made; do not use it")
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its elements, each counted once for every place it stands at."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie one after the other in row-major order."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return self.numel == 0
+            expected *= size
+        return True
+
+    def map(self) -> np.ndarray:
+        """The tensor as a read-only view on the mapped file, `shape` as declared, nothing copied.
+
+        Raises CheckpointError where the file has become too short for it since it was opened.
+        """
+        if self.numel == 0:
+            return _read_only(np.empty(self.shape, self.dtype))
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        whole = _mapped_files.get(self.path, self.offset + (last + 1) * self.dtype.itemsize)
+        strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
+        return np.ndarray(self.shape, self.dtype, buffer=whole, offset=self.offset, strides=strides)
+
+    @property
+    def flat(self) -> np.ndarray:
+        """Its elements in row-major order, 1-D and read-only: a view where it is contiguous, else a copy."""
+        if self.contiguous:
+            return self.reshape((self.numel,)).map()
+        return _read_only(self.map().reshape(-1))
+
+    def reshape(self, shape: tuple[int, ...]) -> "Stored":
+        """The same elements under another shape. Raises LayoutError where that needs a copy."""
+        if not self.contiguous:
+            raise LayoutError(
+                f"{self.path}: a tensor of shape {self.shape}, strides {self.strides}, is not contiguous and "
+                f"cannot be reshaped to {shape} without a copy; reshape what .map() gives"
+            )
+        if math.prod(shape) != self.numel:
+            raise LayoutError(f"{self.path}: shape {self.shape} has {self.numel} elements, {shape} has not")
+        return Stored(self.path, self.offset, self.dtype, shape, row_major_strides(shape))
+
+    def elements(self, start: int, count: int) -> "Stored":
+        """`count` elements from `start` on, of a contiguous tensor seen as one-dimensional; no data is read."""
+        if not self.contiguous or not 0 <= start <= start + count <= self.numel:
+            raise LayoutError(f"{self.path}: elements {start} to {start + count} of a tensor of shape {self.shape}, strides {self.strides}")
+        return Stored(self.path, self.offset + start * self.dtype.itemsize, self.dtype, (count,), (1,))
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+class _MappedFiles:
+    """The files mapped last, each mapped whole and once however many tensors are taken from it.
+
+    A file that has changed since (another size, time or inode) is mapped anew. Views keep their mapping
+    alive, so one that is dropped from here is unmapped only when the last of them is gone.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, tuple[tuple[int, ...], mmap.mmap]] = OrderedDict()
+
+    def get(self, path: str, needed: int) -> mmap.mmap:
+        """The whole of a file of at least `needed` bytes."""
+        with self._lock:
+            found = os.stat(path)
+            # Touching a mapped page past the end of its file kills the process: hence a look at the size.
+            if found.st_size < needed:
+                raise CheckpointError(
+                    f"{path} has {found.st_size} bytes, but a tensor in it ends at byte {needed}: the file "
+                    f"was cut or replaced since the checkpoint was opened; open that, or copy the file, again"
+                )
+            version = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            known = self._files.get(path)
+            if known is not None and known[0] == version:
+                self._files.move_to_end(path)
+                return known[1]
+            with open(path, "rb") as file:
+                whole = mmap.mmap(file.fileno(), found.st_size, access=mmap.ACCESS_READ)
+            self._files[path] = version, whole
+            self._files.move_to_end(path)
+            if len(self._files) > self._capacity:
+                self._files.popitem(last=False)
+            return whole
+
+
+_mapped_files = _MappedFiles(capacity=64)

@@ -1,0 +1,84 @@
+"""The ranks of a training job as processes of this machine: CPU, gloo, one thread each."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+# DeepSpeed and the thread pools read these when they are imported.
+os.environ |= {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+import torch.multiprocessing
+from torch.multiprocessing.spawn import ProcessException
+
+PATIENCE = timedelta(minutes=2)
+"""How long a rank waits for another one."""
+
+
+class RankError(Exception):
+    """A rank failed; the message is the last of what it printed."""
+
+
+def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Run `work(rank, *arguments)` in `world` processes that have joined one process group.
+
+    Processes are forked, so that DeepSpeed (some ten seconds) is imported only once.
+    Raises RankError when a rank fails; the others are then ended.
+    """
+    import deepspeed
+
+    # Else DeepSpeed compiles an all-reduce in shared memory, and each rank leaves 66 MiB in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with tempfile.TemporaryDirectory(prefix="foundry-") as scratch:
+        try:
+            torch.multiprocessing.start_processes(
+                _rank,
+                args=(work, world, Path(scratch), arguments),
+                nprocs=world,
+                daemon=True,
+                start_method="fork",
+            )
+        except ProcessException as error:
+            log = Path(scratch, f"rank{error.error_index}.log")
+            tail = log.read_text(errors="replace").splitlines()[-30:] if log.exists() else []
+            raise RankError(
+                "\n".join([f"rank {error.error_index} of {world} failed", *tail, str(error)])
+            ) from error
+
+
+def _rank(
+    rank: int, work: Callable[..., None], world: int, scratch: Path, arguments: tuple[Any, ...]
+) -> None:
+    with open(scratch / f"rank{rank}.log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_SIZE": str(world),
+    }
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.init_distributed(
+        "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=PATIENCE,
+        init_method=f"file://{scratch}/rendezvous",
+        rank=rank,
+        world_size=world,
+    )
+    work(rank, *arguments)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

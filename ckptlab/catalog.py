@@ -184,12 +184,12 @@ class Catalog:
         tensor = self.tensors[name]
         stages = self.holders(name, state)
         if (name, state) in self.pieces:
-            return Placement(tensor.cut, stages, {})
+            return Placement(tensor.cut, stages, replicas=tensor.layout.replicas)
         flats = {}
         for stage in stages:
             group, index = self._flat_index[name, stage]
             flats.update({(stage, tp): (flat, index) for tp, flat in enumerate(group.flats)})
-        return Placement(tensor.cut, stages, flats)
+        return Placement(tensor.cut, stages, flats, tensor.layout.replicas)
 
     def extents(self) -> Iterator[tuple[str, str, Stored]]:
         """(tensor, state, stored) of everything that is stored outside flat buffers, then the flat partitions."""

@@ -99,9 +99,12 @@ class Stored:
         return Stored(self.path, self.offset, self.dtype, shape, row_major_strides(shape))
 
     def elements(self, start: int, count: int) -> "Stored":
-        """`count` elements from `start` on, of a contiguous tensor seen as one-dimensional; no data is read."""
+        """`count` elements from `start` on in row-major order, of a contiguous tensor; no data is read."""
         if not self.contiguous or not 0 <= start <= start + count <= self.numel:
-            raise LayoutError(f"{self.path}: elements {start} to {start + count} of a tensor of shape {self.shape}, strides {self.strides}")
+            raise LayoutError(
+                f"{self.path}: elements {start} to {start + count} are not one piece of a tensor of shape "
+                f"{self.shape}, strides {self.strides}; slice what .flat gives"
+            )
         return Stored(self.path, self.offset + start * self.dtype.itemsize, self.dtype, (count,), (1,))
 
 

@@ -45,15 +45,17 @@ def resume(
 ) -> dict[str, Any]:
     """Resume `folder` as `case` (of data/, or a folder made by make.py) and return the report of resume.py.
 
-    `changes` are its options: tp, pp, dp, zero, dtype, steps. `status` in the report is "equal", "different"
-    (then `differences` says where) or "failed" (then `error` says why). After `limit` seconds all ranks are
-    ended and TimeoutError is raised.
+    `changes` are its options: tp, pp, dp, zero, dtype, zero_config, steps. `status` in the report is "equal",
+    "different" (then `differences` says where) or "failed" (then `error` says why). After `limit` seconds all
+    ranks are ended and TimeoutError is raised.
     """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.json")
         command = [sys.executable, DATA / "foundry" / "resume.py", folder, case, "--json", report]
         command += ["--universal"] if universal else []
-        command += [part for name, value in changes.items() for part in (f"--{name}", str(value))]
+        for name, value in changes.items():
+            option = "--" + name.replace("_", "-")
+            command += [option, json.dumps(value) if isinstance(value, dict) else value]
         output = _run(list(map(str, command)), limit)
         if not report.exists():
             raise RuntimeError(f"resume.py made no report:\n{output}")

@@ -3,9 +3,11 @@
 import argparse
 import collections
 import copy
+import copyreg
 import enum
 import io
 import pickle
+import pickletools
 import random
 import subprocess
 import sys
@@ -27,8 +29,8 @@ from ckptlab.formats.torchfile import Pending
 from ckptlab.stored import Stored, row_major_strides
 
 DTYPES = [
-    "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64",
-    "complex128", "float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64",
+    "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+    "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64",
 ]  # fmt: skip
 
 
@@ -86,12 +88,18 @@ def test_every_dtype_and_shape_reads_and_writes_bit_for_bit(tmp_path, dtype, sha
 
 def test_views_are_read_where_they_lie(tmp_path):
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    views = {"slice": base[1:3], "transposed": base.T, "stepped": base[::2, 1::2], "expanded": base[:1].expand(5, 6)}
+    views = {
+        "slice": base[1:3],
+        "transposed": base.T,
+        "stepped": base[::2, 1::2],
+        "expanded": base[:1].expand(5, 6),
+    }
     for name, stored in saved(tmp_path / "a.pt", views).items():
         assert np.array_equal(stored.map(), views[name].numpy()), name
         assert np.array_equal(stored.flat, views[name].numpy().reshape(-1)), name
         assert stored.contiguous == views[name].is_contiguous(), name
-        assert not stored.map().flags.writeable and not stored.flat.flags.writeable
+        assert not stored.map().flags.writeable
+        assert not stored.flat.flags.writeable
     torchfile.write(tmp_path / "b.pt", torchfile.read(tmp_path / "a.pt"))
     again = torch.load(tmp_path / "b.pt")
     assert all(torch.equal(again[name], views[name]) for name in views)
@@ -117,8 +125,6 @@ def test_parameters_and_tensors_with_attributes_read_as_tensors(tmp_path):
 
 
 def test_reading_opens_no_data(tmp_path):
-    with torch.serialization.skip_data():
-        torch.save({"w": torch.zeros(1 << 34, dtype=torch.uint8, device="meta").expand(2, -1)[0]}, tmp_path / "m.pt")
     holes = tmp_path / "holes.pt"
     with torch._subclasses.FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save({"w": torch.empty(1 << 34, dtype=torch.uint8)}, holes)
@@ -138,6 +144,9 @@ def test_stored_travels_and_is_small():
 def test_reshape_moves_nothing_and_refuses_what_would_copy(tmp_path):
     value = saved(tmp_path / "a.pt", {"w": torch.arange(6), "t": torch.arange(6).reshape(2, 3).T})
     assert value["w"].reshape((2, 3)).map().tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert value["w"].elements(2, 3).map().tolist() == [2, 3, 4]
+    with pytest.raises(LayoutError, match="elements 4 to 7"):
+        value["w"].elements(4, 3)
     with pytest.raises(LayoutError, match="6 elements"):
         value["w"].reshape((4,))
     with pytest.raises(LayoutError, match="not contiguous"):
@@ -209,10 +218,7 @@ class ListWithName(list):
 
 class OldStyle(int):
     def __reduce__(self):
-        return copy_reg_reconstructor, (OldStyle, int, int(self)), {"seen": True}
-
-
-copy_reg_reconstructor = __import__("copyreg")._reconstructor
+        return copyreg._reconstructor, (OldStyle, int, int(self)), self.__dict__
 
 
 def client_state() -> dict:
@@ -220,6 +226,8 @@ def client_state() -> dict:
     shared = [1, 2]
     named_list = ListWithName([1, 2])
     named_list.name = "x"
+    old = OldStyle(3)
+    old.seen = True
     state = {
         "args": argparse.Namespace(hidden_size=8, name="run", nested=argparse.Namespace(tp=2)),
         "enum": Colour.RED,
@@ -227,7 +235,7 @@ def client_state() -> dict:
         "inner": Outer.Plain(),
         "slots": Slots(),
         "list": named_list,
-        "old": OldStyle(3),
+        "old": old,
         "default": collections.defaultdict(list, {"a": [1], "b": shared}),
         "counter": collections.Counter("abca"),
         "deque": collections.deque([1, 2], maxlen=3),
@@ -283,12 +291,16 @@ def test_client_state_is_the_same_after_reading_and_writing(tmp_path):
     assert again["default"].default_factory is list
 
 
-def test_a_pickle_is_written_again_byte_for_byte():
+def test_objects_are_made_by_the_opcodes_that_made_them():
+    def opcodes(data: bytes) -> list[tuple[str, object]]:
+        kept = {"GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "APPENDS", "SETITEMS"}
+        return [(opcode.name, value) for opcode, value, _ in pickletools.genops(data) if opcode.name in kept]
+
     state = client_state()
     for of_torch in ("tensor", "state dict", "dtype", "device", "size"):
         del state[of_torch]
     original = pickle.dumps(state, protocol=2)
-    assert pickles.dumps(pickles.loads(original, "x")) == original
+    assert opcodes(pickles.dumps(pickles.loads(original, "x"))) == opcodes(original)
 
 
 def test_what_was_read_is_equal_to_what_is_read_of_the_copy(tmp_path):
@@ -314,31 +326,39 @@ def test_a_class_that_is_gone_reads_and_comes_back(tmp_path, monkeypatch):
     torch.save({"config": config}, tmp_path / "a.pt")
     monkeypatch.delitem(sys.modules, "gone_project")
     value = torchfile.read(tmp_path / "a.pt")
-    assert (value["config"].module, value["config"].name, value["config"].depth) == ("gone_project", "Config", 3)
+    assert (value["config"].module, value["config"].name, value["config"].depth) == (
+        "gone_project",
+        "Config",
+        3,
+    )
     assert value["config"].me is value["config"]
     torchfile.write(tmp_path / "b.pt", value)
     monkeypatch.setitem(sys.modules, "gone_project", module)
     again = torch.load(tmp_path / "b.pt", weights_only=False)["config"]
     assert type(again) is module.Config
-    assert again.depth == 3 and again.me is again
+    assert again.depth == 3
+    assert again.me is again
 
 
 def test_new_and_call_are_kept_apart(tmp_path):
     value = saved(tmp_path / "a.pt", client_state())
-    assert value["args"].new and not value["enum"].new
+    assert value["args"].new
+    assert not value["enum"].new
     assert value["enum"].args == ("red",)
     assert value["default"].items == [("a", [1]), ("b", [1, 2])]
     assert value["list"].elements == [1, 2]
     assert value["slots"].attributes == {"a": 1, "b": [2]}
     assert value["dtype"] == named("torch", "bfloat16")
-    assert value["size"] == (2, 3) and type(value["size"]) is Size
+    assert value["size"] == (2, 3)
+    assert type(value["size"]) is Size
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_keyword_arguments_of_new_are_kept(protocol):
     data = pickle.dumps(KeywordMade(depth=4), protocol)
     again = pickle.loads(pickles.dumps(pickles.loads(data, "x")))
-    assert type(again) is KeywordMade and again.depth == 4
+    assert type(again) is KeywordMade
+    assert again.depth == 4
 
 
 def test_recursive_structures_keep_their_shape():
@@ -348,7 +368,8 @@ def test_recursive_structures_keep_their_shape():
     box.friends = [box, ring]
     again = pickle.loads(pickles.dumps(pickles.loads(pickle.dumps((ring, box), 2), "x")))
     assert again[0][1]["ring"] is again[0]
-    assert again[1].friends[0] is again[1] and again[1].friends[1] is again[0]
+    assert again[1].friends[0] is again[1]
+    assert again[1].friends[1] is again[0]
 
 
 def test_an_object_inside_its_own_arguments_is_written_once():
@@ -362,7 +383,9 @@ def test_an_object_inside_its_own_arguments_is_written_once():
 
 def test_placeholders_read_like_the_objects_they_stand_for(tmp_path):
     args = saved(tmp_path / "a.pt", {"args": argparse.Namespace(tp=2, name="run", _secret=1)})["args"]
-    assert args.tp == 2 and args.attributes["name"] == "run" and args.attributes["_secret"] == 1
+    assert args.tp == 2
+    assert args.attributes["name"] == "run"
+    assert args.attributes["_secret"] == 1
     for absent in ("dp", "_secret", "__array_interface__"):
         with pytest.raises(AttributeError, match="Namespace"):
             getattr(args, absent)
@@ -385,7 +408,8 @@ def test_placeholders_can_be_made_to_be_written(tmp_path):
     assert again["args"] == argparse.Namespace(tp=2)
     assert again["stage"] is Colour.RED
     assert again["dtype"] is torch.bfloat16
-    assert again["shape"] == torch.Size([2, 3]) and type(again["shape"]) is torch.Size
+    assert again["shape"] == torch.Size([2, 3])
+    assert type(again["shape"]) is torch.Size
 
 
 @pytest.mark.parametrize("obj", [Colour.RED, np.float32(1), io.BytesIO, print, torch.zeros(1), object()])
@@ -504,9 +528,11 @@ def test_records_beyond_four_gigabytes(tmp_path):
     with Sparse(path, "w+") as file:
         torchfile.write(file, {"big": Pending(hole.dtype, (numel,), chunks), "after": np.arange(3)})
     value = torchfile.read(path)
-    assert value["big"].nbytes == numel and value["after"].map().tolist() == [0, 1, 2]
+    assert value["big"].nbytes == numel
+    assert value["after"].map().tolist() == [0, 1, 2]
     again = torch.load(path, mmap=True)
-    assert again["big"].shape == (numel,) and again["after"].tolist() == [0, 1, 2]
+    assert again["big"].shape == (numel,)
+    assert again["after"].tolist() == [0, 1, 2]
 
 
 def test_neither_torch_nor_the_classes_are_imported(tmp_path):

@@ -22,11 +22,16 @@ from ckptlab.layout import Cut, overlap
 CHUNK = 1 << 23  # elements that `chunks` holds at a time
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """What was really read: bytes by the (pp, tp, dp) that stored them."""
+    """What was really read: bytes by ((pp, dp, tp) that stored them, rank they are for)."""
 
-    read: Counter = field(default_factory=Counter)
+    read: Counter[tuple[tuple[int, int, int], int]] = field(default_factory=Counter)
+    target: int = 0
+
+    def towards(self, rank: int) -> Tally:
+        """The same tally, for what another rank of the target needs."""
+        return Tally(self.read, rank)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Gather:
         self.dtype = self.stored_dtype if dtype is None else np.dtype(dtype)
         averaged = tensor.layout.replicas == "mean" and not self.cut.axes and replica is None
         self.replicas = tuple(range(catalog.mesh.tp)) if averaged else (replica or 0,)
+        self._known_pieces: dict[int, list[_Piece]] = {}
 
     def box(self, cut: Cut, at: tuple[int, ...], starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
         """The box of the shard `at` of `cut`: an array of shape `sizes`. What the source does not hold (padding) is 0."""
@@ -113,13 +119,9 @@ class Gather:
                 yield view.astype(self.dtype, copy=False)
 
     def _same_shard(self, cut: Cut, at: tuple[int, ...]) -> bool:
-        if len(self.replicas) > 1 or cut.axes != self.cut.axes or cut.shape != self.cut.shape:
+        if len(self.replicas) > 1 or cut.axes != self.cut.axes:
             return False
-        if not cut.axes:
-            return True
-        return all(at in self._coordinates for _ in (0,)) and all(
-            np.array_equal(a, b) for a, b in zip(cut.rows(at), self.cut.rows(at), strict=True)
-        )
+        return cut.dims == self.cut.dims
 
     @cached_property
     def _coordinates(self) -> dict[tuple[int, ...], int]:
@@ -171,6 +173,11 @@ class Gather:
 
     def _pieces(self, tp: int) -> list[_Piece]:
         """The source shard of a tp rank as boxes, each within one fragment."""
+        if tp not in self._known_pieces:
+            self._known_pieces[tp] = self._find_pieces(tp)
+        return self._known_pieces[tp]
+
+    def _find_pieces(self, tp: int) -> list[_Piece]:
         shape = self.cut.shard_shape(self.cut.coordinate({"tp": tp}))
         fragments = self._fragments(tp)
         if len(fragments) == 1 and fragments[0].count == math.prod(shape):
@@ -191,4 +198,4 @@ class Gather:
 
     def _count(self, tp: int, dp: int, nbytes: int) -> None:
         if self.tally is not None:
-            self.tally.read[self.stage, tp, dp] += nbytes
+            self.tally.read[(self.stage, dp, tp), self.tally.target] += nbytes

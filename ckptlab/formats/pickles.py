@@ -11,7 +11,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any, BinaryIO, ClassVar
 
 from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError
@@ -229,6 +229,8 @@ class Pickler(_PythonPickler):
                 f"(ckptlab.formats.pickles.foreign, named) go into a checkpoint file"
             )
         super().save_global(obj, name)
+
+    dispatch[FunctionType] = save_global
 
 
 def dumps(obj: Any, pickler: Callable[[BinaryIO], Pickler] = Pickler) -> bytes:

@@ -64,16 +64,13 @@ class RecordReader:
             raise CheckpointError(
                 f"{self.path} has no record {name!r}: it is incomplete, or no file of torch.save"
             )
-        header = (
-            os.pread(self._file.fileno(), _LOCAL_HEADER.size, info.header_offset)
-            if info.header_offset >= 0
-            else b""
-        )
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
+        encoded = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        header = self._at(info.header_offset, _LOCAL_HEADER.size + len(encoded))
+        if not header.startswith(b"PK\3\4") or header[_LOCAL_HEADER.size :] != encoded:
             raise UnsafeFileError(
-                f"{self.path}: record {name!r} is said to lie where none does; get the file again"
+                f"{self.path}: record {name!r} is not where it is said to lie; get the file again"
             )
-        method, name_length, extra_length = (_LOCAL_HEADER.unpack(header)[field] for field in (3, 9, 10))
+        method, name_length, extra_length = (_LOCAL_HEADER.unpack_from(header)[field] for field in (3, 9, 10))
         if info.compress_type or method or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise UnsafeFileError(
                 f"{self.path}: record {name!r} is compressed or encrypted, which torch.save never does; "
@@ -90,7 +87,10 @@ class RecordReader:
     def bytes_of(self, name: str) -> bytes:
         """The data of a (small) record."""
         offset, size = self.extent(name)
-        return os.pread(self._file.fileno(), size, offset)
+        return self._at(offset, size)
+
+    def _at(self, offset: int, size: int) -> bytes:
+        return os.pread(self._file.fileno(), size, offset) if offset >= 0 else b""
 
 
 def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:

@@ -33,7 +33,7 @@ from ckptlab.formats.deepspeed.read import (
     whole,
 )
 from ckptlab.formats.deepspeed.target import engine_dtype
-from ckptlab.formats.deepspeed.write import NativeWriter
+from ckptlab.formats.deepspeed.write import NativeWriter, torch_job
 from ckptlab.formats.pickles import foreign
 from ckptlab.formats.torchfile import Pending
 from ckptlab.layout import Cut, cut_dim, equal_parts, sub_parameters
@@ -250,23 +250,23 @@ def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[F
     flat = target.native.wrapper is Wrapper.ZERO3
     for group in target.groups:
         if "step" in group.scalars and not flat:
-            made += [_job(f"{FOLDER}/{n}/step.pt", partial(lambda v: v, group.scalars["step"]), 0) for n in group.tensors]
+            made += [torch_job(f"{FOLDER}/{n}/step.pt", partial(_same, group.scalars["step"])) for n in group.tensors]
     for tensor in source.tensors.values():
         if not flat and MODULE in tensor.states and not source.native.is_pipeline:
             names_ = tensor.aliases if tensor.kind == "parameter" else (tensor.name, *tensor.aliases)
             made += [_whole_module(source, tensor, n, tally) for n in names_]
-    made.append(_job(f"{FOLDER}/{OPTIMIZER}", partial(_common, writer), 0))
+    made.append(torch_job(f"{FOLDER}/{OPTIMIZER}", partial(_common, writer)))
     for p in range(target.mesh.pp):
         for t in range(target.mesh.tp):
             for d in range(target.mesh.dp if flat else 1):
                 mp = p * target.mesh.tp + t
                 name = names.zero3_model(d, mp) if flat else names.model(mp)
-                made.append(_job(name, partial(writer.model_file, p, t, d), 0))
+                made.append(torch_job(name, partial(writer.model_file, p, t, d)))
     return made
 
 
-def _job(name: str, build: Any, nbytes: int) -> FileJob:
-    return FileJob(name, lambda path: torchfile.write(path, build()), nbytes)
+def _same(value: Any) -> Any:
+    return value
 
 
 def _written(tensor: Tensor) -> list[str]:
@@ -279,21 +279,24 @@ def _state_job(source: Catalog, target: Catalog, tensor: Tensor, state: str, tal
     shape = (tensor.numel,) if flat else tensor.shape
     leaf = _leaf(source, tensor, state, dtype, shape, tally)
     build = (lambda: leaf) if flat else (lambda: {**loader_keys(source, tensor), "param": leaf})
-    return _job(f"{FOLDER}/{tensor.name}/{state}.pt", build, tensor.numel * dtype.itemsize)
+    return torch_job(f"{FOLDER}/{tensor.name}/{state}.pt", build)
 
 
 def _whole_module(source: Catalog, tensor: Tensor, name: str, tally: Tally | None) -> FileJob:
     """What DeepSpeed's converter writes of tensors that the optimizer does not know, and of aliases: fp32 alone."""
     state = MASTER if MASTER in tensor.states else MODULE
     leaf = _leaf(source, tensor, state, np.dtype(np.float32), tensor.shape, tally)
-    return _job(f"{FOLDER}/{name}/{MASTER}.pt", lambda: {"param": leaf}, tensor.numel * 4)
+    return torch_job(f"{FOLDER}/{name}/{MASTER}.pt", lambda: {"param": leaf})
 
 
 def _leaf(
     source: Catalog, tensor: Tensor, state: str, dtype: np.dtype, shape: tuple[int, ...], tally: Tally | None
 ) -> Pending:
-    gather = Gather(source, tensor.name, state, dtype=dtype, tally=tally)
-    return Pending(dtype, shape, lambda: gather.chunks(Cut.whole(tensor.shape), (), 0, tensor.numel))
+    return Pending(
+        dtype,
+        shape,
+        lambda: Gather(source, tensor.name, state, dtype=dtype, tally=tally).chunks(Cut.whole(tensor.shape), (), 0, tensor.numel),
+    )
 
 
 def loader_keys(source: Catalog, tensor: Tensor) -> dict[str, Any]:

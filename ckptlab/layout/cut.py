@@ -194,12 +194,17 @@ def overlap(a: Cut, at_a: Coordinate, b: Cut, at_b: Coordinate, *, owned: bool =
     lower coordinate of `a` also holds (per dim, lexicographic on its axes): over all coordinates of `a`,
     each element of b's shard is then given once. Cached.
     """
-    if a.logical != b.logical:
-        raise LayoutError(f"the cuts are of different tensors: shapes {a.logical} and {b.logical}")
+    check_same_tensor(a, b)
     return tuple(
         dim_overlap(dim_a, part_a, dim_b, part_b, owned)
         for dim_a, part_a, dim_b, part_b in zip(a.dims, a.per_dim(at_a), b.dims, b.per_dim(at_b), strict=True)
     )
+
+
+def check_same_tensor(a: Cut, b: Cut) -> None:
+    """Raises LayoutError unless two cuts have the same true shape."""
+    if a.logical != b.logical:
+        raise LayoutError(f"the cuts are of different tensors: shapes {a.logical} and {b.logical}")
 
 
 @lru_cache(maxsize=1 << 16)

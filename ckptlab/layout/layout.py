@@ -85,6 +85,9 @@ class Layout:
             unknown = [name for name, _ in getattr(self, what) if name not in known]
             if unknown:
                 raise LayoutError(f"{what} names {unknown[0]!r}, which does not stand in {self.text!r}")
+        lengths = [n for _, given in self.sizes for n in (given if isinstance(given, tuple) else (given,))]
+        if any(n < 0 for n in (*lengths, *dict(self.totals).values())):
+            raise LayoutError(f"lengths are from 0: sizes {dict(self.sizes)}, totals {dict(self.totals)}")
         if any(unit < 1 for _, unit in self.units):
             raise LayoutError(f"a unit is at least 1, not {dict(self.units)} in {self.text!r}")
         if len(self.dims) != len(tree) or len(set(self.dims)) != len(tree):

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.layout.cut import Coordinate, Cut, dim_overlap
+from ckptlab.layout.cut import Coordinate, Cut, check_same_tensor, dim_overlap
 from ckptlab.layout.rows import Rows, intervals
 
 Int64 = NDArray[np.int64]
@@ -73,8 +73,7 @@ class Pieces:
 class Side:
     """A box as one shard sees it, level by level; dims that are whole are part of the one before.
 
-    A level is (elements of the shard an index stands for, indices that are in the box, elements of the box that each
-    of them holds).
+    A level is (elements of the shard at an index, indices in the box, elements of the box at an index).
     """
 
     levels: tuple[tuple[int, Run | Pieces, int], ...]
@@ -106,6 +105,7 @@ class Box:
 @lru_cache(maxsize=4096)
 def shared_boxes(a: Cut, b: Cut, owned: bool) -> tuple[tuple[Coordinate, Coordinate, tuple[Box, ...]], ...]:
     """All pairs of coordinates whose shards share anything, with the boxes; `owned` as in `overlap`."""
+    check_same_tensor(a, b)
     per_dim = [
         [
             (at_a, at_b, rows)

@@ -245,7 +245,7 @@ class Plan:
         return int(self.count[away] @ self.read_size[self.tensor[away]])
 
     def matrix(self) -> Int64:
-        """(source ranks, target ranks): bytes from each to each, in the source's dtypes; the sum is `sent`."""
+        """(source ranks, target ranks): bytes from each to each, as in `sent`, their sum."""
         table = np.zeros((self.sources, self.targets), np.int64)
         np.add.at(table, (self.source, self.target), self.count * self.read_size[self.tensor])
         return table

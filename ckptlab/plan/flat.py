@@ -39,7 +39,7 @@ class FlatBuffer:
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.counts) == len(self.starts):
             raise CheckpointError(
-                f"{len(self.names)} tensors, {len(self.counts)} counts and {len(self.starts)} starts in a flat buffer"
+                f"flat buffer: {len(self.names)} names, {len(self.counts)} counts, {len(self.starts)} starts"
             )
         if self.partition is not None and self.used > self.total:
             raise CheckpointError(
@@ -170,7 +170,7 @@ class FlatBuffer:
 
     def __repr__(self) -> str:
         cut = "each tensor by itself" if self.partition is None else f"every {self.partition}"
-        return f"<FlatBuffer of {len(self.names)} tensors, {sum(self.counts)} elements, dp({self.dp}) cuts {cut}>"
+        return f"<FlatBuffer of {len(self.names)} tensors, {sum(self.counts)} elements, {cut}, dp({self.dp})>"
 
 
 @lru_cache(maxsize=1024)

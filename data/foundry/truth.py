@@ -54,12 +54,13 @@ def gather(run: Run) -> Truth:
     for stage in range(run.case.pp):
         for key in held[stage, 0]:
             tensor, equal = _over_tp(key, [held[stage, tp][key] for tp in range(run.case.tp)], run.case)
-            if not equal or not same_bits(truth.tensors.setdefault(key, tensor), tensor):
+            first = truth.tensors.setdefault(key, tensor)
+            if not equal or not same_bits(first, tensor):
                 truth.copies_differ.append(key)
-    for _, _, theirs in every:
-        for name, setting in theirs.items():
-            if truth.settings.setdefault(name, setting) != setting:
-                truth.settings[name] += " here, elsewhere " + setting
+    names = dict.fromkeys(name for _, _, theirs in every for name in theirs)
+    for name in names:
+        on_ranks = {theirs[name] for _, _, theirs in every if name in theirs}
+        truth.settings[name] = " or, on other ranks, ".join(sorted(on_ranks))
     return truth
 
 

@@ -35,6 +35,23 @@ def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[F
     return list(NativeWriter(source, target, tally).jobs())
 
 
+def torch_job(name: str, build: Callable[[], Any]) -> FileJob:
+    """A `.pt` file whose content `build` makes when it is written."""
+    return FileJob(name, lambda path: torchfile.write(path, build()), _pending_bytes(build(), set()))
+
+
+def _pending_bytes(content: Any, seen: set[int]) -> int:
+    """Bytes of the tensors that are drawn from the source, each once."""
+    if isinstance(content, Pending):
+        if id(content) in seen:
+            return 0
+        seen.add(id(content))
+        return math.prod(content.shape) * content.dtype.itemsize
+    if isinstance(content, Mapping):
+        return sum(_pending_bytes(v, seen) for v in content.values())
+    return sum(_pending_bytes(v, seen) for v in content) if isinstance(content, list) else 0
+
+
 class NativeWriter:
     """The files of one native checkpoint."""
 
@@ -54,44 +71,37 @@ class NativeWriter:
                 mp = p * mesh.tp + t
                 for d in range(mesh.dp if zero3 else 1):
                     name = names.zero3_model(d, mp) if zero3 else names.model(mp)
-                    yield self._job(name, partial(self.model_file, p, t, d), self._model_bytes(t))
+                    yield torch_job(name, partial(self.model_file, p, t, d))
                 for d in range(mesh.dp):
-                    name = names.optim(d, mp, self.prefix)
-                    yield self._job(name, partial(self.optim_file, p, t, d), self._optim_bytes(p, t, d))
+                    yield torch_job(names.optim(d, mp, self.prefix), partial(self.optim_file, p, t, d))
         axis = self.folder.layer_axis or mesh.tp > 1
         for layer, prefix in self.source.native.module.layer_keys.items():
             for t in range(mesh.tp):
-                name = names.layer(layer, t if axis else None)
-                yield self._job(name, partial(self.layer_file, prefix, t), self._module_bytes(prefix, t))
-
-    @staticmethod
-    def _job(name: str, build: Callable[[], Any], nbytes: int) -> FileJob:
-        return FileJob(name, lambda path: torchfile.write(path, build()), nbytes)
-
-    def _model_bytes(self, t: int) -> int:
-        return 0 if self.source.native.is_pipeline else self._module_bytes("", t)
-
-    def _module_bytes(self, prefix: str, t: int) -> int:
-        held = [self.target.tensors[n] for n, s in self.target.pieces if s == MODULE and n.startswith(prefix)]
-        return sum(math.prod(self._shape(x, t)) * x.states[MODULE].itemsize for x in held)
-
-    def _optim_bytes(self, p: int, t: int, d: int) -> int:
-        return sum(g.flats[t].size(d) * dtype.itemsize for g in self.groups_on(p) for dtype in g.dtypes.values())
+                yield torch_job(names.layer(layer, t if axis else None), partial(self.layer_file, layer, prefix, t))
 
     # ---------------------------------------------------------------- tensors
 
     def coordinate(self, tensor: Tensor, tp: int) -> tuple[int, ...]:
         return tensor.cut.coordinate({"tp": tp})
 
-    def module_weight(self, name: str, tp: int) -> Pending:
+    def module_weight(self, name: str, tp: int, rank: int) -> Pending:
         """A tensor's module weight on a tp rank: as it was stored, or the master rounded to the target's dtype."""
         tensor = self.target.tensors[name]
         dtype = tensor.states[MODULE]
         state = MODULE if self.source[name].states.get(MODULE) == dtype or MASTER not in tensor.states else MASTER
         at = self.coordinate(tensor, tp)
         shape = tensor.cut.shard_shape(at)
-        gather = Gather(self.source, name, state, dtype=dtype, tally=self.tally, replica=self._replica(tensor, tp))
-        return Pending(dtype, shape, lambda: gather.chunks(tensor.cut, at, 0, math.prod(shape)))
+        replica = self._replica(tensor, tp)
+        return Pending(
+            dtype,
+            shape,
+            lambda: self.gather(name, state, dtype, rank, replica).chunks(tensor.cut, at, 0, math.prod(shape)),
+        )
+
+    def gather(self, name: str, state: str, dtype: np.dtype, rank: int, replica: int | None = None) -> Gather:
+        """Reads a tensor of the source for a rank of the target."""
+        tally = self.tally and self.tally.towards(rank)
+        return Gather(self.source, name, state, dtype=dtype, tally=tally, replica=replica)
 
     def _replica(self, tensor: Tensor, tp: int) -> int | None:
         """Buffers may differ between tp ranks: at an unchanged tp each rank keeps its own."""
@@ -109,7 +119,7 @@ class NativeWriter:
             if where > done:
                 yield np.zeros(int(where) - done, dtype)
             tensor = self.target.tensors[group.names[index]]
-            gather = Gather(self.source, tensor.name, state, dtype=dtype, tally=self.tally)
+            gather = self.gather(tensor.name, state, dtype, self.mesh.rank(pp=group.stage, dp=dp, tp=tp))
             yield from gather.chunks(tensor.cut, self.coordinate(tensor, tp), int(start), int(start + length))
             done = int(where + length)
         if count > done:
@@ -126,21 +136,22 @@ class NativeWriter:
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
         model = {k: copy.copy(v) for k, v in template.items()}
         first = (p, t, d) == (0, 0, 0)
+        rank = mesh.rank(pp=p, dp=d, tp=t)
         frozen = [x for x in self.target.tensors.values() if x.kind == "frozen"] if not self.source.native.is_pipeline else []
         stage = self.target.zero_stage or 0
         model.update(
-            module=None if self.source.native.is_pipeline else self.module(template, t),
+            module=None if self.source.native.is_pipeline else self.module(template, t, rank),
             optimizer=None,
             param_shapes=[self._shapes(g, t) for g in self.groups_on(p)],
             frozen_param_shapes=OrderedDict((x.name, self._shape(x, t)) for x in frozen) if stage > 1 else None,
-            frozen_param_fragments=OrderedDict((x.name, self._frozen(x, t, d)) for x in frozen) if stage > 1 else None,
+            frozen_param_fragments=OrderedDict((x.name, self._frozen(x, t, d, rank)) for x in frozen) if stage > 1 else None,
             shared_params={a: x.name for x in self.target.tensors.values() for a in x.aliases} if first else {},
             dp_world_size=mesh.dp,
             mp_world_size=mesh.pp * mesh.tp,
             checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
             ds_config=self.config,
         )
-        return info.adapt_client(model, self.source.native.info, self.target, mesh.rank(pp=p, dp=d, tp=t))
+        return info.adapt_client(model, self.source.native.info, self.target, rank)
 
     def _shape(self, tensor: Tensor, tp: int) -> Size:
         return Size(tensor.cut.shard_shape(self.coordinate(tensor, tp)))
@@ -148,7 +159,7 @@ class NativeWriter:
     def _shapes(self, group: FlatGroup, tp: int) -> OrderedDict[str, Size]:
         return OrderedDict((n, self._shape(self.target.tensors[n], tp)) for n in group.names)
 
-    def module(self, template: Mapping[str, Any], tp: int) -> OrderedDict[str, Any]:
+    def module(self, template: Mapping[str, Any], tp: int, rank: int) -> OrderedDict[str, Any]:
         """The model's state dict; at ZeRO-3 everything but buffers is an empty placeholder."""
         zero3 = self.native.wrapper is Wrapper.ZERO3
         leaves: dict[str, Any] = {}
@@ -160,13 +171,13 @@ class NativeWriter:
             if zero3 and tensor.kind != "buffer":
                 leaves[key] = np.empty(0, tensor.states[MODULE])
             else:
-                leaves[key] = leaves.get(tensor.name) or self.module_weight(tensor.name, tp)
+                leaves[key] = leaves.get(tensor.name) or self.module_weight(tensor.name, tp, rank)
         return OrderedDict(leaves)
 
-    def _frozen(self, tensor: Tensor, tp: int, dp: int) -> Pending:
+    def _frozen(self, tensor: Tensor, tp: int, dp: int, rank: int) -> Pending:
         """A frozen tensor as the model file repeats it: whole at stage 2, cut like a parameter at ZeRO-3."""
         if self.native.wrapper is not Wrapper.ZERO3:
-            return self.module_weight(tensor.name, tp)
+            return self.module_weight(tensor.name, tp, rank)
         at = self.coordinate(tensor, tp)
         numel = math.prod(tensor.cut.shard_shape(at))
         part = -(-numel // self.mesh.dp)
@@ -174,16 +185,16 @@ class NativeWriter:
         dtype = tensor.states[MODULE]
 
         def chunks() -> Iterator[np.ndarray]:
-            yield from Gather(self.source, tensor.name, MODULE, dtype=dtype, tally=self.tally).chunks(tensor.cut, at, lo, hi)
+            yield from self.gather(tensor.name, MODULE, dtype, rank).chunks(tensor.cut, at, lo, hi)
             yield np.zeros(part - (hi - lo), dtype)
 
         return Pending(dtype, (part,), chunks)
 
-    def layer_file(self, prefix: str, tp: int) -> OrderedDict[str, Any]:
+    def layer_file(self, layer: int, prefix: str, tp: int) -> OrderedDict[str, Any]:
         """The tensors of one layer, under their names within it."""
-        return OrderedDict(
-            (name.removeprefix(prefix), self.module_weight(name, tp)) for name in self.target.tensors if name.startswith(prefix)
-        )
+        rank = self.mesh.rank(pp=self.native.layer_stages[layer], dp=0, tp=tp)
+        held = [name for name in self.target.tensors if name.startswith(prefix)]
+        return OrderedDict((name.removeprefix(prefix), self.module_weight(name, tp, rank)) for name in held)
 
     # ---------------------------------------------------------------- optimizer files
 

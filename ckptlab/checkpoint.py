@@ -1,0 +1,351 @@
+"""What a user holds: a checkpoint, its views, and its reshape to another mesh."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ckptlab import convert, strategy
+from ckptlab.arrays import Tally
+from ckptlab.catalog import MASTER, MODULE, Catalog, Notice, Tensor
+from ckptlab.errors import CheckpointError, ReshapeError
+from ckptlab.formats import FORMATS, read
+from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
+from ckptlab.layout import Layout
+from ckptlab.mesh import Mesh
+from ckptlab.plan import Plan, compose
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+SHARD_BYTES = 5_000_000_000  # safetensors files are cut at this size, as Hugging Face's are
+
+
+def open(  # noqa: A001 - `ckptlab.open` is the name that users expect
+    path: str | os.PathLike[str], strategy: strategy.Strategy | Mapping[str, str | Layout] | str | None = None
+) -> Checkpoint:
+    """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
+
+    path: a step folder, the folder that holds `latest`, a universal folder, a folder or file of safetensors, or a folder with
+    exactly one of these somewhere below. strategy: layouts where the checkpoint does not tell them, or instead of what it
+    tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a Strategy.
+
+    Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could execute
+    something, UnsupportedError for a kind that ckptlab does not read yet.
+    """
+    return Checkpoint(read(path, _strategy(strategy)))
+
+
+def _strategy(given: Any) -> strategy.Strategy | None:
+    return strategy.resolve(given)
+
+
+class Checkpoint:
+    """A checkpoint opened by `ckptlab.open`. Nothing is read until a view's values are asked for."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+
+    @property
+    def path(self) -> str:
+        """The folder that was opened."""
+        return self.catalog.path
+
+    @property
+    def format(self) -> str:
+        """ "deepspeed", "universal" or "safetensors"."""
+        return self.catalog.format
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh whose ranks wrote it (1 · 1 · 1 where tensors are stored whole)."""
+        return self.catalog.mesh
+
+    @property
+    def zero_stage(self) -> int | None:
+        return self.catalog.zero_stage
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor by name: shape, layout, kind, states."""
+        return self.catalog.tensors
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Every state that some tensor has, the master weight first."""
+        return self.catalog.states
+
+    @property
+    def notices(self) -> tuple[Notice, ...]:
+        """What the user must hear about this checkpoint."""
+        return self.catalog.notices
+
+    @property
+    def client_state(self) -> Mapping[str, Any]:
+        """What the training program put into the checkpoint; objects of classes that are not imported are placeholders."""
+        return self.catalog.client
+
+    @cached_property
+    def iteration(self) -> int | None:
+        """The training step, where the checkpoint tells."""
+        native = self.catalog.native
+        step = self.client_state.get("iteration", native.model.get("global_steps") if native else None)
+        return int(step) if isinstance(step, int) else None
+
+    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+        """Whole tensors, lazily.
+
+        stack=True: a DataTree with one node a tensor, same-shaped layers stacked along `layer` (with the `pp` stage as a
+        coordinate), states as variables. stack=False: a Mapping from the model's own names to DataArrays of that state,
+        or to Datasets if no state is named. Vocabulary padding is cut off. CheckpointError for an unknown state.
+        """
+        from ckptlab import views
+
+        return views.full(self.catalog, self._states(state)) if stack else views.full_by_name(self.catalog, self._state(state))
+
+    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+        """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim before the tensor's own, a `pp` dim
+        where several stages hold copies. As `full` otherwise."""
+        return _shards(self.catalog, self.catalog, self._states(state), self._state(state) if not stack else None, stack)
+
+    def buffers(self) -> xr.DataTree:
+        """The optimizer's flat buffers as the files hold them: /pp0/group0 with dims (tp, dp, flat) and true lengths beside."""
+        from ckptlab import views
+
+        return views.buffers(self.catalog, self.catalog)
+
+    def _states(self, state: str | Sequence[str] | None) -> tuple[str, ...] | None:
+        if state is None:
+            return None
+        wanted = (state,) if isinstance(state, str) else tuple(state)
+        unknown = [s for s in wanted if s not in self.states]
+        if unknown:
+            raise CheckpointError(f"{self.path}: no state {unknown[0]!r}: there are {', '.join(self.states)}")
+        return wanted
+
+    def _state(self, state: str | Sequence[str] | None) -> str | None:
+        wanted = self._states(state)
+        if wanted is not None and len(wanted) > 1:
+            raise CheckpointError(f"by name, one state at a time (or none, for all): {wanted}")
+        return wanted[0] if wanted else None
+
+    def reshape(self, mesh: Mesh | None = None, **options: Any) -> Reshape:
+        """The same checkpoint on another mesh: nothing is read yet.
+
+        mesh: axes that are not named become 1; None keeps the run's. options: see TargetOptions (zero_stage, dtype, pipeline,
+        padded_vocab, heads, …) and `strategy`. ReshapeError, with the reasons and the nearest meshes that work, if it
+        cannot be.
+        """
+        return Reshape.of(self.catalog, mesh, **options)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.catalog[name]
+
+    def __repr__(self) -> str:
+        from ckptlab.describe import summary_text
+
+        return summary_text(self)
+
+    def _repr_html_(self) -> str:
+        from ckptlab.describe import summary_html
+
+        return summary_html(self)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a reshape costs, in bytes of tensor data; headers are not counted.
+
+    read: drawn from the source, for every rank that needs it. written: into the target, padding included. moved: of what is
+    read, what a rank of the target needs and another rank of the source has. largest_tensor: the biggest whole state.
+    """
+
+    read: int
+    written: int
+    moved: int
+    largest_tensor: int
+
+
+class Reshape:
+    """A checkpoint on another mesh, worked out from headers: check it, cost it, look at its views, save it."""
+
+    def __init__(self, source: Catalog, target: Catalog, options: Any) -> None:
+        self.source, self.target, self.options = source, target, options
+
+    @staticmethod
+    def of(source: Catalog, mesh: Mesh | None = None, **options: Any) -> Reshape:
+        from ckptlab.formats.deepspeed import target
+
+        if source.native is None:
+            raise ReshapeError(
+                f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: there is nothing "
+                "to lay out on a mesh"
+            )
+        unknown = set(options) - {f.name for f in fields(target.TargetOptions)}
+        if unknown:
+            raise ReshapeError(
+                f"reshape has no option {sorted(unknown)[0]!r}: expected {', '.join(f.name for f in fields(target.TargetOptions))}"
+            )
+        given = target.TargetOptions(**options)
+        return Reshape(source, target.reshape(source, mesh or source.native.folder.mesh, given), given)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The target's mesh."""
+        return self.target.mesh
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The target's ZeRO stage."""
+        return self.target.zero_stage
+
+    def check(self) -> tuple[Notice, ...]:
+        """What the user must hear before this is done: what was inferred, is averaged, padded or lost."""
+        return (*self.source.notices, *self.target.notices)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which rank's data goes to which rank."""
+        return compose(self._planned())
+
+    def _planned(self) -> Any:
+        for name, tensor in self.target.tensors.items():
+            states = [s for s in tensor.states if self.target.holders(name, s)]
+            flat = [s for s in states if (name, s) not in self.target.pieces]
+            held = self.source[name].states
+            if flat:
+                read, written = (sum(t[s].itemsize for s in flat) for t in (held, tensor.states))
+                yield name, read, written, self.source.placement(name, flat[0]), self.target.placement(name, flat[0])
+            if len(states) > len(flat):
+                state = MODULE if held.get(MODULE) == tensor.states[MODULE] or MASTER not in held else MASTER
+                sizes = held[state].itemsize, tensor.states[MODULE].itemsize
+                yield name, *sizes, self.source.placement(name, state), self.target.placement(name, MODULE)
+
+    def cost(self) -> Cost:
+        """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
+        from ckptlab.formats.deepspeed import write
+
+        written = sum(job.nbytes for job in write.jobs(self.source, self.target))
+        sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
+        return Cost(self.plan.sent, written, self.plan.moved, max(sizes, default=0))
+
+    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+        """Whole tensors: a reshape does not change them."""
+        return Checkpoint(self.source).full(state, stack=stack)
+
+    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+        """Tensors as the target's model-parallel ranks will hold them, gathered lazily from the source."""
+        states = None if state is None else (state,) if isinstance(state, str) else tuple(state)
+        return _shards(self.source, self.target, states, states[0] if states else None, stack)
+
+    def buffers(self) -> xr.DataTree:
+        """The flat buffers that the target's ranks will hold, gathered lazily from the source."""
+        from ckptlab import views
+
+        return views.buffers(self.source, self.target)
+
+    def save(
+        self,
+        destination: str | os.PathLike[str],
+        format: str = "deepspeed",
+        *,
+        workers: int | None = None,
+        progress: bool = False,
+    ) -> convert.Report:
+        """Write the target: `destination` is the step folder to make, `latest` (or `latest_universal`) is written beside it.
+
+        format: "deepspeed", "universal" or "safetensors" (see `save_weights` for its options). The destination appears when it
+        is complete; a conversion that was interrupted goes on where it stopped when it is called again. DestinationError if the
+        destination exists.
+        """
+        from ckptlab.formats import universal
+        from ckptlab.formats.deepspeed import write
+
+        if format == "safetensors":
+            return save_weights(self.source, destination, workers=workers, progress=progress)
+        if format not in FORMATS:
+            raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+        native = format == "deepspeed"
+        tally = Tally()
+        jobs = (write if native else universal).jobs(self.source, self.target, tally)
+        report = convert.run(
+            jobs,
+            os.fspath(destination),
+            {"format": format, "source": fingerprint(self.source), "mesh": str(self.mesh), "options": _plain(self.options)},
+            latest=LATEST if native else LATEST_UNIVERSAL,
+            workers=workers,
+            progress=progress,
+            check=self._check_native if native else None,
+        )
+        return report
+
+    def _check_native(self, folder: str) -> None:
+        """Read what was written back: it must open, and say of every tensor what the target says."""
+        found = read(folder, None if self.target.mesh.tp == 1 else _Same(self.target))
+        for name, tensor in self.target.tensors.items():
+            again = found.tensors.get(name)
+            if again is None or again.shape != tensor.shape or again.cut.dims != tensor.cut.dims:
+                raise CheckpointError(f"{folder}: {name} was written as {again and again.cut}, expected {tensor.cut}: please report this")
+
+    def __repr__(self) -> str:
+        from ckptlab.describe import plan_text
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        from ckptlab.describe import plan_html
+
+        return plan_html(self)
+
+
+def save_weights(
+    source: Catalog,
+    destination: str | os.PathLike[str],
+    *,
+    dtype: np.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    workers: int | None = None,
+    progress: bool = False,
+) -> convert.Report:
+    """Consolidated safetensors of every weight, frozen tensor and buffer, under the model's own names.
+
+    dtype: None keeps the master's (float32). Files are cut at `max_shard_bytes`, with an index.
+    """
+    from ckptlab.formats import safetensors
+
+    identity = {"format": "safetensors", "source": fingerprint(source), "dtype": str(dtype), "shard": max_shard_bytes}
+    jobs = safetensors.jobs(source, dtype, max_shard_bytes)
+    return convert.run(jobs, os.fspath(destination), identity, workers=workers, progress=progress)
+
+
+def fingerprint(catalog: Catalog) -> str:
+    """What a source is, for the journal of a conversion: its files with their sizes and times."""
+    stats = {f: os.stat(os.path.join(catalog.path, f)) for f in catalog.files if os.path.isdir(catalog.path)}
+    return json.dumps([catalog.path, sorted((f, s.st_size, s.st_mtime_ns) for f, s in stats.items())])
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    return {k: repr(v) for k, v in asdict(options).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class _Same:
+    """The strategy that gives each tensor the layout it has in a catalog."""
+
+    catalog: Catalog
+
+    def layout(self, name: str, shards: Sequence[tuple[int, ...]]) -> Layout | None:
+        found = self.catalog.tensors.get(name)
+        return None if found is None or found.layout.padded else found.layout
+
+
+def _shards(source: Catalog, held: Catalog, states: tuple[str, ...] | None, state: str | None, stack: bool) -> Any:
+    from ckptlab import views
+
+    return views.shards(source, held, states) if stack else views.shards_by_name(source, held, state)

@@ -1,0 +1,559 @@
+"""Files made to do harm: each is opened with nothing executed, or refused with an error that names it."""
+
+import contextlib
+import functools
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError, UnsupportedError
+from ckptlab.formats import pickles, torchfile
+from ckptlab.formats.pickles import Foreign, foreign, named
+from ckptlab.stored import Stored
+
+DATA = np.arange(8, dtype=np.float32).tobytes()
+UNTYPED = named("torch.storage", "UntypedStorage")
+
+
+class Persistent(tuple):
+    """A persistent id to be written as such."""
+
+
+class _Forger(pickles.Pickler):
+    def persistent_id(self, obj):
+        return tuple(obj) if type(obj) is Persistent else None
+
+
+def storage(key="0", numel=8, kind="FloatStorage"):
+    return Persistent(("storage", named("torch", kind), key, "cpu", numel))
+
+
+def tensor(*args, of=None):
+    """A tensor as torch.save puts it, of whatever arguments: start, shape, strides."""
+    return foreign("torch._utils", "_rebuild_tensor_v2", of or storage(), *args, False, OrderedDict())
+
+
+def forge(
+    path: Path, obj=None, data: bytes | None = None, records=(("archive/data/0", DATA),), **info
+) -> Path:
+    """A `.pt` file with that object (or pickle) and those records."""
+    data = pickles.dumps(obj, _Forger) if data is None else data
+    with zipfile.ZipFile(path, "w") as out:
+        for name, content in (("archive/data.pkl", data), ("archive/version", b"3\n"), *records):
+            out.writestr(zipfile.ZipInfo(name), content, **info)
+    return path
+
+
+def refused(path: Path, error: type[CkptlabError] = UnsafeFileError, match: str | None = None) -> None:
+    with pytest.raises(error, match=match) as caught:
+        torchfile.read(path)
+    assert str(path) in str(caught.value)
+
+
+# Code
+
+
+class Made:
+    """Pickles as a call of `callee(*args)`."""
+
+    def __init__(self, callee, *args):
+        self.call = callee, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def nested_load(command: str) -> Made:
+    inner = io.BytesIO()
+    torch.save({"w": Made(os.system, command)}, inner, _use_new_zipfile_serialization=False)
+    return Made(torch.storage._load_from_bytes, inner.getvalue())
+
+
+# Each takes a command line, and gives an object that runs it when an ordinary unpickler makes it.
+HOSTILE = {
+    "os.system": lambda command: Made(os.system, command),
+    "subprocess": lambda command: Made(subprocess.getoutput, command),
+    "eval": lambda command: Made(eval, f"__import__('os').system({command!r})"),
+    "exec": lambda command: Made(exec, f"import os; os.system({command!r})"),
+    "partial": lambda command: Made(functools.partial(os.system, command)),
+    "in a dict key": lambda command: {Made(os.system, command): 1},
+    "in a set": lambda command: {Made(os.system, command)},
+    "in arguments": lambda command: Made(OrderedDict, [("a", Made(os.system, command))]),
+    "in a list": lambda command: [[[Made(os.system, command)]]],
+    "in a namespace": lambda command: Made(str, Made(os.system, command)),
+    "map": lambda command: Made(list, Made(map, os.system, [command])),
+    "tensor made by it": lambda command: Made(
+        torch._tensor._rebuild_from_type_v2, os.system, torch.Tensor, (command,), {}
+    ),
+    "nested storage": nested_load,
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("how", HOSTILE)
+def test_nothing_in_a_pickle_is_called(tmp_path, how, protocol):
+    sentinel = tmp_path / "executed"
+    data = pickle.dumps({"state": HOSTILE[how](f"touch {sentinel}")}, protocol)
+    value = torchfile.read(forge(tmp_path / "hostile.pt", data=data))
+    assert not sentinel.exists()
+    torchfile.write(tmp_path / "again.pt", value)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_the_hostile_pickles_do_run_in_an_ordinary_unpickler(tmp_path, how):
+    sentinel = tmp_path / "executed"
+    data = pickle.dumps(HOSTILE[how](f"touch {sentinel}"), 2)
+    with contextlib.suppress(Exception):  # once run, some give what cannot be used
+        pickle.loads(data)
+    assert sentinel.exists()
+
+
+def raw(*opcodes: bytes) -> bytes:
+    return b"\x80\x04" + b"".join(opcodes) + b"."
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def test_a_dotted_name_does_not_walk_through_a_module(tmp_path):
+    sentinel = tmp_path / "executed"
+    call = raw(text("torch"), text("os.system"), b"\x93", text(f"touch {sentinel}"), b"\x85R")
+    contents = torchfile.read_contents(forge(tmp_path / "a.pt", data=call))
+    assert contents.value == foreign("torch", "os.system", f"touch {sentinel}")
+    assert contents.globals_seen == {("torch", "os.system")}
+    assert not sentinel.exists()
+    pickle.loads(call)  # torch is imported here: an ordinary loader walks
+    assert sentinel.exists()
+
+
+def test_a_chain_of_import_and_getattr_calls_nothing(tmp_path):
+    sentinel = tmp_path / "executed"
+    module = b"c__builtin__\n__import__\n" + text("os") + b"\x85R"
+    function = b"c__builtin__\ngetattr\n" + module + text("system") + b"\x86R"
+    call = b"\x80\x02" + function + text(f"touch {sentinel}") + b"\x85R."
+    value = torchfile.read(forge(tmp_path / "a.pt", data=call))
+    assert isinstance(value, Foreign)
+    assert not sentinel.exists()
+    pickle.loads(call)
+    assert sentinel.exists()
+
+
+def test_getattr_of_what_is_known_stays_a_name(tmp_path):
+    chain = foreign("builtins", "getattr", named("collections", "OrderedDict"), "__init__")
+    chain = foreign("builtins", "getattr", chain, "__globals__")
+    value = torchfile.read(forge(tmp_path / "a.pt", chain))
+    assert isinstance(value, pickles.Global)
+    assert value() == Foreign(value)
+
+
+def test_a_name_cannot_smuggle_opcodes_into_what_we_write(tmp_path):
+    hidden = raw(text("collections"), text("OrderedDict\ncos\nsystem"), b"\x93")
+    refused(forge(tmp_path / "a.pt", data=hidden), match="no writer does")
+    with pytest.raises(UnsafeFileError):
+        named("os", "system\n(S'id'\ntR.")
+
+
+@pytest.mark.parametrize("where", ["0", "2"])
+def test_persistent_ids_name_storages_and_nothing_else(tmp_path, where):
+    sentinel = tmp_path / "executed"
+    call = foreign("os", "system", f"touch {sentinel}")
+    pid = list(storage())
+    pid[int(where)] = call
+    refused(forge(tmp_path / "a.pt", {"w": tensor(0, (2,), (1,), of=Persistent(pid))}), match="no storage")
+    refused(forge(tmp_path / "b.pt", Persistent(("module", "x"))), match="no storage")
+    assert not sentinel.exists()
+
+
+def built(obj, state) -> Foreign:
+    """An object that a BUILD opcode is to be aimed at: see `_Builder`."""
+    return Foreign(named("build", "build"), (obj, state))
+
+
+class _Builder(_Forger):
+    """Gives state to objects that do not ask for any."""
+
+    dispatch = dict(_Forger.dispatch)  # noqa: RUF012
+
+    def save_foreign(self, obj):
+        if obj.callee != named("build", "build"):
+            return super().save_foreign(obj)
+        self.save(obj.args[0])
+        self.save(obj.args[1])
+        return self.write(pickle.BUILD)
+
+    dispatch[Foreign] = save_foreign
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"path": "/etc/passwd"},
+        ["/etc/passwd", 0, None, (1,), (1,)],
+        (None, {"path": "/etc/passwd"}),
+        (None, {"_build": None, "module": "os"}),
+    ],
+)
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda: tensor(0, (2,), (1,)),
+        storage,
+        lambda: named("torch._utils", "_rebuild_tensor_v2"),
+        lambda: named("collections", "OrderedDict"),
+        lambda: named("any", "thing"),
+        lambda: pickles.Size((1, 2)),
+    ],
+)
+def test_what_was_checked_cannot_be_changed(tmp_path, target, state):
+    data = pickles.dumps({"a": built(target(), state)}, _Builder)
+    refused(forge(tmp_path / "a.pt", data=data), CheckpointError)
+    good = torchfile.read(forge(tmp_path / "b.pt", {"w": tensor(0, (2,), (1,)), "o": OrderedDict(a=1)}))
+    assert good["w"].path == str(tmp_path / "b.pt")
+    assert good["o"] == OrderedDict(a=1)
+
+
+def test_a_placeholder_offers_no_hooks_to_other_libraries(tmp_path):
+    memory = {"data": (id(DATA), False), "shape": (64,), "typestr": "|u1", "version": 3}
+    state = {"__array_interface__": memory, "_repr_html_": "<script>", "__len__": 3, "__dict__": 1}
+    value = torchfile.read(forge(tmp_path / "a.pt", foreign("a", "b", state=state, new=True)))
+    assert np.asarray(value).dtype == object
+    assert not hasattr(value, "_repr_html_")
+
+
+def test_known_values_are_made_of_what_pickle_makes_them_of_only(tmp_path):
+    huge = foreign("builtins", "range", 10**18)
+    bombs = [
+        foreign("builtins", "bytearray", 10**18),
+        foreign("builtins", "bytes", 10**18),
+        foreign("builtins", "list", huge),
+        foreign("builtins", "set", huge),
+        foreign("builtins", "frozenset", huge),
+        foreign("collections", "OrderedDict", huge),
+        foreign("torch", "Size", huge),
+        foreign("_codecs", "encode", "a", "zlib_codec"),
+    ]
+    assert all(isinstance(value, Foreign) for value in torchfile.read(forge(tmp_path / "a.pt", bombs)))
+
+
+# Pickles that are too long, too deep, or cut
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["list", "tuple", "key", "called"],
+)
+def test_deep_nesting_ends_in_an_error_or_a_value_and_never_the_process(tmp_path, name):
+    depth = 400_000
+    deep = {
+        "list": raw(b"]" * depth, b"a" * (depth - 1)),
+        "tuple": raw(b")", b"\x85" * depth),
+        "key": raw(b"}", b")", b"\x85" * depth, b"N", b"s"),
+        "called": raw(text("a"), text("b"), b"\x93", b")R" * depth),
+    }
+    path = forge(tmp_path / "deep.pt", data=deep[name])
+    code = (
+        "import sys; from ckptlab.formats import torchfile; from ckptlab.errors import CheckpointError\n"
+        "try:\n    value = torchfile.read(sys.argv[1]); torchfile.write(sys.argv[1] + '2', value)\n"
+        "except CheckpointError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "deep" in done.stdout
+
+
+def test_many_shallow_tuples_are_no_deep_one(tmp_path):
+    pairs = [(n, (n,)) for n in range(60_000)]
+    assert torchfile.read(forge(tmp_path / "a.pt", data=pickle.dumps(pairs, 2))) == pairs
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b".",
+        b"\x80\x02",
+        b"\x80\x7f.",
+        b"\xff.",
+        raw(b"h\x05"),
+        raw(b"R"),
+        raw(b"0"),
+        raw(b"X\xff\xff\xff\x7fabc"),
+        raw(b"\x8e" + b"\xff" * 8),
+        raw(b"\x82\x01"),
+        raw(b"N", b")\x81"),
+        raw(b"\x97"),
+        b"Pabc\n.",
+    ],
+)
+def test_broken_pickles_are_refused_with_the_files_name(tmp_path, data):
+    refused(forge(tmp_path / "a.pt", data=data), CheckpointError)
+
+
+def test_an_object_that_holds_itself_is_read():
+    value = pickles.loads(raw(b"]\x94h\x00a"), "x")
+    assert value[0] is value
+
+
+# Extents
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        (0, (9,), (1,)),
+        (1, (8,), (1,)),
+        (0, (2, 2), (7, 2)),
+        (-1, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (-2,), (1,)),
+        (0, (-2, -2), (1, 1)),
+        (0, (2, 2), (1,)),
+        (0, (1 << 62, 4), (1, 1)),
+        (0, (1 << 40, 1 << 40), (0, 0)),
+        (0, (1 << 29,), (0,)),
+        (0, (2.0,), (1,)),
+        (True, (2,), (1,)),
+        (0, [2], [1]),
+        (0, (1,) * 40, (1,) * 40),
+        (None, None, None),
+        (10**400, (1,), (1,)),
+    ],
+)
+def test_views_beyond_their_storage_are_refused(tmp_path, view):
+    refused(forge(tmp_path / "a.pt", {"w": tensor(*view)}))
+
+
+def test_views_within_their_storage_are_read(tmp_path):
+    views = [(0, (8,), (1,)), (7, (1,), (5,)), (0, (3, 2), (0, 7)), (99, (0, 3), (3, 1)), (0, (), ())]
+    value = torchfile.read(forge(tmp_path / "a.pt", [tensor(*view) for view in views]))
+    assert [stored.map().ravel().tolist() for stored in value] == [
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [7],
+        [0, 7, 0, 7, 0, 7],
+        [],
+        [0],
+    ]
+
+
+@pytest.mark.parametrize("numel", [9, 1 << 61, 1 << 62, 1 << 63, -1, -8])
+def test_storages_beyond_their_record_are_refused(tmp_path, numel):
+    refused(forge(tmp_path / "a.pt", {"w": tensor(0, (1,), (1,), of=storage(numel=numel))}), match="forged")
+
+
+def test_a_storage_that_lies_the_second_time_is_refused_too(tmp_path):
+    refused(forge(tmp_path / "a.pt", [tensor(0, (8,), (1,)), tensor(8, (1,), (1,), of=storage(numel=9))]))
+
+
+@pytest.mark.parametrize("key", ["1", "../data.pkl", "../../../etc/passwd", "/etc/passwd", ""])
+def test_a_storage_without_a_record_is_refused(tmp_path, key):
+    refused(
+        forge(tmp_path / "a.pt", {"w": tensor(0, (1,), (1,), of=storage(key))}), CheckpointError, "no record"
+    )
+
+
+def test_a_function_on_what_is_no_storage_is_refused(tmp_path):
+    for of in (tensor(0, (1,), (1,)), "0", foreign("os", "getcwd")):
+        refused(forge(tmp_path / "a.pt", {"w": tensor(0, (1,), (1,), of=of)}))
+    untyped = foreign(
+        "torch._utils", "_rebuild_tensor_v3", "x", 0, (1,), (1,), False, None, named("torch", "uint16")
+    )
+    refused(forge(tmp_path / "a.pt", {"w": untyped}))
+
+
+def test_an_untyped_storage_is_measured_in_bytes(tmp_path):
+    pid = Persistent(("storage", UNTYPED, "0", "cpu", 32))
+
+    def view(numel):
+        of = named("torch", "uint16")
+        return foreign("torch._utils", "_rebuild_tensor_v3", pid, 0, (numel,), (1,), False, OrderedDict(), of)
+
+    assert torchfile.read(forge(tmp_path / "a.pt", [view(16)]))[0].nbytes == 32
+    refused(forge(tmp_path / "b.pt", [view(17)]))
+
+
+# The zip
+
+
+def patched(path: Path, find: bytes, offset: int, new: bytes) -> Path:
+    """The file with bytes changed at an offset from the last place where `find` stands."""
+    content = bytearray(path.read_bytes())
+    at = content.rindex(find) + offset
+    content[at : at + len(new)] = new
+    path.write_bytes(content)
+    return path
+
+
+def directory_entry(path: Path, name: str, field: int, value: int) -> Path:
+    """Changes a 32-bit field of a record's entry in the zip's directory (where its name stands at byte 46)."""
+    return patched(path, name.encode(), field - 46, struct.pack("<I", value))
+
+
+def good(path: Path) -> Path:
+    torch.save({"w": torch.arange(8.0)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(42, 1 << 30), (42, 0xFFFFFFF0), (42, 5), (20, 1 << 30), (24, 1 << 30), (20, 0), (42, 0)],
+    ids=["far", "farther", "between", "packed long", "long", "packed to nothing", "another record"],
+)
+def test_records_that_lie_about_their_place_are_refused(tmp_path, field, value):
+    path = directory_entry(good(tmp_path / "a.pt"), "a/data/0", field, value)
+    if (field, value) == (20, 0):
+        path = directory_entry(path, "a/data/0", 24, 1)
+    refused(path, CheckpointError)
+
+
+def test_both_sizes_lying_together_are_refused(tmp_path):
+    path = good(tmp_path / "a.pt")
+    for field in (20, 24):
+        directory_entry(path, "a/data/0", field, 1 << 20)
+    refused(path, match="get it again")
+
+
+@pytest.mark.parametrize("name", ["archive/data.pkl", "archive/data/0"])
+def test_two_records_of_one_name_are_refused(tmp_path, name):
+    with pytest.warns(UserWarning, match="Duplicate"):
+        path = forge(
+            tmp_path / "a.pt", {"w": tensor(0, (8,), (1,))}, records=[("archive/data/0", DATA), (name, DATA)]
+        )
+    refused(path, match="two records")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "archive/../../evil", "archive/data/../../x"])
+def test_records_named_with_paths_go_nowhere(tmp_path, name):
+    folder = tmp_path / "deep" / "er"
+    folder.mkdir(parents=True)
+    obj = {"w": tensor(0, (8,), (1,))}
+    path = forge(folder / "a.pt", obj, records=[("archive/data/0", DATA), (name, b"evil")])
+    assert torchfile.read(path)["w"].map()[7] == 7
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["a.pt"]
+
+
+def test_compressed_records_are_refused_before_they_are_unpacked(tmp_path):
+    bomb = pickle.dumps(b"\0" * (1 << 26), 4)
+    path = forge(tmp_path / "a.pt", data=bomb, compress_type=zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1 << 18
+    refused(path, match="compressed")
+    path = tmp_path / "b.pt"
+    forge(path, {"w": tensor(0, (8,), (1,))}, records=())
+    with zipfile.ZipFile(path, "a") as out:
+        out.writestr("archive/data/0", DATA, zipfile.ZIP_DEFLATED)
+    refused(path, match="compressed")
+
+
+def test_torchscript_is_refused(tmp_path):
+    path = forge(tmp_path / "a.pt", {"w": 1}, records=[("archive/constants.pkl", b"\x80\x02).")])
+    refused(path, match="TorchScript")
+    refused(forge(tmp_path / "b.pt", {}, records=[("other/constants.pkl", b"")]), match="TorchScript")
+
+
+def test_older_formats_are_refused_with_a_way_out(tmp_path):
+    legacy = tmp_path / "legacy.pt"
+    torch.save({"w": torch.ones(2)}, legacy, _use_new_zipfile_serialization=False)
+    refused(legacy, UnsupportedError, r"torch\.save\(torch\.load\(")
+    tar = tmp_path / "a.tar"
+    with tarfile.open(tar, "w") as out:
+        out.add(legacy)
+    refused(tar, UnsupportedError, "tar")
+
+
+def test_a_legacy_pickle_in_front_of_a_zip_is_not_read_as_a_zip(tmp_path):
+    path = good(tmp_path / "a.pt")
+    path.write_bytes(pickle.dumps(1) + path.read_bytes())
+    refused(path, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"P", b"hello", b"\x80\x02.", bytes(100), b"PK\x05\x06" + bytes(18)]
+)
+def test_what_is_no_zip_is_refused(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    refused(tmp_path / "a.pt", CheckpointError)
+
+
+def test_every_truncation_is_refused(tmp_path):
+    content = good(tmp_path / "a.pt").read_bytes()
+    cut = tmp_path / "cut.pt"
+    for length in range(len(content)):
+        cut.write_bytes(content[:length])
+        refused(cut, CheckpointError)
+
+
+def test_big_endian_numbers_are_refused(tmp_path):
+    refused(forge(tmp_path / "a.pt", {}, records=[("archive/byteorder", b"big")]), UnsupportedError, "little")
+
+
+@pytest.mark.parametrize("kind", ["QInt8Storage", "NoStorage", "FloatStorage.__init__"])
+def test_storages_of_unknown_dtype_are_refused(tmp_path, kind):
+    pid = storage(kind=kind)
+    refused(forge(tmp_path / "a.pt", {"w": tensor(0, (1,), (1,), of=pid)}), UnsupportedError, kind)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    state = {
+        "w": torch.arange(40.0).reshape(5, 8).T,
+        "n": torch.nn.Linear(2, 2).state_dict(),
+        "x": [1, (2, "a")],
+    }
+    torch.save(state, folder / "a.pt")
+    return folder / "b.pt", (folder / "a.pt").read_bytes()
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_ends_in_a_tensor_that_can_be_read_or_in_our_error(fuzzed, changes):
+    path, content = fuzzed
+    damaged = bytearray(content)
+    for at, byte in changes:
+        damaged[at % len(damaged)] = byte
+    path.write_bytes(damaged)
+    try:
+        value = torchfile.read(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    else:
+        for stored in value.values() if isinstance(value, dict) else ():
+            if isinstance(stored, Stored):
+                stored.map().tobytes()
+
+
+def test_threads_read_and_map_at_once(tmp_path):
+    paths = [tmp_path / f"{n}.pt" for n in range(80)]  # more than are kept mapped
+    for n, path in enumerate(paths):
+        torchfile.write(path, {"w": np.full(1000, n)})
+    wrong: list[object] = []
+
+    def read_all(shift: int) -> None:
+        for n in range(len(paths)):
+            at = (n + shift) % len(paths)
+            if not (torchfile.read(paths[at])["w"].map() == at).all():
+                wrong.append(at)
+
+    threads = [threading.Thread(target=read_all, args=(shift,)) for shift in range(0, 80, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

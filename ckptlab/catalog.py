@@ -1,7 +1,8 @@
-"""All that is known of a checkpoint from its headers: mesh, tensors, layouts, flat buffers, and where every element lies.
+"""All that is known of a checkpoint from its headers: mesh, tensors, layouts, flat buffers, and where every element
+lies.
 
-A reader makes a `Catalog`; the views, plans and writers are given one. Nothing here has read a tensor's data. The catalog
-of a *target* (what another mesh would hold) has the same form with nothing stored behind it.
+A reader makes a `Catalog`; the views, plans and writers are given one. Nothing here has read a tensor's data. The
+catalog of a *target* (what another mesh would hold) has the same form with nothing stored behind it.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class ParameterGroup:
 class FlatGroup:
     """The flat buffers of one parameter group (at ZeRO-3: of one of its sub-groups) on one pp stage.
 
-    `flats[tp]` says where the shards lie, `dtypes` which states there are, `partitions[state][tp][dp]` what is stored of
-    them (nothing for a target).
+    `flats[tp]` says where the shards lie, `dtypes` which states there are, `partitions[state][tp][dp]` what is stored
+    of them (nothing for a target).
     """
 
     stage: int
@@ -117,8 +118,8 @@ class Catalog:
     """What the headers of one checkpoint say.
 
     `pieces[name, state][pp, tp]` are the fragments of states that lie outside the optimizer's flat buffers (module
-    weights, frozen tensors, buffers, whole tensors of a universal folder). `client` is what the training program put in,
-    `native` what only the format's own writer understands.
+    weights, frozen tensors, buffers, whole tensors of a universal folder). `client` is what the training program put
+    in, `native` what only the format's own writer understands.
     """
 
     path: str

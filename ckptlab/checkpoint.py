@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5_000_000_000  # safetensors files are cut at this size, as Hugging Face's are
 
 
-def open(  # noqa: A001 - `ckptlab.open` is the name that users expect
+def open(
     path: str | os.PathLike[str], strategy: strategy.Strategy | Mapping[str, str | Layout] | str | None = None
 ) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
 
-    path: a step folder, the folder that holds `latest`, a universal folder, a folder or file of safetensors, or a folder with
-    exactly one of these somewhere below. strategy: layouts where the checkpoint does not tell them, or instead of what it
-    tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a Strategy.
+    path: a step folder, the folder that holds `latest`, a universal folder, a folder or file of safetensors, or a
+    folder with exactly one of these somewhere below. strategy: layouts where the checkpoint does not tell them, or
+    instead of what it tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a
+    Strategy.
 
-    Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could execute
-    something, UnsupportedError for a kind that ckptlab does not read yet.
+    Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could
+    execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
     return Checkpoint(read(path, _strategy(strategy)))
 
@@ -88,7 +89,7 @@ class Checkpoint:
 
     @property
     def client_state(self) -> Mapping[str, Any]:
-        """What the training program put into the checkpoint; objects of classes that are not imported are placeholders."""
+        """What the training program put in; objects of classes that are not imported are placeholders."""
         return self.catalog.client
 
     @cached_property
@@ -101,21 +102,28 @@ class Checkpoint:
     def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
         """Whole tensors, lazily.
 
-        stack=True: a DataTree with one node a tensor, same-shaped layers stacked along `layer` (with the `pp` stage as a
-        coordinate), states as variables. stack=False: a Mapping from the model's own names to DataArrays of that state,
-        or to Datasets if no state is named. Vocabulary padding is cut off. CheckpointError for an unknown state.
+        stack=True: a DataTree with one node a tensor, same-shaped layers stacked along `layer` (with the `pp` stage as
+        a coordinate), states as variables. stack=False: a Mapping from the model's own names to DataArrays of that
+        state, or to Datasets if no state is named. Vocabulary padding is cut off. CheckpointError for an unknown state.
         """
         from ckptlab import views
 
-        return views.full(self.catalog, self._states(state)) if stack else views.full_by_name(self.catalog, self._state(state))
+        return (
+            views.full(self.catalog, self._states(state))
+            if stack
+            else views.full_by_name(self.catalog, self._state(state))
+        )
 
     def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
-        """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim before the tensor's own, a `pp` dim
-        where several stages hold copies. As `full` otherwise."""
-        return _shards(self.catalog, self.catalog, self._states(state), self._state(state) if not stack else None, stack)
+        """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim before the tensor's own, a `pp`
+        dim where several stages hold copies. As `full` otherwise."""
+        return _shards(
+            self.catalog, self.catalog, self._states(state), self._state(state) if not stack else None, stack
+        )
 
     def buffers(self) -> xr.DataTree:
-        """The optimizer's flat buffers as the files hold them: /pp0/group0 with dims (tp, dp, flat) and true lengths beside."""
+        """The optimizer's flat buffers as the files hold them: /pp0/group0 with dims (tp, dp, flat) and true lengths
+        beside."""
         from ckptlab import views
 
         return views.buffers(self.catalog, self.catalog)
@@ -138,9 +146,9 @@ class Checkpoint:
     def reshape(self, mesh: Mesh | None = None, **options: Any) -> Reshape:
         """The same checkpoint on another mesh: nothing is read yet.
 
-        mesh: axes that are not named become 1; None keeps the run's. options: see TargetOptions (zero_stage, dtype, pipeline,
-        padded_vocab, heads, …) and `strategy`. ReshapeError, with the reasons and the nearest meshes that work, if it
-        cannot be.
+        mesh: axes that are not named become 1; None keeps the run's. options: see TargetOptions (zero_stage, dtype,
+        pipeline, padded_vocab, heads, …) and `strategy`. ReshapeError, with the reasons and the nearest meshes that
+        work, if it cannot be.
         """
         return Reshape.of(self.catalog, mesh, **options)
 
@@ -162,8 +170,9 @@ class Checkpoint:
 class Cost:
     """What a reshape costs, in bytes of tensor data; headers are not counted.
 
-    read: drawn from the source, for every rank that needs it. written: into the target, padding included. moved: of what is
-    read, what a rank of the target needs and another rank of the source has. largest_tensor: the biggest whole state.
+    read: drawn from the source, for every rank that needs it. written: into the target, padding included. moved: of
+    what is read, what a rank of the target needs and another rank of the source has. largest_tensor: the biggest whole
+    state.
     """
 
     read: int
@@ -184,13 +193,15 @@ class Reshape:
 
         if source.native is None:
             raise ReshapeError(
-                f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: there is nothing "
+                f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: "
+                "there is nothing "
                 "to lay out on a mesh"
             )
         unknown = set(options) - {f.name for f in fields(target.TargetOptions)}
         if unknown:
             raise ReshapeError(
-                f"reshape has no option {sorted(unknown)[0]!r}: expected {', '.join(f.name for f in fields(target.TargetOptions))}"
+                f"reshape has no option {sorted(unknown)[0]!r}: expected "
+                f"{', '.join(f.name for f in fields(target.TargetOptions))}"
             )
         given = target.TargetOptions(**options)
         return Reshape(source, target.reshape(source, mesh or source.native.folder.mesh, given), given)
@@ -258,11 +269,12 @@ class Reshape:
         workers: int | None = None,
         progress: bool = False,
     ) -> convert.Report:
-        """Write the target: `destination` is the step folder to make, `latest` (or `latest_universal`) is written beside it.
+        """Write the target: `destination` is the step folder to make, `latest` (or `latest_universal`) is written
+        beside it.
 
-        format: "deepspeed", "universal" or "safetensors" (see `save_weights` for its options). The destination appears when it
-        is complete; a conversion that was interrupted goes on where it stopped when it is called again. DestinationError if the
-        destination exists.
+        format: "deepspeed", "universal" or "safetensors" (see `save_weights` for its options). The destination appears
+        when it is complete; a conversion that was interrupted goes on where it stopped when it is called again.
+        DestinationError if the destination exists.
         """
         from ckptlab.formats import universal
         from ckptlab.formats.deepspeed import write
@@ -277,7 +289,12 @@ class Reshape:
         report = convert.run(
             jobs,
             os.fspath(destination),
-            {"format": format, "source": fingerprint(self.source), "mesh": str(self.mesh), "options": _plain(self.options)},
+            {
+                "format": format,
+                "source": fingerprint(self.source),
+                "mesh": str(self.mesh),
+                "options": _plain(self.options),
+            },
             latest=LATEST if native else LATEST_UNIVERSAL,
             workers=workers,
             progress=progress,
@@ -291,7 +308,9 @@ class Reshape:
         for name, tensor in self.target.tensors.items():
             again = found.tensors.get(name)
             if again is None or again.shape != tensor.shape or again.cut.dims != tensor.cut.dims:
-                raise CheckpointError(f"{folder}: {name} was written as {again and again.cut}, expected {tensor.cut}: please report this")
+                raise CheckpointError(
+                    f"{folder}: {name} was written as {again and again.cut}, expected {tensor.cut}: please report this"
+                )
 
     def __repr__(self) -> str:
         from ckptlab.describe import plan_text

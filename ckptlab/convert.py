@@ -1,7 +1,9 @@
-"""From files to files: a destination appears whole or not at all, and an interrupted conversion goes on where it stopped.
+"""From files to files: a destination appears whole or not at all, and an interrupted conversion goes on where it
+stopped.
 
-A writer gives `FileJob`s. They are run into `DESTINATION.partial` beside the destination, each file under a temporary name
-until it is complete; a journal there says what the conversion is. When all are done the folder is synced and renamed.
+A writer gives `FileJob`s. They are run into `DESTINATION.partial` beside the destination, each file under a temporary
+name until it is complete; a journal there says what the conversion is. When all are done the folder is synced and
+renamed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class FileJob:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, and bytes of tensor data."""
+    """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, and bytes of tensor
+    data."""
 
     destination: str
     files: int
@@ -68,9 +71,10 @@ def run(
 ) -> Report:
     """Write every file and let the destination appear.
 
-    identity: what this conversion is (source, target, options); an interrupted one goes on only if it is the same. latest:
-    the name of the file beside the destination that is to hold its name. check: called with the finished folder before it
-    gets its name; what it raises stops the conversion. DestinationError if the destination exists or cannot be made.
+    identity: what this conversion is (source, target, options); an interrupted one goes on only if it is the same.
+    latest: the name of the file beside the destination that is to hold its name. check: called with the finished folder
+    before it gets its name; what it raises stops the conversion. DestinationError if the destination exists or cannot
+    be made.
     """
     destination = os.path.abspath(destination)
     partial = f"{destination}.partial"
@@ -103,7 +107,8 @@ def run(
 
 
 def _run_all(one: Callable[[FileJob], int], jobs: Iterable[FileJob], workers: int) -> int:
-    """Run the jobs on threads (copying, checksums and writing release the interpreter); the first failure stops the rest."""
+    """Run the jobs on threads (copying, checksums and writing release the interpreter); the first failure stops the
+    rest."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(one, job) for job in jobs]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)

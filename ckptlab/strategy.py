@@ -1,8 +1,9 @@
 """Strategies: rules that give every tensor a layout.
 
 A strategy is a small immutable value that works on metadata alone: a tensor's name and the shapes of its shards in, a
-`Layout` out (None: it says nothing about that tensor). Wherever ckptlab infers layouts, a user can give a strategy instead:
-a registered name (`"megatron"`), a mapping from regular expressions to lines of notation, or an object with `layout`.
+`Layout` out (None: it says nothing about that tensor). Wherever ckptlab infers layouts, a user can give a strategy
+instead: a registered name (`"megatron"`), a mapping from regular expressions to lines of notation, or an object with
+`layout`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Strategy(Protocol):
     """Anything with this method is a strategy."""
 
     def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
-        """The layout of tensor `name`, whose shard on tp rank i has shape `shards[i]`; None if the strategy has no say."""
+        """The layout of tensor `name`, whose shard on tp rank i has shape `shards[i]`; None if it has no say."""
 
 
 def dim_names(ndim: int) -> tuple[str, ...]:
@@ -41,9 +42,7 @@ def replicated(ndim: int, **fields: Any) -> Layout:
 def cut(ndim: int, dim: int, term: str = "tp {}", **fields: Any) -> Layout:
     """Dim `dim` is composed as `term` says (`{}` stands for the dim's name); the others are whole."""
     names = dim_names(ndim)
-    return Layout(
-        " ".join(f"({term.format(n)})" if i == dim else n for i, n in enumerate(names)), dims=names, **fields
-    )
+    return Layout(" ".join(f"({term.format(n)})" if i == dim else n for i, n in enumerate(names)), dims=names, **fields)
 
 
 def column(shards: Sequence[Shape], dim: int = 0) -> Layout:
@@ -108,7 +107,7 @@ def names() -> tuple[str, ...]:
 
 
 def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Strategy | None:
-    """A strategy from whatever a user may give: an object, a mapping, a registered name, or a path to a JSON mapping."""
+    """A strategy from whatever a user may give: an object, a mapping, a registered name, or the path of a JSON one."""
     if strategy is None or isinstance(strategy, Strategy):
         return strategy
     if isinstance(strategy, Mapping):
@@ -124,5 +123,6 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
     for entry in entry_points(group="ckptlab.strategies", name=strategy):
         return entry.load()
     raise LayoutError(
-        f"no strategy is called {strategy!r}: expected one of {', '.join(names())}, or a .json file of pattern: notation"
+        f"no strategy is called {strategy!r}: expected one of {', '.join(names())}, or a .json file of pattern: "
+        "notation"
     )

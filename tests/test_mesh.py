@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import MeshError
@@ -12,6 +12,7 @@ from ckptlab.mesh import Mesh
 degrees = st.integers(1, 4)
 
 
+@settings(deadline=None)
 @given(degrees, degrees, degrees)
 def test_rank_is_deepspeeds(pp, dp, tp):
     mesh = Mesh(pp=pp, dp=dp, tp=tp)
@@ -58,6 +59,7 @@ def test_ranks_and_groups():
     assert mesh.groups("pp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
+@settings(deadline=None)
 @given(degrees, degrees, degrees)
 def test_groups_partition_the_ranks(pp, dp, tp):
     mesh = Mesh(pp=pp, dp=dp, tp=tp)

@@ -1,7 +1,7 @@
 """The grammar of layouts, and errors that point at the place."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import NotationError
@@ -49,6 +49,7 @@ def trees(draw):
     return tuple(node(2) for _ in range(draw(st.integers(0, 3))))
 
 
+@settings(deadline=None)
 @given(trees())
 def test_show_and_parse_are_inverse(dims):
     assert parse(show(dims)) == dims

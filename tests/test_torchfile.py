@@ -163,6 +163,9 @@ def test_a_file_cut_behind_our_back_is_an_error_and_a_new_one_is_seen(tmp_path):
         stored.map()
     path.write_bytes(whole[: stored.offset] + bytes(8 * 5000) + whole[stored.offset + 8 * 5000 :])
     assert not stored.map().any()
+    torch.save({"w": torch.ones(5000, dtype=torch.int64)}, tmp_path / "b.pt")
+    (tmp_path / "b.pt").replace(path)
+    assert stored.map().all()
 
 
 def test_many_tensors_of_a_file_cost_one_mapping(tmp_path):

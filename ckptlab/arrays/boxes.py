@@ -12,7 +12,8 @@ Sizes = tuple[int, ...]
 
 
 def flat_boxes(shape: Sequence[int], lo: int, hi: int) -> Iterator[tuple[Starts, Sizes]]:
-    """The boxes that the elements lo … hi-1 of a row-major array of `shape` form, in order: at most two a dim and one more.
+    """The boxes that the elements lo … hi-1 of a row-major array of `shape` form, in order: at most two a dim and one
+    more.
 
     Each box is itself contiguous.
     """
@@ -40,7 +41,8 @@ def flat_boxes(shape: Sequence[int], lo: int, hi: int) -> Iterator[tuple[Starts,
 
 
 def plain_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of an overlap without runs of length > 1: those are spelled out, runs of single elements stay (a step says them)."""
+    """Rows of an overlap without runs of length > 1: those are spelled out, runs of single elements stay (a step says
+    them)."""
     runs = (rows[:, 3] > 1) & (rows[:, 2] > 1)
     if not runs.any():
         return rows
@@ -53,7 +55,7 @@ def plain_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def restrict(row: Sequence[int], a_at: int, a_size: int, b_at: int, b_size: int) -> tuple[slice, slice] | None:
-    """A row of an overlap, cut down to a window of each side: slices relative to the windows, None if nothing is left."""
+    """A row of an overlap, cut to a window of each side: slices relative to the windows, None if nothing is left."""
     a, b, length, count, stride_a, stride_b = (int(v) for v in row)
     if count == 1:
         lo = max(0, a_at - a, b_at - b)

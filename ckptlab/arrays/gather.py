@@ -1,7 +1,7 @@
 """The one operation behind every view, reshape and writer: elements of a stored tensor, in the order of any other cut.
 
-Merging is gathering into the whole, splitting is gathering into a shard, reshaping is gathering from one cut into another.
-Boxes are copied from mapped files straight into a preallocated destination; nothing else is held in memory.
+Merging is gathering into the whole, splitting is gathering into a shard, reshaping is gathering from one cut into
+another. Boxes are copied from mapped files straight into a preallocated destination; nothing else is held in memory.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class _Piece:
 class Gather:
     """Reads one state of one tensor of a catalog in any cut.
 
-    `stage` chooses the pp stage whose copy is read (default: the canonical one), `dtype` what the elements are converted
-    to (round to nearest even), `replica` the tp rank whose copy is read of a tensor that is not cut. Where the layout says
-    that replicas are averaged, and none is chosen, they are.
+    `stage` chooses the pp stage whose copy is read (default: the canonical one), `dtype` what the elements are
+    converted to (round to nearest even), `replica` the tp rank whose copy is read of a tensor that is not cut. Where
+    the layout says that replicas are averaged, and none is chosen, they are.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Gather:
         self._known_pieces: dict[int, list[_Piece]] = {}
 
     def box(self, cut: Cut, at: tuple[int, ...], starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
-        """The box of the shard `at` of `cut`: an array of shape `sizes`. What the source does not hold (padding) is 0."""
+        """The box of shard `at` of `cut`: an array of shape `sizes`. What the source does not hold (padding) is 0."""
         out = self._allocate(cut, sizes)
         self._fill(out, cut, at, tuple(starts))
         return out
@@ -86,8 +86,8 @@ class Gather:
     def chunks(self, cut: Cut, at: tuple[int, ...], lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
         """Elements lo … hi-1 of the flattened shard, in pieces of at most `limit` elements (one-dimensional).
 
-        A piece is only valid until the next one is asked for: the buffer is used again. Where source and target hold the
-        same shard, pieces are views of the mapped file.
+        A piece is only valid until the next one is asked for: the buffer is used again. Where source and target hold
+        the same shard, pieces are views of the mapped file.
         """
         if self._same_shard(cut, at):
             yield from self._straight(at, lo, hi, limit)
@@ -154,7 +154,13 @@ class Gather:
         np.copyto(out, total, casting="unsafe")
 
     def _copy(
-        self, out: np.ndarray, coordinate: tuple[int, ...], tp: int, cut: Cut, at: tuple[int, ...], starts: tuple[int, ...]
+        self,
+        out: np.ndarray,
+        coordinate: tuple[int, ...],
+        tp: int,
+        cut: Cut,
+        at: tuple[int, ...],
+        starts: tuple[int, ...],
     ) -> None:
         rows = [plain_rows(r) for r in overlap(self.cut, coordinate, cut, at)]
         if any(len(r) == 0 for r in rows):
@@ -163,7 +169,8 @@ class Gather:
             per_dim = []
             for dim, dim_rows in enumerate(rows):
                 windows = (
-                    restrict(row, piece.starts[dim], piece.array.shape[dim], starts[dim], out.shape[dim]) for row in dim_rows
+                    restrict(row, piece.starts[dim], piece.array.shape[dim], starts[dim], out.shape[dim])
+                    for row in dim_rows
                 )
                 per_dim.append([w for w in windows if w is not None])
             for combination in itertools.product(*per_dim):

@@ -30,7 +30,8 @@ def locate(path: str | os.PathLike[str]) -> Location:
     """Find the checkpoint that a user means.
 
     A step folder, the folder that holds `latest` (or `latest_universal`), a universal folder, a folder or file of
-    safetensors, or a folder with exactly one of these somewhere below it. CheckpointError lists what was found otherwise.
+    safetensors, or a folder with exactly one of these somewhere below it. CheckpointError lists what was found
+    otherwise.
     """
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if os.path.isfile(path):
@@ -46,7 +47,10 @@ def locate(path: str | os.PathLike[str]) -> Location:
     if len(below) == 1:
         return below[0]
     if not below:
-        raise CheckpointError(f"{path}: no checkpoint here: neither a DeepSpeed step folder, `latest`, `zero/` nor safetensors in it or below")
+        raise CheckpointError(
+            f"{path}: no checkpoint here: neither a DeepSpeed step folder, `latest`, `zero/` nor safetensors in it "
+            "or below"
+        )
     listed = "\n".join(f"  {found}" for found in below[:20])
     raise CheckpointError(f"{path}: holds {len(below)} checkpoints: open one of them:\n{listed}")
 

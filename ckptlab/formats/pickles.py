@@ -60,9 +60,7 @@ def _from_list(kind: type) -> Callable[..., Any]:
 
 
 def _from_numbers(kind: type) -> Callable[..., Any]:
-    return lambda *args: (
-        kind(*args) if all(type(n) in (int, float, type(None)) for n in args) else NotImplemented
-    )
+    return lambda *args: kind(*args) if all(type(n) in (int, float, type(None)) for n in args) else NotImplemented
 
 
 def _from_bytes(kind: type) -> Callable[..., Any]:
@@ -142,9 +140,7 @@ def loads(data: bytes, source: str) -> Any:
 
 
 def _tuple_opcodes_at_most(data: bytes) -> int:
-    return sum(map(data.count, (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3))) + min(
-        data.count(b"("), data.count(b"t")
-    )
+    return sum(map(data.count, (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3))) + min(data.count(b"("), data.count(b"t"))
 
 
 class _Rehearsal(_PythonUnpickler):
@@ -153,9 +149,7 @@ class _Rehearsal(_PythonUnpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonUnpickler.dispatch)
 
     def load(self) -> Any:
-        self.depths: dict[
-            int, tuple[int, Any]
-        ] = {}  # by id; the tuple with it, so that its id is not used again
+        self.depths: dict[int, tuple[int, Any]] = {}  # by id; the tuple with it, so that its id is not used again
         return super().load()
 
     def find_class(self, module: str, name: str) -> Global:
@@ -193,9 +187,7 @@ class Pickler(_PythonPickler):
         self.save(obj.args)
         if obj.kwargs:
             self.save(obj.kwargs)
-            self.write(
-                pickle.NEWOBJ_EX
-            )  # of protocol 4, yet read in any; protocol 2 would need a functools.partial
+            self.write(pickle.NEWOBJ_EX)  # of protocol 4, yet read in any; protocol 2 would need a functools.partial
         else:
             self.write(pickle.NEWOBJ if obj.new else pickle.REDUCE)
         if id(obj) in self.memo:  # its arguments led back to it, and it was written while they were

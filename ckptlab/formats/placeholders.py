@@ -159,9 +159,6 @@ class Global(type):
             return Global(cls.module, cls.name, args=args)
         return Foreign(cls, args)
 
-    def __setattr__(cls, key: str, value: object) -> NoReturn:
-        raise UnsafeFileError(f"its pickle tries to change what {cls!r} is; do not use it")
-
     def __setstate__(cls, state: object) -> NoReturn:
         raise UnsafeFileError(f"its pickle tries to change what {cls!r} is; do not use it")
 

@@ -1,7 +1,7 @@
 """Consolidated safetensors: whole tensors under the model's own names, sharded with an index when large.
 
-The format: eight bytes of length, a JSON header, then the data (https://github.com/huggingface/safetensors). The header is
-written here because tensors are streamed into the file, never held; reading goes by the same header.
+The format: eight bytes of length, a JSON header, then the data (https://github.com/huggingface/safetensors). The header
+is written here because tensors are streamed into the file, never held; reading goes by the same header.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ckptlab.arrays import Gather, Tally
-from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Notice, Tensor
+from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
 from ckptlab.convert import FileJob
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
@@ -56,7 +56,9 @@ def read_header(path: str) -> dict[str, Stored]:
         head = f.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > size - 8:
-            raise CheckpointError(f"{path}: the header claims {length:,} bytes, the file has {size:,}: truncated, or no safetensors file")
+            raise CheckpointError(
+                f"{path}: the header claims {length:,} bytes, the file has {size:,}: truncated, or no safetensors file"
+            )
         try:
             header = json.loads(f.read(length))
         except ValueError as e:
@@ -71,7 +73,8 @@ def read_header(path: str) -> dict[str, Stored]:
         expected = math.prod(shape) * dtype.itemsize
         if not 0 <= lo <= hi <= size - 8 - length or hi - lo != expected:
             raise CheckpointError(
-                f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - 8 - length:,} byte data part, expected {expected:,} bytes for "
+                f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - 8 - length:,} byte data part, expected "
+                f"{expected:,} bytes for "
                 f"{shape}: the file is truncated or damaged"
             )
         found[name] = Stored(path, 8 + length + lo, dtype, shape, row_major_strides(shape))
@@ -79,7 +82,7 @@ def read_header(path: str) -> dict[str, Stored]:
 
 
 def read_safetensors(path: str) -> Catalog:
-    """Open a file or folder of safetensors: whole tensors, no mesh, no optimizer. One state: fp32 or module, by dtype."""
+    """A file or folder of safetensors: whole tensors, no mesh, no optimizer; one state, fp32 or module by dtype."""
     files = _files(path)
     mesh = Mesh()
     tensors: dict[str, Tensor] = {}
@@ -88,7 +91,9 @@ def read_safetensors(path: str) -> Catalog:
         for name, stored in read_header(file).items():
             layout = replicated(len(stored.shape))
             state = MASTER if stored.dtype == np.float32 else MODULE
-            tensors[name] = Tensor(name, stored.shape, layout, Cut.whole(stored.shape), "parameter", {state: stored.dtype})
+            tensors[name] = Tensor(
+                name, stored.shape, layout, Cut.whole(stored.shape), "parameter", {state: stored.dtype}
+            )
             pieces[name, state] = {(0, 0): (Fragment(0, stored),)}
     return Catalog(path, "safetensors", mesh, None, tensors, pieces=pieces, files=tuple(map(os.path.basename, files)))
 
@@ -125,8 +130,8 @@ class _Entry:
 def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
     """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
 
-    dtype converts floating-point tensors; None keeps the master's. Aliases are written out under their own names, so that
-    a strict load finds them.
+    dtype converts floating-point tensors; None keeps the master's. Aliases are written out under their own names, so
+    that a strict load finds them.
     """
     for tensor in source.tensors.values():
         wanted = dtype
@@ -142,7 +147,8 @@ def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
 
 
 def jobs(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int, tally: Tally | None = None) -> list[FileJob]:
-    """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an index."""
+    """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an
+    index."""
     shards: list[list[_Entry]] = [[]]
     filled = 0
     for entry in entries(source, dtype):
@@ -175,28 +181,19 @@ def _write(path: str, source: Catalog, shard: Sequence[_Entry], tally: Tally | N
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for e in shard:
-        header[e.name] = {"dtype": _NAMES[e.dtype], "shape": e.tensor.shape, "data_offsets": [offset, offset + e.nbytes]}
+        header[e.name] = {
+            "dtype": _NAMES[e.dtype],
+            "shape": e.tensor.shape,
+            "data_offsets": [offset, offset + e.nbytes],
+        }
         offset += e.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as f:
+    with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for e in shard:
             cut = Cut.whole(e.tensor.shape)
             gather = Gather(source, e.tensor.name, e.state, dtype=e.dtype, tally=tally)
             for chunk in gather.chunks(cut, (), 0, e.tensor.numel):
-                write_all(f, chunk)
+                f.write(np.ascontiguousarray(chunk).view(np.uint8).data)
     return offset
-
-
-def write_all(file: Any, chunk: np.ndarray) -> None:
-    """Write an array's bytes; an unbuffered file may take them in several goes."""
-    view = memoryview(np.ascontiguousarray(chunk).view(np.uint8).reshape(-1))
-    while len(view):
-        view = view[file.write(view) :]
-
-
-def notices(source: Catalog) -> list[Notice]:
-    """What safetensors cannot hold of the source."""
-    lost = [s for s in source.states if s not in (MASTER, MODULE)]
-    return [Notice("states-left-out", f"safetensors holds weights alone: {', '.join(lost)} are left out")] if lost else []

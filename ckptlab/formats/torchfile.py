@@ -98,9 +98,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     with open(path, "rb") as file:
         records = RecordReader(path, file)
         if "byteorder" in records and records.bytes_of("byteorder") != b"little":
-            raise UnsupportedError(
-                f"{path}: its numbers are not little-endian; load it with torch and save it again"
-            )
+            raise UnsupportedError(f"{path}: its numbers are not little-endian; load it with torch and save it again")
         unpickler = _TensorUnpickler(records)
         return Contents(unpickler.load(), frozenset(unpickler.globals_seen))
 
@@ -111,7 +109,7 @@ class _TensorUnpickler(pickles.Unpickler):
     def __init__(self, records: RecordReader) -> None:
         super().__init__(records.bytes_of("data.pkl"), records.path)
         self._records = records
-        self._storages: dict[tuple[str, str], Storage] = {}
+        self._storages: dict[tuple[str, str, int], Storage] = {}
 
     def persistent_load(self, pid: Any) -> Storage:
         match pid:
@@ -122,18 +120,15 @@ class _TensorUnpickler(pickles.Unpickler):
                 _,
                 int(numel),
             ):
-                known = self._storages.get((kind, key))
-                if known is None or known.numel != numel:
-                    known = self._storages[kind, key] = self._storage(kind, key, numel)
-                return known
+                if (kind, key, numel) not in self._storages:
+                    self._storages[kind, key, numel] = self._storage(kind, key, numel)
+                return self._storages[kind, key, numel]
         raise UnsafeFileError(f"its pickle refers to {pid!r}, which is no storage; do not use it")
 
     def _storage(self, kind: str, key: str, numel: int) -> Storage:
         dtype = np.dtype(np.uint8) if kind == "UntypedStorage" else _STORAGES.get(kind)
         if dtype is None:
-            raise UnsupportedError(
-                f"a tensor is kept in a torch.{kind}; convert it to a plain dtype and save it again"
-            )
+            raise UnsupportedError(f"a tensor is kept in a torch.{kind}; convert it to a plain dtype and save it again")
         offset, size = self._records.extent(f"data/{key}")
         if not 0 <= numel * dtype.itemsize <= size:
             raise UnsafeFileError(
@@ -179,19 +174,13 @@ def _view(storage: Any, start: Any, shape: Any, strides: Any) -> Stored:
             f"do not use the file"
         )
     numel = math.prod(shape)
-    end = (
-        start + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if numel
-        else 0
-    )
+    end = start + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if numel else 0
     if end > storage.numel or (numel > storage.numel and numel * storage.dtype.itemsize > _EXPANDED_LIMIT):
         raise UnsafeFileError(
             f"a tensor of shape {shape}, strides {strides} at element {start} claims more than its "
             f"storage holds ({storage.numel} elements); the file is damaged or forged, get it again"
         )
-    return Stored(
-        storage.path, storage.offset + start * storage.dtype.itemsize, storage.dtype, shape, strides
-    )
+    return Stored(storage.path, storage.offset + start * storage.dtype.itemsize, storage.dtype, shape, strides)
 
 
 def _naturals(*numbers: Any) -> bool:
@@ -310,9 +299,7 @@ def _elements(leaf: Leaf, key: str) -> Iterator[np.ndarray]:
         for chunk in leaf.chunks():
             given += chunk.size
             if chunk.ndim != 1 or chunk.dtype != leaf.dtype:
-                raise CheckpointError(
-                    f"{wanted}, but a chunk has shape {chunk.shape} and dtype {chunk.dtype}"
-                )
+                raise CheckpointError(f"{wanted}, but a chunk has shape {chunk.shape} and dtype {chunk.dtype}")
             if given > expected:
                 raise CheckpointError(f"{wanted}, but its chunks hold more: at least {given}")
             yield chunk

@@ -44,8 +44,7 @@ class RecordReader:
         if len(set(names)) < len(names):
             double = Counter(names).most_common(1)[0][0]
             raise UnsafeFileError(
-                f"{path}: two records are named {double!r}, so that programs differ in what they read; "
-                f"do not use it"
+                f"{path}: two records are named {double!r}, so that programs differ in what they read; do not use it"
             )
         if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
             raise UnsafeFileError(
@@ -61,15 +60,11 @@ class RecordReader:
         """Where the data of record `name` (without the root) lies."""
         info = self._directory.NameToInfo.get(f"{self._root}/{name}")
         if info is None:
-            raise CheckpointError(
-                f"{self.path} has no record {name!r}: it is incomplete, or no file of torch.save"
-            )
+            raise CheckpointError(f"{self.path} has no record {name!r}: it is incomplete, or no file of torch.save")
         encoded = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
         header = self._at(info.header_offset, _LOCAL_HEADER.size + len(encoded))
         if not header.startswith(b"PK\3\4") or header[_LOCAL_HEADER.size :] != encoded:
-            raise UnsafeFileError(
-                f"{self.path}: record {name!r} is not where it is said to lie; get the file again"
-            )
+            raise UnsafeFileError(f"{self.path}: record {name!r} is not where it is said to lie; get the file again")
         method, name_length, extra_length = (_LOCAL_HEADER.unpack_from(header)[field] for field in (3, 9, 10))
         if info.compress_type or method or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise UnsafeFileError(
@@ -114,12 +109,8 @@ def _not_a_zip(path: str, file: BinaryIO, start: bytes) -> CheckpointError:
         )
     file.seek(0)
     if start and tarfile.is_tarfile(file):
-        return UnsupportedError(
-            f"{path} is a tar, torch's oldest format; save its tensors again with torch.save"
-        )
-    return CheckpointError(
-        f"{path} is not a file of torch.save: expected a zip, found {start!r} at its start"
-    )
+        return UnsupportedError(f"{path} is a tar, torch's oldest format; save its tensors again with torch.save")
+    return CheckpointError(f"{path} is not a file of torch.save: expected a zip, found {start!r} at its start")
 
 
 class RecordWriter:

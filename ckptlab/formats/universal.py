@@ -1,7 +1,8 @@
 """DeepSpeed's universal format: `zero/<tensor>/<state>.pt`, whole tensors, beside the model files of the run.
 
-Stages up to 2 store a dict with `param` and what a loader needs to cut it (`cat_dim`, `vocab_tensor`, …); stage 3 stores a
-bare flat tensor. Source: what DeepSpeed 0.19.8's `ds_to_universal` wrote, and what its loader was seen to need.
+Stages up to 2 store a dict with `param` and what a loader needs to cut it (`cat_dim`, `vocab_tensor`, …); stage 3
+stores a bare flat tensor. Source: what DeepSpeed 0.19.8's `ds_to_universal` wrote, and what its loader was seen to
+need.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ OPTIMIZER = "optimizer_state.pt"
 def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
     """Open a universal folder (the one that holds `zero/`): whole tensors, mesh 1 · 1 · 1.
 
-    The layouts, groups and pipeline layers that a reshape needs are taken from the model files beside. CheckpointError where
-    a state's shape contradicts them.
+    The layouts, groups and pipeline layers that a reshape needs are taken from the model files beside. CheckpointError
+    where a state's shape contradicts them.
     """
     folder = read_step_folder(path, optimizer=False)
     trained, info = folder.mesh, universal_info(folder)
@@ -57,7 +58,11 @@ def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
     module = read_module(folder, trainable)
     common = torchfile.read(os.path.join(path, FOLDER, OPTIMIZER)) if _has(path, FOLDER, OPTIMIZER) else {}
     wrapper = _wrapper(common)
-    shards = {n: [trainable[r][n] for r in trainable if n in trainable[r]][: trained.tp] for by in trainable.values() for n in by}
+    shards = {
+        n: [trainable[r][n] for r in trainable if n in trainable[r]][: trained.tp]
+        for by in trainable.values()
+        for n in by
+    }
     stages = {n: tuple(dict.fromkeys(p for (p, _), by in trainable.items() if n in by)) for n in shards}
     tensors: dict[str, Tensor] = {}
     pieces: dict[tuple[str, str], dict[tuple[int, int], tuple[Fragment, ...]]] = {}
@@ -67,7 +72,9 @@ def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
         if name in module.aliases or (name not in shards and name in module.kinds):
             continue  # what is not trained is read from the model files, where it has its own dtype
         if name not in found:
-            raise CheckpointError(f"{os.path.join(path, FOLDER, name)}: missing: the model files list this tensor; convert again")
+            raise CheckpointError(
+                f"{os.path.join(path, FOLDER, name)}: missing: the model files list this tensor; convert again"
+            )
         states, single = _read_states(found[name])
         tensors[name] = _tensor(name, states, shards.get(name), stages.get(name, (0,)), folder, info, strategy)
         scalars[name] = single
@@ -76,8 +83,15 @@ def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
     _add_module(folder, module, tensors, pieces)
     groups = _groups(folder, common, trainable, scalars, wrapper)
     group_of = {n: i for i, g in enumerate(groups) for n in g.tensors}
-    native = Native(folder, wrapper, info, _layers(folder, module, tensors), {k: common[k] for k in EXTRAS if k in common},
-                    not common.get("param_groups"), _round_robin(folder, wrapper))
+    native = Native(
+        folder,
+        wrapper,
+        info,
+        _layers(folder, module, tensors),
+        {k: common[k] for k in EXTRAS if k in common},
+        not common.get("param_groups"),
+        _round_robin(folder, wrapper),
+    )
     return Catalog(
         path=path,
         format="universal",
@@ -157,11 +171,14 @@ def _tensor(
     for state, one in states.items():
         if one.numel != math.prod(shape):
             raise CheckpointError(
-                f"{one.path}: {name}: {state} has shape {one.shape}, the model files say {shape}: it comes from another run"
+                f"{one.path}: {name}: {state} has shape {one.shape}, the model files say {shape}: it comes from "
+                "another run"
             )
     dtypes = {s: one.dtype for s, one in states.items()}
     ordered = {s: dtypes[s] for s in sorted(dtypes, key=lambda s: s != MASTER)}
-    return Tensor(name, shape, layout.replace(stages=stages), Cut.whole(shape), "parameter", ordered, None, stages, (), known)
+    return Tensor(
+        name, shape, layout.replace(stages=stages), Cut.whole(shape), "parameter", ordered, None, stages, (), known
+    )
 
 
 def _add_module(
@@ -180,7 +197,9 @@ def _add_module(
             shape = module.shapes[name][0]
             dtype = next(f.stored.dtype for f in by_rank[0, 0])
             layout, known = choose_layout(name, module.kinds[name], [shape], None, None, folder.path)
-            tensors[name] = Tensor(name, shape, layout, Cut.whole(shape), module.kinds[name], {MODULE: dtype}, None, (0,), aliases, known)
+            tensors[name] = Tensor(
+                name, shape, layout, Cut.whole(shape), module.kinds[name], {MODULE: dtype}, None, (0,), aliases, known
+            )
         pieces[name, MODULE] = {(0, 0): by_rank[0, 0]}
     for alias, target in module.aliases.items():
         if target in tensors and alias not in tensors[target].aliases:
@@ -188,12 +207,16 @@ def _add_module(
 
 
 def _groups(
-    folder: StepFolder, common: Mapping[str, Any], trainable: Mapping[tuple[int, int], Any], scalars: Mapping[str, Any], wrapper: Wrapper
+    folder: StepFolder,
+    common: Mapping[str, Any],
+    trainable: Mapping[tuple[int, int], Any],
+    scalars: Mapping[str, Any],
+    wrapper: Wrapper,
 ) -> tuple[ParameterGroup, ...]:
     """Parameter groups: tensors from the model files, hyperparameters from what the universal folder has of them."""
     options = [{k: v for k, v in g.items() if k != "params"} for g in common.get("param_groups") or ()]
     ids = [list(g["params"]) for g in common.get("param_groups") or ()]
-    stages = []
+    stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = []
     for p in range(folder.mesh.pp):
         buffers = [list(g) for g in folder.models[p, 0].get("param_shapes") or ()]
         if wrapper is Wrapper.ZERO3 and ids:
@@ -202,15 +225,13 @@ def _groups(
             joined = [tuple(b) for b in buffers]
         if options and len(joined) != len(options):
             raise CheckpointError(
-                f"{folder.path}: pp stage {p} has {len(joined)} parameter groups, {OPTIMIZER} has {len(options)}: ckptlab cannot "
-                "tell which are missing there"
+                f"{folder.path}: pp stage {p} has {len(joined)} parameter groups, {OPTIMIZER} has {len(options)}: "
+                "ckptlab cannot tell which are missing there"
             )
-        stages.append([(o, names) for o, names in zip(options or [None] * len(joined), joined, strict=True)])
+        stages.append(list(zip(options, joined, strict=True)) if options else [(None, names) for names in joined])
     groups, _ = match_groups(folder.path, stages)
     steps = _zero3_steps(common)
-    return tuple(
-        replace(g, scalars=next((scalars[n] for n in g.tensors if scalars.get(n)), steps)) for g in groups
-    )
+    return tuple(replace(g, scalars=next((scalars[n] for n in g.tensors if scalars.get(n)), steps)) for g in groups)
 
 
 def _zero3_steps(common: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,9 +241,9 @@ def _zero3_steps(common: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers(folder: StepFolder, module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeights:
-    """A universal folder has no layer files: the layers of a pipeline are told from the tensors' names, and a tied module
-    is taken to stand right before the first of them."""
-    if folder.models[0, 0].get("module") is not None:
+    """A universal folder has no layer files: the layers of a pipeline are told from the tensors' names, and a tied
+    module is taken to stand right before the first of them."""
+    if not folder.is_pipeline:
         return module
     numbered: dict[int, int] = {}
     for name, tensor in tensors.items():
@@ -243,8 +264,8 @@ def _layers(folder: StepFolder, module: ModuleWeights, tensors: Mapping[str, Ten
 
 
 def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[FileJob]:
-    """Every file of the universal folder. `target` says for which mesh, stage and dtype the model files beside are made;
-    tensors are whole, whatever the mesh."""
+    """Every file of the universal folder. `target` says for which mesh, stage and dtype the model files beside are
+    made; tensors are whole, whatever the mesh."""
     writer = NativeWriter(source, target, tally)
     made = [_state_job(source, target, t, s, tally) for t in source.tensors.values() for s in _written(t)]
     flat = target.native.wrapper is Wrapper.ZERO3
@@ -295,7 +316,9 @@ def _leaf(
     return Pending(
         dtype,
         shape,
-        lambda: Gather(source, tensor.name, state, dtype=dtype, tally=tally).chunks(Cut.whole(tensor.shape), (), 0, tensor.numel),
+        lambda: Gather(source, tensor.name, state, dtype=dtype, tally=tally).chunks(
+            Cut.whole(tensor.shape), (), 0, tensor.numel
+        ),
     )
 
 
@@ -309,7 +332,9 @@ def loader_keys(source: Catalog, tensor: Tensor) -> dict[str, Any]:
     elif terms:
         shape = [tuple(terms) if i == dim else n for i, n in enumerate(tensor.shape)]
         fields = {"patterns": [tensor.name], "shape": shape, "partition_dim": dim}
-        keys["sub_param_shape"] = foreign("deepspeed.checkpoint.universal_checkpoint", "SubparamShape", state=fields, new=True)
+        keys["sub_param_shape"] = foreign(
+            "deepspeed.checkpoint.universal_checkpoint", "SubparamShape", state=fields, new=True
+        )
     else:
         keys["cat_dim"] = dim
         if (parts := equal_parts(tensor.layout, "tp")) > 1:
@@ -322,12 +347,14 @@ def loader_keys(source: Catalog, tensor: Tensor) -> dict[str, Any]:
 def _common(writer: NativeWriter) -> dict[str, Any]:
     """`optimizer_state.pt`: what the optimizer files say once, hyperparameters included."""
     target, extras = writer.target, writer.source.native.extras
-    state = {k: v for k, v in extras.items()} if engine_dtype(writer.source.native.config) == target.native.dtype else {}
+    state = dict(extras) if engine_dtype(writer.source.native.config) == target.native.dtype else {}
     state |= {"ds_version": writer.folder.models[0, 0].get("ds_version")}
     if target.native.wrapper is not Wrapper.BF16:
         state["zero_stage"] = foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", target.zero_stage)
     groups = writer.groups_on(0)
-    state["partition_count"] = target.mesh.dp if target.native.wrapper is Wrapper.ZERO3 else [target.mesh.dp] * len(groups)
+    state["partition_count"] = (
+        target.mesh.dp if target.native.wrapper is Wrapper.ZERO3 else [target.mesh.dp] * len(groups)
+    )
     state["param_groups"] = writer.param_groups(groups)
     if target.native.wrapper is Wrapper.ZERO3:
         scalars = {i: dict(target.groups[g.group].scalars) for i, g in enumerate(groups)}

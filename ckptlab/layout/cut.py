@@ -35,9 +35,7 @@ class DimCut:
 
     @cached_property
     def _content(self) -> bytes:
-        digest = hashlib.blake2b(
-            repr((self.size, self.axes, sorted(self.widths.items()))).encode(), digest_size=16
-        )
+        digest = hashlib.blake2b(repr((self.size, self.axes, sorted(self.widths.items()))).encode(), digest_size=16)
         for coordinate in sorted(self.rows):
             digest.update(self.rows[coordinate].tobytes())
             digest.update(b"|")
@@ -225,9 +223,7 @@ def _dim_from_rows(
         raise LayoutError(f"{what} is cut over {axes}, expected axes of {mesh!r} in mesh order")
     expected = set(itertools.product(*(range(mesh[axis]) for axis in axes)))
     if expected != set(held):
-        raise LayoutError(
-            f"{what}: rows for {len(held)} coordinates, expected exactly the {len(expected)} on {axes}"
-        )
+        raise LayoutError(f"{what}: rows for {len(held)} coordinates, expected exactly the {len(expected)} on {axes}")
     rows, widths = {}, {}
     for at in sorted(held):
         try:

@@ -62,11 +62,7 @@ def whole_shape(layout: Layout, shards: Sequence[Shape], axis: str = "tp") -> Sh
 
 def on_degree(layout: Layout, axis: str, degree: int) -> Layout:
     """The layout for another degree of a mesh axis: widths of an uneven cut over it become totals, to be cut evenly."""
-    uneven = {
-        n: w
-        for n, w in layout.sizes
-        if isinstance(w, tuple) and len(w) != degree and _follows(layout, n, axis)
-    }
+    uneven = {n: w for n, w in layout.sizes if isinstance(w, tuple) and len(w) != degree and _follows(layout, n, axis)}
     if not uneven:
         return layout
     return layout.replace(

@@ -95,9 +95,7 @@ class Layout:
                 f"{self.text!r} has {len(tree)} dims, which need as many different names, not {self.dims}"
             )
         if any(i not in range(len(tree)) for i, _ in self.padded):
-            raise LayoutError(
-                f"padded {dict(self.padded)} names a dim that {self.text!r} lacks: it has {len(tree)}"
-            )
+            raise LayoutError(f"padded {dict(self.padded)} names a dim that {self.text!r} lacks: it has {len(tree)}")
         if self.stages is not None and (not self.stages or len(set(self.stages)) != len(self.stages)):
             raise LayoutError(f"stages are different pp stages, at least one, not {self.stages}")
         if self.replicas not in REPLICAS:
@@ -133,9 +131,7 @@ class Layout:
         """
         cut = self.resolve(shape, mesh)
         geometry = _geometry(self, cut.shape, mesh)
-        if any(isinstance(n, tuple) for n in geometry.lengths.values()) or _leaves_out_an_axis(
-            self.tree, cut
-        ):
+        if any(isinstance(n, tuple) for n in geometry.lengths.values()) or _leaves_out_an_axis(self.tree, cut):
             return None
         numbers = itertools.count()
         named = [_name_numbers(dim, geometry.lengths, numbers) for dim in self.tree]

@@ -105,9 +105,7 @@ class _Parser:
         seen: _Places = {}
         while self.tokens[self.next].text:
             node, places = self.dim()
-            self.add(
-                seen, places, "stands in two dims; an axis cuts at most one dim, and a length has one place"
-            )
+            self.add(seen, places, "stands in two dims; an axis cuts at most one dim, and a length has one place")
             dims.append(node)
         return tuple(dims)
 

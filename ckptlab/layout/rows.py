@@ -192,9 +192,7 @@ def _intersect_pair(a: tuple[int, ...], b: tuple[int, ...]) -> list[tuple[int, .
     if a[3] == 1:
         return [(p, q, n, count, v, u) for q, p, n, count, u, v in _intersect_run(b, a)]
     common = math.lcm(a[4], b[4])
-    return [
-        piece for x in _slower(a, common) for y in _slower(b, common) for piece in _intersect_strides(x, y)
-    ]
+    return [piece for x in _slower(a, common) for y in _slower(b, common) for piece in _intersect_strides(x, y)]
 
 
 def _slower(run: tuple[int, ...], stride: int) -> list[tuple[int, ...]]:

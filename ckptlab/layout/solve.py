@@ -32,16 +32,12 @@ class Geometry:
     lengths: dict[str, int | tuple[int, ...]]
     totals: Mapping[str, int]
     units: Mapping[str, int]
-    widths_of: dict[str, str] = field(
-        default_factory=dict
-    )  # uneven name → the axis whose coordinates it follows
+    widths_of: dict[str, str] = field(default_factory=dict)  # uneven name → the axis whose coordinates it follows
 
     def __post_init__(self) -> None:
         for name in self.lengths.keys() | self.totals.keys() | self.units.keys():
             if self.is_axis(name):
-                raise LayoutError(
-                    f"{name} is a mesh axis: its length is its degree, {name}({self.degree(name)})"
-                )
+                raise LayoutError(f"{name} is a mesh axis: its length is its degree, {name}({self.degree(name)})")
         cut: dict[str, int] = {}
         for i, dim in enumerate(self.dims):
             leaves = set(self._check_axes(dim, frozenset(), None))
@@ -53,9 +49,7 @@ class Geometry:
 
     def axes(self, dim: int) -> tuple[str, ...]:
         """The mesh axes (parts of split ones) that cut a dim, in mesh order."""
-        found = {
-            leaf for name in names(self.dims[dim]) if name in self.mesh for leaf in self.mesh.leaves(name)
-        }
+        found = {leaf for name in names(self.dims[dim]) if name in self.mesh for leaf in self.mesh.leaves(name)}
         return tuple(axis for axis in self.mesh.axes if axis in found)
 
     def rows(self, dim: int) -> dict[tuple[int, ...], Rows]:
@@ -85,9 +79,7 @@ class Geometry:
                 leaves = list(self.mesh.leaves(node.text)) if node.text in self.mesh else []
                 twice = above.intersection(leaves)
                 if twice:
-                    raise LayoutError(
-                        f"mesh axis {min(twice)} cuts one term twice ({node} has it among its parts)"
-                    )
+                    raise LayoutError(f"mesh axis {min(twice)} cuts one term twice ({node} has it among its parts)")
                 return leaves
             if isinstance(self.lengths.get(node.text), tuple):
                 self._follow(node.text, nearest)
@@ -107,15 +99,11 @@ class Geometry:
         widths = self.lengths[name]
         assert isinstance(widths, tuple)
         if axis is None:
-            raise LayoutError(
-                f"{name} has a width for each coordinate, but no mesh axis stands before it in its term"
-            )
+            raise LayoutError(f"{name} has a width for each coordinate, but no mesh axis stands before it in its term")
         if len(widths) != self.degree(axis):
             raise LayoutError(f"{name} has {len(widths)} widths {widths} for {axis}({self.degree(axis)})")
         if self.widths_of.setdefault(name, axis) != axis:
-            raise LayoutError(
-                f"{name} follows mesh axis {self.widths_of[name]} in one term and {axis} in another"
-            )
+            raise LayoutError(f"{name} follows mesh axis {self.widths_of[name]} in one term and {axis} in another")
 
     def _solve(self) -> None:
         equations = [
@@ -201,9 +189,7 @@ class Geometry:
         if length % unit:
             raise LayoutError(f"{name}: {length} is not a multiple of its unit {unit}")
         if length // unit % math.prod(self.degree(axis) for axis in axes):
-            raise LayoutError(
-                f"{name}: {length // unit} units of {unit} cannot be divided over {self._spell(axes)}"
-            )
+            raise LayoutError(f"{name}: {length // unit} units of {unit} cannot be divided over {self._spell(axes)}")
 
     def _extent(self, node: Node, at: Coordinate) -> int:
         if isinstance(node, Number):
@@ -232,9 +218,7 @@ class Geometry:
             return length
         axis = self.widths_of[name]
         if axis not in at:
-            raise LayoutError(
-                f"{name} differs from one {axis} coordinate to the next: its term has no one length"
-            )
+            raise LayoutError(f"{name} differs from one {axis} coordinate to the next: its term has no one length")
         return length[at[axis]]
 
     def _held(self, node: Node, at: Coordinate) -> tuple[int, list[Interval]]:
@@ -260,9 +244,7 @@ class Geometry:
         first, tail = factors[0], factors[1:]
         inner_extent, inner = self._held_of_factors(tail, at)
         if isinstance(first, Name) and self._is_followed(first.text, tail):
-            blocks = [
-                self._extent_of_factors(tail, at | {first.text: k}) for k in range(self.degree(first.text))
-            ]
+            blocks = [self._extent_of_factors(tail, at | {first.text: k}) for k in range(self.degree(first.text))]
             before = sum(blocks[: at.get(first.text, 0)])
             return sum(blocks), [(before + start, n, count, stride) for start, n, count, stride in inner]
         extent, outer = self._held(first, at)

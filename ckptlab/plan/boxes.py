@@ -107,12 +107,7 @@ def shared_boxes(a: Cut, b: Cut, owned: bool) -> tuple[tuple[Coordinate, Coordin
     """All pairs of coordinates whose shards share anything, with the boxes; `owned` as in `overlap`."""
     check_same_tensor(a, b)
     per_dim = [
-        [
-            (at_a, at_b, rows)
-            for at_a in x.rows
-            for at_b in y.rows
-            if len(rows := dim_overlap(x, at_a, y, at_b, owned))
-        ]
+        [(at_a, at_b, rows) for at_a in x.rows for at_b in y.rows if len(rows := dim_overlap(x, at_a, y, at_b, owned))]
         for x, y in zip(a.dims, b.dims, strict=True)
     ]
     found = []
@@ -126,9 +121,7 @@ def shared_boxes(a: Cut, b: Cut, owned: bool) -> tuple[tuple[Coordinate, Coordin
 
 def _assemble(cut: Cut, parts: Sequence[Coordinate]) -> Coordinate:
     """The coordinate on the cut's axes from those on its dims'."""
-    place = {
-        axis: k for dim, at in zip(cut.dims, parts, strict=True) for axis, k in zip(dim.axes, at, strict=True)
-    }
+    place = {axis: k for dim, at in zip(cut.dims, parts, strict=True) for axis, k in zip(dim.axes, at, strict=True)}
     return cut.coordinate(place)
 
 

@@ -85,13 +85,9 @@ class Placement:
             raise LayoutError(f"no flat buffer is given for {where}")
         flat, index = self.flats[stage, holder]
         if flat.counts[index] != count:
-            raise LayoutError(
-                f"{flat.counts[index]} elements in the flat buffer of {where}, {count} in shard {shape}"
-            )
+            raise LayoutError(f"{flat.counts[index]} elements in the flat buffer of {where}, {count} in shard {shape}")
         if flat.dp != len(ranks):
-            raise LayoutError(
-                f"a flat buffer for dp({flat.dp}) at {where}, where {len(ranks)} ranks share a shard"
-            )
+            raise LayoutError(f"a flat buffer for dp({flat.dp}) at {where}, where {len(ranks)} ranks share a shard")
         edges, first = flat.edges(index)
         return Shard(ranks, edges, first, (count, flat.dp) if flat.partition is None else None)
 
@@ -273,17 +269,13 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Pl
         except LayoutError as error:
             raise ReshapeError(f"tensor {name!r}: {error}") from error
         names.append(name)
-        figures.append(
-            (read_size, written_size, _elements_read(a, b.cut.shape), _elements_written(b, a.cut.shape))
-        )
+        figures.append((read_size, written_size, _elements_read(a, b.cut.shape), _elements_written(b, a.cut.shape)))
         parts.append((source.astype(np.int32), target.astype(np.int32), count))
         sizes["source"].add(a.mesh.size)
         sizes["target"].add(b.mesh.size)
     for side, found in sizes.items():
         if len(found) > 1:
-            raise ReshapeError(
-                f"the tensors' {side} meshes differ in size: {', '.join(map(str, sorted(found)))} ranks"
-            )
+            raise ReshapeError(f"the tensors' {side} meshes differ in size: {', '.join(map(str, sorted(found)))} ranks")
     rows = [len(count) for _, _, count in parts]
     table = np.array(figures, np.int64).reshape(-1, 4)
     empty = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64))

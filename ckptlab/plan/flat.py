@@ -84,9 +84,9 @@ class FlatBuffer:
 
     @property
     def used(self) -> int:
-        """End of the last tensor in the buffer; at ZeRO-3, in one rank's buffer (its room counted)."""
+        """End of the last tensor that has elements; at ZeRO-3, in one rank's buffer (its room counted)."""
         lengths = self._parts if self.partition is None else self.counts
-        return max((start + n for start, n in zip(self.starts, lengths, strict=True)), default=0)
+        return max((start + n for start, n in zip(self.starts, lengths, strict=True) if n), default=0)
 
     def size(self, d: int) -> int:
         """Length of dp rank d's buffer, padding included."""

@@ -63,7 +63,7 @@ def adapt_client(model: dict[str, Any], own: UniversalInfo | None, target: Catal
 
 
 def universal_info(stored: Any, own: UniversalInfo | None, target: Catalog) -> dict[str, Any] | None:
-    """`universal_checkpoint_info` for the target. Where the layouts did not come from it, its lists are made from them."""
+    """`universal_checkpoint_info` for the target; its lists are made of the layouts where those did not come from it."""
     info = dict(stored) if isinstance(stored, Mapping) else None
     if target.mesh.tp > 1 and (own is None or not own.trusted):
         info = {**(info or {"universal_checkpoint_version": 0.4}), **lists_from_layouts(target)}
@@ -74,7 +74,9 @@ def universal_info(stored: Any, own: UniversalInfo | None, target: Catalog) -> d
         info["padded_vocab_size"] = padded[0].cut.shape[0]
     if info.get("sub_param_shard_widths"):
         info["sub_param_shard_widths"] = {
-            pattern: _shard_widths(next((t for t in target.tensors.values() if re.match(pattern, t.name)), None), widths)
+            pattern: _shard_widths(
+                next((t for t in target.tensors.values() if re.match(pattern, t.name)), None), widths
+            )
             for pattern, widths in info["sub_param_shard_widths"].items()
         }
     return info
@@ -111,7 +113,11 @@ def lists_from_layouts(target: Catalog) -> dict[str, Any]:
             lists["vocabulary_parameter_patterns"].append(pattern)
             lists["original_vocab_size"] = tensor.shape[0]
         elif not cut:
-            key = "parameter_to_average_patterns" if tensor.layout.replicas == "mean" else "tp_replicated_parameter_patterns"
+            key = (
+                "parameter_to_average_patterns"
+                if tensor.layout.replicas == "mean"
+                else "tp_replicated_parameter_patterns"
+            )
             lists[key].append(pattern)
         elif len(tensor.cut.rows(tensor.cut.coordinate({"tp": 0}))[cut[0]]) > 1:
             per_rank = widths(tensor, cut[0])

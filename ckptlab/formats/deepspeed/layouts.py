@@ -19,8 +19,9 @@ from ckptlab.strategy import Shape, column, cut, dim_names, replicated
 
 @dataclass(frozen=True)
 class SubParameters:
-    """An entry of `parameter_with_sub_params`: the shard seen as `shape`, whose dim `partition_dim` holds sub-parameters
-    of the given whole sizes, each cut on its own. `widths[i][tp]`: recorded shard widths (from version 0.4)."""
+    """An entry of `parameter_with_sub_params`: the shard seen as `shape`, whose dim `partition_dim` holds
+    sub-parameters of the given whole sizes, each cut on its own. `widths[i][tp]`: recorded shard widths (from version
+    0.4)."""
 
     pattern: str
     shape: tuple[Any, ...]
@@ -120,7 +121,8 @@ def _sub_layout(name: str, entry: SubParameters, shards: Sequence[Shape]) -> Lay
     ndim, tp = len(shards[0]), len(shards)
     if len(entry.shape) != ndim:
         raise CheckpointError(
-            f"{name}: parameter_with_sub_params describes it with {len(entry.shape)} dims {entry.shape}, its shards have {ndim} "
+            f"{name}: parameter_with_sub_params describes it with {len(entry.shape)} dims {entry.shape}, its shards "
+            f"have {ndim} "
             f"{tuple(shards[0])}: give its layout with a strategy"
         )
     dims = dim_names(ndim)
@@ -146,7 +148,8 @@ def _sub_widths(name: str, entry: SubParameters, shards: Sequence[Shape]) -> tup
         wholes = (whole // wholes,) * wholes
     if any(n % tp for n in wholes):
         raise CheckpointError(
-            f"{name}: sub-parameters of {wholes} rows are not all divisible by tp {tp}, and universal_checkpoint_info records no "
+            f"{name}: sub-parameters of {wholes} rows are not all divisible by tp {tp}, and "
+            "universal_checkpoint_info records no "
             "sub_param_shard_widths: give its layout with a strategy"
         )
     return tuple((n // tp,) * tp for n in wholes)

@@ -1,4 +1,4 @@
-"""Where the model's own weights stand: in the model file, in layer files (pipeline engine), or in fragments (ZeRO-3)."""
+"""Where the model's own weights stand: the model file, layer files (pipeline engine), or fragments (ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Shape = tuple[int, ...]
 class ModuleWeights:
     """Everything of the module that is stored.
 
-    `pieces[name][pp, tp]`: the fragments of each tensor's module weight; `shapes[name][tp]`: shard shapes; `kinds[name]`:
-    "parameter", "frozen" or "buffer"; `aliases`: further name → name; `layer_keys[layer]`: the prefix that the tensors of
-    a layer file have in the model (`"3."` or `"tied_modules.embed."`).
+    `pieces[name][pp, tp]`: the fragments of each tensor's module weight; `shapes[name][tp]`: shard shapes;
+    `kinds[name]`: "parameter", "frozen" or "buffer"; `aliases`: further name → name; `layer_keys[layer]`: the prefix
+    that the tensors of a layer file have in the model (`"3."` or `"tied_modules.embed."`).
     """
 
     pieces: dict[str, dict[Rank, tuple[Fragment, ...]]] = field(default_factory=dict)
@@ -52,13 +52,16 @@ def read_module(folder: StepFolder, trainable: Mapping[Rank, Mapping[str, Shape]
         for rank, shapes in trainable.items():
             if name in shapes and rank[1] in by_tp and shapes[name] != by_tp[rank[1]]:
                 raise CheckpointError(
-                    f"{folder.name_of('model', rank)}: {name}: param_shapes says {shapes[name]}, the module weight of tp rank "
+                    f"{folder.name_of('model', rank)}: {name}: param_shapes says {shapes[name]}, the module weight "
+                    "of tp rank "
                     f"{rank[1]} has {by_tp[rank[1]]}: the files do not belong together"
                 )
     return weights
 
 
-def _from_model_files(folder: StepFolder, trainable: Mapping[Rank, Mapping[str, Shape]], weights: ModuleWeights) -> None:
+def _from_model_files(
+    folder: StepFolder, trainable: Mapping[Rank, Mapping[str, Shape]], weights: ModuleWeights
+) -> None:
     for rank, model in folder.models.items():
         shared = dict(model.get("shared_params") or {})
         buffers = set(model.get("buffer_names") or ())
@@ -97,7 +100,8 @@ def _frozen_fragments(folder: StepFolder, rank: Rank, name: str, shape: Shape) -
         count = max(0, min(part, numel - d * part))
         if stored is None or stored.numel < count:
             raise CheckpointError(
-                f"{folder.name_of('model', rank, d)}: frozen_param_fragments of {name}: expected {count} elements, found "
+                f"{folder.name_of('model', rank, d)}: frozen_param_fragments of {name}: expected {count} elements, "
+                "found "
                 f"{'none' if stored is None else stored.numel}: the file is incomplete"
             )
         if count:

@@ -1,4 +1,5 @@
-"""The names of the files in a DeepSpeed step folder (DeepSpeed 0.19.8, `deepspeed.checkpoint.constants` and the engine).
+"""The names of the files in a DeepSpeed step folder (DeepSpeed 0.19.8, `deepspeed.checkpoint.constants` and the
+engine).
 
 XX of `mp_rank_XX` is pp * TP + tp; the D of `zero_pp_rank_D` is the *data*-parallel rank, whatever its name says.
 """
@@ -12,13 +13,15 @@ _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:(bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+_EXPERT = re.compile(
+    r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+)
 
 
 @dataclass(frozen=True)
 class FileName:
-    """A file name taken apart. `kind` is "model", "zero3_model", "optim", "layer" or "expert"; fields that the kind does
-    not have are 0."""
+    """A file name taken apart. `kind` is "model", "zero3_model", "optim", "layer" or "expert"; fields that the kind
+    does not have are 0."""
 
     kind: str
     mp: int = 0

@@ -69,7 +69,9 @@ def read_optimizer(folder: StepFolder) -> OptimizerFiles:
     config = folder.models[0, 0].get("ds_config") or {}
     zero_config = config.get("zero_optimization") or {}
     stage = zero_config.get("stage", 1)
-    stage = 3 if wrapper is Wrapper.ZERO3 else 1 if wrapper is Wrapper.BF16 else _stage_number(first["zero_stage"], stage)
+    stage = (
+        3 if wrapper is Wrapper.ZERO3 else 1 if wrapper is Wrapper.BF16 else _stage_number(first["zero_stage"], stage)
+    )
     elastic = isinstance(first.get("base_optimizer_state"), Sequence)
     round_robin = wrapper is Wrapper.ZERO12 and bool(zero_config.get("round_robin_gradients")) and folder.mesh.dp > 1
 
@@ -77,11 +79,10 @@ def read_optimizer(folder: StepFolder) -> OptimizerFiles:
         rank: tuple(_rank_buffers(folder, rank, d, wrapper) for d in range(folder.mesh.dp)) for rank in folder.optims
     }
     shapes = {rank: _shapes(folder, rank) for rank in folder.models}
-    stages = [
-        _stage_groups(folder, p, shapes[p, 0], buffers[p, 0][0]) for p in range(folder.mesh.pp)
-    ]
+    stages = [_stage_groups(folder, p, shapes[p, 0], buffers[p, 0][0]) for p in range(folder.mesh.pp)]
     groups, index = match_groups(folder.path, stages)
-    flat_groups, notices = [], []
+    flat_groups: list[FlatGroup] = []
+    notices: list[Notice] = []
     scalars: dict[int, Mapping[str, Any]] = {}
     for p in range(folder.mesh.pp):
         for b, local_group in enumerate(buffers[p, 0][0].group_of):
@@ -137,7 +138,9 @@ def _shapes(folder: StepFolder, rank: Rank) -> list[Shapes]:
     """Shapes of a rank's trainable tensors, one mapping a flat buffer, in memory order."""
     stored = folder.models[rank].get("param_shapes")
     if stored is None:
-        raise UnsupportedError(f"{folder.name_of('model', rank)}: no param_shapes: ckptlab needs them to know the buffers")
+        raise UnsupportedError(
+            f"{folder.name_of('model', rank)}: no param_shapes: ckptlab needs them to know the buffers"
+        )
     stored = [stored] if isinstance(stored, Mapping) else stored
     return [{name: tuple(int(n) for n in shape) for name, shape in group.items()} for group in stored]
 
@@ -160,12 +163,14 @@ def _rank_buffers(folder: StepFolder, rank: Rank, d: int, wrapper: Wrapper) -> _
     order = [i for members in ids for i in members]
     if sorted(order) != list(range(len(masters))):
         raise CheckpointError(
-            f"{where}: {len(masters)} fp32 buffers, but the parameter groups name buffers {order}: the file is inconsistent"
+            f"{where}: {len(masters)} fp32 buffers, but the parameter groups name buffers {order}: the file is "
+            "inconsistent"
         )
     shapes = _shapes(folder, rank)
     if len(shapes) != len(masters):
         raise CheckpointError(
-            f"{where}: {len(masters)} fp32 buffers where {folder.name_of('model', rank)} lists {len(shapes)} groups of shapes: "
+            f"{where}: {len(masters)} fp32 buffers where {folder.name_of('model', rank)} lists {len(shapes)} groups "
+            "of shapes: "
             "they come from different runs"
         )
     states, scalars = [], []
@@ -205,8 +210,10 @@ def _flat_buffer(
         for state, stored in states.items():
             if not filled <= stored.numel <= whole:
                 raise CheckpointError(
-                    f"{folder.name_of('optim', rank, d)}: {state} of group {b} ({names[0] if names else 'empty'} …) has "
-                    f"{stored.numel:,} elements, expected {filled:,}" + (f" to {whole:,}" if whole != filled else "")
+                    f"{folder.name_of('optim', rank, d)}: {state} of group {b} ({names[0] if names else 'empty'} …) "
+                    "has "
+                    f"{stored.numel:,} elements, expected {filled:,}"
+                    + (f" to {whole:,}" if whole != filled else "")
                     + f" from the shapes in {folder.name_of('model', rank)}: the two files do not belong together"
                 )
     return flat
@@ -227,9 +234,9 @@ def match_groups(
 ) -> tuple[tuple[ParameterGroup, ...], list[list[int]]]:
     """The run's parameter groups out of what each pp stage has of them.
 
-    DeepSpeed drops a group that is empty on a stage, so that an index means nothing across stages: groups are matched by
-    their hyperparameters, and where those repeat by order. Returns the groups (tensors in stage order) and, for each stage,
-    the global index of each local group.
+    DeepSpeed drops a group that is empty on a stage, so that an index means nothing across stages: groups are matched
+    by their hyperparameters, and where those repeat by order. Returns the groups (tensors in stage order) and, for each
+    stage, the global index of each local group.
     """
     merged: list[tuple[str, Mapping[str, Any] | None, list[str]]] = []
     index: list[list[int]] = []
@@ -242,7 +249,8 @@ def match_groups(
                 free = [position] if position < len(merged) else []
                 if index and len(local) != len(index[0]):
                     raise CheckpointError(
-                        f"{path}: pp stages have {len(index[0])} and {len(local)} parameter groups and no hyperparameters to "
+                        f"{path}: pp stages have {len(index[0])} and {len(local)} parameter groups and no "
+                        "hyperparameters to "
                         "match them by (elastic checkpoint): resave it without elastic_checkpoint"
                     )
             shared = [i for i in free if set(names) & set(merged[i][2])]
@@ -280,11 +288,13 @@ def _check_mappings(
             where = folder.name_of("optim", (stage, t), d)
             if found in expected:
                 raise CheckpointError(
-                    f"{where}: holds the partition of dp rank {expected.index(found)}, not of {d}: the files were swapped or "
+                    f"{where}: holds the partition of dp rank {expected.index(found)}, not of {d}: the files were "
+                    "swapped or "
                     "renamed. Put them back under their own names"
                 )
             reason = (
-                "as DeepSpeed writes them under round_robin_gradients. Its own ds_to_universal goes by them and scrambles the weights"
+                "as DeepSpeed writes them under round_robin_gradients. Its own ds_to_universal goes by them and "
+                "scrambles the weights"
                 if round_robin
                 else "for no reason that ckptlab knows"
             )

@@ -1,15 +1,15 @@
 """How the pipeline engine deals layers to stages, and which stages a tensor lives on.
 
-Neither the partition method nor the number of layer specs is in a checkpoint. The method is inferred: the first that deals
-the source's layers to the stages they were found on. Sources: DeepSpeed 0.19.8, `PipelineModule._partition_layers`,
-`runtime.utils.partition_balanced` and `partition_uniform`.
+Neither the partition method nor the number of layer specs is in a checkpoint. The method is inferred: the first that
+deals the source's layers to the stages they were found on. Sources: DeepSpeed 0.19.8,
+`PipelineModule._partition_layers`, `runtime.utils.partition_balanced` and `partition_uniform`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +24,9 @@ METHODS = ("blocks", "parameters", "uniform")
 class Pipeline:
     """The layers of a pipeline, as far as a checkpoint tells.
 
-    `signatures[i]` describes layer i's parameters (empty for a layer without any), `counts[i]` is their number, `stages[i]`
-    the pp stage that held it. `tied_stages` are the stages on which tied modules were found beside their own layer's.
+    `signatures[i]` describes layer i's parameters (empty for a layer without any), `counts[i]` is their number,
+    `stages[i]` the pp stage that held it. `tied_stages` are the stages on which tied modules were found beside their
+    own layer's.
     """
 
     signatures: tuple[tuple, ...]
@@ -40,7 +41,9 @@ class Pipeline:
             return _balanced(self.counts, pp)
         if method == "blocks":
             return _balanced(self.blocks, pp)
-        raise ReshapeError(f"pipeline method {method!r}: expected one of {', '.join(METHODS)} or the first layer of each stage")
+        raise ReshapeError(
+            f"pipeline method {method!r}: expected one of {', '.join(METHODS)} or the first layer of each stage"
+        )
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -68,14 +71,15 @@ def describe(catalog: Catalog) -> Pipeline:
     """The pipeline of a catalog read from layer files."""
     module = catalog.native.module
     by_layer: dict[int, list[Tensor]] = {}
-    prefixes = {layer: prefix for layer, prefix in module.layer_keys.items()}
+    prefixes = module.layer_keys
     for layer, prefix in prefixes.items():
         by_layer[layer] = [t for n, t in catalog.tensors.items() if n.startswith(prefix)]
     tied_later = [p for p in set(prefixes.values()) if p.startswith("tied_modules.")]
     last = max(by_layer, default=0)
     tied = [t for p in sorted(tied_later) for t in catalog.tensors.values() if t.name.startswith(p)]
     total = last + 1 + bool(tied)
-    signatures, counts, stages = [()] * total, [0] * total, [catalog.native.folder.mesh.pp - 1] * total
+    signatures: list[tuple] = [()] * total
+    counts, stages = [0] * total, [catalog.native.folder.mesh.pp - 1] * total
     for layer, tensors in by_layer.items():
         prefix = prefixes[layer]
         signatures[layer] = tuple(sorted((t.name.removeprefix(prefix), t.shape) for t in tensors))
@@ -100,13 +104,15 @@ def tensor_stages(catalog: Catalog, starts: Sequence[int]) -> dict[str, tuple[in
     for name, tensor in catalog.tensors.items():
         if name not in found:
             raise ReshapeError(
-                f"{catalog.path}: {name} belongs to no layer file, so that its pp stage is unknown (found on {tensor.stages}): "
+                f"{catalog.path}: {name} belongs to no layer file, so that its pp stage is unknown (found on "
+                f"{tensor.stages}): "
                 "keep the number of pp stages"
             )
         middle = [s for s in tensor.stages if s not in (tensor.stages[0], catalog.native.folder.mesh.pp - 1)]
         if middle:
             raise ReshapeError(
-                f"{catalog.path}: {name} is tied to a layer on pp stage {middle[0]}, neither the first nor the last that has it: "
+                f"{catalog.path}: {name} is tied to a layer on pp stage {middle[0]}, neither the first nor the last "
+                "that has it: "
                 "ckptlab cannot tell which layer that is; keep the number of pp stages"
             )
     return found
@@ -119,10 +125,11 @@ def _uniform(layers: int, pp: int) -> tuple[int, ...]:
 
 
 def _balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
-    """The contiguous partition with the least spread between its heaviest and lightest part; of equal ones the latest cut.
+    """The contiguous partition with the least spread between its heaviest and lightest part; of equal ones the latest
+    cut.
 
-    A dynamic programme over (layers dealt, stages used), as DeepSpeed's: it keeps for each cell the cheapest way and that
-    way's extremes.
+    A dynamic programme over (layers dealt, stages used), as DeepSpeed's: it keeps for each cell the cheapest way and
+    that way's extremes.
     """
     n = len(weights)
     if n <= pp:

@@ -20,9 +20,28 @@ from ckptlab.strategy import Shape, Strategy, replicated
 
 # what DeepSpeed itself puts into a model file; everything else there is the training program's
 ENGINE_KEYS = frozenset(
-    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
-    "data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
-    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version num_experts".split()
+    (
+        "module",
+        "buffer_names",
+        "optimizer",
+        "param_shapes",
+        "frozen_param_shapes",
+        "shared_params",
+        "frozen_param_fragments",
+        "lr_scheduler",
+        "data_sampler",
+        "random_ltd",
+        "sparse_tensor_module_names",
+        "skipped_steps",
+        "global_steps",
+        "global_samples",
+        "dp_world_size",
+        "mp_world_size",
+        "checkpoint_parallel_dimensions",
+        "ds_config",
+        "ds_version",
+        "num_experts",
+    )
 )
 
 
@@ -54,16 +73,16 @@ class Native:
 
     @property
     def is_pipeline(self) -> bool:
-        """Written by the pipeline engine: no rank's model file holds the module."""
-        return self.model.get("module") is None
+        """Written by the pipeline engine."""
+        return self.folder.is_pipeline
 
 
 def read_native(path: str, strategy: Strategy | None = None) -> Catalog:
     """Open a step folder that `engine.save_checkpoint` wrote: ZeRO 1, 2, 3, BF16_Optimizer, with or without pipeline
     and tensor parallelism. Headers only; nothing in it is executed.
 
-    Raises CheckpointError where files are missing, damaged or contradict each other, UnsupportedError for kinds that are
-    not read yet.
+    Raises CheckpointError where files are missing, damaged or contradict each other, UnsupportedError for kinds that
+    are not read yet.
     """
     folder = read_step_folder(path)
     optimizer = read_optimizer(folder)
@@ -113,12 +132,15 @@ def _refuse_unsupported(folder: StepFolder, info: UniversalInfo | None, strategy
     if folder.mesh.tp == 1:
         return
     if info is not None and info.has_affine_map:
-        raise UnsupportedError(f"{folder.path}: AutoTP (universal_checkpoint_info has an affine_map), which ckptlab cannot open yet")
+        raise UnsupportedError(
+            f"{folder.path}: AutoTP (universal_checkpoint_info has an affine_map), which ckptlab cannot open yet"
+        )
     if folder.is_zero3:
         raise UnsupportedError(f"{folder.path}: ZeRO-3 with tp {folder.mesh.tp}, which ckptlab cannot open yet")
     if info is None and strategy is None:
         raise UnsupportedError(
-            f"{folder.path}: tp {folder.mesh.tp}, and no universal_checkpoint_info says how the tensors are cut. Give a strategy: "
+            f"{folder.path}: tp {folder.mesh.tp}, and no universal_checkpoint_info says how the tensors are cut. "
+            "Give a strategy: "
             "a registered one (megatron), or {pattern: notation}"
         )
 
@@ -144,7 +166,8 @@ def build_tensors(
             known = shapes.setdefault(name, {}).setdefault(t, shape)
             if known != shape:
                 raise CheckpointError(
-                    f"{folder.name_of('model', (p, t))}: {name} has shape {shape}, on an earlier pp stage {known}: a tied tensor "
+                    f"{folder.name_of('model', (p, t))}: {name} has shape {shape}, on an earlier pp stage {known}: a "
+                    "tied tensor "
                     "must have one shape; the files do not belong together"
                 )
             held = stages.setdefault(name, [])
@@ -157,17 +180,20 @@ def build_tensors(
     for name in _model_order(module, trainable, shapes):
         shards = [shapes[name][t] for t in range(mesh.tp)]
         kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
-        layout, known = choose_layout(name, kind, shards, info, strategy, folder.path)
+        layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
         layout = layout.replace(stages=tuple(stages[name]))
         shape, cut = whole(name, layout, shards, info, mesh)
         states = dict(states_of.get(name, {}))
         if name in module.pieces:
             states[MODULE] = _module_dtype(module, name)
         aliases = tuple(a for a, target in module.aliases.items() if target == name)
-        tensors[name] = Tensor(name, shape, layout, cut, kind, states, None, tuple(stages[name]), aliases, known)
+        tensors[name] = Tensor(name, shape, layout, cut, kind, states, None, tuple(stages[name]), aliases, layout_known)
         if layout.replicas == "mean" and mesh.tp > 1:
             notices.append(
-                Notice("averaged", f"{folder.path}: the tp replicas of tensors listed in parameter_to_average_patterns are averaged")
+                Notice(
+                    "averaged",
+                    f"{folder.path}: the tp replicas of tensors listed in parameter_to_average_patterns are averaged",
+                )
             )
     return tensors, list(dict.fromkeys(notices))
 
@@ -197,7 +223,9 @@ def choose_layout(
         return layout, True
     if len(shards) == 1:
         return replicated(ndim), False
-    raise CheckpointError(f"{path}: {name}: nothing says how its {len(shards)} shards of {shards[0]} make the whole: give a strategy")
+    raise CheckpointError(
+        f"{path}: {name}: nothing says how its {len(shards)} shards of {shards[0]} make the whole: give a strategy"
+    )
 
 
 def whole(
@@ -211,9 +239,12 @@ def whole(
             layout = layout.replace(padded={0: sum(s[0] for s in shards)})
         cut = layout.resolve(shape, mesh)
     except LayoutError as e:
-        raise CheckpointError(f"{name}: shards of shape {', '.join(map(str, dict.fromkeys(shards)))} do not fit its layout: {e}") from None
+        raise CheckpointError(
+            f"{name}: shards of shape {', '.join(map(str, dict.fromkeys(shards)))} do not fit its layout: {e}"
+        ) from None
     for t, shard in enumerate(shards):
         if (found := cut.shard_shape(cut.coordinate({"tp": t}))) != tuple(shard):
-            raise CheckpointError(f"{name}: tp rank {t} holds {tuple(shard)}, the layout {layout.text!r} expects {found}")
+            raise CheckpointError(
+                f"{name}: tp rank {t} holds {tuple(shard)}, the layout {layout.text!r} expects {found}"
+            )
     return shape, cut
-

@@ -67,7 +67,7 @@ def engine_dtype(config: Mapping[str, Any]) -> str:
 
 
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads): from the user, the client's `args`, or a config.json beside the checkpoint."""
+    """(attention heads, key/value heads): from the user, the client's `args`, or a config.json near the checkpoint."""
     args = getattr(catalog.client.get("args"), "attributes", None) or {}
     config: Mapping[str, Any] = {}
     for folder in (catalog.path, os.path.dirname(catalog.path)):
@@ -90,12 +90,15 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         yield f"ZeRO stage {stage}: ckptlab writes stages 1, 2 and 3"
     trained = native.folder.mesh
     if native.elastic and options.param_groups is None:
-        yield "the checkpoint is elastic and holds no hyperparameters: give param_groups (a list with lr, weight_decay, … of each group)"
+        yield (
+            "the checkpoint is elastic and holds no hyperparameters: give param_groups, a list with lr, weight_decay, … "
+            "of each group"
+        )
     is_pipeline = native.is_pipeline
     if is_pipeline and stage in (2, 3):
         yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
     if mesh.pp > 1 and not is_pipeline:
-        yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine, its tensors know no layers to deal to stages"
+        yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine: it has no layers to deal to stages"
     if is_pipeline and mesh.pp != trained.pp:
         layers = sum(pipeline.describe(catalog).blocks)
         if mesh.pp > layers:
@@ -110,7 +113,8 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         unknown = [t.name for t in catalog.tensors.values() if not t.layout_known]
         if unknown:
             yield (
-                f"tp {mesh.tp}: nothing says how {unknown[0]}" + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
+                f"tp {mesh.tp}: nothing says how {unknown[0]}"
+                + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
                 + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
             )
     if options.dtype is not None and options.dtype not in DTYPES:
@@ -165,13 +169,15 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     notices += said
     padded, said = _padded_vocab(catalog, mesh, options)
     notices += said
-    tensors = {
-        name: _retarget(catalog, t, mesh, stages[name], padded, dtype) for name, t in catalog.tensors.items()
-    }
+    tensors = {name: _retarget(catalog, t, mesh, stages[name], padded, dtype) for name, t in catalog.tensors.items()}
     heads, _ = head_counts(catalog, options)
     if mesh.tp not in (1, source.folder.mesh.tp) and heads is None:
         notices.append(
-            Notice("heads-unknown", f"{catalog.path}: the number of attention heads is unknown: whether tp {mesh.tp} divides it was not checked; say heads=")
+            Notice(
+                "heads-unknown",
+                f"{catalog.path}: the number of attention heads is unknown: whether tp {mesh.tp} divides it was not "
+                "checked; say heads=",
+            )
         )
     wrapper = _wrapper(source.wrapper, stage)
     flat_groups = _flat_groups(catalog, tensors, mesh, wrapper, options)
@@ -205,7 +211,9 @@ def _stages(
     if isinstance(options.pipeline, tuple):
         starts = options.pipeline
         if len(starts) != mesh.pp or starts[0] != 0 or list(starts) != sorted(set(starts)):
-            raise ReshapeError(f"pipeline {starts}: expected the first layer of each of {mesh.pp} stages, ascending from 0")
+            raise ReshapeError(
+                f"pipeline {starts}: expected the first layer of each of {mesh.pp} stages, ascending from 0"
+            )
     else:
         method = options.pipeline or layers.infer_method(trained.pp) or "blocks"
         starts = layers.starts(mesh.pp, method)
@@ -215,18 +223,21 @@ def _stages(
                     "pipeline-inferred",
                     f"the checkpoint does not record how layers are dealt to stages; assumed {method!r} (it "
                     + (f"fits the {trained.pp} stages found" if trained.pp > 1 else "is Megatron's default")
-                    + f"): stages begin at layers {', '.join(map(str, starts))}. Say pipeline= if the target deals them otherwise",
+                    + f"): stages begin at layers {', '.join(map(str, starts))}. Say pipeline= if the target deals "
+                    "them otherwise",
                 )
             )
     stages = pipeline.tensor_stages(catalog, starts)
     empty = set(range(mesh.pp)) - {s for held in stages.values() for s in held}
     if empty:
-        raise ReshapeError(f"{catalog.path}: pp stage {min(empty)} of {mesh.pp} would hold no tensor (stages begin at {starts})")
+        raise ReshapeError(
+            f"{catalog.path}: pp stage {min(empty)} of {mesh.pp} would hold no tensor (stages begin at {starts})"
+        )
     return stages, {layer: pipeline.stage_of(layer, starts) for layer in module.layer_keys}, notices
 
 
 def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple[int | None, list[Notice]]:
-    """Rows of the padded vocabulary on the target (None: nothing is padded), by Megatron's rule where it is recorded."""
+    """Rows of the padded vocabulary on the target (None: nothing is padded), by Megatron's rule where recorded."""
     padded = {dict(t.layout.padded)[0]: t.shape[0] for t in catalog.tensors.values() if t.layout.padded}
     if not padded:
         return None, []
@@ -245,13 +256,21 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
         else:
             new = old if old % mesh.tp == 0 else -(-true // mesh.tp) * mesh.tp
             return new, [
-                Notice("vocabulary-rule", f"{catalog.path}: the rule by which the vocabulary is padded is not recorded; assumed {new} rows. Say padded_vocab= if the target's model has another number")
+                Notice(
+                    "vocabulary-rule",
+                    f"{catalog.path}: the rule by which the vocabulary is padded is not recorded; assumed {new} "
+                    "rows. Say padded_vocab= if the target's model has another number",
+                )
             ]
     if new == old:
         return new, []
     change = f"{new - old} rows of zeros are added" if new > old else f"the last {old - new} padding rows are cut off"
     return new, [
-        Notice("vocabulary-padding", f"vocabulary padding follows tp: {old} → {new} rows, {change}; a model that does not mask padding in its loss will notice")
+        Notice(
+            "vocabulary-padding",
+            f"vocabulary padding follows tp: {old} → {new} rows, {change}; a model that does not mask padding in its "
+            "loss will notice",
+        )
     ]
 
 
@@ -267,12 +286,12 @@ def _retarget(
         raise LayoutError(f"{tensor.name}: {e}") from None
     states = {s: d for s, d in tensor.states.items() if s != MODULE}
     source_dtype = tensor.states.get(MODULE)
-    if tensor.kind == "parameter":
-        states[MODULE] = np_dtype(dtype) if _converts(catalog, dtype) or source_dtype is None else source_dtype
+    if source_dtype is None or (
+        _converts(catalog, dtype) and tensor.kind != "buffer" and source_dtype.kind not in "iub"
+    ):
+        states[MODULE] = np_dtype(dtype)
     else:
-        floating = source_dtype is not None and source_dtype.kind not in "iub"
-        changed = floating and tensor.kind == "frozen" and _converts(catalog, dtype)
-        states[MODULE] = np_dtype(dtype) if changed else source_dtype
+        states[MODULE] = source_dtype
     return replace(tensor, layout=layout, cut=cut, states=states, stages=stages)
 
 
@@ -297,7 +316,9 @@ def _groups(catalog: Catalog, options: TargetOptions) -> tuple[ParameterGroup, .
     if options.param_groups is None:
         return catalog.groups
     if len(options.param_groups) != len(catalog.groups):
-        raise ReshapeError(f"param_groups: {len(options.param_groups)} given, the checkpoint has {len(catalog.groups)} groups")
+        raise ReshapeError(
+            f"param_groups: {len(options.param_groups)} given, the checkpoint has {len(catalog.groups)} groups"
+        )
     return tuple(replace(g, options=given) for g, given in zip(catalog.groups, options.param_groups, strict=True))
 
 

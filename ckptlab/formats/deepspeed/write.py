@@ -1,7 +1,8 @@
 """The native writer: a catalog on another mesh → the files that an ordinary `engine.load_checkpoint` there reads.
 
-Each output file is one `FileJob`; its tensors are drawn from the source while the file is written, so that no more than a
-chunk is in memory. What load needs, and what it ignores, was found by leaving out one key at a time (DeepSpeed 0.19.8).
+Each output file is one `FileJob`; its tensors are drawn from the source while the file is written, so that no more than
+a chunk is in memory. What load needs, and what it ignores, was found by leaving out one key at a time (DeepSpeed
+0.19.8).
 """
 
 from __future__ import annotations
@@ -137,14 +138,20 @@ class NativeWriter:
         model = {k: copy.copy(v) for k, v in template.items()}
         first = (p, t, d) == (0, 0, 0)
         rank = mesh.rank(pp=p, dp=d, tp=t)
-        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen"] if not self.source.native.is_pipeline else []
+        frozen = (
+            [x for x in self.target.tensors.values() if x.kind == "frozen"]
+            if not self.source.native.is_pipeline
+            else []
+        )
         stage = self.target.zero_stage or 0
         model.update(
             module=None if self.source.native.is_pipeline else self.module(template, t, rank),
             optimizer=None,
             param_shapes=[self._shapes(g, t) for g in self.groups_on(p)],
             frozen_param_shapes=OrderedDict((x.name, self._shape(x, t)) for x in frozen) if stage > 1 else None,
-            frozen_param_fragments=OrderedDict((x.name, self._frozen(x, t, d, rank)) for x in frozen) if stage > 1 else None,
+            frozen_param_fragments=OrderedDict((x.name, self._frozen(x, t, d, rank)) for x in frozen)
+            if stage > 1
+            else None,
             shared_params={a: x.name for x in self.target.tensors.values() for a in x.aliases} if first else {},
             dp_world_size=mesh.dp,
             mp_world_size=mesh.pp * mesh.tp,
@@ -201,13 +208,18 @@ class NativeWriter:
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         template = self.source.native.extras
         groups = self.groups_on(p)
-        state = self._zero3_state(template, groups, t, d) if self.native.wrapper is Wrapper.ZERO3 else self._flat_state(template, groups, t, d)
+        state = (
+            self._zero3_state(template, groups, t, d)
+            if self.native.wrapper is Wrapper.ZERO3
+            else self._flat_state(template, groups, t, d)
+        )
         version = self.folder.models[0, 0].get("ds_version")
         return {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": version}
 
     def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
         return {
-            i: dict(self.target.groups[g.group].scalars) | {s: self.partition(g, s, tp, dp, g.flats[tp].size(dp)) for s in g.dtypes if s != MASTER}
+            i: dict(self.target.groups[g.group].scalars)
+            | {s: self.partition(g, s, tp, dp, g.flats[tp].size(dp)) for s in g.dtypes if s != MASTER}
             for i, g in enumerate(groups)
         }
 
@@ -223,8 +235,14 @@ class NativeWriter:
         same = engine_dtype(self.source.native.config) == self.native.dtype
         dynamic = self.native.dtype == "fp16"
         if same and "loss_scaler" in template:
-            return {"loss_scaler": template["loss_scaler"], "dynamic_loss_scale": template.get("dynamic_loss_scale", dynamic), "overflow": False}
-        scaler = {} if dynamic and self.native.wrapper is not Wrapper.ZERO3 else {"loss_scaler": info.loss_scaler(dynamic)}
+            return {
+                "loss_scaler": template["loss_scaler"],
+                "dynamic_loss_scale": template.get("dynamic_loss_scale", dynamic),
+                "overflow": False,
+            }
+        scaler = (
+            {} if dynamic and self.native.wrapper is not Wrapper.ZERO3 else {"loss_scaler": info.loss_scaler(dynamic)}
+        )
         return {**scaler, "dynamic_loss_scale": dynamic, "overflow": False}
 
     def _zero3_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:

@@ -1,1 +1,94 @@
-"""ckptlab."""
+"""ckptlab: checkpoints of 3D-parallel training runs, opened with their labels, reshaped and looked into.
+
+`ckptlab.open("run/global_step1000")` reads headers only. Names are loaded when they are first used: `import ckptlab` takes
+neither torch nor xarray, jax or einx with it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptlab.analysis import Diff, diff
+    from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
+    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights  # noqa: A004 - the name users expect
+    from ckptlab.convert import Report
+    from ckptlab.errors import (
+        CheckpointError,
+        CkptlabError,
+        DestinationError,
+        LayoutError,
+        MeshError,
+        NotationError,
+        ReshapeError,
+        UnsafeFileError,
+        UnsupportedError,
+    )
+    from ckptlab.layout import Cut, Layout
+    from ckptlab.mesh import Mesh
+    from ckptlab.strategy import Megatron, Rules, Strategy
+
+    __version__: str
+
+__all__ = [
+    "Catalog",
+    "Checkpoint",
+    "CheckpointError",
+    "CkptlabError",
+    "Cost",
+    "Cut",
+    "DestinationError",
+    "Diff",
+    "Layout",
+    "LayoutError",
+    "Megatron",
+    "Mesh",
+    "MeshError",
+    "NotationError",
+    "Notice",
+    "ParameterGroup",
+    "Report",
+    "Reshape",
+    "ReshapeError",
+    "Rules",
+    "Strategy",
+    "Tensor",
+    "UnsafeFileError",
+    "UnsupportedError",
+    "__version__",
+    "diff",
+    "open",
+    "save_weights",
+]
+
+_HOMES = {
+    "analysis": "Diff diff",
+    "catalog": "Catalog Notice ParameterGroup Tensor",
+    "checkpoint": "Checkpoint Cost Reshape open save_weights",
+    "convert": "Report",
+    "errors": "CheckpointError CkptlabError DestinationError LayoutError MeshError NotationError ReshapeError "
+    "UnsafeFileError UnsupportedError",
+    "layout": "Cut Layout",
+    "mesh": "Mesh",
+    "strategy": "Megatron Rules Strategy",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module, once (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("ckptlab")
+    elif name in _HOME_OF:
+        value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module 'ckptlab' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,12 +23,7 @@ def of_state(truth: dict[str, np.ndarray], state: str) -> dict[str, np.ndarray]:
 def test_master_weights_round_to_the_module_weights(case: str) -> None:
     truth = load_file(DATA / case / "truth.safetensors")
     masters, modules = of_state(truth, "fp32"), of_state(truth, "module")
-    assert (
-        masters.keys()
-        == modules.keys()
-        == of_state(truth, "exp_avg").keys()
-        == of_state(truth, "exp_avg_sq").keys()
-    )
+    assert masters.keys() == modules.keys() == of_state(truth, "exp_avg").keys() == of_state(truth, "exp_avg_sq").keys()
     for name, module in modules.items():
         np.testing.assert_array_equal(masters[name].astype(module.dtype), module, err_msg=name)
 

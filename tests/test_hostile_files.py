@@ -502,6 +502,11 @@ def test_big_endian_numbers_are_refused(tmp_path):
     refused(forge(tmp_path / "a.pt", {}, records=[("archive/byteorder", b"big")]), UnsupportedError, "little")
 
 
+def test_lazy_views_are_refused_with_a_way_out(tmp_path):
+    torch.save({"w": torch.ones(2, dtype=torch.complex64).conj()}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", UnsupportedError, "resolve_conj")
+
+
 @pytest.mark.parametrize("kind", ["QInt8Storage", "NoStorage", "FloatStorage.__init__"])
 def test_storages_of_unknown_dtype_are_refused(tmp_path, kind):
     pid = storage(kind=kind)

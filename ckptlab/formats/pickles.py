@@ -194,8 +194,13 @@ class Pickler(_PythonPickler):
             self.write(pickle.POP + self.get(self.memo[id(obj)][0]))
             return
         self.memoize(obj)
-        self._batch_appends(obj.elements)
-        self._batch_setitems(obj.items)
+        for element in obj.elements:
+            self.save(element)
+            self.write(pickle.APPEND)
+        for key, value in obj.items:
+            self.save(key)
+            self.save(value)
+            self.write(pickle.SETITEM)
         if obj.state is not None:
             self.save(obj.state)
             self.write(pickle.BUILD)

@@ -130,7 +130,7 @@ class _Entry:
 def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
     """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
 
-    dtype converts floating-point tensors; None keeps the master's. Aliases are written out under their own names, so
+    dtype converts floating-point weights; None keeps the master's, buffers keep theirs. Aliases are written out under their own names, so
     that a strict load finds them.
     """
     for tensor in source.tensors.values():
@@ -141,9 +141,9 @@ def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
         if state not in tensor.states:
             continue
         stored = np.dtype(tensor.states[state])
-        floating = stored.kind not in "iub"
+        convertible = tensor.kind != "buffer" and stored.kind not in "iub"
         for name in (tensor.name, *tensor.aliases):
-            yield _Entry(name, tensor, state, wanted if wanted is not None and floating else stored)
+            yield _Entry(name, tensor, state, wanted if wanted is not None and convertible else stored)
 
 
 def jobs(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int, tally: Tally | None = None) -> list[FileJob]:

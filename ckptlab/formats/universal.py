@@ -165,9 +165,7 @@ def _tensor(
         shards = [stored.shape]
         info = None
     layout, known = choose_layout(name, "parameter", shards, info, strategy, folder.path)
-    shape, _ = whole(name, layout, shards, info, folder.mesh if len(shards) > 1 else Mesh())
-    if info is not None and info.is_vocabulary(name) and info.original_vocab_size is not None:
-        layout = layout.replace(padded={0: sum(s[0] for s in shards)})
+    layout, shape, _ = whole(name, layout, shards, info, folder.mesh if len(shards) > 1 else Mesh())
     for state, one in states.items():
         if one.numel != math.prod(shape):
             raise CheckpointError(

@@ -14,9 +14,7 @@ from foundry.models import ModelConfig
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of (batch, seq, head, d) to (batch, seq, head*d); k and v may have fewer heads."""
     repeats = q.shape[2] // k.shape[2]
-    q, k, v = (
-        t.transpose(1, 2) for t in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2))
-    )
+    q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)))
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -1e4).softmax(-1).to(v.dtype)
@@ -68,8 +66,6 @@ class PlainTransformer(nn.Module):
             x = block(x)
         x = self.ln_f(x)
         x = x + 0.01 * self.adapter(x).sum(-1, keepdim=True)
-        logits = (
-            self.lm_head(x).float() * self.scale.float() + self.gains.float().mean() * 0.01 * x.float().mean()
-        )
+        logits = self.lm_head(x).float() * self.scale.float() + self.gains.float().mean() * 0.01 * x.float().mean()
         self.seen += 1
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

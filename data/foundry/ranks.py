@@ -50,14 +50,10 @@ def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
         except ProcessException as error:
             log = Path(scratch, f"rank{error.error_index}.log")
             tail = log.read_text(errors="replace").splitlines()[-30:] if log.exists() else []
-            raise RankError(
-                "\n".join([f"rank {error.error_index} of {world} failed", *tail, str(error)])
-            ) from error
+            raise RankError("\n".join([f"rank {error.error_index} of {world} failed", *tail, str(error)])) from error
 
 
-def _rank(
-    rank: int, work: Callable[..., None], world: int, scratch: Path, arguments: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, work: Callable[..., None], world: int, scratch: Path, arguments: tuple[Any, ...]) -> None:
     with open(scratch / f"rank{rank}.log", "w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -42,9 +42,7 @@ def find_checkpoint(folder: Path, universal: bool) -> tuple[Path, str]:
     return folder.parent, folder.name
 
 
-def resume(
-    rank: int, case: Case, folder: Path, universal: bool, truth: Truth, steps: int, report: Path
-) -> None:
+def resume(rank: int, case: Case, folder: Path, universal: bool, truth: Truth, steps: int, report: Path) -> None:
     """One rank: load, compare, train on. Rank 0 writes the report, and again with the losses."""
     run = Run(case, rank, salt=SALT, universal=universal)
     root, tag = find_checkpoint(folder, universal)
@@ -65,9 +63,7 @@ def resume(
         report.write_text(json.dumps(result))
 
 
-def judge(
-    folder: Path, case_folder: Path, changes: dict[str, Any], universal: bool, steps: int
-) -> dict[str, Any]:
+def judge(folder: Path, case_folder: Path, changes: dict[str, Any], universal: bool, steps: int) -> dict[str, Any]:
     """Resume `folder` on the case's mesh with `changes` (fields of Case) and report."""
     truth, description = load(case_folder)
     trained = Case(**description["case"])
@@ -90,9 +86,7 @@ def judge(
         result = json.loads(report.read_text()) if report.exists() else {}
     if error is not None:
         result |= {"status": "failed", "error": error}
-    uninterrupted = {
-        step: loss for step, loss in description["losses"].items() if int(step) > trained.saved_step
-    }
+    uninterrupted = {step: loss for step, loss in description["losses"].items() if int(step) > trained.saved_step}
     return result | {"case": description["name"], "mesh": case.mesh, "uninterrupted": uninterrupted}
 
 
@@ -110,9 +104,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("case", help="a case of data/, or a folder that holds truth.json")
     for axis in ("tp", "pp", "dp"):

@@ -63,7 +63,7 @@ def adapt_client(model: dict[str, Any], own: UniversalInfo | None, target: Catal
 
 
 def universal_info(stored: Any, own: UniversalInfo | None, target: Catalog) -> dict[str, Any] | None:
-    """`universal_checkpoint_info` for the target; its lists are made of the layouts where those did not come from it."""
+    """`universal_checkpoint_info` for the target; lists are made of layouts that did not come from it."""
     info = dict(stored) if isinstance(stored, Mapping) else None
     if target.mesh.tp > 1 and (own is None or not own.trusted):
         info = {**(info or {"universal_checkpoint_version": 0.4}), **lists_from_layouts(target)}

@@ -83,7 +83,7 @@ class UniversalInfo:
                     f"{name}: {padded} rows over tp {tp}, but original_vocab_size is {self.original_vocab_size}: "
                     "universal_checkpoint_info does not belong to this checkpoint"
                 )
-            return column(shards).replace(padded={0: padded})
+            return column(shards)
         if _matches(self.replicated, name):
             return replicated(ndim)
         if _matches(self.averaged, name):

@@ -182,7 +182,7 @@ def build_tensors(
         kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
         layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
         layout = layout.replace(stages=tuple(stages[name]))
-        shape, cut = whole(name, layout, shards, info, mesh)
+        layout, shape, cut = whole(name, layout, shards, info, mesh)
         states = dict(states_of.get(name, {}))
         if name in module.pieces:
             states[MODULE] = _module_dtype(module, name)
@@ -230,8 +230,11 @@ def choose_layout(
 
 def whole(
     name: str, layout: Layout, shards: Sequence[Shape], info: UniversalInfo | None, mesh: Mesh
-) -> tuple[Shape, Cut]:
-    """The true whole shape that a layout and the shards imply, and the cut. CheckpointError if they contradict."""
+) -> tuple[Layout, Shape, Cut]:
+    """The true whole shape that a layout and the shards imply, and the cut; vocabulary padding goes into the layout.
+
+    CheckpointError if they contradict each other.
+    """
     try:
         shape = whole_shape(layout, shards)
         if info is not None and info.is_vocabulary(name) and info.original_vocab_size is not None:
@@ -247,4 +250,4 @@ def whole(
             raise CheckpointError(
                 f"{name}: tp rank {t} holds {tuple(shard)}, the layout {layout.text!r} expects {found}"
             )
-    return shape, cut
+    return layout, shape, cut

@@ -1,0 +1,216 @@
+"""The facts of a checkpoint and of a plan, as plain dictionaries that go into JSON. Headers only: no data is read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ckptlab.catalog import Catalog, Notice, Tensor
+from ckptlab.formats.deepspeed.target import engine_dtype
+from ckptlab.formats.placeholders import Foreign
+from ckptlab.mesh import Mesh
+from ckptlab.stored import Stored
+
+if TYPE_CHECKING:
+    from ckptlab.checkpoint import Checkpoint, Reshape
+
+MATRIX = 16  # the most ranks a side for which the plan shows who sends how much to whom
+_CLIENT_OBJECTS = 100_000  # of a client state, how many objects are looked at
+
+
+def summary(ckpt: Checkpoint) -> dict[str, Any]:
+    """All that `ckptlab info` says, every tensor included; the README lists the keys."""
+    return {**overview(ckpt), "tensors": [_tensor(t) for t in ckpt.tensors.values()]}
+
+
+def overview(ckpt: Checkpoint) -> dict[str, Any]:
+    """The summary without the list of tensors."""
+    catalog, native = ckpt.catalog, ckpt.catalog.native
+    return {
+        "path": catalog.path,
+        "format": catalog.format,
+        "mesh": catalog.mesh.degrees,
+        "ranks": catalog.mesh.size,
+        "trained_on": native.folder.mesh.degrees if native else None,
+        "zero_stage": catalog.zero_stage,
+        "optimizer": native.wrapper.value if native else None,
+        "dtype": engine_dtype(native.config) if native else None,
+        "step": ckpt.iteration,
+        "counts": _counts(catalog),
+        "states": _states(catalog),
+        "groups": [_group(catalog, i) for i in range(len(catalog.groups))],
+        "aliases": {alias: t.name for t in catalog.tensors.values() for alias in t.aliases},
+        "client_state": {"keys": list(catalog.client), "not_imported": sorted(set(_foreign(catalog.client)))},
+        "files": {"count": len(catalog.files), "bytes": _on_disk(catalog)},
+        "notices": _notices(catalog.notices),
+    }
+
+
+def _counts(catalog: Catalog) -> dict[str, int]:
+    kinds = [t.kind for t in catalog.tensors.values()]
+    elements = sum(math.prod(t.shape) for t in catalog.tensors.values() if t.kind != "buffer")
+    return {
+        "tensors": len(kinds),
+        "trained": kinds.count("parameter"),
+        "frozen": kinds.count("frozen"),
+        "buffers": kinds.count("buffer"),
+        "parameters": elements,
+    }
+
+
+def _states(catalog: Catalog) -> list[dict[str, Any]]:
+    """Each state with its dtypes, the number of tensors that have it, and its bytes, each tensor counted once."""
+    found: dict[str, dict[str, Any]] = {s: {"name": s, "dtypes": {}, "tensors": 0, "bytes": 0} for s in catalog.states}
+    for tensor in catalog.tensors.values():
+        elements = math.prod(tensor.shape)
+        for state, dtype in tensor.states.items():
+            entry = found[state]
+            entry["dtypes"][dtype] = None
+            entry["tensors"] += 1
+            entry["bytes"] += elements * dtype.itemsize
+    return [{**entry, "dtypes": [str(d) for d in entry["dtypes"]]} for entry in found.values()]
+
+
+def _group(catalog: Catalog, index: int) -> dict[str, Any]:
+    group = catalog.groups[index]
+    return {
+        "name": group.name,
+        "tensors": len(group.tensors),
+        "elements": sum(math.prod(catalog.tensors[n].shape) for n in group.tensors if n in catalog.tensors),
+        "options": plain({k: v for k, v in group.options.items() if k != "name"}),
+    }
+
+
+def _tensor(tensor: Tensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "padded": {str(dim): n for dim, n in tensor.layout.padded},
+        "layout": tensor.layout.text if tensor.layout_known else None,
+        "replicas": tensor.layout.replicas,
+        "kind": tensor.kind,
+        "group": tensor.group,
+        "stages": list(tensor.stages),
+        "states": {s: str(d) for s, d in tensor.states.items()},
+        "elements": math.prod(tensor.shape),
+        "aliases": list(tensor.aliases),
+    }
+
+
+def _foreign(client: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the classes whose objects stand in a client state as placeholders."""
+    seen: set[int] = set()
+    left: list[Any] = [client]
+    while left and len(seen) < _CLIENT_OBJECTS:
+        value = left.pop()
+        if isinstance(value, Foreign):
+            yield repr(value.callee)
+            parts = [*value.args, *value.kwargs.values(), value.state, *value.elements, *value.items]
+        elif isinstance(value, Mapping):
+            parts = list(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            parts = list(value)
+        else:
+            continue
+        if id(value) not in seen:
+            seen.add(id(value))
+            left.extend(parts)
+
+
+def _on_disk(catalog: Catalog) -> int:
+    if os.path.isfile(catalog.path):
+        return os.path.getsize(catalog.path)
+    return sum(os.path.getsize(os.path.join(catalog.path, f)) for f in catalog.files)
+
+
+def _notices(notices: tuple[Notice, ...]) -> list[dict[str, str]]:
+    return [{"code": n.code, "text": n.text} for n in notices]
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it; what it cannot hold becomes text (a number that was not read, a placeholder)."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Stored):
+        return f"tensor {value.shape} {value.dtype}, not read"
+    return repr(value)
+
+
+def plan(reshape: Reshape) -> dict[str, Any]:
+    """All that `ckptlab plan` says; the README lists the keys."""
+    source, target = reshape.source, reshape.target
+    cost = reshape.cost()
+    return {
+        "source": {"path": source.path, "format": source.format, **_side(source, source.native.folder.mesh)},
+        "target": _side(target, target.mesh),
+        "layers": {"source": _layers(source), "target": _layers(target)},
+        "vocabulary": _vocabulary(source, target),
+        "bytes": {"read": cost.read, "written": cost.written, "moved": cost.moved},
+        "largest_tensor": cost.largest_tensor,
+        "files": _files(reshape),
+        "moves": _moves(reshape),
+        "notices": _notices(reshape.check()),
+    }
+
+
+def _side(catalog: Catalog, mesh: Mesh) -> dict[str, Any]:
+    native = catalog.native
+    return {
+        "mesh": mesh.degrees,
+        "ranks": mesh.size,
+        "zero_stage": catalog.zero_stage,
+        "optimizer": native.wrapper.value,
+        "dtype": native.dtype if hasattr(native, "dtype") else engine_dtype(native.config),
+    }
+
+
+def _layers(catalog: Catalog) -> list[list[int]]:
+    """The pipeline's layers on each stage; empty without a pipeline."""
+    native = catalog.native
+    stage_of: Mapping[int, int] = native.layer_stages if hasattr(native, "layer_stages") else native.module.layer_stages
+    stages = max(stage_of.values(), default=-1) + 1
+    return [sorted(layer for layer, s in stage_of.items() if s == stage) for stage in range(stages)]
+
+
+def _vocabulary(source: Catalog, target: Catalog) -> dict[str, int] | None:
+    for tensor in source.tensors.values():
+        for dim, rows in tensor.layout.padded:
+            new = dict(target.tensors[tensor.name].layout.padded).get(dim, tensor.shape[dim])
+            return {"true": tensor.shape[dim], "source": rows, "target": new}
+    return None
+
+
+def _files(reshape: Reshape) -> int:
+    from ckptlab.formats.deepspeed import write
+
+    return len(write.jobs(reshape.source, reshape.target))
+
+
+def _moves(reshape: Reshape) -> dict[str, Any]:
+    """Bytes by rank of the target (from other ranks, from its own); with few ranks, the whole matrix."""
+    plan = reshape.plan
+    nbytes = plan.count * plan.read_size[plan.tensor]
+    received, own = np.zeros((2, plan.targets), np.int64)
+    away = plan.source != plan.target
+    np.add.at(received, plan.target[away], nbytes[away])
+    np.add.at(own, plan.target[~away], nbytes[~away])
+    pairs = np.unique(plan.source.astype(np.int64) * plan.targets + plan.target)
+    sources = np.bincount(pairs % max(plan.targets, 1), minlength=plan.targets)
+    small = max(plan.sources, plan.targets) <= MATRIX
+    return {
+        "by_target": [
+            {"rank": r, "received": int(received[r]), "own": int(own[r]), "sources": int(sources[r])}
+            for r in range(plan.targets)
+        ],
+        "matrix": plan.matrix().tolist() if small else None,
+    }

@@ -1,0 +1,88 @@
+"""Same-shaped layers as one line: `{2..5}.mlp.dense.weight` for four tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ckptlab.catalog import Tensor
+from ckptlab.describe.words import ranges
+
+
+@dataclass(frozen=True)
+class Line:
+    """Tensors that differ in the numbers of their name alone (and in their pp stage); `tensor` is the first of them.
+
+    `name` has ranges for the numbers that differ, `stages` are the pp stages of each, without repeats, `elements` those
+    of all.
+    """
+
+    name: str
+    tensor: Tensor
+    count: int
+    stages: tuple[tuple[int, ...], ...]
+    elements: int
+
+    @property
+    def shape(self) -> str:
+        """`101 × 16`; `101 (112) × 16` where 101 rows are padded to 112."""
+        padded = dict(self.tensor.layout.padded)
+        sizes = (f"{n} ({padded[i]})" if i in padded else str(n) for i, n in enumerate(self.tensor.shape))
+        return " × ".join(sizes) or "scalar"
+
+    @property
+    def layout(self) -> str:
+        """The notation, and what is beside it; `?` where nothing says how the tensor would be cut."""
+        layout = self.tensor.layout
+        if not self.tensor.layout_known:
+            return "?"
+        uneven = [f"{name} {'+'.join(map(str, n))}" for name, n in layout.sizes if isinstance(n, tuple)]
+        beside = ["uneven" if len(u) > 20 else u for u in uneven] + ["averaged"] * (layout.replicas == "mean")
+        return ", ".join([layout.text, *beside])
+
+    @property
+    def pp(self) -> str:
+        """Stages: `0–1` dealt over them, `0+1` copies on both."""
+        if all(len(s) == 1 for s in self.stages):
+            return ranges(s[0] for s in self.stages)
+        return ", ".join("+".join(map(str, s)) for s in self.stages)
+
+    def states(self, every: tuple[str, ...]) -> str:
+        """`all`, or the names of those of `every` that these tensors have; frozen tensors and buffers are called so."""
+        held = tuple(self.tensor.states)
+        text = "all" if set(held) == set(every) else ", ".join(held) or "none"
+        return text if self.tensor.kind == "parameter" else f"{text} · {self.tensor.kind}"
+
+
+def fold(tensors: Iterable[Tensor]) -> list[Line]:
+    """One line for each kind of tensor, in the order of the first of each."""
+    groups: dict[tuple, list[tuple[Tensor, list[int]]]] = {}
+    for tensor in tensors:
+        parts = tensor.name.split(".")
+        numbers = [int(p) for p in parts if p.isdecimal()]
+        pattern = tuple("" if p.isdecimal() else p for p in parts)
+        layout = tensor.layout
+        alike = (layout.text, layout.padded, layout.sizes, layout.replicas, tensor.layout_known, tensor.kind)
+        key = (pattern, tensor.shape, tuple(tensor.states.items()), *alike)
+        groups.setdefault(key, []).append((tensor, numbers))
+    return [_line(pattern, members) for (pattern, *_), members in groups.items()]
+
+
+def unfolded(tensors: Iterable[Tensor]) -> list[Line]:
+    """A line for every tensor."""
+    return [Line(t.name, t, 1, (t.stages,), math.prod(t.shape)) for t in tensors]
+
+
+def _line(pattern: tuple[str, ...], members: list[tuple[Tensor, list[int]]]) -> Line:
+    first = members[0][0]
+    columns = _numbers([numbers for _, numbers in members])
+    name = ".".join(part or next(columns) for part in pattern) if len(members) > 1 else first.name
+    stages = tuple(dict.fromkeys(t.stages for t, _ in members))
+    return Line(name, first, len(members), stages, math.prod(first.shape) * len(members))
+
+
+def _numbers(rows: list[list[int]]) -> Iterator[str]:
+    for column in zip(*rows, strict=True):
+        text = ranges(column, to="..").replace(" ", "")
+        yield text if text.isdecimal() else f"{{{text}}}"

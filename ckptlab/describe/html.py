@@ -1,0 +1,149 @@
+"""A checkpoint or a plan as HTML for a notebook: self-contained, no script, colours that follow the page's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ckptlab.describe import facts, phrases
+from ckptlab.describe.fold import Line, fold
+from ckptlab.describe.words import size, unit_of
+
+if TYPE_CHECKING:
+    from ckptlab.checkpoint import Checkpoint, Reshape
+
+ROWS = 200  # lines of tensors in a summary
+RECEIVERS = 16  # target ranks that a large plan lists
+
+# currentColor is the page's own text colour, so that light and dark pages both work.
+STYLE = """
+.ckptlab{font:13px/1.5 system-ui,sans-serif;max-width:72em;--line:color-mix(in srgb,currentColor 18%,transparent)}
+.ckptlab .head{font-weight:600;font-size:14px;padding-bottom:.3em;border-bottom:1px solid var(--line)}
+.ckptlab dl{display:grid;grid-template-columns:max-content 1fr;gap:.15em 1em;margin:.5em 0}
+.ckptlab dt{opacity:.6}
+.ckptlab dd{margin:0;overflow-wrap:anywhere}
+.ckptlab table{border-collapse:collapse;margin:0;font:12px/1.5 ui-monospace,monospace}
+.ckptlab td,.ckptlab th{padding:.05em .9em .05em 0;text-align:left;white-space:nowrap;background:none;color:inherit}
+.ckptlab .r{text-align:right}
+.ckptlab th{font-weight:400;opacity:.6}
+.ckptlab tbody tr:hover{background:color-mix(in srgb,currentColor 7%,transparent)}
+.ckptlab .scroll{overflow:auto;max-height:32em;margin:.3em 0}
+.ckptlab summary{cursor:pointer}
+.ckptlab b{font-weight:600;color:#c2410c}
+.ckptlab .note{border-left:3px solid #d97706;padding-left:.6em;margin:.2em 0}
+.ckptlab .own{outline:1px solid var(--line)}
+@media (prefers-color-scheme:dark){.ckptlab b{color:#fb923c}}
+[data-jp-theme-light=true] .ckptlab b{color:#c2410c}
+[data-jp-theme-light=false] .ckptlab b{color:#fb923c}
+"""
+
+
+def summary_html(ckpt: Checkpoint) -> str:
+    """The summary, its table of tensors folded away if it is long."""
+    about = facts.overview(ckpt)
+    facts_ = [
+        ("path", escape(about["path"])),
+        ("training", escape(phrases.training(about))),
+        ("size", escape(phrases.extent(about))),
+        ("states", _table([], phrases.states(about), "lllr")),
+        ("groups", _groups(about)),
+        ("tied", "<br>".join(map(escape, phrases.ties(about)))),
+        ("client", escape(phrases.client(about))),
+    ]
+    lines = fold(ckpt.tensors.values())
+    return _page(phrases.title(about), [_facts(facts_), _notes(about), _tensors(lines, ckpt)])
+
+
+def _groups(about: Mapping[str, Any]) -> str:
+    """Parameter groups; what else their optimizer was told unfolds."""
+    rows = _table([], phrases.groups(about), "lllrr")
+    told = (
+        f"<div>{escape(group['name'] or f'group {i}')}: "
+        f"{escape(', '.join(f'{k}={v}' for k, v in group['options'].items()))}</div>"
+        for i, group in enumerate(about["groups"])
+    )
+    return f"{rows}<details><summary>hyperparameters</summary>{''.join(told)}</details>" if about["groups"] else ""
+
+
+def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
+    columns = phrases.columns(lines, ckpt)
+    header = [title for title, *_ in columns]
+    rows = []
+    for line in lines[:ROWS]:
+        cells = [escape(cell(line)) for *_, cell in columns]
+        rows.append(
+            [phrases.AXES.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)]
+        )
+    table = _table(header, rows, "".join(side for _, side, _ in columns), escaped=True)
+    said = [escape(text) for text in phrases.legend(lines, ckpt)]
+    if len(lines) > ROWS:
+        said.insert(0, f"… and {sum(line.count for line in lines[ROWS:]):,} more tensors")
+    shown = " open" if len(lines) <= 30 else ""
+    title = f"{len(ckpt.tensors):,} tensors"
+    return f"<details{shown}><summary>{title}</summary><div class=scroll>{table}</div>{'<br>'.join(said)}</details>"
+
+
+def plan_html(reshape: Reshape) -> str:
+    """The plan."""
+    about = facts.plan(reshape)
+    changes = phrases.changes(about)
+    facts_ = [
+        ("source", escape(f"{about['source']['path']} ({about['source']['format']})")),
+        ("target", escape(phrases.target(about))),
+        ("changes", _table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
+        ("cost", _table([], phrases.costs(about), "lrl")),
+    ]
+    return _page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about)])
+
+
+def _moves(about: Mapping[str, Any]) -> str:
+    matrix = about["moves"]["matrix"]
+    if matrix is None:
+        header = ["rank", "", "from other ranks", "own", "sources"]
+        table = _table(header, phrases.receivers(about, RECEIVERS), "rlrrr")
+        return f"<details><summary>ranks that receive most</summary><div class=scroll>{table}</div></details>"
+    most = max((n for row in matrix for n in row), default=0)
+    unit, name = unit_of(most)
+    head = "".join(f"<th class=r>{j}</th>" for j in range(len(matrix[0])))
+    body = "".join(
+        f"<tr><th class=r>{i}</th>{''.join(_cell(n, unit, most, i == j) for j, n in enumerate(row))}</tr>"
+        for i, row in enumerate(matrix)
+    )
+    title = f"{name} from source rank (down) to target rank (across); what is framed stays where it is"
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<details open><summary>{title}</summary><div class=scroll>{table}</div></details>"
+
+
+def _cell(nbytes: int, unit: int, most: int, own: bool) -> str:
+    share = round(45 * nbytes / max(most, 1))
+    shade = f' style="background:color-mix(in srgb,#f59e0b {share}%,transparent)"' if share else ""
+    text = f"{nbytes / unit:.3g}" if nbytes else "·"
+    return f'<td class="r{" own" if own else ""}" title="{size(nbytes)}"{shade}>{text}</td>'
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return f"<div class=ckptlab><style>{STYLE}</style><div class=head>{escape(title)}</div>{''.join(parts)}</div>"
+
+
+def _facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """A list of terms; values are HTML already, empty ones are left out."""
+    return f"<dl>{''.join(f'<dt>{key}</dt><dd>{value}</dd>' for key, value in pairs if value)}</dl>"
+
+
+def _notes(about: Mapping[str, Any]) -> str:
+    return "".join(f"<div class=note>{escape(n['text'])}</div>" for n in about["notices"])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:
+    """Rows of cells; `sides` has "l" or "r" for each column. escaped: the cells are HTML already."""
+    if not rows:
+        return ""
+    open_ = ["<td class=r>" if side == "r" else "<td>" for side in sides]
+    titles = zip(header, sides, strict=True) if header else ()
+    head = "".join(f"<th{' class=r' if side == 'r' else ''}>{escape(title)}</th>" for title, side in titles)
+    body = "".join(
+        f"<tr>{''.join(tag + (c if escaped else escape(c)) + '</td>' for tag, c in zip(open_, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return f"<table>{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"

@@ -1,0 +1,190 @@
+"""The facts in words, the same for text and HTML: short phrases and rows of cells, nothing set or escaped yet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptlab.describe.fold import Line
+from ckptlab.describe.words import count, number_of, ranges, size, some
+from ckptlab.mesh import Mesh
+
+if TYPE_CHECKING:
+    from ckptlab.checkpoint import Checkpoint
+
+About = Mapping[str, Any]
+AXES = re.compile(r"\b(tp|pp|dp|ep)\b")  # mesh axes within a line of notation
+Column = tuple[str, str, Callable[[Line], str]]  # title, side ("l" or "r"), the cell of a line
+
+
+def mesh(degrees: Mapping[str, int]) -> str:
+    """`tp 2 · pp 2 · dp 2 (8 ranks)`."""
+    made = Mesh(**degrees)
+    return f"{made} ({number_of(made.size, 'rank')})"
+
+
+def title(about: About) -> str:
+    if about["ranks"] > 1 or about["format"] == "deepspeed":
+        return f"ckptlab · {about['format']} checkpoint · {mesh(about['mesh'])}"
+    trained = f", from {mesh(about['trained_on'])}" if about["trained_on"] else ""
+    return f"ckptlab · {about['format']} checkpoint · whole tensors{trained}"
+
+
+def stage(side: About) -> str:
+    """`ZeRO-1 (BF16_Optimizer) · bf16`."""
+    zero = f"ZeRO-{side['zero_stage']}"
+    wrapper = f" ({side['optimizer']})" if side["optimizer"] not in (None, zero, "ZeRO-1/2") else ""
+    return " · ".join(filter(None, [zero + wrapper, side["dtype"]]))
+
+
+def training(about: About) -> str:
+    if about["zero_stage"] is None:
+        return ""
+    step = f"step {about['step']:,}" if about["step"] is not None else "step unknown"
+    return f"{step} · {stage(about)}"
+
+
+def extent(about: About) -> str:
+    counts, files = about["counts"], about["files"]
+    others = [
+        f"{counts[kind]:,} {word}" for kind, word in (("frozen", "frozen"), ("buffers", "buffers")) if counts[kind]
+    ]
+    apart = f" ({', '.join(others)})" if others else ""
+    return (
+        f"{count(counts['parameters'])} parameters in {number_of(counts['tensors'], 'tensor')}{apart} · "
+        f"{number_of(files['count'], 'file')}, {size(files['bytes'])} on disk"
+    )
+
+
+def states(about: About) -> list[list[str]]:
+    """Rows (state, dtype, size, tensors)."""
+    return [
+        [s["name"], ", ".join(s["dtypes"]), size(s["bytes"]), number_of(s["tensors"], "tensor")]
+        for s in about["states"]
+    ]
+
+
+def groups(about: About) -> list[list[str]]:
+    """Rows (name, learning rate, weight decay, tensors, elements) of parameter groups."""
+    rows = []
+    for i, group in enumerate(about["groups"]):
+        options = group["options"]
+        told = [
+            f"{word} {options[key]}" if options.get(key) is not None else ""
+            for key, word in (("lr", "lr"), ("weight_decay", "weight decay"))
+        ]
+        name = group["name"] or f"group {i}"
+        rows.append([name, *told, number_of(group["tensors"], "tensor"), number_of(group["elements"], "element")])
+    return rows
+
+
+def ties(about: About) -> list[str]:
+    """`lm_head.weight is wte.weight` for each alias, the first few."""
+    pairs = [f"{alias} is {name}" for alias, name in about["aliases"].items()]
+    return pairs[:4] + ([f"and {len(pairs) - 4:,} more"] if len(pairs) > 4 else [])
+
+
+def client(about: About) -> str:
+    state = about["client_state"]
+    if not state["keys"]:
+        return ""
+    foreign = f"; not imported: {some(state['not_imported'], 6)}" if state["not_imported"] else ""
+    return some(state["keys"], 12) + foreign
+
+
+def columns(lines: Sequence[Line], ckpt: Checkpoint) -> list[Column]:
+    """The columns that have something to tell of these tensors."""
+    shown: list[Column] = [("tensor", "l", lambda n: n.name), ("shape", "l", lambda n: n.shape)]
+    if any(_cut(line) for line in lines):
+        shown.append(("layout", "l", lambda n: n.layout))
+    if any(line.stages != ((0,),) for line in lines):
+        shown.append(("pp", "l", lambda n: n.pp))
+    if any(line.states(ckpt.states) != "all" for line in lines):
+        shown.append(("states", "l", lambda n: n.states(ckpt.states)))
+    if any(line.count > 1 for line in lines):
+        shown.append(("", "r", lambda n: f"{n.count:,} ×" if n.count > 1 else ""))
+    return [*shown, ("elements", "r", lambda n: f"{n.elements:,}")]
+
+
+def _cut(line: Line) -> bool:
+    return AXES.search(line.tensor.layout.text) is not None
+
+
+def legend(lines: Sequence[Line], ckpt: Checkpoint) -> list[str]:
+    """What signs in the table mean, of those that are in it."""
+    shown = {title for title, *_ in columns(lines, ckpt)}
+    said = []
+    if "layout" in shown and any(line.layout == "?" for line in lines):
+        said.append("? nothing in the checkpoint says how this tensor is cut over tp")
+    if "pp" in shown and any(len(s) > 1 for line in lines for s in line.stages):
+        said.append("0+1 copies on both pp stages")
+    return said
+
+
+# ---------------------------------------------------------------- plans
+
+
+def plan_title(about: About) -> str:
+    source, target = Mesh(**about["source"]["mesh"]), Mesh(**about["target"]["mesh"])
+    ranks = f"{source.size:,} → {number_of(target.size, 'rank')}"
+    return f"ckptlab · plan · {source}  →  {target} ({ranks})"
+
+
+def target(about: About) -> str:
+    return f"{stage(about['target'])} · {number_of(about['files'], 'file')}"
+
+
+def changes(about: About) -> list[list[str]]:
+    """Rows (what, from → to) of everything that the target has otherwise."""
+    source, wanted = about["source"], about["target"]
+    rows = []
+    for axis in ("tp", "pp", "dp"):
+        if source["mesh"][axis] != wanted["mesh"][axis]:
+            rows.append([axis, f"{source['mesh'][axis]} → {wanted['mesh'][axis]}"])
+    if stage(source) != stage(wanted):
+        rows.append(["training", f"{stage(source)} → {stage(wanted)}"])
+    layers = about["layers"]
+    if layers["source"] != layers["target"]:
+        rows.append(["layers", f"{_dealt(layers['source'])}  →  {_dealt(layers['target'])}"])
+    vocabulary = about["vocabulary"]
+    if vocabulary and vocabulary["source"] != vocabulary["target"]:
+        rows.append(
+            ["vocabulary", f"{vocabulary['true']:,} rows, padded {vocabulary['source']:,} → {vocabulary['target']:,}"]
+        )
+    return rows
+
+
+def _dealt(stages: Sequence[Sequence[int]]) -> str:
+    """`1–3 | 4–6`: the layers of each stage."""
+    if len(stages) > 8:
+        sizes = sorted({len(s) for s in stages})
+        return f"{len(stages)} stages of {' or '.join(map(str, sizes))}"
+    return " | ".join(ranges(s) for s in stages)
+
+
+def costs(about: About) -> list[list[str]]:
+    """Rows (figure, size, what it is)."""
+    nbytes = about["bytes"]
+    return [
+        ["read", size(nbytes["read"]), "from the source, once for every rank that needs it"],
+        ["written", size(nbytes["written"]), "into the new files, padding included"],
+        ["moved", size(nbytes["moved"]), "of what is read, lies on another rank than the one that needs it"],
+        ["largest", size(about["largest_tensor"]), "the biggest tensor: memory stays near it"],
+    ]
+
+
+def receivers(about: About, limit: int) -> list[list[str]]:
+    """Rows (rank, coordinate, received, own, number of source ranks), those that receive most first."""
+    wanted = Mesh(**about["target"]["mesh"])
+    most = sorted(about["moves"]["by_target"], key=lambda m: -m["received"])[:limit]
+    return [
+        [
+            str(m["rank"]),
+            " ".join(f"{axis} {k}" for axis, k in wanted.coordinate(m["rank"]).items()),
+            size(m["received"]),
+            size(m["own"]),
+            f"{m['sources']:,}",
+        ]
+        for m in most
+    ]

@@ -1,0 +1,120 @@
+"""A checkpoint or a plan as text for a terminal, 80 to 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptlab.describe import facts, phrases
+from ckptlab.describe.fold import Line, fold, unfolded
+from ckptlab.describe.words import shorten, unit_of
+
+if TYPE_CHECKING:
+    from ckptlab.checkpoint import Checkpoint, Reshape
+
+WIDTH = 96
+ROWS = 40  # lines of tensors in a summary
+NAMES = 44  # characters of a tensor's name
+RECEIVERS = 8  # target ranks that a large plan lists
+_KEY = 10  # the column of keys on the left
+
+
+def summary_text(ckpt: Checkpoint, *, notices: bool = True, everything: bool = False) -> str:
+    """The summary. notices: what the user must hear, at the end. everything: a line for every tensor, no name cut."""
+    about = facts.overview(ckpt)
+    blocks = [
+        ("", [phrases.title(about)]),
+        ("path", [about["path"]]),
+        ("training", [phrases.training(about)]),
+        ("size", _wrapped(phrases.extent(about))),
+        ("states", aligned(phrases.states(about), "lllr")),
+        ("groups", aligned(phrases.groups(about), "lllrr")),
+        ("tied", _wrapped("; ".join(phrases.ties(about)))),
+        ("client", _wrapped(phrases.client(about))),
+        ("notes", _listed(about["notices"] if notices else ())),
+    ]
+    lines = (unfolded if everything else fold)(ckpt.tensors.values())
+    table = _tensors(lines, ckpt, None if everything else ROWS)
+    return "\n".join([*_blocks(blocks[:-1]), "", *table, *_spaced(_blocks(blocks[-1:]))])
+
+
+def _tensors(lines: Sequence[Line], ckpt: Checkpoint, limit: int | None) -> list[str]:
+    columns = phrases.columns(lines, ckpt)
+    shown = lines[:limit]
+    rows = [[title for title, *_ in columns], *([cell(line) for *_, cell in columns] for line in shown)]
+    if limit is not None:
+        rows = [[shorten(name, NAMES), *rest] for name, *rest in rows]
+    table = aligned(rows, "".join(side for _, side, _ in columns))
+    if len(lines) > len(shown):
+        left = lines[len(shown) :]
+        table.append(f"… and {sum(line.count for line in left):,} more tensors")
+    return [*table, *phrases.legend(lines, ckpt)]
+
+
+def plan_text(reshape: Reshape, *, notices: bool = True) -> str:
+    """The plan. notices: what the user must hear, at the end."""
+    about = facts.plan(reshape)
+    blocks = [
+        ("", [phrases.plan_title(about)]),
+        ("source", [f"{about['source']['path']} ({about['source']['format']})"]),
+        ("target", [phrases.target(about)]),
+        ("changes", aligned(phrases.changes(about), "ll") or ["none: the same mesh, stage and dtype"]),
+        ("cost", aligned(phrases.costs(about), "lrl")),
+        ("moves", list(_moves(about))),
+        ("notes", _listed(about["notices"] if notices else ())),
+    ]
+    return "\n".join(_blocks(blocks))
+
+
+def _moves(about: Mapping[str, Any]) -> Iterator[str]:
+    matrix = about["moves"]["matrix"]
+    if matrix is not None:
+        unit, name = unit_of(max((n for row in matrix for n in row), default=0))
+        yield f"{name} from source rank (down) to target rank (across); [ ] stay where they are"
+        rows = [["", *map(str, range(len(matrix[0])))]]
+        rows += [[str(i), *(_cell(n, unit, i == j) for j, n in enumerate(row))] for i, row in enumerate(matrix)]
+        yield from aligned(rows, "r" * len(rows[0]))
+        return
+    yield f"the target ranks that receive most (of {about['target']['ranks']:,})"
+    rows = [["rank", "", "from other ranks", "own", "sources"], *phrases.receivers(about, RECEIVERS)]
+    yield from aligned(rows, "rlrrr")
+
+
+def _cell(nbytes: int, unit: int, own: bool) -> str:
+    if not nbytes:
+        return "·" if not own else "· "
+    text = f"{nbytes / unit:.3g}" if nbytes >= unit / 100 else "<.01"
+    return f"[{text}]" if own else f"{text} "
+
+
+def _blocks(blocks: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Blocks of lines, each with its key on the left of the first; empty ones are left out."""
+    return [
+        f"{key if i == 0 else '':<{_KEY}}{line}".rstrip() if key else line
+        for key, lines in blocks
+        for i, line in enumerate(lines)
+        if line or i
+    ]
+
+
+def _spaced(lines: list[str]) -> list[str]:
+    return ["", *lines] if lines else []
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - _KEY, break_long_words=False, break_on_hyphens=False)
+
+
+def _listed(notices: Sequence[Mapping[str, str]]) -> list[str]:
+    wrapper = textwrap.TextWrapper(WIDTH - _KEY, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [line for n in notices for line in wrapper.wrap(f"- {n['text']}")]
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Rows of cells as lines, two spaces between columns; `sides` has "l" or "r" for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.rjust(w) if s == "r" else c.ljust(w) for c, w, s in zip(row, widths, sides, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,68 @@
+"""Numbers and names for people. Sizes are decimal (1 kB is 1000 bytes), as disks and `--max-shard-size` have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+_SIZES = ("kB", "MB", "GB", "TB", "PB")
+_COUNTS = ("thousand", "million", "billion", "trillion")
+
+
+def size(nbytes: float) -> str:
+    """Bytes in three figures: `6.46 kB`, `2.5 TB`."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} bytes"
+    for unit in _SIZES:
+        nbytes /= 1000
+        if nbytes < 999.5 or unit == _SIZES[-1]:
+            break
+    return f"{nbytes:.3g} {unit}" if nbytes < 999.5 else f"{nbytes:,.0f} {unit}"
+
+
+def unit_of(nbytes: float) -> tuple[int, str]:
+    """The unit (its bytes, its name) in which `nbytes` has one to three figures before the point."""
+    for power in range(len(_SIZES), 0, -1):
+        if nbytes >= 1000**power:
+            return 1000**power, _SIZES[power - 1]
+    return 1, "bytes"
+
+
+def count(n: int) -> str:
+    """`13,312`, and from a million on in words too: `6,738,415,616 (6.74 billion)`."""
+    rounded = float(n)
+    word = ""
+    for unit in _COUNTS:
+        if rounded < 999.5:
+            break
+        rounded, word = rounded / 1000, unit
+    return f"{n:,} ({rounded:.3g} {word})" if n >= 1_000_000 else f"{n:,}"
+
+
+def number_of(n: int, thing: str) -> str:
+    """`1 tensor`, `1,200 tensors`."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def ranges(numbers: Iterable[int], to: str = "–") -> str:
+    """`0–3, 7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}{to}{b}" for a, b in runs)
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """The first few, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def shorten(name: str, width: int) -> str:
+    """The name in at most `width` characters: the middle goes, beginning and end tell more."""
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}…{name[head - width + 1 :]}"

@@ -38,3 +38,15 @@ class ReshapeError(CkptlabError, ValueError):
 
 class DestinationError(CkptlabError):
     """A destination that exists already or cannot be written."""
+
+
+class ArgumentError(CkptlabError, AssertionError):
+    """An argument of one of DeepSpeed's own functions that it asserts against: an AssertionError there and here."""
+
+
+class MismatchError(CheckpointError, ValueError):
+    """States that cannot be merged, or a file that is not what its name says: a ValueError in DeepSpeed."""
+
+
+class DescriptorError(CheckpointError, RuntimeError):
+    """Model files that contradict each other about the mesh: a RuntimeError in DeepSpeed."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold
-from ckptlab.describe.words import size, unit_of
+from ckptlab.describe.words import figure, size, unit_of
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
@@ -118,7 +118,7 @@ def _moves(about: Mapping[str, Any]) -> str:
 def _cell(nbytes: int, unit: int, most: int, own: bool) -> str:
     share = round(45 * nbytes / max(most, 1))
     shade = f' style="background:color-mix(in srgb,#f59e0b {share}%,transparent)"' if share else ""
-    text = f"{nbytes / unit:.3g}" if nbytes else "·"
+    text = figure(nbytes / unit) if nbytes else "·"
     return f'<td class="r{" own" if own else ""}" title="{size(nbytes)}"{shade}>{text}</td>'
 
 

@@ -48,7 +48,8 @@ def training(about: About) -> str:
 def extent(about: About) -> str:
     counts, files = about["counts"], about["files"]
     others = [
-        f"{counts[kind]:,} {word}" for kind, word in (("frozen", "frozen"), ("buffers", "buffers")) if counts[kind]
+        *([f"{counts['frozen']:,} frozen"] if counts["frozen"] else []),
+        *([number_of(counts["buffers"], "buffer")] if counts["buffers"] else []),
     ]
     apart = f" ({', '.join(others)})" if others else ""
     return (
@@ -70,13 +71,16 @@ def groups(about: About) -> list[list[str]]:
     rows = []
     for i, group in enumerate(about["groups"]):
         options = group["options"]
-        told = [
-            f"{word} {options[key]}" if options.get(key) is not None else ""
-            for key, word in (("lr", "lr"), ("weight_decay", "weight decay"))
-        ]
+        told = [_setting(word, options.get(key)) for key, word in (("lr", "lr"), ("weight_decay", "weight decay"))]
         name = group["name"] or f"group {i}"
         rows.append([name, *told, number_of(group["tensors"], "tensor"), number_of(group["elements"], "element")])
     return rows
+
+
+def _setting(word: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{word} {value:g}" if isinstance(value, (int, float)) else f"{word} {value}"
 
 
 def ties(about: About) -> list[str]:
@@ -139,9 +143,10 @@ def changes(about: About) -> list[list[str]]:
     """Rows (what, from → to) of everything that the target has otherwise."""
     source, wanted = about["source"], about["target"]
     rows = []
-    for axis in ("tp", "pp", "dp"):
-        if source["mesh"][axis] != wanted["mesh"][axis]:
-            rows.append([axis, f"{source['mesh'][axis]} → {wanted['mesh'][axis]}"])
+    before, after = source["mesh"], wanted["mesh"]
+    if before != after:
+        axes = [f"{a} {before[a]} → {after[a]}" for a in ("tp", "pp", "dp") if before[a] != after[a]]
+        rows.append(["mesh", ", ".join(axes)])
     if stage(source) != stage(wanted):
         rows.append(["training", f"{stage(source)} → {stage(wanted)}"])
     layers = about["layers"]

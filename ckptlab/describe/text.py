@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold, unfolded
-from ckptlab.describe.words import shorten, unit_of
+from ckptlab.describe.words import figure, shorten, unit_of
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
 
 WIDTH = 96
 ROWS = 40  # lines of tensors in a summary
-NAMES = 44  # characters of a tensor's name
+NAMES = 36  # characters that a tensor's name gets, however wide the other columns are
 RECEIVERS = 8  # target ranks that a large plan lists
 _KEY = 10  # the column of keys on the left
 
@@ -23,7 +23,7 @@ _KEY = 10  # the column of keys on the left
 def summary_text(ckpt: Checkpoint, *, notices: bool = True, everything: bool = False) -> str:
     """The summary. notices: what the user must hear, at the end. everything: a line for every tensor, no name cut."""
     about = facts.overview(ckpt)
-    blocks = [
+    found = [
         ("", [phrases.title(about)]),
         ("path", [about["path"]]),
         ("training", [phrases.training(about)]),
@@ -36,7 +36,7 @@ def summary_text(ckpt: Checkpoint, *, notices: bool = True, everything: bool = F
     ]
     lines = (unfolded if everything else fold)(ckpt.tensors.values())
     table = _tensors(lines, ckpt, None if everything else ROWS)
-    return "\n".join([*_blocks(blocks[:-1]), "", *table, *_spaced(_blocks(blocks[-1:]))])
+    return "\n".join([*blocks(found[:-1]), "", *table, *_spaced(blocks(found[-1:]))])
 
 
 def _tensors(lines: Sequence[Line], ckpt: Checkpoint, limit: int | None) -> list[str]:
@@ -44,7 +44,8 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint, limit: int | None) -> list
     shown = lines[:limit]
     rows = [[title for title, *_ in columns], *([cell(line) for *_, cell in columns] for line in shown)]
     if limit is not None:
-        rows = [[shorten(name, NAMES), *rest] for name, *rest in rows]
+        others = sum(max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[1:])
+        rows = [[shorten(name, max(NAMES, WIDTH - others)), *rest] for name, *rest in rows]
     table = aligned(rows, "".join(side for _, side, _ in columns))
     if len(lines) > len(shown):
         left = lines[len(shown) :]
@@ -55,7 +56,7 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint, limit: int | None) -> list
 def plan_text(reshape: Reshape, *, notices: bool = True) -> str:
     """The plan. notices: what the user must hear, at the end."""
     about = facts.plan(reshape)
-    blocks = [
+    found = [
         ("", [phrases.plan_title(about)]),
         ("source", [f"{about['source']['path']} ({about['source']['format']})"]),
         ("target", [phrases.target(about)]),
@@ -64,7 +65,7 @@ def plan_text(reshape: Reshape, *, notices: bool = True) -> str:
         ("moves", list(_moves(about))),
         ("notes", _listed(about["notices"] if notices else ())),
     ]
-    return "\n".join(_blocks(blocks))
+    return "\n".join(blocks(found))
 
 
 def _moves(about: Mapping[str, Any]) -> Iterator[str]:
@@ -84,15 +85,15 @@ def _moves(about: Mapping[str, Any]) -> Iterator[str]:
 def _cell(nbytes: int, unit: int, own: bool) -> str:
     if not nbytes:
         return "·" if not own else "· "
-    text = f"{nbytes / unit:.3g}" if nbytes >= unit / 100 else "<.01"
+    text = figure(nbytes / unit)
     return f"[{text}]" if own else f"{text} "
 
 
-def _blocks(blocks: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+def blocks(found: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
     """Blocks of lines, each with its key on the left of the first; empty ones are left out."""
     return [
         f"{key if i == 0 else '':<{_KEY}}{line}".rstrip() if key else line
-        for key, lines in blocks
+        for key, lines in found
         for i, line in enumerate(lines)
         if line or i
     ]

@@ -19,6 +19,13 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} {unit}" if nbytes < 999.5 else f"{nbytes:,.0f} {unit}"
 
 
+def figure(value: float) -> str:
+    """Three figures, so that a column of them lines up: `1.79`, `13.0`, `237`."""
+    if 0 < value < 0.005:
+        return "<.01"
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+
+
 def unit_of(nbytes: float) -> tuple[int, str]:
     """The unit (its bytes, its name) in which `nbytes` has one to three figures before the point."""
     for power in range(len(_SIZES), 0, -1):

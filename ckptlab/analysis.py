@@ -1,0 +1,330 @@
+"""What checkpoints have in common and where they differ, whatever format and mesh each of them has.
+
+`diff` goes tensor by tensor and window by window: memory stays near one window, not near the largest tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptlab.arrays import Gather
+from ckptlab.catalog import Catalog, ParameterGroup, Tensor
+from ckptlab.checkpoint import Checkpoint
+from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.errors import CheckpointError
+from ckptlab.layout import Cut
+from ckptlab.stored import Stored
+
+WINDOW = 1 << 20  # elements of each side that are compared at a time
+
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One state of one tensor that is not the same, bit for bit.
+
+    count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or infinite.
+    max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and b the values
+    there. dtypes: those of both sides; where they differ values were compared as float64, and count may be 0.
+    """
+
+    name: str
+    state: str
+    dtypes: tuple[str, str]
+    elements: int
+    count: int = 0
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    at: tuple[int, ...] = ()
+    a: float = 0.0
+    b: float = 0.0
+
+
+@dataclass(frozen=True)
+class OnlyIn:
+    """A state that one side alone has: of `tensors`, or of every tensor that both sides have (`everywhere`)."""
+
+    state: str
+    tensors: tuple[str, ...]
+    everywhere: bool
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How many tensors (and elements of them) were compared in one state, and how many of the tensors differ."""
+
+    state: str
+    tensors: int
+    elements: int
+    differ: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A hyperparameter or step that both sides have, with another value: `where` names the group or "step"."""
+
+    where: str
+    key: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What `diff` found. `a` and `b` are the paths; differences come in the order of the tensors of a."""
+
+    a: str
+    b: str
+    compared: tuple[Compared, ...]
+    differences: tuple[Difference, ...]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    states_only_a: tuple[OnlyIn, ...] = ()
+    states_only_b: tuple[OnlyIn, ...] = ()
+    settings: tuple[Setting, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """Both have the same tensors, and every state and setting that both have is the same, bit for bit and in dtype."""
+        return not (self.differences or self.only_a or self.only_b or self.shapes or self.settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `ckptlab diff --json` prints them."""
+        from ckptlab.describe.differences import to_dict
+
+        return to_dict(self)
+
+    def __repr__(self) -> str:
+        from ckptlab.describe.differences import diff_text
+
+        return diff_text(self)
+
+
+Source = Checkpoint | Catalog | str | os.PathLike[str]
+
+
+def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress: bool = False) -> Diff:
+    """Compare two checkpoints: every state that both have of every tensor that both have, bit for bit.
+
+    a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar on
+    stderr. Averaged replicas are averaged first; vocabulary padding is no part of a tensor. NaN equals NaN of the same bits.
+
+    Raises CheckpointError where there is nothing to compare.
+    """
+    left, right = _catalog(a), _catalog(b)
+    wanted = _wanted(left, right, states)
+    pairs, only_a, only_b = _pairs(left, right)
+    shapes = tuple((ta.name, ta.shape, tb.shape) for ta, tb in pairs if ta.shape != tb.shape)
+    same = [(ta, tb) for ta, tb in pairs if ta.shape == tb.shape]
+    todo = [(ta, tb, s) for ta, tb in same for s in ta.states if s in tb.states and s in wanted]
+    if not todo and not (shapes or only_a or only_b):
+        raise CheckpointError(
+            f"nothing to compare: {left.path} has {_told(left)}, {right.path} has {_told(right)}: no tensor has a state on "
+            "both sides"
+        )
+    tensors, elements, differ = Counter[str](), Counter[str](), Counter[str]()
+    differences = []
+    for ta, tb, state in _with_bar(todo, progress):
+        found = _compare(left, right, ta, tb, state)
+        tensors[state] += 1
+        elements[state] += math.prod(ta.shape)
+        if found is not None:
+            differences.append(found)
+            differ[state] += 1
+    return Diff(
+        left.path,
+        right.path,
+        tuple(Compared(s, tensors[s], elements[s], differ[s]) for s in tensors),
+        tuple(differences),
+        only_a,
+        only_b,
+        shapes,
+        _only_in(same, wanted),
+        _only_in([(tb, ta) for ta, tb in same], wanted),
+        tuple(_settings(left, right, pairs)),
+    )
+
+
+def _catalog(source: Source) -> Catalog:
+    if isinstance(source, Catalog):
+        return source
+    return (source if isinstance(source, Checkpoint) else open_checkpoint(source)).catalog
+
+
+def _wanted(a: Catalog, b: Catalog, states: Sequence[str] | None) -> Sequence[str]:
+    """The states to compare. CheckpointError for one that neither side has."""
+    known = list(dict.fromkeys([*a.states, *b.states]))
+    unknown = [s for s in states or () if s not in known]
+    if unknown:
+        raise CheckpointError(f"no state {unknown[0]!r} in {a.path} or {b.path}: there are {', '.join(known)}")
+    return known if states is None else states
+
+
+def _told(catalog: Catalog) -> str:
+    return f"{len(catalog.tensors):,} tensors with {', '.join(catalog.states) or 'no state'}"
+
+
+def _pairs(a: Catalog, b: Catalog) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...], tuple[str, ...]]:
+    """Tensors that both have, under the same name or an alias of it, and the names that one side alone has."""
+    names_a, names_b = _by_name(a), _by_name(b)
+    pairs, only_a, matched = [], [], set()
+    for name, tensor in a.tensors.items():
+        other = _find(names_b, tensor)
+        if other is None:
+            only_a.append(name)
+        else:
+            pairs.append((tensor, other))
+            matched.add(other.name)
+    only_b = []
+    for name, tensor in b.tensors.items():
+        if name in matched:
+            continue
+        other = _find(names_a, tensor)
+        if other is None:
+            only_b.append(name)
+        else:
+            pairs.append((other, tensor))
+    return pairs, tuple(only_a), tuple(only_b)
+
+
+def _by_name(catalog: Catalog) -> dict[str, Tensor]:
+    """Every tensor by its name and its aliases."""
+    aliases = {alias: t for t in catalog.tensors.values() for alias in t.aliases}
+    return {**aliases, **catalog.tensors}
+
+
+def _find(names: Mapping[str, Tensor], tensor: Tensor) -> Tensor | None:
+    return next((names[n] for n in (tensor.name, *tensor.aliases) if n in names), None)
+
+
+def _only_in(pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[str]) -> tuple[OnlyIn, ...]:
+    """States that the first of each pair has and the second lacks."""
+    lacking: dict[str, list[str]] = {}
+    for mine, other in pairs:
+        for state in mine.states:
+            if state in wanted and state not in other.states:
+                lacking.setdefault(state, []).append(mine.name)
+    shared = {s for mine, other in pairs for s in mine.states if s in other.states}
+    return tuple(OnlyIn(state, tuple(names), state not in shared) for state, names in lacking.items())
+
+
+def _with_bar(todo: list[tuple[Tensor, Tensor, str]], progress: bool) -> Iterator[tuple[Tensor, Tensor, str]]:
+    from tqdm.auto import tqdm
+
+    total = sum(math.prod(t.shape) for t, _, _ in todo)
+    with tqdm(
+        total=total, unit=" elements", unit_scale=True, disable=not progress, desc="comparing", leave=False
+    ) as bar:
+        for one in todo:
+            yield one
+            bar.update(math.prod(one[0].shape))
+
+
+def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> Difference | None:
+    """What differs in one state of one tensor; None if nothing does."""
+    dtypes = np.dtype(ta.states[state]), np.dtype(tb.states[state])
+    of_a, of_b = Gather(left, ta.name, state), Gather(right, tb.name, state)
+    elements, count, worst_rel = math.prod(ta.shape), 0, 0.0
+    worst: tuple[float, int, float, float] | None = None
+    for start in range(0, elements, WINDOW):
+        stop = min(start + WINDOW, elements)
+        a, b = _window(of_a, ta.shape, start, stop), _window(of_b, tb.shape, start, stop)
+        where = _unequal(a, b)
+        if not len(where):
+            continue
+        count += len(where)
+        x, y = a[where].astype(np.float64), b[where].astype(np.float64)
+        apart = _distance(x, y)
+        worst_rel = max(worst_rel, float(_relative(apart, x, y).max()))
+        i = int(apart.argmax())
+        if worst is None or apart[i] > worst[0]:
+            worst = float(apart[i]), start + int(where[i]), float(x[i]), float(y[i])
+    if worst is None and dtypes[0] == dtypes[1]:
+        return None
+    named = str(dtypes[0]), str(dtypes[1])
+    if worst is None:
+        return Difference(ta.name, state, named, elements)
+    at = tuple(int(k) for k in np.unravel_index(worst[1], ta.shape))
+    return Difference(ta.name, state, named, elements, count, worst[0], worst_rel, at, worst[2], worst[3])
+
+
+def _window(gather: Gather, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+    """Elements start … stop-1 of the flattened whole. Pieces come as they lie, so both sides' are joined first."""
+    pieces = gather.chunks(Cut.whole(shape), (), start, stop, stop - start)
+    joined, done = None, 0
+    for piece in pieces:
+        if len(piece) == stop - start:
+            return piece
+        if joined is None:
+            joined = np.empty(stop - start, piece.dtype)
+        joined[done : done + len(piece)] = piece
+        done += len(piece)
+    if joined is None or done != stop - start:
+        what = f"{gather.catalog.path}: {gather.name}: {gather.state}"
+        raise CheckpointError(f"{what}: elements {start} to {stop} of {shape}: only {done} are stored")
+    return joined
+
+
+def _unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Indices at which two flat arrays differ: in their bits, or in value where their dtypes differ."""
+    if a.dtype != b.dtype:
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        return np.flatnonzero((x != y) & ~(np.isnan(x) & np.isnan(y)))
+    bits = _BITS.get(a.dtype.itemsize)
+    if bits is None:
+        raise CheckpointError(f"elements of {a.dtype} cannot be compared")
+    return np.flatnonzero(a.view(bits) != b.view(bits))
+
+
+def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """|x - y|; inf where only one is NaN or they are different infinities, 0 where both are NaN."""
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(x - y)
+    apart[np.isnan(apart)] = np.inf
+    apart[np.isnan(x) & np.isnan(y)] = 0.0
+    return apart
+
+
+def _relative(apart: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = apart / np.maximum(np.abs(x), np.abs(y))
+    ratio[apart == 0] = 0.0
+    ratio[np.isnan(ratio)] = np.inf
+    return ratio
+
+
+def _settings(a: Catalog, b: Catalog, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Setting]:
+    """Hyperparameters and steps that differ, of parameter groups that have a tensor in common."""
+    step_a, step_b = Checkpoint(a).iteration, Checkpoint(b).iteration
+    if None not in (step_a, step_b) and step_a != step_b:
+        yield Setting("training", "step", step_a, step_b)
+    groups = dict.fromkeys((x.group, y.group) for x, y in pairs if x.group is not None and y.group is not None)
+    for i, j in groups:
+        mine, other = _told_of(a.groups[i]), _told_of(b.groups[j])
+        name = a.groups[i].name or f"group {i}"
+        for key in mine:
+            if key in other and mine[key] != other[key]:
+                yield Setting(name, key, mine[key], other[key])
+
+
+def _told_of(group: ParameterGroup) -> dict[str, Any]:
+    """A group's hyperparameters and scalars; what is a number in a file is read."""
+    told = {**group.scalars, **group.options}
+    return {key: _value(value) for key, value in told.items() if key not in ("params", "name")}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Stored):
+        value = value.map().astype(np.float64).tolist()
+    if isinstance(value, (list, tuple)):
+        return [_value(v) for v in value]
+    return value if isinstance(value, (int, float, str, type(None), Mapping)) else repr(value)

@@ -1,0 +1,401 @@
+"""The command line: info, plan, convert, diff. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from ckptlab.errors import CkptlabError
+
+if TYPE_CHECKING:
+    from ckptlab.checkpoint import Checkpoint, Reshape
+    from ckptlab.convert import Report
+
+TROUBLE, INTERRUPTED = 2, 130
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+
+
+class Commands(click.Group):
+    """A group whose commands end in one message on stderr, not in a traceback, when the input is at fault."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # an arrow that the terminal cannot show is no reason to stop
+                stream.reconfigure(errors="replace")
+        try:
+            return super().invoke(ctx)
+        except CkptlabError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            hint = (
+                "; what is complete is kept: repeat the command to go on" if ctx.invoked_subcommand == "convert" else ""
+            )
+            _fail(f"interrupted{hint}", INTERRUPTED)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _fail(_reason(error))
+
+
+def _fail(message: str, status: int = TROUBLE) -> NoReturn:
+    click.echo(f"ckptlab: {message}", err=True)
+    raise click.exceptions.Exit(status)
+
+
+def _reason(error: OSError) -> str:
+    what = error.strerror or str(error)
+    named = f"{error.filename}: {what}" if error.filename else what
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        named += "; what is complete is kept: make room and repeat the command to go on"
+    return named
+
+
+class Size(click.ParamType):
+    """Bytes: 5GB, 500MB, 1GiB, 1000000."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+        if not found or float(found[1]) == 0:
+            self.fail(f"{value!r} is no size: write 5GB, 500MB, 1GiB or a number of bytes", param, ctx)
+        unit = _UNITS[found[2].upper()]
+        return round(float(found[1]) * (1024 ** (len(str(unit)) // 3) if found[3] else unit))
+
+
+class Dealing(click.ParamType):
+    """How layers are dealt to pp stages: a method, or the first layer of each stage."""
+
+    name = "METHOD|0,4,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if re.fullmatch(r"\d+(\s*,\s*\d+)*", value):
+            return tuple(int(n) for n in value.split(","))
+        if value not in ("blocks", "parameters", "uniform"):
+            self.fail(f"{value!r}: expected blocks, parameters, uniform, or first layers such as 0,4", param, ctx)
+        return str(value)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in the order in which --help lists them."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+_strategy = click.option(
+    "--strategy",
+    metavar="NAME|FILE.json",
+    help="Layouts where the checkpoint does not tell them: a registered strategy (megatron), or a JSON file of "
+    "{pattern: notation}.",
+)
+_mesh = _options(
+    click.option("--tp", type=click.IntRange(1), help="Tensor-parallel degree."),
+    click.option("--pp", type=click.IntRange(1), help="Pipeline-parallel degree."),
+    click.option("--dp", type=click.IntRange(1), help="Data-parallel degree."),
+)
+_target = _options(
+    click.option("--zero-stage", type=click.IntRange(1, 3), help="ZeRO stage."),
+    click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="What the target trains in."),
+    click.option(
+        "--pipeline",
+        type=Dealing(),
+        help="Dealing of layers to stages: blocks, parameters, uniform, or the first layer of each stage.",
+    ),
+    click.option("--padded-vocab", type=click.IntRange(1), help="Rows of the padded vocabulary."),
+    click.option("--heads", type=click.IntRange(1), help="Attention heads, where the checkpoint does not tell."),
+    click.option("--kv-heads", type=click.IntRange(1), help="Key/value heads, likewise."),
+    click.option("--sub-group-size", type=click.IntRange(1), help="ZeRO-3's sub_group_size, in elements."),
+    click.option(
+        "--param-groups",
+        type=click.Path(dir_okay=False),
+        metavar="FILE.json",
+        help="Hyperparameters of each parameter group: a JSON list of objects with lr, weight_decay, …",
+    ),
+    _strategy,
+)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96})
+@click.version_option(package_name="ckptlab", message="ckptlab %(version)s")
+def main() -> None:
+    """Look into checkpoints of 3D-parallel training runs (DeepSpeed), and write them for another mesh.
+
+    PATH is a step folder, the folder that holds `latest`, a universal folder, safetensors, or a folder with one of these
+    below it. Reading takes headers only and executes nothing; a source is never changed.
+
+    \b
+      ckptlab info run/global_step1000
+      ckptlab plan run --tp 4 --pp 1
+      ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1
+      ckptlab diff run out
+    """
+
+
+@main.command(short_help="What a checkpoint holds.")
+@click.argument("path")
+@click.option(
+    "--all", "everything", is_flag=True, help="A line for every tensor: layers are not folded, names not cut."
+)
+@_strategy
+@_json
+def info(path: str, everything: bool, strategy: str | None, as_json: bool) -> None:
+    """What a checkpoint holds: mesh, tensors with their layouts, states, parameter groups, client state.
+
+    Same-shaped layers share a line: {2..5}.mlp.weight stands for four tensors. Layouts are lines of notation: in
+    "(tp out) in" the rows are cut over tp, in "out (tp in)" the columns, "out in" is whole on every rank.
+
+    \b
+      ckptlab info run
+      ckptlab info run --json | jq .counts.parameters
+    """
+    ckpt = _open(path, strategy)
+    if as_json:
+        from ckptlab.describe import summary
+
+        _print(summary(ckpt))
+        return
+    from ckptlab.describe import summary_text
+
+    click.echo(summary_text(ckpt, notices=False, everything=everything))
+    _note(n.text for n in ckpt.notices)
+
+
+@main.command(short_help="What a reshape to another mesh would do.")
+@click.argument("source", metavar="SRC")
+@_mesh
+@_target
+@_json
+def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> None:
+    """What writing SRC for another mesh would do: what changes, what it costs, which rank gets what from which.
+
+    An axis that is not named keeps SRC's degree, and so does everything else that is not said. Nothing is read or
+    written. A mesh that cannot be is refused with the reasons, and the nearest meshes that can.
+
+    \b
+      ckptlab plan run --tp 4 --pp 1
+      ckptlab plan run --dp 8 --zero-stage 1 --json
+    """
+    reshape = _reshape(_open(source, strategy), options)
+    if as_json:
+        from ckptlab.describe import plan as plan_facts
+
+        _print(plan_facts(reshape))
+        return
+    from ckptlab.describe import plan_text
+
+    click.echo(plan_text(reshape, notices=False))
+    _note(n.text for n in reshape.check())
+
+
+@main.command(short_help="Write a checkpoint for another mesh or in another format.")
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST")
+@click.option(
+    "--to",
+    "form",
+    required=True,
+    type=click.Choice(["deepspeed", "universal", "safetensors"]),
+    help="deepspeed: files that a plain load_checkpoint on the new mesh reads. universal: DeepSpeed's universal checkpoint. "
+    "safetensors: the weights alone, whole.",
+)
+@_mesh
+@_target
+@click.option("--max-shard-size", type=Size(), help="Safetensors are cut into files of at most this (5GB if not said).")
+@click.option("--workers", type=click.IntRange(1), help="Files written at a time.")
+@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@_json
+def convert(
+    source: str,
+    destination: str,
+    form: str,
+    max_shard_size: int | None,
+    workers: int | None,
+    no_progress: bool,
+    as_json: bool,
+    strategy: str | None,
+    **options: Any,
+) -> None:
+    """Write SRC for another mesh, or in another format, as DST.
+
+    DST is the step folder to make; `latest` (or `latest_universal`) is written beside it. DST appears when it is complete.
+    A conversion that was interrupted goes on where it stopped when the command is repeated. An axis that is not named keeps
+    SRC's degree.
+
+    With --to safetensors, --dtype is that of the weights; if it is not said, the master weights are written as they are
+    (fp32) and what has none (frozen tensors, buffers) in its own.
+
+    \b
+      ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1 --dp 2
+      ckptlab convert run out/universal --to universal
+      ckptlab convert run out/weights --to safetensors --dtype bf16
+    """
+    began = time.monotonic()
+    if max_shard_size is not None and form != "safetensors":
+        raise click.UsageError(f"--max-shard-size goes with --to safetensors, not with {form}")
+    ckpt = _open(source, strategy)
+    running = {"workers": workers, "progress": sys.stderr.isatty() and not no_progress}
+    if form == "safetensors":
+        said, report = _write_weights(ckpt, destination, options, max_shard_size, running)
+    else:
+        said, report = _write_run(ckpt, destination, form, options, running)
+    if as_json:
+        _print({**vars(report), **said, "seconds": round(time.monotonic() - began, 3)})
+        return
+    from ckptlab.describe.words import number_of, size
+
+    _note(n["text"] for n in said["notices"])
+    resumed = f" ({report.resumed:,} of them before)" if report.resumed else ""
+    click.echo(
+        f"{report.destination}: {number_of(report.files, 'file')}{resumed}, {size(report.bytes_written)} of tensors written "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    if said["latest"]:
+        click.echo(f"{said['latest']} names it")
+
+
+@main.command(short_help="Compare two checkpoints, of any formats and meshes.")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--states", metavar="fp32,exp_avg,…", help="Compare these states alone.")
+@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@_strategy
+@_json
+@click.pass_context
+def diff(
+    ctx: click.Context, a: str, b: str, states: str | None, no_progress: bool, strategy: str | None, as_json: bool
+) -> None:
+    """Compare two checkpoints tensor by tensor, state by state, bit for bit, whatever format and mesh each has.
+
+    Every state and hyperparameter that both have is compared; a state that one side alone has is named, and makes no
+    difference.
+
+    Exit status: 0 the same, 1 different, 2 trouble.
+
+    \b
+      ckptlab diff run/global_step1000 out/global_step1000
+      ckptlab diff run out --states fp32
+    """
+    from ckptlab.analysis import diff as compare
+
+    wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
+    progress = sys.stderr.isatty() and not no_progress
+    found = compare(_open(a, strategy), _open(b, strategy), states=wanted, progress=progress)
+    if as_json:
+        _print(found.to_dict())
+    else:
+        click.echo(repr(found))
+    ctx.exit(0 if found.equal else 1)
+
+
+# ------------------------------------------------------------------ what the commands share
+
+
+def _open(path: str, strategy: str | None) -> Checkpoint:
+    from ckptlab.checkpoint import open as open_checkpoint
+
+    return open_checkpoint(path, strategy)
+
+
+def _reshape(ckpt: Checkpoint, options: Mapping[str, Any]) -> Reshape:
+    """The target that the options say; axes that they do not name keep the degree that the run had."""
+    given = {k: v for k, v in options.items() if v is not None}
+    axes = {a: given.pop(a) for a in ("tp", "pp", "dp") if a in given}
+    if "param_groups" in given:
+        given["param_groups"] = _param_groups(given["param_groups"])
+    native = ckpt.catalog.native
+    return ckpt.reshape(native.folder.mesh.replace(**axes) if native else None, **given)
+
+
+def _param_groups(path: str) -> tuple[Mapping[str, Any], ...]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            groups = json.load(file)
+    except ValueError as error:
+        raise CkptlabError(f"{path}: expected a JSON list of objects, one for each parameter group: {error}") from None
+    if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
+        raise CkptlabError(f"{path}: expected a JSON list of objects, one for each parameter group")
+    return tuple(groups)
+
+
+def _write_run(
+    ckpt: Checkpoint, destination: str, form: str, options: Mapping[str, Any], running: Mapping[str, Any]
+) -> tuple[dict[str, Any], Report]:
+    """Write a native or universal checkpoint: what is to be said of it, and the report."""
+    from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
+
+    reshape = _reshape(ckpt, options)
+    latest = os.path.join(
+        os.path.dirname(os.path.abspath(destination)), LATEST if form == "deepspeed" else LATEST_UNIVERSAL
+    )
+    before = _pointer(latest)
+    report = reshape.save(destination, form, **running)
+    notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
+    if before not in (None, _pointer(latest)):
+        notices.append({"code": "latest-changed", "text": f"{latest} named {before} before"})
+    target = {"mesh": reshape.mesh.degrees, "zero_stage": reshape.zero_stage, "dtype": reshape.target.native.dtype}
+    return {"format": form, **target, "latest": latest, "notices": notices}, report
+
+
+def _pointer(latest: str) -> str | None:
+    """The folder that a `latest` file names; None without one."""
+    try:
+        with open(latest, encoding="utf-8", errors="replace") as file:
+            return file.read(4096).strip()
+    except FileNotFoundError:
+        return None
+
+
+def _write_weights(
+    ckpt: Checkpoint,
+    destination: str,
+    options: Mapping[str, Any],
+    max_shard_bytes: int | None,
+    running: Mapping[str, Any],
+) -> tuple[dict[str, Any], Report]:
+    """Write safetensors: what is to be said of them, and the report."""
+    from ckptlab.checkpoint import SHARD_BYTES, save_weights
+    from ckptlab.formats import safetensors
+    from ckptlab.formats.deepspeed.target import np_dtype
+
+    named = [k for k, v in options.items() if v is not None and k != "dtype"]
+    if named:
+        option = f"--{named[0].replace('_', '-')}"
+        raise click.UsageError(f"{option} has no meaning with --to safetensors, which holds whole weights")
+    dtype = options["dtype"]
+    report = save_weights(
+        ckpt.catalog,
+        destination,
+        dtype=np_dtype(dtype) if dtype else None,
+        max_shard_bytes=max_shard_bytes or SHARD_BYTES,
+        **running,
+    )
+    notices = [*ckpt.notices, *safetensors.notices(ckpt.catalog)]
+    said = {"format": "safetensors", "dtype": dtype, "latest": None}
+    return {**said, "notices": [{"code": n.code, "text": n.text} for n in notices]}, report
+
+
+def _print(content: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
+def _note(texts: Iterable[str]) -> None:
+    for text in texts:
+        click.echo(f"note: {text}", err=True)

@@ -7,6 +7,7 @@ catalog of a *target* (what another mesh would hold) has the same form with noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,6 +79,12 @@ class Tensor:
     def dims(self) -> tuple[str, ...]:
         """Names of the whole's dims."""
         return self.layout.names
+
+
+def module_source(source: Tensor, target: Tensor) -> str:
+    """The state that a target's module weight is drawn from: the stored one if the dtype stays, else the master, rounded."""
+    keeps = source.states.get(MODULE) == target.states[MODULE]
+    return MODULE if keeps or MASTER not in source.states else MASTER
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,8 @@ class Catalog:
         outside = self.pieces.get((name, state))
         if outside is not None:
             return tuple(dict.fromkeys(stage for stage, _ in outside))
-        return tuple(s for s in self.tensors[name].stages if (name, s) in self._flat_index)
+        found = ((s, self._flat_index.get((name, s))) for s in self.tensors[name].stages)
+        return tuple(s for s, held in found if held is not None and state in held[0].dtypes)
 
     def fragments(self, name: str, state: str, stage: int, tp: int) -> tuple[Fragment, ...]:
         """Where the shard of one (pp, tp) coordinate lies, in the order of its flattened elements."""
@@ -180,17 +188,29 @@ class Catalog:
             for d, at, start, count in group.flats[tp].fragments(index)
         )
 
-    def placement(self, name: str, state: str) -> Placement:
-        """How that state of the tensor lies on the mesh, for a plan."""
+    def placements(self, name: str, state: str) -> tuple[Placement, ...]:
+        """How that state of the tensor lies on the mesh, for a plan: once, or for each dp rank that has a copy of its own.
+
+        What lies outside flat buffers is dp rank 0's; but ZeRO-3 cuts frozen tensors over dp, and writes buffers dp times.
+        """
         tensor = self.tensors[name]
         stages = self.holders(name, state)
-        if (name, state) in self.pieces:
-            return Placement(tensor.cut, stages, replicas=tensor.layout.replicas)
+        replicas = tensor.layout.replicas
         flats = {}
+        if (name, state) in self.pieces:
+            if self.zero_stage != 3 or self.format != "deepspeed":
+                return (Placement(tensor.cut, stages, replicas=replicas),)
+            if tensor.kind == "buffer":
+                ranks = range(self.mesh.dp)
+                return tuple(Placement(tensor.cut, stages, replicas=replicas, at={"dp": d}) for d in ranks)
+            for stage, tp in self.pieces[name, state]:
+                count = math.prod(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})))
+                flats[stage, tp] = FlatBuffer.per_tensor((name,), (count,), self.mesh.dp), 0
+            return (Placement(tensor.cut, stages, flats, replicas),)
         for stage in stages:
             group, index = self._flat_index[name, stage]
             flats.update({(stage, tp): (flat, index) for tp, flat in enumerate(group.flats)})
-        return Placement(tensor.cut, stages, flats, tensor.layout.replicas)
+        return (Placement(tensor.cut, stages, flats, replicas),)
 
     def extents(self) -> Iterator[tuple[str, str, Stored]]:
         """(tensor, state, stored) of everything that is stored outside flat buffers, then the flat partitions."""

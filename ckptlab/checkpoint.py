@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,13 @@ import numpy as np
 
 from ckptlab import convert, strategy
 from ckptlab.arrays import Tally
-from ckptlab.catalog import MASTER, MODULE, Catalog, Notice, Tensor
+from ckptlab.catalog import MODULE, Catalog, Notice, Tensor, module_source
 from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.formats import FORMATS, read
 from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Plan, compose
+from ckptlab.plan import Placement, Plan, compose
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -225,18 +225,24 @@ class Reshape:
         """Which rank's data goes to which rank."""
         return compose(self._planned())
 
-    def _planned(self) -> Any:
+    def _planned(self) -> Iterator[tuple[str, int, int, Placement, Placement]]:
+        """What `compose` takes: states that lie alike together, the module weight by itself."""
         for name, tensor in self.target.tensors.items():
-            states = [s for s in tensor.states if self.target.holders(name, s)]
-            flat = [s for s in states if (name, s) not in self.target.pieces]
             held = self.source[name].states
+            flat = [s for s in tensor.states if s != MODULE]
             if flat:
-                read, written = (sum(t[s].itemsize for s in flat) for t in (held, tensor.states))
-                yield name, read, written, self.source.placement(name, flat[0]), self.target.placement(name, flat[0])
-            if len(states) > len(flat):
-                state = MODULE if held.get(MODULE) == tensor.states[MODULE] or MASTER not in held else MASTER
-                sizes = held[state].itemsize, tensor.states[MODULE].itemsize
-                yield name, *sizes, self.source.placement(name, state), self.target.placement(name, MODULE)
+                sizes = (sum(t[s].itemsize for s in flat) for t in (held, tensor.states))
+                yield from self._moves(name, flat[0], flat[0], *sizes)
+            if (name, MODULE) in self.target.pieces:
+                state = module_source(self.source[name], tensor)
+                yield from self._moves(name, state, MODULE, held[state].itemsize, tensor.states[MODULE].itemsize)
+
+    def _moves(
+        self, name: str, state: str, becomes: str, read_size: int, written_size: int
+    ) -> Iterator[tuple[str, int, int, Placement, Placement]]:
+        source = self.source.placements(name, state)[0]
+        for target in self.target.placements(name, becomes):
+            yield name, read_size, written_size, source, target
 
     def cost(self) -> Cost:
         """The bytes that writing a native checkpoint reads, writes and moves between ranks."""

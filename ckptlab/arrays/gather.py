@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ckptlab.arrays.boxes import flat_boxes, plain_rows, restrict
 from ckptlab.catalog import Catalog, Fragment
+from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
 
 CHUNK = 1 << 23  # elements that `chunks` holds at a time
@@ -47,8 +49,9 @@ class Gather:
     """Reads one state of one tensor of a catalog in any cut.
 
     `stage` chooses the pp stage whose copy is read (default: the canonical one), `dtype` what the elements are
-    converted to (round to nearest even), `replica` the tp rank whose copy is read of a tensor that is not cut. Where
-    the layout says that replicas are averaged, and none is chosen, they are.
+    converted to (round to nearest even), `replica` the one tp rank that is read: its copy of a tensor that is not cut,
+    its shard of one that is (the rest is then 0). Where the layout says that replicas are averaged, and none is chosen,
+    they are. Cheap to make. Pickled, it is the files' paths and offsets and the cut, without catalog and tally.
     """
 
     def __init__(
@@ -63,14 +66,23 @@ class Gather:
         tally: Tally | None = None,
     ) -> None:
         tensor = catalog[name]
-        self.catalog, self.name, self.state, self.tally = catalog, tensor.name, state, tally
+        self.name, self.state, self.tally = tensor.name, state, tally
         self.cut = tensor.cut
+        self._catalog: Catalog | None = catalog
+        self._tp = catalog.mesh.tp
         self.stage = catalog.holders(tensor.name, state)[0] if stage is None else stage
         self.stored_dtype = np.dtype(tensor.states[state])
         self.dtype = self.stored_dtype if dtype is None else np.dtype(dtype)
         averaged = tensor.layout.replicas == "mean" and not self.cut.axes and replica is None
-        self.replicas = tuple(range(catalog.mesh.tp)) if averaged else (replica or 0,)
+        self.replica = replica
+        self.replicas = tuple(range(self._tp)) if averaged else (replica or 0,)
+        self._known_fragments: dict[int, tuple[Fragment, ...]] = {}
         self._known_pieces: dict[int, list[_Piece]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        for tp in {*self.replicas, *self._coordinates.values()}:
+            self._fragments(tp)
+        return {**self.__dict__, "_catalog": None, "tally": None, "_known_pieces": {}}
 
     def box(self, cut: Cut, at: tuple[int, ...], starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
         """The box of shard `at` of `cut`: an array of shape `sizes`. What the source does not hold (padding) is 0."""
@@ -119,21 +131,24 @@ class Gather:
                 yield view.astype(self.dtype, copy=False)
 
     def _same_shard(self, cut: Cut, at: tuple[int, ...]) -> bool:
-        if len(self.replicas) > 1 or cut.axes != self.cut.axes:
+        if len(self.replicas) > 1 or cut.axes != self.cut.axes or at not in self._coordinates:
             return False
         return cut.dims == self.cut.dims
 
     @cached_property
     def _coordinates(self) -> dict[tuple[int, ...], int]:
-        """The tp rank at each coordinate of the source's cut."""
+        """The tp rank that is read at each coordinate of the source's cut."""
         if not self.cut.axes:
             return {(): self.replicas[0]}
-        return {self.cut.coordinate({"tp": t}): t for t in reversed(range(self.catalog.mesh.tp))}
+        ranks = reversed(range(self._tp)) if self.replica is None else (self.replica,)
+        return {self.cut.coordinate({"tp": t}): t for t in ranks}
 
     def _tp_of(self, coordinate: tuple[int, ...]) -> int:
         return self._coordinates[coordinate]
 
     def _leaves_gaps(self, cut: Cut) -> bool:
+        if self.replica is not None and self.cut.axes:
+            return True
         return any(b > a for a, b in zip(self.cut.shape, cut.shape, strict=True))
 
     def _allocate(self, cut: Cut, sizes: Sequence[int]) -> np.ndarray:
@@ -162,7 +177,8 @@ class Gather:
         at: tuple[int, ...],
         starts: tuple[int, ...],
     ) -> None:
-        rows = [plain_rows(r) for r in overlap(self.cut, coordinate, cut, at)]
+        owned = self.replica is None  # one rank alone is read: what lower ranks hold too comes from it as well
+        rows = [plain_rows(r) for r in overlap(self.cut, coordinate, cut, at, owned=owned)]
         if any(len(r) == 0 for r in rows):
             return
         for piece in self._pieces(tp):
@@ -201,7 +217,11 @@ class Gather:
         return pieces
 
     def _fragments(self, tp: int) -> tuple[Fragment, ...]:
-        return self.catalog.fragments(self.name, self.state, self.stage, tp)
+        if tp not in self._known_fragments:
+            if self._catalog is None:
+                raise CheckpointError(f"{self.name}: tp rank {tp} was not among what this reader took along")
+            self._known_fragments[tp] = self._catalog.fragments(self.name, self.state, self.stage, tp)
+        return self._known_fragments[tp]
 
     def _count(self, tp: int, dp: int, nbytes: int) -> None:
         if self.tally is not None:

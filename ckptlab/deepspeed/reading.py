@@ -20,7 +20,7 @@ from ckptlab.formats import read, torchfile
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.strategy import Strategy, resolve
+from ckptlab.strategy import Strategy, replicated, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def _state_of(catalog: Catalog, tensor: Tensor, state: str | None) -> str | None
 
 def _whole(catalog: Catalog, tensor: Tensor, state: str, wanted: tuple[int, ...] | None) -> Any:
     """The whole of a tensor, with the padding rows that the module wants of a vocabulary."""
-    layout = tensor.layout
-    rows = wanted[0] if wanted and layout.padded and wanted[0] > tensor.shape[0] else tensor.shape[0]
-    cut = layout.replace(padded={0: rows} if layout.padded else {}).resolve(tensor.shape, Mesh())
-    return Gather(catalog, tensor.name, state).shard(cut, cut.coordinate(dict.fromkeys(cut.axes, 0)))
+    rows = wanted[0] if wanted and tensor.layout.padded else tensor.shape[0] if tensor.shape else 0
+    padded = {0: rows} if tensor.shape and rows > tensor.shape[0] else {}
+    cut = replicated(len(tensor.shape), padded=padded).resolve(tensor.shape, Mesh())
+    return Gather(catalog, tensor.name, state).shard(cut, ())

@@ -1,8 +1,8 @@
 """What a `.pt` file holds, as torch would load it, read by our own reader: nothing that the file names is imported.
 
-Tensors are torch's, on memory that is mapped copy-on-write: nothing is read before it is used, and writing to one changes
-neither the file nor the process's luck. Objects of a few harmless classes are themselves again; all others stay
-placeholders that show their attributes.
+Tensors are torch's, on memory that is mapped copy-on-write: nothing is read before it is used, and what is written to one
+never reaches the file. Objects of a few harmless classes are themselves again; all others stay placeholders that show
+their attributes.
 """
 
 from __future__ import annotations

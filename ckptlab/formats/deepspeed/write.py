@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays import Gather, Tally
-from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
+from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor, module_source
 from ckptlab.convert import FileJob
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
@@ -89,7 +89,7 @@ class NativeWriter:
         """A tensor's module weight on a tp rank: as it was stored, or the master rounded to the target's dtype."""
         tensor = self.target.tensors[name]
         dtype = tensor.states[MODULE]
-        state = MODULE if self.source[name].states.get(MODULE) == dtype or MASTER not in tensor.states else MASTER
+        state = module_source(self.source[name], tensor)
         at = self.coordinate(tensor, tp)
         shape = tensor.cut.shard_shape(at)
         replica = self._replica(tensor, tp)
@@ -132,33 +132,36 @@ class NativeWriter:
         return [g for g in self.target.flat_groups if g.stage == stage]
 
     def model_file(self, p: int, t: int, d: int) -> dict[str, Any]:
-        mesh = self.mesh
-        trained = self.folder.mesh
+        """The model file of a rank (of a pp and tp coordinate only, below ZeRO-3), made from the nearest one of the source."""
+        mesh, trained = self.mesh, self.folder.mesh
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
-        model = {k: copy.copy(v) for k, v in template.items()}
-        first = (p, t, d) == (0, 0, 0)
         rank = mesh.rank(pp=p, dp=d, tp=t)
-        frozen = (
-            [x for x in self.target.tensors.values() if x.kind == "frozen"]
-            if not self.source.native.is_pipeline
-            else []
-        )
-        stage = self.target.zero_stage or 0
+        module = None if self.source.native.is_pipeline else self.module(template, t, rank)
+        model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
-            module=None if self.source.native.is_pipeline else self.module(template, t, rank),
+            module=module,
             optimizer=None,
             param_shapes=[self._shapes(g, t) for g in self.groups_on(p)],
-            frozen_param_shapes=OrderedDict((x.name, self._shape(x, t)) for x in frozen) if stage > 1 else None,
-            frozen_param_fragments=OrderedDict((x.name, self._frozen(x, t, d, rank)) for x in frozen)
-            if stage > 1
-            else None,
-            shared_params={a: x.name for x in self.target.tensors.values() for a in x.aliases} if first else {},
+            **self._frozen(module or {}, t, d, rank),
+            shared_params={a: x.name for x in self.target.tensors.values() for a in x.aliases} if rank == 0 else {},
             dp_world_size=mesh.dp,
             mp_world_size=mesh.pp * mesh.tp,
             checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
             ds_config=self.config,
         )
         return info.adapt_client(model, self.source.native.info, self.target, rank)
+
+    def _frozen(self, module: Mapping[str, Any], t: int, d: int, rank: int) -> dict[str, Any]:
+        """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None."""
+        if (self.target.zero_stage or 0) < 2:
+            return {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        zero3 = self.native.wrapper is Wrapper.ZERO3
+        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen"]
+        fragments = ((x.name, self._fragment(x, t, d, rank) if zero3 else module[x.name]) for x in frozen)
+        return {
+            "frozen_param_shapes": OrderedDict((x.name, self._shape(x, t)) for x in frozen),
+            "frozen_param_fragments": OrderedDict(fragments),
+        }
 
     def _shape(self, tensor: Tensor, tp: int) -> Size:
         return Size(tensor.cut.shard_shape(self.coordinate(tensor, tp)))
@@ -169,22 +172,23 @@ class NativeWriter:
     def module(self, template: Mapping[str, Any], tp: int, rank: int) -> OrderedDict[str, Any]:
         """The model's state dict; at ZeRO-3 everything but buffers is an empty placeholder."""
         zero3 = self.native.wrapper is Wrapper.ZERO3
-        leaves: dict[str, Any] = {}
+        module: OrderedDict[str, Any] = OrderedDict()
+        made: dict[str, Pending] = {}  # aliases share the leaf, and so the storage
         for key, value in (template.get("module") or {}).items():
-            if not isinstance(value, (Stored, Pending, np.ndarray)):
-                leaves[key] = value  # `_extra_state` and the like
+            if not isinstance(value, Stored):
+                module[key] = value  # `_extra_state` and the like
                 continue
             tensor = self.target[key]
             if zero3 and tensor.kind != "buffer":
-                leaves[key] = np.empty(0, tensor.states[MODULE])
-            else:
-                leaves[key] = leaves.get(tensor.name) or self.module_weight(tensor.name, tp, rank)
-        return OrderedDict(leaves)
+                module[key] = np.empty(0, tensor.states[MODULE])
+                continue
+            if tensor.name not in made:
+                made[tensor.name] = self.module_weight(tensor.name, tp, rank)
+            module[key] = made[tensor.name]
+        return module
 
-    def _frozen(self, tensor: Tensor, tp: int, dp: int, rank: int) -> Pending:
-        """A frozen tensor as the model file repeats it: whole at stage 2, cut like a parameter at ZeRO-3."""
-        if self.native.wrapper is not Wrapper.ZERO3:
-            return self.module_weight(tensor.name, tp, rank)
+    def _fragment(self, tensor: Tensor, tp: int, dp: int, rank: int) -> Pending:
+        """A dp rank's part of a frozen tensor at ZeRO-3: cut like a parameter."""
         at = self.coordinate(tensor, tp)
         numel = math.prod(tensor.cut.shard_shape(at))
         part = -(-numel // self.mesh.dp)

@@ -1,0 +1,233 @@
+"""To any other mesh and back: nothing but padding may change; what cannot be is refused, with reasons, before reading."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from compare import GPT, ZERO2, ZERO3, differences, digest, same_bits, whole
+
+from ckptlab.arrays import Tally
+from ckptlab.catalog import MODULE
+from ckptlab.checkpoint import Reshape
+from ckptlab.errors import ReshapeError
+from ckptlab.formats import read, torchfile, universal
+from ckptlab.formats.deepspeed import write
+from ckptlab.mesh import Mesh
+
+THERE = [
+    (GPT, Mesh(tp=4), {}),
+    (GPT, Mesh(tp=1, pp=4), {}),
+    (GPT, Mesh(tp=1, pp=3, dp=2), {}),
+    (GPT, Mesh(dp=5), {}),
+    (GPT, Mesh(tp=4, pp=4, dp=3), {}),
+    (GPT, Mesh(tp=2, pp=2, dp=7), {}),
+    (ZERO2, Mesh(dp=1), {}),
+    (ZERO2, Mesh(dp=5), {}),
+    (ZERO2, Mesh(dp=3), {"zero_stage": 1}),
+    (ZERO2, Mesh(dp=4), {"zero_stage": 3}),
+    (ZERO2, Mesh(dp=3), {"round_robin": True}),
+    (ZERO3, Mesh(dp=1), {}),
+    (ZERO3, Mesh(dp=7), {}),
+    (ZERO3, Mesh(dp=3), {"zero_stage": 1}),
+    (ZERO3, Mesh(dp=4), {"zero_stage": 2}),
+    (ZERO3, Mesh(dp=3), {"sub_group_size": 300}),
+]
+
+
+def ids(value: Any) -> str | None:
+    return value.name if isinstance(value, Path) else str(value) if isinstance(value, Mesh) else None
+
+
+@pytest.mark.parametrize(("case", "mesh", "options"), THERE, ids=ids)
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, form: str, tmp_path: Path) -> None:
+    source = read(case)
+    before = digest(case)
+    Reshape.of(source, mesh, **options).save(tmp_path / "there" / "step", form)
+    there = read(tmp_path / "there")
+    assert differences(source, there) == []
+    assert there.mesh == (mesh if form == "deepspeed" else Mesh())
+    home = {"zero_stage": source.zero_stage}
+    if "round_robin" in options:
+        home["round_robin"] = False
+    Reshape.of(there, source.mesh, **home).save(tmp_path / "back" / "step")
+    back = read(tmp_path / "back")
+    assert differences(source, back) == []
+    assert back.mesh == source.mesh
+    assert [(g.name, g.tensors) for g in back.groups] == [(g.name, g.tensors) for g in source.groups]
+    assert not [n for n in back.notices if n.code != "slice-mappings"]
+    assert digest(case) == before
+
+
+@pytest.mark.parametrize(("case", "mesh", "options"), THERE, ids=ids)
+def test_the_plans_figures_are_what_happens(case: Path, mesh: Mesh, options: dict, tmp_path: Path) -> None:
+    source = read(case)
+    reshaped = Reshape.of(source, mesh, **options)
+    cost = reshaped.cost()
+    tally = Tally()
+    jobs = write.jobs(source, reshaped.target, tally)
+    written = 0
+    for job in jobs:
+        job.write(str(tmp_path / job.name))
+        written += tensor_bytes(tmp_path / job.name)
+    read_by_pair: Counter[tuple[int, int]] = Counter()
+    for ((pp, dp, tp), target), count in tally.read.items():
+        read_by_pair[source.mesh.rank(pp=pp, dp=dp, tp=tp), target] += count
+    assert cost.read == sum(read_by_pair.values())
+    assert cost.moved == sum(n for (a, b), n in read_by_pair.items() if a != b)
+    assert cost.written == written
+    rows, columns = np.nonzero(reshaped.plan.matrix())
+    assert {(a, b) for a, b in read_by_pair} == set(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
+def tensor_bytes(file: Path) -> int:
+    """Bytes of weights and optimizer states in a file: every tensor but the client's random states and the step counts."""
+
+    def walk(content: Any, seen: set) -> int:
+        if isinstance(content, torchfile.Stored):
+            place = (content.offset, content.shape)
+            if not content.shape or place in seen:
+                return 0
+            seen.add(place)
+            return content.nbytes
+        if isinstance(content, dict):
+            return sum(walk(v, seen) for k, v in content.items() if k != "rng_state")
+        return sum(walk(v, seen) for v in content) if isinstance(content, list) else 0
+
+    return walk(torchfile.read(file), set())
+
+
+def test_padding_rows_that_both_meshes_have_are_kept() -> None:
+    source = read(GPT)
+    target = Reshape.of(source, Mesh(tp=4)).target
+    name = "tied_modules.embed.word_embeddings.weight"
+    assert target[name].cut.shape == (128, 16)  # 101 rows, a multiple of 8 · tp
+    from ckptlab.arrays import Gather
+
+    shards = [Gather(source, name, "fp32").shard(target[name].cut, (t,)) for t in range(4)]
+    held = [Gather(source, name, "fp32").shard(source[name].cut, (t,)) for t in range(2)]
+    np.testing.assert_array_equal(np.concatenate(shards)[:112], np.concatenate(held))
+    assert not np.concatenate(shards)[112:].any()
+    assert np.concatenate(held)[101:].any()
+
+
+def test_a_change_of_dtype_rounds_the_master(tmp_path: Path) -> None:
+    source = read(ZERO2)
+    Reshape.of(source, Mesh(dp=2), dtype="fp16").save(tmp_path / "step")
+    found = read(tmp_path)
+    for name, tensor in found.tensors.items():
+        if tensor.kind == "parameter":
+            expected = whole(source, name, "fp32").astype(np.float16)
+            assert same_bits(whole(found, name, MODULE), expected), name
+    assert not list((tmp_path / "step").glob("bf16_*"))
+    Reshape.of(found, dtype="bf16").save(tmp_path / "again")
+    assert all(
+        t.states[MODULE] == ml_dtypes.bfloat16 for t in read(tmp_path / "again").tensors.values() if t.kind == "parameter"
+    )
+
+
+def test_replicas_that_are_to_be_averaged_are_and_it_is_said(tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(GPT / "global_step3", tmp_path / "step")
+    name = "3.input_layernorm.weight"
+    for file in (tmp_path / "step").glob("mp_rank_*"):
+        content = torchfile.read(file)
+        info = content["universal_checkpoint_info"]
+        info["parameter_to_average_patterns"] = info.pop("tp_replicated_parameter_patterns")
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    plain = read(GPT)
+    [fragment] = plain.fragments(name, "fp32", 0, 1)
+    with open(fragment.stored.path.replace(str(GPT / "global_step3"), str(tmp_path / "step")), "r+b") as f:
+        f.seek(fragment.stored.offset)
+        f.write((whole(plain, name, "fp32") + 1).tobytes())  # tp rank 1 has drifted by 1
+    averaged = read(tmp_path)
+    assert [n.code for n in averaged.notices] == ["averaged"]
+    np.testing.assert_allclose(whole(averaged, name, "fp32"), whole(plain, name, "fp32") + 0.5, rtol=1e-6)
+
+
+class TestPipeline:
+    def test_layers_are_dealt_as_the_source_was(self) -> None:
+        target = Reshape.of(read(GPT), Mesh(pp=4)).target
+        layers = {n.split(".")[0]: t.stages for n, t in target.tensors.items() if n[0].isdigit()}
+        assert layers == {"2": (0,), "3": (1,), "4": (2,), "5": (3,), "6": (3,)}
+        assert [n.code for n in target.notices] == ["pipeline-inferred", "vocabulary-padding"]
+        assert {t.stages for n, t in target.tensors.items() if n.startswith("tied_modules")} == {(0, 3)}
+
+    def test_the_user_may_say_how(self) -> None:
+        target = Reshape.of(read(GPT), Mesh(pp=2), pipeline=(0, 3)).target
+        assert target["2.mlp.dense_h_to_4h.weight"].stages == (0,)
+        assert target["3.mlp.dense_h_to_4h.weight"].stages == (1,)
+        with pytest.raises(ReshapeError, match="first layer of each of 2 stages"):
+            Reshape.of(read(GPT), Mesh(pp=2), pipeline=(0, 3, 5))
+        with pytest.raises(ReshapeError, match="expected one of blocks, parameters, uniform"):
+            Reshape.of(read(GPT), Mesh(pp=2), pipeline="fair")
+
+    def test_a_stage_without_tensors_is_refused(self) -> None:
+        with pytest.raises(ReshapeError, match="pp stage 1 of 3 would hold no tensor"):
+            Reshape.of(read(GPT), Mesh(pp=3), pipeline=(0, 7, 8))
+
+
+class TestRefusals:
+    """Nothing is read, nothing is written: the reasons, and the nearest meshes that work."""
+
+    def refuse(self, case: Path, mesh: Mesh, **options: Any) -> str:
+        with pytest.raises(ReshapeError) as error:
+            Reshape.of(read(case), mesh, **options)
+        return str(error.value)
+
+    def test_heads(self) -> None:
+        message = self.refuse(GPT, Mesh(tp=3))
+        assert "tp 3: 4 attention heads are not divisible by it" in message
+        assert "Meshes that work: tp 4 · pp 1 · dp 1; tp 2 · pp 1 · dp 1" in message
+
+    def test_heads_from_the_user(self) -> None:
+        assert "6 attention heads" in self.refuse(GPT, Mesh(tp=4), heads=6)
+
+    def test_several_reasons_at_once(self) -> None:
+        message = self.refuse(GPT, Mesh(tp=3, pp=9), zero_stage=3)
+        for reason in ("pipeline engine trains with ZeRO-1 only", "ZeRO-3 with tp 3", "9: more stages than the 4", "heads"):
+            assert reason in message
+
+    def test_stages_for_a_model_without_a_pipeline(self) -> None:
+        assert "not written by the pipeline engine" in self.refuse(ZERO2, Mesh(pp=2))
+
+    def test_a_new_tp_without_layouts(self) -> None:
+        assert "nothing says how" in self.refuse(ZERO2, Mesh(tp=2))
+
+    def test_padding_that_does_not_fit(self) -> None:
+        assert "at least 101 rows, a multiple of tp 4" in self.refuse(GPT, Mesh(tp=4), padded_vocab=102)
+
+    def test_an_axis_that_deepspeed_does_not_have(self) -> None:
+        assert "no axis 'ep'" in self.refuse(GPT, Mesh(ep=2))
+
+    def test_an_option_that_does_not_exist(self) -> None:
+        assert "no option 'zero'" in self.refuse(GPT, Mesh(), zero=1)
+
+    def test_whole_tensors_without_a_word_of_layers(self, tmp_path: Path) -> None:
+        from ckptlab.checkpoint import save_weights
+
+        save_weights(read(ZERO2), tmp_path / "weights")
+        assert "nothing to lay out on a mesh" in self.refuse(tmp_path / "weights", Mesh(dp=2))
+
+
+def test_universal_files_are_as_deepspeeds_converter_writes_them(tmp_path: Path) -> None:
+    source = read(GPT)
+    Reshape.of(source).save(tmp_path / "u" / "step_universal", "universal")
+    assert (tmp_path / "u" / "latest_universal").read_text() == "step_universal"
+    ours, theirs = tmp_path / "u" / "step_universal", GPT / "universal" / "global_step3_universal"
+    names = {str(p.relative_to(theirs)) for p in theirs.rglob("*.pt")}
+    assert {str(p.relative_to(ours)) for p in ours.rglob("*.pt")} == names
+    for name in sorted(n for n in names if n.startswith("zero/") and n != f"zero/{universal.OPTIMIZER}"):
+        a, b = torchfile.read(ours / name), torchfile.read(theirs / name)
+        if not isinstance(b, dict):
+            assert float(a.map()) == float(b.map()), name
+            continue
+        assert {k: v for k, v in a.items() if k != "param"} == {k: v for k, v in b.items() if k != "param"}, name
+        assert same_bits(a["param"].map(), b["param"].map()), name

@@ -127,7 +127,9 @@ def test_a_change_of_dtype_rounds_the_master(tmp_path: Path) -> None:
     assert not list((tmp_path / "step").glob("bf16_*"))
     Reshape.of(found, dtype="bf16").save(tmp_path / "again")
     assert all(
-        t.states[MODULE] == ml_dtypes.bfloat16 for t in read(tmp_path / "again").tensors.values() if t.kind == "parameter"
+        t.states[MODULE] == ml_dtypes.bfloat16
+        for t in read(tmp_path / "again").tensors.values()
+        if t.kind == "parameter"
     )
 
 
@@ -192,7 +194,12 @@ class TestRefusals:
 
     def test_several_reasons_at_once(self) -> None:
         message = self.refuse(GPT, Mesh(tp=3, pp=9), zero_stage=3)
-        for reason in ("pipeline engine trains with ZeRO-1 only", "ZeRO-3 with tp 3", "9: more stages than the 4", "heads"):
+        for reason in (
+            "pipeline engine trains with ZeRO-1 only",
+            "ZeRO-3 with tp 3",
+            "9: more stages than the 4",
+            "heads",
+        ):
             assert reason in message
 
     def test_stages_for_a_model_without_a_pipeline(self) -> None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab.arrays import Gather
-from ckptlab.catalog import MODULE, Tensor
+from ckptlab.catalog import MODULE, Catalog, Tensor
 from ckptlab.deepspeed.constants import (
     AUTOEP_LAYERS_KEY,
     AUTOEP_LAYERS_KEY_LEGACY,
@@ -18,7 +18,6 @@ from ckptlab.deepspeed.constants import (
     LAYER_FILE_PREFIX,
     MODEL_FILE_PREFIX,
     PARAM_SHAPES,
-    UNIVERSAL_CHECKPOINT_INFO,
 )
 from ckptlab.deepspeed.files import (
     basic_folder_validation,
@@ -34,6 +33,7 @@ from ckptlab.deepspeed.tensors import as_torch, load, tensor_of
 from ckptlab.deepspeed.zero_checkpoint import ZeROCheckpoint
 from ckptlab.errors import ArgumentError
 from ckptlab.formats import torchfile
+from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.layout import Cut, Layout, on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
@@ -104,7 +104,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
     # ---------------------------------------------------------------- what the files say
 
     def _read_model_files(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
-        """(file, what it says of degrees, shapes and configuration) of each model file, and the client state of the first."""
+        """(file, what it says of degrees, shapes and configuration) of each model file, and the iteration."""
         metadata: list[tuple[str, dict[str, Any]]] = []
         client: dict[str, Any] = {}
         for file in self.mp_rank_files:
@@ -118,15 +118,13 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
                     file,
                     {
                         CHECKPOINT_PARALLEL_DIMS: model.get(CHECKPOINT_PARALLEL_DIMS),
-                        PARAM_SHAPES: as_torch({name: shape for group in groups for name, shape in group.items()}),
+                        PARAM_SHAPES: {name: shape for group in groups for name, shape in group.items()},
                         AUTOEP_LAYERS_KEY: model.get(AUTOEP_LAYERS_KEY, model.get(AUTOEP_LAYERS_KEY_LEGACY)),
                         "ds_config": {key: config.get(key, False)},
                     },
                 )
             )
-            if not client:
-                known = (ARGS_KEY, CHECKPOINT_INFO_KEY, UNIVERSAL_CHECKPOINT_INFO)
-                client = {ITERATION_KEY: model.get(ITERATION_KEY, 0), **{k: as_torch(model.get(k)) for k in known}}
+            client = client or {ITERATION_KEY: model.get(ITERATION_KEY, 0)}
         return metadata, client
 
     def get_iteration(self) -> int:
@@ -256,7 +254,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
 
     def get_embedding_state(self, tp_index: int) -> dict[str, Any]:
         """The embedding layer of a tp rank of the target, vocabulary padding included: name in the layer → tensor."""
-        return self._layer_state(self.get_embedding_layer_id(), self.get_embedding_files(tp_index), tp_index)
+        return self._layer_state(self.get_embedding_files(tp_index), tp_index)
 
     def get_transformer_state(self, tp_index: int, pp_index: int) -> list[dict[str, Any]]:
         """The transformer layers of a model-parallel rank of the target: for each, name in the layer → tensor.
@@ -265,10 +263,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         cut, as its layout says: gate and up projection of SwiGLU apart, q, k and v of unequal sizes apart, norms once.
         """
         self._check(tp_index, pp_index)
-        layers = (layer for layer in self._transformer_layers)
-        files = self.transformer_file_map.get((tp_index, pp_index), [])
-        keys = {files[0]: layer for layer in layers if (files := self._files_of(layer))}
-        return [self._layer_state(self._layer_of(of_layer[0]), of_layer, tp_index) for of_layer in files if keys]
+        return [self._layer_state(files, tp_index) for files in self.transformer_file_map.get((tp_index, pp_index), [])]
 
     def get_final_norm_state(self, tp_index: int) -> dict[str, Any]:
         """The final norm's layer, of which every tp rank has a copy: name in the layer → tensor."""
@@ -281,7 +276,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         where DeepSpeed puts them all one after the other. Upwards what `save` writes for the rank.
         """
         files = self.get_2d_parallel_files(tp_index=tp_index, pp_index=pp_index)
-        if not self._joins_ranks:
+        if len(self.new_2d_map.get_data()) > len(self.mp_rank_files):  # ranks are cut up
             return as_torch(self.writer.model_file(pp_index, tp_index, 0))
         states = [load(file) for file in files]
         merged = states[0]
@@ -290,3 +285,68 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         if merged.get("module") is not None and self.is_change_tp_degree():
             merged["module"] = self._recut(torchfile.read(files[0])["module"], "", tp_index)
         return merged
+
+    def _layer_state(self, files: Sequence[str], tp_index: int) -> dict[str, Any]:
+        """One layer on a tp rank of the target, out of those of its files that the rank needs."""
+        content = torchfile.read(files[0])
+        if not self.is_change_tp_degree():
+            return dict(as_torch(content))
+        number = _LAYER_FILE.fullmatch(os.path.basename(files[0]))
+        assert number is not None  # how it was found
+        return self._recut(content, self.catalog.native.module.layer_keys[int(number[1])], tp_index)
+
+    def _recut(self, content: Mapping[str, Any], prefix: str, tp_index: int) -> dict[str, Any]:
+        """The tensors that `content` names, as a tp rank of the target holds them; all else as it is."""
+        return {
+            key: self._shard(self.catalog[prefix + key], tp_index) if isinstance(value, Stored) else as_torch(value)
+            for key, value in content.items()
+        }
+
+    def _shard(self, tensor: Tensor, tp_index: int) -> Any:
+        """A tensor on a tp rank of the target; of replicas the first that the rank is made of."""
+        cut = self._target_cut(tensor)
+        replica = tp_index * self.zero_checkpoint.get_src_tp_degree() // self.tp_degree
+        gather = Gather(self.catalog, tensor.name, MODULE, replica=replica)
+        return tensor_of(gather.shard(cut, cut.coordinate({"tp": tp_index})))
+
+    def _target_cut(self, tensor: Tensor) -> Cut:
+        """Downwards the padding of a vocabulary stays, as in DeepSpeed; otherwise the cut is that of what `save` writes."""
+        if self.zero_checkpoint.get_src_tp_degree() % self.tp_degree:
+            return self.writer.target[tensor.name].cut
+        return on_degree(tensor.layout, "tp", self.tp_degree).resolve(tensor.shape, Mesh(tp=self.tp_degree))
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        return self.zero_checkpoint.catalog
+
+    @cached_property
+    def writer(self) -> NativeWriter:
+        return self.zero_checkpoint.writer
+
+    # ---------------------------------------------------------------- printers
+
+    def show_2d_mapping(self) -> None:
+        """Print the model files of every model-parallel rank of the target."""
+        print("reshaped 2d map ---- begin")
+        for pp in range(self.pp_degree):
+            for tp in range(self.tp_degree):
+                print(f"[{pp}, {tp}] = {self.get_2d_parallel_files(pp_index=pp, tp_index=tp)}")
+        print("reshaped 2d map ---- end")
+
+    def show_tp_embedding_map(self) -> None:
+        _show(self.tp_to_embedding_map, "tp_to_embedding_layers")
+
+    def show_tp_final_norm_map(self) -> None:
+        _show(self.tp_to_final_norm_map, "tp_to_final_norm_layers")
+
+    def show_pp_transformer_map(self) -> None:
+        _show(self.pp_to_transformer_map, "pp_to_transformer_layers")
+
+    def show_transformer_file_map(self) -> None:
+        _show(self.transformer_file_map, "rank_to_transformer_files")
+
+
+def _show(mapping: Mapping[Any, Any], title: str) -> None:
+    print(f"Dump mapping: {title}")
+    for key, value in mapping.items():
+        print(f"{key} = {value}")

@@ -1,0 +1,99 @@
+"""The console script `zero_to_fp32`: consolidated float32 weights, with the flags of the script that DeepSpeed leaves in a
+checkpoint. It also reads what that refuses: pipelines, tp > 1, BF16_Optimizer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ckptlab import checkpoint, convert
+from ckptlab.arrays import Gather
+from ckptlab.catalog import Catalog
+from ckptlab.errors import ArgumentError, CkptlabError
+from ckptlab.formats.deepspeed.write import torch_job
+from ckptlab.formats.safetensors import entries
+from ckptlab.formats.torchfile import Pending
+from ckptlab.layout import Cut
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of DeepSpeed's script, and `--strategy`."""
+    parser = argparse.ArgumentParser(
+        prog="zero_to_fp32", description="Write the consolidated float32 weights of a DeepSpeed checkpoint, without DeepSpeed."
+    )
+    parser.add_argument("checkpoint_dir", help="the folder that holds `latest`, or a step folder")
+    parser.add_argument("output_dir", help="the folder to make")
+    parser.add_argument("--max_shard_size", default="5GB", help="files are cut at this size: digits and a unit (5GB)")
+    parser.add_argument(
+        "--safe_serialization", action="store_true", help="write safetensors instead of torch's pytorch_model.bin"
+    )
+    parser.add_argument("-t", "--tag", help="the step folder in checkpoint_dir; by default what `latest` says")
+    parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave frozen parameters out")
+    parser.add_argument("-d", "--debug", action="store_true", help="show where an error comes from")
+    parser.add_argument(
+        "--strategy", help="how tensors are cut, where the checkpoint does not say: megatron, …, or a .json file"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace | None = None) -> None:
+    """Convert as the flags say (those of the command line by default). Exits with 1 and the reason where that fails."""
+    args = parse_arguments() if args is None else args
+    try:
+        report = convert_zero_checkpoint_to_fp32_state_dict(
+            args.checkpoint_dir,
+            args.output_dir,
+            args.max_shard_size,
+            args.safe_serialization,
+            args.tag,
+            args.exclude_frozen_parameters,
+            args.strategy,
+        )
+    except CkptlabError as error:
+        if args.debug:
+            raise
+        sys.exit(f"zero_to_fp32: {error}")
+    print(f"{report.destination}: {report.files} files, {report.bytes_written:,} bytes of tensors")
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str,
+    output_dir: str,
+    max_shard_size: str | int | None = "5GB",
+    safe_serialization: bool = False,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    strategy: Any = None,
+) -> convert.Report:
+    """Whole tensors in float32 under the model's own names: `pytorch_model.bin` or `model.safetensors`, with an index if
+    there are several. Buffers that are no floating-point numbers keep their dtype.
+
+    max_shard_size: bytes, or digits and a unit; None writes one file. DestinationError if `output_dir` exists already.
+    """
+    folder = checkpoint_dir if tag is None else os.path.join(checkpoint_dir, tag)
+    source = checkpoint.open(folder, strategy=strategy).catalog
+    if exclude_frozen_parameters:
+        source = replace(source, tensors={n: t for n, t in source.tensors.items() if t.kind != "frozen"})
+    limit = parse_size(max_shard_size) if max_shard_size is not None else sys.maxsize
+    if safe_serialization:
+        return checkpoint.save_weights(source, output_dir, dtype=np.dtype(np.float32), max_shard_bytes=limit)
+    identity = {"format": "pytorch_model.bin", "source": checkpoint.fingerprint(source), "shard": limit}
+    return convert.run(list(_torch_jobs(source, limit)), output_dir, identity)
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes: 500, "500MB" (10^6) or "500MiB" (2^20). ArgumentError for anything else."""
+    found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", str(size).strip())
+    if found is None or found[2].upper() not in _UNITS:
+        raise ArgumentError(f"size {size!r}: expected digits and one of {', '.join(filter(None, _UNITS))}")
+    return int(found[1]) * _UNITS[found[2].upper()]

@@ -1,7 +1,7 @@
 """ckptlab: checkpoints of 3D-parallel training runs, opened with their labels, reshaped and looked into.
 
-`ckptlab.open("run/global_step1000")` reads headers only. Names are loaded when they are first used: `import ckptlab` takes
-neither torch nor xarray, jax or einx with it.
+`ckptlab.open("run/global_step1000")` reads headers only. Names are loaded when they are first used: `import ckptlab`
+takes neither torch nor xarray, jax or einx with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckptlab.analysis import Diff, diff
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
-    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights  # noqa: A004 - the name users expect
+    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights
     from ckptlab.convert import Report
     from ckptlab.errors import (
         CheckpointError,

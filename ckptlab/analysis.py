@@ -31,9 +31,9 @@ _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 class Difference:
     """One state of one tensor that is not the same, bit for bit.
 
-    count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or infinite.
-    max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and b the values
-    there. dtypes: those of both sides; where they differ values were compared as float64, and count may be 0.
+    count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or
+    infinite. max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and b
+    the values there. dtypes: those of both sides; where they differ values were compared as float64, and count may be 0.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Diff:
 
     @property
     def equal(self) -> bool:
-        """Both have the same tensors, and every state and setting that both have is the same, bit for bit and in dtype."""
+        """Both have the same tensors; every state and setting that both have is the same, bit for bit and in dtype."""
         return not (self.differences or self.only_a or self.only_b or self.shapes or self.settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,8 +115,9 @@ Source = Checkpoint | Catalog | str | os.PathLike[str]
 def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress: bool = False) -> Diff:
     """Compare two checkpoints: every state that both have of every tensor that both have, bit for bit.
 
-    a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar on
-    stderr. Averaged replicas are averaged first; vocabulary padding is no part of a tensor. NaN equals NaN of the same bits.
+    a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar
+    on stderr. Averaged replicas are averaged first; vocabulary padding is no part of a tensor. NaN equals NaN of the
+    same bits.
 
     Raises CheckpointError where there is nothing to compare.
     """
@@ -128,8 +129,8 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
     todo = [(ta, tb, s) for ta, tb in same for s in ta.states if s in tb.states and s in wanted]
     if not todo and not (shapes or only_a or only_b):
         raise CheckpointError(
-            f"nothing to compare: {left.path} has {_told(left)}, {right.path} has {_told(right)}: no tensor has a state on "
-            "both sides"
+            f"nothing to compare: {left.path} has {_told(left)}, {right.path} has {_told(right)}: no tensor has a state "
+            "on both sides"
         )
     tensors, elements, differ = Counter[str](), Counter[str](), Counter[str]()
     differences = []

@@ -138,8 +138,8 @@ _target = _options(
 def main() -> None:
     """Look into checkpoints of 3D-parallel training runs (DeepSpeed), and write them for another mesh.
 
-    PATH is a step folder, the folder that holds `latest`, a universal folder, safetensors, or a folder with one of these
-    below it. Reading takes headers only and executes nothing; a source is never changed.
+    PATH is a step folder, the folder that holds `latest`, a universal folder, safetensors, or a folder with one of
+    these below it. Reading takes headers only and executes nothing; a source is never changed.
 
     \b
       ckptlab info run/global_step1000
@@ -213,8 +213,8 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
     "form",
     required=True,
     type=click.Choice(["deepspeed", "universal", "safetensors"]),
-    help="deepspeed: files that a plain load_checkpoint on the new mesh reads. universal: DeepSpeed's universal checkpoint. "
-    "safetensors: the weights alone, whole.",
+    help="deepspeed: files that a plain load_checkpoint on the new mesh reads. universal: DeepSpeed's universal "
+    "checkpoint. safetensors: the weights alone, whole.",
 )
 @_mesh
 @_target
@@ -235,9 +235,9 @@ def convert(
 ) -> None:
     """Write SRC for another mesh, or in another format, as DST.
 
-    DST is the step folder to make; `latest` (or `latest_universal`) is written beside it. DST appears when it is complete.
-    A conversion that was interrupted goes on where it stopped when the command is repeated. An axis that is not named keeps
-    SRC's degree.
+    DST is the step folder to make; `latest` (or `latest_universal`) is written beside it. DST appears when it is
+    complete. A conversion that was interrupted goes on where it stopped when the command is repeated. An axis that is
+    not named keeps SRC's degree.
 
     With --to safetensors, --dtype is that of the weights; if it is not said, the master weights are written as they are
     (fp32) and what has none (frozen tensors, buffers) in its own.
@@ -264,8 +264,8 @@ def convert(
     _note(n["text"] for n in said["notices"])
     resumed = f" ({report.resumed:,} of them before)" if report.resumed else ""
     click.echo(
-        f"{report.destination}: {number_of(report.files, 'file')}{resumed}, {size(report.bytes_written)} of tensors written "
-        f"in {time.monotonic() - began:.1f} s"
+        f"{report.destination}: {number_of(report.files, 'file')}{resumed}, {size(report.bytes_written)} of tensors "
+        f"written in {time.monotonic() - began:.1f} s"
     )
     if said["latest"]:
         click.echo(f"{said['latest']} names it")
@@ -371,8 +371,8 @@ def _write_weights(
     running: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Report]:
     """Write safetensors: what is to be said of them, and the report."""
+    from ckptlab.catalog import MASTER, MODULE
     from ckptlab.checkpoint import SHARD_BYTES, save_weights
-    from ckptlab.formats import safetensors
     from ckptlab.formats.deepspeed.target import np_dtype
 
     named = [k for k, v in options.items() if v is not None and k != "dtype"]
@@ -387,9 +387,11 @@ def _write_weights(
         max_shard_bytes=max_shard_bytes or SHARD_BYTES,
         **running,
     )
-    notices = [*ckpt.notices, *safetensors.notices(ckpt.catalog)]
-    said = {"format": "safetensors", "dtype": dtype, "latest": None}
-    return {**said, "notices": [{"code": n.code, "text": n.text} for n in notices]}, report
+    notices = [{"code": n.code, "text": n.text} for n in ckpt.notices]
+    lost = [s for s in ckpt.states if s not in (MASTER, MODULE)]
+    if lost:
+        notices.append({"code": "states-left-out", "text": f"safetensors hold weights: {', '.join(lost)} are left out"})
+    return {"format": "safetensors", "dtype": dtype, "latest": None, "notices": notices}, report
 
 
 def _print(content: Mapping[str, Any]) -> None:

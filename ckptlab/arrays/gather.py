@@ -190,8 +190,8 @@ class Gather:
                 )
                 per_dim.append([w for w in windows if w is not None])
             for combination in itertools.product(*per_dim):
-                source = piece.array[tuple(a for a, _ in combination)]
-                np.copyto(out[tuple(b for _, b in combination)], source, casting="unsafe")
+                source = piece.array[*(a for a, _ in combination), ...]  # the ellipsis keeps a 0-dim array an array
+                np.copyto(out[*(b for _, b in combination), ...], source, casting="unsafe")
                 self._count(tp, piece.dp, source.nbytes)
 
     def _pieces(self, tp: int) -> list[_Piece]:

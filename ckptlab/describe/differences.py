@@ -89,7 +89,13 @@ def _only(side: str, names: tuple[str, ...]) -> list[str]:
 
 
 def _shapes(diff: Diff) -> list[str]:
-    return [f"{name}: shape {a} in A, {b} in B" for name, a, b in diff.shapes[:ROWS]]
+    rows = [[name, f"{_shape(a)} in A", f"{_shape(b)} in B"] for name, a, b in diff.shapes[:ROWS]]
+    left = len(diff.shapes) - ROWS
+    return [*aligned(rows, "lll"), *([f"… and {left:,} more"] if left > 0 else [])]
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape)) or "scalar"
 
 
 def _listed(diff: Diff) -> list[str]:

@@ -1,0 +1,142 @@
+"""The one operation: whatever a checkpoint stores of a tensor, any cut of it comes out as if taken from the whole."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptlab.arrays import Gather, Tally
+from ckptlab.arrays.boxes import flat_boxes
+from ckptlab.catalog import Catalog, FlatGroup, Tensor
+from ckptlab.layout import Cut, Layout
+from ckptlab.mesh import Mesh
+from ckptlab.plan import FlatBuffer
+from ckptlab.stored import Stored
+
+SHAPE = (24, 6)
+DTYPES = [np.float32, np.float64, np.float16, np.int64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
+
+
+@st.composite
+def layouts(draw: st.DrawFn, tp: int) -> Layout:
+    """A layout of a (24, 6) tensor over tp."""
+    kind = draw(st.sampled_from(["column", "row", "whole", "fused", "parts", "partly", "cyclic", "uneven"]))
+    if kind == "row" and 6 % tp == 0:
+        return Layout("out (tp in)")
+    if kind == "fused" and 8 % tp == 0:
+        return Layout("(3 tp out) in")
+    if kind == "parts" and tp in (1, 2, 4):
+        return Layout("((tp q) + (tp k)) in", totals={"q": 16, "k": 8})
+    if kind == "partly" and 12 % tp == 0:
+        return Layout("((tp q) + k) in", totals={"k": 12})
+    if kind == "cyclic" and 24 % tp == 0:
+        return Layout("(out tp) in")
+    if kind == "uneven":
+        cuts = sorted(draw(st.lists(st.integers(0, 24), min_size=tp - 1, max_size=tp - 1)))
+        widths = tuple(b - a for a, b in zip([0, *cuts], [*cuts, 24], strict=True))
+        return Layout("(tp out) in", sizes={"out": widths})
+    if kind == "column" and 24 % tp == 0:
+        return Layout("(tp out) in")
+    return Layout("out in")
+
+
+@st.composite
+def cut(draw: st.DrawFn) -> Cut:
+    tp = draw(st.sampled_from([1, 2, 3, 4]))
+    padded = {0: 24 + draw(st.sampled_from([0, 12]))} if draw(st.booleans()) else {}
+    layout = draw(layouts(tp))
+    if layout.text in ("(tp out) in", "out in") and not layout.sizes:
+        layout = layout.replace(padded=padded)
+    return layout.resolve(SHAPE, Mesh(tp=tp, dp=draw(st.sampled_from([1, 2, 3, 5]))))
+
+
+def store(folder: Path, cut: Cut, whole: np.ndarray, zero3: bool, before: int) -> Catalog:
+    """A catalog of one tensor "w", cut as said, in flat buffers of which `before` elements are another tensor's."""
+    mesh = cut.mesh
+    flats, partitions = [], []
+    for tp in range(mesh.tp):
+        shard = cut.take(whole, cut.coordinate({"tp": tp}))
+        names, counts = ("other", "w"), (before, shard.size)
+        flat = (FlatBuffer.per_tensor if zero3 else FlatBuffer.contiguous)(names, counts, mesh.dp)
+        row = []
+        for d in range(mesh.dp):
+            buffer = np.full(flat.size(d), 7).astype(whole.dtype)
+            for index, start, at, count in flat.within(d):
+                if index == 1:
+                    buffer[at : at + count] = shard.reshape(-1)[start : start + count]
+            file = folder / f"{tp}_{d}.bin"
+            file.write_bytes(b"head" + buffer.tobytes())
+            row.append(Stored(str(file), 4, whole.dtype, buffer.shape, (1,)))
+        flats.append(flat)
+        partitions.append(tuple(row))
+    states = {"fp32": whole.dtype}
+    tensor = Tensor("w", cut.logical, Layout("out in"), cut, "parameter", states, 0)
+    group = FlatGroup(0, 0, tuple(flats), states, {"fp32": tuple(partitions)})
+    return Catalog("", "deepspeed", mesh, 1, {"w": tensor}, flat_groups=(group,))
+
+
+@given(cut(), cut(), st.booleans(), st.integers(0, 9), st.sampled_from(DTYPES), st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_cut_out_of_any_other(
+    source: Cut, target: Cut, zero3: bool, before: int, dtype: type, data: st.DataObject
+) -> None:
+    numbers = np.arange(math.prod(source.shape)) % 113
+    whole = numbers.reshape(source.shape).astype(np.dtype(dtype))
+    expected = np.zeros(target.shape, whole.dtype)
+    rows = min(source.shape[0], target.shape[0])
+    expected[:rows] = whole[:rows]
+    at = data.draw(st.sampled_from(list(target.coordinates())))
+    shard = target.take(expected, at)
+    lo, hi = sorted(data.draw(st.tuples(st.integers(0, shard.size), st.integers(0, shard.size))))
+    limit = data.draw(st.sampled_from([1, 5, 64, 1000]))
+    with tempfile.TemporaryDirectory() as folder:
+        catalog = store(Path(folder), source, whole, zero3, before)
+        tally = Tally()
+        gather = Gather(catalog, "w", "fp32", tally=tally)
+        assert gather.shard(target, at).tobytes() == shard.tobytes()
+        held_by_both = (
+            math.prod(n if i else min(n, rows) for i, n in enumerate(target.shape)) if not target.axes else None
+        )
+        if held_by_both is not None:
+            assert tally.read.total() == held_by_both * whole.dtype.itemsize  # every element once
+        pieces = [np.array(c) for c in gather.chunks(target, at, lo, hi, limit)]
+        assert all(0 < len(p) <= limit for p in pieces)
+        together = np.concatenate([np.empty(0, whole.dtype), *pieces])
+        assert together.tobytes() == shard.reshape(-1)[lo:hi].tobytes()
+
+
+@given(st.lists(st.integers(1, 5), max_size=4), st.data())
+def test_flat_ranges_are_boxes(shape: list[int], data: st.DataObject) -> None:
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    lo, hi = sorted(data.draw(st.tuples(st.integers(0, numbers.size), st.integers(0, numbers.size))))
+    boxes = list(flat_boxes(shape, lo, hi))
+    assert len(boxes) <= 2 * max(len(shape), 1)
+    parts = [numbers[tuple(slice(s, s + n) for s, n in zip(*b, strict=True))].reshape(-1) for b in boxes]
+    assert np.concatenate([np.empty(0, int), *parts]).tolist() == list(range(lo, hi))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,)])
+def test_tensors_of_no_dims_and_of_no_elements(shape: tuple[int, ...], tmp_path: Path) -> None:
+    cut = Cut.whole(shape)
+    whole = np.ones(shape, np.float32)
+    catalog = store(tmp_path, cut, whole, False, 3)
+    assert Gather(catalog, "w", "fp32").shard(cut, ()).tobytes() == whole.tobytes()
+    assert sum(len(c) for c in Gather(catalog, "w", "fp32").chunks(cut, (), 0, whole.size)) == whole.size
+
+
+def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    values[0, :4] = [1 + 2**-8, 1 + 3 * 2**-8, 3e38, -0.0]
+    catalog = store(tmp_path, Cut.whole(SHAPE), values, False, 0)
+    for dtype, name in ((ml_dtypes.bfloat16, "bfloat16"), (np.float16, "float16")):
+        found = Gather(catalog, "w", "fp32", dtype=np.dtype(dtype)).shard(Cut.whole(SHAPE), ())
+        expected = torch.from_numpy(values).to(getattr(torch, name)).view(torch.uint16).numpy()
+        np.testing.assert_array_equal(found.view(np.uint16), expected)

@@ -8,13 +8,14 @@ renamed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -26,11 +27,11 @@ JOURNAL = "ckptlab-journal.json"
 
 @dataclass(frozen=True)
 class FileJob:
-    """One output file. `name` is its path within the destination, `write(path)` makes it there and returns the bytes of
-    tensor data written, `nbytes` is what that will be (0: not known), for the progress bar."""
+    """One output file: `name` is its path within the destination, `write(path)` makes it, `nbytes` are the bytes of
+    tensor data that it draws from the source."""
 
     name: str
-    write: Callable[[str], int]
+    write: Callable[[str], object]
     nbytes: int = 0
 
 
@@ -45,18 +46,57 @@ class Report:
     bytes_written: int
 
 
-@dataclass
 class _Journal:
-    path: str
-    identity: dict[str, Any]
-    done: dict[str, int] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    """The first line says what the conversion is, every further one names a file that is complete.
+
+    The open file is locked, so that a second process does not write into the same folder; a killed one leaves no lock.
+    """
+
+    def __init__(self, partial: str, identity: dict[str, Any]) -> None:
+        said = json.dumps(identity, sort_keys=True, default=str)
+        try:
+            os.makedirs(partial, exist_ok=True)
+            self.file = Path(partial, JOURNAL).open("a+")
+        except OSError as e:
+            raise DestinationError(f"{partial} cannot be written: {e.strerror}") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise DestinationError(f"{partial}: another process is writing this conversion") from None
+        self.lock = threading.Lock()
+        self.file.seek(0)
+        lines = self.file.read().splitlines()
+        if lines[:1] != [said] and (lines or os.listdir(partial) != [JOURNAL]):
+            self.file.close()
+            raise DestinationError(
+                f"{partial} is left from another conversion: remove it, or repeat that conversion to finish it"
+            )
+        if not lines:
+            self._append(said)
+        self.done = dict(_entries(lines[1:]))
+
+    def _append(self, line: str) -> None:
+        self.file.write(line + "\n")
+        self.file.flush()
 
     def finished(self, name: str, size: int) -> None:
         with self.lock:
-            self.done[name] = size
-            with open(self.path, "a") as f:
-                f.write(json.dumps({"file": name, "size": size}) + "\n")
+            self._append(json.dumps({"file": name, "size": size}))
+
+    def has(self, partial: str, name: str) -> bool:
+        """The file was finished and is still as long as it was."""
+        path = os.path.join(partial, name)
+        return os.path.isfile(path) and self.done.get(name) == os.path.getsize(path)
+
+
+def _entries(lines: Iterable[str]) -> Iterator[tuple[str, int]]:
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the line that was being written when the run was killed
+            continue
+        yield entry["file"], entry["size"]
 
 
 def run(
@@ -80,77 +120,42 @@ def run(
     partial = f"{destination}.partial"
     if os.path.lexists(destination):
         raise DestinationError(f"{destination} exists already: remove it, or name another destination")
-    journal = _open_journal(partial, identity)
-    todo = [j for j in jobs if not _is_done(partial, j.name, journal)]
-    resumed = len(jobs) - len(todo)
-    total = sum(j.nbytes for j in jobs)
-    with tqdm(total=total or None, unit="B", unit_scale=True, disable=not progress, desc="writing") as bar:
-        bar.update(sum(j.nbytes for j in jobs) - sum(j.nbytes for j in todo))
+    journal = _Journal(partial, identity)
+    with journal.file:
+        todo = [j for j in jobs if not journal.has(partial, j.name)]
+        total, left = (sum(j.nbytes for j in some) for some in (jobs, todo))
+        with tqdm(total=total or None, unit="B", unit_scale=True, disable=not progress, desc="writing") as bar:
+            bar.update(total - left)
 
-        def one(job: FileJob) -> int:
-            path = os.path.join(partial, job.name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f"{path}.tmp"
-            written = job.write(temporary)
-            with open(temporary, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-            journal.finished(job.name, os.path.getsize(path))
-            bar.update(job.nbytes)
-            return written
+            def one(job: FileJob) -> None:
+                path = os.path.join(partial, job.name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                temporary = f"{path}.tmp"
+                job.write(temporary)
+                with open(temporary, "rb") as f:
+                    os.fsync(f.fileno())
+                os.replace(temporary, path)
+                journal.finished(job.name, os.path.getsize(path))
+                bar.update(job.nbytes)
 
-        written = _run_all(one, todo, workers or min(4, os.cpu_count() or 1))
-    if check is not None:
-        check(partial)
-    _finish(partial, destination, latest)
-    return Report(destination, len(jobs), resumed, written)
+            _run_all(one, todo, workers or min(4, os.cpu_count() or 1))
+        if check is not None:
+            check(partial)
+        _finish(partial, destination, latest)
+    return Report(destination, len(jobs), len(jobs) - len(todo), left)
 
 
-def _run_all(one: Callable[[FileJob], int], jobs: Iterable[FileJob], workers: int) -> int:
-    """Run the jobs on threads (copying, checksums and writing release the interpreter); the first failure stops the
-    rest."""
+def _run_all(one: Callable[[FileJob], None], jobs: Iterable[FileJob], workers: int) -> None:
+    """Run the jobs on threads (copying, checksums and writing release the interpreter); the first failure, or an
+    interrupt, stops those that have not begun."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(one, job) for job in jobs]
-        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in pending:
-            future.cancel()
-        return sum(f.result() for f in done)
-
-
-def _open_journal(partial: str, identity: dict[str, Any]) -> _Journal:
-    path = os.path.join(partial, JOURNAL)
-    said = json.dumps(identity, sort_keys=True, default=str)
-    if os.path.isdir(partial):
         try:
-            with open(path) as f:
-                lines = f.read().splitlines()
-            same = bool(lines) and lines[0] == said
-        except OSError:
-            lines, same = [], False
-        if not same:
-            raise DestinationError(
-                f"{partial} is left from another conversion: remove it, or repeat that conversion to finish it"
-            )
-        done = {}
-        for line in lines[1:]:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the line that was being written when the run was killed
-                continue
-            done[entry["file"]] = entry["size"]
-        return _Journal(path, identity, done)
-    try:
-        os.makedirs(partial)
-        with open(path, "w") as f:
-            f.write(said + "\n")
-    except OSError as e:
-        raise DestinationError(f"{partial} cannot be made: {e.strerror}") from None
-    return _Journal(path, identity)
-
-
-def _is_done(partial: str, name: str, journal: _Journal) -> bool:
-    path = os.path.join(partial, name)
-    return os.path.isfile(path) and journal.done.get(name) == os.path.getsize(path)
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _finish(partial: str, destination: str, latest: str | None) -> None:
@@ -178,8 +183,3 @@ def _sync(folder: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def discard(destination: str) -> None:
-    """Remove what an interrupted conversion to that destination left."""
-    shutil.rmtree(f"{os.path.abspath(destination)}.partial", ignore_errors=True)

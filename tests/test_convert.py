@@ -64,6 +64,16 @@ def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
         convert.run([job("a")], out, {"of": "y"})
 
 
+def test_two_processes_do_not_write_one_destination(tmp_path: Path) -> None:
+    def again(path: str) -> None:
+        Path(path).write_bytes(b"first")
+        with pytest.raises(DestinationError, match="another process is writing"):
+            convert.run([job("a")], str(tmp_path / "out"), {"of": "x"})
+
+    convert.run([convert.FileJob("a", again)], str(tmp_path / "out"), {"of": "x"})
+    assert (tmp_path / "out" / "a").read_bytes() == b"first"
+
+
 def test_an_existing_destination_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")

@@ -56,7 +56,7 @@ class _Journal:
         said = json.dumps(identity, sort_keys=True, default=str)
         try:
             os.makedirs(partial, exist_ok=True)
-            self.file = Path(partial, JOURNAL).open("a+")
+            self.file = Path(partial, JOURNAL).open("a+")  # noqa: SIM115 (open, and locked, until all is done)
         except OSError as e:
             raise DestinationError(f"{partial} cannot be written: {e.strerror}") from None
         try:

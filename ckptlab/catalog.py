@@ -82,7 +82,8 @@ class Tensor:
 
 
 def module_source(source: Tensor, target: Tensor) -> str:
-    """The state that a target's module weight is drawn from: the stored one if the dtype stays, else the master, rounded."""
+    """The state that a target's module weight is drawn from: the stored one if the dtype stays, else the master,
+    rounded."""
     keeps = source.states.get(MODULE) == target.states[MODULE]
     return MODULE if keeps or MASTER not in source.states else MASTER
 
@@ -189,9 +190,11 @@ class Catalog:
         )
 
     def placements(self, name: str, state: str) -> tuple[Placement, ...]:
-        """How that state of the tensor lies on the mesh, for a plan: once, or for each dp rank that has a copy of its own.
+        """How that state of the tensor lies on the mesh, for a plan: once, or for each dp rank that has a copy of its
+        own.
 
-        What lies outside flat buffers is dp rank 0's; but ZeRO-3 cuts frozen tensors over dp, and writes buffers dp times.
+        What lies outside flat buffers is dp rank 0's; but ZeRO-3 cuts frozen tensors over dp, and writes buffers dp
+        times.
         """
         tensor = self.tensors[name]
         stages = self.holders(name, state)

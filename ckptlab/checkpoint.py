@@ -190,6 +190,7 @@ class Reshape:
     @staticmethod
     def of(source: Catalog, mesh: Mesh | None = None, **options: Any) -> Reshape:
         from ckptlab.formats.deepspeed import target
+        from ckptlab.formats.deepspeed.options import TargetOptions
 
         if source.native is None:
             raise ReshapeError(
@@ -197,13 +198,13 @@ class Reshape:
                 "there is nothing "
                 "to lay out on a mesh"
             )
-        unknown = set(options) - {f.name for f in fields(target.TargetOptions)}
+        unknown = set(options) - {f.name for f in fields(TargetOptions)}
         if unknown:
             raise ReshapeError(
                 f"reshape has no option {sorted(unknown)[0]!r}: expected "
-                f"{', '.join(f.name for f in fields(target.TargetOptions))}"
+                f"{', '.join(f.name for f in fields(TargetOptions))}"
             )
-        given = target.TargetOptions(**options)
+        given = TargetOptions(**options)
         return Reshape(source, target.reshape(source, mesh or source.native.folder.mesh, given), given)
 
     @property

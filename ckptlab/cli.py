@@ -373,7 +373,7 @@ def _write_weights(
     """Write safetensors: what is to be said of them, and the report."""
     from ckptlab.catalog import MASTER, MODULE
     from ckptlab.checkpoint import SHARD_BYTES, save_weights
-    from ckptlab.formats.deepspeed.target import np_dtype
+    from ckptlab.formats.deepspeed.options import np_dtype
 
     named = [k for k, v in options.items() if v is not None and k != "dtype"]
     if named:

@@ -21,18 +21,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ckptlab.errors import DestinationError
+from ckptlab.formats.job import FileJob
 
 JOURNAL = "ckptlab-journal.json"
-
-
-@dataclass(frozen=True)
-class FileJob:
-    """One output file: `name` is its path within the destination, `write(path)` makes it, `nbytes` are the bytes of
-    tensor data that it draws from the source."""
-
-    name: str
-    write: Callable[[str], object]
-    nbytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,11 @@ class Gather:
                 )
                 per_dim.append([w for w in windows if w is not None])
             for combination in itertools.product(*per_dim):
-                source = piece.array[*(a for a, _ in combination), ...]  # the ellipsis keeps a 0-dim array an array
-                np.copyto(out[*(b for _, b in combination), ...], source, casting="unsafe")
+                held, wanted = (
+                    (*(w[side] for w in combination), ...) for side in (0, 1)
+                )  # `...`: 0-dim stays an array
+                source = piece.array[held]
+                np.copyto(out[wanted], source, casting="unsafe")
                 self._count(tp, piece.dp, source.nbytes)
 
     def _pieces(self, tp: int) -> list[_Piece]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab.catalog import Catalog, Notice, Tensor
-from ckptlab.formats.deepspeed.target import engine_dtype
+from ckptlab.formats.deepspeed.options import engine_dtype
 from ckptlab.formats.placeholders import Foreign
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored

@@ -19,8 +19,8 @@ import numpy as np
 
 from ckptlab.arrays import Gather, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
-from ckptlab.convert import FileJob
 from ckptlab.errors import CheckpointError
+from ckptlab.formats.job import FileJob
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored, row_major_strides
@@ -130,8 +130,8 @@ class _Entry:
 def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
     """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
 
-    dtype converts floating-point weights; None keeps the master's, buffers keep theirs. Aliases are written out under their own names, so
-    that a strict load finds them.
+    dtype converts floating-point weights; None keeps the master's, buffers keep theirs. Aliases are written out under
+    their own names, so that a strict load finds them.
     """
     for tensor in source.tensors.values():
         wanted = dtype

@@ -18,13 +18,13 @@ import numpy as np
 
 from ckptlab.arrays import Gather, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, ParameterGroup, Tensor
-from ckptlab.convert import FileJob
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import EXTRAS, Wrapper, match_groups
+from ckptlab.formats.deepspeed.options import engine_dtype
 from ckptlab.formats.deepspeed.read import (
     ENGINE_KEYS,
     Native,
@@ -33,8 +33,8 @@ from ckptlab.formats.deepspeed.read import (
     universal_info,
     whole,
 )
-from ckptlab.formats.deepspeed.target import engine_dtype
 from ckptlab.formats.deepspeed.write import NativeWriter, torch_job
+from ckptlab.formats.job import FileJob
 from ckptlab.formats.pickles import foreign
 from ckptlab.formats.torchfile import Pending
 from ckptlab.layout import Cut, cut_dim, equal_parts, sub_parameters

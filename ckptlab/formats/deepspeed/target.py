@@ -7,45 +7,18 @@ was seen to need.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
 
 from ckptlab.catalog import MODULE, Catalog, FlatGroup, Fragment, Notice, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.formats.deepspeed.optimizer import Wrapper
+from ckptlab.formats.deepspeed.options import TargetOptions, engine_dtype, head_counts, np_dtype, problems
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import FlatBuffer
-
-DTYPES = ("bf16", "fp16", "fp32")
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """What a user may say of a target; None keeps the source's.
-
-    `zero_stage`: 1, 2 or 3. `dtype`: "bf16", "fp16" or "fp32", what the engine trains in. `pipeline`: a method
-    ("blocks", "parameters", "uniform") or the first layer of each stage. `padded_vocab`: rows of the padded vocabulary.
-    `heads`: attention heads (and `kv_heads`), where the checkpoint does not tell. `sub_group_size`: ZeRO-3, elements.
-    `round_robin`: whether the target trains with round_robin_gradients. `param_groups`: hyperparameters of each group.
-    """
-
-    zero_stage: int | None = None
-    dtype: str | None = None
-    pipeline: str | tuple[int, ...] | None = None
-    padded_vocab: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    sub_group_size: int | None = None
-    round_robin: bool | None = None
-    param_groups: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,69 +31,6 @@ class NativeTarget:
     layer_stages: Mapping[int, int]
 
 
-def engine_dtype(config: Mapping[str, Any]) -> str:
-    """What a DeepSpeed configuration trains in."""
-    for dtype, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        if any((config.get(k) or {}).get("enabled") for k in keys):
-            return dtype
-    return "fp32"
-
-
-def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads): from the user, the client's `args`, or a config.json near the checkpoint."""
-    args = getattr(catalog.client.get("args"), "attributes", None) or {}
-    config: Mapping[str, Any] = {}
-    for folder in (catalog.path, os.path.dirname(catalog.path)):
-        try:
-            with open(os.path.join(folder, "config.json")) as f:
-                config = json.load(f)
-        except (OSError, ValueError):
-            continue
-        break
-    heads = options.heads or args.get("num_attention_heads") or config.get("num_attention_heads")
-    kv = options.kv_heads or args.get("num_key_value_heads") or config.get("num_key_value_heads")
-    return (int(heads) if heads else None), (int(kv) if kv else None)
-
-
-def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
-    """Why the checkpoint cannot be written for that mesh; nothing if it can (cheap: no cut is resolved)."""
-    native = catalog.native
-    stage = options.zero_stage if options.zero_stage is not None else catalog.zero_stage
-    if stage not in (1, 2, 3):
-        yield f"ZeRO stage {stage}: ckptlab writes stages 1, 2 and 3"
-    trained = native.folder.mesh
-    if native.elastic and options.param_groups is None:
-        yield (
-            "the checkpoint is elastic and holds no hyperparameters: give param_groups, a list with lr, weight_decay, … "
-            "of each group"
-        )
-    is_pipeline = native.is_pipeline
-    if is_pipeline and stage in (2, 3):
-        yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
-    if mesh.pp > 1 and not is_pipeline:
-        yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine: it has no layers to deal to stages"
-    if is_pipeline and mesh.pp != trained.pp:
-        layers = sum(pipeline.describe(catalog).blocks)
-        if mesh.pp > layers:
-            yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
-    if stage == 3 and mesh.tp > 1:
-        yield f"ZeRO-3 with tp {mesh.tp}: ckptlab cannot write it yet"
-    if mesh.tp > 1 and mesh.tp != trained.tp:
-        heads, kv = head_counts(catalog, options)
-        for count, what in ((heads, "attention heads"), (kv if kv != heads else None, "key/value heads")):
-            if count and count % mesh.tp:
-                yield f"tp {mesh.tp}: {count} {what} are not divisible by it"
-        unknown = [t.name for t in catalog.tensors.values() if not t.layout_known]
-        if unknown:
-            yield (
-                f"tp {mesh.tp}: nothing says how {unknown[0]}"
-                + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
-                + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
-            )
-    if options.dtype is not None and options.dtype not in DTYPES:
-        yield f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}"
-
-
 def reshape(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     """The target's catalog. ReshapeError, with every reason and the nearest meshes that work, if it cannot be."""
     if extra := [a for a in mesh.axes if a not in ("pp", "dp", "tp")]:
@@ -131,33 +41,26 @@ def reshape(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             return _build(catalog, mesh, options)
         except LayoutError as e:
             reasons.append(str(e))
-    near = nearest_meshes(catalog, mesh, options)
+    near = list(itertools.islice(_nearest_meshes(catalog, mesh, options), 3))
     hint = "\nMeshes that work: " + "; ".join(map(str, near)) if near else ""
     raise ReshapeError(
         f"{catalog.path}: cannot be reshaped to {mesh}:\n" + "\n".join(f"  - {r}" for r in reasons) + hint
     )
 
 
-def nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions, count: int = 3) -> list[Mesh]:
-    """Up to `count` meshes near to the wanted one that the checkpoint can be reshaped to, the nearest first."""
+def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[Mesh]:
+    """Meshes that the checkpoint can be reshaped to, the nearest to the wanted one first (in doublings of a degree)."""
     degrees = sorted({1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64, mesh.tp, mesh.pp})
-
-    def distance(m: Mesh) -> float:
-        return sum(abs(math.log2(m[a] / mesh[a])) for a in ("tp", "pp", "dp"))
-
-    candidates = sorted((Mesh(tp=t, pp=p, dp=mesh.dp) for t, p in itertools.product(degrees, repeat=2)), key=distance)
-    found: list[Mesh] = []
-    for candidate in candidates[:60]:
-        if candidate == mesh or any(problems(catalog, candidate, options)):
+    candidates = [Mesh(tp=t, pp=p, dp=mesh.dp) for t, p in itertools.product(degrees, repeat=2)]
+    candidates.sort(key=lambda m: abs(math.log2(m.tp / mesh.tp)) + abs(math.log2(m.pp / mesh.pp)))
+    for candidate in candidates[1:60]:
+        if any(problems(catalog, candidate, options)):
             continue
         try:
             _build(catalog, candidate, options)
         except (LayoutError, ReshapeError):
             continue
-        found.append(candidate)
-        if len(found) == count:
-            break
-    return found
+        yield candidate
 
 
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
@@ -297,12 +200,6 @@ def _retarget(
 
 def _converts(catalog: Catalog, dtype: str) -> bool:
     return dtype != engine_dtype(catalog.native.config)
-
-
-def np_dtype(name: str) -> np.dtype:
-    import ml_dtypes
-
-    return np.dtype({"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[name])
 
 
 def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:

@@ -18,11 +18,12 @@ import numpy as np
 
 from ckptlab.arrays import Gather, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor, module_source
-from ckptlab.convert import FileJob
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.optimizer import Wrapper
-from ckptlab.formats.deepspeed.target import NativeTarget, engine_dtype
+from ckptlab.formats.deepspeed.options import engine_dtype
+from ckptlab.formats.deepspeed.target import NativeTarget
+from ckptlab.formats.job import FileJob
 from ckptlab.formats.pickles import Size, foreign
 from ckptlab.formats.torchfile import Pending
 from ckptlab.stored import Stored
@@ -132,7 +133,8 @@ class NativeWriter:
         return [g for g in self.target.flat_groups if g.stage == stage]
 
     def model_file(self, p: int, t: int, d: int) -> dict[str, Any]:
-        """The model file of a rank (of a pp and tp coordinate only, below ZeRO-3), made from the nearest one of the source."""
+        """The model file of a rank (of a pp and tp coordinate only, below ZeRO-3), made from the nearest one of the
+        source."""
         mesh, trained = self.mesh, self.folder.mesh
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
         rank = mesh.rank(pp=p, dp=d, tp=t)

@@ -1,0 +1,106 @@
+"""What a user may ask of a target, and why it cannot be: cheap checks on metadata, before any cut is resolved."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ckptlab.catalog import Catalog
+from ckptlab.formats.deepspeed import pipeline
+from ckptlab.mesh import Mesh
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What a user may say of a target; None keeps the source's.
+
+    `zero_stage`: 1, 2 or 3. `dtype`: "bf16", "fp16" or "fp32", what the engine trains in. `pipeline`: a method
+    ("blocks", "parameters", "uniform") or the first layer of each stage. `padded_vocab`: rows of the padded vocabulary.
+    `heads`: attention heads (and `kv_heads`), where the checkpoint does not tell. `sub_group_size`: ZeRO-3, elements.
+    `round_robin`: whether the target trains with round_robin_gradients. `param_groups`: hyperparameters of each group.
+    """
+
+    zero_stage: int | None = None
+    dtype: str | None = None
+    pipeline: str | tuple[int, ...] | None = None
+    padded_vocab: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    sub_group_size: int | None = None
+    round_robin: bool | None = None
+    param_groups: tuple[Mapping[str, Any], ...] | None = None
+
+
+def engine_dtype(config: Mapping[str, Any]) -> str:
+    """What a DeepSpeed configuration trains in."""
+    for dtype, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+        if any((config.get(k) or {}).get("enabled") for k in keys):
+            return dtype
+    return "fp32"
+
+
+def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
+    """(attention heads, key/value heads): from the user, the client's `args`, or a config.json near the checkpoint."""
+    args = getattr(catalog.client.get("args"), "attributes", None) or {}
+    config: Mapping[str, Any] = {}
+    for folder in (catalog.path, os.path.dirname(catalog.path)):
+        try:
+            with open(os.path.join(folder, "config.json")) as f:
+                config = json.load(f)
+        except (OSError, ValueError):
+            continue
+        break
+    heads = options.heads or args.get("num_attention_heads") or config.get("num_attention_heads")
+    kv = options.kv_heads or args.get("num_key_value_heads") or config.get("num_key_value_heads")
+    return (int(heads) if heads else None), (int(kv) if kv else None)
+
+
+def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
+    """Why the checkpoint cannot be written for that mesh; nothing if it can (cheap: no cut is resolved)."""
+    native = catalog.native
+    stage = options.zero_stage if options.zero_stage is not None else catalog.zero_stage
+    if stage not in (1, 2, 3):
+        yield f"ZeRO stage {stage}: ckptlab writes stages 1, 2 and 3"
+    trained = native.folder.mesh
+    if native.elastic and options.param_groups is None:
+        yield (
+            "the checkpoint is elastic and holds no hyperparameters: give param_groups, a list with lr, weight_decay, "
+            "… of each group"
+        )
+    is_pipeline = native.is_pipeline
+    if is_pipeline and stage in (2, 3):
+        yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
+    if mesh.pp > 1 and not is_pipeline:
+        yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine: it has no layers to deal to stages"
+    if is_pipeline and mesh.pp != trained.pp:
+        layers = sum(pipeline.describe(catalog).blocks)
+        if mesh.pp > layers:
+            yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
+    if stage == 3 and mesh.tp > 1:
+        yield f"ZeRO-3 with tp {mesh.tp}: ckptlab cannot write it yet"
+    if mesh.tp > 1 and mesh.tp != trained.tp:
+        heads, kv = head_counts(catalog, options)
+        for count, what in ((heads, "attention heads"), (kv if kv != heads else None, "key/value heads")):
+            if count and count % mesh.tp:
+                yield f"tp {mesh.tp}: {count} {what} are not divisible by it"
+        unknown = [t.name for t in catalog.tensors.values() if not t.layout_known]
+        if unknown:
+            yield (
+                f"tp {mesh.tp}: nothing says how {unknown[0]}"
+                + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
+                + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
+            )
+    if options.dtype is not None and options.dtype not in DTYPES:
+        yield f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}"
+
+
+def np_dtype(name: str) -> np.dtype:
+    return np.dtype({"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[name])

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 from compare import DATA, GPT, ZERO2, ZERO3, differences, differences_from_truth, whole
 from real_deepspeed import make_case, requires_deepspeed
 
+from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats import read, torchfile
 from ckptlab.layout import Layout
@@ -224,3 +227,45 @@ def test_wrong_mappings_are_said_and_not_believed(copy_of: Callable[[Path], Path
     catalog = read(folder)
     assert [n.code for n in catalog.notices] == ["slice-mappings"]
     assert differences_from_truth(catalog, ZERO2 / "truth.safetensors") == []
+
+
+class TestOtherOptimizers:
+    """No list of states is hard-coded: one moment under another name, none, or moments of another dtype."""
+
+    def rewrite(self, folder: Path, change: Callable[[dict], dict]) -> None:
+        def edit_states(content: Any) -> None:
+            base = content["optimizer_state_dict"]["base_optimizer_state"]
+            base["state"] = {i: change(dict(s)) for i, s in base["state"].items()}
+
+        for file in folder.glob("*optim_states.pt"):
+            edit(file, edit_states)
+
+    @pytest.mark.parametrize("form", ["deepspeed", "universal"])
+    def test_one_moment(self, copy_of: Callable[[Path], Path], tmp_path: Path, form: str) -> None:
+        folder = copy_of(ZERO2)
+        self.rewrite(folder, lambda s: {"momentum_buffer": s["exp_avg"]})
+        catalog, adam = read(folder), read(ZERO2)
+        assert catalog.states == ("fp32", "momentum_buffer", "module")
+        name = next(n for n, t in adam.tensors.items() if t.kind == "parameter")
+        assert whole(catalog, name, "momentum_buffer").tobytes() == whole(adam, name, "exp_avg").tobytes()
+        Reshape.of(catalog, Mesh(dp=3)).save(tmp_path / "out" / "step", form)
+        again = read(tmp_path / "out")
+        assert again[name].states.keys() >= {"fp32", "momentum_buffer"}
+        assert differences(catalog, again) == []
+
+    def test_no_moment(self, copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+        folder = copy_of(GPT)
+        self.rewrite(folder, lambda s: {})
+        catalog = read(folder)
+        assert catalog.states == ("fp32", "module")
+        Reshape.of(catalog, Mesh(tp=4)).save(tmp_path / "out" / "step")
+        assert differences(catalog, read(tmp_path / "out")) == []
+
+    def test_moments_in_sixteen_bits_stay_so(self, copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+        folder = copy_of(ZERO2)
+        bf16 = np.dtype(ml_dtypes.bfloat16)
+        self.rewrite(folder, lambda s: {**s, "exp_avg": s["exp_avg"].map().astype(bf16)})
+        catalog = read(folder)
+        assert {t.states["exp_avg"] for t in catalog.tensors.values() if t.kind == "parameter"} == {bf16}
+        Reshape.of(catalog, Mesh(dp=5)).save(tmp_path / "out" / "step")
+        assert differences(catalog, read(tmp_path / "out")) == []

@@ -190,9 +190,8 @@ class Gather:
                 )
                 per_dim.append([w for w in windows if w is not None])
             for combination in itertools.product(*per_dim):
-                held, wanted = (
-                    (*(w[side] for w in combination), ...) for side in (0, 1)
-                )  # `...`: 0-dim stays an array
+                held: Any = (*(a for a, _ in combination), ...)  # with the ellipsis a 0-dim array stays an array
+                wanted: Any = (*(b for _, b in combination), ...)
                 source = piece.array[held]
                 np.copyto(out[wanted], source, casting="unsafe")
                 self._count(tp, piece.dp, source.nbytes)

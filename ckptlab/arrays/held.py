@@ -12,16 +12,8 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays.gather import Gather, Tally
-from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
+from ckptlab.catalog import MODULE, Catalog, FlatGroup, module_source
 from ckptlab.layout import Cut
-
-
-def source_state(source: Catalog, tensor: Tensor, state: str) -> str:
-    """The state of `source` that a target's state is drawn from: module weights of another dtype are rounded from the
-    master, everything else is drawn from itself."""
-    if state != MODULE or MASTER not in tensor.states:
-        return state
-    return MODULE if source[tensor.name].states.get(MODULE) == tensor.states[MODULE] else MASTER
 
 
 def shard_gathers(
@@ -36,7 +28,8 @@ def shard_gathers(
     tensor, ranks = held.tensors[name], range(held.mesh.tp)
     if held is source:
         return tuple(Gather(source, name, state, stage=stage, replica=tp) for tp in ranks)
-    drawn, dtype = source_state(source, tensor, state), tensor.states[state]
+    drawn = module_source(source[name], tensor) if state == MODULE else state
+    dtype = tensor.states[state]
     if tensor.kind == "buffer" and held.mesh.tp == source.mesh.tp:
         return tuple(Gather(source, name, drawn, dtype=dtype, replica=tp) for tp in ranks)
     return (Gather(source, name, drawn, dtype=dtype),) * len(ranks)

@@ -76,7 +76,9 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         self.layer_files = sorted(f for f in self.file_list if _LAYER_FILE.fullmatch(os.path.basename(f)))
         self.mp_rank_files = get_model_files(self.file_list)
         if not self.mp_rank_files:
-            raise ArgumentError(f"{dir}: Cannot find {MODEL_FILE_PREFIX}* files in there: it is no DeepSpeed step folder")
+            raise ArgumentError(
+                f"{dir}: Cannot find {MODEL_FILE_PREFIX}* files in there: it is no DeepSpeed step folder"
+            )
         self.model_state_metadata, self.global_state = self._read_model_files()
         source = descriptor_from_metadata(dir, self.file_list, self.model_state_metadata)
         self.zero_checkpoint = ZeROCheckpoint(dir, source, strategy)
@@ -90,9 +92,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         self.old_2d_map = meg_2d_parallel_map(source.pp_degree, source.tp_degree)
         self.old_2d_map.simple_init()
         self.zero_checkpoint.reshape(self.target_degrees())
-        self.new_2d_map = reshape_meg_2d_parallel(
-            source.pp_degree, source.tp_degree, self.pp_degree, self.tp_degree
-        )
+        self.new_2d_map = reshape_meg_2d_parallel(source.pp_degree, source.tp_degree, self.pp_degree, self.tp_degree)
         self.pp_to_transformer_map = self._deal_layers()
         self.transformer_file_map = self._deal_layer_files()
         self.tp_to_embedding_map = self._files_by_tp(EMBEDDING_LAYER_INDEX)
@@ -162,7 +162,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
     # ---------------------------------------------------------------- which files and layers go where
 
     def _layer_keys(self) -> list[str]:
-        """"layer_01", … in the order of their numbers."""
+        """ "layer_01", … in the order of their numbers."""
         found = {m[1] for file in self.layer_files if (m := _LAYER_FILE.fullmatch(os.path.basename(file)))}
         return [f"{LAYER_FILE_PREFIX}{number}" for number in sorted(found, key=int)]
 

@@ -19,7 +19,8 @@ WITHOUT_MEANING = {
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of DeepSpeed's script, and `--strategy`."""
     parser = argparse.ArgumentParser(
-        prog="ds_to_universal", description="Convert a DeepSpeed checkpoint to the universal format, without DeepSpeed."
+        prog="ds_to_universal",
+        description="Convert a DeepSpeed checkpoint to the universal format, without DeepSpeed.",
     )
     parser.add_argument("--input_folder", required=True, help="the step folder (global_step…)")
     parser.add_argument(
@@ -27,7 +28,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--num_extract_workers", type=int, default=4, help="how many files are written at a time (4)")
     parser.add_argument(
-        "--strategy", help="how tensors are cut, where the checkpoint does not say: megatron, …, or a .json file"
+        "--strategy",
+        help="how tensors are cut, where the checkpoint does not say: megatron, …, or a .json file",
     )
     ignored = parser.add_argument_group("accepted, without meaning here")
     ignored.add_argument("--num_merge_workers", type=int, help=WITHOUT_MEANING["num_merge_workers"])

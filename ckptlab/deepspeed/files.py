@@ -56,7 +56,9 @@ def get_zero_files(dir: str) -> list[str]:
 def _ranks(path: str, prefix: str) -> tuple[int, int]:
     found = re.match(rf"{prefix}(\d+)_{MODEL_FILE_PREFIX}(\d+)", os.path.basename(path))
     if found is None:
-        raise MismatchError(f"{path}: cannot tell dp rank and mp rank from this name; expected {prefix}D_{MODEL_FILE_PREFIX}XX")
+        raise MismatchError(
+            f"{path}: cannot tell dp rank and mp rank from this name; expected {prefix}D_{MODEL_FILE_PREFIX}XX"
+        )
     return int(found[1]), int(found[2])
 
 

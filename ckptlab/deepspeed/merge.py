@@ -24,7 +24,9 @@ def merge_state(state_a: Any, state_b: Any, key_list: Sequence[str] = ()) -> Any
             f"Cannot merge two states of types {type(state_a)} and {type(state_b)}, at {'.'.join(key_list) or 'the top'}"
         )
     if type(state_a) in (dict, OrderedDict):
-        both = {key: merge_state(state_a[key], state_b[key], [*key_list, str(key)]) for key in state_a if key in state_b}
+        both = {
+            key: merge_state(state_a[key], state_b[key], [*key_list, str(key)]) for key in state_a if key in state_b
+        }
         return type(state_a)({**state_a, **state_b, **both})
     if type(state_a) in (list, tuple):
         if len(state_a) != len(state_b):

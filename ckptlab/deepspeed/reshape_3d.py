@@ -64,7 +64,11 @@ class model_3d_desc:  # noqa: N801 - DeepSpeed's name
 
     def is_valid(self, pp_index: int, tp_index: int, dp_index: int) -> tuple[bool, list[str]]:
         """Whether such a rank exists, and why not."""
-        given = ((pp_index, self.pp_degree, PP_DIM), (tp_index, self.tp_degree, TP_DIM), (dp_index, self.dp_degree, DP_DIM))
+        given = (
+            (pp_index, self.pp_degree, PP_DIM),
+            (tp_index, self.tp_degree, TP_DIM),
+            (dp_index, self.dp_degree, DP_DIM),
+        )
         reasons = [f"{axis} indexing error: index {i} >= degree {degree}" for i, degree, axis in given if i >= degree]
         return not reasons, reasons
 
@@ -106,7 +110,9 @@ def get_model_3d_descriptor(dir: str) -> model_3d_desc:
     DescriptorError (a RuntimeError) if the files contradict each other or the degrees.
     """
     model_files = get_model_files(get_files(dir))
-    metadata = [(file, {CHECKPOINT_PARALLEL_DIMS: torchfile.read(file).get(CHECKPOINT_PARALLEL_DIMS)}) for file in model_files]
+    metadata = [
+        (file, {CHECKPOINT_PARALLEL_DIMS: torchfile.read(file).get(CHECKPOINT_PARALLEL_DIMS)}) for file in model_files
+    ]
     return descriptor_from_metadata(dir, get_files(dir), metadata)
 
 
@@ -135,10 +141,14 @@ def _recorded_degrees(dir: str, recorded: Mapping[str, Any]) -> tuple[int, int]:
     key = CHECKPOINT_PARALLEL_DIMS
     missing = [file for file, degrees in recorded.items() if degrees is None]
     if missing:
-        raise DescriptorError(f"{dir}: {key} is missing from model-state files that should have it: {', '.join(missing)}")
+        raise DescriptorError(
+            f"{dir}: {key} is missing from model-state files that should have it: {', '.join(missing)}"
+        )
     found = {}
     for file, degrees in recorded.items():
-        values = [degrees.get(k) for k in (CHECKPOINT_PP_DEGREE, CHECKPOINT_TP_DEGREE)] if isinstance(degrees, dict) else []
+        values = (
+            [degrees.get(k) for k in (CHECKPOINT_PP_DEGREE, CHECKPOINT_TP_DEGREE)] if isinstance(degrees, dict) else []
+        )
         if not values or any(type(n) is not int or n < 1 for n in values):
             raise DescriptorError(f"{file}: {key}: expected a dictionary of positive degrees, found {degrees!r}")
         found[file] = (values[0], values[1])

@@ -72,7 +72,9 @@ class _Loader:
         if isinstance(value, (list, tuple)):
             return type(value)(self.convert(one) for one in value)
         if isinstance(value, Global):
-            return getattr(torch, value.name, value) if value.name in _TORCH_DTYPES and value.module == "torch" else value
+            return (
+                getattr(torch, value.name, value) if value.name in _TORCH_DTYPES and value.module == "torch" else value
+            )
         if isinstance(value, Foreign) and isinstance(value.callee, Global):
             build = _HARMLESS.get((value.module, value.name))
             return value if build is None else build(self, value)

@@ -97,7 +97,9 @@ def load_hp_checkpoint_state(
     """
     for meta in (DS_AUTOTP_UC_META, DS_AUTOEP_UC_META):
         if getattr(self, meta, None) is not None:
-            raise UnsupportedError(f"{folder}: the parameter has {meta}: ckptlab cannot load AutoTP's and AutoEP's own layouts yet")
+            raise UnsupportedError(
+                f"{folder}: the parameter has {meta}: ckptlab cannot load AutoTP's and AutoEP's own layouts yet"
+            )
     if not hasattr(self, "_hp_mapping"):
         self._hp_mapping = HpMapping(self.data.view(-1), FragmentAddress(self.numel()))
     mapping, step = self._hp_mapping, None
@@ -139,8 +141,22 @@ def _fragment(
             f"{shape}, its fragment elements {address.start} to {address.start + address.numel}"
         )
     name = os.path.basename(os.path.dirname(path))
-    tensor = Tensor(name, whole.shape, replicated(len(whole.shape)), Cut.whole(whole.shape), "parameter", {PARAM: whole.dtype})
-    one = Catalog(path, "universal", Mesh(), None, {name: tensor}, pieces={(name, PARAM): {(0, 0): (Fragment(0, whole),)}})
+    tensor = Tensor(
+        name,
+        whole.shape,
+        replicated(len(whole.shape)),
+        Cut.whole(whole.shape),
+        "parameter",
+        {PARAM: whole.dtype},
+    )
+    one = Catalog(
+        path,
+        "universal",
+        Mesh(),
+        None,
+        {name: tensor},
+        pieces={(name, PARAM): {(0, 0): (Fragment(0, whole),)}},
+    )
     out = np.empty(address.numel, whole.dtype)
     done = 0
     for chunk in Gather(one, name, PARAM).chunks(cut, at, address.start, address.start + address.numel):
@@ -157,9 +173,7 @@ def _experts(path: str, stored: Stored, rank: int, degree: int) -> Stored:
     return stored.elements(rank * local * inner, local * inner).reshape((local, *stored.shape[1:]))
 
 
-def _cut(
-    path: str, stored: Stored, says: Mapping[str, Any], shape: tuple[int, ...], tp: int
-) -> tuple[Stored, Cut]:
+def _cut(path: str, stored: Stored, says: Mapping[str, Any], shape: tuple[int, ...], tp: int) -> tuple[Stored, Cut]:
     """The stored whole (seen in the shape that its sub-parameters are told in) and how tp cuts it."""
     mesh = Mesh(tp=tp)
     if stored.shape == shape or stored.numel == int(np.prod(shape)):  # replicated, or averaged when it was merged

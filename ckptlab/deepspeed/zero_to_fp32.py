@@ -4,44 +4,51 @@ checkpoint. It also reads what that refuses: pipelines, tp > 1, BF16_Optimizer."
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
-import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import click
 import numpy as np
 
 from ckptlab import checkpoint, convert
 from ckptlab.arrays import Gather
 from ckptlab.catalog import Catalog
-from ckptlab.errors import ArgumentError, CkptlabError
+from ckptlab.cli import Size
+from ckptlab.errors import CkptlabError
 from ckptlab.formats.deepspeed.write import torch_job
 from ckptlab.formats.safetensors import entries
 from ckptlab.formats.torchfile import Pending
 from ckptlab.layout import Cut
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+WEIGHTS = "pytorch_model.bin"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of DeepSpeed's script, and `--strategy`."""
     parser = argparse.ArgumentParser(
-        prog="zero_to_fp32", description="Write the consolidated float32 weights of a DeepSpeed checkpoint, without DeepSpeed."
+        prog="zero_to_fp32",
+        description="Write the consolidated float32 weights of a DeepSpeed checkpoint, without DeepSpeed.",
     )
     parser.add_argument("checkpoint_dir", help="the folder that holds `latest`, or a step folder")
     parser.add_argument("output_dir", help="the folder to make")
     parser.add_argument("--max_shard_size", default="5GB", help="files are cut at this size: digits and a unit (5GB)")
     parser.add_argument(
-        "--safe_serialization", action="store_true", help="write safetensors instead of torch's pytorch_model.bin"
+        "--safe_serialization",
+        action="store_true",
+        help="write safetensors instead of torch's pytorch_model.bin",
     )
     parser.add_argument("-t", "--tag", help="the step folder in checkpoint_dir; by default what `latest` says")
     parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave frozen parameters out")
     parser.add_argument("-d", "--debug", action="store_true", help="show where an error comes from")
     parser.add_argument(
-        "--strategy", help="how tensors are cut, where the checkpoint does not say: megatron, …, or a .json file"
+        "--strategy",
+        help="how tensors are cut, where the checkpoint does not say: megatron, …, or a .json file",
     )
     return parser.parse_args(arguments)
 
@@ -59,7 +66,7 @@ def main(args: argparse.Namespace | None = None) -> None:
             args.exclude_frozen_parameters,
             args.strategy,
         )
-    except CkptlabError as error:
+    except (CkptlabError, click.BadParameter) as error:
         if args.debug:
             raise
         sys.exit(f"zero_to_fp32: {error}")
@@ -78,22 +85,54 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     """Whole tensors in float32 under the model's own names: `pytorch_model.bin` or `model.safetensors`, with an index if
     there are several. Buffers that are no floating-point numbers keep their dtype.
 
-    max_shard_size: bytes, or digits and a unit; None writes one file. DestinationError if `output_dir` exists already.
+    max_shard_size: bytes, or digits and a unit; None writes one file. click.BadParameter if it is no size, DestinationError if `output_dir` exists already.
     """
     folder = checkpoint_dir if tag is None else os.path.join(checkpoint_dir, tag)
     source = checkpoint.open(folder, strategy=strategy).catalog
     if exclude_frozen_parameters:
         source = replace(source, tensors={n: t for n, t in source.tensors.items() if t.kind != "frozen"})
-    limit = parse_size(max_shard_size) if max_shard_size is not None else sys.maxsize
+    limit = sys.maxsize if max_shard_size is None else Size().convert(max_shard_size, None, None)
     if safe_serialization:
         return checkpoint.save_weights(source, output_dir, dtype=np.dtype(np.float32), max_shard_bytes=limit)
     identity = {"format": "pytorch_model.bin", "source": checkpoint.fingerprint(source), "shard": limit}
     return convert.run(list(_torch_jobs(source, limit)), output_dir, identity)
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes: 500, "500MB" (10^6) or "500MiB" (2^20). ArgumentError for anything else."""
-    found = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", str(size).strip())
-    if found is None or found[2].upper() not in _UNITS:
-        raise ArgumentError(f"size {size!r}: expected digits and one of {', '.join(filter(None, _UNITS))}")
-    return int(found[1]) * _UNITS[found[2].upper()]
+def _torch_jobs(source: Catalog, limit: int) -> Iterator[convert.FileJob]:
+    """`pytorch_model.bin`, or numbered files of at most `limit` bytes (a larger tensor has one of its own) and an index."""
+    files: list[dict[str, Pending]] = [{}]
+    held = 0
+    for entry in entries(source, np.dtype(np.float32)):
+        if files[-1] and held + entry.nbytes > limit:
+            files.append({})
+            held = 0
+        files[-1][entry.name] = _pending(source, entry)
+        held += entry.nbytes
+    if len(files) == 1:
+        yield torch_job(WEIGHTS, partial(dict, files[0]))
+        return
+    names = [f"pytorch_model-{i + 1:05d}-of-{len(files):05d}.bin" for i in range(len(files))]
+    for name, tensors in zip(names, files, strict=True):
+        yield torch_job(name, partial(dict, tensors))
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for tensors in files for t in tensors.values())
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {n: f for f, ts in zip(names, files, strict=True) for n in ts},
+    }
+    yield convert.FileJob(f"{WEIGHTS}.index.json", partial(_write_json, index))
+
+
+def _pending(source: Catalog, entry: Any) -> Pending:
+    cut = Cut.whole(entry.tensor.shape)
+    gather = Gather(source, entry.tensor.name, entry.state, dtype=entry.dtype)
+    return Pending(entry.dtype, entry.tensor.shape, lambda: gather.chunks(cut, (), 0, entry.tensor.numel))
+
+
+def _write_json(content: Any, path: str) -> int:
+    with open(path, "w") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Gather, Tally
+from ckptlab.arrays import Gather, Partition, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor, module_source
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
@@ -111,21 +111,8 @@ class NativeWriter:
 
     def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
         """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
-        dtype = group.dtypes[state]
-        return Pending(dtype, (count,), lambda: self._partition_chunks(group, state, tp, dp, count))
-
-    def _partition_chunks(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Iterator[np.ndarray]:
-        done = 0
-        dtype = group.dtypes[state]
-        for index, start, where, length in group.flats[tp].within(dp):
-            if where > done:
-                yield np.zeros(int(where) - done, dtype)
-            tensor = self.target.tensors[group.names[index]]
-            gather = self.gather(tensor.name, state, dtype, self.mesh.rank(pp=group.stage, dp=dp, tp=tp))
-            yield from gather.chunks(tensor.cut, self.coordinate(tensor, tp), int(start), int(start + length))
-            done = int(where + length)
-        if count > done:
-            yield np.zeros(count - done, dtype)
+        held = Partition(self.source, self.target, group, state, tp, dp, self.tally)
+        return Pending(held.dtype, (count,), lambda: held.chunks(0, count))
 
     # ---------------------------------------------------------------- model files
 

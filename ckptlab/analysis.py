@@ -32,8 +32,9 @@ class Difference:
     """One state of one tensor that is not the same, bit for bit.
 
     count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or
-    infinite. max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and b
-    the values there. dtypes: those of both sides; where they differ values were compared as float64, and count may be 0.
+    infinite. max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and
+    b the values there. dtypes: those of both sides; where they differ values were compared as float64, and count may
+    be 0.
     """
 
     name: str
@@ -129,8 +130,8 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
     todo = [(ta, tb, s) for ta, tb in same for s in ta.states if s in tb.states and s in wanted]
     if not todo and not (shapes or only_a or only_b):
         raise CheckpointError(
-            f"nothing to compare: {left.path} has {_told(left)}, {right.path} has {_told(right)}: no tensor has a state "
-            "on both sides"
+            f"nothing to compare: {left.path} has {_told(left)}, {right.path} has {_told(right)}: no tensor has a "
+            "state on both sides"
         )
     tensors, elements, differ = Counter[str](), Counter[str](), Counter[str]()
     differences = []
@@ -270,8 +271,9 @@ def _window(gather: Gather, shape: tuple[int, ...], start: int, stop: int) -> np
         joined[done : done + len(piece)] = piece
         done += len(piece)
     if joined is None or done != stop - start:
-        what = f"{gather.catalog.path}: {gather.name}: {gather.state}"
-        raise CheckpointError(f"{what}: elements {start} to {stop} of {shape}: only {done} are stored")
+        raise CheckpointError(
+            f"{gather.name}: {gather.state}: of elements {start} to {stop} of {shape} only {done} are stored"
+        )
     return joined
 
 

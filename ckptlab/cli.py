@@ -26,6 +26,9 @@ _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 class Commands(click.Group):
     """A group whose commands end in one message on stderr, not in a traceback, when the input is at fault."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which one uses them
+
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # an arrow that the terminal cannot show is no reason to stop
@@ -107,22 +110,24 @@ _strategy = click.option(
     "{pattern: notation}.",
 )
 _mesh = _options(
-    click.option("--tp", type=click.IntRange(1), help="Tensor-parallel degree."),
-    click.option("--pp", type=click.IntRange(1), help="Pipeline-parallel degree."),
-    click.option("--dp", type=click.IntRange(1), help="Data-parallel degree."),
+    click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel degree."),
+    click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline-parallel degree."),
+    click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel degree."),
 )
 _target = _options(
-    click.option("--zero-stage", type=click.IntRange(1, 3), help="ZeRO stage."),
+    click.option("--zero-stage", type=click.IntRange(1, 3), metavar="1|2|3", help="ZeRO stage."),
     click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="What the target trains in."),
     click.option(
         "--pipeline",
         type=Dealing(),
         help="Dealing of layers to stages: blocks, parameters, uniform, or the first layer of each stage.",
     ),
-    click.option("--padded-vocab", type=click.IntRange(1), help="Rows of the padded vocabulary."),
-    click.option("--heads", type=click.IntRange(1), help="Attention heads, where the checkpoint does not tell."),
-    click.option("--kv-heads", type=click.IntRange(1), help="Key/value heads, likewise."),
-    click.option("--sub-group-size", type=click.IntRange(1), help="ZeRO-3's sub_group_size, in elements."),
+    click.option("--padded-vocab", type=click.IntRange(1), metavar="N", help="Rows of the padded vocabulary."),
+    click.option(
+        "--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where the checkpoint does not tell."
+    ),
+    click.option("--kv-heads", type=click.IntRange(1), metavar="N", help="Key/value heads, likewise."),
+    click.option("--sub-group-size", type=click.IntRange(1), metavar="N", help="ZeRO-3's sub_group_size, in elements."),
     click.option(
         "--param-groups",
         type=click.Path(dir_okay=False),
@@ -219,7 +224,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 @_mesh
 @_target
 @click.option("--max-shard-size", type=Size(), help="Safetensors are cut into files of at most this (5GB if not said).")
-@click.option("--workers", type=click.IntRange(1), help="Files written at a time.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Files written at a time.")
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
 @_json
 def convert(
@@ -355,11 +360,11 @@ def _write_run(
 
 
 def _pointer(latest: str) -> str | None:
-    """The folder that a `latest` file names; None without one."""
+    """The folder that a `latest` file names; None where there is none to be read."""
     try:
         with open(latest, encoding="utf-8", errors="replace") as file:
             return file.read(4096).strip()
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

@@ -1,7 +1,8 @@
-"""To any other mesh and back: nothing but padding may change; what cannot be is refused, with reasons, before reading."""
+"""To any other mesh and back: nothing but padding may change. What cannot be is refused before reading."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compare import GPT, ZERO2, ZERO3, differences, digest, same_bits, whole
+from real_deepspeed import make_case, requires_deepspeed
 
-from ckptlab.arrays import Tally
+from ckptlab.arrays import Gather, Tally
 from ckptlab.catalog import MODULE
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
 from ckptlab.formats import read, torchfile, universal
 from ckptlab.formats.deepspeed import write
+from ckptlab.formats.deepspeed.info import lists_from_layouts
+from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.strategy import Rules
 
 THERE = [
     (GPT, Mesh(tp=4), {}),
@@ -59,6 +64,9 @@ def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, f
     back = read(tmp_path / "back")
     assert differences(source, back) == []
     assert back.mesh == source.mesh
+    assert {n: (t.cut, t.layout.text) for n, t in back.tensors.items()} == {
+        n: (t.cut, t.layout.text) for n, t in source.tensors.items()
+    }
     assert [(g.name, g.tensors) for g in back.groups] == [(g.name, g.tensors) for g in source.groups]
     assert not [n for n in back.notices if n.code != "slice-mappings"]
     assert digest(case) == before
@@ -86,7 +94,7 @@ def test_the_plans_figures_are_what_happens(case: Path, mesh: Mesh, options: dic
 
 
 def tensor_bytes(file: Path) -> int:
-    """Bytes of weights and optimizer states in a file: every tensor but the client's random states and the step counts."""
+    """Bytes of weights and optimizer states in a file: all tensors but the client's random states and step counts."""
 
     def walk(content: Any, seen: set) -> int:
         if isinstance(content, torchfile.Stored):
@@ -102,13 +110,54 @@ def tensor_bytes(file: Path) -> int:
     return walk(torchfile.read(file), set())
 
 
+@requires_deepspeed
+@pytest.mark.parametrize("case", ["gqa_tp2_pp1_dp2", "llama_tp2_pp1_dp2"])
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_sub_parameters_survive_a_mesh_that_does_not_cut_them(case: str, form: str, tmp_path: Path) -> None:
+    source = read(make_case(case, tmp_path))
+    Reshape.of(source, Mesh(tp=1, pp=2)).save(tmp_path / "whole" / "step", form)
+    Reshape.of(read(tmp_path / "whole"), source.mesh).save(tmp_path / "back" / "step")
+    back = read(tmp_path / "back")
+    assert differences(source, back) == []
+    assert {n: (t.cut, t.layout.text) for n, t in back.tensors.items()} == {
+        n: (t.cut, t.layout.text) for n, t in source.tensors.items()
+    }
+    assert any(t.cut.rows((1,))[0][:, 3].sum() > 1 for t in back.tensors.values() if t.cut.axes)
+
+
+def test_layouts_of_ones_own_are_written_down(tmp_path: Path) -> None:
+    """A strategy's layouts go into universal_checkpoint_info where DeepSpeed's lists can say them; else there is none."""
+    names = r".*(dense_h_to_4h|query_key_value|word_embeddings)\.weight"
+    own = {
+        names: "(tp out) in",
+        r".*(dense_h_to_4h|query_key_value)\.bias": "(tp out)",
+        r".*\.bias|.*norm.*|6.*": "out",
+    }
+    rows = {r".*(attention\.dense|dense_4h_to_h)\.weight": "out (tp in)", r".*position.*": "out in"}
+    Reshape.of(read(GPT, Rules.of(own | rows)), Mesh(tp=4)).save(tmp_path / "a" / "step")
+    told = read(tmp_path / "a")
+    assert told["3.self_attention.dense.weight"].layout.text == "out (tp in)"
+    assert told["3.mlp.dense_h_to_4h.weight"].cut.shard_shape((3,)) == (16, 16)
+    assert differences(read(GPT), told) == []
+    halves = {r".*dense_h_to_4h\.weight": Layout("((tp out) + k) in", totals={"k": 32})}
+    source = read(GPT)
+    odd = {"3.mlp.dense_h_to_4h.weight": source["3.mlp.dense_h_to_4h.weight"]}
+    target = Reshape.of(source, Mesh(tp=2, pp=2)).target
+    tensor = target["3.mlp.dense_h_to_4h.weight"]
+    layout = next(iter(halves.values()))
+    partly = dataclasses.replace(tensor, layout=layout, cut=layout.resolve(tensor.shape, target.mesh))
+    assert lists_from_layouts(target) is not None
+    assert (
+        lists_from_layouts(dataclasses.replace(target, tensors={**target.tensors, **dict.fromkeys(odd, partly)}))
+        is None
+    )
+
+
 def test_padding_rows_that_both_meshes_have_are_kept() -> None:
     source = read(GPT)
     target = Reshape.of(source, Mesh(tp=4)).target
     name = "tied_modules.embed.word_embeddings.weight"
     assert target[name].cut.shape == (128, 16)  # 101 rows, a multiple of 8 · tp
-    from ckptlab.arrays import Gather
-
     shards = [Gather(source, name, "fp32").shard(target[name].cut, (t,)) for t in range(4)]
     held = [Gather(source, name, "fp32").shard(source[name].cut, (t,)) for t in range(2)]
     np.testing.assert_array_equal(np.concatenate(shards)[:112], np.concatenate(held))

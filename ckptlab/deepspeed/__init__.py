@@ -1,7 +1,7 @@
 """Every public name of `deepspeed.checkpoint` (DeepSpeed 0.19.8), on the parts of ckptlab: replace the import.
 
-Neither DeepSpeed nor a class that a file names is imported; torch is when a function hands out tensors. What each name does,
-and where it goes further than DeepSpeed's, is in docs/deepspeed_names.md.
+Neither DeepSpeed nor a class that a file names is imported; torch is when a function hands out tensors. What each
+name does, and where it goes further than DeepSpeed's, is in docs/deepspeed_names.md.
 """
 
 from ckptlab.deepspeed import constants

@@ -44,6 +44,7 @@ FINAL_LAYER_NORM_INDEX = -1
 ARGS_KEY = "args"
 CHECKPOINT_INFO_KEY = "checkpoint_info"
 ITERATION_KEY = "iteration"
+DATA_BEFORE_EXPERTS = "use_data_before_expert_parallelism"
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_.*")
 
@@ -51,13 +52,14 @@ _LAYER_FILE = re.compile(r"layer_(\d+)-model_.*")
 class DeepSpeedCheckpoint(ReshapedCheckpoint):
     """A step folder whose first layer file holds the embedding, and one near the end the final norm.
 
-    dir: the step folder. tp_degree, pp_degree, dp_degree: the target's (None: the folder's own). final_layer_norm_idx: which
-    layer file, from the end, holds the final norm; those between it and the embedding are transformer layers. strategy:
-    layouts where the checkpoint does not tell them (see `ckptlab.open`).
+    dir: the step folder. tp_degree, pp_degree, dp_degree: the target's (None: the folder's own).
+    final_layer_norm_idx: which layer file, from the end, holds the final norm; those between it and the embedding are
+    transformer layers. strategy: layouts where the checkpoint does not tell them (see `ckptlab.open`).
 
-    Beyond DeepSpeed's: degrees may grow, or not divide the old ones; tensors are merged as the checkpoint says that they are
-    cut, where DeepSpeed puts shards one after the other; `save` and `load`; client state of classes that are not installed.
-    ArgumentError (an AssertionError) if the folder lacks the files, DescriptorError (a RuntimeError) if they disagree.
+    Beyond DeepSpeed's: degrees may grow, or not divide the old ones; tensors are merged as the checkpoint says that
+    they are cut, where DeepSpeed puts shards one after the other; `save` and `load`; client state of classes that are
+    not installed. ArgumentError (an AssertionError) if the folder lacks the files, DescriptorError (a RuntimeError)
+    if they disagree.
     """
 
     def __init__(
@@ -105,27 +107,9 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
 
     def _read_model_files(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
         """(file, what it says of degrees, shapes and configuration) of each model file, and the iteration."""
-        metadata: list[tuple[str, dict[str, Any]]] = []
-        client: dict[str, Any] = {}
-        for file in self.mp_rank_files:
-            model = torchfile.read(file)
-            groups = model.get(PARAM_SHAPES)
-            groups = [groups] if isinstance(groups, Mapping) else groups or ()
-            config = model.get("ds_config") or {}
-            key = "use_data_before_expert_parallelism"
-            metadata.append(
-                (
-                    file,
-                    {
-                        CHECKPOINT_PARALLEL_DIMS: model.get(CHECKPOINT_PARALLEL_DIMS),
-                        PARAM_SHAPES: {name: shape for group in groups for name, shape in group.items()},
-                        AUTOEP_LAYERS_KEY: model.get(AUTOEP_LAYERS_KEY, model.get(AUTOEP_LAYERS_KEY_LEGACY)),
-                        "ds_config": {key: config.get(key, False)},
-                    },
-                )
-            )
-            client = client or {ITERATION_KEY: model.get(ITERATION_KEY, 0)}
-        return metadata, client
+        models = [torchfile.read(file) for file in self.mp_rank_files]
+        metadata = [(file, _described(model)) for file, model in zip(self.mp_rank_files, models, strict=True)]
+        return metadata, {ITERATION_KEY: models[0].get(ITERATION_KEY, 0)}
 
     def get_iteration(self) -> int:
         """The training step that the client recorded, 0 if it did not."""
@@ -259,8 +243,9 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
     def get_transformer_state(self, tp_index: int, pp_index: int) -> list[dict[str, Any]]:
         """The transformer layers of a model-parallel rank of the target: for each, name in the layer → tensor.
 
-        DeepSpeed puts every tensor's shards one after the other, along dim 0 or, for two names, dim 1. Here each is merged, or
-        cut, as its layout says: gate and up projection of SwiGLU apart, q, k and v of unequal sizes apart, norms once.
+        DeepSpeed puts every tensor's shards one after the other, along dim 0 or, for two names, dim 1. Here each is
+        merged, or cut, as its layout says: gate and up projection of SwiGLU apart, q, k and v of unequal sizes apart,
+        norms once.
         """
         self._check(tp_index, pp_index)
         return [self._layer_state(files, tp_index) for files in self.transformer_file_map.get((tp_index, pp_index), [])]
@@ -272,8 +257,8 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
     def get_2d_parallel_state(self, tp_index: int, pp_index: int) -> dict[str, Any]:
         """The model file of a model-parallel rank of the target, tensors being torch's.
 
-        Downwards the old ranks' files merged by their structure (`merge_state`), but the module's tensors by their layouts,
-        where DeepSpeed puts them all one after the other. Upwards what `save` writes for the rank.
+        Downwards the old ranks' files merged by their structure (`merge_state`), but the module's tensors by their
+        layouts, where DeepSpeed puts them all one after the other. Upwards what `save` writes for the rank.
         """
         files = self.get_2d_parallel_files(tp_index=tp_index, pp_index=pp_index)
         if len(self.new_2d_map.get_data()) > len(self.mp_rank_files):  # ranks are cut up
@@ -305,12 +290,13 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
     def _shard(self, tensor: Tensor, tp_index: int) -> Any:
         """A tensor on a tp rank of the target; of replicas the first that the rank is made of."""
         cut = self._target_cut(tensor)
-        replica = tp_index * self.zero_checkpoint.get_src_tp_degree() // self.tp_degree
-        gather = Gather(self.catalog, tensor.name, MODULE, replica=replica)
+        first = tp_index * self.zero_checkpoint.get_src_tp_degree() // self.tp_degree
+        gather = Gather(self.catalog, tensor.name, MODULE, replica=None if tensor.cut.axes else first)
         return tensor_of(gather.shard(cut, cut.coordinate({"tp": tp_index})))
 
     def _target_cut(self, tensor: Tensor) -> Cut:
-        """Downwards the padding of a vocabulary stays, as in DeepSpeed; otherwise the cut is that of what `save` writes."""
+        """Downwards the padding of a vocabulary stays, as in DeepSpeed; otherwise the cut is that of what `save`
+        writes."""
         if self.zero_checkpoint.get_src_tp_degree() % self.tp_degree:
             return self.writer.target[tensor.name].cut
         return on_degree(tensor.layout, "tp", self.tp_degree).resolve(tensor.shape, Mesh(tp=self.tp_degree))
@@ -344,6 +330,18 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
 
     def show_transformer_file_map(self) -> None:
         _show(self.transformer_file_map, "rank_to_transformer_files")
+
+
+def _described(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed's converter asks of a model file."""
+    groups = model.get(PARAM_SHAPES)
+    groups = [groups] if isinstance(groups, Mapping) else groups
+    return {
+        CHECKPOINT_PARALLEL_DIMS: model.get(CHECKPOINT_PARALLEL_DIMS),
+        PARAM_SHAPES: None if groups is None else {name: shape for group in groups for name, shape in group.items()},
+        AUTOEP_LAYERS_KEY: model.get(AUTOEP_LAYERS_KEY, model.get(AUTOEP_LAYERS_KEY_LEGACY)),
+        "ds_config": {DATA_BEFORE_EXPERTS: (model.get("ds_config") or {}).get(DATA_BEFORE_EXPERTS, False)},
+    }
 
 
 def _show(mapping: Mapping[Any, Any], title: str) -> None:

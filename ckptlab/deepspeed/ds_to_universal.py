@@ -1,4 +1,5 @@
-"""The console script `ds_to_universal`: a step folder → DeepSpeed's universal format, with the flags of DeepSpeed's own."""
+"""The console script `ds_to_universal`: a step folder → DeepSpeed's universal format, with the flags of DeepSpeed's
+own."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(args: argparse.Namespace | None = None) -> None:
-    """Convert as the flags say (those of the command line by default). Exits with 1 and the reason where that fails."""
+    """Convert as the flags say (those of the command line by default). Exits with 1 and the reason where that
+    fails."""
     args = parse_arguments() if args is None else args
     for flag, reason in WITHOUT_MEANING.items():
         if getattr(args, flag, None):

@@ -43,8 +43,9 @@ def get_model_files(all_files: Sequence[str]) -> list[str]:
 def get_zero_files(dir: str) -> list[str]:
     """The ZeRO optimizer files of the folder by dp rank, then mp rank.
 
-    Of `zero_*`, `fp16_zero_*` and `bf16_zero_*` the first kind that there is. ZeRO-3's model files, which DeepSpeed takes for
-    optimizer files by their prefix, are left out. MismatchError (a ValueError) for a name without the two ranks.
+    Of `zero_*`, `fp16_zero_*` and `bf16_zero_*` the first kind that there is. ZeRO-3's model files, which DeepSpeed
+    takes for optimizer files by their prefix, are left out. MismatchError (a ValueError) for a name without the two
+    ranks.
     """
     files = [path for path in get_files(dir) if not path.endswith(MODEL_FILE_SUFFIX)]
     for prefix in (ZERO_FILE_PREFIX, FP16_ZERO_FILE_PREFIX, BF16_ZERO_FILE_PREFIX):
@@ -73,6 +74,6 @@ def get_zero_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) ->
 
 
 def get_layer_ckpt_name_for_rank(base_folder: str, layer_id: str, tp_rank: int) -> str:
-    """DeepSpeed's path of a layer file, `layer_id` being "layer_03": with `_model_states.pt`, where the pipeline engine's
-    own files end in `-model_states.pt`."""
+    """DeepSpeed's path of a layer file, `layer_id` being "layer_03": with `_model_states.pt`, where the pipeline
+    engine's own files end in `-model_states.pt`."""
     return os.path.join(base_folder, f"{layer_id}-model_{tp_rank:02d}{MODEL_FILE_SUFFIX}")

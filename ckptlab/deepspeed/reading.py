@@ -48,8 +48,8 @@ class ReshapedCheckpoint:
         if dimensions.get("tp_degree", 2) == 1 or first.get(UNIVERSAL_CHECKPOINT_INFO) is not None:
             return None
         warnings.warn(
-            f"{self.dir}: no {UNIVERSAL_CHECKPOINT_INFO} says how tensors are cut; taken to be cut as Megatron's names tell "
-            "(without SwiGLU). Say strategy= if they are not",
+            f"{self.dir}: no {UNIVERSAL_CHECKPOINT_INFO} says how tensors are cut; taken to be cut as Megatron's names "
+            "tell (without SwiGLU). Say strategy= if they are not",
             stacklevel=4,
         )
         return "megatron"
@@ -81,17 +81,18 @@ class ReshapedCheckpoint:
     ) -> Report:
         """Write the checkpoint at the target's degrees; `destination` is the step folder to make.
 
-        format, workers, progress: as `ckptlab.Reshape.save`. options: as `ckptlab.Checkpoint.reshape` (zero_stage, dtype,
-        padded_vocab, …). Vocabulary padding follows the new tp degree unless `padded_vocab` says otherwise.
+        format, workers, progress: as `ckptlab.Reshape.save`. options: as `ckptlab.Checkpoint.reshape` (zero_stage,
+        dtype, padded_vocab, …). Vocabulary padding follows the new tp degree unless `padded_vocab` says otherwise.
         """
         return self.reshaped(**options).save(destination, format, workers=workers, progress=progress)
 
     def load(self, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Any:
         """Load whole tensors into a module whose parameters have the checkpoint's names.
 
-        state: "fp32", "module", "exp_avg", …; None takes the master weight, and the module's where there is none (frozen
-        tensors, buffers). Elements are rounded to the module's dtypes. A padded vocabulary has as many rows as the module.
-        Returns (missing_keys, unexpected_keys) as `load_state_dict` does, whose RuntimeError lists them where strict.
+        state: "fp32", "module", "exp_avg", …; None takes the master weight, and the module's where there is none
+        (frozen tensors, buffers). Elements are rounded to the module's dtypes. A padded vocabulary has as many rows
+        as the module. Returns (missing_keys, unexpected_keys) as `load_state_dict` does, whose RuntimeError lists
+        them where strict.
         """
         wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         found = {

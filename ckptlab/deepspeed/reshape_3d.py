@@ -35,9 +35,9 @@ class model_3d_desc:  # noqa: N801 - DeepSpeed's name
     def reshape(self, target_3d_desc: model_3d_desc, verbose: bool = False) -> list[meg_2d_parallel_map]:
         """For each dp rank of the target a map from its (pp, tp) to the indices of our files that it needs.
 
-        Where every file goes to one rank, the files of a model-parallel rank are dealt to its dp ranks in order. Where a
-        file is cut up (pp or tp grows, or does not divide ours), each dp rank of that model-parallel rank has all of them:
-        which part of a flat buffer it needs depends on the tensors in it.
+        Where every file goes to one rank, the files of a model-parallel rank are dealt to its dp ranks in order.
+        Where a file is cut up (pp or tp grows, or does not divide ours), each dp rank of that model-parallel rank has
+        all of them: which part of a flat buffer it needs depends on the tensors in it.
         """
         possible, reasons = self.can_reshape(target_3d_desc)
         if not possible:
@@ -105,7 +105,8 @@ def unflatten_dp_dimension(meg_2d_map: meg_2d_parallel_map, dp_degree: int) -> l
 
 
 def get_model_3d_descriptor(dir: str) -> model_3d_desc:
-    """The degrees of the checkpoint in a step folder: recorded in its model files, else told from the number of files.
+    """The degrees of the checkpoint in a step folder: recorded in its model files, else told from the number of
+    files.
 
     DescriptorError (a RuntimeError) if the files contradict each other or the degrees.
     """
@@ -144,19 +145,18 @@ def _recorded_degrees(dir: str, recorded: Mapping[str, Any]) -> tuple[int, int]:
         raise DescriptorError(
             f"{dir}: {key} is missing from model-state files that should have it: {', '.join(missing)}"
         )
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for file, degrees in recorded.items():
-        values = (
-            [degrees.get(k) for k in (CHECKPOINT_PP_DEGREE, CHECKPOINT_TP_DEGREE)] if isinstance(degrees, dict) else []
-        )
-        if not values or any(type(n) is not int or n < 1 for n in values):
+        wanted = (CHECKPOINT_PP_DEGREE, CHECKPOINT_TP_DEGREE)
+        pp, tp = (degrees.get(k) for k in wanted) if isinstance(degrees, dict) else (None, None)
+        if type(pp) is not int or type(tp) is not int or min(pp, tp) < 1:
             raise DescriptorError(f"{file}: {key}: expected a dictionary of positive degrees, found {degrees!r}")
-        found[file] = (values[0], values[1])
+        found[file] = (pp, tp)
     if len(set(found.values())) > 1:
         raise DescriptorError(
             f"{dir}: {key} disagrees across model-state files: {found}; put back the files of one checkpoint"
         )
-    (pp, tp), *_ = found.values()
+    pp, tp = next(iter(found.values()))
     if pp * tp != len(found):
         raise DescriptorError(f"{dir}: {len(found)} model files, expected pp({pp}) * tp({tp}) = {pp * tp}")
     return pp, tp

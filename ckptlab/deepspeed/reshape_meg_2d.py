@@ -1,7 +1,7 @@
 """Which old model-parallel ranks each new one is made of: maps over (pp, tp), in both directions.
 
-As `deepspeed.checkpoint.reshape_meg_2d` (DeepSpeed 0.19.8), whose maps these are wherever it has one; it stops where a
-degree grows or does not divide the old one, these go on.
+As `deepspeed.checkpoint.reshape_meg_2d` (DeepSpeed 0.19.8), whose maps these are wherever it has one; it stops where
+a degree grows or does not divide the old one, these go on.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ Item = TypeVar("Item")
 
 
 def partition_data(data_list: list[Item], num_partitions: int) -> list[list[Item]]:
-    """The list in so many consecutive parts of one size. ArgumentError (an AssertionError) if they cannot be of one size."""
+    """The list in so many consecutive parts of one size. ArgumentError (an AssertionError) if they cannot be of one
+    size."""
     if num_partitions < 1 or len(data_list) % num_partitions:
         raise ArgumentError(f"{len(data_list)} items cannot be cut into {num_partitions} parts of one size")
     return spread(data_list, num_partitions)
 
 
 def spread(data_list: Sequence[Item], count: int) -> list[list[Item]]:
-    """The list dealt to `count` ranks, in order: rank j has every item of which its equal share of the list holds some.
+    """The list dealt to `count` ranks, in order: rank j has every item of which its equal share of the list holds
+    some.
 
-    Where `count` divides the length these are the parts of `partition_data`; otherwise neighbours share items, and where
-    there are more ranks than items each item goes to several.
+    Where `count` divides the length these are the parts of `partition_data`; otherwise neighbours share items, and
+    where there are more ranks than items each item goes to several.
     """
     n = len(data_list)
     return [list(data_list[j * n // count : -(-(j + 1) * n // count)]) for j in range(count)]
@@ -130,8 +132,8 @@ def get_mpu_ranks(
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """Megatron's process groups of tp · pp · dp ranks, also printed: (tensor, model, data) parallel.
 
-    A tensor-parallel group differs in tp alone, a data-parallel one in dp alone; a model-parallel group, which DeepSpeed
-    calls PP, holds all ranks of one replica of the model. `virtual_pp_size` changes no group.
+    A tensor-parallel group differs in tp alone, a data-parallel one in dp alone; a model-parallel group, which
+    DeepSpeed calls PP, holds all ranks of one replica of the model. `virtual_pp_size` changes no group.
     """
     mesh = Mesh(pp=pp_size, dp=dp_size, tp=tp_size)
     print(f"\n\n*** tp={tp_size}, pp={pp_size}, dp={dp_size}, world={mesh.size}")

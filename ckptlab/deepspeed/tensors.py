@@ -1,14 +1,15 @@
 """What a `.pt` file holds, as torch would load it, read by our own reader: nothing that the file names is imported.
 
-Tensors are torch's, on memory that is mapped copy-on-write: nothing is read before it is used, and what is written to one
-never reaches the file. Objects of a few harmless classes are themselves again; all others stay placeholders that show
-their attributes.
+Tensors are torch's, on memory that is mapped copy-on-write: nothing is read before it is used, and what is written to
+one never reaches the file. Objects of a few harmless classes are themselves again; all others stay placeholders that
+show their attributes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class _Loader:
             return type(value)(self.convert(one) for one in value)
         if isinstance(value, Global):
             return (
-                getattr(torch, value.name, value) if value.name in _TORCH_DTYPES and value.module == "torch" else value
+                getattr(torch, value.name, value) if value.module == "torch" and _DTYPE.fullmatch(value.name) else value
             )
         if isinstance(value, Foreign) and isinstance(value.callee, Global):
             build = _HARMLESS.get((value.module, value.name))
@@ -96,8 +97,8 @@ class _Loader:
             self._mapped[path] = np.memmap(path, np.uint8, mode="c")
         if len(self._mapped[path]) < needed:
             raise CheckpointError(
-                f"{path} has {os.path.getsize(path)} bytes, but a tensor in it ends at byte {needed}: the file was cut or "
-                "replaced since it was opened; copy it again"
+                f"{path} has {os.path.getsize(path)} bytes, but a tensor in it ends at byte {needed}: the file was "
+                "cut or replaced since it was opened; copy it again"
             )
         return self._mapped[path]
 
@@ -144,6 +145,4 @@ _HARMLESS: Mapping[tuple[str, str], Callable[[_Loader, Foreign], Any]] = {
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _enum_number,
     ("deepspeed.checkpoint.universal_checkpoint", "SubparamShape"): _sub_parameters,
 }
-_TORCH_DTYPES = frozenset(
-    "float16 float32 float64 bfloat16 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool complex64 complex128".split()
-)
+_DTYPE = re.compile(r"bool|(bfloat|float|int|uint|complex)\d+")

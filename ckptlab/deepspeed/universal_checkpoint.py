@@ -1,7 +1,8 @@
 """Parameters that load their fragment from a universal folder: `deepspeed.checkpoint.enable_universal_checkpoint`.
 
-A state file (`zero/<tensor>/<state>.pt`) says itself how the whole is to be cut over tp: `cat_dim`, `param_n_sub_params`,
-`sub_param_shape`, `vocab_tensor`. That is put into a layout, and only the wanted elements are read from the file.
+A state file (`zero/<tensor>/<state>.pt`) says itself how the whole is to be cut over tp: `cat_dim`,
+`param_n_sub_params`, `sub_param_shape`, `vocab_tensor`. That is put into a layout, and only the wanted elements are
+read from the file.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ STEP = "step"
 class SubparamShape:
     """Parameters that hold several sub-parameters, each cut on its own.
 
-    patterns: regular expressions of their names. shape: the whole's shape, with a tuple of the sub-parameters' sizes where
-    they lie one after the other. partition_dim: the dim that tp cuts.
+    patterns: regular expressions of their names. shape: the whole's shape, with a tuple of the sub-parameters' sizes
+    where they lie one after the other. partition_dim: the dim that tp cuts.
     """
 
     patterns: list[str]
@@ -80,20 +81,22 @@ class HpMapping:
 
 
 def enable_universal_checkpoint(param_list: Iterable[torch.nn.Parameter] | torch.nn.Module) -> None:
-    """Give each parameter (of a list, or of a module) a method `load_hp_checkpoint_state`: see the function of that name."""
-    parameters = getattr(param_list, "parameters", None)
-    for parameter in parameters() if callable(parameters) else param_list:
+    """Give each parameter (of a list, or of a module) a method `load_hp_checkpoint_state`: see the function of that
+    name."""
+    for parameter in getattr(param_list, "parameters", lambda: param_list)():
         parameter.load_hp_checkpoint_state = MethodType(load_hp_checkpoint_state, parameter)
 
 
 def load_hp_checkpoint_state(
     self: Any, folder: str, tp_rank: int, tp_world_size: int, ep_rank: int = 0, ep_size: int = 1
 ) -> Any:
-    """Load a parameter's fragment of every state from its folder in a universal checkpoint; returns the optimizer's step.
+    """Load a parameter's fragment of every state from its folder in a universal checkpoint; returns the optimizer's
+    step.
 
     The master weight goes where the parameter's `_hp_mapping` says (the engine sets that), other states into its
-    `optim_fragment`. A parameter without one takes its whole shard itself. Of experts (dim 0) the rank's share is loaded.
-    LayoutError if what is stored does not fit the parameter, UnsupportedError for one that AutoTP or AutoEP has laid out.
+    `optim_fragment`. A parameter without one takes its whole shard itself. Of experts (dim 0) the rank's share is
+    loaded. LayoutError if what is stored does not fit the parameter, UnsupportedError for one that AutoTP or AutoEP
+    has laid out.
     """
     for meta in (DS_AUTOTP_UC_META, DS_AUTOEP_UC_META):
         if getattr(self, meta, None) is not None:
@@ -137,8 +140,8 @@ def _fragment(
     held = int(np.prod(cut.shard_shape(at)))
     if held != int(np.prod(shape)) or address.start + address.numel > held:
         raise LayoutError(
-            f"{path}: a tensor of shape {stored.shape} over tp {tp[1]} gives tp rank {tp[0]} {held} elements; the parameter has "
-            f"{shape}, its fragment elements {address.start} to {address.start + address.numel}"
+            f"{path}: a tensor of shape {stored.shape} over tp {tp[1]} gives tp rank {tp[0]} {held} elements; the "
+            f"parameter has {shape}, its fragment elements {address.start} to {address.start + address.numel}"
         )
     name = os.path.basename(os.path.dirname(path))
     tensor = Tensor(

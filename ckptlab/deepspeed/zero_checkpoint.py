@@ -24,8 +24,8 @@ from ckptlab.strategy import Strategy
 class ZeROCheckpoint(ReshapedCheckpoint):
     """The ZeRO optimizer files of a step folder, at their own degrees until `reshape` says others.
 
-    dir: the step folder. source_3d: its degrees, if known. strategy: layouts where the checkpoint does not tell them (see
-    `ckptlab.open`). ArgumentError (an AssertionError) if it is no folder or has no such files.
+    dir: the step folder. source_3d: its degrees, if known. strategy: layouts where the checkpoint does not tell them
+    (see `ckptlab.open`). ArgumentError (an AssertionError) if it is no folder or has no such files.
 
     Beyond DeepSpeed's: degrees may grow, or not divide the old ones; `save` and `load`.
     """
@@ -87,9 +87,10 @@ class ZeROCheckpoint(ReshapedCheckpoint):
     ) -> dict[str, Any]:
         """The content of the optimizer file of a rank of the target, tensors being torch's.
 
-        Where the rank is made of whole files, these one after the other (`merge_state`), as DeepSpeed has it; across tp ranks
-        that is no order that an engine knows: `save` writes that. Where files are cut up, what `save` writes for the rank.
-        keys_to_ignore: left out. strip_tensor_paddings: cut the optimizer's states to their true lengths.
+        Where the rank is made of whole files, these one after the other (`merge_state`), as DeepSpeed has it; across
+        tp ranks that is no order that an engine knows: `save` writes that. Where files are cut up, what `save` writes
+        for the rank. keys_to_ignore: left out. strip_tensor_paddings: cut the optimizer's states to their true
+        lengths.
         """
         files = self.get_files_for_rank(pp_index, tp_index, dp_index)
         if self.src_3d.joins_whole_files(self.target_3d):

@@ -1,5 +1,5 @@
-"""The console script `zero_to_fp32`: consolidated float32 weights, with the flags of the script that DeepSpeed leaves in a
-checkpoint. It also reads what that refuses: pipelines, tp > 1, BF16_Optimizer."""
+"""The console script `zero_to_fp32`: consolidated float32 weights, with the flags of the script that DeepSpeed leaves
+in a checkpoint. It also reads what that refuses: pipelines, tp > 1, BF16_Optimizer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(args: argparse.Namespace | None = None) -> None:
-    """Convert as the flags say (those of the command line by default). Exits with 1 and the reason where that fails."""
+    """Convert as the flags say (those of the command line by default). Exits with 1 and the reason where that
+    fails."""
     args = parse_arguments() if args is None else args
     try:
         report = convert_zero_checkpoint_to_fp32_state_dict(
@@ -82,10 +83,11 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     exclude_frozen_parameters: bool = False,
     strategy: Any = None,
 ) -> convert.Report:
-    """Whole tensors in float32 under the model's own names: `pytorch_model.bin` or `model.safetensors`, with an index if
-    there are several. Buffers that are no floating-point numbers keep their dtype.
+    """Whole tensors in float32 under the model's own names: `pytorch_model.bin` or `model.safetensors`, with an index
+    if there are several. Buffers that are no floating-point numbers keep their dtype.
 
-    max_shard_size: bytes, or digits and a unit; None writes one file. click.BadParameter if it is no size, DestinationError if `output_dir` exists already.
+    max_shard_size: bytes, or digits and a unit; None writes one file. click.BadParameter if it is no size,
+    DestinationError if `output_dir` exists already.
     """
     folder = checkpoint_dir if tag is None else os.path.join(checkpoint_dir, tag)
     source = checkpoint.open(folder, strategy=strategy).catalog
@@ -99,7 +101,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def _torch_jobs(source: Catalog, limit: int) -> Iterator[convert.FileJob]:
-    """`pytorch_model.bin`, or numbered files of at most `limit` bytes (a larger tensor has one of its own) and an index."""
+    """`pytorch_model.bin`, or numbered files of at most `limit` bytes (a larger tensor has one of its own) and an
+    index."""
     files: list[dict[str, Pending]] = [{}]
     held = 0
     for entry in entries(source, np.dtype(np.float32)):

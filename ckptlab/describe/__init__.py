@@ -1,7 +1,8 @@
 """What a person sees of a checkpoint or of a plan: plain data, text or HTML, from headers alone.
 
 facts.py gathers (`summary`, `plan`: what `--json` prints), fold.py makes one line of same-shaped layers, words.py
-writes numbers, phrases.py puts the facts into words, text.py and html.py set them; differences.py does it all for `diff`.
+writes numbers, phrases.py puts the facts into words, text.py and html.py set them; differences.py does it all for
+`diff`.
 """
 
 from ckptlab.describe.facts import plan, summary

@@ -53,9 +53,9 @@ def diff_text(diff: Diff) -> str:
 
 def _verdict(diff: Diff) -> str:
     if diff.equal:
-        states = number_of(len(diff.compared), "state")
+        states = ", ".join(c.state for c in diff.compared)
         tensors = max((c.tensors for c in diff.compared), default=0)
-        return f"equal: {number_of(tensors, 'tensor')}, in the {states} that both have, bit for bit"
+        return f"equal: {number_of(tensors, 'tensor')}, bit for bit, in every state that both have ({states})"
     names = len(dict.fromkeys(d.name for d in diff.differences))
     said = [f"{number_of(names, 'tensor')} with other values"] if names else []
     missing = len(diff.only_a) + len(diff.only_b)

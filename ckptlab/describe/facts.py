@@ -23,7 +23,15 @@ _CLIENT_OBJECTS = 100_000  # of a client state, how many objects are looked at
 
 
 def summary(ckpt: Checkpoint) -> dict[str, Any]:
-    """All that `ckptlab info` says, every tensor included; the README lists the keys."""
+    """All that `ckptlab info` says, every tensor included.
+
+    Keys: path, format, mesh {axis: degree}, ranks, trained_on (the run's mesh, also where a format holds whole
+    tensors; None: not known), zero_stage, optimizer (DeepSpeed's wrapper), dtype (what is trained in), step, counts
+    {tensors, trained, frozen, buffers, parameters (elements)}, states [{name, dtypes, tensors, bytes}], groups
+    [{name, tensors, elements, options}], aliases {alias: name}, client_state {keys, not_imported}, files {count,
+    bytes (on disk)}, notices [{code, text}], tensors [{name, shape, padded {dim: rows}, layout (None: not known),
+    replicas, kind, group, stages, states {state: dtype}, elements, aliases}].
+    """
     return {**overview(ckpt), "tensors": [_tensor(t) for t in ckpt.tensors.values()]}
 
 
@@ -121,10 +129,13 @@ def _foreign(client: Mapping[str, Any]) -> Iterator[str]:
             left.extend(parts)
 
 
-def _on_disk(catalog: Catalog) -> int:
-    if os.path.isfile(catalog.path):
-        return os.path.getsize(catalog.path)
-    return sum(os.path.getsize(os.path.join(catalog.path, f)) for f in catalog.files)
+def _on_disk(catalog: Catalog) -> int | None:
+    """Bytes of the files; None if some are not there any more."""
+    paths = [catalog.path] if os.path.isfile(catalog.path) else [os.path.join(catalog.path, f) for f in catalog.files]
+    try:
+        return sum(map(os.path.getsize, paths))
+    except OSError:
+        return None
 
 
 def _notices(notices: tuple[Notice, ...]) -> list[dict[str, str]]:
@@ -147,7 +158,13 @@ def plain(value: Any) -> Any:
 
 
 def plan(reshape: Reshape) -> dict[str, Any]:
-    """All that `ckptlab plan` says; the README lists the keys."""
+    """All that `ckptlab plan` says.
+
+    Keys: source {path, format, mesh, ranks, zero_stage, optimizer, dtype}, target (the same, without path and
+    format), layers {source, target} (those on each pp stage), vocabulary {true, source, target} rows or None, bytes
+    {read, written, moved}, largest_tensor (bytes), files (to be written), moves {by_target [{rank, received, own,
+    sources}], matrix [source rank][target rank] in bytes, None for more than 16 ranks}, notices [{code, text}].
+    """
     source, target = reshape.source, reshape.target
     cost = reshape.cost()
     return {

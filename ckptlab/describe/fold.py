@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptlab.catalog import Tensor
@@ -48,11 +49,10 @@ class Line:
             return ranges(s[0] for s in self.stages)
         return ", ".join("+".join(map(str, s)) for s in self.stages)
 
-    def states(self, every: tuple[str, ...]) -> str:
-        """`all`, or the names of those of `every` that these tensors have; frozen tensors and buffers are called so."""
-        held = tuple(self.tensor.states)
-        text = "all" if set(held) == set(every) else ", ".join(held) or "none"
-        return text if self.tensor.kind == "parameter" else f"{text} · {self.tensor.kind}"
+    def kind(self, usual: Mapping[str, frozenset[str]]) -> str:
+        """`frozen`; `parameter: fp32` for a tensor with other states than are `usual` for its kind."""
+        kind, held = self.tensor.kind, self.tensor.states
+        return kind if usual.get(kind) == frozenset(held) else f"{kind}: {', '.join(held) or 'no state'}"
 
 
 def fold(tensors: Iterable[Tensor]) -> list[Line]:
@@ -69,6 +69,14 @@ def fold(tensors: Iterable[Tensor]) -> list[Line]:
     return [_line(pattern, members) for (pattern, *_), members in groups.items()]
 
 
+def usual_states(lines: Iterable[Line]) -> dict[str, frozenset[str]]:
+    """The states that most tensors of each kind have."""
+    seen: dict[str, Counter[frozenset[str]]] = {}
+    for line in lines:
+        seen.setdefault(line.tensor.kind, Counter())[frozenset(line.tensor.states)] += line.count
+    return {kind: states.most_common(1)[0][0] for kind, states in seen.items()}
+
+
 def unfolded(tensors: Iterable[Tensor]) -> list[Line]:
     """A line for every tensor."""
     return [Line(t.name, t, 1, (t.stages,), math.prod(t.shape)) for t in tensors]
@@ -76,8 +84,10 @@ def unfolded(tensors: Iterable[Tensor]) -> list[Line]:
 
 def _line(pattern: tuple[str, ...], members: list[tuple[Tensor, list[int]]]) -> Line:
     first = members[0][0]
+    if len(members) == 1:
+        return Line(first.name, first, 1, (first.stages,), math.prod(first.shape))
     columns = _numbers([numbers for _, numbers in members])
-    name = ".".join(part or next(columns) for part in pattern) if len(members) > 1 else first.name
+    name = ".".join(part or next(columns) for part in pattern)
     stages = tuple(dict.fromkeys(t.stages for t, _ in members))
     return Line(name, first, len(members), stages, math.prod(first.shape) * len(members))
 

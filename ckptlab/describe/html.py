@@ -30,12 +30,10 @@ STYLE = """
 .ckptlab tbody tr:hover{background:color-mix(in srgb,currentColor 7%,transparent)}
 .ckptlab .scroll{overflow:auto;max-height:32em;margin:.3em 0}
 .ckptlab summary{cursor:pointer}
-.ckptlab b{font-weight:600;color:#c2410c}
+.ckptlab b{font-weight:600;color:#ea580c}
 .ckptlab .note{border-left:3px solid #d97706;padding-left:.6em;margin:.2em 0}
-.ckptlab .own{outline:1px solid var(--line)}
-@media (prefers-color-scheme:dark){.ckptlab b{color:#fb923c}}
-[data-jp-theme-light=true] .ckptlab b{color:#c2410c}
-[data-jp-theme-light=false] .ckptlab b{color:#fb923c}
+.ckptlab .matrix :is(td,th){padding:.05em .6em}
+.ckptlab .own{box-shadow:inset 0 0 0 1px color-mix(in srgb,currentColor 60%,transparent)}
 """
 
 
@@ -67,7 +65,7 @@ def _groups(about: Mapping[str, Any]) -> str:
 
 
 def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
-    columns = phrases.columns(lines, ckpt)
+    columns = phrases.columns(lines)
     header = [title for title, *_ in columns]
     rows = []
     for line in lines[:ROWS]:
@@ -76,7 +74,7 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
             [phrases.AXES.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)]
         )
     table = _table(header, rows, "".join(side for _, side, _ in columns), escaped=True)
-    said = [escape(text) for text in phrases.legend(lines, ckpt)]
+    said = [escape(text) for text in phrases.legend(columns, lines)]
     if len(lines) > ROWS:
         said.insert(0, f"… and {sum(line.count for line in lines[ROWS:]):,} more tensors")
     shown = " open" if len(lines) <= 30 else ""
@@ -111,7 +109,7 @@ def _moves(about: Mapping[str, Any]) -> str:
         for i, row in enumerate(matrix)
     )
     title = f"{name} from source rank (down) to target rank (across); what is framed stays where it is"
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table class=matrix><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<details open><summary>{title}</summary><div class=scroll>{table}</div></details>"
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckptlab.describe.fold import Line
-from ckptlab.describe.words import count, number_of, ranges, size, some
+from ckptlab.describe.fold import Line, usual_states
+from ckptlab.describe.words import count, elements, number_of, ranges, size, some
 from ckptlab.mesh import Mesh
-
-if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint
 
 About = Mapping[str, Any]
 AXES = re.compile(r"\b(tp|pp|dp|ep)\b")  # mesh axes within a line of notation
@@ -52,10 +49,9 @@ def extent(about: About) -> str:
         *([number_of(counts["buffers"], "buffer")] if counts["buffers"] else []),
     ]
     apart = f" ({', '.join(others)})" if others else ""
-    return (
-        f"{count(counts['parameters'])} parameters in {number_of(counts['tensors'], 'tensor')}{apart} · "
-        f"{number_of(files['count'], 'file')}, {size(files['bytes'])} on disk"
-    )
+    held = "not there any more" if files["bytes"] is None else f"{size(files['bytes'])} on disk"
+    tensors = number_of(counts["tensors"], "tensor")
+    return f"{count(counts['parameters'])} parameters in {tensors}{apart} · {number_of(files['count'], 'file')}, {held}"
 
 
 def states(about: About) -> list[list[str]]:
@@ -97,27 +93,28 @@ def client(about: About) -> str:
     return some(state["keys"], 12) + foreign
 
 
-def columns(lines: Sequence[Line], ckpt: Checkpoint) -> list[Column]:
+def columns(lines: Sequence[Line]) -> list[Column]:
     """The columns that have something to tell of these tensors."""
     shown: list[Column] = [("tensor", "l", lambda n: n.name), ("shape", "l", lambda n: n.shape)]
     if any(_cut(line) for line in lines):
         shown.append(("layout", "l", lambda n: n.layout))
     if any(line.stages != ((0,),) for line in lines):
         shown.append(("pp", "l", lambda n: n.pp))
-    if any(line.states(ckpt.states) != "all" for line in lines):
-        shown.append(("states", "l", lambda n: n.states(ckpt.states)))
+    usual = usual_states(lines)
+    if any(line.kind(usual) != "parameter" for line in lines):
+        shown.append(("kind", "l", lambda n: n.kind(usual)))
     if any(line.count > 1 for line in lines):
         shown.append(("", "r", lambda n: f"{n.count:,} ×" if n.count > 1 else ""))
-    return [*shown, ("elements", "r", lambda n: f"{n.elements:,}")]
+    return [*shown, ("elements", "r", lambda n: elements(n.elements))]
 
 
 def _cut(line: Line) -> bool:
     return AXES.search(line.tensor.layout.text) is not None
 
 
-def legend(lines: Sequence[Line], ckpt: Checkpoint) -> list[str]:
-    """What signs in the table mean, of those that are in it."""
-    shown = {title for title, *_ in columns(lines, ckpt)}
+def legend(shown_columns: Sequence[Column], lines: Sequence[Line]) -> list[str]:
+    """What signs in a table of these columns mean, of those that are in it."""
+    shown = {title for title, *_ in shown_columns}
     said = []
     if "layout" in shown and any(line.layout == "?" for line in lines):
         said.append("? nothing in the checkpoint says how this tensor is cut over tp")
@@ -163,8 +160,8 @@ def changes(about: About) -> list[list[str]]:
 def _dealt(stages: Sequence[Sequence[int]]) -> str:
     """`1–3 | 4–6`: the layers of each stage."""
     if len(stages) > 8:
-        sizes = sorted({len(s) for s in stages})
-        return f"{len(stages)} stages of {' or '.join(map(str, sizes))}"
+        sizes = {len(s) for s in stages}
+        return f"{len(stages)} stages of {ranges(sizes)} layers"
     return " | ".join(ranges(s) for s in stages)
 
 

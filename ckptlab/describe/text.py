@@ -13,9 +13,9 @@ from ckptlab.describe.words import figure, shorten, unit_of
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
 
-WIDTH = 96
+WIDTH = 100
 ROWS = 40  # lines of tensors in a summary
-NAMES = 36  # characters that a tensor's name gets, however wide the other columns are
+NAMES = 44  # characters that a tensor's name gets, however wide the other columns are
 RECEIVERS = 8  # target ranks that a large plan lists
 _KEY = 10  # the column of keys on the left
 
@@ -35,12 +35,12 @@ def summary_text(ckpt: Checkpoint, *, notices: bool = True, everything: bool = F
         ("notes", _listed(about["notices"] if notices else ())),
     ]
     lines = (unfolded if everything else fold)(ckpt.tensors.values())
-    table = _tensors(lines, ckpt, None if everything else ROWS)
+    table = _tensors(lines, None if everything else ROWS)
     return "\n".join([*blocks(found[:-1]), "", *table, *_spaced(blocks(found[-1:]))])
 
 
-def _tensors(lines: Sequence[Line], ckpt: Checkpoint, limit: int | None) -> list[str]:
-    columns = phrases.columns(lines, ckpt)
+def _tensors(lines: Sequence[Line], limit: int | None) -> list[str]:
+    columns = phrases.columns(lines)
     shown = lines[:limit]
     rows = [[title for title, *_ in columns], *([cell(line) for *_, cell in columns] for line in shown)]
     if limit is not None:
@@ -50,7 +50,7 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint, limit: int | None) -> list
     if len(lines) > len(shown):
         left = lines[len(shown) :]
         table.append(f"… and {sum(line.count for line in left):,} more tensors")
-    return [*table, *phrases.legend(lines, ckpt)]
+    return [*table, *phrases.legend(columns, lines)]
 
 
 def plan_text(reshape: Reshape, *, notices: bool = True) -> str:

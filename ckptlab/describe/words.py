@@ -11,7 +11,7 @@ _COUNTS = ("thousand", "million", "billion", "trillion")
 def size(nbytes: float) -> str:
     """Bytes in three figures: `6.46 kB`, `2.5 TB`."""
     if nbytes < 1000:
-        return f"{nbytes:.0f} bytes"
+        return f"{nbytes:.0f} bytes" if nbytes else "0"
     for unit in _SIZES:
         nbytes /= 1000
         if nbytes < 999.5 or unit == _SIZES[-1]:
@@ -43,6 +43,11 @@ def count(n: int) -> str:
             break
         rounded, word = rounded / 1000, unit
     return f"{n:,} ({rounded:.3g} {word})" if n >= 1_000_000 else f"{n:,}"
+
+
+def elements(n: int) -> str:
+    """`13,312`; from ten million on `43,159.4 M`: a column must not become too wide."""
+    return f"{n:,}" if n < 10_000_000 else f"{n / 1e6:,.1f} M"
 
 
 def number_of(n: int, thing: str) -> str:

@@ -29,6 +29,7 @@ from ckptlab.formats.deepspeed.read import (
     ENGINE_KEYS,
     Native,
     choose_layout,
+    layouts_are_told,
     trainable_shapes,
     universal_info,
     whole,
@@ -86,7 +87,7 @@ def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
     native = Native(
         folder,
         wrapper,
-        info,
+        layouts_are_told(info, strategy),
         _layers(folder, module, tensors),
         {k: common[k] for k in EXTRAS if k in common},
         not common.get("param_groups"),

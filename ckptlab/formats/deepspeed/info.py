@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ckptlab.catalog import Catalog, Tensor
-from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.pickles import Foreign, foreign
+from ckptlab.layout import cut_dim
 
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 
@@ -37,7 +35,7 @@ def adapt_config(config: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
     return adapted
 
 
-def adapt_client(model: dict[str, Any], own: UniversalInfo | None, target: Catalog, rank: int) -> dict[str, Any]:
+def adapt_client(model: dict[str, Any], told: bool, target: Catalog, rank: int) -> dict[str, Any]:
     """A model file's client state for the target's mesh: `args`, `checkpoint_info`, `universal_checkpoint_info`."""
     mesh = target.mesh
     padded = next((t.cut.shape[0] for t in target.tensors.values() if t.layout.padded), None)
@@ -56,47 +54,42 @@ def adapt_client(model: dict[str, Any], own: UniversalInfo | None, target: Catal
         model["args"] = args.with_attributes(**known)
     if isinstance(model.get("checkpoint_info"), dict) and padded and "padded_vocab_size" in model["checkpoint_info"]:
         model["checkpoint_info"] = {**model["checkpoint_info"], "padded_vocab_size": padded}
-    found = universal_info(model.get("universal_checkpoint_info"), own, target)
-    if found is not None:
+    if (found := universal_info(model.get("universal_checkpoint_info"), told, target)) is None:
+        model.pop("universal_checkpoint_info", None)
+    else:
         model["universal_checkpoint_info"] = found
     return model
 
 
-def universal_info(stored: Any, own: UniversalInfo | None, target: Catalog) -> dict[str, Any] | None:
-    """`universal_checkpoint_info` for the target; lists are made of layouts that did not come from it."""
+def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] | None:
+    """`universal_checkpoint_info` for the target.
+
+    told: the source's own lists said its layouts. Where they did not, lists are made of the layouts; where those cannot
+    be said in such lists there is None, so that nobody goes by wrong ones.
+    """
     info = dict(stored) if isinstance(stored, Mapping) else None
-    if target.mesh.tp > 1 and (own is None or not own.trusted):
-        info = {**(info or {"universal_checkpoint_version": 0.4}), **lists_from_layouts(target)}
+    if target.mesh.tp > 1 and not told:
+        lists = lists_from_layouts(target)
+        info = None if lists is None else {**(info or {"universal_checkpoint_version": 0.4}), **lists}
     if info is None:
         return None
     padded = [t for t in target.tensors.values() if t.layout.padded]
     if padded:
         info["padded_vocab_size"] = padded[0].cut.shape[0]
-    if info.get("sub_param_shard_widths"):
+    if widths := info.get("sub_param_shard_widths"):
         info["sub_param_shard_widths"] = {
-            pattern: _shard_widths(
-                next((t for t in target.tensors.values() if re.match(pattern, t.name)), None), widths
-            )
-            for pattern, widths in info["sub_param_shard_widths"].items()
+            p: [_spread(row, target.mesh.tp) for row in rows] for p, rows in widths.items()
         }
     return info
 
 
-def _shard_widths(tensor: Tensor | None, stored: Any) -> Any:
-    if tensor is None or not tensor.cut.axes:
-        return [[sum(row)] for row in stored] if tensor is not None else stored
-    dim = next(i for i, d in enumerate(tensor.cut.dims) if d.axes)
-    return widths(tensor, dim)
+def _spread(widths: Sequence[int], tp: int) -> list[int]:
+    """A sub-parameter's widths for another tp degree: even, as the target's layout cuts it."""
+    return list(widths) if len(widths) == tp else [sum(widths) // tp] * tp
 
 
-def widths(tensor: Tensor, dim: int) -> list[list[int]]:
-    """For each sub-parameter along a cut dim, its width on every tp rank."""
-    rows = [tensor.cut.rows(tensor.cut.coordinate({"tp": t}))[dim] for t in range(tensor.cut.mesh.tp)]
-    return np.stack([r[:, 2] for r in rows], axis=1).tolist()
-
-
-def lists_from_layouts(target: Catalog) -> dict[str, Any]:
-    """DeepSpeed's regex lists, one pattern a tensor, from the cuts of the target."""
+def lists_from_layouts(target: Catalog) -> dict[str, Any] | None:
+    """DeepSpeed's regex lists, one pattern a tensor, from the target's cuts; None if some cut cannot be said so."""
     lists: dict[str, Any] = {
         "tp_replicated_parameter_patterns": [],
         "parameter_with_row_parallelism_patterns": [],
@@ -108,26 +101,43 @@ def lists_from_layouts(target: Catalog) -> dict[str, Any]:
     }
     for tensor in target.tensors.values():
         pattern = f"{re.escape(tensor.name)}$"
-        cut = [i for i, d in enumerate(tensor.cut.dims) if d.axes]
+        dim = cut_dim(tensor.layout, "tp")
+        if dim is None:
+            averaged = tensor.layout.replicas == "mean"
+            lists["parameter_to_average_patterns" if averaged else "tp_replicated_parameter_patterns"].append(pattern)
+            continue
         if tensor.layout.padded:
             lists["vocabulary_parameter_patterns"].append(pattern)
             lists["original_vocab_size"] = tensor.shape[0]
-        elif not cut:
-            key = (
-                "parameter_to_average_patterns"
-                if tensor.layout.replicas == "mean"
-                else "tp_replicated_parameter_patterns"
-            )
-            lists[key].append(pattern)
-        elif len(tensor.cut.rows(tensor.cut.coordinate({"tp": 0}))[cut[0]]) > 1:
-            per_rank = widths(tensor, cut[0])
-            sizes = tuple(sum(row) for row in per_rank)
-            shape = tuple(sizes if i == cut[0] else n for i, n in enumerate(tensor.shape))
-            lists["parameter_with_sub_params"].append({"patterns": [pattern], "shape": shape, "partition_dim": cut[0]})
-            lists["sub_param_shard_widths"][pattern] = per_rank
-        elif cut[0] == 1:
+        widths = _widths(tensor, dim)
+        if widths is None:
+            return None
+        if len(widths) > 1:
+            sizes = tuple(sum(row) for row in widths)
+            shape = tuple(sizes if i == dim else n for i, n in enumerate(tensor.shape))
+            lists["parameter_with_sub_params"].append({"patterns": [pattern], "shape": shape, "partition_dim": dim})
+            lists["sub_param_shard_widths"][pattern] = widths
+        elif dim == 1:
             lists["parameter_with_row_parallelism_patterns"].append(pattern)
+        elif dim > 1:
+            return None
     return lists
+
+
+def _widths(tensor: Tensor, dim: int) -> list[list[int]] | None:
+    """For each sub-parameter along a cut dim its width on every tp rank; None if the dim is cut in another way."""
+    cut = tensor.cut
+    held = [cut.rows(cut.coordinate({"tp": t}))[dim].tolist() for t in range(cut.mesh.tp)]
+    spelled = [[(start + k * stride, n) for start, _, n, count, stride in rows for k in range(count)] for rows in held]
+    if len({len(rows) for rows in spelled}) > 1:
+        return None
+    end = 0
+    for part in zip(*spelled, strict=True):  # rank after rank, part after part, without a gap
+        for start, width in part:
+            if start != end:
+                return None
+            end += width
+    return [[width for _, width in part] for part in zip(*spelled, strict=True)] if end == cut.shape[dim] else None
 
 
 def loss_scaler(dynamic: bool) -> Foreign:

@@ -50,12 +50,13 @@ class Native:
     """What a DeepSpeed writer needs of its source beyond the catalog.
 
     `folder` holds the parsed model files (of a universal folder too: its `mesh` is the one that the run trained on);
+    `told`: the layouts are those of its universal_checkpoint_info;
     `extras`, `elastic` and `round_robin` are those of `OptimizerFiles`.
     """
 
     folder: StepFolder
     wrapper: Wrapper
-    info: UniversalInfo | None
+    told: bool
     module: ModuleWeights
     extras: Mapping[str, Any]
     elastic: bool
@@ -104,7 +105,13 @@ def read_native(path: str, strategy: Strategy | None = None) -> Catalog:
         pieces={(name, MODULE): by_rank for name, by_rank in module.pieces.items()},
         client={k: v for k, v in folder.models[0, 0].items() if k not in ENGINE_KEYS},
         native=Native(
-            folder, optimizer.wrapper, info, module, optimizer.extras, optimizer.elastic, optimizer.round_robin
+            folder,
+            optimizer.wrapper,
+            layouts_are_told(info, strategy),
+            module,
+            optimizer.extras,
+            optimizer.elastic,
+            optimizer.round_robin,
         ),
         notices=(*folder.notices, *optimizer.notices, *notices),
         files=folder.files,
@@ -124,6 +131,11 @@ def trainable_shapes(folder: StepFolder) -> dict[Rank, dict[str, Shape]]:
         stored = [stored] if isinstance(stored, Mapping) else stored
         shapes[rank] = {n: tuple(int(k) for k in s) for group in stored for n, s in group.items()}
     return shapes
+
+
+def layouts_are_told(info: UniversalInfo | None, strategy: Strategy | None) -> bool:
+    """The checkpoint itself says its layouts, and no strategy overrules it."""
+    return info is not None and info.trusted and strategy is None
 
 
 def _refuse_unsupported(folder: StepFolder, info: UniversalInfo | None, strategy: Strategy | None) -> None:

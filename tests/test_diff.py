@@ -1,0 +1,205 @@
+"""A single changed element is found and located, whatever format and mesh; what is the same is called the same."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from compare import GPT, ZERO2, ZERO3
+from safetensors.numpy import save_file
+
+import ckptlab
+from ckptlab import analysis, diff
+from ckptlab.analysis import Compared, OnlyIn, Setting
+from ckptlab.catalog import Catalog
+from ckptlab.checkpoint import save_weights
+from ckptlab.errors import CheckpointError
+from ckptlab.formats import read
+from ckptlab.mesh import Mesh
+
+DENSE = "3.self_attention.dense.weight"  # "out (tp in)": element [5, 13] is [5, 5] of tp rank 1's (16, 8)
+
+
+def copy(case: Path, to: Path) -> Path:
+    return Path(shutil.copytree(case / "global_step3", to / case.name))
+
+
+def poke(catalog: Catalog, name: str, state: str, tp: int, element: int, value: float) -> None:
+    """Change one element of the shard of a tp rank, in its file."""
+    stage = catalog.holders(name, state)[0]
+    for fragment in catalog.fragments(name, state, stage, tp):
+        if fragment.start <= element < fragment.start + fragment.count:
+            stored = fragment.stored
+            with open(stored.path, "r+b") as f:
+                f.seek(stored.offset + (element - fragment.start) * stored.dtype.itemsize)
+                f.write(np.array(value, stored.dtype).tobytes())
+
+
+@pytest.fixture
+def poked(tmp_path: Path) -> Path:
+    """The GPT checkpoint with one element of one moment of one tensor changed."""
+    folder = copy(GPT, tmp_path)
+    poke(read(folder), DENSE, "exp_avg_sq", 1, 5 * 8 + 5, 0.25)
+    return folder
+
+
+def test_a_checkpoint_and_itself() -> None:
+    found = diff(GPT, GPT)
+    assert found.equal
+    assert found.compared == tuple(Compared(s, 52, 14_960, 0) for s in ("fp32", "exp_avg", "exp_avg_sq", "module"))
+
+
+def test_native_and_universal_are_equal_in_what_both_have() -> None:
+    found = diff(GPT, GPT / "universal")
+    assert found.equal
+    assert [c.state for c in found.compared] == ["fp32", "exp_avg", "exp_avg_sq"]
+    (missing,) = found.states_only_a
+    assert (missing.state, len(missing.tensors), missing.everywhere) == ("module", 52, True)
+    assert found.states_only_b == ()
+    assert "only in A" in repr(found)
+    assert diff(GPT / "universal", GPT).states_only_b == (missing,)
+
+
+@pytest.mark.parametrize("window", [1, 7, 1 << 20])
+@pytest.mark.parametrize("other", [GPT, GPT / "universal"], ids=["native", "universal"])
+def test_one_changed_element_is_found_and_located(
+    poked: Path, other: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis, "WINDOW", window)
+    found = diff(other, poked, states=["exp_avg_sq"])
+    assert not found.equal
+    (one,) = found.differences
+    assert (one.name, one.state, one.count, one.elements, one.at) == (DENSE, "exp_avg_sq", 1, 256, (5, 13))
+    assert one.b == 0.25
+    assert one.max_abs == abs(one.a - 0.25)
+    assert one.max_rel == pytest.approx(one.max_abs / 0.25)
+    assert found.compared == (Compared("exp_avg_sq", 52, 14_960, 1),)
+    assert DENSE in repr(found)
+    assert "[5, 13]" in repr(found)
+
+
+def test_all_other_states_are_still_equal(poked: Path) -> None:
+    found = diff(GPT, poked)
+    assert {c.state: c.differ for c in found.compared} == {"fp32": 0, "exp_avg": 0, "exp_avg_sq": 1, "module": 0}
+    assert diff(GPT, poked, states=["fp32", "exp_avg", "module"]).equal
+
+
+def test_across_meshes_too(poked: Path, tmp_path: Path) -> None:
+    read_again = ckptlab.open(poked).reshape(Mesh(tp=4, dp=3))
+    read_again.save(tmp_path / "out" / "step")
+    (one,) = diff(GPT, tmp_path / "out").differences
+    assert (one.name, one.at) == (DENSE, (5, 13))
+    assert diff(poked, tmp_path / "out").equal
+
+
+def test_the_largest_difference_is_the_one_that_is_located(tmp_path: Path) -> None:
+    folder = copy(ZERO2, tmp_path)
+    catalog = read(folder)
+    for element, value in ((3, 1.0), (500, -9.0), (700, 2.0)):
+        poke(catalog, "wte.weight", "fp32", 0, element, value)
+    (one,) = diff(ZERO2, folder).differences
+    assert (one.count, one.at, one.b) == (3, np.unravel_index(500, (61, 15)), -9.0)
+
+
+@pytest.mark.parametrize(("value", "equal"), [(math.nan, False), (math.inf, False), (-0.0, False), (0.0, True)])
+def test_values_that_compare_oddly(value: float, equal: bool, tmp_path: Path) -> None:
+    a, b = copy(ZERO2, tmp_path / "a"), copy(ZERO2, tmp_path / "b")
+    poke(read(a), "gains", "exp_avg", 0, 2, 0.0)
+    poke(read(b), "gains", "exp_avg", 0, 2, value)
+    found = diff(a, b)
+    assert found.equal is equal
+    if not equal:
+        (one,) = found.differences
+        assert one.max_abs == (0.0 if value == 0 else math.inf)
+        assert (one.count, one.at) == (1, (2,))
+    assert diff(b, b).equal, "bitwise the same, NaN or not"
+    assert found.to_dict()["equal"] is equal
+
+
+def test_exported_weights_are_equal_under_every_alias(tmp_path: Path) -> None:
+    for case, states in ((ZERO2, ["fp32"]), (ZERO3, ["fp32"])):
+        out = tmp_path / case.name
+        save_weights(read(case), out)
+        found = diff(case, out)
+        assert found.equal
+        assert [c.state for c in found.compared][: len(states)] == states
+        assert (found.only_a, found.only_b) == ((), ())
+        assert {m.state for m in found.states_only_a} >= {"exp_avg", "exp_avg_sq"}
+
+
+def test_a_state_that_some_tensors_lack_is_told_with_their_names(tmp_path: Path) -> None:
+    catalog = read(ZERO2)
+    lacking = {
+        n: replace(t, states={s: d for s, d in t.states.items() if (n, s) != ("gains", "exp_avg")})
+        for n, t in catalog.tensors.items()
+    }
+    found = diff(catalog, replace(catalog, tensors=lacking))
+    assert found.equal
+    assert found.states_only_a == (OnlyIn("exp_avg", ("gains",), False),)
+    assert "only in A: gains" in repr(found)
+
+
+def test_tensors_on_one_side_and_other_shapes_are_differences() -> None:
+    catalog = read(GPT)
+    tensors = {n: t for n, t in catalog.tensors.items() if n != DENSE}
+    without = replace(catalog, tensors=tensors)
+    assert (diff(catalog, without).only_a, diff(without, catalog).only_b) == ((DENSE,), (DENSE,))
+    assert not diff(catalog, without).equal
+    other = diff(GPT, ZERO2)
+    assert not other.equal
+    assert len(other.only_a) == 52
+    reshaped = {**tensors, DENSE: replace(catalog.tensors[DENSE], shape=(8, 32))}
+    assert diff(catalog, replace(catalog, tensors=reshaped)).shapes == ((DENSE, (16, 16), (8, 32)),)
+
+
+def test_another_dtype_is_a_difference_even_of_equal_values(tmp_path: Path) -> None:
+    exact = np.arange(8, dtype=np.float32)
+    for name, array in (("a", exact.astype(ml_dtypes.bfloat16)), ("b", exact.astype(np.float16))):
+        save_file({"w": array}, tmp_path / f"{name}.safetensors")
+    found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    (one,) = found.differences
+    assert (one.count, one.dtypes) == (0, ("bfloat16", "float16"))
+    assert found.to_dict()["differences"][0]["reason"] == "dtype"
+    assert not found.equal
+
+
+def test_hyperparameters_and_steps_are_compared() -> None:
+    catalog = read(GPT)
+    first, second = catalog.groups
+    changed = replace(first, options={**first.options, "lr": 0.5, "betas": [0.9, 0.95]}, scalars={"step": 4})
+    found = diff(catalog, replace(catalog, groups=(changed, second)))
+    assert found.settings == (Setting("decay", "step", 3.0, 4), Setting("decay", "lr", 0.01, 0.5))
+    assert not found.equal
+    assert "lr" in repr(found)
+    later = replace(catalog, client={**catalog.client, "iteration": 7})
+    assert diff(catalog, later).settings == (Setting("training", "step", 3, 7),)
+
+
+def test_nothing_to_compare_is_an_error(tmp_path: Path) -> None:
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    save_file({"w": np.ones(3, np.float16)}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="nothing to compare"):
+        diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="no state 'fp23'"):
+        diff(GPT, GPT, states=["fp23"])
+
+
+def test_memory_stays_near_one_window(tmp_path: Path) -> None:
+    import tracemalloc
+
+    array = np.zeros(1 << 24, np.float32)  # 64 MiB
+    save_file({"w": array}, tmp_path / "a.safetensors")
+    array[-1] = 1
+    save_file({"w": array}, tmp_path / "b.safetensors")
+    del array
+    tracemalloc.start()
+    (one,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").differences
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert one.at == ((1 << 24) - 1,)
+    assert peak < 16 << 20

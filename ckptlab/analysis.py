@@ -80,10 +80,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Diff:
-    """What `diff` found. `a` and `b` are the paths; differences come in the order of the tensors of a."""
+    """What `diff` found. `a` and `b` are the paths, `tensors` how many were compared in some state; differences come in
+    the order of the tensors of a."""
 
     a: str
     b: str
+    tensors: int
     compared: tuple[Compared, ...]
     differences: tuple[Difference, ...]
     only_a: tuple[str, ...] = ()
@@ -145,7 +147,8 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
     return Diff(
         left.path,
         right.path,
-        tuple(Compared(s, tensors[s], elements[s], differ[s]) for s in tensors),
+        len({ta.name for ta, _, _ in todo}),
+        tuple(Compared(s, tensors[s], elements[s], differ[s]) for s in left.states if s in tensors),
         tuple(differences),
         only_a,
         only_b,

@@ -50,3 +50,10 @@ class MismatchError(CheckpointError, ValueError):
 
 class DescriptorError(CheckpointError, RuntimeError):
     """Model files that contradict each other about the mesh: a RuntimeError in DeepSpeed."""
+
+
+class UnknownNameError(CheckpointError, KeyError):
+    """A name that a mapping of tensors does not have: a KeyError for whoever treats it as a dict."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError's own is in quotes

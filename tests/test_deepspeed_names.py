@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -134,13 +135,13 @@ def test_merge_says_where_states_do_not_fit(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_states_are_tensors_that_may_be_written_to(tmp_path: Path) -> None:
-    checkpoint = ds.DeepSpeedCheckpoint(GPT)
-    before = Path(checkpoint.get_embedding_files(0)[0]).read_bytes()
-    weight = checkpoint.get_embedding_state(0)["word_embeddings.weight"]
+    path = shutil.copy(ds.DeepSpeedCheckpoint(GPT).get_embedding_files(0)[0], tmp_path)
+    before = Path(path).read_bytes()
+    weight = load(path)["word_embeddings.weight"]
     assert weight.dtype == torch.bfloat16
     weight.zero_()
-    assert Path(checkpoint.get_embedding_files(0)[0]).read_bytes() == before
-    assert checkpoint.get_embedding_state(0)["word_embeddings.weight"].any()
+    assert Path(path).read_bytes() == before
+    assert load(path)["word_embeddings.weight"].any()
 
 
 def test_a_file_that_was_cut_since_is_refused(tmp_path: Path) -> None:
@@ -342,6 +343,25 @@ def test_sub_parameters_are_cut_each_on_its_own(tmp_path: Path) -> None:
         ds.enable_universal_checkpoint([parameter])
         assert parameter.load_hp_checkpoint_state(str(tmp_path), rank, 2) is None
         assert torch.equal(parameter.data, torch.cat([part.chunk(2)[rank] for part in parts]))
+
+
+def test_equal_sub_parameters_are_cut_each_on_its_own(tmp_path: Path) -> None:
+    whole = torch.arange(48.0).view(8, 6)
+    torch.save({"param": whole, "cat_dim": 0, "param_n_sub_params": 2}, tmp_path / "fp32.pt")
+    for rank in range(2):
+        parameter: Any = torch.nn.Parameter(torch.zeros(4, 6))
+        ds.enable_universal_checkpoint([parameter])
+        parameter.load_hp_checkpoint_state(str(tmp_path), rank, 2)
+        assert torch.equal(parameter.data, torch.cat([half.chunk(2)[rank] for half in whole.chunk(2)]))
+
+
+def test_an_expert_rank_loads_its_experts(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(4, 3, 2)
+    torch.save({"param": whole, "is_expert_param": True, "ep_num_experts": 4}, tmp_path / "fp32.pt")
+    parameter: Any = torch.nn.Parameter(torch.zeros(2, 3, 2))
+    ds.enable_universal_checkpoint([parameter])
+    parameter.load_hp_checkpoint_state(str(tmp_path), 0, 1, ep_rank=1, ep_size=2)
+    assert torch.equal(parameter.data, whole[2:])
 
 
 def test_what_does_not_fit_a_parameter_is_refused() -> None:

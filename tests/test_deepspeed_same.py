@@ -19,16 +19,37 @@ from real_deepspeed import DATA, make_case, requires_deepspeed
 from safetensors.torch import load_file
 
 from ckptlab import deepspeed as ds
+from ckptlab.deepspeed import zero_to_fp32
 from ckptlab.errors import CkptlabError
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 GPT = str(DATA / "gpt_tp2_pp2_dp2" / "global_step3")
-LISTED = """file_list layer_files mp_rank_files layer_keys layer_count tp_degree pp_degree dp_degree world_size
-    original_world_size pp_to_transformer_map transformer_file_map tp_to_embedding_map tp_to_final_norm_map""".split()
-PRINTERS = """show_2d_mapping show_tp_embedding_map show_tp_final_norm_map show_pp_transformer_map
-    show_transformer_file_map validate_files""".split()
+LISTED = (
+    "file_list",
+    "layer_files",
+    "mp_rank_files",
+    "layer_keys",
+    "layer_count",
+    "tp_degree",
+    "pp_degree",
+    "dp_degree",
+    "world_size",
+    "original_world_size",
+    "pp_to_transformer_map",
+    "transformer_file_map",
+    "tp_to_embedding_map",
+    "tp_to_final_norm_map",
+)
+PRINTERS = (
+    "show_2d_mapping",
+    "show_tp_embedding_map",
+    "show_tp_final_norm_map",
+    "show_pp_transformer_map",
+    "show_transformer_file_map",
+    "validate_files",
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +85,7 @@ def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
         if not isinstance(ours, type(theirs) if isinstance(theirs, list) else tuple) or len(theirs) != len(ours):
             return [path]
         return [d for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) for d in differences(a, b, f"{path}/{i}")]
-    if hasattr(theirs, "__dict__") and not callable(theirs):
+    if hasattr(theirs, "__dict__") and not callable(theirs) and not isinstance(theirs, int):
         attributes = getattr(ours, "attributes", None) or vars(ours)
         return [d for key, one in vars(theirs).items() for d in differences(one, attributes[key], f"{path}.{key}")]
     return [] if theirs == ours else [path]
@@ -131,13 +152,13 @@ def test_2d_maps_for_every_degree_up_to_8(real: ModuleType, capsys: pytest.Captu
             assert capsys.readouterr().out == printed
             answered += 1
         capsys.readouterr()
-    assert answered > 500
+    assert answered > 400
 
 
 def test_3d_maps_for_every_degree_up_to_8(real: ModuleType) -> None:
     answered = 0
-    for source in itertools.product((1, 2, 3, 4, 6, 8), repeat=3):
-        divisors = [[d for d in range(1, degree + 1) if degree % d == 0 or degree < 5] for degree in source]
+    for source in itertools.product(range(1, 9), repeat=3):
+        divisors = [[d for d in range(1, degree + 1) if degree % d == 0] for degree in source]
         for target in itertools.product(*divisors):
             theirs = outcome(lambda s=source, t=target: real.model_3d_desc(*s).reshape(real.model_3d_desc(*t)))
             ours = ds.model_3d_desc(*source).reshape(ds.model_3d_desc(*target))
@@ -255,6 +276,22 @@ def test_printed_forms(real: ModuleType, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("strip", [True, False])
+def test_zero_states_with_padding(real: ModuleType, dp: int, strip: bool) -> None:
+    folder = str(DATA / "plain_zero2_dp2" / "global_step3")
+    theirs, ours = real.ZeROCheckpoint(folder), ds.ZeROCheckpoint(folder)
+    theirs.reshape(real.model_3d_desc(1, 1, dp))
+    ours.reshape(ds.model_3d_desc(1, 1, dp))
+    for d in range(dp):
+        rank = {"pp_index": 0, "tp_index": 0, "dp_index": d, "strip_tensor_paddings": strip}
+        a, b = theirs.get_state_for_rank(**rank), ours.get_state_for_rank(**rank, keys_to_ignore=["ds_config"])
+        assert "ds_config" in a
+        assert "ds_config" not in b
+        a.pop("ds_config")
+        assert differences(a, b) == []
+
+
 @requires_deepspeed
 @pytest.mark.parametrize(
     ("case", "wrong"),
@@ -313,3 +350,15 @@ def test_parameters_load_the_same_from_a_universal_folder(real: ModuleType) -> N
                 loaded.append({"step": step, "fp32": memory, **parameter._hp_mapping.optim_fragment})
             assert differences(*loaded) == []
             assert loaded[1]["fp32"].any()
+
+
+@pytest.mark.parametrize("case", ["plain_zero2_dp2", "plain_zero3_dp2"])
+def test_consolidated_weights_are_the_same(real: ModuleType, case: str, tmp_path: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(str(DATA / case), str(tmp_path / "out"))
+    ours = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(DATA / case))
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value.float()), name

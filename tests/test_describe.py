@@ -251,9 +251,9 @@ def test_html_of_ten_thousand_tensors_takes_a_tenth_of_a_second(folds: bool) -> 
     ckpt = made_of(*(tensor(name.format(i)) for i in range(10_000)))
     took, page = [], ""
     for _ in range(7):
-        began = time.perf_counter()
+        began = time.process_time()  # of this process: others may be busy
         page = summary_html(ckpt)
-        took.append(time.perf_counter() - began)
+        took.append(time.process_time() - began)
     assert min(took) < 0.1
     assert len(page) < 100_000
 

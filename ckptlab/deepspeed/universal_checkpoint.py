@@ -83,7 +83,8 @@ class HpMapping:
 def enable_universal_checkpoint(param_list: Iterable[torch.nn.Parameter] | torch.nn.Module) -> None:
     """Give each parameter (of a list, or of a module) a method `load_hp_checkpoint_state`: see the function of that
     name."""
-    for parameter in getattr(param_list, "parameters", lambda: param_list)():
+    listed: Any = param_list  # a parameter of torch's does not declare the method
+    for parameter in getattr(listed, "parameters", lambda: listed)():
         parameter.load_hp_checkpoint_state = MethodType(load_hp_checkpoint_state, parameter)
 
 

@@ -16,11 +16,17 @@ ROWS = 20  # differences that are listed
 
 
 def to_dict(diff: Diff) -> dict[str, Any]:
-    """Plain values, as `ckptlab diff --json` prints them; what is infinite or NaN is text."""
+    """Plain values, as `ckptlab diff --json` prints them; what is infinite or NaN is text.
+
+    Keys: equal, a, b (paths), tensors (compared), compared [{state, tensors, elements, differ}], differences [{name,
+    state, dtypes, elements, count, max_abs, max_rel, at, a, b, reason}], only_a, only_b (names), shapes [{name, a, b}],
+    states_only_a, states_only_b [{state, tensors, everywhere}], settings [{where, key, a, b}].
+    """
     return {
         "equal": diff.equal,
         "a": diff.a,
         "b": diff.b,
+        "tensors": diff.tensors,
         "compared": [vars(c) for c in diff.compared],
         "differences": [plain({**vars(d), "reason": _reason(d)}) for d in diff.differences],
         "only_a": list(diff.only_a),
@@ -54,8 +60,7 @@ def diff_text(diff: Diff) -> str:
 def _verdict(diff: Diff) -> str:
     if diff.equal:
         states = ", ".join(c.state for c in diff.compared)
-        tensors = max((c.tensors for c in diff.compared), default=0)
-        return f"equal: {number_of(tensors, 'tensor')}, bit for bit, in every state that both have ({states})"
+        return f"equal: {number_of(diff.tensors, 'tensor')}, bit for bit, in every state that both have ({states})"
     names = len(dict.fromkeys(d.name for d in diff.differences))
     said = [f"{number_of(names, 'tensor')} with other values"] if names else []
     missing = len(diff.only_a) + len(diff.only_b)

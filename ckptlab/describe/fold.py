@@ -61,7 +61,7 @@ def fold(tensors: Iterable[Tensor]) -> list[Line]:
     for tensor in tensors:
         parts = tensor.name.split(".")
         numbers = [int(p) for p in parts if p.isdecimal()]
-        pattern = tuple("" if p.isdecimal() else p for p in parts)
+        pattern = tuple(["" if p.isdecimal() else p for p in parts]) if numbers else (tensor.name,)
         layout = tensor.layout
         alike = (layout.text, layout.padded, layout.sizes, layout.replicas, tensor.layout_known, tensor.kind)
         key = (pattern, tensor.shape, tuple(tensor.states.items()), *alike)

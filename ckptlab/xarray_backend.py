@@ -1,0 +1,96 @@
+"""xarray's engine "deepspeed": the views of a checkpoint for those who live in xarray. An entry point names it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import xarray as xr
+from xarray.backends import BackendEntrypoint
+
+from ckptlab import strategy as strategies
+from ckptlab import views
+from ckptlab.catalog import Catalog
+from ckptlab.errors import CheckpointError, UnknownNameError
+from ckptlab.formats import read
+from ckptlab.formats.locate import at
+
+VIEWS = ("full", "shards", "buffers")
+
+
+class DeepSpeedBackend(BackendEntrypoint):
+    """Opens the folders that `ckptlab.open` opens: `xarray.open_datatree(path, engine="deepspeed", view="shards")`."""
+
+    description = "Checkpoints of 3D-parallel training runs (DeepSpeed's, universal, safetensors) with ckptlab"
+    open_dataset_parameters = ("filename_or_obj", "drop_variables", "tensor", "view", "strategy")
+    supports_groups = True
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        """Whether it is a checkpoint's folder, or one whose `latest` points to it; folders below are not searched."""
+        if not isinstance(filename_or_obj, str | os.PathLike) or not os.path.isdir(filename_or_obj):
+            return False
+        try:
+            return at(os.path.abspath(filename_or_obj)) is not None
+        except CheckpointError:
+            return False
+
+    def open_datatree(
+        self,
+        filename_or_obj: Any,
+        *,
+        drop_variables: str | Iterable[str] | None = None,
+        view: str = "full",
+        strategy: Any = None,
+    ) -> xr.DataTree:
+        """A whole view: "full", "shards" or "buffers".
+
+        drop_variables: states to leave out. strategy: as for `ckptlab.open`.
+        """
+        source = _read(filename_or_obj, view, strategy)
+        if view == "buffers":
+            dropped = _names(drop_variables)
+            return views.buffers(source, source).map_over_datasets(lambda ds: ds.drop_vars(dropped, errors="ignore"))
+        states = _kept(source, drop_variables)
+        return views.full(source, states) if view == "full" else views.shards(source, source, states)
+
+    def open_groups_as_dict(self, filename_or_obj: Any, **options: Any) -> dict[str, xr.Dataset]:
+        """The nodes of `open_datatree` by path."""
+        return self.open_datatree(filename_or_obj, **options).to_dict()
+
+    def open_dataset(
+        self,
+        filename_or_obj: Any,
+        *,
+        drop_variables: str | Iterable[str] | None = None,
+        tensor: str | None = None,
+        view: str = "full",
+        strategy: Any = None,
+    ) -> xr.Dataset:
+        """One node of a view: a tensor by the model's name, a stack of layers or a flat buffer by its node's.
+
+        UnknownNameError, with the nearest names, if there is none.
+        """
+        source = _read(filename_or_obj, view, strategy)
+        if tensor is None:
+            first = ", ".join(list(source.tensors)[:3])
+            raise UnknownNameError(
+                f"{source.path}: holds {len(source.tensors)} tensors ({first}, …), one Dataset holds one: give "
+                "tensor=, or use open_datatree for all"
+            )
+        found = views.dataset(view, source, tensor, _kept(source, drop_variables) if view != "buffers" else None)
+        return found.drop_vars(_names(drop_variables), errors="ignore")
+
+
+def _read(path: Any, view: str, strategy: Any) -> Catalog:
+    if view not in VIEWS:
+        raise CheckpointError(f"{os.fspath(path)}: no view {view!r}: expected one of {', '.join(VIEWS)}")
+    return read(path, strategies.resolve(strategy))
+
+
+def _names(names: str | Iterable[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _kept(source: Catalog, dropped: str | Iterable[str] | None) -> Sequence[str]:
+    return [state for state in source.states if state not in _names(dropped)]

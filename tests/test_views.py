@@ -1,0 +1,503 @@
+"""The labelled views: what they hold is the truth, what they read is what was asked for."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+import numpy as np
+import pytest
+import xarray as xr
+from compare import GPT, ZERO2, ZERO3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from test_gather import cut, store
+
+from ckptlab import views
+from ckptlab.arrays import Gather
+from ckptlab.arrays.lazy import Gathered, Padded, Stacked, variable
+from ckptlab.catalog import Catalog, Fragment, ParameterGroup, Tensor
+from ckptlab.checkpoint import Reshape
+from ckptlab.errors import CheckpointError, UnknownNameError
+from ckptlab.formats import read
+from ckptlab.layout import Cut, Layout
+from ckptlab.mesh import Mesh
+from ckptlab.stacks import stacks
+from ckptlab.stored import Stored
+
+EMBEDDING = "tied_modules.embed.word_embeddings.weight"
+POSITIONS = "tied_modules.embed.position_embeddings.weight"
+QKV = "self_attention.query_key_value.weight"
+
+
+@pytest.fixture(scope="module")
+def gpt() -> Catalog:
+    return read(GPT)
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, np.ndarray]:
+    return load_file(GPT / "truth.safetensors")
+
+
+@pytest.fixture
+def boxes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """(tensor, sizes) of every box that is gathered."""
+    seen = []
+    real = Gather.box
+
+    def box(self: Gather, cut: Cut, at: Any, starts: Any, sizes: Any) -> np.ndarray:
+        seen.append((self.name, tuple(sizes)))
+        return real(self, cut, at, starts, sizes)
+
+    monkeypatch.setattr(Gather, "box", box)
+    return seen
+
+
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Stored) -> np.ndarray:
+        raise AssertionError(f"{self.path} is read")
+
+    monkeypatch.setattr(Stored, "map", refuse)
+
+
+def bits(array: xr.DataArray) -> bytes:
+    """As stored: what is shown in a wider dtype is taken back to its own."""
+    return array.values.astype(array.attrs.get("stored_dtype", array.dtype)).tobytes()
+
+
+# -------------------------------------------------------------------------------- full
+
+
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+def test_by_name_every_state_is_the_truth(case: Path) -> None:
+    catalog = read(case)
+    found = {s: views.full_by_name(catalog, s) for s in catalog.states}
+    checked = 0
+    for key, expected in load_file(case / "truth.safetensors").items():
+        state, name = key.split("/", 1)
+        state = "module" if state in ("frozen", "buffer") else state
+        if name not in found.get(state, ()):
+            assert case == ZERO3  # which stores no module weights of its parameters
+            assert state == "module"
+            continue
+        array = found[state][name]
+        assert (array.shape, bits(array)) == (expected.shape, expected.tobytes()), key
+        assert (array.name, array.dims) == (name, catalog[name].dims)
+        checked += 1
+    assert checked > 100
+
+
+def test_layers_stand_in_one_node_with_their_stages(gpt: Catalog, truth: dict[str, np.ndarray]) -> None:
+    tree = views.full(gpt)
+    assert len(tree.children) == 16  # 2 embeddings, 12 tensors of a layer, weight and bias of the last norm
+    node = tree[QKV]
+    assert node.dims == {"layer": 4, "out": 48, "in": 16}
+    assert node["layer"].values.tolist() == [2, 3, 4, 5]
+    assert node["pp"].values.tolist() == [0, 0, 1, 1]
+    assert (tree["6.weight"].dims, int(tree["6.weight"]["pp"])) == ({"out": 16}, 1)
+    assert node.attrs == {
+        "name": f"{{layer}}.{QKV}",
+        "kind": "parameter",
+        "layout": "(tp out) in",
+        "group": "decay",
+    }
+    for layer in range(2, 6):
+        for state in gpt.states:
+            assert bits(node[state].sel(layer=layer)) == truth[f"{state}/{layer}.{QKV}"].tobytes()
+    assert tree[EMBEDDING].fp32.shape == (101, 16)
+
+
+def test_a_curve_over_depth_in_one_line(gpt: Catalog, truth: dict[str, np.ndarray]) -> None:
+    curve = views.full(gpt, ["fp32", "module"]).std(["out", "in"])[QKV]
+    for state in ("fp32", "module"):
+        expected = [truth[f"{state}/{layer}.{QKV}"].astype(float).std() for layer in range(2, 6)]
+        np.testing.assert_allclose(curve[state], expected, rtol=1e-5)
+
+
+def test_states_are_chosen_and_aliases_found(gpt: Catalog) -> None:
+    assert set(views.full(gpt, ["exp_avg"])[QKV].data_vars) == {"exp_avg"}
+    tied = read(ZERO2)
+    by_name = views.full_by_name(tied, "fp32")
+    assert by_name["lm_head.weight"].identical(by_name["wte.weight"])
+    assert "lm_head.weight" in by_name
+    assert by_name.get("nothing") is None
+    with pytest.raises(UnknownNameError, match=r"did you mean wte\.weight"):
+        by_name["wte.wight"]
+    frozen = next(t.name for t in tied.tensors.values() if t.kind == "frozen")
+    assert frozen not in by_name
+    with pytest.raises(KeyError, match="it has module"):
+        by_name[frozen]
+    assert list(views.full_by_name(tied)[frozen].data_vars) == ["module"]
+
+
+def test_stacks_keep_apart_what_is_not_alike() -> None:
+    def tensor(name: str, shape: tuple[int, ...] = (4, 2), **fields: Any) -> Tensor:
+        layout = Layout("out in")
+        states = {"fp32": np.dtype(np.float32)}
+        return replace(Tensor(name, shape, layout, layout.resolve(shape, Mesh()), "parameter", states, 0), **fields)
+
+    found = stacks(
+        [
+            tensor("a.0.w"),
+            tensor("a.10.w"),
+            tensor("a.2.w"),
+            tensor("a.3.w", (6, 2)),
+            tensor("a.4.w", (6, 2)),
+            tensor("a.5.w", kind="frozen"),
+            tensor("b.0.e.0.w"),
+            tensor("b.0.e.1.w"),
+            tensor("b.1.e.0.w"),
+            tensor("b.1.e.1.w"),
+            tensor("c.0.w", stages=(0, 1)),
+            tensor("c.1.w", stages=(0, 1)),
+            tensor("7"),
+            tensor("8"),
+            tensor("d.01.w"),
+            tensor("d.1.w"),
+        ]
+    )
+    assert [(s.name, s.numbers) for s in found] == [
+        ("a.w[0…]", (0, 2, 10)),
+        ("a.w[3…]", (3, 4)),
+        ("a.5.w", None),
+        ("b.e.0.w", (0, 1)),
+        ("b.e.1.w", (0, 1)),
+        *((name, None) for name in ("c.0.w", "c.1.w", "7", "8", "d.01.w", "d.1.w")),
+    ]
+
+
+# -------------------------------------------------------------------------------- what is read
+
+
+def test_opening_selecting_and_drawing_read_nothing(gpt: Catalog, no_reading: None) -> None:
+    for tree in (views.full(gpt), views.shards(gpt, gpt), views.buffers(gpt, gpt)):
+        repr(tree)
+        tree._repr_html_()
+        again = pickle.loads(pickle.dumps(tree))
+        for node in again.subtree:
+            for array in node.data_vars.values():
+                if not array.name.endswith("_numel"):
+                    some = {dim: [0] for dim in array.dims[1:]}
+                    repr(array.transpose().isel(dict.fromkeys(array.dims[:1], 0)).isel(some))
+        with pytest.raises(AssertionError, match="is read"):
+            next(n for n in again.leaves).load()
+
+
+def test_a_layer_and_rows_are_read_alone(gpt: Catalog, boxes: list[Any]) -> None:
+    node = views.full(gpt)[QKV]
+    node.fp32.sel(layer=3).load()
+    assert boxes == [(f"3.{QKV}", (48, 16))]
+    boxes.clear()
+    node.fp32.isel(layer=[3, 0], out=slice(5, 9)).transpose("in", "out", "layer").load()
+    assert sorted(boxes) == [(f"2.{QKV}", (4, 16)), (f"5.{QKV}", (4, 16))]
+    boxes.clear()
+    views.shards(gpt, gpt)[QKV].fp32.sel(tp=1, layer=4, drop=True).load()
+    assert boxes == [(f"4.{QKV}", (24, 16))]
+
+
+def test_pickles_hold_paths_not_catalogs_nor_data(gpt: Catalog) -> None:
+    for view in (views.full(gpt), views.shards(gpt, gpt), views.buffers(gpt, gpt)):
+        assert b"Catalog" not in pickle.dumps(view)
+    whole = views.full_by_name(gpt, "fp32")[EMBEDDING]
+    before = len(pickle.dumps(whole))
+    again = pickle.loads(pickle.dumps(whole))
+    assert bits(again) == bits(whole)
+    assert before < whole.nbytes
+    target = Reshape.of(gpt, Mesh(tp=4, dp=2)).target
+    buffer = views.buffers(gpt, target)["pp0/group0"].exp_avg
+    again = pickle.loads(pickle.dumps(buffer))
+    assert b"Catalog" not in pickle.dumps(buffer)
+    assert bits(again) == bits(buffer)
+
+
+def test_dask_reads_a_layer_at_a_time(gpt: Catalog, boxes: list[Any]) -> None:
+    pytest.importorskip("dask")
+    node = views.full(gpt)[QKV].to_dataset()
+    chunked = node.chunk({"layer": 1})
+    assert chunked.module.chunks == ((1, 1, 1, 1), (48,), (16,))
+    assert boxes == []
+    assert len(pickle.dumps(chunked.module.data.dask)) < 10_000
+    total = chunked.module.isel(layer=[1, 2]).sum(["out", "in"]).compute(scheduler="synchronous")
+    assert sorted(name for name, _ in boxes) == [f"3.{QKV}", f"4.{QKV}"]
+    np.testing.assert_allclose(total, node.module.isel(layer=[1, 2]).sum(["out", "in"]), rtol=1e-6)
+
+
+def test_ten_thousand_tensors_by_name_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, states = Layout("(tp out) in"), {"fp32": np.dtype(np.float32)}
+    cut = layout.resolve((8, 2), Mesh(tp=2))
+    names = [f"{i}.{j}.weight" for i in range(1000) for j in "abcdefghij"]
+    pieces = {(n, "fp32"): {(0, 0): (), (0, 1): ()} for n in names}
+    tensors = {n: Tensor(n, (8, 2), layout, cut, "parameter", states) for n in names}
+    catalog = Catalog("", "deepspeed", Mesh(tp=2), 1, tensors, pieces=pieces)
+    made = []
+    monkeypatch.setattr(views, "Gather", lambda *a: made.append(a) or Gather(*a))
+    by_name = views.full_by_name(catalog, "fp32")
+    assert (len(by_name), list(by_name) == names, made) == (10_000, True, [])
+    assert by_name["999.j.weight"].shape == (8, 2)
+    assert len(made) == 1
+
+
+# -------------------------------------------------------------------------------- any index, any layout
+
+
+@given(cut(), st.booleans(), st.data())
+@settings(max_examples=100)
+def test_any_index_of_any_view_is_that_of_the_whole(layout: Cut, zero3: bool, data: st.DataObject) -> None:
+    whole = np.arange(np.prod(layout.shape), dtype=np.float32).reshape(layout.shape) + 1
+    groups = (ParameterGroup({}, ("w",)),)
+    with tempfile.TemporaryDirectory() as folder:
+        catalog = replace(store(Path(folder), layout, whole, zero3, 3), groups=groups)
+        full = views.full_by_name(catalog, "fp32")["w"]
+        shards = views.shards_by_name(catalog, catalog, "fp32")["w"]
+        rows, columns = layout.logical
+        for lazy, expected in (
+            (full, whole[:rows, :columns]),
+            (shards, _padded_shards(layout, whole)),
+        ):
+            reference = xr.DataArray(expected, dims=lazy.dims)
+            order = data.draw(st.permutations(lazy.dims))
+            index = {d: data.draw(_index(n)) for d, n in lazy.sizes.items() if n and data.draw(st.booleans())}
+            found = lazy.drop_vars(list(lazy.coords)).transpose(*order).isel(index)
+            rest = [d for d in order if d in found.dims]
+            found = found.transpose(*reversed(rest))
+            wanted = reference.transpose(*order).isel(index).transpose(*reversed(rest))
+            assert found.dims == wanted.dims
+            np.testing.assert_array_equal(found.values, wanted.values)
+            assert found.shape == found.values.shape
+
+
+def _index(n: int) -> st.SearchStrategy[Any]:
+    """Negative steps go through the whole dim: of other such slices xarray itself gets the empty ones wrong."""
+    places, ends = st.integers(-n, n - 1), st.none() | st.integers(-n - 1, n + 1)
+    forwards = st.builds(slice, ends, ends, st.sampled_from([None, 1, 2, 3]))
+    backwards = st.builds(slice, st.none(), st.none(), st.sampled_from([-1, -2]))
+    return places | forwards | backwards | st.lists(places, max_size=4)
+
+
+def _padded_shards(layout: Cut, whole: np.ndarray) -> np.ndarray:
+    parts = [layout.take(whole, layout.coordinate({"tp": tp})) for tp in range(layout.mesh.tp)]
+    out = np.zeros((len(parts), *np.max([p.shape for p in parts], axis=0)), whole.dtype)
+    for slot, part in zip(out, parts, strict=True):
+        slot[: part.shape[0], : part.shape[1]] = part
+    return out
+
+
+def test_vectorised_and_boolean_selection(gpt: Catalog) -> None:
+    lazy = views.full(gpt)[QKV].fp32
+    loaded = lazy.copy(data=lazy.values)
+    points = {"layer": xr.DataArray([0, 3, 3], dims="p"), "in": xr.DataArray([1, 0, 15], dims="p")}
+    np.testing.assert_array_equal(lazy.isel(points), loaded.isel(points))
+    np.testing.assert_array_equal(lazy.transpose("in", ...).isel(points), loaded.transpose("in", ...).isel(points))
+    late = lazy.pp == 1
+    np.testing.assert_array_equal(lazy.isel(layer=late.values), loaded.isel(layer=late.values))
+
+
+def test_padding_of_a_child_is_zero() -> None:
+    rows = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+
+    class Held(Gathered):
+        def __init__(self) -> None:
+            self.shape, self.dtype = rows.shape, rows.dtype
+
+        def read(self, index: Any) -> np.ndarray:
+            return rows[np.ix_(*index)] if all(isinstance(k, np.ndarray) for k in index) else rows[index]
+
+    lazy = variable(("n", "a", "b"), Stacked([Padded(Held(), (4, 5))] * 2))
+    expected = np.zeros((2, 4, 5), np.float32)
+    expected[:, :2, :3] = rows
+    for index in [{}, {"a": 3}, {"a": 1, "b": slice(None, None, -2)}, {"n": [1], "b": [4, 0]}, {"a": slice(3, 1)}]:
+        np.testing.assert_array_equal(lazy.isel(index).values, xr.Variable(lazy.dims, expected).isel(index).values)
+
+
+# -------------------------------------------------------------------------------- shards
+
+
+def test_shards_are_what_each_rank_stored(gpt: Catalog, truth: dict[str, np.ndarray]) -> None:
+    tree = views.shards(gpt, gpt)
+    for node in tree.children.values():
+        layers = node["layer"].values.tolist() if "layer" in node.coords else [None]
+        for layer in layers:
+            name = node.attrs["name"].format(layer=layer)
+            held = node.to_dataset() if layer is None else node.to_dataset().sel(layer=layer)
+            tensor = gpt[name]
+            for state in gpt.states:
+                array = held[state] if "pp" not in held[state].dims else held[state].sel(pp=0)
+                assert array.dims == ("tp", *tensor.dims)
+                whole = np.zeros(tensor.cut.shape, truth[f"{state}/{name}"].dtype)
+                whole[tuple(map(slice, tensor.shape))] = truth[f"{state}/{name}"]
+                for tp in range(2):
+                    at = tensor.cut.coordinate({"tp": tp})
+                    mine, expected = array.sel(tp=tp), tensor.cut.take(whole, at)
+                    if tensor.layout.padded:  # what padding holds is the ranks' own affair
+                        true = [min(56, 101 - 56 * tp), 16]
+                        mine, expected = mine[: true[0]], expected[: true[0]]
+                    assert bits(mine) == np.ascontiguousarray(expected).tobytes(), (name, state, tp)
+    assert tree[QKV]["pp"].dims == ("layer",)
+
+
+def test_vocabulary_padding_is_shown_in_shards_alone(gpt: Catalog) -> None:
+    padded = views.shards(gpt, gpt)[EMBEDDING].fp32
+    assert padded.shape == (2, 2, 56, 16)
+    assert (padded.sel(pp=0, tp=1)[45:] != 0).any()  # DeepSpeed trains it too
+
+
+def test_stages_that_hold_copies_have_a_dim(gpt: Catalog) -> None:
+    node = views.shards(gpt, gpt)[POSITIONS].to_dataset()
+    assert node["pp"].values.tolist() == [0, 1]
+    assert node.exp_avg.dims == ("pp", "tp", "out", "in")
+    assert node.module.dims == ("tp", "out", "in")  # stored by the first stage alone
+    assert not node.exp_avg.sel(pp=0).equals(node.exp_avg.sel(pp=1))  # the last stage does not train its copy
+    for stage in (0, 1):
+        own = np.concatenate([f.stored.flat for f in gpt.fragments(POSITIONS, "exp_avg", stage, 1)])
+        assert bits(node.exp_avg.sel(pp=stage, tp=1)) == own.tobytes()
+    first = views.shards(gpt, gpt, ["module"])[POSITIONS]
+    assert int(first["pp"]) == 0
+
+
+@pytest.mark.parametrize("text", ["out in", "((tp q) + k) in"])
+def test_each_rank_shows_its_own_copy(text: str, tmp_path: Path) -> None:
+    layout = Layout(text, totals={"k": 12} if "k" in text else {})
+    cut = layout.resolve((24, 6), Mesh(tp=2))
+    catalog = replace(
+        store(tmp_path, cut, np.ones(cut.shape, np.float32), False, 0), groups=(ParameterGroup({}, ("w",)),)
+    )
+    file = Path(catalog.flat_groups[0].partitions["fp32"][1][0].path)
+    size = file.stat().st_size - 4
+    file.write_bytes(b"head" + np.full(size // 4, 2, np.float32).tobytes())
+    held = views.shards_by_name(catalog, catalog, "fp32")["w"]
+    assert held.sel(tp=0).values.tolist() == np.ones(held.shape[1:]).tolist()
+    assert held.sel(tp=1).values.tolist() == np.full(held.shape[1:], 2).tolist()
+
+
+def test_shards_of_unequal_width_say_their_extents(tmp_path: Path) -> None:
+    cut = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
+    whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
+    catalog = replace(store(tmp_path, cut, whole, False, 1), groups=(ParameterGroup({}, ("w",)),))
+    held = views.shards_by_name(catalog, catalog, "fp32")["w"]
+    assert held["out_extent"].values.tolist() == [3, 2]
+    assert "in_extent" not in held.coords
+    np.testing.assert_array_equal(held.sel(tp=1), np.vstack([whole[3:], np.zeros((1, 4))]))
+
+
+# -------------------------------------------------------------------------------- buffers and targets
+
+
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+def test_buffers_are_what_the_files_hold(case: Path) -> None:
+    catalog = read(case)
+    tree = views.buffers(catalog, catalog)
+    assert len(tree.leaves) == len(catalog.flat_groups)
+    seen: dict[tuple[int, int], int] = {}
+    for group in catalog.flat_groups:
+        place = seen[group.stage, group.group] = seen.get((group.stage, group.group), -1) + 1
+        path = f"pp{group.stage}/group{group.group}"
+        several = sum((g.stage, g.group) == (group.stage, group.group) for g in catalog.flat_groups) > 1
+        node = tree[f"{path}/sub{place}" if several else path].to_dataset()
+        for state, rows in group.partitions.items():
+            for tp, row in enumerate(rows):
+                for dp, stored in enumerate(row):
+                    array = node[state].sel(tp=tp, dp=dp)
+                    assert int(node[f"{state}_numel"].sel(tp=tp, dp=dp)) == stored.numel
+                    assert bits(array[: stored.numel]) == stored.flat.tobytes()
+                    assert not array[stored.numel :].any()
+                    middle = array[stored.numel // 3 : stored.numel : 2]
+                    np.testing.assert_array_equal(middle, stored.flat[stored.numel // 3 :: 2])
+    if case == ZERO2:  # whose last partition is stored without its padding
+        lengths = tree["pp0/group0"].to_dataset()
+        assert int(lengths.fp32_numel.min()) < lengths.sizes["flat"]
+
+
+TARGETS = [
+    (GPT, Mesh(tp=4, dp=1), {}),
+    (GPT, Mesh(pp=2, dp=3), {}),
+    (GPT, Mesh(tp=2, pp=4, dp=2), {"dtype": "fp16"}),
+    (ZERO2, Mesh(dp=3), {"zero_stage": 3}),
+    (ZERO3, Mesh(dp=3), {"zero_stage": 1}),
+]
+
+
+@pytest.mark.parametrize(("case", "mesh", "options"), TARGETS, ids=[f"{c.name} {m}" for c, m, _ in TARGETS])
+def test_views_of_a_target_are_those_of_what_is_then_saved(
+    case: Path, mesh: Mesh, options: dict[str, Any], tmp_path: Path
+) -> None:
+    source = read(case)
+    reshape = Reshape.of(source, mesh, **options)
+    reshape.save(tmp_path / "global_step3")
+    saved = read(tmp_path / "global_step3")
+    foreseen, found = views.shards(source, reshape.target), views.shards(saved, saved)
+    assert foreseen.children.keys() == found.children.keys()
+    for name, node in found.children.items():
+        assert foreseen[name].to_dataset().equals(node.to_dataset()), name
+        assert {v: a.attrs for v, a in foreseen[name].data_vars.items()} == {
+            v: a.attrs for v, a in node.data_vars.items()
+        }
+    foreseen, found = views.buffers(source, reshape.target), views.buffers(saved, saved)
+    for node in found.leaves:
+        expected = foreseen[node.path].to_dataset()
+        for state in reshape.target.flat_groups[0].dtypes:
+            assert expected[state].equals(node[state]), (node.path, state)
+
+
+# -------------------------------------------------------------------------------- xarray's engine
+
+
+def test_the_engine_opens_trees_and_single_tensors(gpt: Catalog) -> None:
+    tree = xr.open_datatree(GPT, engine="deepspeed", drop_variables="exp_avg")
+    assert set(tree[QKV].data_vars) == {"fp32", "exp_avg_sq", "module"}
+    assert xr.open_datatree(str(GPT)).children.keys() == tree.children.keys()  # the engine is guessed
+    shards = xr.open_datatree(GPT, engine="deepspeed", view="shards")
+    assert shards[EMBEDDING].fp32.dims == ("pp", "tp", "out", "in")
+    groups = xr.open_datatree(GPT, engine="deepspeed", view="buffers", drop_variables=["fp32"])
+    assert "fp32" not in groups["pp1/group0"].data_vars
+    one = xr.open_dataset(GPT, engine="deepspeed", tensor=f"4.{QKV}")
+    assert one.fp32.shape == (48, 16)
+    np.testing.assert_array_equal(one.fp32, tree[QKV].fp32.sel(layer=4))
+    several = xr.open_dataset(GPT, engine="deepspeed", tensor=QKV, view="shards", drop_variables=["fp32"])
+    assert several.module.dims == ("layer", "tp", "out", "in")
+    assert "fp32" not in several
+    assert xr.open_dataset(GPT, engine="deepspeed", tensor="pp0/group1", view="buffers").sizes["dp"] == 2
+
+
+def test_the_engine_cuts_by_layers_for_dask() -> None:
+    pytest.importorskip("dask")
+    opened = xr.open_dataset(GPT, engine="deepspeed", tensor=QKV, chunks={})
+    assert opened.module.chunks == ((1, 1, 1, 1), (48,), (16,))
+    np.testing.assert_array_equal(opened.module, xr.open_dataset(GPT, engine="deepspeed", tensor=QKV).module)
+
+
+def test_the_engine_refuses_with_what_there_is(tmp_path: Path) -> None:
+    for options, message in [
+        ({}, "holds 52 tensors"),
+        ({"tensor": f"4.{QKV}s"}, "did you mean"),
+        ({"tensor": "pp7/group0", "view": "buffers"}, "pp0/group0, pp0/group1"),
+        ({"tensor": QKV, "view": "whole"}, "expected one of full, shards, buffers"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            xr.open_dataset(GPT, engine="deepspeed", **options)
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        xr.open_datatree(tmp_path, engine="deepspeed")
+
+
+def test_the_engine_guesses_its_own_folders_alone(tmp_path: Path) -> None:
+    from ckptlab.xarray_backend import DeepSpeedBackend
+
+    guess = DeepSpeedBackend().guess_can_open
+    assert all(guess(p) for p in (GPT, str(GPT), GPT / "global_step3", GPT / "universal"))
+    (tmp_path / "latest").write_text("nowhere")
+    (tmp_path / "zarr.zarr").mkdir()
+    wrong = (tmp_path, tmp_path / "zarr.zarr", GPT / "truth.safetensors", tmp_path / "none", b"bytes", None)
+    assert not any(guess(p) for p in wrong)
+
+
+def test_what_is_outside_flat_buffers_is_pickled_too(gpt: Catalog) -> None:
+    assert isinstance(gpt.fragments(QKV.join(["3.", ""]), "module", 0, 0)[0], Fragment)
+    held = views.shards_by_name(gpt, gpt, "module")[f"3.{QKV}"]
+    assert bits(pickle.loads(pickle.dumps(held))) == bits(held)

@@ -77,13 +77,15 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module, once (PEP 562)."""
+    """Load a public name from its module, once (PEP 562); DeepSpeed's own names from `ckptlab.deepspeed`."""
     if name == "__version__":
         from importlib.metadata import version
 
         value: Any = version("ckptlab")
     elif name in _HOME_OF:
         value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
+    elif not name.startswith("_") and name in (faces := import_module("ckptlab.deepspeed")).__all__:
+        value = getattr(faces, name)
     else:
         raise AttributeError(f"module 'ckptlab' has no attribute {name!r}")
     globals()[name] = value

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab import convert, strategy
-from ckptlab.arrays import Tally
 from ckptlab.catalog import MODULE, Catalog, Notice, Tensor, module_source
 from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.formats import FORMATS, read
@@ -147,7 +146,7 @@ class Checkpoint:
         """The same checkpoint on another mesh: nothing is read yet.
 
         mesh: axes that are not named become 1; None keeps the run's. options: see TargetOptions (zero_stage, dtype,
-        pipeline, padded_vocab, heads, …) and `strategy`. ReshapeError, with the reasons and the nearest meshes that
+        pipeline, padded_vocab, heads, …). ReshapeError, with the reasons and the nearest meshes that
         work, if it cannot be.
         """
         return Reshape.of(self.catalog, mesh, **options)
@@ -277,24 +276,23 @@ class Reshape:
         progress: bool = False,
     ) -> convert.Report:
         """Write the target: `destination` is the step folder to make, `latest` (or `latest_universal`) is written
-        beside it.
+        beside it; beside the source itself, whose `latest` is not touched, none is.
 
         format: "deepspeed", "universal" or "safetensors" (see `save_weights` for its options). The destination appears
         when it is complete; a conversion that was interrupted goes on where it stopped when it is called again.
         DestinationError if the destination exists.
         """
-        from ckptlab.formats import universal
-        from ckptlab.formats.deepspeed import write
+        from ckptlab.formats.deepspeed import write as native_files
+        from ckptlab.formats.universal import write as universal_files
 
         if format == "safetensors":
             return save_weights(self.source, destination, workers=workers, progress=progress)
         if format not in FORMATS:
             raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         native = format == "deepspeed"
-        tally = Tally()
-        jobs = (write if native else universal).jobs(self.source, self.target, tally)
-        report = convert.run(
-            jobs,
+        pointer = self._latest(destination) if native else LATEST_UNIVERSAL
+        return convert.run(
+            (native_files if native else universal_files).jobs(self.source, self.target),
             os.fspath(destination),
             {
                 "format": format,
@@ -302,12 +300,17 @@ class Reshape:
                 "mesh": str(self.mesh),
                 "options": _plain(self.options),
             },
-            latest=LATEST if native else LATEST_UNIVERSAL,
+            latest=pointer,
             workers=workers,
             progress=progress,
             check=self._check_native if native else None,
         )
-        return report
+
+    def _latest(self, destination: str | os.PathLike[str]) -> str | None:
+        """The pointer to write beside a native destination; None in the source's own folder, whose `latest` stays."""
+        parent = os.path.dirname(os.path.abspath(destination))
+        is_sources = parent == os.path.dirname(self.source.path) and os.path.exists(os.path.join(parent, LATEST))
+        return None if is_sources else LATEST
 
     def _check_native(self, folder: str) -> None:
         """Read what was written back: it must open, and say of every tensor what the target says."""

@@ -344,28 +344,15 @@ def _write_run(
     ckpt: Checkpoint, destination: str, form: str, options: Mapping[str, Any], running: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Report]:
     """Write a native or universal checkpoint: what is to be said of it, and the report."""
-    from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
-
     reshape = _reshape(ckpt, options)
-    latest = os.path.join(
-        os.path.dirname(os.path.abspath(destination)), LATEST if form == "deepspeed" else LATEST_UNIVERSAL
-    )
-    before = _pointer(latest)
     report = reshape.save(destination, form, **running)
     notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
-    if before not in (None, _pointer(latest)):
-        notices.append({"code": "latest-changed", "text": f"{latest} named {before} before"})
+    if report.latest is None:
+        tag = os.path.basename(report.destination)
+        text = f"`latest` beside it is the source run's and was left alone: load it with tag={tag!r}"
+        notices.append({"code": "latest-left-alone", "text": text})
     target = {"mesh": reshape.mesh.degrees, "zero_stage": reshape.zero_stage, "dtype": reshape.target.native.dtype}
-    return {"format": form, **target, "latest": latest, "notices": notices}, report
-
-
-def _pointer(latest: str) -> str | None:
-    """The folder that a `latest` file names; None where there is none to be read."""
-    try:
-        with open(latest, encoding="utf-8", errors="replace") as file:
-            return file.read(4096).strip()
-    except OSError:
-        return None
+    return {"format": form, **target, "latest": report.latest, "notices": notices}, report
 
 
 def _write_weights(

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ckptlab.errors import DestinationError
 from ckptlab.formats.job import FileJob
 
@@ -28,10 +26,11 @@ JOURNAL = "ckptlab-journal.json"
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, and bytes of tensor
-    data."""
+    """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, bytes of tensor data,
+    and the pointer beside the destination that names it (None: none was written)."""
 
     destination: str
+    latest: str | None
     files: int
     resumed: int
     bytes_written: int
@@ -107,6 +106,8 @@ def run(
     before it gets its name; what it raises stops the conversion. DestinationError if the destination exists or cannot
     be made.
     """
+    from tqdm.auto import tqdm  # slow to import
+
     destination = os.path.abspath(destination)
     partial = f"{destination}.partial"
     if os.path.lexists(destination):
@@ -133,7 +134,8 @@ def run(
         if check is not None:
             check(partial)
         _finish(partial, destination, latest)
-    return Report(destination, len(jobs), len(jobs) - len(todo), left)
+    pointer = latest and os.path.join(os.path.dirname(destination), latest)
+    return Report(destination, pointer, len(jobs), len(jobs) - len(todo), left)
 
 
 def _run_all(one: Callable[[FileJob], None], jobs: Iterable[FileJob], workers: int) -> None:

@@ -219,9 +219,10 @@ def test_convert_json(form: str, tmp_path: Path) -> None:
     assert differences(read(ZERO2), read(tmp_path / "o" / "step")) == []
 
 
-def test_convert_tells_that_latest_was_another(gpt: Path) -> None:
+def test_convert_leaves_the_source_runs_latest_alone(gpt: Path) -> None:
     result = run("convert", gpt, gpt / "reshaped", "--to", "deepspeed", "--tp", "1")
-    assert f"note: {gpt / 'latest'} named global_step3 before" in result.stderr
+    assert "`latest` beside it is the source run's and was left alone" in result.stderr
+    assert (gpt / "latest").read_text() == "global_step3"
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16", "fp16", "fp32"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def test_an_existing_destination_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match="out exists already"):
         convert.run([job("a")], str(tmp_path / "out"), {})
     assert digest(tmp_path).keys() == {"out/mine"}
+
+
+def test_the_source_runs_own_latest_is_left_alone(tmp_path: Path) -> None:
+    shutil.copytree(ZERO2, tmp_path / "run")
+    before = digest(tmp_path)
+    report = Reshape.of(read(tmp_path / "run"), Mesh(dp=3)).save(tmp_path / "run" / "step_dp3")
+    assert report.latest is None
+    report = Reshape.of(read(tmp_path / "run"), Mesh(dp=3)).save(tmp_path / "run" / "step_universal", "universal")
+    assert report.latest == str(tmp_path / "run" / "latest_universal")
+    after = digest(tmp_path)
+    assert {name: after[name] for name in before} == before
 
 
 def test_what_is_checked_and_found_wrong_does_not_appear(tmp_path: Path) -> None:

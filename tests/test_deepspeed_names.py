@@ -446,3 +446,12 @@ c.show_2d_mapping()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert "reshaped 2d map ---- begin" in done.stdout
+
+
+def test_the_names_are_importable_from_ckptlab_itself() -> None:
+    import ckptlab
+    from ckptlab import deepspeed
+
+    for name in deepspeed.__all__:
+        assert getattr(ckptlab, name) is getattr(deepspeed, name), name
+    assert not hasattr(ckptlab, "no_such_name")

@@ -362,6 +362,15 @@ def test_stages_that_hold_copies_have_a_dim(gpt: Catalog) -> None:
     assert int(first["pp"]) == 0
 
 
+def test_a_state_that_some_stages_lack_is_shown_once() -> None:
+    layout, states = Layout("out"), dict.fromkeys(("all", "some"), np.dtype(np.float32))
+    pieces = {("w", "all"): {(s, 0): () for s in range(3)}, ("w", "some"): {(s, 0): () for s in range(2)}}
+    tensor = Tensor("w", (4,), layout, layout.resolve((4,), Mesh()), "frozen", states, stages=(0, 1, 2))
+    catalog = Catalog("", "deepspeed", Mesh(pp=3), 1, {"w": tensor}, pieces=pieces)
+    node = views.shards_by_name(catalog, catalog)["w"]
+    assert (node["all"].dims, node["some"].dims) == (("pp", "tp", "out"), ("tp", "out"))
+
+
 @pytest.mark.parametrize("text", ["out in", "((tp q) + k) in"])
 def test_each_rank_shows_its_own_copy(text: str, tmp_path: Path) -> None:
     layout = Layout(text, totals={"k": 12} if "k" in text else {})

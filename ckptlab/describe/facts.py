@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab.catalog import Catalog, Notice, Tensor
-from ckptlab.formats.deepspeed.options import engine_dtype
 from ckptlab.formats.placeholders import Foreign
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
@@ -46,7 +45,7 @@ def overview(ckpt: Checkpoint) -> dict[str, Any]:
         "trained_on": native.folder.mesh.degrees if native else None,
         "zero_stage": catalog.zero_stage,
         "optimizer": native.wrapper.value if native else None,
-        "dtype": engine_dtype(native.config) if native else None,
+        "dtype": native.dtype if native else None,
         "step": ckpt.iteration,
         "counts": _counts(catalog),
         "states": _states(catalog),
@@ -187,7 +186,7 @@ def _side(catalog: Catalog, mesh: Mesh) -> dict[str, Any]:
         "ranks": mesh.size,
         "zero_stage": catalog.zero_stage,
         "optimizer": native.wrapper.value,
-        "dtype": native.dtype if hasattr(native, "dtype") else engine_dtype(native.config),
+        "dtype": native.dtype,
     }
 
 

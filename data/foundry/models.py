@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 VOCAB_CEILING = 256
-"""Initial vocabulary rows are drawn for this many tokens: those in use then do not depend on the padding."""
+"""Initial vocabulary rows are drawn for at least this many tokens: those in use then do not depend on the padding."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ GPT = ModelConfig()
 LLAMA = ModelConfig(ffn=40, bias=False, rms_norm=True, swiglu=True, untied=True, rotary=True)
 GQA = ModelConfig(ffn=40, kv_heads=2, rms_norm=True, swiglu=True, untied=True, rotary=True, sub_params=True)
 PLAIN = ModelConfig(vocab=61, seq=10, hidden=15, heads=3, kv_heads=3, ffn=37, layers=3)
-CONFIGS = {"gpt": GPT, "llama": LLAMA, "gqa": GQA, "plain": PLAIN}
+LARGE = ModelConfig(vocab=32000, seq=8, hidden=768, heads=12, kv_heads=12, ffn=3072, layers=11)
+"""103 million parameters, for benchmarks: as "gpt_large" and "plain_large"."""
+CONFIGS = {"gpt": GPT, "llama": LLAMA, "gqa": GQA, "plain": PLAIN, "gpt_large": LARGE, "plain_large": LARGE}
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def initialise_parallel(module: nn.Module, config: ModelConfig, tp: TensorParall
             if cut is not None:
                 shape[cut[0]] = sum(cut[1])
             if is_vocabulary(name):
-                whole = initial_value(name, (VOCAB_CEILING, shape[1]), salt)[: shape[0]]
+                whole = initial_value(name, (max(VOCAB_CEILING, shape[0]), shape[1]), salt)[: shape[0]]
             else:
                 whole = initial_value(name, tuple(shape), salt)
             parameter.copy_(shard(whole, cut, tp))

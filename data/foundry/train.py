@@ -52,7 +52,7 @@ class Case:
     @property
     def parallel(self) -> bool:
         """Whether the model can be cut over tp and pp."""
-        return self.model != "plain"
+        return not self.model.startswith("plain")
 
     @property
     def config(self) -> ModelConfig:

@@ -39,14 +39,6 @@ class TargetOptions:
     param_groups: tuple[Mapping[str, Any], ...] | None = None
 
 
-def engine_dtype(config: Mapping[str, Any]) -> str:
-    """What a DeepSpeed configuration trains in."""
-    for dtype, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-        if any((config.get(k) or {}).get("enabled") for k in keys):
-            return dtype
-    return "fp32"
-
-
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
     """(attention heads, key/value heads): from the user, the client's `args`, or a config.json near the checkpoint."""
     args = getattr(catalog.client.get("args"), "attributes", None) or {}

@@ -73,6 +73,15 @@ class Native:
         return self.model.get("ds_config") or {}
 
     @property
+    def dtype(self) -> str:
+        """What the engine trains in: "bf16", "fp16" or "fp32". Where the configuration is silent the file names tell."""
+        for dtype, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
+            if any((self.config.get(k) or {}).get("enabled") for k in keys):
+                return dtype
+        told = {"bf16", "bfloat16", "fp16"} & self.config.keys()
+        return "bf16" if not told and (self.folder.prefix == "bf16" or self.wrapper is Wrapper.BF16) else "fp32"
+
+    @property
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine."""
         return self.folder.is_pipeline

@@ -15,7 +15,7 @@ from ckptlab.catalog import MODULE, Catalog, FlatGroup, Fragment, Notice, Parame
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.formats.deepspeed.optimizer import Wrapper
-from ckptlab.formats.deepspeed.options import TargetOptions, engine_dtype, head_counts, np_dtype, problems
+from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, np_dtype, problems
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import FlatBuffer
@@ -66,7 +66,7 @@ def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Ite
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.native
     stage = options.zero_stage or catalog.zero_stage
-    dtype = options.dtype or engine_dtype(source.config)
+    dtype = options.dtype or source.dtype
     notices: list[Notice] = []
     stages, layer_stages, said = _stages(catalog, mesh, options)
     notices += said
@@ -199,7 +199,7 @@ def _retarget(
 
 
 def _converts(catalog: Catalog, dtype: str) -> bool:
-    return dtype != engine_dtype(catalog.native.config)
+    return dtype != catalog.native.dtype
 
 
 def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:

@@ -21,7 +21,6 @@ from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor, module_s
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.optimizer import Wrapper
-from ckptlab.formats.deepspeed.options import engine_dtype
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.job import FileJob
 from ckptlab.formats.pickles import Size, foreign
@@ -225,7 +224,7 @@ class NativeWriter:
 
     def _scaler(self, template: Mapping[str, Any]) -> dict[str, Any]:
         """The loss scaler replaces the engine's own: the source's where the dtype stays, else one that fits."""
-        same = engine_dtype(self.source.native.config) == self.native.dtype
+        same = self.source.native.dtype == self.native.dtype
         dynamic = self.native.dtype == "fp16"
         if same and "loss_scaler" in template:
             return {

@@ -43,9 +43,9 @@ def make(name: str, out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES))
+    parser.add_argument("cases", nargs="*", help=f"default: {', '.join(CASES)}")
     options = parser.parse_args()
-    for name in options.cases:
+    for name in options.cases or CASES:
         folder = make(name, options.out.resolve())
         size = sum(f.stat().st_size for f in folder.iterdir())
         print(f"{folder}: {size / 1e9:.2f} GB", flush=True)

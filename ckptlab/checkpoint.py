@@ -98,34 +98,36 @@ class Checkpoint:
         step = self.client_state.get("iteration", native.model.get("global_steps") if native else None)
         return int(step) if isinstance(step, int) else None
 
-    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
         """Whole tensors, lazily.
 
         stack=True: a DataTree with one node a tensor, same-shaped layers stacked along `layer` (with the `pp` stage as
         a coordinate), states as variables. stack=False: a Mapping from the model's own names to DataArrays of that
-        state, or to Datasets if no state is named. Vocabulary padding is cut off. CheckpointError for an unknown state.
+        state, or to Datasets if no state is named. Vocabulary padding is cut off. Dtypes are those that are stored:
+        numpy's sums of bfloat16 are made right or refused; dtype="float32" shows all floating-point states so, exactly,
+        and everything works on them, dask too. CheckpointError for an unknown state.
         """
         from ckptlab import views
 
-        return (
-            views.full(self.catalog, self._states(state))
-            if stack
-            else views.full_by_name(self.catalog, self._state(state))
-        )
+        if stack:
+            return views.full(self.catalog, self._states(state), dtype)
+        return views.full_by_name(self.catalog, self._state(state), dtype)
 
-    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
         """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim before the tensor's own, a `pp`
         dim where several stages hold copies. As `full` otherwise."""
-        return _shards(
-            self.catalog, self.catalog, self._states(state), self._state(state) if not stack else None, stack
-        )
+        from ckptlab import views
 
-    def buffers(self) -> xr.DataTree:
+        if stack:
+            return views.shards(self.catalog, self.catalog, self._states(state), dtype)
+        return views.shards_by_name(self.catalog, self.catalog, self._state(state), dtype)
+
+    def buffers(self, *, dtype: Any = None) -> xr.DataTree:
         """The optimizer's flat buffers as the files hold them: /pp0/group0 with dims (tp, dp, flat) and true lengths
         beside."""
         from ckptlab import views
 
-        return views.buffers(self.catalog, self.catalog)
+        return views.buffers(self.catalog, self.catalog, dtype)
 
     def _states(self, state: str | Sequence[str] | None) -> tuple[str, ...] | None:
         if state is None:
@@ -252,20 +254,24 @@ class Reshape:
         sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
         return Cost(self.plan.sent, written, self.plan.moved, max(sizes, default=0))
 
-    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
         """Whole tensors: a reshape does not change them."""
-        return Checkpoint(self.source).full(state, stack=stack)
+        return Checkpoint(self.source).full(state, stack=stack, dtype=dtype)
 
-    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True) -> Any:
+    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
         """Tensors as the target's model-parallel ranks will hold them, gathered lazily from the source."""
-        states = None if state is None else (state,) if isinstance(state, str) else tuple(state)
-        return _shards(self.source, self.target, states, states[0] if states else None, stack)
+        from ckptlab import views
 
-    def buffers(self) -> xr.DataTree:
+        held = Checkpoint(self.target)  # knows the target's states
+        if stack:
+            return views.shards(self.source, self.target, held._states(state), dtype)
+        return views.shards_by_name(self.source, self.target, held._state(state), dtype)
+
+    def buffers(self, *, dtype: Any = None) -> xr.DataTree:
         """The flat buffers that the target's ranks will hold, gathered lazily from the source."""
         from ckptlab import views
 
-        return views.buffers(self.source, self.target)
+        return views.buffers(self.source, self.target, dtype)
 
     def save(
         self,
@@ -375,9 +381,3 @@ class _LayoutsOf:
     def layout(self, name: str, shards: Sequence[tuple[int, ...]]) -> Layout | None:
         found = self.catalog.tensors.get(name)
         return None if found is None or found.layout.padded else found.layout
-
-
-def _shards(source: Catalog, held: Catalog, states: tuple[str, ...] | None, state: str | None, stack: bool) -> Any:
-    from ckptlab import views
-
-    return views.shards(source, held, states) if stack else views.shards_by_name(source, held, state)

@@ -1,8 +1,8 @@
 """The three labelled views of a checkpoint: full tensors, shards and flat buffers. Nothing is read to make them.
 
 `source` is the catalog of what is stored; `held` says what the ranks hold: the source itself, or the catalog of a
-target, for which everything is gathered from the source. Dtypes of 16 bits and fewer are shown in float32, exactly, and
-name the stored one in the attribute `stored_dtype` (see `arrays.narrow`).
+target, for which everything is gathered from the source. Dtypes are those that are stored, or `dtype` for all that are
+floating-point; of 16 bits and fewer, sums are right or refused (see `arrays.narrow`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ckptlab.arrays import Gather, Partition, shard_gathers
-from ckptlab.arrays.lazy import Flat, Gathered, LazyArray, Padded, Stacked, variable
+from ckptlab.arrays.lazy import Converted, Flat, Gathered, LazyArray, Padded, Stacked, variable
 from ckptlab.catalog import Catalog, FlatGroup, Tensor
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.layout import Cut
@@ -26,35 +26,35 @@ T = TypeVar("T", covariant=True)
 Coordinates = dict[str, Any]
 
 
-def full(source: Catalog, states: Sequence[str] | None = None) -> xr.DataTree:
+def full(source: Catalog, states: Sequence[str] | None = None, dtype: Any = None) -> xr.DataTree:
     """Whole tensors, vocabulary padding cut off: one node a tensor, dims ([layer,] *tensor dims), states as variables.
 
     Same-shaped layers are one node, named without the layer's number, with the numbers as coordinate `layer` and the
     stage that holds each as `pp`; a tensor that stands alone keeps its name, and its stage is a scalar.
     """
-    return _tree(_Full(source, states))
+    return _tree(_Full(source, states, dtype))
 
 
-def full_by_name(source: Catalog, state: str | None = None) -> Mapping[str, Any]:
+def full_by_name(source: Catalog, state: str | None = None, dtype: Any = None) -> Mapping[str, Any]:
     """Whole tensors by the model's own names and aliases: DataArrays of one state, or Datasets of all."""
-    return _by_name(_Full(source, None if state is None else (state,)), state)
+    return _by_name(_Full(source, None if state is None else (state,), dtype), state)
 
 
-def shards(source: Catalog, held: Catalog, states: Sequence[str] | None = None) -> xr.DataTree:
+def shards(source: Catalog, held: Catalog, states: Sequence[str] | None = None, dtype: Any = None) -> xr.DataTree:
     """Tensors as the model-parallel ranks of `held` hold them, padding included: dims ([layer,] tp, *tensor dims).
 
     What is replicated stands there once for each tp rank. States that every stage of a tied tensor stores have a dim
     `pp` before `tp`. Shards of unequal width are padded with 0 to the widest; `<dim>_extent` (tp) is their true width.
     """
-    return _tree(_Shards(source, held, states))
+    return _tree(_Shards(source, held, states, dtype))
 
 
-def shards_by_name(source: Catalog, held: Catalog, state: str | None = None) -> Mapping[str, Any]:
+def shards_by_name(source: Catalog, held: Catalog, state: str | None = None, dtype: Any = None) -> Mapping[str, Any]:
     """Shards by the model's own names and aliases: DataArrays of one state, or Datasets of all."""
-    return _by_name(_Shards(source, held, None if state is None else (state,)), state)
+    return _by_name(_Shards(source, held, None if state is None else (state,), dtype), state)
 
 
-def buffers(source: Catalog, held: Catalog) -> xr.DataTree:
+def buffers(source: Catalog, held: Catalog, dtype: Any = None) -> xr.DataTree:
     """The optimizer's flat buffers: /pp0/group0 (/pp0/group0/sub1 where ZeRO-3 has sub-groups), dims (tp, dp, flat).
 
     A variable for each state, padded with 0 to the longest partition, and `<state>_numel` (tp, dp) with the true
@@ -67,21 +67,23 @@ def buffers(source: Catalog, held: Catalog) -> xr.DataTree:
     for (stage, index), groups in together.items():
         path = f"/pp{stage}/group{index}"
         for i, group in enumerate(groups):
-            nodes[path if len(groups) == 1 else f"{path}/sub{i}"] = _buffer(source, held, group)
+            nodes[path if len(groups) == 1 else f"{path}/sub{i}"] = _buffer(source, held, group, dtype)
     return xr.DataTree.from_dict(nodes)
 
 
-def dataset(view: str, source: Catalog, name: str, states: Sequence[str] | None = None) -> xr.Dataset:
+def dataset(
+    view: str, source: Catalog, name: str, states: Sequence[str] | None = None, dtype: Any = None
+) -> xr.Dataset:
     """One node of a view ("full", "shards" or "buffers"): a tensor or stack by its name, a flat buffer by its path.
 
     UnknownNameError, with the nearest names, if there is none.
     """
     if view == "buffers":
-        found = {node.path.lstrip("/"): node for node in buffers(source, source).leaves}
+        found = {node.path.lstrip("/"): node for node in buffers(source, source, dtype).leaves}
         if name.strip("/") not in found:
             raise UnknownNameError(f"{source.path}: no flat buffer {name!r}: there are {', '.join(found)}")
         return found[name.strip("/")].to_dataset()
-    of_view = _Full(source, states) if view == "full" else _Shards(source, source, states)
+    of_view = _Full(source, states, dtype) if view == "full" else _Shards(source, source, states, dtype)
     for stack in of_view.stacks:
         if stack.name == name:
             return of_view.dataset(stack)
@@ -92,10 +94,10 @@ def dataset(view: str, source: Catalog, name: str, states: Sequence[str] | None 
 
 
 class _View:
-    """How the tensors of `held` are shown, in some of their states (None: all)."""
+    """How the tensors of `held` are shown, in some of their states (None: all) and in a dtype (None: as stored)."""
 
-    def __init__(self, held: Catalog, states: Sequence[str] | None) -> None:
-        self.held, self.states = held, states
+    def __init__(self, held: Catalog, states: Sequence[str] | None, dtype: Any) -> None:
+        self.held, self.states, self.dtype = held, states, dtype
 
     def array(self, tensor: Tensor, state: str) -> tuple[tuple[str, ...], LazyArray]:
         """A state of a tensor, with its dims."""
@@ -129,8 +131,7 @@ class _View:
             dims, array = found[0]
             if stack.numbers is not None:
                 dims, array = ("layer", *dims), Stacked([a for _, a in found])
-            stored = first.states[state]
-            variables[state] = variable(dims, array, {} if array.dtype == stored else {"stored_dtype": stored.name})
+            variables[state] = variable(dims, _converted(array, self.dtype))
         coordinates = self.coordinates(first, {str(dim) for v in variables.values() for dim in v.dims})
         if stack.numbers is not None:
             coordinates["layer"] = list(stack.numbers)
@@ -158,8 +159,8 @@ class _Full(_View):
 
 
 class _Shards(_View):
-    def __init__(self, source: Catalog, held: Catalog, states: Sequence[str] | None) -> None:
-        super().__init__(held, states)
+    def __init__(self, source: Catalog, held: Catalog, states: Sequence[str] | None, dtype: Any) -> None:
+        super().__init__(held, states, dtype)
         self.source = source
 
     def array(self, tensor: Tensor, state: str) -> tuple[tuple[str, ...], LazyArray]:
@@ -189,6 +190,12 @@ class _Shards(_View):
         gathers = shard_gathers(self.source, self.held, tensor.name, state, stage)
         at = [tensor.cut.coordinate({"tp": tp}) for tp in range(len(gathers))]
         return _stacked([Gathered(gather, tensor.cut, place) for gather, place in zip(gathers, at, strict=True)])
+
+
+def _converted(array: LazyArray, dtype: Any) -> LazyArray:
+    """A floating-point array in another dtype; whole numbers keep theirs."""
+    keeps = dtype is None or array.dtype == np.dtype(dtype) or array.dtype.kind in "iub"
+    return array if keeps else Converted(array, np.dtype(dtype))
 
 
 def _stacked(arrays: Sequence[LazyArray]) -> LazyArray:
@@ -259,14 +266,14 @@ def _by_name(view: _View, state: str | None) -> Mapping[str, Any]:
 # -------------------------------------------------------------------------------- buffers
 
 
-def _buffer(source: Catalog, held: Catalog, group: FlatGroup) -> xr.Dataset:
+def _buffer(source: Catalog, held: Catalog, group: FlatGroup, dtype: Any) -> xr.Dataset:
     variables: dict[str, Any] = {}
     ranks: Iterable[int] = range(held.mesh.dp)
     rows = {s: [_partitions(source, held, group, s, tp, ranks) for tp in range(held.mesh.tp)] for s in group.dtypes}
     longest = max((a.shape[0] for by_tp in rows.values() for row in by_tp for a in row), default=0)
     for state, by_tp in rows.items():
         array = Stacked([Stacked([Padded(a, (longest,)) for a in row]) for row in by_tp])
-        variables[state] = variable(("tp", "dp", "flat"), array)
+        variables[state] = variable(("tp", "dp", "flat"), _converted(array, dtype))
         variables[f"{state}_numel"] = (("tp", "dp"), [[a.shape[0] for a in row] for row in by_tp])
     name = held.groups[group.group].name
     coordinates = {"tp": list(range(held.mesh.tp)), "dp": list(ranks)}

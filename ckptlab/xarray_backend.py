@@ -23,7 +23,7 @@ class DeepSpeedBackend(BackendEntrypoint):
     """Opens the folders that `ckptlab.open` opens: `xarray.open_datatree(path, engine="deepspeed", view="shards")`."""
 
     description = "Checkpoints of 3D-parallel training runs (DeepSpeed's, universal, safetensors) with ckptlab"
-    open_dataset_parameters = ("filename_or_obj", "drop_variables", "tensor", "view", "strategy")
+    open_dataset_parameters = ("filename_or_obj", "drop_variables", "tensor", "view", "strategy", "dtype")
     supports_groups = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
@@ -42,17 +42,20 @@ class DeepSpeedBackend(BackendEntrypoint):
         drop_variables: str | Iterable[str] | None = None,
         view: str = "full",
         strategy: Any = None,
+        dtype: Any = None,
     ) -> xr.DataTree:
         """A whole view: "full", "shards" or "buffers".
 
-        drop_variables: states to leave out. strategy: as for `ckptlab.open`.
+        drop_variables: states to leave out. strategy: as for `ckptlab.open`. dtype: as for `Checkpoint.full`.
         """
         source = _read(filename_or_obj, view, strategy)
         if view == "buffers":
             dropped = _names(drop_variables)
-            return views.buffers(source, source).map_over_datasets(lambda ds: ds.drop_vars(dropped, errors="ignore"))
+            return views.buffers(source, source, dtype).map_over_datasets(
+                lambda ds: ds.drop_vars(dropped, errors="ignore")
+            )
         states = _kept(source, drop_variables)
-        return views.full(source, states) if view == "full" else views.shards(source, source, states)
+        return views.full(source, states, dtype) if view == "full" else views.shards(source, source, states, dtype)
 
     def open_groups_as_dict(self, filename_or_obj: Any, **options: Any) -> dict[str, xr.Dataset]:
         """The nodes of `open_datatree` by path."""
@@ -66,6 +69,7 @@ class DeepSpeedBackend(BackendEntrypoint):
         tensor: str | None = None,
         view: str = "full",
         strategy: Any = None,
+        dtype: Any = None,
     ) -> xr.Dataset:
         """One node of a view: a tensor by the model's name, a stack of layers or a flat buffer by its node's.
 
@@ -78,7 +82,7 @@ class DeepSpeedBackend(BackendEntrypoint):
                 f"{source.path}: holds {len(source.tensors)} tensors ({first}, …), one Dataset holds one: give "
                 "tensor=, or use open_datatree for all"
             )
-        found = views.dataset(view, source, tensor, _kept(source, drop_variables) if view != "buffers" else None)
+        found = views.dataset(view, source, tensor, _kept(source, drop_variables) if view != "buffers" else None, dtype)
         return found.drop_vars(_names(drop_variables), errors="ignore")
 
 

@@ -16,7 +16,7 @@ from xarray.core import indexing
 
 from ckptlab.arrays.gather import Gather
 from ckptlab.arrays.held import Partition
-from ckptlab.arrays.narrow import shown
+from ckptlab.arrays.narrow import is_narrow, narrow
 from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
@@ -24,18 +24,18 @@ Index = int | slice | NDArray[np.int64]  # what is wanted along one dim
 
 
 class LazyArray(BackendArray):
-    """A lazy array of a given shape, shown in a dtype that numpy adds up rightly (see `narrow`)."""
+    """A lazy array of a given shape and dtype; what is read of a narrow one adds up rightly (see `narrow`)."""
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype) -> None:
         self.shape = tuple(int(n) for n in shape)
-        self.dtype = shown(dtype)
+        self.dtype = np.dtype(dtype)
 
     def read(self, index: tuple[Index, ...]) -> np.ndarray:
         """The wanted part, each dim indexed by itself: integers drop theirs."""
         raise NotImplementedError
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self.read)
+        return narrow(indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self.read))
 
 
 class Gathered(LazyArray):
@@ -110,6 +110,17 @@ class Padded(LazyArray):
         return out.reshape([len(w) for w, k in zip(wanted, index, strict=True) if not _is_integer(k)])
 
 
+class Converted(LazyArray):
+    """An array in another dtype."""
+
+    def __init__(self, array: LazyArray, dtype: np.dtype) -> None:
+        super().__init__(array.shape, dtype)
+        self.array = array
+
+    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+        return self.array.read(index).astype(self.dtype)
+
+
 class _Permuted(LazyArray):
     """An array with its dims in another order."""
 
@@ -128,6 +139,14 @@ class _Lazily(indexing.LazilyIndexedArray):
     """xarray's lazy indexing, but transposing stays basic indexing (xarray makes it vectorised: much slower)."""
 
     __slots__ = ()
+
+    def _oindex_get(self, indexer: indexing.OuterIndexer) -> Any:
+        """Slices alone come here from dask, whose blocks would be plain arrays: refused for what those add up wrongly."""
+        if is_narrow(self.dtype) and all(isinstance(k, slice) for k in indexer.tuple):
+            raise TypeError(
+                f'dask would add up {self.dtype} in its own few bits: open the view with dtype="float32" first'
+            )
+        return super()._oindex_get(indexer)
 
     def transpose(self, order: Sequence[int]) -> _Lazily:
         dims = [i for i, k in enumerate(self.key.tuple) if not _is_integer(k)]

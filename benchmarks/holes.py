@@ -1,0 +1,216 @@
+"""A checkpoint of BLOOM-176B's shape whose data are holes: 720 files, 2.5 TB apparent, tens of MB on disk, in seconds.
+
+tp 4, pp 12, dp 8: 384 ranks; 70 layers of hidden size 14,336; structure and sizes as DeepSpeed's BF16_Optimizer and
+pipeline engine write them. Every element reads as 0.
+
+`python benchmarks/holes.py FOLDER` makes it in FOLDER, which must lie on a file system that keeps holes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+
+from ckptlab.formats import torchfile
+from ckptlab.formats.pickles import Size, foreign
+from ckptlab.formats.torchzip import RecordWriter
+
+TP, PP, DP = 4, 12, 8
+LAYERS, HIDDEN, VOCAB, PADDED = 70, 14336, 250680, 250880
+FIRST, LAST = 3, LAYERS + 4  # the pipeline's numbers of the first block and of the final norm
+STEP = 95000
+
+Shapes = Mapping[str, tuple[int, ...]]
+BLOCK: Shapes = {
+    "input_layernorm.weight": (HIDDEN,),
+    "input_layernorm.bias": (HIDDEN,),
+    "self_attention.query_key_value.weight": (3 * HIDDEN // TP, HIDDEN),
+    "self_attention.query_key_value.bias": (3 * HIDDEN // TP,),
+    "self_attention.dense.weight": (HIDDEN, HIDDEN // TP),
+    "self_attention.dense.bias": (HIDDEN,),
+    "post_attention_layernorm.weight": (HIDDEN,),
+    "post_attention_layernorm.bias": (HIDDEN,),
+    "mlp.dense_h_to_4h.weight": (4 * HIDDEN // TP, HIDDEN),
+    "mlp.dense_h_to_4h.bias": (4 * HIDDEN // TP,),
+    "mlp.dense_4h_to_h.weight": (HIDDEN, 4 * HIDDEN // TP),
+    "mlp.dense_4h_to_h.bias": (HIDDEN,),
+}
+EMBED: Shapes = {
+    "word_embeddings.weight": (PADDED // TP, HIDDEN),
+    "word_embeddings.norm.weight": (HIDDEN,),
+    "word_embeddings.norm.bias": (HIDDEN,),
+}
+NORM: Shapes = {"weight": (HIDDEN,), "bias": (HIDDEN,)}
+TIED = "tied_modules.embed."
+INFO = {
+    "universal_checkpoint_version": 0.2,
+    "original_vocab_size": VOCAB,
+    "padded_vocab_size": PADDED,
+    "vocabulary_parameter_patterns": [TIED + "word_embeddings.weight"],
+    "pipeline_replicated_parameter_patterns": [TIED + "word_embeddings.weight"],
+    "tp_replicated_parameter_patterns": [
+        r"\d+.input_layernorm.weight",
+        r"\d+.input_layernorm.bias",
+        r"\d+.post_attention_layernorm.weight",
+        r"\d+.post_attention_layernorm.bias",
+        r"\d+.self_attention.dense.bias",
+        r"\d+.mlp.dense_4h_to_h.bias",
+        TIED + "word_embeddings.norm.weight",
+        TIED + "word_embeddings.norm.bias",
+        rf"{LAST}.weight",
+        rf"{LAST}.bias",
+    ],
+    "parameter_with_row_parallelism_patterns": [r"\d+.self_attention.dense.weight", r"\d+.mlp.dense_4h_to_h.weight"],
+}
+
+
+class _HoleWriter(RecordWriter):
+    """Leaves a hole where an array repeats a single element (strides of 0). Its checksum in the file is wrong: no
+    reader of tensors looks at it, and that of terabytes would take hours."""
+
+    def write(self, name: str, arrays: Iterable[np.ndarray]) -> int:
+        arrays = list(arrays)
+        if not any(array.strides == (0,) for array in arrays):
+            return super().write(name, arrays)
+        info = zipfile.ZipInfo(f"archive/{name}")
+        info.header_offset = self._zip.start_dir
+        info.CRC, info.file_size = 0, sum(array.size * array.itemsize for array in arrays)
+        info.compress_size = info.file_size
+        self._file.write(info.FileHeader(zip64=True))
+        self._zip.start_dir = self._file.seek(info.file_size, 1)
+        self._zip.filelist.append(info)
+        self._zip.NameToInfo[info.filename] = info
+        return info.file_size
+
+
+def hole(shape: tuple[int, ...], dtype: np.dtype) -> torchfile.Pending:
+    """A tensor of which nothing is written."""
+    whole = np.broadcast_to(np.zeros(1, dtype), (math.prod(shape),))
+    return torchfile.Pending(dtype, shape, lambda: [whole])
+
+
+def _holes(shapes: Shapes) -> OrderedDict[str, torchfile.Pending]:
+    return OrderedDict((name, hole(shape, np.dtype(ml_dtypes.bfloat16))) for name, shape in shapes.items())
+
+
+def _groups(stage: int) -> list[Shapes]:
+    """Shapes of what a stage's optimizer holds: matrices, and what weight decay leaves out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if stage in (0, PP - 1):
+        shapes |= {TIED + name: shape for name, shape in EMBED.items()}
+    for layer in range(round(stage * LAYERS / PP), round((stage + 1) * LAYERS / PP)):
+        shapes |= {f"{layer + FIRST}.{name}": shape for name, shape in BLOCK.items()}
+    if stage == PP - 1:
+        shapes |= {f"{LAST}.{name}": shape for name, shape in NORM.items()}
+    return [{n: s for n, s in shapes.items() if (len(s) > 1) == matrices} for matrices in (True, False)]
+
+
+def _model(groups: list[Shapes]) -> dict[str, Any]:
+    return {
+        "module": None,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [OrderedDict((n, Size(s)) for n, s in group.items()) for group in groups],
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "frozen_param_fragments": None,
+        "lr_scheduler": None,
+        "global_steps": STEP,
+        "global_samples": STEP * 2048,
+        "skipped_steps": 0,
+        "dp_world_size": DP,
+        "mp_world_size": TP * PP,
+        "ds_config": {"bf16": {"enabled": True}},
+        "ds_version": "0.19.8",
+        "iteration": STEP,
+        "checkpoint_parallel_dimensions": {"pp_degree": PP, "tp_degree": TP},
+        "universal_checkpoint_info": INFO,
+        "args": foreign(
+            "argparse",
+            "Namespace",
+            state={
+                "num_layers": LAYERS,
+                "hidden_size": HIDDEN,
+                "num_attention_heads": 112,
+                "padded_vocab_size": PADDED,
+            },
+            new=True,
+        ),
+    }
+
+
+def _spans(group: Shapes, size: int, dp: int) -> OrderedDict[str, Any]:
+    """DeepSpeed's record of what lies in a dp rank's partition of a flat buffer."""
+    spans, offset = OrderedDict(), 0
+    for name, shape in group.items():
+        start, end = max(offset, dp * size), min(offset + math.prod(shape), (dp + 1) * size)
+        if start < end:
+            state = {"numel": end - start, "start": start - dp * size}
+            spans[name] = foreign("deepspeed.utils.tensor_fragment", "fragment_address", state=state, new=True)
+        offset += math.prod(shape)
+    return spans
+
+
+def _optimizer(groups: list[Shapes], dp: int) -> dict[str, Any]:
+    totals = [sum(map(math.prod, group.values())) for group in groups]
+    sizes = [-(-total // (2 * DP)) * 2 for total in totals]  # one dp rank's part of a multiple of 2 dp
+    f32 = np.dtype(np.float32)
+    moments = {
+        i: {"step": STEP, "exp_avg": hole((n,), f32), "exp_avg_sq": hole((n,), f32)} for i, n in enumerate(sizes)
+    }
+    options = [{"lr": 6e-5, "weight_decay": decay, "params": [i]} for i, decay in enumerate((0.1, 0.0))]
+    state = {
+        "clip_grad": 1.0,
+        "base_optimizer_state": {"state": moments, "param_groups": options},
+        "single_partition_of_fp32_groups": [hole((n,), f32) for n in sizes],
+        "group_paddings": [n * DP - total if dp == DP - 1 else 0 for n, total in zip(sizes, totals, strict=True)],
+        "partition_count": [DP] * len(groups),
+        "ds_version": "0.19.8",
+        "param_slice_mappings": [_spans(group, size, dp) for group, size in zip(groups, sizes, strict=True)],
+    }
+    return {"optimizer_state_dict": state, "ds_config": {"bf16": {"enabled": True}}, "ds_version": "0.19.8"}
+
+
+def make(folder: Path) -> Path:
+    """The checkpoint in `folder`, which must not exist yet."""
+    folder.mkdir(parents=True)
+    with mock.patch.object(torchfile, "RecordWriter", _HoleWriter):
+        for tp in range(TP):
+            torchfile.write(folder / f"layer_01-model_{tp:02d}-model_states.pt", _holes(EMBED))
+            for layer in range(FIRST, FIRST + LAYERS):
+                torchfile.write(folder / f"layer_{layer:02d}-model_{tp:02d}-model_states.pt", _holes(BLOCK))
+            torchfile.write(folder / f"layer_{LAST:02d}-model_{tp:02d}-model_states.pt", _holes(NORM))
+        for stage in range(PP):
+            groups = _groups(stage)
+            for mp in range(stage * TP, (stage + 1) * TP):
+                torchfile.write(folder / f"mp_rank_{mp:02d}_model_states.pt", _model(groups))
+                for dp in range(DP):
+                    name = f"bf16_zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt"
+                    torchfile.write(folder / name, _optimizer(groups, dp))
+    return folder
+
+
+def sizes(folder: Path) -> tuple[int, int, int]:
+    """Of a folder's files: how many, their bytes as their lengths say, their bytes on disk."""
+    stats = [path.stat() for path in folder.iterdir()]
+    return len(stats), sum(s.st_size for s in stats), sum(s.st_blocks * 512 for s in stats)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    count, apparent, held = sizes(make(parser.parse_args().folder.resolve()))
+    print(f"{count} files, {apparent / 1e12:.2f} TB apparent, {held / 1e6:.0f} MB on disk")
+
+
+if __name__ == "__main__":
+    main()

@@ -67,6 +67,10 @@ _HOMES = {
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open save_weights",
     "convert": "Report",
+    "deepspeed": "DeepSpeedCheckpoint SubparamShape ZeROCheckpoint constants enable_universal_checkpoint "
+    "flatten_dp_dimension get_files_with_prefix get_layer_ckpt_name_for_rank get_model_3d_descriptor "
+    "get_model_ckpt_name_for_rank get_mpu_ranks get_zero_ckpt_name_for_rank get_zero_files meg_2d_parallel_map "
+    "merge_state model_3d_desc partition_data reshape_meg_2d_parallel unflatten_dp_dimension",
     "errors": "CheckpointError CkptlabError DestinationError LayoutError MeshError NotationError ReshapeError "
     "UnsafeFileError UnsupportedError",
     "layout": "Cut Layout",
@@ -84,8 +88,8 @@ def __getattr__(name: str) -> Any:
         value: Any = version("ckptlab")
     elif name in _HOME_OF:
         value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
-    elif not name.startswith("_") and name in (faces := import_module("ckptlab.deepspeed")).__all__:
-        value = getattr(faces, name)
+    elif name.isupper() and hasattr(constants := import_module("ckptlab.deepspeed.constants"), name):
+        value = getattr(constants, name)
     else:
         raise AttributeError(f"module 'ckptlab' has no attribute {name!r}")
     globals()[name] = value

@@ -126,7 +126,7 @@ def test_sub_parameters_survive_a_mesh_that_does_not_cut_them(case: str, form: s
 
 
 def test_layouts_of_ones_own_are_written_down(tmp_path: Path) -> None:
-    """A strategy's layouts go into universal_checkpoint_info where DeepSpeed's lists can say them; else there is none."""
+    """A strategy's layouts go into universal_checkpoint_info where DeepSpeed's lists can say them."""
     names = r".*(dense_h_to_4h|query_key_value|word_embeddings)\.weight"
     own = {
         names: "(tp out) in",

@@ -1,4 +1,4 @@
-"""Real DeepSpeed resumes what ckptlab wrote: a plain `load_checkpoint` on the mesh it was written for, and universal."""
+"""Real DeepSpeed resumes what ckptlab wrote: native files by a plain `load_checkpoint`, and universal folders."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class _Lazily(indexing.LazilyIndexedArray):
     __slots__ = ()
 
     def _oindex_get(self, indexer: indexing.OuterIndexer) -> Any:
-        """Slices alone come here from dask, whose blocks would be plain arrays: refused for what those add up wrongly."""
+        """Slices alone come from dask, whose blocks would be plain arrays: refused for what those add up wrongly."""
         if is_narrow(self.dtype) and all(isinstance(k, slice) for k in indexer.tuple):
             raise TypeError(
                 f'dask would add up {self.dtype} in its own few bits: open the view with dtype="float32" first'

@@ -130,7 +130,7 @@ class Narrow(NDArrayOperatorsMixin):
         return self._array.tolist()
 
     def astype(self, dtype: Any, **options: Any) -> Any:
-        """The array in another dtype. Not in `object`, which would be added up in Python one narrow scalar at a time."""
+        """The array in another dtype; not in `object`, which Python would add up one narrow scalar at a time."""
         if np.dtype(dtype) == np.dtype(object):
             raise TypeError(f"{self.dtype} has no place for missing values or objects: .astype('float32') first")
         return narrow(self._array.astype(dtype, **options))
@@ -155,7 +155,7 @@ class Narrow(NDArrayOperatorsMixin):
         return narrow(self._array.view(dtype))
 
     def __getattr__(self, name: str) -> Any:
-        """numpy's further methods (`.sum()`, `.mean()`, …): the function of that name, which is computed as said above."""
+        """numpy's further methods (`.sum()`, `.mean()`, …): the function of that name, computed as said above."""
         function = getattr(np, name, None) if name in _METHODS else None
         if function is None:
             raise AttributeError(f"{type(self).__name__} has no {name!r}: numpy.asarray gives the plain array")
@@ -222,7 +222,7 @@ def _flat(value: Any) -> tuple[Any, ...]:
 
 
 def _plain(value: Any, dtype: Any = None) -> Any:
-    """The value with the plain array in place of every `Narrow`, in containers too; converted where a dtype is given."""
+    """The value with the plain array in place of every `Narrow`, in containers too; converted if a dtype is given."""
     if isinstance(value, Narrow):
         return np.asarray(value, dtype)
     if dtype is not None and isinstance(value, np.ndarray | np.generic) and is_narrow(value.dtype):

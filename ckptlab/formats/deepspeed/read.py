@@ -74,7 +74,7 @@ class Native:
 
     @property
     def dtype(self) -> str:
-        """What the engine trains in: "bf16", "fp16" or "fp32". Where the configuration is silent the file names tell."""
+        """What the engine trains in: "bf16", "fp16" or "fp32". Where the configuration is silent file names tell."""
         for dtype, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
             if any((self.config.get(k) or {}).get("enabled") for k in keys):
                 return dtype

@@ -19,7 +19,7 @@ demo: $(VENV)/core.stamp
 	$(VENV)/bin/ckptlab plan $(SOURCE) --tp 4 --pp 1 --dp 1
 	$(VENV)/bin/ckptlab convert $(SOURCE) demo-out/gpt_tp4_pp1_dp1 --to deepspeed --tp 4 --pp 1 --dp 1
 	$(VENV)/bin/ckptlab diff $(SOURCE) demo-out/gpt_tp4_pp1_dp1
-	@echo "demo-out/gpt_tp4_pp1_dp1 is the same checkpoint on another mesh. Next: README.md, then notebooks/."
+	@echo "demo-out/gpt_tp4_pp1_dp1 is the same checkpoint on another mesh. Next: "In a notebook" in README.md."
 
 test: $(VENV)/full.stamp
 	$(PYTHON) -m pytest -n 2 --dist loadgroup

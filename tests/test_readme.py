@@ -1,0 +1,26 @@
+"""What the README shows runs, and gives what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("run/reshaped", str(tmp_path)), names)
+    assert names["cut"].shard_shape((0,)) == (16, 32)
+    assert names["cut"].rows((1,))[0][:, [0, 2]].tolist() == [[8, 8], [36, 4], [52, 4]]
+    curve = names["full"].std(["out", "in"])["mlp.dense_h_to_4h.weight"].fp32
+    layers = [names["ckpt"].full("fp32", stack=False)[f"{i}.mlp.dense_h_to_4h.weight"].values for i in range(2, 6)]
+    np.testing.assert_allclose(curve, [layer.std() for layer in layers], rtol=1e-5)
+    assert (tmp_path / "latest").read_text() == "global_step3"

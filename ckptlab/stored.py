@@ -17,6 +17,8 @@ import numpy as np
 
 from ckptlab.errors import CheckpointError, LayoutError, UnsafeFileError
 
+RESIDENT = 64 << 20  # bytes of mapped files that are read before their pages are let go
+
 
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor of this shape."""
@@ -122,6 +124,7 @@ class _MappedFiles:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
+        self._used = 0
         self._lock = threading.Lock()
         self._files: OrderedDict[str, tuple[tuple[int, ...], mmap.mmap]] = OrderedDict()
 
@@ -148,5 +151,21 @@ class _MappedFiles:
                 self._files.popitem(last=False)
             return whole
 
+    def used(self, nbytes: int) -> None:
+        """Count bytes that were read; now and then let go of the pages, which a process otherwise keeps resident."""
+        with self._lock:
+            self._used += nbytes
+            if self._used < RESIDENT:
+                return
+            self._used = 0
+            files = [whole for _, whole in self._files.values()]
+        for whole in files:  # a page that is needed again comes back from the page cache
+            whole.madvise(mmap.MADV_DONTNEED)
+
 
 _mapped_files = _MappedFiles(capacity=64)
+
+
+def note_read(nbytes: int) -> None:
+    """Say that so many bytes of mapped files were read and are done with: keeps a long conversion's memory small."""
+    _mapped_files.used(nbytes)

@@ -20,6 +20,7 @@ from ckptlab.arrays.boxes import flat_boxes, plain_rows, restrict
 from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
+from ckptlab.stored import note_read
 
 CHUNK = 1 << 23  # elements that `chunks` holds at a time
 
@@ -127,8 +128,8 @@ class Gather:
             for start in range(first, last, limit):
                 stop = min(start + limit, last)
                 view = fragment.stored.flat[start - fragment.start : stop - fragment.start]
-                self._count(rank, fragment.dp, view.nbytes)
                 yield view.astype(self.dtype, copy=False)
+                self._count(rank, fragment.dp, view.nbytes)
 
     def _same_shard(self, cut: Cut, at: tuple[int, ...]) -> bool:
         if len(self.replicas) > 1 or cut.axes != self.cut.axes or at not in self._coordinates:
@@ -226,5 +227,6 @@ class Gather:
         return self._known_fragments[tp]
 
     def _count(self, tp: int, dp: int, nbytes: int) -> None:
+        note_read(nbytes)
         if self.tally is not None:
             self.tally.read[(self.stage, dp, tp), self.tally.target] += nbytes

@@ -14,8 +14,8 @@ from compare import GPT, ZERO2, ZERO3
 from safetensors.numpy import save_file
 
 import ckptlab
-from ckptlab import analysis, diff
-from ckptlab.analysis import Compared, OnlyIn, Setting
+from ckptlab import diff
+from ckptlab.analysis import Compared, OnlyIn, Setting, compare
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
@@ -72,7 +72,7 @@ def test_native_and_universal_are_equal_in_what_both_have() -> None:
 def test_one_changed_element_is_found_and_located(
     poked: Path, other: Path, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "WINDOW", window)
+    monkeypatch.setattr(compare, "WINDOW", window)
     found = diff(other, poked, states=["exp_avg_sq"])
     assert not found.equal
     (one,) = found.differences
@@ -103,7 +103,7 @@ def test_across_meshes_too(poked: Path, tmp_path: Path) -> None:
 def test_the_largest_difference_is_the_one_that_is_located(
     window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "WINDOW", window)
+    monkeypatch.setattr(compare, "WINDOW", window)
     folder = copy(ZERO2, tmp_path)
     catalog = read(folder)
     for element, value in ((3, 1.0), (500, -9.0), (700, 2.0)):

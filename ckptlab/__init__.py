@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptlab.analysis import Diff, diff
+    from ckptlab.arrays.backends import Backend
+    from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights
     from ckptlab.convert import Report
     from ckptlab.errors import (
+        BackendError,
         CheckpointError,
         CkptlabError,
         DestinationError,
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Backend",
+    "BackendError",
     "Catalog",
     "Checkpoint",
     "CheckpointError",
@@ -48,6 +53,7 @@ __all__ = [
     "NotationError",
     "Notice",
     "ParameterGroup",
+    "ReplicaWarning",
     "Report",
     "Reshape",
     "ReshapeError",
@@ -58,12 +64,19 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "diff",
+    "merge",
+    "merge_flat",
     "open",
+    "reshape",
     "save_weights",
+    "split",
+    "split_flat",
 ]
 
 _HOMES = {
     "analysis": "Diff diff",
+    "arrays.backends": "Backend",
+    "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open save_weights",
     "convert": "Report",
@@ -71,8 +84,8 @@ _HOMES = {
     "flatten_dp_dimension get_files_with_prefix get_layer_ckpt_name_for_rank get_model_3d_descriptor "
     "get_model_ckpt_name_for_rank get_mpu_ranks get_zero_ckpt_name_for_rank get_zero_files meg_2d_parallel_map "
     "merge_state model_3d_desc partition_data reshape_meg_2d_parallel unflatten_dp_dimension",
-    "errors": "CheckpointError CkptlabError DestinationError LayoutError MeshError NotationError ReshapeError "
-    "UnsafeFileError UnsupportedError",
+    "errors": "BackendError CheckpointError CkptlabError DestinationError LayoutError MeshError NotationError "
+    "ReshapeError UnsafeFileError UnsupportedError",
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "strategy": "Megatron Rules Strategy",

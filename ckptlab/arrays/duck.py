@@ -224,10 +224,11 @@ def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> A
         raise TypeError(f'{name} is not to be had on {backend.name}: .to_numpy() first, or backend="numpy"')
     keeps = name in _MOVES or _is_elementwise(name)
     dtype = None if keeps else WIDE
+    refusals: tuple[type[Exception], ...] = (TypeError, RuntimeError, *backend.refusals)
     try:
         with backend.computing():
             result = function(*_plain(args, backend, dtype), **_plain(dict(kwargs), backend, dtype))
-    except (TypeError, RuntimeError, *backend.refusals) as e:
+    except refusals as e:
         narrow = [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]
         hint = '.astype("float32") first' if narrow else '.to_numpy() first, or backend="numpy"'
         raise TypeError(f"{name} on {backend.name}: {str(e).splitlines()[0]}; {hint}") from e

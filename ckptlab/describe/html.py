@@ -97,7 +97,7 @@ def plan_html(reshape: Reshape) -> str:
         ("changes", _table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
         ("cost", _table([], phrases.costs(about), "lrl")),
     ]
-    memory = _pictures(viz.mesh(reshape.mesh), viz.memory(reshape))
+    memory = _pictures(viz.mesh(reshape.source.mesh), viz.mesh(reshape.mesh), viz.memory(reshape))
     return _page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about, reshape), memory])
 
 

@@ -216,7 +216,7 @@ def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[
         numbers.append(number)
     if len(numbers) == 1:
         return colour(numbers[0])
-    colours = tuple(colour(n) for n in numbers) if len(numbers) <= _STRIPES else ("#8a8a8a", "#b8b8b8")
+    colours = tuple(colour(n) for n in numbers) if len(numbers) <= _STRIPES else ("#666666", "#bbbbbb")
     fill, pattern = striped(colours)
     defs.append(pattern)
     return fill

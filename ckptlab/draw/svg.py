@@ -35,7 +35,7 @@ _STYLE = (
     ".ckptlab-drawing .middle{text-anchor:middle}"
     ".ckptlab-drawing .end{text-anchor:end}"
     ".ckptlab-drawing .white{fill:#fff}"
-    ".ckptlab-drawing .black{fill:#111}"
+    ".ckptlab-drawing .black{fill:#000}"
     ".ckptlab-drawing .line{fill:none;stroke:currentColor;stroke-opacity:.55}"
     ".ckptlab-drawing .overlay{pointer-events:none}"
     ".ckptlab-drawing .cell{stroke:currentColor;stroke-opacity:.4;stroke-width:.75}"
@@ -102,8 +102,8 @@ def text_of(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """Two decimals at most."""
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    """Three decimals at most."""
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 def element(tag: str, content: str = "", /, **attributes: object) -> str:
@@ -205,13 +205,13 @@ def width_of(content: str, size: float = 12) -> float:
 
 
 def tail(name: str, width: float, size: float = 12) -> str:
-    """A dotted name that fits the width: leading parts go first, `…word_embeddings.weight`."""
-    parts = name.split(".")
-    for i in range(len(parts)):
-        found = ("…" if i else "") + ".".join(parts[i:])
-        if width_of(found, size) <= width:
-            return found
-    return fitted(name, width, size)
+    """A dotted name that fits the width: leading parts go first, `…word_embeddings.weight`, else its beginning."""
+    most = int(width / width_of("x", size))
+    if len(name) <= most:
+        return name
+    kept = name[len(name) - most + 1 :]
+    _, dot, after = kept.partition(".")
+    return f"…{after}" if dot and len(after) > most // 2 else f"…{kept}"
 
 
 def fitted(content: str, width: float, size: float = 10) -> str:

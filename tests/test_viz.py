@@ -54,9 +54,9 @@ def test_512_ranks_are_few_cells_that_stand_for_all(mesh: Mesh) -> None:
     assert [77 in numbers(c.get("data-rank")) for c in cells(drawing, "marked")] == [True]
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp", "dp"])
-def test_groups_are_framed_with_all_their_ranks(axis: str) -> None:
-    mesh = Mesh(tp=3, pp=2, dp=4)
+@pytest.mark.parametrize("axis", ["tp", "pp", "dp", "edp", "ep"])
+def test_groups_are_framed_with_all_their_ranks_and_no_others(axis: str) -> None:
+    mesh = Mesh(tp=3, pp=2, dp=4).split("dp", edp=2, ep=2)
     drawing = viz.mesh(mesh, group=axis)
     groups = mesh.groups(axis)
     for cell in cells(drawing, "rank"):
@@ -382,9 +382,11 @@ def test_bars_are_as_long_as_their_bytes() -> None:
 
 
 def test_memory_on_paper() -> None:
-    drawing = viz.memory({"dp 0": {"weights": 10, "cache": 30}, "dp 1": {"weights": 10}})
-    told = [(c.get("data-rank"), c.get("data-kind"), c.get("data-bytes")) for c in cells(drawing, "amount")]
-    assert told == [("0", "weights", "10"), ("0", "cache", "30"), ("1", "weights", "10")]
+    drawing = viz.memory({"dp 0": {"weights": 1, "cache": 39}, "dp 1": {"weights": 10}})
+    amounts = cells(drawing, "amount")
+    told = [(c.get("data-rank"), c.get("data-kind"), c.get("data-bytes")) for c in amounts]
+    assert told == [("0", "weights", "1"), ("0", "cache", "39"), ("1", "weights", "10")]
+    assert len({round(float(c.get("width", "")) / int(c.get("data-bytes", "")), 3) for c in amounts}) == 1
     assert texts(drawing, "bar-label") == ["dp 0", "dp 1"]
     assert cells(viz.memory({}), "amount") == []
 

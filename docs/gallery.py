@@ -67,14 +67,16 @@ PICTURES: dict[str, Callable[[], str]] = {
     ),
     "flat": lambda: column(viz.flat(gpt().catalog.flat_groups[0]), viz.flat(zero3().catalog.flat_groups[0])),
     "flat_512": lambda: column(
-        viz.flat(FlatBuffer.contiguous([f"layers.{i}.weight" for i in range(9)], [700_000_003 + i for i in range(9)], 512))
+        viz.flat(
+            FlatBuffer.contiguous([f"layers.{i}.weight" for i in range(9)], [700_000_003 + i for i in range(9)], 512)
+        )
     ),
     "stages": lambda: row(viz.stages(gpt()), viz.stages(zero3())),
     "memory": lambda: column(viz.memory(gpt()), viz.memory(gpt().reshape(Mesh(tp=4, pp=2, dp=64)))),
     "plan": lambda: column(viz.plan(gpt().reshape(Mesh(tp=4, dp=2)))),
     "plan_512": lambda: column(viz.plan(gpt().reshape(Mesh(tp=4, pp=4, dp=32)))),
     "layout": lambda: QKV._repr_html_(),
-    "checkpoint": lambda: gpt()._repr_html_(),
+    "checkpoint": lambda: gpt()._repr_html_().replace("<details open><summary>52", "<details><summary>52"),
     "reshape": lambda: gpt().reshape(Mesh(tp=4, dp=2))._repr_html_(),
 }
 

@@ -292,6 +292,25 @@ def test_a_tensor_across_a_border_is_torn_on_both_sides() -> None:
     assert texts(alone, "bar-label") == ["dp 1"]
 
 
+def test_the_whole_buffer_shows_where_dp_cuts_it() -> None:
+    buffer = FlatBuffer.contiguous(["a", "b", "c"], [6, 10, 3], 4)
+    drawing = viz.flat(buffer)
+    spans = cells(drawing, "span")
+    assert [(c.get("data-tensor"), c.get("data-count")) for c in spans] == [
+        ("a", "6"),
+        ("b", "10"),
+        ("c", "3"),
+        (None, str(buffer.total - 19)),
+    ]
+    (whole,) = cells(drawing, "whole")
+    x0, _, x1, _ = box(whole)
+    cuts = [e for e in elements(drawing) if "cut" in e.get("class", "").split()]
+    places = [float(re.match(r"M([\d.]+)", e.get("d", ""))[1]) for e in cuts]  # type: ignore[index]
+    assert [round((x - x0) / (x1 - x0) * 4, 2) for x in places] == [1, 2, 3]
+    assert not cells(viz.flat(buffer, dp=1), "span")
+    assert not cells(viz.flat(FlatBuffer.per_tensor(["a"], [9], 2)), "span")
+
+
 def test_of_512_dp_ranks_a_few_are_drawn_and_the_picture_says_so() -> None:
     drawing = viz.flat(FlatBuffer.contiguous(["a"], [1 << 20], 512))
     assert texts(drawing, "bar-label") == ["dp 0", "dp 1", "dp 2", "dp 3", "dp 4", "dp 5", "dp 511"]

@@ -314,6 +314,7 @@ def test_the_whole_buffer_shows_where_dp_cuts_it() -> None:
 def test_of_512_dp_ranks_a_few_are_drawn_and_the_picture_says_so() -> None:
     drawing = viz.flat(FlatBuffer.contiguous(["a"], [1 << 20], 512))
     assert texts(drawing, "bar-label") == ["dp 0", "dp 1", "dp 2", "dp 3", "dp 4", "dp 5", "dp 511"]
+    assert "dashed: of 511 cuts one in 8" in texts(drawing, "note")
     assert texts(drawing, "omitted") == ["… and 505 dp ranks, 6 to 510"]
     with pytest.raises(IndexError):
         viz.flat(FlatBuffer.contiguous(["a"], [8], 2), dp=2)
@@ -410,6 +411,13 @@ def test_memory_on_paper() -> None:
     assert cells(viz.memory({}), "amount") == []
 
 
+def test_a_kind_has_one_colour_whatever_else_there_is() -> None:
+    whole, part = (viz.memory({"0": dict.fromkeys(kinds, 5)}) for kinds in (viz.KINDS, viz.KINDS[1:3]))
+    fills = {c.get("data-kind"): c.get("fill") for c in cells(whole, "amount")}
+    assert all(fills[c.get("data-kind")] == c.get("fill") for c in cells(part, "amount"))
+    assert texts(part, "legend") == list(viz.KINDS[1:3])
+
+
 def test_of_512_ranks_those_that_hold_alike_are_one_bar() -> None:
     alike = {f"rank {r}": {"weights": 10 + r // 256} for r in range(512)}
     drawing = viz.memory(alike)
@@ -457,6 +465,20 @@ def test_512_targets_are_stages_or_blocks_and_the_picture_says_so(mesh: Mesh) ->
     assert said in texts(drawing, "note")
     bare = viz.plan(reshaped.plan)
     assert sum(int(c.get("data-bytes", "")) for c in cells(bare, "move")) == reshaped.plan.sent
+
+
+# Plots
+
+
+def test_a_plot_has_every_rank() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    reshaped = ckptlab.open(GPT).reshape(Mesh(tp=4, dp=2))
+    ax = viz.plot_memory(reshaped)
+    found = viz.memory_by_rank(reshaped.target)
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    assert np.array(heights).T.tolist() == found[:, found.any(axis=0)].tolist()
+    (image,) = viz.plot_plan(reshaped, viz.plot_memory({})).images
+    assert image.get_array().filled(0).tolist() == reshaped.plan.matrix().tolist()
 
 
 # Reprs

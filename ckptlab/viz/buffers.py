@@ -45,6 +45,9 @@ def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
         said = ["ZeRO-3: each tensor is cut by itself; every rank has a part of each"]
     else:
         said = [f"ZeRO-1/2: the buffer is cut every {buffer.partition:,} elements, across the borders of tensors"]
+        step = -(-buffer.dp // CUTS)
+        if step > 1:
+            said.append(f"dashed: of {buffer.dp - 1:,} cuts one in {step:,}")
     padding = sum(buffer.padding(d) for d in range(buffer.dp))
     if padding:
         said.append(f"hatched: padding, {padding:,} elements in all")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from ckptlab.draw import Drawing
 from ckptlab.plan import FlatBuffer
 from ckptlab.stored import Stored
 
+ROOT = Path(__file__).resolve().parents[1]
 GQA = Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 32, "k": 16, "v": 16})
 MQA = Layout("((tp q) + k + v) in", totals={"q": 32, "k": 16, "v": 16})
 
@@ -580,3 +583,22 @@ def test_drawings_are_values() -> None:
     assert isinstance(a, Drawing)
     assert repr(a).startswith("<Drawing, ")
     assert a._repr_svg_() == a.svg
+
+
+# The gallery
+
+
+def test_what_the_page_on_drawings_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/drawings.md").read_text(), re.DOTALL)
+    exec(block.replace("/tmp/", f"{tmp_path}/"), {})
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg xmlns=")
+
+
+def test_every_picture_can_be_made_and_is_there() -> None:
+    pictures = runpy.run_path(str(ROOT / "docs/gallery.py"))["PICTURES"]
+    for name, make in pictures.items():
+        assert "<svg" in shown(make())
+        assert all((ROOT / f"docs/pictures/{name}_{theme}.png").exists() for theme in ("light", "dark"))
+    named = re.findall(r"pictures/(\w+)_(?:light|dark)\.png", (ROOT / "docs/drawings.md").read_text())
+    assert set(named) <= set(pictures)

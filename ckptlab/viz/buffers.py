@@ -48,7 +48,7 @@ def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
         step = -(-buffer.dp // CUTS)
         if step > 1:
             said.append(f"dashed: of {buffer.dp - 1:,} cuts one in {step:,}")
-    padding = sum(buffer.padding(d) for d in range(buffer.dp))
+    padding = buffer.total - sum(buffer.counts)
     if padding:
         said.append(f"hatched: padding, {padding:,} elements in all")
     if isinstance(group, FlatGroup):

@@ -40,7 +40,9 @@ def plot_plan(plan: Plan | Reshape, ax: Axes | None = None) -> Axes:
     made = plan if isinstance(plan, Plan) else plan.plan
     matrix = made.matrix()
     ax = _axes(ax)
-    image = ax.imshow(np.ma.masked_equal(matrix, 0), cmap="cividis", norm=LogNorm(), aspect="auto", origin="upper")
+    image = ax.imshow(
+        np.ma.masked_equal(matrix, 0), cmap="cividis", norm=LogNorm(), aspect="auto", interpolation="nearest"
+    )
     ax.set(xlabel="target rank", ylabel="source rank", title=f"{size(made.sent)} read, {size(made.moved)} change rank")
     bar = ax.figure.colorbar(image, ax=ax, label="bytes")
     bar.ax.yaxis.set_major_formatter(lambda value, _: size(value))

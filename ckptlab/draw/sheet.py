@@ -268,7 +268,8 @@ def _parts(edge: Edge, left: float, top: float, width: float, height: float, ver
         found.append(_frame(box, "part overlay", "2.5", data_part=name))
         said = f"{name} {length:,}"
         if vertical and size >= 9:
-            found.append(text(left - 12, box[1] + size / 2, said, "end strong part-label"))
+            small = "small " if size < 14 else ""
+            found.append(text(left - 12, box[1] + size / 2, said, f"end strong {small}part-label"))
             found.append(_bracket(left - 8, box[1] + 2, size - 4))
         elif not vertical and size >= width_of(said, 10):
             found.append(text(box[0] + size / 2, top - 11, said, "middle strong part-label"))

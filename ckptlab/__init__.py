@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptlab import viz
     from ckptlab.analysis import Diff, diff
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat
@@ -71,6 +72,7 @@ __all__ = [
     "save_weights",
     "split",
     "split_flat",
+    "viz",
 ]
 
 _HOMES = {
@@ -90,6 +92,7 @@ _HOMES = {
     "mesh": "Mesh",
     "strategy": "Megatron Rules Strategy",
 }
+_MODULES = ("viz",)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
@@ -99,6 +102,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("ckptlab")
+    elif name in _MODULES:
+        value = import_module(f"ckptlab.{name}")
     elif name in _HOME_OF:
         value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
     elif name.isupper() and hasattr(constants := import_module("ckptlab.deepspeed.constants"), name):

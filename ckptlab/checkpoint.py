@@ -199,11 +199,16 @@ class Reshape(Viewed):
         for target in self.target.placements(name, becomes):
             yield name, read_size, written_size, source, target
 
-    def cost(self) -> Cost:
-        """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
+    @cached_property
+    def file_sizes(self) -> Mapping[str, int]:
+        """Name → bytes of tensor data of every file that writing a native checkpoint makes."""
         from ckptlab.formats.deepspeed import write
 
-        written = sum(job.nbytes for job in write.jobs(self.source, self.target))
+        return {job.name: job.nbytes for job in write.jobs(self.source, self.target)}
+
+    def cost(self) -> Cost:
+        """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
+        written = sum(self.file_sizes.values())
         sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
         return Cost(self.plan.sent, written, self.plan.moved, max(sizes, default=0))
 

@@ -11,7 +11,7 @@ import pytest
 from compare import GPT
 
 from ckptlab import Layout, LayoutError, Mesh
-from ckptlab.placed import Sharding
+from ckptlab.arrays.sharding import Sharding
 
 pytest.importorskip("torch")
 pytest.importorskip("jax")

@@ -13,7 +13,7 @@ from ckptlab.errors import BackendError
 
 if TYPE_CHECKING:
     from ckptlab.arrays.moves import Moves, View
-    from ckptlab.placed import Sharding
+    from ckptlab.arrays.sharding import Sharding
 
 Coordinate = Mapping[str, int]  # mesh axis → coordinate
 Empty = Callable[[Sequence[int], np.dtype], np.ndarray]  # numpy.empty, or one that takes memory of another kind

@@ -18,7 +18,7 @@ from ckptlab.arrays.moves import Moves, View
 from ckptlab.errors import BackendError
 
 if TYPE_CHECKING:
-    from ckptlab.placed import Sharding
+    from ckptlab.arrays.sharding import Sharding
 
 
 class JaxBackend(Backend):

@@ -17,7 +17,7 @@ from ckptlab.arrays.moves import View
 from ckptlab.errors import BackendError
 
 if TYPE_CHECKING:
-    from ckptlab.placed import Sharding
+    from ckptlab.arrays.sharding import Sharding
 
 _OWN = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
 _DTYPES: dict[np.dtype, torch.dtype] = {

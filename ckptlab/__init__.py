@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ckptlab import viz
     from ckptlab.analysis import Diff, diff
     from ckptlab.arrays.backends import Backend
-    from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat
+    from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights
     from ckptlab.convert import Report
@@ -72,13 +72,14 @@ __all__ = [
     "save_weights",
     "split",
     "split_flat",
+    "to",
     "viz",
 ]
 
 _HOMES = {
     "analysis": "Diff diff",
     "arrays.backends": "Backend",
-    "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat",
+    "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat to",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open save_weights",
     "convert": "Report",

@@ -15,6 +15,7 @@ from xarray.core import indexing
 
 from ckptlab.arrays import shard_gathers
 from ckptlab.arrays.backends import Backend
+from ckptlab.arrays.duck import duck
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Stacked
 from ckptlab.arrays.sharding import Sharding
 from ckptlab.catalog import Catalog, Tensor
@@ -34,8 +35,8 @@ class Placed(BackendArray):
         self.shape, self.dtype = sharding.shape, shards[0].dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        array = self.backend.wrap(self.backend.place(self.mesh, self.stage, self.sharding, self.dtype, self._read))
-        return indexing.apply_indexer(indexing.as_indexable(array), key)
+        placed = self.backend.place(self.mesh, self.stage, self.sharding, self.dtype, self._read)
+        return indexing.apply_indexer(indexing.as_indexable(duck(placed, self.backend)), key)
 
     def _read(self, coordinate: Mapping[str, int]) -> np.ndarray:
         shard = self.shards[coordinate.get("tp", 0)]

@@ -22,7 +22,7 @@ from ckptlab.arrays import backends
 from ckptlab.arrays.backends import Backend, resolve
 from ckptlab.arrays.backends.numpy import NumpyBackend
 from ckptlab.arrays.dtypes import is_narrow
-from ckptlab.arrays.duck import Duck
+from ckptlab.arrays.duck import Duck, duck
 from ckptlab.errors import BackendError
 
 pytest.importorskip("torch")
@@ -49,7 +49,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 def on(
     backend: Backend, values: np.ndarray, dims: Sequence[str] = ("layer", "out", "in"), **coords: Any
 ) -> xr.DataArray:
-    return xr.DataArray(backend.wrap(backend.from_numpy(values)), dims=dims, coords=coords)
+    return xr.DataArray(duck(backend.from_numpy(values), backend), dims=dims, coords=coords)
 
 
 # ------------------------------------------------------------------------------------------------ resolving

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptlab
-from ckptlab import Layout, LayoutError, Mesh, ReplicaWarning, merge, merge_flat, reshape, split, split_flat
+from ckptlab import Layout, LayoutError, Mesh, ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
 from ckptlab.arrays.backends import resolve
+from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import moves
 from ckptlab.catalog import Catalog, FlatGroup
 from ckptlab.layout import Cut
@@ -130,7 +131,7 @@ class TestReplicas:
     def shards(self, name: str, dtype: type = np.float32) -> xr.DataArray:
         backend = resolve(name)
         values = np.array([[1, 2, np.nan], [1, 4, np.nan]], dtype)
-        return xr.DataArray(backend.wrap(backend.from_numpy(values)), dims=("tp", "out"), name="norm.weight")
+        return xr.DataArray(duck(backend.from_numpy(values), backend), dims=("tp", "out"), name="norm.weight")
 
     def test_equal_ones_are_one(self, name: str) -> None:
         same = self.shards(name).isel(tp=[0, 0])
@@ -164,6 +165,17 @@ def test_a_destination_is_written_to(name: str) -> None:
     assert held.data_ptr() == out.data_ptr() if name == "torch" else np.shares_memory(held, out)
     with pytest.raises(LayoutError, match=r"out has shape \(12, 3\), dtype float64; expected \(12, 3\)"):
         merge(shards, layout, out=backend.empty((12, 3), np.dtype(np.float64)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_array_is_moved_with_its_labels(name: str) -> None:
+    here = xr.DataArray(np.arange(3, dtype=np.int64) * 2**40, {"out": [5, 6, 7]}, ["out"], "w", {"kind": "buffer"})
+    there = to(here, name)
+    assert (there.name, there.attrs, there.dtype) == ("w", {"kind": "buffer"}, np.int64)
+    assert there.sel(out=7) == 2**41
+    assert to(there, name) is there
+    assert to(there).data is there.data
+    assert to(there, "numpy").identical(here)
 
 
 def test_jax_has_no_destinations_and_says_so() -> None:
@@ -248,7 +260,7 @@ def test_flat_laws(counts: list[int], dp: int, zero3: bool, name: str, dtype: ty
     shards = {}
     for i, (tensor, n) in enumerate(zip(names, counts, strict=True)):
         array = backend.from_numpy((np.arange(n) + 10 * i + 1).astype(dtype))
-        shards[tensor] = xr.DataArray(backend.wrap(array), dims="element")
+        shards[tensor] = xr.DataArray(duck(array, backend), dims="element")
     buffers = split_flat(shards, flat)
     assert (buffers.dims, buffers.shape, buffers.dtype) == (("dp", "flat"), (dp, flat.size(0)), dtype)
     assert int((buffers.values.astype(np.float64) == 0).sum()) == flat.total - sum(counts)  # padding is 0

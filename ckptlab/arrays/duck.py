@@ -49,7 +49,8 @@ class Duck(NDArrayOperatorsMixin):
     __slots__ = ("array", "backend")
 
     def __init__(self, array: Any, backend: Backend) -> None:
-        self.array, self.backend = array, backend
+        self.array = np.asarray(array) if isinstance(array, np.generic) else array  # numpy's scalars are arrays here
+        self.backend = backend
 
     def __reduce__(self) -> tuple[Callable[..., Duck], tuple[Any, ...]]:
         return _unpickled, (self.to_numpy(), self.backend.name, self.backend.device)
@@ -100,7 +101,7 @@ class Duck(NDArrayOperatorsMixin):
 
     def __getitem__(self, key: Any) -> Any:
         with self.backend.computing():
-            return self.backend.wrap(self.backend.take(self.array, self._key(key)))
+            return duck(self.backend.take(self.array, self._key(key)), self.backend)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         held = _plain(value, self.backend)
@@ -152,7 +153,7 @@ class Duck(NDArrayOperatorsMixin):
         """The array in another dtype; not in `object`, which Python would add up one narrow scalar at a time."""
         if np.dtype(dtype) == np.dtype(object):
             raise TypeError(f"{self.dtype} has no place for missing values or objects: .astype('float32') first")
-        return self.backend.wrap(self.backend.cast(self.array, np.dtype(dtype)))
+        return duck(self.backend.cast(self.array, np.dtype(dtype)), self.backend)
 
     def copy(self, order: Any = "C") -> Any:
         return call(self.backend, "copy", (self,), {})
@@ -162,7 +163,7 @@ class Duck(NDArrayOperatorsMixin):
 
     def view(self, dtype: Any) -> Any:
         """The same bytes as another dtype (the bits: `.view("uint16")`), as a numpy array."""
-        return resolve("numpy").wrap(self.to_numpy().view(dtype))
+        return duck(self.to_numpy().view(dtype), resolve())
 
     def __getattr__(self, name: str) -> Any:
         """numpy's further methods (`.sum()`, `.mean()`, …): the function of that name, computed as said above."""
@@ -199,9 +200,14 @@ class Duck(NDArrayOperatorsMixin):
         return call(self.backend, name, args, kwargs)
 
 
+def duck(array: Any, backend: Backend) -> Any:
+    """An array of a backend as xarray is to hold it: a `Duck`, or itself where its numbers are right as they are."""
+    return array if backend.is_safe(array) else Duck(array, backend)
+
+
 def _unpickled(array: np.ndarray, backend: str, device: str) -> Any:
     known = resolve(backend, device)
-    return known.wrap(known.from_numpy(array, owned=True))
+    return duck(known.from_numpy(array, owned=True), known)
 
 
 def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -287,7 +293,7 @@ def _is_dtype(value: Any) -> bool:
 def _wrapped(result: Any, backend: Backend) -> Any:
     if type(result) in (tuple, list):
         return type(result)(_wrapped(r, backend) for r in result)
-    return backend.wrap(result) if backend.is_array(result) else result
+    return duck(result, backend) if backend.is_array(result) else result
 
 
 class Namespace:
@@ -302,7 +308,7 @@ class Namespace:
     def asarray(self, value: Any, dtype: Any = None, **options: Any) -> Any:
         if isinstance(value, Duck):
             return value if dtype is None or value.dtype == dtype else value.astype(dtype)
-        return self._backend.wrap(self._backend.from_numpy(np.asarray(value, dtype)))
+        return duck(self._backend.from_numpy(np.asarray(value, dtype)), self._backend)
 
     def astype(self, array: Any, dtype: Any, **options: Any) -> Any:
         return array.astype(dtype)

@@ -18,6 +18,7 @@ from xarray.core import indexing
 from ckptlab.arrays.backends import Backend, resolve
 from ckptlab.arrays.backends.base import Empty
 from ckptlab.arrays.dtypes import is_narrow
+from ckptlab.arrays.duck import duck
 from ckptlab.arrays.gather import Gather
 from ckptlab.arrays.held import Partition
 from ckptlab.layout import Cut
@@ -146,8 +147,8 @@ class Delivered(BackendArray):
         if isinstance(key, indexing.VectorizedIndexer):
             support = indexing.IndexingSupport.OUTER
             read = indexing.explicit_indexing_adapter(key, self.shape, support, self.array.read)
-            return self.backend.wrap(self.backend.from_numpy(read, owned=True))
-        return self.backend.wrap(self._receive(key.tuple))
+            return duck(self.backend.from_numpy(read, owned=True), self.backend)
+        return duck(self._receive(key.tuple), self.backend)
 
     def _receive(self, index: tuple[Index, ...]) -> Any:
         kept = [dim for dim, k in enumerate(index) if not _is_integer(k)]

@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from ckptlab.arrays.backends import Backend, of, resolve
+from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import flat_merge, flat_split, held_shape, moves
 from ckptlab.catalog import FlatGroup, Tensor
 from ckptlab.errors import LayoutError
@@ -30,6 +31,14 @@ from ckptlab.plan import FlatBuffer
 
 class ReplicaWarning(UserWarning):
     """Copies that should be equal and are not: the first was taken."""
+
+
+def to(array: xr.DataArray, backend: Backend | str | None = None, device: Any = None) -> xr.DataArray:
+    """The array on a backend and device, labels and bits as they are: `to(array, "torch", "cuda")`.
+
+    Nothing is copied where it is there already. BackendError where that cannot be.
+    """
+    return _on(array, backend, device)[0]
 
 
 def merge(
@@ -53,7 +62,7 @@ def merge(
     LayoutError where shards, layout and shape do not fit.
     """
     layout = _layout(layout)
-    array, place = _on(shards, layout, backend, device)
+    array, place = _on(shards, backend, device)
     axes, others = _mesh_axes(array, layout), [d for d in array.dims if d not in layout.dims]
     mesh = Mesh(**{axis: array.sizes[axis] for axis in axes})
     cut = _cut_of(array, layout, mesh, shape)
@@ -78,7 +87,7 @@ def split(
     their widths. backend, device, out: as in `merge`. LayoutError where layout, shape and mesh do not fit.
     """
     layout = _layout(layout)
-    array, place = _on(whole, layout, backend, device)
+    array, place = _on(whole, backend, device)
     missing = [d for d in layout.dims if d not in array.dims]
     if missing:
         raise LayoutError(f"{layout.text!r} has dims {layout.dims}, the array {array.dims}: no {missing[0]!r}")
@@ -106,7 +115,7 @@ def reshape(
     from ckptlab.layout import on_degree
 
     layout = _layout(layout)
-    array, place = _on(shards, layout, backend, device)
+    array, place = _on(shards, backend, device)
     axes = _mesh_axes(array, layout)
     source = _cut_of(array, layout, Mesh(**{axis: array.sizes[axis] for axis in axes}), shape)
     recut = layout
@@ -140,7 +149,7 @@ def merge_flat(
     for i, name in enumerate(flats[0].names):
         tensor = None if tensors is None else tensors[name]
         shapes = _shard_shapes(flats, i, tensor)
-        moved = place.wrap(place.move(flat_merge(flats, i, source.shape[2], shapes), [source]))
+        moved = duck(place.move(flat_merge(flats, i, source.shape[2], shapes), [source]), place)
         one = xr.DataArray(moved, dims=("tp", *(tensor.dims if tensor else ("element",))), name=name)
         if tensor is not None:
             one = one.assign_coords(tp=list(range(len(flats))), **_extents(tensor.cut, tensor.layout))
@@ -171,7 +180,7 @@ def split_flat(shards: Mapping[str, xr.DataArray], flat: FlatGroup | FlatBuffer,
         sources.append(_raw(array.transpose("tp", *dims), place))
         shapes.append(own)
     target = None if out is None else _raw(out, place)
-    moved = place.wrap(place.move(flat_split(flats, tuple(shapes)), sources, target))
+    moved = duck(place.move(flat_split(flats, tuple(shapes)), sources, target), place)
     buffers = xr.DataArray(moved, dims=("tp", "dp", "flat"))
     return buffers if with_tp else buffers.isel(tp=0, drop=True)
 
@@ -183,9 +192,7 @@ def _layout(layout: Layout | str) -> Layout:
     return layout if isinstance(layout, Layout) else Layout(layout)
 
 
-def _on(
-    array: xr.DataArray, layout: Layout, backend: Backend | str | None, device: Any
-) -> tuple[xr.DataArray, Backend]:
+def _on(array: xr.DataArray, backend: Backend | str | None, device: Any) -> tuple[xr.DataArray, Backend]:
     """The array on the backend that is asked for (None: its own), and that backend."""
     own = of(array.data)
     if backend is None and device is None:
@@ -193,7 +200,7 @@ def _on(
     wanted = resolve(own.name if backend is None else backend, device)
     if wanted is own:
         return array, own
-    return array.copy(data=wanted.wrap(wanted.from_numpy(own.to_numpy(_raw(array, own))))), wanted
+    return array.copy(data=duck(wanted.from_numpy(own.to_numpy(_raw(array, own))), wanted)), wanted
 
 
 def _raw(array: Any, backend: Backend) -> Any:
@@ -279,7 +286,7 @@ def _moved(
         given = (
             out
             if isinstance(out, xr.DataArray)
-            else xr.DataArray(place.wrap(_raw(out, place)), dims=_order(dims, others))
+            else xr.DataArray(duck(_raw(out, place), place), dims=_order(dims, others))
         )
         target_array = _raw(given.transpose(*dims), place)
         if tuple(target_array.shape) != planned.shape or place.dtype_of(target_array) != place.dtype_of(held):
@@ -287,7 +294,7 @@ def _moved(
                 f"out has shape {tuple(given.shape)}, dtype {place.dtype_of(target_array)}; expected "
                 f"{tuple(planned.shape)} as {dims}, {place.dtype_of(held)}"
             )
-    moved = xr.DataArray(place.wrap(place.move(planned, [held], target_array)), dims=dims).transpose(
+    moved = xr.DataArray(duck(place.move(planned, [held], target_array), place), dims=dims).transpose(
         *_order(dims, others)
     )
     kept = {

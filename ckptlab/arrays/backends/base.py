@@ -69,11 +69,9 @@ class Backend(ABC):
     def cast(self, array: Any, dtype: np.dtype) -> Any:
         """The array in another dtype, rounded to nearest even."""
 
-    def wrap(self, array: Any) -> Any:
-        """The array as xarray is to hold it."""
-        from ckptlab.arrays.duck import Duck
-
-        return Duck(array, self)
+    def is_safe(self, array: Any) -> bool:
+        """Whether xarray may hold the array as it is: it has numpy's protocols, and its numbers are right."""
+        return False
 
     # ------------------------------------------------------------ computing
 

@@ -44,8 +44,8 @@ class NumpyBackend(Backend):
     def cast(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return array.astype(dtype)
 
-    def wrap(self, array: np.ndarray) -> Any:
-        return super().wrap(np.asarray(array)) if is_narrow(array.dtype) else array
+    def is_safe(self, array: np.ndarray) -> bool:
+        return not is_narrow(array.dtype)
 
     def function(self, name: str) -> Callable[..., Any] | None:
         try:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptlab.analysis import Diff, diff
+    from ckptlab.analysis import Diff, Finding, Health, diff, health
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights
     from ckptlab.convert import Report
@@ -40,6 +40,8 @@ __all__ = [
     "Cut",
     "DestinationError",
     "Diff",
+    "Finding",
+    "Health",
     "Layout",
     "LayoutError",
     "Megatron",
@@ -58,12 +60,13 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "diff",
+    "health",
     "open",
     "save_weights",
 ]
 
 _HOMES = {
-    "analysis": "Diff diff",
+    "analysis": "Diff Finding Health diff health",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open save_weights",
     "convert": "Report",

@@ -1,5 +1,18 @@
-"""What a person asks of a checkpoint's numbers: how two of them differ."""
+"""What a person asks of a checkpoint's numbers: how two of them differ, and whether one is healthy."""
 
+from ckptlab.analysis.checkup import Checked, Finding, Health, Where, health
 from ckptlab.analysis.compare import Compared, Diff, Difference, OnlyIn, Setting, diff
 
-__all__ = ["Compared", "Diff", "Difference", "OnlyIn", "Setting", "diff"]
+__all__ = [
+    "Checked",
+    "Compared",
+    "Diff",
+    "Difference",
+    "Finding",
+    "Health",
+    "OnlyIn",
+    "Setting",
+    "Where",
+    "diff",
+    "health",
+]

@@ -50,7 +50,7 @@ def summary_html(ckpt: Checkpoint) -> str:
         ("client", escape(phrases.client(about))),
     ]
     lines = fold(ckpt.tensors.values())
-    return _page(phrases.title(about), [_facts(facts_), _notes(about), _tensors(lines, ckpt)])
+    return page(phrases.title(about), [_facts(facts_), _notes(about), _tensors(lines, ckpt)])
 
 
 def _groups(about: Mapping[str, Any]) -> str:
@@ -92,7 +92,7 @@ def plan_html(reshape: Reshape) -> str:
         ("changes", _table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
         ("cost", _table([], phrases.costs(about), "lrl")),
     ]
-    return _page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about)])
+    return page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about)])
 
 
 def _moves(about: Mapping[str, Any]) -> str:
@@ -120,7 +120,8 @@ def _cell(nbytes: int, unit: int, most: int, own: bool) -> str:
     return f'<td class="r{" own" if own else ""}" title="{size(nbytes)}"{shade}>{text}</td>'
 
 
-def _page(title: str, parts: Iterable[str]) -> str:
+def page(title: str, parts: Iterable[str]) -> str:
+    """A box with a heading; parts are HTML already."""
     return f"<div class=ckptlab><style>{STYLE}</style><div class=head>{escape(title)}</div>{''.join(parts)}</div>"
 
 

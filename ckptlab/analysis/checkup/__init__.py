@@ -1,0 +1,11 @@
+"""Is a checkpoint whole, of one run, and are its numbers what training leaves?
+
+finding.py says what a finding is. files.py, headers.py and pickled.py look at headers; rows.py says what is to be read,
+reading.py reads it once, windows.py and data.py look at it, verdicts.py puts what was seen into findings; check.py is
+the whole. The words are in `ckptlab.describe.health`.
+"""
+
+from ckptlab.analysis.checkup.check import health
+from ckptlab.analysis.checkup.finding import Checked, Finding, Health, Where
+
+__all__ = ["Checked", "Finding", "Health", "Where", "health"]

@@ -24,14 +24,6 @@ class CheckpointError(CkptlabError):
     """A checkpoint that is incomplete, inconsistent or damaged."""
 
 
-class MisplacedFileError(CheckpointError):
-    """A rank's file that stands under another rank's name: `path`."""
-
-    def __init__(self, message: str, path: str = "") -> None:
-        super().__init__(message)
-        self.path = path
-
-
 class UnsafeFileError(CheckpointError):
     """A file that is refused because reading it could execute something, or that lies about its extents."""
 

@@ -1,8 +1,8 @@
 """Is a checkpoint whole, of one run, and are its numbers what training leaves?
 
-finding.py says what a finding is. files.py, headers.py and pickled.py look at headers; rows.py says what is to be read,
-reading.py reads it once, windows.py and data.py look at it, verdicts.py puts what was seen into findings; check.py is
-the whole. The words are in `ckptlab.describe.health`.
+finding.py says what a finding is. files.py, headers.py, swaps.py and pickled.py look at headers; rows.py says what is
+to be read, reading.py reads it once, windows.py and data.py look at it, verdicts.py puts what was seen into findings;
+check.py is the whole. The words are in `ckptlab.describe.health`.
 """
 
 from ckptlab.analysis.checkup.check import health

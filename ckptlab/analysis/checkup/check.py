@@ -11,10 +11,12 @@ from ckptlab.analysis.checkup.files import Scan, mesh_of, places, scan
 from ckptlab.analysis.checkup.finding import Checked, Finding, Health, Where, ordered
 from ckptlab.analysis.checkup.headers import agreement
 from ckptlab.analysis.checkup.pickled import classes
+from ckptlab.analysis.checkup.swaps import swapped
 from ckptlab.catalog import MASTER, MODULE, Catalog
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
-from ckptlab.errors import CkptlabError, MisplacedFileError, UnsupportedError
+from ckptlab.describe.words import number_of, some
+from ckptlab.errors import CkptlabError, UnsupportedError
 from ckptlab.formats.deepspeed.optimizer import scalar
 from ckptlab.formats.locate import locate
 from ckptlab.strategy import Strategy
@@ -43,11 +45,12 @@ def health(
     if mesh is not None:
         findings += places(found, mesh, optimizer=place.format == "deepspeed")
         findings += agreement(found, mesh)
+        findings += swapped(found, mesh)
     catalog, refusal = (given.catalog, None) if given else _open(place.path, strategy)
     if refusal is not None:
         findings += _refused(refusal, place.path, findings)
     if catalog is not None:
-        findings += _noticed(catalog)
+        findings += [*_noticed(catalog), *_without_weight(catalog)]
     read, tensors = 0, len(catalog.tensors) if catalog else 0
     if data:
         told, read, looked_at = _survey(catalog, found, progress)
@@ -64,7 +67,7 @@ def _open(path: str, strategy: Strategy | str | None) -> tuple[Catalog | None, E
         return open_checkpoint(path, strategy).catalog, None
     except (CkptlabError, OSError) as error:
         return None, error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         return None, error  # headers of another form than any writer's
 
 
@@ -80,15 +83,6 @@ def _refused(error: Exception, path: str, findings: list[Finding]) -> Iterator[F
             "a kind of checkpoint that ckptlab reads",
             _said(error, path),
             "its files were looked at one by one; how their tensors belong together could not be checked",
-        )
-    elif isinstance(error, MisplacedFileError):
-        yield Finding(
-            "swapped-file",
-            "error",
-            Where(files=(os.path.basename(error.path),)),
-            "each rank's file under its own name",
-            _said(error, path),
-            "rename the files: they were swapped when they were copied",
         )
     elif not any(f.severity == "error" for f in findings):
         todo = "put back this run's own file; if none is whole, go back to an earlier step"
@@ -116,6 +110,22 @@ def _noticed(catalog: Catalog) -> Iterator[Finding]:
                 if known
                 else "compare the weights with an earlier step's before you go on with them",
             )
+
+
+def _without_weight(catalog: Catalog) -> Iterator[Finding]:
+    """Trained tensors without a module weight, where the format or others of the same checkpoint have one."""
+    trained = [t for t in catalog.tensors.values() if t.kind == "parameter" and MASTER in t.states]
+    lacking = [t.name for t in trained if MODULE not in t.states]
+    told = catalog.format == "deepspeed" and catalog.zero_stage != 3
+    if lacking and (told or len(lacking) < len(trained)):
+        yield Finding(
+            "missing-weight",
+            "error",
+            Where(tensors=tuple(lacking), states=(MODULE,)),
+            "a module weight for every trained tensor",
+            f"{number_of(len(lacking), 'tensor')}: {some(lacking, 4)}: no file has the weight, the master is there",
+            "see whether a layer file is missing",
+        )
 
 
 def _survey(catalog: Catalog | None, found: Scan, progress: bool) -> tuple[list[Finding], int, int]:

@@ -127,7 +127,7 @@ def _mesh_in(found: Scan, head: Mapping[str, Any]) -> Mesh | None:
         layers = (n.mp + 1 for n in found.parsed.values() if n.kind == "layer")
         tp = int(degrees["tp_degree"]) if degrees else max(layers, default=world)
         return Mesh(pp=max(world // tp, 1), dp=dp, tp=tp)
-    except (KeyError, TypeError, ValueError, CkptlabError):
+    except (KeyError, TypeError, ValueError, ArithmeticError, CkptlabError):
         return None
 
 
@@ -191,11 +191,17 @@ def _trained_with_zero(found: Scan) -> bool:
     return False
 
 
+def param_shapes(head: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The shapes that a model file lists, one mapping a group; none where they are in no form that a writer uses."""
+    stored = head.get("param_shapes")
+    groups = [stored] if isinstance(stored, Mapping) else stored if isinstance(stored, list) else []
+    return groups if all(isinstance(g, Mapping) for g in groups) else []
+
+
 def _layers_named(found: Scan) -> set[int]:
     """The layers whose tensors the model files list."""
     numbers = set()
     for head in found.heads.values():
-        shapes = head.get("param_shapes") or []
-        for group in [shapes] if isinstance(shapes, Mapping) else shapes:
+        for group in param_shapes(head):
             numbers |= {int(first) for name in group if (first := str(name).partition(".")[0]).isdecimal()}
     return numbers

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ckptlab.analysis.checkup.files import Scan
+from ckptlab.analysis.checkup.files import Scan, param_shapes
 from ckptlab.analysis.checkup.finding import Finding, Rank, Where
 from ckptlab.describe.words import number_of, some
 from ckptlab.formats.deepspeed.names import FileName
@@ -116,16 +116,16 @@ def _settings(found: Scan, optims: Mapping[str, Mapping[str, Any]], mesh: Mesh) 
 def _shapes(found: Scan, heads: Mapping[str, Mapping[str, Any]], mesh: Mesh) -> Iterator[Finding]:
     """The ranks of one stage list the same tensors; copies of a tensor on one tp rank have one shape."""
     by_stage: dict[int, dict[str, list[tuple[str, ...]]]] = {}
-    shapes: dict[tuple[str, int], dict[tuple[int, ...], list[str]]] = {}
+    shapes: dict[tuple[str, int], dict[str, list[str]]] = {}
     for name, head in heads.items():
-        stored = head.get("param_shapes")
-        if not stored:
+        groups, rank = param_shapes(head), rank_of(found.parsed[name], mesh)
+        if not groups:
             continue
-        rank = rank_of(found.parsed[name], mesh)
-        groups = [stored] if isinstance(stored, Mapping) else list(stored)
         by_stage.setdefault(rank["pp"], {})[name] = [tuple(g) for g in groups]
         for tensor, shape in (pair for g in groups for pair in g.items()):
-            shapes.setdefault((tensor, rank["tp"]), {}).setdefault(tuple(shape), []).append(name)
+            shapes.setdefault((tensor, rank["tp"]), {}).setdefault(
+                str(tuple(shape) if isinstance(shape, tuple) else shape), []
+            ).append(name)
     for lists in by_stage.values():
         for finding in _minority("shapes-disagree", "param_shapes", {n: str(names) for n, names in lists.items()}):
             expected = "the same tensors, in the same order, on every rank of a pp stage"

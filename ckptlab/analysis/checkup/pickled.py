@@ -74,7 +74,7 @@ def _code(name: str, files: list[str]) -> Finding:
         Where(files=tuple(files)),
         "plain values, tensors, and classes of the training program",
         f"the pickle of {some(files, 3)} names {name}, which is no type of plain values: "
-        "torch.load(weights_only=False) would have imported it, and called it where the pickle says so; ckptlab did not",
+        "torch.load(weights_only=False) would have imported it, and called it if the pickle says so; ckptlab did not",
         "load these files with nothing but ckptlab or torch.load(weights_only=True) until you know who wrote them",
     )
 

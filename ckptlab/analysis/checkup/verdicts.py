@@ -30,7 +30,6 @@ def verdicts(catalog: Catalog, told: Told, trained: bool) -> Iterator[Finding]:
     for (code, _), group in groups.items():
         yield getattr(judge, code)(group)
     yield from _moments(catalog, told, trained)
-    yield from _without_weight(catalog)
 
 
 def loose_verdicts(told: Told) -> Iterator[Finding]:
@@ -104,9 +103,7 @@ class _Judge:
         if most > _MOST:
             hint = "so many elements mean that a file is of another step or rank: put back the right one. "
             twin = next((t for k, s in group if s.count > _MOST * self._elements(k) if (t := self._twin(k))), None)
-            told += (
-                f". They do round to the weights of {twin}: the files of these two ranks were swapped" if twin else ""
-            )
+            told += f". They do round to those of {twin}: the ranks' files were swapped" if twin else ""
         return Finding(
             "master-weight",
             "error",
@@ -117,7 +114,7 @@ class _Judge:
         )
 
     def _twin(self, key: Key) -> str | None:
-        """The other tp rank of the stage to whose weights the master of a tensor does round, as far as a sample says."""
+        """The other tp rank of the stage to whose weights a master does round, as far as a sample says."""
         stage, mine, _ = key.rank
         fragments = self.catalog.fragments(key.tensor, MASTER, stage, mine)
         master = fragments[0].stored.flat[:_SAMPLE] if fragments else np.empty(0, np.float32)
@@ -228,9 +225,10 @@ class _Judge:
         for key, seen in group[:20]:
             for rank in (key.rank, key.other):
                 if rank is not None and key.what != "padding" and not rank[2]:
-                    for f in self.catalog.fragments(key.tensor, key.state, rank[0], rank[1]):
-                        if f.start <= seen.at < f.start + f.count:
-                            found[os.path.basename(f.stored.path)] = None
+                    for state in (key.state, MODULE) if key.what == "rounded" else (key.state,):
+                        for f in self.catalog.fragments(key.tensor, state, rank[0], rank[1]):
+                            if f.start <= seen.at < f.start + f.count:
+                                found[os.path.basename(f.stored.path)] = None
         return list(found)
 
 
@@ -298,21 +296,6 @@ def _by_tensor(told: Told) -> dict[tuple[str, str], bool]:
     for (name, state, _), zero in told.zero.items():
         found[name, state] = found.get((name, state), True) and zero
     return found
-
-
-def _without_weight(catalog: Catalog) -> Iterator[Finding]:
-    """Trained tensors without a module weight where others of the same checkpoint have one."""
-    trained = [t for t in catalog.tensors.values() if t.kind == "parameter" and MASTER in t.states]
-    lacking = [t.name for t in trained if MODULE not in t.states]
-    if lacking and len(lacking) < len(trained):
-        yield Finding(
-            "missing-weight",
-            "error",
-            Where(tensors=tuple(lacking), states=(MODULE,)),
-            "a module weight for every trained tensor",
-            f"{number_of(len(lacking), 'tensor')}: {some(lacking, 4)}: no file has the weight, the master is there",
-            "see whether a layer file is missing",
-        )
 
 
 def _unfinite(seen: Seen) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.catalog import MASTER, FlatGroup, Notice, ParameterGroup
-from ckptlab.errors import CheckpointError, MisplacedFileError, UnsupportedError
+from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.plan import FlatBuffer
 from ckptlab.stored import Stored
@@ -287,10 +287,10 @@ def _check_mappings(
                 continue
             where = folder.name_of("optim", (stage, t), d)
             if found in expected:
-                raise MisplacedFileError(
+                raise CheckpointError(
                     f"{where}: holds the partition of dp rank {expected.index(found)}, not of {d}: the files were "
-                    "swapped or renamed. Put them back under their own names",
-                    where,
+                    "swapped or "
+                    "renamed. Put them back under their own names"
                 )
             reason = (
                 "as DeepSpeed writes them under round_robin_gradients. Its own ds_to_universal goes by them and "

@@ -20,7 +20,7 @@ from ckptlab.errors import CheckpointError
 from ckptlab.stored import Stored
 
 WORKERS = 2
-WINDOW = 1 << 20  # bytes of all rows of a job that are held at a time, by each thread
+WINDOW = 1 << 21  # bytes of all rows of a job that are held at a time, by each thread
 LEAST = 1 << 12  # elements of a window, however many rows there are
 _OPEN = 32  # files that a thread keeps open
 

@@ -2,6 +2,8 @@
 
 from ckptlab.analysis.checkup import Checked, Finding, Health, Where, health
 from ckptlab.analysis.compare import Compared, Diff, Difference, OnlyIn, Setting, diff
+from ckptlab.analysis.measure import Measure, Summary
+from ckptlab.analysis.renames import Renamed
 
 __all__ = [
     "Checked",
@@ -10,8 +12,11 @@ __all__ = [
     "Difference",
     "Finding",
     "Health",
+    "Measure",
     "OnlyIn",
+    "Renamed",
     "Setting",
+    "Summary",
     "Where",
     "diff",
     "health",

@@ -1,6 +1,8 @@
 """What checkpoints have in common and where they differ, whatever format and mesh each of them has.
 
-`diff` goes tensor by tensor and window by window: memory stays near one window, not near the largest tensor.
+`diff` goes tensor by tensor and window by window: memory stays near one window, not near the largest tensor, and both
+checkpoints are read once. How far apart they are is summed up on the way (`measure`); tensors that have another name on
+the other side are found first, by samples (`renames`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.analysis.measure import Measure, Summary, Sums, summed
+from ckptlab.analysis.renames import Renamed, renamed
 from ckptlab.arrays import Gather
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
@@ -34,7 +38,7 @@ class Difference:
     count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or
     infinite. max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and
     b the values there. dtypes: those of both sides; where they differ values were compared as float64, and count may
-    be 0.
+    be 0. relative: |a - b| / |a| of the whole tensors (norms); cosine: of the angle between them.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Difference:
     at: tuple[int, ...] = ()
     a: float = 0.0
     b: float = 0.0
+    relative: float = 0.0
+    cosine: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,11 @@ class Setting:
 @dataclass(frozen=True)
 class Diff:
     """What `diff` found. `a` and `b` are the paths, `tensors` how many were compared in some state; differences come in
-    the order of the tensors of a."""
+    the order of the tensors of a.
+
+    `renamed` are tensors that b has under another name, compared under a's; `only_a` and `only_b` those that one side
+    alone has; `measures` say of every state that was compared, equal or not, how far apart it is.
+    """
 
     a: str
     b: str
@@ -94,11 +104,48 @@ class Diff:
     states_only_a: tuple[OnlyIn, ...] = ()
     states_only_b: tuple[OnlyIn, ...] = ()
     settings: tuple[Setting, ...] = ()
+    renamed: tuple[Renamed, ...] = ()
+    measures: tuple[Measure, ...] = ()
 
     @property
     def equal(self) -> bool:
-        """Both have the same tensors; every state and setting that both have is the same, bit for bit and in dtype."""
-        return not (self.differences or self.only_a or self.only_b or self.shapes or self.settings)
+        """Both have the same tensors under the same names; every state and setting that both have is the same, bit for
+        bit and in dtype."""
+        return not (self.differences or self.only_a or self.only_b or self.shapes or self.settings or self.renamed)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The states that were compared."""
+        return tuple(c.state for c in self.compared)
+
+    def by_layer(self, state: str | None = None) -> tuple[Summary, ...]:
+        """How far apart each layer is in one state (default: the first that was compared), in order of depth; tensors
+        outside layers come together last, as "other"."""
+        found = [m for m in self.measures if m.state == self._state(state)]
+        found.sort(key=lambda m: math.inf if m.layer is None else m.layer)
+        return summed(found, lambda m: m.layer, lambda layer: "other" if layer is None else str(layer))
+
+    def by_kind(self, state: str | None = None) -> tuple[Summary, ...]:
+        """How far apart the tensors of each kind are, those of all layers together."""
+        return summed((m for m in self.measures if m.state == self._state(state)), lambda m: m.kind, str)
+
+    def _state(self, state: str | None) -> str:
+        if state is None:
+            return self.states[0] if self.states else ""
+        if state not in self.states:
+            raise CheckpointError(f"state {state!r} was not compared: there are {', '.join(self.states) or 'none'}")
+        return state
+
+    def plot(self, state: str | None = None, ax: Any = None) -> Any:
+        """Draw the relative change over depth, a line for each kind of tensor, and return matplotlib's Axes.
+
+        state: default the first that was compared. ax: where to draw (default: a new figure). ImportError without
+        matplotlib, which comes with `pip install ckptlab[widgets]`.
+        """
+        from ckptlab.describe.depth import plot_depth
+
+        found = [m for m in self.measures if m.state == self._state(state)]
+        return plot_depth(found, self._state(state), ax)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `ckptlab diff --json` prints them."""
@@ -111,6 +158,11 @@ class Diff:
 
         return diff_text(self)
 
+    def _repr_html_(self) -> str:
+        from ckptlab.describe.differences import diff_html
+
+        return diff_html(self)
+
 
 Source = Checkpoint | Catalog | str | os.PathLike[str]
 
@@ -120,13 +172,18 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
 
     a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar
     on stderr. Averaged replicas are averaged first; vocabulary padding is no part of a tensor. NaN equals NaN of the
-    same bits.
+    same bits. Of tensors that one side alone has, those of one shape and of the same or similar content are taken for
+    renamed.
 
     Raises CheckpointError where there is nothing to compare.
     """
     left, right = _catalog(a), _catalog(b)
     wanted = _wanted(left, right, states)
     pairs, only_a, only_b = _pairs(left, right)
+    names = renamed(left, right, only_a, only_b)
+    pairs += [(left.tensors[r.a], right.tensors[r.b]) for r in names]
+    only_a = tuple(n for n in only_a if n not in {r.a for r in names})
+    only_b = tuple(n for n in only_b if n not in {r.b for r in names})
     shapes = tuple((ta.name, ta.shape, tb.shape) for ta, tb in pairs if ta.shape != tb.shape)
     same = [(ta, tb) for ta, tb in pairs if ta.shape == tb.shape]
     todo = [(ta, tb, s) for ta, tb in same for s in ta.states if s in tb.states and s in wanted]
@@ -136,9 +193,10 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
             "state on both sides"
         )
     tensors, elements, differ = Counter[str](), Counter[str](), Counter[str]()
-    differences = []
+    differences, measures = [], []
     for ta, tb, state in _with_bar(todo, progress):
-        found = _compare(left, right, ta, tb, state)
+        found, measure = _compare(left, right, ta, tb, state)
+        measures.append(measure)
         tensors[state] += 1
         elements[state] += math.prod(ta.shape)
         if found is not None:
@@ -156,6 +214,8 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
         _only_in(same, wanted),
         _only_in([(tb, ta) for ta, tb in same], wanted),
         tuple(_settings(left, right, pairs)),
+        names,
+        tuple(measures),
     )
 
 
@@ -234,18 +294,21 @@ def _with_bar(todo: list[tuple[Tensor, Tensor, str]], progress: bool) -> Iterato
             bar.update(math.prod(one[0].shape))
 
 
-def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> Difference | None:
-    """What differs in one state of one tensor; None if nothing does."""
+def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> tuple[Difference | None, Measure]:
+    """What differs in one state of one tensor (None if nothing does), and how far apart it is."""
     dtypes = np.dtype(ta.states[state]), np.dtype(tb.states[state])
     of_a, of_b = Gather(left, ta.name, state), Gather(right, tb.name, state)
     elements, count, worst_rel = math.prod(ta.shape), 0, 0.0
     worst: tuple[float, int, float, float] | None = None
+    sums = Sums()
     for start in range(0, elements, WINDOW):
         stop = min(start + WINDOW, elements)
         a, b = _window(of_a, ta.shape, start, stop), _window(of_b, tb.shape, start, stop)
         where = _unequal(a, b)
         if not len(where):
+            sums.equal(a)
             continue
+        sums.other(a, b)
         count += len(where)
         x, y = a[where].astype(np.float64), b[where].astype(np.float64)
         apart = _distance(x, y)
@@ -253,13 +316,16 @@ def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) 
         i = int(apart.argmax())
         if worst is None or apart[i] > worst[0]:
             worst = float(apart[i]), start + int(where[i]), float(x[i]), float(y[i])
+    measure = Measure(ta.name, state, elements, count, worst[0] if worst else 0.0, **vars(sums))
     if worst is None and dtypes[0] == dtypes[1]:
-        return None
+        return None, measure
     named = str(dtypes[0]), str(dtypes[1])
     if worst is None:
-        return Difference(ta.name, state, named, elements)
+        return Difference(ta.name, state, named, elements), measure
     at = tuple(int(k) for k in np.unravel_index(worst[1], ta.shape))
-    return Difference(ta.name, state, named, elements, count, worst[0], worst_rel, at, worst[2], worst[3])
+    apart_by = measure.relative, measure.cosine
+    found = Difference(ta.name, state, named, elements, count, worst[0], worst_rel, at, worst[2], worst[3], *apart_by)
+    return found, measure
 
 
 def _window(gather: Gather, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from ckptlab.stacks import kind_and_layer
 
 K = TypeVar("K")
+_PIECE = 1 << 16  # elements that are summed at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -106,22 +107,25 @@ class Sums:
 
     def equal(self, window: np.ndarray) -> None:
         """A window that is the same on both sides."""
-        squares = float(np.dot(x := _plain(window, np.float32), x))
-        if not math.isfinite(squares):  # beyond float32, or not finite at all
-            squares = float(np.dot(x := _plain(window, np.float64), x))
-        self.squares_a += squares
-        self.squares_b += squares
-        self.products += squares
+        for start in range(0, len(window), _PIECE):
+            piece = window[start : start + _PIECE]
+            squares = float(np.dot(x := _plain(piece, np.float32), x))
+            if not math.isfinite(squares):  # beyond float32, or not finite at all
+                squares = float(np.dot(x := _plain(piece, np.float64), x))
+            self.squares_a += squares
+            self.squares_b += squares
+            self.products += squares
 
     def other(self, a: np.ndarray, b: np.ndarray) -> None:
         """A window in which something differs."""
-        x, y = _plain(a, np.float64), _plain(b, np.float64)
-        self.squares_a += float(np.dot(x, x))
-        self.squares_b += float(np.dot(y, y))
-        self.products += float(np.dot(x, y))
-        np.subtract(x, y, out=x)
-        self.squares_apart += float(np.dot(x, x))
+        for start in range(0, len(a), _PIECE):
+            x, y = (_plain(side[start : start + _PIECE], np.float64) for side in (a, b))
+            self.squares_a += float(np.dot(x, x))
+            self.squares_b += float(np.dot(y, y))
+            self.products += float(np.dot(x, y))
+            x = x - y
+            self.squares_apart += float(np.dot(x, x))
 
 
 def _plain(window: np.ndarray, dtype: type[np.floating]) -> np.ndarray:
-    return np.abs(window).astype(dtype) if window.dtype.kind == "c" else window.astype(dtype)
+    return np.abs(window).astype(dtype) if window.dtype.kind == "c" else window.astype(dtype, copy=False)

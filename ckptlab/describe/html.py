@@ -44,7 +44,7 @@ def summary_html(ckpt: Checkpoint) -> str:
         ("path", escape(about["path"])),
         ("training", escape(phrases.training(about))),
         ("size", escape(phrases.extent(about))),
-        ("states", _table([], phrases.states(about), "lllr")),
+        ("states", table_html([], phrases.states(about), "lllr")),
         ("groups", _groups(about)),
         ("tied", "<br>".join(map(escape, phrases.ties(about)))),
         ("client", escape(phrases.client(about))),
@@ -55,7 +55,7 @@ def summary_html(ckpt: Checkpoint) -> str:
 
 def _groups(about: Mapping[str, Any]) -> str:
     """Parameter groups; what else their optimizer was told unfolds."""
-    rows = _table([], phrases.groups(about), "lllrr")
+    rows = table_html([], phrases.groups(about), "lllrr")
     told = (
         f"<div>{escape(group['name'] or f'group {i}')}: "
         f"{escape(', '.join(f'{k}={v}' for k, v in group['options'].items()))}</div>"
@@ -73,7 +73,7 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
         rows.append(
             [phrases.AXES.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)]
         )
-    table = _table(header, rows, "".join(side for _, side, _ in columns), escaped=True)
+    table = table_html(header, rows, "".join(side for _, side, _ in columns), escaped=True)
     said = [escape(text) for text in phrases.legend(columns, lines)]
     if len(lines) > ROWS:
         said.insert(0, f"… and {sum(line.count for line in lines[ROWS:]):,} more tensors")
@@ -89,8 +89,8 @@ def plan_html(reshape: Reshape) -> str:
     facts_ = [
         ("source", escape(f"{about['source']['path']} ({about['source']['format']})")),
         ("target", escape(phrases.target(about))),
-        ("changes", _table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
-        ("cost", _table([], phrases.costs(about), "lrl")),
+        ("changes", table_html([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
+        ("cost", table_html([], phrases.costs(about), "lrl")),
     ]
     return page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about)])
 
@@ -99,7 +99,7 @@ def _moves(about: Mapping[str, Any]) -> str:
     matrix = about["moves"]["matrix"]
     if matrix is None:
         header = ["rank", "", "from other ranks", "own", "sources"]
-        table = _table(header, phrases.receivers(about, RECEIVERS), "rlrrr")
+        table = table_html(header, phrases.receivers(about, RECEIVERS), "rlrrr")
         return f"<details><summary>ranks that receive most</summary><div class=scroll>{table}</div></details>"
     most = max((n for row in matrix for n in row), default=0)
     unit, name = unit_of(most)
@@ -134,7 +134,7 @@ def _notes(about: Mapping[str, Any]) -> str:
     return "".join(f"<div class=note>{escape(n['text'])}</div>" for n in about["notices"])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:
+def table_html(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:
     """Rows of cells; `sides` has "l" or "r" for each column. escaped: the cells are HTML already."""
     if not rows:
         return ""

@@ -1,6 +1,6 @@
 """What checkpoints have in common and where they differ, whatever format and mesh each of them has.
 
-`diff` goes tensor by tensor and window by window: memory stays near one window, not near the largest tensor, and both
+`diff` goes tensor by tensor and window by window: memory stays near two windows, not near the largest tensor, and both
 checkpoints are read once. How far apart they are is summed up on the way (`measure`); tensors that have another name on
 the other side are found first, by samples (`renames`).
 """
@@ -11,6 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
-WINDOW = 1 << 20  # elements of each side that are compared at a time
+WORKERS = 2
+WINDOW = 1 << 20  # elements of each side that each worker compares at a time
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -194,8 +196,7 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
         )
     tensors, elements, differ = Counter[str](), Counter[str](), Counter[str]()
     differences, measures = [], []
-    for ta, tb, state in _with_bar(todo, progress):
-        found, measure = _compare(left, right, ta, tb, state)
+    for (ta, _, state), (found, measure) in _compared(left, right, todo, progress):
         measures.append(measure)
         tensors[state] += 1
         elements[state] += math.prod(ta.shape)
@@ -282,19 +283,29 @@ def _only_in(pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[str]) -> t
     return tuple(OnlyIn(state, tuple(names), state not in shared) for state, names in lacking.items())
 
 
-def _with_bar(todo: list[tuple[Tensor, Tensor, str]], progress: bool) -> Iterator[tuple[Tensor, Tensor, str]]:
+Todo = tuple[Tensor, Tensor, str]
+Found = tuple["Difference | None", Measure]
+
+
+def _compared(left: Catalog, right: Catalog, todo: Sequence[Todo], progress: bool) -> Iterator[tuple[Todo, Found]]:
+    """Each state of each pair with what was found, in order; two are compared at a time."""
     from tqdm.auto import tqdm
 
     total = sum(math.prod(t.shape) for t, _, _ in todo)
     with tqdm(
         total=total, unit=" elements", unit_scale=True, disable=not progress, desc="comparing", leave=False
     ) as bar:
-        for one in todo:
-            yield one
-            bar.update(math.prod(one[0].shape))
+        pool = ThreadPoolExecutor(WORKERS)
+        try:
+            results = pool.map(lambda one: _compare(left, right, *one), todo)
+            for one, found in zip(todo, results, strict=True):
+                bar.update(math.prod(one[0].shape))
+                yield one, found
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> tuple[Difference | None, Measure]:
+def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> Found:
     """What differs in one state of one tensor (None if nothing does), and how far apart it is."""
     dtypes = np.dtype(ta.states[state]), np.dtype(tb.states[state])
     of_a, of_b = Gather(left, ta.name, state), Gather(right, tb.name, state)
@@ -354,7 +365,8 @@ def _unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     bits = _BITS.get(a.dtype.itemsize)
     if bits is None:
         raise CheckpointError(f"elements of {a.dtype} cannot be compared")
-    return np.flatnonzero(a.view(bits) != b.view(bits))
+    other = a.view(bits) != b.view(bits)
+    return np.flatnonzero(other) if other.any() else np.empty(0, np.int64)
 
 
 def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from faults import copy, cut, edit, fill, flip, held, overwrite, poke, swap
 from safetensors.numpy import save_file
 
 import ckptlab
-from ckptlab import Finding, Health, Mesh, health
+from ckptlab import Finding, Health, Layout, Mesh, health
 from ckptlab.analysis.checkup import reading, rows
 from ckptlab.analysis.checkup.rows import Gap
-from ckptlab.checkpoint import save_weights
+from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.cli import main
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
@@ -181,6 +182,7 @@ def test_a_layer_file_of_another_step(gpt: Path) -> None:
     one = only(health(gpt), "master-weight")
     assert one.where.tensors == (DENSE,)
     assert "another step" in one.todo
+    assert "swapped" not in one.found
     assert "layer_03-model_01-model_states.pt" in one.where.files
 
 
@@ -194,14 +196,14 @@ def test_an_optimizer_shard_of_another_step(gpt: Path) -> None:
     one = only(health(gpt), "steps-disagree")
     assert one.where.files == (OPTIM.format(1, 2),)
     assert "7.0" in one.found
-    assert "7 other files" in one.expected
+    assert one.expected == "optimizer step 3.0, as in 7 other files"
 
 
 def test_a_model_file_of_another_step(gpt: Path) -> None:
     edit(gpt / MODEL.format(1), lambda c: {**c, "global_steps": 9})
     one = only(health(gpt), "foreign-file")
     assert one.where.files == (MODEL.format(1),)
-    assert "global_steps is 9" in one.found
+    assert one.found.endswith("from another run or step: global_steps 9")
 
 
 def test_a_file_of_another_configuration(gpt: Path) -> None:
@@ -211,10 +213,17 @@ def test_a_file_of_another_configuration(gpt: Path) -> None:
     assert "gradient_clipping" in one.found
 
 
-def test_two_files_that_disagree_are_both_named(zero2: Path) -> None:
+def test_of_two_files_that_disagree_the_model_file_knows_the_right_one(zero2: Path) -> None:
     edit(zero2 / OPTIM.format(0, 0), _later_step)
-    found = health(zero2)
-    assert {f.where.files for f in found["steps-disagree"]} == {(OPTIM.format(d, 0),) for d in (0, 1)}
+    assert only(health(zero2), "steps-disagree").where.files == (OPTIM.format(0, 0),)
+    edit(zero2 / MODEL.format(0), lambda c: {**c, "global_steps": 5})  # now neither is
+    assert {f.where.files for f in health(zero2)["steps-disagree"]} == {(OPTIM.format(d, 0),) for d in (0, 1)}
+
+
+def test_a_file_that_is_odd_in_several_ways_is_one_finding(gpt: Path) -> None:
+    edit(gpt / MODEL.format(2), lambda c: {**c, "global_steps": 9, "iteration": 9, "ds_version": "0.1"})
+    one = only(health(gpt), "foreign-file")
+    assert one.found.endswith("global_steps 9, iteration 9, ds_version '0.1'")
 
 
 def test_hyperparameters_that_disagree(gpt: Path) -> None:
@@ -224,6 +233,23 @@ def test_hyperparameters_that_disagree(gpt: Path) -> None:
     edit(gpt / OPTIM.format(1, 1), change)
     one = only(health(gpt), "settings-disagree")
     assert (one.severity, one.where.files) == ("warning", (OPTIM.format(1, 1),))
+
+
+def test_a_loss_scaler_that_disagrees(gpt: Path) -> None:
+    edit(
+        gpt / OPTIM.format(1, 1),
+        lambda c: {**c, "optimizer_state_dict": {**c["optimizer_state_dict"], "clip_grad": 2.5}},
+    )
+    assert "clip_grad 2.5" in only(health(gpt), "settings-disagree").found
+
+
+def test_settings_that_are_tensors_are_compared_by_value(gpt: Path) -> None:
+    def change(content: dict) -> None:
+        content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]["lr"] = np.float32([0.5])
+
+    for file in gpt.glob("*_optim_states.pt"):
+        edit(file, change)
+    assert "settings-disagree" not in health(gpt, data=False).codes
 
 
 def test_shapes_that_disagree(gpt: Path) -> None:
@@ -395,6 +421,36 @@ def test_mappings_that_contradict_the_shapes(zero2: Path) -> None:
         edit(zero2 / OPTIM.format(d, 0), change)
     one = only(health(zero2), "slice-mappings")
     assert one.severity == "error"
+
+
+def test_a_state_that_one_tensor_lacks(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GPT / "universal" / "global_step3_universal", tmp_path / "universal"))
+    (folder / "zero" / DENSE / "exp_avg.pt").unlink()
+    one = only(health(folder, data=False), "missing-state")
+    assert (one.where.tensors, one.where.states) == ((DENSE,), ("exp_avg",))
+
+
+def test_layer_files_all_missing(gpt: Path) -> None:
+    for file in gpt.glob("layer_*"):
+        file.unlink()
+    assert only(health(gpt), "missing-state").where.states == ("module",)
+
+
+def test_replicas_inside_of_shards_that_are_otherwise_cut(gpt: Path) -> None:
+    catalog = read(gpt)
+    name = "3.self_attention.query_key_value.weight"
+    layout = Layout("((tp q) + k) in", totals={"q": 16, "k": 16})
+    tensor = replace(catalog[name], shape=(32, 16), layout=layout, cut=layout.resolve((32, 16), catalog.mesh))
+    told = replace(catalog, tensors={**catalog.tensors, name: tensor})
+    for state in ("exp_avg", "exp_avg_sq", "module", "fp32"):  # rows 8 to 23 of each shard are k
+        for tp in (0, 1):
+            for element in range(8 * 16, 24 * 16):
+                overwrite(*held(catalog, name, state, tp=tp, element=element), 0.5)
+    assert health(Checkpoint(told)).codes == (UNTRAINED,)
+    overwrite(*held(catalog, name, "exp_avg_sq", tp=1, element=9 * 16 + 5), 0.75)
+    one = only(health(Checkpoint(told)), "replicas-differ")
+    assert (one.where.tensors, one.where.states) == ((name,), ("exp_avg_sq",))
+    assert f"{name}[9, 5] on tp 1 · pp 0: 0.75 against 0.5, 0.25 apart" in one.found
 
 
 # Other formats, other kinds, nothing at all

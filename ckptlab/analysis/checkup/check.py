@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from ckptlab.analysis.checkup import data as contents
-from ckptlab.analysis.checkup import rows, verdicts
+from ckptlab.analysis.checkup import partial, rows, verdicts
 from ckptlab.analysis.checkup.files import Scan, mesh_of, places, scan
 from ckptlab.analysis.checkup.finding import Checked, Finding, Health, Where, ordered
 from ckptlab.analysis.checkup.headers import agreement
@@ -50,7 +50,7 @@ def health(
     if refusal is not None:
         findings += _refused(refusal, place.path, findings)
     if catalog is not None:
-        findings += [*_noticed(catalog), *_without_weight(catalog)]
+        findings += [*_noticed(catalog), *_without_states(catalog)]
     read, tensors = 0, len(catalog.tensors) if catalog else 0
     if data:
         told, read, looked_at = _survey(catalog, found, progress)
@@ -112,19 +112,26 @@ def _noticed(catalog: Catalog) -> Iterator[Finding]:
             )
 
 
-def _without_weight(catalog: Catalog) -> Iterator[Finding]:
-    """Trained tensors without a module weight, where the format or others of the same checkpoint have one."""
-    trained = [t for t in catalog.tensors.values() if t.kind == "parameter" and MASTER in t.states]
-    lacking = [t.name for t in trained if MODULE not in t.states]
-    told = catalog.format == "deepspeed" and catalog.zero_stage != 3
-    if lacking and (told or len(lacking) < len(trained)):
+def _without_states(catalog: Catalog) -> Iterator[Finding]:
+    """Trained tensors that lack a state which the format, or another tensor that has all of theirs, has."""
+    trained = [t for t in catalog.tensors.values() if t.group is not None]
+    kept = {frozenset(t.states) - {MODULE} for t in trained}
+    weights = [t for t in trained if MODULE in t.states]
+    lacking: dict[str, list[str]] = {}
+    for tensor in trained:
+        mine = frozenset(tensor.states) - {MODULE}
+        more = next((states for states in kept if states > mine), mine)
+        needs_weight = bool(weights) or (catalog.format == "deepspeed" and catalog.zero_stage != 3)
+        for state in sorted(more - mine) + [MODULE] * (needs_weight and MODULE not in tensor.states):
+            lacking.setdefault(state, []).append(tensor.name)
+    for state, names in lacking.items():
         yield Finding(
-            "missing-weight",
+            "missing-state",
             "error",
-            Where(tensors=tuple(lacking), states=(MODULE,)),
-            "a module weight for every trained tensor",
-            f"{number_of(len(lacking), 'tensor')}: {some(lacking, 4)}: no file has the weight, the master is there",
-            "see whether a layer file is missing",
+            Where(tensors=tuple(names), states=(state,)),
+            f"{state} of every trained tensor",
+            f"{number_of(len(names), 'tensor')}: {some(names, 4)}: no file has it",
+            "see whether a layer file or the file of a state is missing",
         )
 
 
@@ -133,6 +140,8 @@ def _survey(catalog: Catalog | None, found: Scan, progress: bool) -> tuple[list[
     jobs = list(rows.jobs(catalog) if catalog is not None else rows.loose(found.contents))
     gaps = list(rows.gaps(catalog)) if catalog is not None else []
     told = contents.survey(jobs, gaps, progress)
+    if catalog is not None:
+        told.join(partial.survey(catalog))
     read = sum(job.nbytes for job in jobs) + sum(gap.nbytes for gap in gaps)
     if catalog is None:
         return list(verdicts.loose_verdicts(told)), read, len({job.tensor for job in jobs})

@@ -103,7 +103,8 @@ def is_second_moment(state: str) -> bool:
 
 def _rows(reader: Reader, job: Job) -> Told:
     told, size = Told(), window_of(job.rows)
-    scratch = np.empty(min(size, job.hi - job.lo), np.uint32)
+    rounds = {MASTER, MODULE} <= {row.state for row in job.rows}
+    scratch = np.empty(min(size, job.hi - job.lo) if rounds else 0, np.uint32)
     for start in range(job.lo, job.hi, size):
         stop = min(start + size, job.hi)
         held = reader.buffers(job.rows, stop - start)

@@ -102,7 +102,11 @@ class _Judge:
         hint = "single elements mean that a file was damaged, or weights were edited after the save. "
         if most > _MOST:
             hint = "so many elements mean that a file is of another step or rank: put back the right one. "
-            twin = next((t for k, s in group if s.count > _MOST * self._elements(k) if (t := self._twin(k))), None)
+            cut = [
+                k for k, s in group if s.count > _MOST * self._elements(k) if self.catalog.tensors[k.tensor].cut.axes
+            ]
+            twin, *others = {self._twin(k) for k in cut[:4]} or {None}
+            twin = None if others else twin
             told += f". They do round to those of {twin}: the ranks' files were swapped" if twin else ""
         return Finding(
             "master-weight",

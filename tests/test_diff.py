@@ -263,9 +263,17 @@ def test_values_beyond_float32_and_zeros(tmp_path: Path) -> None:
     for side, tensors in sides.items():
         save_file({n: np.array(v, np.float32) for n, v in tensors.items()}, tmp_path / f"{side}.safetensors")
     big, none = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").differences
-    assert (big.relative, big.cosine) == (pytest.approx(1e-30), 1.0)
+    assert (big.relative, big.cosine) == (pytest.approx(1e-30, abs=0), 1.0)
     assert none.relative == math.inf
     assert math.isnan(none.cosine)
+
+
+def test_what_is_equal_may_be_beyond_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "WINDOW", 1)
+    for side, last in (("a", 1.0), ("b", 2.0)):
+        save_file({"w": np.array([1e30, last], np.float32)}, tmp_path / f"{side}.safetensors")
+    (one,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").differences
+    assert one.relative == pytest.approx(1e-30, abs=0)
 
 
 def test_changes_are_summed_up_by_layer_and_kind(poked: Path) -> None:
@@ -324,6 +332,19 @@ def test_renamed_tensors_are_recognised_by_shape_and_content(change: float, tmp_
     assert (not found.differences) is (change == 0), "compared under their new names"
     assert "52 tensors under another name" in repr(found)
     assert len(found.to_dict()["renamed"]) == 52
+
+
+def test_of_tensors_with_the_same_content_names_tell_which_is_which(tmp_path: Path) -> None:
+    names = [f"{layer}.{part}.weight" for layer in range(3) for part in ("ln1", "ln2")]
+    ones = {name: np.ones(7, np.float32) for name in names}
+    save_file(ones, tmp_path / "a.safetensors")
+    save_file({f"model.{name}": ones[name] for name in reversed(names)}, tmp_path / "b.safetensors")
+    b = read(tmp_path / "b.safetensors")
+    shuffled = replace(
+        b, tensors={name: b.tensors[name] for name in sorted(b.tensors, key=lambda n: n[::-1], reverse=True)}
+    )
+    found = diff(tmp_path / "a.safetensors", shuffled)
+    assert [(r.a, r.b) for r in found.renamed] == [(name, f"model.{name}") for name in sorted(names)]
 
 
 def test_what_is_not_alike_is_added_or_removed(tmp_path: Path) -> None:

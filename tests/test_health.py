@@ -244,12 +244,15 @@ def test_a_loss_scaler_that_disagrees(gpt: Path) -> None:
 
 
 def test_settings_that_are_tensors_are_compared_by_value(gpt: Path) -> None:
-    def change(content: dict) -> None:
-        content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]["lr"] = np.float32([0.5])
-
     for file in gpt.glob("*_optim_states.pt"):
-        edit(file, change)
+        edit(file, lambda c: _with_lr(c, 0.5))
     assert "settings-disagree" not in health(gpt, data=False).codes
+    edit(gpt / OPTIM.format(0, 0), lambda c: _with_lr(c, 0.75))
+    assert "[0.75]" in health(gpt, data=False)["settings-disagree"][0].found
+
+
+def _with_lr(content: dict, lr: float) -> None:
+    content["optimizer_state_dict"]["base_optimizer_state"]["param_groups"][0]["lr"] = np.float32([lr])
 
 
 def test_shapes_that_disagree(gpt: Path) -> None:
@@ -409,6 +412,22 @@ def test_moments_that_are_dead(zero2: Path) -> None:
 def test_moments_that_stopped(zero2: Path) -> None:
     fill(zero2, "blocks.1.proj.weight", "exp_avg", 0.0)
     assert only(health(zero2), "stopped-moments").where.tensors == ("blocks.1.proj.weight",)
+
+
+def test_a_moment_that_is_zero_in_part_has_not_stopped(zero2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "WINDOW", 1)
+    monkeypatch.setattr(reading, "LEAST", 16)
+    count = 15 * 15
+    for element in range(count // 2, count):
+        poke(zero2, "blocks.1.proj.weight", "exp_avg", 0.0, element=element)
+    assert health(zero2).findings == ()
+
+
+def test_a_copy_whose_original_is_not_trained_either_is_no_remark(gpt: Path) -> None:
+    name = "tied_modules.embed.position_embeddings.weight"
+    for state in ("exp_avg", "exp_avg_sq"):
+        fill(gpt, name, state, 0.0)
+    assert set(health(gpt).codes) == {"tied-differ", "dead-moments"}
 
 
 def test_mappings_that_contradict_the_shapes(zero2: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -621,6 +622,14 @@ def test_text_and_html(gpt: Path) -> None:
     assert DENSE in html
     assert "<script" not in html
     assert str(found.findings[0]).startswith("error: master-weight (")
+
+
+def test_every_code_is_explained() -> None:
+    sources = "".join(p.read_text() for p in Path(reading.__file__).parent.glob("*.py"))
+    codes = set(re.findall(r'"((?:[a-z]+-)+[a-z0-9]+)"', sources))
+    explained = set(re.findall(r"`([a-z-]+)`", (DATA.parent / "docs" / "health.md").read_text()))
+    assert codes - explained == set()
+    assert len(codes) > 20
 
 
 def test_html_escapes_what_files_say(zero2: Path) -> None:

@@ -109,7 +109,8 @@ class Sums:
         """A window that is the same on both sides."""
         for start in range(0, len(window), _PIECE):
             piece = window[start : start + _PIECE]
-            squares = float(np.dot(x := _plain(piece, np.float32), x))
+            with np.errstate(over="ignore", invalid="ignore"):
+                squares = float(np.dot(x := _plain(piece, np.float32), x))
             if not math.isfinite(squares):  # beyond float32, or not finite at all
                 squares = float(np.dot(x := _plain(piece, np.float64), x))
             self.squares_a += squares

@@ -280,11 +280,20 @@ def convert(
 @main.command(short_help="Whether a checkpoint is whole and its numbers are sound.")
 @click.argument("path")
 @click.option("--no-data", is_flag=True, help="Look at files and headers alone; read no tensor.")
+@click.option("--checksums", is_flag=True, help="Also compare every file with the checksums that torch wrote into it.")
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
 @_strategy
 @_json
 @click.pass_context
-def check(ctx: click.Context, path: str, no_data: bool, no_progress: bool, strategy: str | None, as_json: bool) -> None:
+def check(
+    ctx: click.Context,
+    path: str,
+    no_data: bool,
+    checksums: bool,
+    no_progress: bool,
+    strategy: str | None,
+    as_json: bool,
+) -> None:
     """Whether a checkpoint is whole, of one run and step, and its numbers are what training leaves.
 
     Missing, cut, extra and foreign files; steps, settings and shapes that disagree; classes that a loader would have
@@ -300,7 +309,7 @@ def check(ctx: click.Context, path: str, no_data: bool, no_progress: bool, strat
     from ckptlab.analysis import health
 
     progress = sys.stderr.isatty() and not no_progress
-    found = health(path, data=not no_data, progress=progress, strategy=strategy)
+    found = health(path, data=not no_data, checksums=checksums, progress=progress, strategy=strategy)
     if as_json:
         _print(found.to_dict())
     else:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -338,6 +339,28 @@ def test_a_flipped_bit_in_a_master(zero2: Path, bit: int) -> None:
     assert {"master-weight"} <= set(health(zero2).codes) <= {"master-weight", "not-finite"}
 
 
+def test_a_flipped_bit_that_only_a_checksum_shows(zero2: Path) -> None:
+    assert health(zero2, checksums=True).findings == ()
+    flip(zero2, "blocks.2.qkv.weight", "exp_avg", 3, element=5)
+    assert health(zero2).findings == ()
+    one = only(health(zero2, checksums=True), "checksum")
+    (key,) = one.where.tensors
+    assert key.startswith("optimizer_state_dict.base_optimizer_state.state.")
+    assert key.endswith(".exp_avg")
+    assert len(one.where.files) == 1
+
+
+def test_files_without_checksums_are_a_remark(zero2: Path) -> None:
+    file = zero2 / MODEL.format(0)
+    with zipfile.ZipFile(file) as archive:
+        sums = {info.CRC for info in archive.infolist() if info.file_size}
+    raw = file.read_bytes()
+    for crc in sums:
+        raw = raw.replace(crc.to_bytes(4, "little"), b"\x12\x34\x56\x78")
+    file.write_bytes(raw)
+    assert only(health(zero2, checksums=True), "no-checksums").where.files == (file.name,)
+
+
 @pytest.mark.parametrize("state", ["fp32", "exp_avg", "exp_avg_sq"])
 def test_a_replica_that_drifted(gpt: Path, state: str) -> None:
     flip(gpt, NORM, state, 0, tp=1, element=3)  # the lowest bit: no rounding shows it
@@ -600,6 +623,7 @@ def test_the_command_and_its_exit_status(gpt: Path, tmp_path: Path) -> None:
     faulty = run("check", gpt)
     assert (faulty.exit_code, faulty.stdout.splitlines()[0]) == (1, "not healthy: 1 error, 1 remark")
     assert run("check", gpt, "--no-data").exit_code == 0
+    assert run("check", ZERO2, "--checksums", "--no-progress").exit_code == 0
     (tmp_path / "empty").mkdir()
     trouble = run("check", tmp_path / "empty")
     assert (trouble.exit_code, trouble.stdout) == (2, "")

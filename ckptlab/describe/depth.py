@@ -28,10 +28,12 @@ def plot_depth(measures: Sequence[Measure], state: str, ax: Any = None) -> Any:
         by_kind.setdefault(measure.kind, []).append(measure)
     most = sorted(by_kind, key=lambda kind: -max(m.relative for m in by_kind[kind]))
     for i, kind in enumerate(most):
-        style = {"label": kind} if i < LINES else {"color": "0.75", "linewidth": 0.8, "zorder": 1}
+        style: dict[str, Any] = {"color": "0.75", "linewidth": 0.8, "zorder": 1}
+        if i < LINES:
+            style = {"color": f"C{i}", "label": kind}
         of_kind = by_kind[kind]
         if of_kind[0].layer is None:
-            ax.axhline(of_kind[0].relative, linestyle="--", **{"color": f"C{i % 10}", **style})
+            ax.axhline(of_kind[0].relative, linestyle="--", **style)
         else:
             ax.plot([m.layer for m in of_kind], [m.relative for m in of_kind], marker="o", markersize=3, **style)
     if any(m.relative > 0 for m in measures):
@@ -41,5 +43,5 @@ def plot_depth(measures: Sequence[Measure], state: str, ax: Any = None) -> Any:
     ax.set_title(f"change of {state} over depth")
     ax.xaxis.get_major_locator().set_params(integer=True)
     if measures:
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return ax

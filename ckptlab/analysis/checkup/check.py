@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ckptlab.analysis.checkup import data as contents
 from ckptlab.analysis.checkup import partial, rows, verdicts
+from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.files import Scan, mesh_of, places, scan
 from ckptlab.analysis.checkup.finding import Checked, Finding, Health, Where, ordered
 from ckptlab.analysis.checkup.headers import agreement
@@ -26,14 +27,16 @@ def health(
     path: str | os.PathLike[str] | Checkpoint,
     *,
     data: bool = True,
+    checksums: bool = False,
     progress: bool = False,
     strategy: Strategy | str | None = None,
 ) -> Health:
     """Check a checkpoint: its files, what they say of one another, and (unless data=False) every element once.
 
     path: what `ckptlab.open` takes, or a checkpoint that is open. It need not open: files that are missing, cut or
-    foreign are findings, and what can be read is looked at all the same. strategy: see `open`. progress: show a bar on
-    stderr. Memory stays near 2 MB of windows, whatever the size. Files are only read.
+    foreign are findings, and what can be read is looked at all the same. checksums: also read every file once more and
+    compare it with the checksums that torch wrote into it. progress: show bars on stderr. strategy: see `open`. Memory
+    stays near 4 MB of windows, whatever the size. Files are only read.
 
     Raises CheckpointError where there is no checkpoint at all.
     """
@@ -56,6 +59,8 @@ def health(
         told, read, looked_at = _survey(catalog, found, progress)
         tensors = tensors or looked_at
         findings += told
+    if checksums:
+        findings += against_checksums(found, progress)
     checked = Checked(len(found.contents) + len(found.findings), tensors, read, catalog is not None, data)
     said = str(catalog.mesh) if catalog and place.format == "deepspeed" else str(mesh) if mesh else None
     return Health(place.path, place.format, said, ordered(findings), checked)

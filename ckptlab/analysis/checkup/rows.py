@@ -137,12 +137,17 @@ def loose(contents: Mapping[str, Any]) -> Iterator[Job]:
     bytes are taken once."""
     seen: dict[tuple[str, int], int] = {}
     for file, content in contents.items():
-        for key, stored in _stored(content, "", set()):
+        for key, stored in stored_in(content):
             place = (stored.path, stored.offset)
             if stored.numel and stored.contiguous and seen.get(place, 0) < stored.nbytes:
                 seen[place] = stored.nbytes
                 row = Row("", (0, 0, 0), stored.dtype, (Fragment(0, stored),))
                 yield from _split(f"{file}: {key}", "loose", stored.numel, (row,), False)
+
+
+def stored_in(content: Any) -> Iterator[tuple[str, Stored]]:
+    """Every tensor in the content of a file, with the keys that lead to it: `module.wte.weight`."""
+    yield from _stored(content, "", set())
 
 
 def _stored(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, Stored]]:

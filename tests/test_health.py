@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 import ckptlab
 from ckptlab import Finding, Health, Layout, Mesh, health
-from ckptlab.analysis.checkup import reading, rows
+from ckptlab.analysis.checkup import headers, reading, rows
 from ckptlab.analysis.checkup.rows import Gap
 from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.cli import main
@@ -678,6 +678,34 @@ CHANGES: list[Callable[[dict], dict]] = [
 def test_strange_headers_are_findings_not_tracebacks(zero2: Path, change: int) -> None:
     edit(zero2 / MODEL.format(0), CHANGES[change])
     assert not health(zero2).healthy
+
+
+@pytest.mark.parametrize("key", ["ds_config", "param_shapes", "module", "lr_scheduler", "global_steps", "note"])
+def test_headers_nested_without_end_are_no_tracebacks(zero2: Path, key: str) -> None:
+    def nest(content: dict) -> dict:
+        inside: list = []
+        for _ in range(300):
+            inside = [inside]
+        return {**content, key: inside}
+
+    edit(zero2 / MODEL.format(0), nest)
+    health(zero2)
+    assert list(rows.stored_in(deep())) == []
+
+
+def deep() -> list:
+    """A list in a list … 100,000 times, which holds itself."""
+    outer: list = []
+    inside = outer
+    for _ in range(100_000):
+        inside.append([])
+        inside = inside[0]
+    inside.append(outer)
+    return outer
+
+
+def test_what_is_nested_without_end_has_a_text() -> None:
+    assert headers._text(deep()) == "(nested too deep)"
 
 
 @pytest.mark.parametrize("key", ["base_optimizer_state", "param_slice_mappings", "group_paddings", "zero_stage"])

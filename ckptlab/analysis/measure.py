@@ -121,11 +121,12 @@ class Sums:
         """A window in which something differs."""
         for start in range(0, len(a), _PIECE):
             x, y = (_plain(side[start : start + _PIECE], np.float64) for side in (a, b))
-            self.squares_a += float(np.dot(x, x))
-            self.squares_b += float(np.dot(y, y))
-            self.products += float(np.dot(x, y))
-            x = x - y
-            self.squares_apart += float(np.dot(x, x))
+            with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are said to be so
+                self.squares_a += float(np.dot(x, x))
+                self.squares_b += float(np.dot(y, y))
+                self.products += float(np.dot(x, y))
+                x = x - y
+                self.squares_apart += float(np.dot(x, x))
 
 
 def _plain(window: np.ndarray, dtype: type[np.floating]) -> np.ndarray:

@@ -19,7 +19,7 @@ from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.mesh import Mesh
 
-_KINDS = {"model": "model", "zero3_model": "model", "optim": "optimizer", "layer": "layer"}
+_DIGITS = 6  # of a layer's number: more are none
 
 
 @dataclass
@@ -203,5 +203,6 @@ def _layers_named(found: Scan) -> set[int]:
     numbers = set()
     for head in found.heads.values():
         for group in param_shapes(head):
-            numbers |= {int(first) for name in group if (first := str(name).partition(".")[0]).isdecimal()}
+            firsts = (name.partition(".")[0] for name in group if isinstance(name, str))
+            numbers |= {int(first) for first in firsts if first.isdecimal() and len(first) < _DIGITS}
     return numbers

@@ -107,7 +107,10 @@ def _told(mine: Any, theirs: Any, text: str, other: str) -> tuple[str, str]:
 
 def _text(value: Any) -> str:
     """What a value says, wherever it is stored: equal texts are equal values."""
-    return repr(_read(value))
+    try:
+        return repr(_read(value))
+    except RecursionError:
+        return "(nested too deep)"
 
 
 def _read(value: Any) -> Any:
@@ -183,9 +186,8 @@ def _shapes(found: Scan, heads: Files, mesh: Mesh) -> Iterator[Finding]:
             continue
         by_stage.setdefault(rank["pp"], {})[name] = [tuple(g) for g in groups]
         for tensor, shape in (pair for g in groups for pair in g.items()):
-            shapes.setdefault((tensor, rank["tp"]), {}).setdefault(
-                str(tuple(shape) if isinstance(shape, tuple) else shape), []
-            ).append(name)
+            if isinstance(tensor, str):
+                shapes.setdefault((tensor, rank["tp"]), {}).setdefault(_text(shape), []).append(name)
     for lists in by_stage.values():
         for odd in _minority("param_shapes", lists):
             expected = "the same tensors, in the same order, on every rank of a pp stage"

@@ -146,14 +146,16 @@ def loose(contents: Mapping[str, Any]) -> Iterator[Job]:
 
 
 def stored_in(content: Any) -> Iterator[tuple[str, Stored]]:
-    """Every tensor in the content of a file, with the keys that lead to it: `module.wte.weight`."""
-    yield from _stored(content, "", set())
-
-
-def _stored(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, Stored]]:
-    if isinstance(value, Stored):
-        yield key, value
-    elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
-        seen.add(id(value))
-        for k, v in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _stored(v, f"{key}.{k}" if key else str(k), seen)
+    """Every tensor in the content of a file, with the keys that lead to it: `module.wte.weight`. However deep it is
+    nested, and whatever holds itself."""
+    seen: set[int] = set()
+    left: list[tuple[str, Any]] = [("", content)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Stored):
+            yield key, value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            inside = list(value.items() if isinstance(value, Mapping) else enumerate(value))
+            named = ((str(k) if isinstance(k, (str, int)) else f"[{i}]", v) for i, (k, v) in enumerate(inside))
+            left += reversed([(f"{key}.{k}" if key else k, v) for k, v in named])

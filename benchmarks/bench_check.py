@@ -1,13 +1,15 @@
 """`ckptlab check` beside reading the same files once: `cat` into nothing, in turn, in the same run.
 
 `python benchmarks/bench_check.py [FOLDER ...]` takes step folders; without any it makes those of large.py (`--out`).
-Whole processes, page cache warm; and the check's time inside its process, without starting Python. `--small` takes the
+Whole processes, page cache warm; and the check's time inside its process, without starting Python, with the processor
+seconds that it used there (on a machine that others use too, those say more). `--small` takes the
 checkpoints of data/, to see that the script runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import subprocess
 import sys
@@ -19,9 +21,10 @@ INSIDE = """
 import resource, sys, time
 import ckptlab
 from ckptlab.analysis import health
-began = time.perf_counter()
+began, used = time.perf_counter(), time.process_time()
 found = health(sys.argv[1])
-print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, found.checked.bytes, found.codes)
+took = time.perf_counter() - began, time.process_time() - used
+print(*took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, found.checked.bytes, found.codes)
 """
 
 
@@ -40,8 +43,10 @@ def main() -> None:
             from large import CASES, make
 
             folders = [make(name, (options.out or Path(scratch)).resolve()) for name in CASES]
-        print("| checkpoint | GB | cat, s | check, s (× cat) | inside its process, s (× cat) | peak MiB | found |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            "| checkpoint | GB | cat, s | its CPU s | check, s (× cat) | inside, s (× cat) | its CPU s | MiB | found |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
         for folder in folders:
             measure(folder.resolve(), options.rounds)
 
@@ -50,34 +55,37 @@ def measure(folder: Path, rounds: int) -> None:
     """One line of the table: medians of `rounds` rounds, one command after the other in each."""
     files = sorted(str(p) for p in folder.glob("*.pt"))
     size = sum(Path(f).stat().st_size for f in files)
-    reading, whole, inside, peak, found = [], [], [], 0, ""
+    reading, reading_cpu, whole, inside, inside_cpu, peak, found = [], [], [], [], [], 0, ""
     for warm in [True, *[False] * rounds]:
-        cat = timed(["cat", *files])[0]
-        check = timed([sys.executable, "-m", "ckptlab", "check", str(folder)])[0]
-        told = timed([sys.executable, "-c", INSIDE, str(folder)])[1].split(maxsplit=3)
+        cat, cat_cpu, _ = timed(["cat", *files])
+        check, *_ = timed([sys.executable, "-m", "ckptlab", "check", str(folder)])
+        told = timed([sys.executable, "-c", INSIDE, str(folder)])[2].split(maxsplit=4)
         if warm:
             continue
         reading.append(cat)
+        reading_cpu.append(cat_cpu)
         whole.append(check)
         inside.append(float(told[0]))
-        peak, found = max(peak, int(told[1]) // 1024), told[3].strip()
-    cat, check, within = (statistics.median(v) for v in (reading, whole, inside))
+        inside_cpu.append(float(told[1]))
+        peak, found = max(peak, int(told[2]) // 1024), told[4].strip()
+    medians = (statistics.median(v) for v in (reading, reading_cpu, whole, inside, inside_cpu))
+    cat, cat_cpu, check, within, within_cpu = medians
     print(
-        f"| {folder.parent.name} | {size / 1e9:.2f} | {cat:.3f} | {check:.2f} ({check / cat:.1f}) | "
-        f"{within:.3f} ({within / cat:.1f}) | {peak} | {found} |",
+        f"| {folder.parent.name} | {size / 1e9:.2f} | {cat:.3f} | {cat_cpu:.3f} | "
+        f"{check:.2f} ({check / cat:.1f}) | {within:.3f} ({within / cat:.1f}) | {within_cpu:.3f} | {peak} | {found} |",
         flush=True,
     )
 
 
-def timed(command: list[str]) -> tuple[float, str]:
-    """Seconds that a command takes, and what it prints; `cat` prints into nothing."""
+def timed(command: list[str]) -> tuple[float, float, str]:
+    """Seconds that a command takes, those of the processor, and what it prints; `cat` prints into nothing."""
     out = subprocess.DEVNULL if command[0] == "cat" else subprocess.PIPE
-    began = time.perf_counter()
+    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, stdout=out, text=True, check=False)
-    seconds = time.perf_counter() - began
+    seconds, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{command[:4]} ended with {done.returncode}")
-    return seconds, done.stdout or ""
+    return seconds, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, done.stdout or ""
 
 
 if __name__ == "__main__":

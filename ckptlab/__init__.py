@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptlab import viz
-    from ckptlab.analysis import Diff, diff
+    from ckptlab.analysis import Diff, Finding, Health, diff, health
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
@@ -46,6 +46,8 @@ __all__ = [
     "Cut",
     "DestinationError",
     "Diff",
+    "Finding",
+    "Health",
     "Layout",
     "LayoutError",
     "Megatron",
@@ -65,6 +67,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "diff",
+    "health",
     "merge",
     "merge_flat",
     "open",
@@ -77,9 +80,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "analysis": "Diff diff",
     "arrays.backends": "Backend",
     "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat to",
+    "analysis": "Diff Finding Health diff health",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open save_weights",
     "convert": "Report",

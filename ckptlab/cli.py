@@ -1,4 +1,4 @@
-"""The command line: info, plan, convert, diff. Each command imports what it needs when it runs."""
+"""The command line: info, plan, convert, check, diff. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -150,6 +150,7 @@ def main() -> None:
       ckptlab info run/global_step1000
       ckptlab plan run --tp 4 --pp 1
       ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1
+      ckptlab check run
       ckptlab diff run out
     """
 
@@ -274,6 +275,46 @@ def convert(
     )
     if said["latest"]:
         click.echo(f"{said['latest']} names it")
+
+
+@main.command(short_help="Whether a checkpoint is whole and its numbers are sound.")
+@click.argument("path")
+@click.option("--no-data", is_flag=True, help="Look at files and headers alone; read no tensor.")
+@click.option("--checksums", is_flag=True, help="Also compare every file with the checksums that torch wrote into it.")
+@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@_strategy
+@_json
+@click.pass_context
+def check(
+    ctx: click.Context,
+    path: str,
+    no_data: bool,
+    checksums: bool,
+    no_progress: bool,
+    strategy: str | None,
+    as_json: bool,
+) -> None:
+    """Whether a checkpoint is whole, of one run and step, and its numbers are what training leaves.
+
+    Missing, cut, extra and foreign files; steps, settings and shapes that disagree; classes that a loader would have
+    run; NaN and infinity; replicas and tied tensors that drifted; masters that do not round to the weights; moments
+    that are negative or dead; padding that is not empty. Each byte of data is read once. The checkpoint need not open.
+
+    Exit status: 0 healthy (remarks, which are harmless, do not count), 1 errors or warnings, 2 no checkpoint.
+
+    \b
+      ckptlab check run/global_step1000
+      ckptlab check run --no-data --json | jq '.findings[].code'
+    """
+    from ckptlab.analysis import health
+
+    progress = sys.stderr.isatty() and not no_progress
+    found = health(path, data=not no_data, checksums=checksums, progress=progress, strategy=strategy)
+    if as_json:
+        _print(found.to_dict())
+    else:
+        click.echo(repr(found))
+    ctx.exit(0 if found.healthy else 1)
 
 
 @main.command(short_help="Compare two checkpoints, of any formats and meshes.")

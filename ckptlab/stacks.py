@@ -43,6 +43,15 @@ def stacks(tensors: Iterable[Tensor]) -> list[Stack]:
     return [_told_apart(stack) if count[stack.name] > 1 else stack for stack in found]
 
 
+def kind_and_layer(name: str) -> tuple[str, int | None]:
+    """A tensor's name without its first number, and that number: ("mlp.weight", 3) of `3.mlp.weight`."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
+    if place is None or len(parts) == 1:
+        return name, None
+    return ".".join((*parts[:place], *parts[place + 1 :])), int(parts[place])
+
+
 def _told_apart(stack: Stack) -> Stack:
     return stack if stack.numbers is None else replace(stack, name=f"{stack.name}[{stack.numbers[0]}…]")
 

@@ -70,8 +70,9 @@ def gpt(tmp_path: Path) -> Path:
         ("import ckptlab; ckptlab.open", HEAVY),
         (f"from ckptlab.cli import main; main(['info', {str(GPT)!r}], standalone_mode=False)", HEAVY),
         (f"from ckptlab.cli import main; main(['plan', {str(GPT)!r}, '--tp', '4'], standalone_mode=False)", HEAVY),
+        (f"from ckptlab.cli import main; main(['check', {str(GPT)!r}], standalone_mode=False)", HEAVY),
     ],
-    ids=["package", "open", "info", "plan"],
+    ids=["package", "open", "info", "plan", "check"],
 )
 def test_nothing_heavy_is_imported(code: str, light: tuple[str, ...]) -> None:
     code += f"; import sys; print('heavy:', sorted(set({light!r}) & set(sys.modules)))"

@@ -12,7 +12,7 @@ import pytest
 from real_deepspeed import DATA
 from safetensors.numpy import load_file
 
-CASES = ["gpt_tp2_pp2_dp2", "plain_zero2_dp2", "plain_zero3_dp2"]
+CASES = ["gpt_tp2_pp2_dp2", "plain_zero2_dp2", "plain_zero2_dp2_round_robin", "plain_zero3_dp2"]
 
 
 def of_state(truth: dict[str, np.ndarray], state: str) -> dict[str, np.ndarray]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.numpy import save_file
 import ckptlab
 from ckptlab import diff
 from ckptlab.analysis import Compared, OnlyIn, Setting, compare
+from ckptlab.arrays import Gather
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
@@ -222,3 +225,166 @@ def test_memory_stays_near_one_window(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert one.at == ((1 << 24) - 1,)
     assert peak < 16 << 20
+
+
+# How far apart
+
+
+def test_relative_and_cosine_are_those_of_the_whole_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "WINDOW", 100)
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((30, 40)).astype(np.float32)
+    b = a.copy()
+    b[:7] += 0.1 * rng.standard_normal((7, 40)).astype(np.float32)  # some windows are equal, some not
+    for name, array in (("a", a), ("b", b)):
+        save_file({"w": array}, tmp_path / f"{name}.safetensors")
+    found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    (one,) = found.differences
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    assert one.relative == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x))
+    assert 1 - one.cosine == pytest.approx(1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y), rel=1e-5)
+    assert found.to_dict()["differences"][0]["cosine"] == one.cosine
+    (measure,) = found.measures
+    assert measure.squares_a == pytest.approx(x @ x)
+    assert measure.squares_b == pytest.approx(y @ y)
+
+
+def test_equal_tensors_are_measured_too() -> None:
+    found = diff(GPT, GPT)
+    assert len(found.measures) == 4 * 52
+    assert {(m.relative, m.cosine, m.count) for m in found.measures} == {(0.0, 1.0, 0)}
+    whole = ckptlab.open(GPT).full("fp32", stack=False)[DENSE].values
+    (one,) = [m for m in found.measures if (m.name, m.state) == (DENSE, "fp32")]
+    assert one.squares_a == pytest.approx(float((whole.astype(np.float64) ** 2).sum()))
+
+
+def test_values_beyond_float32_and_zeros(tmp_path: Path) -> None:
+    sides = {"a": {"big": [1e30, 1.0], "none": [0.0, 0.0]}, "b": {"big": [1e30, 2.0], "none": [0.0, 1.0]}}
+    for side, tensors in sides.items():
+        save_file({n: np.array(v, np.float32) for n, v in tensors.items()}, tmp_path / f"{side}.safetensors")
+    big, none = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").differences
+    assert (big.relative, big.cosine) == (pytest.approx(1e-30, rel=1e-6, abs=0), 1.0)
+    assert none.relative == math.inf
+    assert math.isnan(none.cosine)
+
+
+def test_what_is_equal_may_be_beyond_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "WINDOW", 1)
+    for side, last in (("a", 1.0), ("b", 2.0)):
+        save_file({"w": np.array([1e30, last], np.float32)}, tmp_path / f"{side}.safetensors")
+    (one,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").differences
+    assert one.relative == pytest.approx(1e-30, rel=1e-6, abs=0)
+
+
+def test_changes_are_summed_up_by_layer_and_kind(poked: Path) -> None:
+    found = diff(GPT, poked)
+    layers = found.by_layer("exp_avg_sq")
+    assert [s.label for s in layers] == ["2", "3", "4", "5", "6", "other"]
+    assert [s.differ for s in layers] == [0, 1, 0, 0, 0, 0]
+    kinds = {s.label: s for s in found.by_kind("exp_avg_sq")}
+    assert kinds["self_attention.dense.weight"].differ == 1
+    assert kinds["self_attention.dense.weight"].tensors == 4
+    assert kinds["self_attention.dense.weight"].relative > 0 == kinds["mlp.dense_h_to_4h.weight"].relative
+    assert all(s.relative == 0 for s in found.by_layer("fp32"))
+    text, html = repr(found), found._repr_html_()
+    for word in ("kind (exp_avg_sq)", "layer (exp_avg_sq)", "self_attention.dense.weight"):
+        assert word in text
+        assert word in html
+    assert found.to_dict()["layers"].keys() == {"exp_avg_sq"}
+    with pytest.raises(CheckpointError, match="was not compared"):
+        found.by_layer("momentum")
+
+
+def test_html_says_what_text_says(poked: Path) -> None:
+    html = diff(GPT, poked)._repr_html_()
+    assert "different: 1 tensor with other values" in html
+    assert "[5, 13]" in html
+    assert "<script" not in html
+    assert "equal: 52 tensors" in diff(GPT, GPT)._repr_html_()
+
+
+# Other names
+
+
+def exported(case: Path, to: Path, rename: Callable[[str], str], change: float = 0.0) -> Path:
+    """The weights of a case as safetensors, under other names and a little changed."""
+    rng = np.random.default_rng(1)
+    tensors = {}
+    for name, array in ckptlab.open(case).full("fp32", stack=False).items():
+        values = array.values.astype(np.float32)
+        tensors[rename(name)] = values + change * values.std() * rng.standard_normal(values.shape).astype(np.float32)
+    save_file(tensors, to)
+    return to
+
+
+@pytest.mark.parametrize("change", [0.0, 0.1])
+def test_renamed_tensors_are_recognised_by_shape_and_content(change: float, tmp_path: Path) -> None:
+    def rename(name: str) -> str:
+        return f"model.layers.{name}".replace("self_attention", "attn").replace("dense_4h_to_h", "down")
+
+    other = exported(GPT, tmp_path / "b.safetensors", rename, change)
+    found = diff(GPT, other)
+    assert [r for r in found.renamed if r.b != rename(r.a)] == []
+    assert len(found.renamed) == 52
+    assert (found.only_a, found.only_b) == ((), ())
+    assert not found.equal
+    assert {r.same for r in found.renamed} == {change == 0}
+    assert (not found.differences) is (change == 0), "compared under their new names"
+    assert "52 tensors under another name" in repr(found)
+    assert len(found.to_dict()["renamed"]) == 52
+
+
+def test_of_tensors_with_the_same_content_names_tell_which_is_which(tmp_path: Path) -> None:
+    names = [f"{layer}.{part}.weight" for layer in range(3) for part in ("ln1", "ln2")]
+    ones = {name: np.ones(7, np.float32) for name in names}
+    save_file(ones, tmp_path / "a.safetensors")
+    save_file({f"model.{name}": ones[name] for name in reversed(names)}, tmp_path / "b.safetensors")
+    b = read(tmp_path / "b.safetensors")
+    shuffled = replace(
+        b, tensors={name: b.tensors[name] for name in sorted(b.tensors, key=lambda n: n[::-1], reverse=True)}
+    )
+    found = diff(tmp_path / "a.safetensors", shuffled)
+    assert [(r.a, r.b) for r in found.renamed] == [(name, f"model.{name}") for name in sorted(names)]
+
+
+def test_what_is_not_alike_is_added_or_removed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    first, second = rng.standard_normal((2, 64, 64)).astype(np.float32)
+    save_file({"old": first, "kept": second}, tmp_path / "a.safetensors")
+    save_file({"new": second[::-1].copy(), "kept": second}, tmp_path / "b.safetensors")
+    found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (found.only_a, found.only_b, found.renamed) == (("old",), ("new",), ())
+
+
+def test_a_plot_of_change_over_depth(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    other = exported(GPT, tmp_path / "b.safetensors", str, 0.1)
+    found = diff(GPT, other)
+    axes = found.plot()
+    axes.figure.savefig(tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").stat().st_size > 1000
+    assert axes.get_yscale() == "log"
+    assert axes.get_xlabel() == "layer"
+    named = {line.get_label(): line for line in axes.lines}
+    drawn = named["mlp.dense_h_to_4h.bias"]
+    assert list(drawn.get_xdata()) == [2, 3, 4, 5]
+    assert list(drawn.get_ydata()) == [
+        m.relative for m in found.measures if m.kind == "mlp.dense_h_to_4h.bias" and m.state == "fp32"
+    ]
+    assert diff(GPT, GPT).plot("exp_avg", ax=axes) is axes
+
+
+def test_both_checkpoints_are_read_once(poked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "WINDOW", 300)
+    taken: Counter[tuple[str, str, int]] = Counter()
+    really = compare._window
+
+    def noted(gather: Gather, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        taken.update((gather.name, gather.state, element) for element in range(start, stop))
+        return really(gather, shape, start, stop)
+
+    monkeypatch.setattr(compare, "_window", noted)
+    found = diff(GPT, poked)
+    assert set(taken.values()) == {2}, "each element once of each side"
+    assert len(taken) == sum(m.elements for m in found.measures)

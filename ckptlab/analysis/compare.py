@@ -1,6 +1,8 @@
 """What checkpoints have in common and where they differ, whatever format and mesh each of them has.
 
-`diff` goes tensor by tensor and window by window: memory stays near one window, not near the largest tensor.
+`diff` goes tensor by tensor and window by window: memory stays near two windows, not near the largest tensor, and both
+checkpoints are read once. How far apart they are is summed up on the way (`measure`); tensors that have another name on
+the other side are found first, by samples (`renames`).
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
+from ckptlab.analysis.measure import Measure, Sums
+from ckptlab.analysis.renames import renamed
 from ckptlab.arrays import Gather
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
@@ -22,94 +27,10 @@ from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
-WINDOW = 1 << 20  # elements of each side that are compared at a time
+WORKERS = 2
+WINDOW = 1 << 20  # elements of each side that each worker compares at a time
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One state of one tensor that is not the same, bit for bit.
-
-    count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or
-    infinite. max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and
-    b the values there. dtypes: those of both sides; where they differ values were compared as float64, and count may
-    be 0.
-    """
-
-    name: str
-    state: str
-    dtypes: tuple[str, str]
-    elements: int
-    count: int = 0
-    max_abs: float = 0.0
-    max_rel: float = 0.0
-    at: tuple[int, ...] = ()
-    a: float = 0.0
-    b: float = 0.0
-
-
-@dataclass(frozen=True)
-class OnlyIn:
-    """A state that one side alone has: of `tensors`, or of every tensor that both sides have (`everywhere`)."""
-
-    state: str
-    tensors: tuple[str, ...]
-    everywhere: bool
-
-
-@dataclass(frozen=True)
-class Compared:
-    """How many tensors (and elements of them) were compared in one state, and how many of the tensors differ."""
-
-    state: str
-    tensors: int
-    elements: int
-    differ: int
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A hyperparameter or step that both sides have, with another value: `where` names the group or "step"."""
-
-    where: str
-    key: str
-    a: Any
-    b: Any
-
-
-@dataclass(frozen=True)
-class Diff:
-    """What `diff` found. `a` and `b` are the paths, `tensors` how many were compared in some state; differences come in
-    the order of the tensors of a."""
-
-    a: str
-    b: str
-    tensors: int
-    compared: tuple[Compared, ...]
-    differences: tuple[Difference, ...]
-    only_a: tuple[str, ...] = ()
-    only_b: tuple[str, ...] = ()
-    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-    states_only_a: tuple[OnlyIn, ...] = ()
-    states_only_b: tuple[OnlyIn, ...] = ()
-    settings: tuple[Setting, ...] = ()
-
-    @property
-    def equal(self) -> bool:
-        """Both have the same tensors; every state and setting that both have is the same, bit for bit and in dtype."""
-        return not (self.differences or self.only_a or self.only_b or self.shapes or self.settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `ckptlab diff --json` prints them."""
-        from ckptlab.describe.differences import to_dict
-
-        return to_dict(self)
-
-    def __repr__(self) -> str:
-        from ckptlab.describe.differences import diff_text
-
-        return diff_text(self)
 
 
 Source = Checkpoint | Catalog | str | os.PathLike[str]
@@ -120,13 +41,18 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
 
     a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar
     on stderr. Averaged replicas are averaged first; vocabulary padding is no part of a tensor. NaN equals NaN of the
-    same bits.
+    same bits. Of tensors that one side alone has, those of one shape and of the same or similar content are taken for
+    renamed.
 
     Raises CheckpointError where there is nothing to compare.
     """
     left, right = _catalog(a), _catalog(b)
     wanted = _wanted(left, right, states)
     pairs, only_a, only_b = _pairs(left, right)
+    names = renamed(left, right, only_a, only_b)
+    pairs += [(left.tensors[r.a], right.tensors[r.b]) for r in names]
+    only_a = tuple(n for n in only_a if n not in {r.a for r in names})
+    only_b = tuple(n for n in only_b if n not in {r.b for r in names})
     shapes = tuple((ta.name, ta.shape, tb.shape) for ta, tb in pairs if ta.shape != tb.shape)
     same = [(ta, tb) for ta, tb in pairs if ta.shape == tb.shape]
     todo = [(ta, tb, s) for ta, tb in same for s in ta.states if s in tb.states and s in wanted]
@@ -136,9 +62,9 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
             "state on both sides"
         )
     tensors, elements, differ = Counter[str](), Counter[str](), Counter[str]()
-    differences = []
-    for ta, tb, state in _with_bar(todo, progress):
-        found = _compare(left, right, ta, tb, state)
+    differences, measures = [], []
+    for (ta, _, state), (found, measure) in _compared(left, right, todo, progress):
+        measures.append(measure)
         tensors[state] += 1
         elements[state] += math.prod(ta.shape)
         if found is not None:
@@ -156,6 +82,8 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
         _only_in(same, wanted),
         _only_in([(tb, ta) for ta, tb in same], wanted),
         tuple(_settings(left, right, pairs)),
+        names,
+        tuple(measures),
     )
 
 
@@ -222,30 +150,43 @@ def _only_in(pairs: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[str]) -> t
     return tuple(OnlyIn(state, tuple(names), state not in shared) for state, names in lacking.items())
 
 
-def _with_bar(todo: list[tuple[Tensor, Tensor, str]], progress: bool) -> Iterator[tuple[Tensor, Tensor, str]]:
+Todo = tuple[Tensor, Tensor, str]
+Found = tuple[Difference | None, Measure]
+
+
+def _compared(left: Catalog, right: Catalog, todo: Sequence[Todo], progress: bool) -> Iterator[tuple[Todo, Found]]:
+    """Each state of each pair with what was found, in order; two are compared at a time."""
     from tqdm.auto import tqdm
 
     total = sum(math.prod(t.shape) for t, _, _ in todo)
     with tqdm(
         total=total, unit=" elements", unit_scale=True, disable=not progress, desc="comparing", leave=False
     ) as bar:
-        for one in todo:
-            yield one
-            bar.update(math.prod(one[0].shape))
+        pool = ThreadPoolExecutor(WORKERS)
+        try:
+            results = pool.map(lambda one: _compare(left, right, *one), todo)
+            for one, found in zip(todo, results, strict=True):
+                bar.update(math.prod(one[0].shape))
+                yield one, found
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> Difference | None:
-    """What differs in one state of one tensor; None if nothing does."""
+def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> Found:
+    """What differs in one state of one tensor (None if nothing does), and how far apart it is."""
     dtypes = np.dtype(ta.states[state]), np.dtype(tb.states[state])
     of_a, of_b = Gather(left, ta.name, state), Gather(right, tb.name, state)
     elements, count, worst_rel = math.prod(ta.shape), 0, 0.0
     worst: tuple[float, int, float, float] | None = None
+    sums = Sums()
     for start in range(0, elements, WINDOW):
         stop = min(start + WINDOW, elements)
         a, b = _window(of_a, ta.shape, start, stop), _window(of_b, tb.shape, start, stop)
         where = _unequal(a, b)
         if not len(where):
+            sums.equal(a)
             continue
+        sums.other(a, b)
         count += len(where)
         x, y = a[where].astype(np.float64), b[where].astype(np.float64)
         apart = _distance(x, y)
@@ -253,13 +194,16 @@ def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) 
         i = int(apart.argmax())
         if worst is None or apart[i] > worst[0]:
             worst = float(apart[i]), start + int(where[i]), float(x[i]), float(y[i])
+    measure = Measure(ta.name, state, elements, count, worst[0] if worst else 0.0, **vars(sums))
     if worst is None and dtypes[0] == dtypes[1]:
-        return None
+        return None, measure
     named = str(dtypes[0]), str(dtypes[1])
     if worst is None:
-        return Difference(ta.name, state, named, elements)
+        return Difference(ta.name, state, named, elements), measure
     at = tuple(int(k) for k in np.unravel_index(worst[1], ta.shape))
-    return Difference(ta.name, state, named, elements, count, worst[0], worst_rel, at, worst[2], worst[3])
+    apart_by = measure.relative, measure.cosine
+    found = Difference(ta.name, state, named, elements, count, worst[0], worst_rel, at, worst[2], worst[3], *apart_by)
+    return found, measure
 
 
 def _window(gather: Gather, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
@@ -288,7 +232,8 @@ def _unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     bits = _BITS.get(a.dtype.itemsize)
     if bits is None:
         raise CheckpointError(f"elements of {a.dtype} cannot be compared")
-    return np.flatnonzero(a.view(bits) != b.view(bits))
+    other = a.view(bits) != b.view(bits)
+    return np.flatnonzero(other) if other.any() else np.empty(0, np.int64)
 
 
 def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:

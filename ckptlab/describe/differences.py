@@ -1,16 +1,19 @@
-"""What `diff` found, as plain data and as text."""
+"""What `diff` found, as plain data, as text and as HTML."""
 
 from __future__ import annotations
 
 import math
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ckptlab.describe.facts import plain
+from ckptlab.describe.html import page, table_html
 from ckptlab.describe.text import aligned, blocks
 from ckptlab.draw.words import number_of, some
 
 if TYPE_CHECKING:
     from ckptlab.analysis import Diff, Difference, OnlyIn
+    from ckptlab.analysis.measure import Summary
 
 ROWS = 20  # differences that are listed
 
@@ -19,8 +22,10 @@ def to_dict(diff: Diff) -> dict[str, Any]:
     """Plain values, as `ckptlab diff --json` prints them; what is infinite or NaN is text.
 
     Keys: equal, a, b (paths), tensors (compared), compared [{state, tensors, elements, differ}], differences [{name,
-    state, dtypes, elements, count, max_abs, max_rel, at, a, b, reason}], only_a, only_b (names), shapes [{name, a, b}],
-    states_only_a, states_only_b [{state, tensors, everywhere}], settings [{where, key, a, b}].
+    state, dtypes, elements, count, max_abs, max_rel, at, a, b, relative, cosine, reason}], only_a, only_b (names),
+    renamed [{a, b, same, distance}], shapes [{name, a, b}], states_only_a, states_only_b [{state, tensors,
+    everywhere}], settings [{where, key, a, b}], layers and kinds {state: [{label, tensors, differ, max_abs, relative,
+    cosine}]}, of states in which something differs.
     """
     return {
         "equal": diff.equal,
@@ -35,7 +40,15 @@ def to_dict(diff: Diff) -> dict[str, Any]:
         "states_only_a": [plain(vars(s)) for s in diff.states_only_a],
         "states_only_b": [plain(vars(s)) for s in diff.states_only_b],
         "settings": [plain(vars(s)) for s in diff.settings],
+        "renamed": [vars(r) for r in diff.renamed],
+        "layers": {s: [plain(vars(x)) for x in diff.by_layer(s)] for s in _differing(diff)},
+        "kinds": {s: [plain(vars(x)) for x in diff.by_kind(s)] for s in _differing(diff)},
     }
+
+
+def _differing(diff: Diff) -> list[str]:
+    """The states in which some tensor differs."""
+    return [c.state for c in diff.compared if c.differ]
 
 
 def _reason(difference: Difference) -> str:
@@ -51,10 +64,10 @@ def diff_text(diff: Diff) -> str:
         ("A", [diff.a]),
         ("B", [diff.b]),
         ("states", aligned(_states(diff), "lrrl")),
-        ("tensors", [*_only("A", diff.only_a), *_only("B", diff.only_b), *_shapes(diff)]),
+        ("tensors", [*_only("A", diff.only_a), *_only("B", diff.only_b), *_renamed(diff), *_shapes(diff)]),
         ("settings", aligned([[s.where, s.key, f"{s.a} → {s.b}"] for s in diff.settings], "lll")),
     ]
-    return "\n".join([*blocks(found), *_listed(diff)])
+    return "\n".join([*blocks(found), *_listed(diff), *_summaries(diff)])
 
 
 def _verdict(diff: Diff) -> str:
@@ -65,6 +78,7 @@ def _verdict(diff: Diff) -> str:
     said = [f"{number_of(names, 'tensor')} with other values"] if names else []
     missing = len(diff.only_a) + len(diff.only_b)
     said += [f"{number_of(missing, 'tensor')} on one side only"] if missing else []
+    said += [f"{number_of(len(diff.renamed), 'tensor')} under another name"] if diff.renamed else []
     said += [f"{number_of(len(diff.shapes), 'tensor')} of another shape"] if diff.shapes else []
     said += [f"{number_of(len(diff.settings), 'setting')} with another value"] if diff.settings else []
     return f"different: {', '.join(said)}"
@@ -93,6 +107,12 @@ def _only(side: str, names: tuple[str, ...]) -> list[str]:
     return [f"only in {side}: {some(names, 6)}"] if names else []
 
 
+def _renamed(diff: Diff) -> list[str]:
+    rows = [[r.a, "→", r.b, "same sample" if r.same else f"{r.distance:.1%} apart"] for r in diff.renamed[:ROWS]]
+    left = len(diff.renamed) - ROWS
+    return [*aligned(rows, "llll"), *([f"… and {left:,} more under another name"] if left > 0 else [])]
+
+
 def _shapes(diff: Diff) -> list[str]:
     rows = [[name, f"{_shape(a)} in A", f"{_shape(b)} in B"] for name, a, b in diff.shapes[:ROWS]]
     left = len(diff.shapes) - ROWS
@@ -107,18 +127,80 @@ def _listed(diff: Diff) -> list[str]:
     if not diff.differences:
         return []
     most = sorted(diff.differences, key=lambda d: -d.max_abs)
-    rows = [["tensor", "state", "differing", "max |a−b|", "relative", "at", "a → b"], *map(_row, most[:ROWS])]
+    rows = [_HEADER, *map(_row, most[:ROWS])]
     left = len(most) - ROWS
-    return ["", *aligned(rows, "llrrrll"), *([f"… and {left:,} more, smaller ones"] if left > 0 else [])]
+    return ["", *aligned(rows, _SIDES), *([f"… and {left:,} more, smaller ones"] if left > 0 else [])]
+
+
+_HEADER = ["tensor", "state", "differing", "max |a−b|", "|a−b|/|a|", "cosine", "at", "a → b"]
+_SIDES = "llrrrrll"
+_SUMMARY = ["tensors", "differ", "max |a−b|", "|a−b|/|a|", "cosine"]
+
+
+def _summaries(diff: Diff) -> list[str]:
+    """The first state in which something differs, by kind of tensor and by layer."""
+    lines: list[str] = []
+    for title, found in _tables(diff):
+        shown = found if len(found) <= 2 * ROWS else [*found[:ROWS], ["…"] + [""] * len(_SUMMARY), *found[-ROWS:]]
+        lines += ["", *aligned([[title, *_SUMMARY], *shown], "lrrrrr")]
+    return lines
+
+
+def _tables(diff: Diff) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows) by kind and by layer; nothing where one tensor alone was compared."""
+    states = _differing(diff)
+    if not states or diff.tensors < 2:
+        return []
+    kinds = sorted(diff.by_kind(states[0]), key=lambda s: -s.relative)
+    layers = diff.by_layer(states[0])
+    found = [(f"kind ({states[0]})", kinds), (f"layer ({states[0]})", layers if len(layers) > 1 else ())]
+    return [(title, [_summary(s) for s in of]) for title, of in found if of]
+
+
+def _summary(s: Summary) -> list[str]:
+    return [s.label, f"{s.tensors:,}", f"{s.differ:,}", _number(s.max_abs), _number(s.relative), _cosine(s.cosine)]
+
+
+def diff_html(diff: Diff) -> str:
+    """The same for a notebook; the summaries and the list unfold."""
+    facts = [
+        ("A", diff.a),
+        ("B", diff.b),
+        *[("tensors", text) for text in (*_only("A", diff.only_a), *_only("B", diff.only_b))],
+        *[("renamed", f"{r.a} → {r.b}") for r in diff.renamed[:ROWS]],
+        *[("shape", f"{name}: {_shape(a)} in A, {_shape(b)} in B") for name, a, b in diff.shapes[:ROWS]],
+        *[("setting", f"{s.where}: {s.key} {s.a} → {s.b}") for s in diff.settings],
+    ]
+    told = "".join(f"<dt>{key}</dt><dd>{escape(str(text))}</dd>" for key, text in facts)
+    most = sorted(diff.differences, key=lambda d: -d.max_abs)
+    parts = [f"<dl>{told}<dt>states</dt><dd>{table_html([], _states(diff), 'lrrl')}</dd></dl>"]
+    parts += [_folded(title, [title, *_SUMMARY], rows, "lrrrrr") for title, rows in _tables(diff)]
+    if most:
+        title = f"largest of {number_of(len(most), 'difference')}"
+        parts.append(_folded(title, _HEADER, [_row(d) for d in most[: 5 * ROWS]], _SIDES))
+    return page(_verdict(diff), parts)
+
+
+def _folded(title: str, header: list[str], rows: list[list[str]], sides: str) -> str:
+    shown = " open" if len(rows) <= ROWS else ""
+    return (
+        f"<details{shown}><summary>{escape(title)}</summary>"
+        f"<div class=scroll>{table_html(header, rows, sides)}</div></details>"
+    )
 
 
 def _row(d: Difference) -> list[str]:
     if not d.count:
-        return [d.name, d.state, "0", "", "", "", f"same values, {d.dtypes[0]} → {d.dtypes[1]}"]
+        return [d.name, d.state, "0", "", "", "", "", f"same values, {d.dtypes[0]} → {d.dtypes[1]}"]
     dtypes = f" ({d.dtypes[0]} → {d.dtypes[1]})" if d.dtypes[0] != d.dtypes[1] else ""
     at = f"[{', '.join(map(str, d.at))}]"
-    figures = [f"{d.count:,} of {d.elements:,}", _number(d.max_abs), _number(d.max_rel)]
+    figures = [f"{d.count:,} of {d.elements:,}", _number(d.max_abs), _number(d.relative), _cosine(d.cosine)]
     return [d.name, d.state, *figures, at, f"{_number(d.a, 7)} → {_number(d.b, 7)}{dtypes}"]
+
+
+def _cosine(value: float) -> str:
+    """Near 1 what is missing to it tells more: `1 − 2e-07`."""
+    return f"1 − {1 - value:.1g}" if 0.9995 < value < 1 else f"{value:.4g}" if math.isfinite(value) else ""
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -46,7 +46,7 @@ def summary_html(ckpt: Checkpoint) -> str:
         ("path", escape(about["path"])),
         ("training", escape(phrases.training(about))),
         ("size", escape(phrases.extent(about))),
-        ("states", _table([], phrases.states(about), "lllr")),
+        ("states", table_html([], phrases.states(about), "lllr")),
         ("groups", _groups(about)),
         ("tied", "<br>".join(map(escape, phrases.ties(about)))),
         ("client", escape(phrases.client(about))),
@@ -55,12 +55,12 @@ def summary_html(ckpt: Checkpoint) -> str:
     few = len(ckpt.tensors) <= PICTURED
     pictures = _pictures(viz.mesh(mesh), viz.stages(ckpt) if mesh.pp > 1 and few else None, viz.memory(ckpt))
     shown = pictures if mesh.size > 1 else ""
-    return _page(phrases.title(about), [_facts(facts_), _notes(about), shown, _tensors(lines, ckpt)])
+    return page(phrases.title(about), [_facts(facts_), _notes(about), shown, _tensors(lines, ckpt)])
 
 
 def _groups(about: Mapping[str, Any]) -> str:
     """Parameter groups; what else their optimizer was told unfolds."""
-    rows = _table([], phrases.groups(about), "lllrr")
+    rows = table_html([], phrases.groups(about), "lllrr")
     told = (
         f"<div>{escape(group['name'] or f'group {i}')}: "
         f"{escape(', '.join(f'{k}={v}' for k, v in group['options'].items()))}</div>"
@@ -78,7 +78,7 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
         rows.append(
             [phrases.AXES.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)]
         )
-    table = _table(header, rows, "".join(side for _, side, _ in columns), escaped=True)
+    table = table_html(header, rows, "".join(side for _, side, _ in columns), escaped=True)
     said = [escape(text) for text in phrases.legend(columns, lines)]
     if len(lines) > ROWS:
         said.insert(0, f"… and {sum(line.count for line in lines[ROWS:]):,} more tensors")
@@ -94,11 +94,11 @@ def plan_html(reshape: Reshape) -> str:
     facts_ = [
         ("source", escape(f"{about['source']['path']} ({about['source']['format']})")),
         ("target", escape(phrases.target(about))),
-        ("changes", _table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
-        ("cost", _table([], phrases.costs(about), "lrl")),
+        ("changes", table_html([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
+        ("cost", table_html([], phrases.costs(about), "lrl")),
     ]
     memory = _pictures(viz.mesh(reshape.source.mesh), viz.mesh(reshape.mesh), viz.memory(reshape))
-    return _page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about, reshape), memory])
+    return page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about, reshape), memory])
 
 
 def _moves(about: Mapping[str, Any], reshape: Reshape) -> str:
@@ -106,7 +106,7 @@ def _moves(about: Mapping[str, Any], reshape: Reshape) -> str:
     if about["moves"]["matrix"] is not None:
         return picture
     header = ["rank", "", "from other ranks", "own", "sources"]
-    table = _table(header, phrases.receivers(about, RECEIVERS), "rlrrr")
+    table = table_html(header, phrases.receivers(about, RECEIVERS), "rlrrr")
     return f"{picture}<details><summary>ranks that receive most</summary><div class=scroll>{table}</div></details>"
 
 
@@ -116,7 +116,8 @@ def _pictures(*drawings: Drawing | None) -> str:
     return f"<details open><summary>pictures</summary><div class=pictures>{shown}</div></details>" if shown else ""
 
 
-def _page(title: str, parts: Iterable[str]) -> str:
+def page(title: str, parts: Iterable[str]) -> str:
+    """A box with a heading; parts are HTML already."""
     return f"<div class=ckptlab><style>{STYLE}</style><div class=head>{escape(title)}</div>{''.join(parts)}</div>"
 
 
@@ -129,7 +130,7 @@ def _notes(about: Mapping[str, Any]) -> str:
     return "".join(f"<div class=note>{escape(n['text'])}</div>" for n in about["notices"])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:
+def table_html(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:
     """Rows of cells; `sides` has "l" or "r" for each column. escaped: the cells are HTML already."""
     if not rows:
         return ""

@@ -214,6 +214,9 @@ _TensorUnpickler.known = MappingProxyType(
     }
 )
 
+KNOWN_GLOBALS = frozenset(_TensorUnpickler.known)
+"""(module, name) of what becomes a plain value or a tensor; every other name becomes a placeholder."""
+
 
 def write(path_or_file: str | os.PathLike[str] | BinaryIO, obj: Any) -> int:
     """Writes an object as torch.save would; returns the bytes of tensor data written.

@@ -25,6 +25,7 @@ SHARDED = {"stage3_param_persistence_threshold": 0}
 COMMITTED = {
     "gpt_tp2_pp2_dp2": Case("gpt", tp=2, pp=2, dp=2, grad_accum_dtype="fp32"),
     "plain_zero2_dp2": Case("plain", dp=2, zero=2),
+    "plain_zero2_dp2_round_robin": Case("plain", dp=2, zero=2, zero_config={"round_robin_gradients": True}),
     "plain_zero3_dp2": Case("plain", dp=2, zero=3, zero_config=SHARDED | {"sub_group_size": 900}),
 }
 CASES = COMMITTED | {
@@ -38,7 +39,6 @@ CASES = COMMITTED | {
     "plain_zero1_dp2_bf16_optimizer": Case("plain", dp=2, grad_accum_dtype="fp32"),
     "plain_zero1_dp2_fp16": Case("plain", dp=2, dtype="fp16"),
     "plain_zero1_dp2_fp32": Case("plain", dp=2, dtype="fp32"),
-    "plain_zero2_dp2_round_robin": Case("plain", dp=2, zero=2, zero_config={"round_robin_gradients": True}),
     "plain_zero2_dp4": Case("plain", dp=4, zero=2),
     "plain_zero3_dp3": Case("plain", dp=3, zero=3, zero_config=SHARDED),
 }

@@ -1,0 +1,182 @@
+"""The pass over the data: what is not finite, below zero, all zero, not rounded, not equal, or not empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ckptlab.analysis.checkup import windows
+from ckptlab.analysis.checkup.reading import Reader, in_threads, window_of
+from ckptlab.analysis.checkup.rows import Gap, Job, Row
+from ckptlab.catalog import MASTER, MODULE
+
+Rank = tuple[int, int, int]  # (pp, tp, dp)
+
+
+class Key(NamedTuple):
+    """What an observation is about. `what`: "finite", "negative", "rounded", "equal" or "padding"; `other` is the rank
+    that `rank` was compared with (it holds the `b` of Seen)."""
+
+    what: str
+    tensor: str
+    state: str
+    rank: Rank
+    other: Rank | None = None
+
+
+@dataclass
+class Seen:
+    """How many elements something was seen in, and the worst of it: the largest distance (where nothing was compared,
+    the first), at element `at` of the flattened shard or partition, where `a` and `b` stand."""
+
+    count: int = 0
+    worst: float = -1.0
+    at: int = 0
+    a: float = math.nan
+    b: float = math.nan
+
+    def add(self, where: np.ndarray, start: int, a: np.ndarray, b: np.ndarray | None = None) -> None:
+        """Note the elements `where` of a window that begins at element `start`."""
+        distances = np.zeros(1) if b is None else windows.apart(a[where], b[where])
+        i = int(distances.argmax())
+        self.count += len(where)
+        if distances[i] > self.worst:
+            self.worst, self.at = float(distances[i]), start + int(where[i])
+            self.a = float(a[where[i]].real)
+            self.b = math.nan if b is None else float(b[where[i]].real)
+
+    def join(self, other: Seen) -> None:
+        """Add what was seen in another range of the same."""
+        self.count += other.count
+        if other.worst > self.worst:
+            self.worst, self.at, self.a, self.b = other.worst, other.at, other.a, other.b
+
+
+@dataclass
+class Told:
+    """What the data of a checkpoint says: faults by key, and which rows (tensor, state, rank) are zero throughout."""
+
+    seen: dict[Key, Seen] = field(default_factory=dict)
+    zero: dict[tuple[str, str, Rank], bool] = field(default_factory=dict)
+
+    def note(self, key: Key, seen: Seen) -> None:
+        if key in self.seen:
+            self.seen[key].join(seen)
+        else:
+            self.seen[key] = seen
+
+    def join(self, other: Told) -> None:
+        for key, seen in other.seen.items():
+            self.note(key, seen)
+        for row, zero in other.zero.items():
+            self.zero[row] = self.zero.get(row, True) and zero
+
+
+def survey(jobs: Sequence[Job], gaps: Sequence[Gap], progress: bool) -> Told:
+    """Read everything once, and say what was seen."""
+    told = Told()
+    for part in _with_bar([*jobs, *gaps], progress):
+        told.join(part)
+    return told
+
+
+def _with_bar(todo: Sequence[Job | Gap], progress: bool) -> Iterator[Told]:
+    from tqdm.auto import tqdm
+
+    total = sum(job.nbytes for job in todo)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="checking", leave=False) as bar:
+        yield from in_threads(_work, todo, lambda job: bar.update(job.nbytes))
+
+
+def _work(reader: Reader, job: Job | Gap) -> Told:
+    return _padding(reader, job) if isinstance(job, Gap) else _rows(reader, job)
+
+
+def is_second_moment(state: str) -> bool:
+    """A mean of squares, which cannot be below zero."""
+    return state.endswith(("_sq", "square_avg"))
+
+
+def _rows(reader: Reader, job: Job) -> Told:
+    told, size = Told(), window_of(job.rows)
+    rounds = {MASTER, MODULE} <= {row.state for row in job.rows}
+    scratch = np.empty(min(size, job.hi - job.lo) if rounds else 0, np.uint32)
+    for start in range(job.lo, job.hi, size):
+        stop = min(start + size, job.hi)
+        held = reader.buffers(job.rows, stop - start)
+        by_place = {}
+        for row, window in zip(job.rows, held, strict=True):
+            reader.row(row, start, stop, window)
+            by_place[row.state, row.rank] = window
+            _values(told, job, row, window, start)
+            partner = job.compared_with(row)
+            if partner is not None:
+                _equal(told, job, row, partner, window, by_place[partner.state, partner.rank], start)
+        _rounding(told, job, by_place, start, scratch)
+    return told
+
+
+def _values(told: Told, job: Job, row: Row, window: np.ndarray, start: int) -> None:
+    squares = is_second_moment(row.state)
+    seen = windows.extremes(window, signed=squares)
+    place = (job.tensor, row.state, row.rank)
+    told.zero[place] = told.zero.get(place, True) and seen.zero
+    if not seen.finite:
+        told.note(Key("finite", *place), _noted(windows.unfinite(window), window, start))
+    if squares and (seen.negative or not seen.finite):
+        below = np.flatnonzero(window.astype(np.float32) < 0)
+        if len(below):
+            told.note(Key("negative", *place), _noted(below, window, start))
+
+
+def _noted(where: np.ndarray, a: np.ndarray, start: int, b: np.ndarray | None = None) -> Seen:
+    seen = Seen()
+    seen.add(where, start, a, b)
+    return seen
+
+
+def _equal(told: Told, job: Job, row: Row, partner: Row, a: np.ndarray, b: np.ndarray, start: int) -> None:
+    if a.dtype != b.dtype:
+        return
+    where = windows.unequal(a, b)
+    if len(where):
+        told.note(Key("equal", job.tensor, row.state, row.rank, partner.rank), _noted(where, a, start, b))
+
+
+def _rounding(
+    told: Told, job: Job, by_place: dict[tuple[str, Rank], np.ndarray], start: int, scratch: np.ndarray
+) -> None:
+    for (state, rank), weight in by_place.items():
+        master = by_place.get((MASTER, rank)) if state == MODULE else None
+        if master is None:
+            continue
+        where = windows.unrounded(master, weight, scratch)
+        if len(where):
+            told.note(Key("rounded", job.tensor, MASTER, rank), _noted(where, master, start, weight))
+
+
+def _padding(reader: Reader, gap: Gap) -> Told:
+    told = Told()
+    for start, count in gap.spans:
+        for at in range(start, start + count, 1 << 18):
+            window = np.empty(min(start + count - at, 1 << 18), gap.stored.dtype)
+            reader.elements(gap.stored, at, window)
+            if not windows.extremes(window).zero:
+                name = gap.group.names[0] if gap.group.names else ""
+                key = Key("padding", f"group {gap.group.group}: {name}", gap.state, gap.rank)
+                told.note(key, _noted(np.flatnonzero(window.astype(np.float32) != 0), window, at))
+    return told
+
+
+def elements_of(jobs: Iterable[Job]) -> dict[tuple[str, Rank], int]:
+    """(tensor, rank) → elements of its shard."""
+    sizes: dict[tuple[str, Rank], int] = {}
+    for job in jobs:
+        for row in job.rows:
+            place = (job.tensor, row.rank)
+            sizes[place] = max(sizes.get(place, 0), job.hi)
+    return sizes

@@ -1,0 +1,118 @@
+"""One pass over the data: windows that fit the processor's cache, read into buffers that are used again.
+
+`pread` into a warm buffer is faster here than touching mapped pages, and holds no memory but the buffers. Two threads:
+numpy and the system call let go of the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from ckptlab.analysis.checkup.rows import Row
+from ckptlab.errors import CheckpointError
+from ckptlab.stored import Stored
+
+WORKERS = 2
+WINDOW = 1 << 21  # bytes of all rows of a job that are held at a time, by each thread
+LEAST = 1 << 12  # elements of a window, however many rows there are
+_OPEN = 32  # files that a thread keeps open
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class Reader:
+    """Reads elements of stored tensors into arrays of its own; each thread has one, with its own files and buffers."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._arena = np.empty(0, np.uint8)
+
+    def buffers(self, rows: Iterable[Row], count: int) -> list[np.ndarray]:
+        """An array of `count` elements for each row, valid until the next call."""
+        sizes = [-(-count * row.dtype.itemsize // 64) * 64 for row in rows]
+        if self._arena.size < sum(sizes):
+            self._arena = np.empty(sum(sizes), np.uint8)
+        ends = np.cumsum(sizes).tolist()
+        return [
+            self._arena[end - size : end - size + count * row.dtype.itemsize].view(row.dtype)
+            for row, size, end in zip(rows, sizes, ends, strict=True)
+        ]
+
+    def row(self, row: Row, lo: int, hi: int, out: np.ndarray) -> None:
+        """Elements lo … hi-1 of a flattened shard into `out`. CheckpointError where some are not stored."""
+        done = lo
+        for fragment in row.fragments:
+            first, last = max(lo, fragment.start), min(hi, fragment.start + fragment.count)
+            if first < last:
+                self.elements(fragment.stored, first - fragment.start, out[first - lo : last - lo])
+                done += last - first
+        if done != hi:
+            raise CheckpointError(
+                f"{row.state} of rank {row.rank}: of elements {lo} to {hi} only {done - lo} are stored"
+            )
+
+    def elements(self, stored: Stored, start: int, out: np.ndarray) -> None:
+        """Elements from `start` on of a stored tensor, as many as `out` has."""
+        if not stored.contiguous:
+            np.copyto(out, stored.flat[start : start + len(out)])
+            return
+        at, raw = stored.offset + start * stored.dtype.itemsize, out.view(np.uint8)
+        file, done = self._open(stored.path), 0
+        while done < raw.size:
+            got = os.preadv(file, [raw[done:].data], at + done)
+            if not got:
+                raise CheckpointError(
+                    f"{stored.path} ends before byte {at + raw.size}, where a tensor in it ends: it was cut since it "
+                    "was opened"
+                )
+            done += got
+
+    def _open(self, path: str) -> int:
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        if len(self._files) >= _OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+    def close(self) -> None:
+        """Close this thread's files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+def window_of(rows: Iterable[Row]) -> int:
+    """Elements of a window, so that those of all rows together stay in the cache."""
+    return max(WINDOW // max(sum(row.dtype.itemsize for row in rows), 1), LEAST)
+
+
+def in_threads(work: Callable[[Reader, J], R], todo: Iterable[J], done: Callable[[J], object]) -> Iterator[R]:
+    """The results of `work` on each job, in order; `done` is called as each has come."""
+    mine, readers = threading.local(), []
+
+    def one(job: J) -> R:
+        if not hasattr(mine, "reader"):
+            mine.reader = Reader()
+            readers.append(mine.reader)
+        with np.errstate(all="ignore"):
+            return work(mine.reader, job)
+
+    listed = list(todo)
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        for job, result in zip(listed, pool.map(one, listed), strict=True):
+            done(job)
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for reader in readers:
+            reader.close()

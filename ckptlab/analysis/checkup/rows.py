@@ -1,0 +1,161 @@
+"""What is to be read: for each tensor the copies of its states, side by side, so that each stored byte is read once.
+
+A `Row` is one state of one shard as one rank stores it, in whatever fragments; a `Job` is a range of the flattened
+shard in all the rows that have to do with each other there: every state, and every rank that holds a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import MODULE, Catalog, FlatGroup, Fragment, Tensor
+from ckptlab.stored import Stored
+
+RUN = 1 << 22  # elements of a shard that one job goes through
+
+
+@dataclass(frozen=True)
+class Row:
+    """A state of a shard as the rank (pp, tp, dp) stores it; dp is 0 where all dp ranks together store one copy."""
+
+    state: str
+    rank: tuple[int, int, int]
+    dtype: np.dtype
+    fragments: tuple[Fragment, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Elements lo … hi-1 of a flattened shard, in rows of the same shape. `compared`: see `compared_with`."""
+
+    tensor: str
+    kind: str
+    lo: int
+    hi: int
+    rows: tuple[Row, ...]
+    compared: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum((self.hi - self.lo) * row.dtype.itemsize for row in self.rows)
+
+    def compared_with(self, row: Row) -> Row | None:
+        """The row that must hold the same as `row`: that of the first dp rank; of the canonical stage's same tp rank;
+        of the first tp rank. None for the first of all, and where copies may differ."""
+        stage, tp, dp = row.rank
+        alike = {r.rank: r for r in self.rows if r.state == row.state}
+        first, _, _ = next(iter(alike))
+        wanted = (stage, tp, 0) if dp else (first, tp, 0) if stage != first else (first, 0, 0)
+        tp_alone = not dp and stage == first
+        if wanted == row.rank or (tp_alone and not self.compared):
+            return None
+        return alike.get(wanted)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Elements of a flat partition that belong to no tensor: `spans` are (start, count) in what is stored of it."""
+
+    group: FlatGroup
+    state: str
+    rank: tuple[int, int, int]
+    stored: Stored
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(n for _, n in self.spans) * self.stored.dtype.itemsize
+
+
+def jobs(catalog: Catalog) -> Iterator[Job]:
+    """Everything that a catalog has of tensors, once."""
+    for tensor in catalog.tensors.values():
+        tps = range(catalog.mesh.tp)
+        together = [list(tps)] if not tensor.cut.axes else [[t] for t in tps]
+        for members in together:
+            rows = tuple(_rows(catalog, tensor, members))
+            count = math.prod(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": members[0]})))
+            if rows and count:
+                yield from _split(tensor.name, tensor.kind, count, rows, tensor.layout.replicas != "mean")
+
+
+def _split(name: str, kind: str, count: int, rows: tuple[Row, ...], compared: bool) -> Iterator[Job]:
+    for lo in range(0, count, RUN):
+        yield Job(name, kind, lo, min(lo + RUN, count), rows, compared)
+
+
+def _rows(catalog: Catalog, tensor: Tensor, members: Sequence[int]) -> Iterator[Row]:
+    """The states of a tensor, each with all its copies, the canonical stage's first."""
+    for state, dtype in tensor.states.items():
+        for stage in catalog.holders(tensor.name, state):
+            for tp in members:
+                if (tensor.name, state) in catalog.pieces and (stage, tp) not in catalog.pieces[tensor.name, state]:
+                    continue
+                fragments = catalog.fragments(tensor.name, state, stage, tp)
+                yield Row(state, (stage, tp, 0), np.dtype(dtype), fragments)
+                if tensor.kind == "buffer" and state == MODULE:
+                    yield from _other_buffers(catalog, tensor, stage, tp)
+
+
+def _other_buffers(catalog: Catalog, tensor: Tensor, stage: int, tp: int) -> Iterator[Row]:
+    """At ZeRO-3 every dp rank writes the buffers that it has."""
+    folder = getattr(catalog.native, "folder", None)
+    files = folder.zero3_models.get((stage, tp), ()) if folder is not None and catalog.format == "deepspeed" else ()
+    for d, content in enumerate(files[1:], 1):
+        stored = (content.get("module") or {}).get(tensor.name)
+        if isinstance(stored, Stored) and stored.shape == tensor.shape:
+            yield Row(MODULE, (stage, tp, d), stored.dtype, (Fragment(0, stored, d),))
+
+
+def gaps(catalog: Catalog) -> Iterator[Gap]:
+    """The padding of flat buffers that must be zero: that of stages 1 and 2. (ZeRO-3's is memory nobody wrote.)"""
+    for group in catalog.flat_groups:
+        for state, by_tp in group.partitions.items():
+            for tp, partitions in enumerate(by_tp):
+                flat = group.flats[tp]
+                for d, stored in enumerate(partitions) if flat.partition is not None else ():
+                    spans = tuple(_between([(int(at), int(n)) for _, _, at, n in flat.within(d)], stored.numel))
+                    if spans:
+                        yield Gap(group, state, (group.stage, tp, d), stored, spans)
+
+
+def _between(held: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    done = 0
+    for start, count in [*held, (end, 0)]:
+        if start > done:
+            yield done, min(start, end) - done
+        done = max(done, start + count)
+
+
+def loose(contents: Mapping[str, Any]) -> Iterator[Job]:
+    """The tensors of files that could be read, each by itself: for a checkpoint that does not open. Views on the same
+    bytes are taken once."""
+    seen: dict[tuple[str, int], int] = {}
+    for file, content in contents.items():
+        for key, stored in stored_in(content):
+            place = (stored.path, stored.offset)
+            if stored.numel and stored.contiguous and seen.get(place, 0) < stored.nbytes:
+                seen[place] = stored.nbytes
+                row = Row("", (0, 0, 0), stored.dtype, (Fragment(0, stored),))
+                yield from _split(f"{file}: {key}", "loose", stored.numel, (row,), False)
+
+
+def stored_in(content: Any) -> Iterator[tuple[str, Stored]]:
+    """Every tensor in the content of a file, with the keys that lead to it: `module.wte.weight`. However deep it is
+    nested, and whatever holds itself."""
+    seen: set[int] = set()
+    left: list[tuple[str, Any]] = [("", content)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Stored):
+            yield key, value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            inside = list(value.items() if isinstance(value, Mapping) else enumerate(value))
+            named = ((str(k) if isinstance(k, (str, int)) else f"[{i}]", v) for i, (k, v) in enumerate(inside))
+            left += reversed([(f"{key}.{k}" if key else k, v) for k, v in named])

@@ -1,0 +1,89 @@
+"""What is asked of a window of elements while it is in the processor's cache: finite? zero? rounded? equal?
+
+Two reductions answer most of it: the least and the greatest element are NaN or infinite if any is, and say whether
+something is negative or all is zero. 16-bit numbers are looked at as integers, which numpy reduces many times faster.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_INFINITY = {BFLOAT16: 0x7F80, np.dtype(np.float16): 0x7C00}  # the magnitude bits of infinity
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_HALF_UNIT = 0x8000  # half a unit in the last place of a bfloat16, in the bits of a float32
+
+
+class Extremes(NamedTuple):
+    """Whether a window is finite, all zero, and (where it was asked) free of negative elements."""
+
+    finite: bool
+    zero: bool
+    negative: bool
+
+
+def extremes(x: np.ndarray, signed: bool = False) -> Extremes:
+    """Look over a flat window. signed: also whether an element is below zero (-0 is not)."""
+    if x.dtype in _INFINITY:
+        top = int((x.view(np.uint16) & 0x7FFF).max())
+        below = signed and bool((x.astype(np.float32) < 0).any())
+        return Extremes(top < _INFINITY[x.dtype], top == 0, below)
+    if x.dtype.kind in "iub":
+        return Extremes(True, not x.any(), False)
+    if x.dtype not in (np.float32, np.float64):
+        x = np.abs(x) if x.dtype.kind == "c" else x.astype(np.float32)
+    low, high = float(x.min()), float(x.max())
+    return Extremes(math.isfinite(low) and math.isfinite(high), low == high == 0, signed and low < 0)
+
+
+def unfinite(x: np.ndarray) -> np.ndarray:
+    """Indices of elements that are NaN or infinite."""
+    wide = x if x.dtype.kind == "c" or x.dtype.itemsize > 2 else x.astype(np.float32)
+    return np.flatnonzero(~np.isfinite(wide))
+
+
+def unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Indices at which two windows of one dtype differ in their bits."""
+    bits = _BITS.get(a.dtype.itemsize)
+    if bits is None:  # complex128
+        return np.flatnonzero((a.view(np.uint64) != b.view(np.uint64)).reshape(-1, 2).any(axis=1))
+    same = np.equal(a.view(bits), b.view(bits))
+    return np.flatnonzero(~same) if not same.all() else np.empty(0, np.int64)
+
+
+def unrounded(master: np.ndarray, weight: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """Indices at which a float32 master does not round to the weight.
+
+    A master in the very middle between two bfloat16 may round to either. scratch: uint32, at least as long.
+    """
+    if master.dtype != np.float32 or weight.dtype not in (BFLOAT16, np.float16, np.float32):
+        suspects = np.arange(len(master))
+    elif weight.dtype == BFLOAT16:
+        apart = scratch[: len(master)]
+        np.copyto(apart, weight.view(np.uint16))
+        np.left_shift(apart, 16, out=apart)
+        np.subtract(master.view(np.uint32), apart, out=apart)
+        np.add(apart, _HALF_UNIT, out=apart)
+        if int(apart.max()) <= 2 * _HALF_UNIT:
+            return np.empty(0, np.int64)
+        suspects = np.flatnonzero(apart > 2 * _HALF_UNIT)
+    else:
+        suspects = unequal(master.astype(weight.dtype), weight)
+    if not len(suspects):
+        return suspects
+    rounded, held = (v.astype(np.float32) for v in (master[suspects].astype(weight.dtype), weight[suspects]))
+    return suspects[(rounded != held) & ~(np.isnan(rounded) & np.isnan(held))]
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a - b| in float64; inf where only one is NaN or they are different infinities."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(x - y)
+    distance[np.isnan(distance)] = np.inf
+    distance[(np.isnan(x) & np.isnan(y)) | (x == y)] = 0.0
+    return distance

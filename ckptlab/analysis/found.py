@@ -1,0 +1,144 @@
+"""What `diff` found: which states differ and where, what one side alone has, and how far apart all of it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ckptlab.analysis.measure import Measure, Summary, summed
+from ckptlab.analysis.renames import Renamed
+from ckptlab.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One state of one tensor that is not the same, bit for bit.
+
+    count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or
+    infinite. max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and
+    b the values there. dtypes: those of both sides; where they differ values were compared as float64, and count may
+    be 0. relative: |a - b| / |a| of the whole tensors (norms); cosine: of the angle between them.
+    """
+
+    name: str
+    state: str
+    dtypes: tuple[str, str]
+    elements: int
+    count: int = 0
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    at: tuple[int, ...] = ()
+    a: float = 0.0
+    b: float = 0.0
+    relative: float = 0.0
+    cosine: float = 1.0
+
+
+@dataclass(frozen=True)
+class OnlyIn:
+    """A state that one side alone has: of `tensors`, or of every tensor that both sides have (`everywhere`)."""
+
+    state: str
+    tensors: tuple[str, ...]
+    everywhere: bool
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How many tensors (and elements of them) were compared in one state, and how many of the tensors differ."""
+
+    state: str
+    tensors: int
+    elements: int
+    differ: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A hyperparameter or step that both sides have, with another value: `where` names the group or "step"."""
+
+    where: str
+    key: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What `diff` found. `a` and `b` are the paths, `tensors` how many were compared in some state; differences come in
+    the order of the tensors of a.
+
+    `renamed` are tensors that b has under another name, compared under a's; `only_a` and `only_b` those that one side
+    alone has; `measures` say of every state that was compared, equal or not, how far apart it is.
+    """
+
+    a: str
+    b: str
+    tensors: int
+    compared: tuple[Compared, ...]
+    differences: tuple[Difference, ...]
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+    shapes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    states_only_a: tuple[OnlyIn, ...] = ()
+    states_only_b: tuple[OnlyIn, ...] = ()
+    settings: tuple[Setting, ...] = ()
+    renamed: tuple[Renamed, ...] = ()
+    measures: tuple[Measure, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """Both have the same tensors under the same names; every state and setting that both have is the same, bit for
+        bit and in dtype."""
+        return not (self.differences or self.only_a or self.only_b or self.shapes or self.settings or self.renamed)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The states that were compared."""
+        return tuple(c.state for c in self.compared)
+
+    def by_layer(self, state: str | None = None) -> tuple[Summary, ...]:
+        """How far apart each layer is in one state (default: the first that was compared), in order of depth; tensors
+        outside layers come together last, as "other"."""
+        found = [m for m in self.measures if m.state == self._state(state)]
+        found.sort(key=lambda m: math.inf if m.layer is None else m.layer)
+        return summed(found, lambda m: m.layer, lambda layer: "other" if layer is None else str(layer))
+
+    def by_kind(self, state: str | None = None) -> tuple[Summary, ...]:
+        """How far apart the tensors of each kind are, those of all layers together."""
+        return summed((m for m in self.measures if m.state == self._state(state)), lambda m: m.kind, str)
+
+    def _state(self, state: str | None) -> str:
+        if state is None:
+            return self.states[0] if self.states else ""
+        if state not in self.states:
+            raise CheckpointError(f"state {state!r} was not compared: there are {', '.join(self.states) or 'none'}")
+        return state
+
+    def plot(self, state: str | None = None, ax: Any = None) -> Any:
+        """Draw the relative change over depth, a line for each kind of tensor, and return matplotlib's Axes.
+
+        state: default the first that was compared. ax: where to draw (default: a new figure). ImportError without
+        matplotlib, which comes with `pip install ckptlab[widgets]`.
+        """
+        from ckptlab.describe.depth import plot_depth
+
+        found = [m for m in self.measures if m.state == self._state(state)]
+        return plot_depth(found, self._state(state), ax)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `ckptlab diff --json` prints them."""
+        from ckptlab.describe.differences import to_dict
+
+        return to_dict(self)
+
+    def __repr__(self) -> str:
+        from ckptlab.describe.differences import diff_text
+
+        return diff_text(self)
+
+    def _repr_html_(self) -> str:
+        from ckptlab.describe.differences import diff_html
+
+        return diff_html(self)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckptlab.analysis import Diff, diff
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
-    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights
+    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, paper_model, save_weights
     from ckptlab.convert import Report
     from ckptlab.errors import (
         CheckpointError,
@@ -59,13 +59,14 @@ __all__ = [
     "__version__",
     "diff",
     "open",
+    "paper_model",
     "save_weights",
 ]
 
 _HOMES = {
     "analysis": "Diff diff",
     "catalog": "Catalog Notice ParameterGroup Tensor",
-    "checkpoint": "Checkpoint Cost Reshape open save_weights",
+    "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
     "convert": "Report",
     "deepspeed": "DeepSpeedCheckpoint SubparamShape ZeROCheckpoint constants enable_universal_checkpoint "
     "flatten_dp_dimension get_files_with_prefix get_layer_ckpt_name_for_rank get_model_3d_descriptor "

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptlab import convert, strategy
+from ckptlab import convert, paper, strategy
 from ckptlab.catalog import MODULE, Catalog, Notice, Tensor, module_source
 from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.formats import FORMATS, read
 from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.paper import with_data
 from ckptlab.plan import Placement, Plan, compose
 
 if TYPE_CHECKING:
@@ -40,6 +41,16 @@ def open(
     execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
     return Checkpoint(read(path, _strategy(strategy)))
+
+
+def paper_model(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -> Checkpoint:
+    """A model described by a few numbers, with no checkpoint at all: its layouts, flat buffers and plans.
+
+    numbers: see `ckptlab.paper.PaperModel` (layers, hidden, heads, kv_heads, ffn, vocab, tied, gated, dtype).
+    zero_stage: 0 to 3. Nothing is stored, so views of data are refused. Raises LayoutError where the numbers do not fit
+    each other, ReshapeError where the mesh does not fit them.
+    """
+    return Checkpoint(paper.PaperModel(**numbers).on(mesh or Mesh(), zero_stage))
 
 
 def _strategy(given: Any) -> strategy.Strategy | None:
@@ -110,8 +121,8 @@ class Checkpoint:
         from ckptlab import views
 
         if stack:
-            return views.full(self.catalog, self._states(state), dtype)
-        return views.full_by_name(self.catalog, self._state(state), dtype)
+            return views.full(with_data(self.catalog), self._states(state), dtype)
+        return views.full_by_name(with_data(self.catalog), self._state(state), dtype)
 
     def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
         """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim before the tensor's own, a `pp`
@@ -119,15 +130,15 @@ class Checkpoint:
         from ckptlab import views
 
         if stack:
-            return views.shards(self.catalog, self.catalog, self._states(state), dtype)
-        return views.shards_by_name(self.catalog, self.catalog, self._state(state), dtype)
+            return views.shards(with_data(self.catalog), self.catalog, self._states(state), dtype)
+        return views.shards_by_name(with_data(self.catalog), self.catalog, self._state(state), dtype)
 
     def buffers(self, *, dtype: Any = None) -> xr.DataTree:
         """The optimizer's flat buffers as the files hold them: /pp0/group0 with dims (tp, dp, flat) and true lengths
         beside."""
         from ckptlab import views
 
-        return views.buffers(self.catalog, self.catalog, dtype)
+        return views.buffers(with_data(self.catalog), self.catalog, dtype)
 
     def _states(self, state: str | Sequence[str] | None) -> tuple[str, ...] | None:
         if state is None:
@@ -206,7 +217,8 @@ class Reshape:
                 f"{', '.join(f.name for f in fields(TargetOptions))}"
             )
         given = TargetOptions(**options)
-        return Reshape(source, target.reshape(source, mesh or source.native.folder.mesh, given), given)
+        build = paper.reshape if source.format == paper.FORMAT else target.reshape
+        return Reshape(source, build(source, mesh or source.native.mesh, given), given)
 
     @property
     def mesh(self) -> Mesh:
@@ -250,9 +262,9 @@ class Reshape:
         """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
         from ckptlab.formats.deepspeed import write
 
-        written = sum(job.nbytes for job in write.jobs(self.source, self.target))
+        payload = paper.payload if self.source.format == paper.FORMAT else write.payload
         sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
-        return Cost(self.plan.sent, written, self.plan.moved, max(sizes, default=0))
+        return Cost(self.plan.sent, payload(self.target), self.plan.moved, max(sizes, default=0))
 
     def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
         """Whole tensors: a reshape does not change them."""
@@ -264,14 +276,14 @@ class Reshape:
 
         held = Checkpoint(self.target)  # knows the target's states
         if stack:
-            return views.shards(self.source, self.target, held._states(state), dtype)
-        return views.shards_by_name(self.source, self.target, held._state(state), dtype)
+            return views.shards(with_data(self.source), self.target, held._states(state), dtype)
+        return views.shards_by_name(with_data(self.source), self.target, held._state(state), dtype)
 
     def buffers(self, *, dtype: Any = None) -> xr.DataTree:
         """The flat buffers that the target's ranks will hold, gathered lazily from the source."""
         from ckptlab import views
 
-        return views.buffers(self.source, self.target, dtype)
+        return views.buffers(with_data(self.source), self.target, dtype)
 
     def save(
         self,
@@ -292,13 +304,13 @@ class Reshape:
         from ckptlab.formats.universal import write as universal_files
 
         if format == "safetensors":
-            return save_weights(self.source, destination, workers=workers, progress=progress)
+            return save_weights(with_data(self.source), destination, workers=workers, progress=progress)
         if format not in FORMATS:
             raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         native = format == "deepspeed"
         pointer = self._latest(destination) if native else LATEST_UNIVERSAL
         return convert.run(
-            (native_files if native else universal_files).jobs(self.source, self.target),
+            (native_files if native else universal_files).jobs(with_data(self.source), self.target),
             os.fspath(destination),
             {
                 "format": format,

@@ -162,6 +162,11 @@ class Catalog:
     def _flat_index(self) -> dict[tuple[str, int], tuple[FlatGroup, int]]:
         return {(name, g.stage): (g, i) for g in self.flat_groups for i, name in enumerate(g.names)}
 
+    def flat(self, name: str, stage: int) -> tuple[FlatGroup, int]:
+        """The flat buffers that the tensor's optimizer states lie in on a pp stage, and its index there. KeyError if
+        none."""
+        return self._flat_index[name, stage]
+
     @cached_property
     def _aliases(self) -> dict[str, str]:
         return {alias: t.name for t in self.tensors.values() for alias in t.aliases}

@@ -1,0 +1,126 @@
+"""The widgets' tables and texts as HTML, and the static page that a saved notebook keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from ckptlab import viz
+from ckptlab.catalog import Catalog
+from ckptlab.checkpoint import Reshape
+from ckptlab.draw.words import number_of, size
+from ckptlab.widgets import memory
+from ckptlab.widgets.held import in_words, inventory, sizes
+from ckptlab.widgets.subject import Choice, Refusal, Subject
+
+ROWS = 100  # of a rank's inventory
+
+STYLE = """
+.ckptlab-text{font:13px/1.5 system-ui,sans-serif;color:var(--jp-ui-font-color1,inherit)}
+.ckptlab-text .head{font-weight:600;font-size:14px}
+.ckptlab-text .quiet{opacity:.68}
+.ckptlab-text .told{font:12px/1.5 ui-monospace,monospace;min-height:3em}
+.ckptlab-text .refused{border-left:3px solid #d97706;padding-left:.6em}
+.ckptlab-text .figures{display:flex;flex-wrap:wrap;gap:.2em 1.6em}
+.ckptlab-text .figures b{font-weight:600;font-variant-numeric:tabular-nums}
+.ckptlab-text .scroll{overflow:auto;max-height:20em}
+.ckptlab-text table{border-collapse:collapse;font:12px/1.5 ui-monospace,monospace;margin:0}
+.ckptlab-text :is(td,th){padding:.05em 1em .05em 0;text-align:left;white-space:nowrap;font-weight:400;background:none}
+.ckptlab-text :is(.r){text-align:right}
+.ckptlab-text th{opacity:.68}
+.ckptlab-text pre{margin:.3em 0;padding:.5em .7em;white-space:pre-wrap;user-select:all;color:inherit;
+border:1px solid color-mix(in srgb,currentColor 18%,transparent);border-radius:3px;background:none;
+font:12px/1.5 ui-monospace,monospace}
+.ckptlab-text .row{display:flex;flex-wrap:wrap;gap:1.2em;align-items:flex-start;margin:.4em 0}
+"""
+
+
+def block(content: str) -> str:
+    """HTML in the widgets' style."""
+    return f'<div class="ckptlab-text"><style>{STYLE}</style>{content}</div>'
+
+
+def heading(subject: Subject) -> str:
+    return block(f'<div class="head">{escape(subject.title)}</div>')
+
+
+def told(lines: Iterable[str], otherwise: str) -> str:
+    """What a cell stands for, or what to do to hear it."""
+    said = "<br>".join(map(escape, lines)) or f'<span class="quiet">{escape(otherwise)}</span>'
+    return block(f'<div class="told">{said}</div>')
+
+
+def code(line: str) -> str:
+    return block(f"<pre>{escape(line)}</pre>")
+
+
+def refusal(reason: Refusal) -> str:
+    return block(f'<div class="refused">{escape(str(reason))}</div>')
+
+
+def holdings(catalog: Catalog, rank: int) -> str:
+    """All that a rank holds: its files, its states, and a table of tensors."""
+    found = inventory(catalog, rank)
+    head = f"{in_words(catalog, rank)} holds {size(found.nbytes)}"
+    facts = [f"{number_of(len(found.rows), 'piece')}: {sizes(found.kinds)}"]
+    if found.files:
+        facts.append("in " + sizes(dict(list(found.files.items())[:6])) + " …" * (len(found.files) > 6))
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td class=r>{start:,}</td><td class=r>{count:,}</td><td class=r>{share:.3g} %</td>"
+        f"<td class=r>{size(nbytes)}</td><td>{escape(where)}</td></tr>"
+        for name, start, count, share, nbytes, where in found.rows[:ROWS]
+    )
+    titles = ("tensor", ""), ("from", "r"), ("elements", "r"), ("of its shard", "r"), ("size", "r"), ("where", "")
+    header = "".join(f"<th class={side or 'l'}>{title}</th>" for title, side in titles)
+    more = f'<div class="quiet">and {len(found.rows) - ROWS:,} more</div>' if len(found.rows) > ROWS else ""
+    quiet = "".join(f'<div class="quiet">{escape(fact)}</div>' for fact in facts)
+    table = f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return block(f'<div class="head">{escape(head)}</div>{quiet}{table}{more}')
+
+
+def figures(reshape: Reshape) -> str:
+    """The plan's cost, the memory of the fullest rank before and after, and what the user must hear."""
+    cost = reshape.cost()
+    before, after = (size(memory.largest(c)) for c in (reshape.source, reshape.target))
+    shown = [
+        ("read", size(cost.read)),
+        ("written", size(cost.written)),
+        ("changes rank", size(cost.moved)),
+        ("memory of the fullest rank", f"{before} → {after}"),
+    ]
+    notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.notices)
+    cells = "".join(f'<span><span class="quiet">{name}</span> <b>{value}</b></span>' for name, value in shown)
+    return block(f'<div class="figures">{cells}</div>{notes}')
+
+
+def static(subject: Subject, choice: Choice) -> str:
+    """The current state as a page without a kernel: the layout, the target with memory and plan, the Python line."""
+    catalog, tensor = subject.catalog, subject.tensor(choice)
+    at = catalog.mesh.coordinate(choice.rank)
+    parts = [
+        f'<div class="head">{escape(subject.title)}</div>',
+        _row(
+            viz.mesh(catalog.mesh, highlight=choice.rank).svg,
+            viz.tensor(tensor.layout, tensor.shape, catalog.mesh, rank=at, name=tensor.name).svg,
+        ),
+    ]
+    target = subject.target(choice)
+    if isinstance(target, Refusal):
+        parts.append(refusal(target))
+    else:
+        wanted = target.target.tensors[tensor.name]
+        changed = target.mesh != catalog.mesh or target.zero_stage != catalog.zero_stage
+        if changed:
+            parts += [
+                f'<div class="head">→ {target.mesh} · ZeRO-{target.zero_stage}</div>',
+                figures(target),
+                _row(viz.tensor(wanted.layout, wanted.shape, target.mesh, name=wanted.name).svg, viz.plan(target).svg),
+            ]
+        parts.append(_row(viz.memory(memory.by_rank(target.target)).svg))
+    parts.append(code(subject.line(choice)))
+    quiet = "A picture of the widget as it was when the cell ran; with a kernel it answers to the mouse."
+    return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))
+
+
+def _row(*pictures: str) -> str:
+    return f'<div class="row">{"".join(f"<div>{svg}</div>" for svg in pictures)}</div>'

@@ -264,7 +264,7 @@ def convert(
     if as_json:
         _print({**vars(report), **said, "seconds": round(time.monotonic() - began, 3)})
         return
-    from ckptlab.describe.words import number_of, size
+    from ckptlab.draw.words import number_of, size
 
     _note(n["text"] for n in said["notices"])
     resumed = f" ({report.resumed:,} of them before)" if report.resumed else ""

@@ -144,6 +144,11 @@ class Mesh:
         kept = tuple((a, _degree(a, degrees.get(a, n))) for a, n in self._degrees)
         return _mesh((*added, *kept), self._parts)
 
+    def directions(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """How a picture of the block runs: the axes from grid to grid, down a grid (dp), across it (tp)."""
+        down, across = self.leaves("dp"), self.leaves("tp")
+        return tuple(axis for axis in self.axes if axis not in (*down, *across)), down, across
+
     def _leaf_coordinate(self, coordinate: dict[str, int]) -> dict[str, int]:
         place: dict[str, int] = {}
         for axis, k in coordinate.items():
@@ -167,6 +172,15 @@ class Mesh:
         for axis, parts in self._parts:
             text += f".split({axis!r}, {', '.join(f'{part}={self[part]}' for part in parts)})"
         return text
+
+    def _repr_html_(self) -> str:
+        from ckptlab.draw import grid
+
+        return grid(self.degrees, *self.directions(), title=self.title())._repr_html_()
+
+    def title(self) -> str:
+        """`tp 2 · pp 2 · dp 2 (8 ranks)`."""
+        return f"{self} ({self.size:,} rank{'' if self.size == 1 else 's'})"
 
     def __str__(self) -> str:
         others = [axis for axis in self.axes if axis not in ("tp", "pp", "dp")]

@@ -19,7 +19,7 @@ from ckptlab.checkpoint import Checkpoint, Reshape
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.describe import plan, plan_html, plan_text, summary, summary_html, summary_text
 from ckptlab.describe.fold import fold
-from ckptlab.describe.words import count, figure, ranges, shorten, size
+from ckptlab.draw.words import count, figure, ranges, shorten, size
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptlab.describe.facts import plain
 from ckptlab.describe.text import aligned, blocks
-from ckptlab.describe.words import number_of, some
+from ckptlab.draw.words import number_of, some
 
 if TYPE_CHECKING:
     from ckptlab.analysis import Diff, Difference, OnlyIn

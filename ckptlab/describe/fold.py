@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptlab.catalog import Tensor
-from ckptlab.describe.words import ranges
+from ckptlab.draw.words import ranges
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckptlab.describe.fold import Line, usual_states
-from ckptlab.describe.words import count, elements, number_of, ranges, size, some
+from ckptlab.draw.words import count, elements, number_of, ranges, size, some
 from ckptlab.mesh import Mesh
 
 About = Mapping[str, Any]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold, unfolded
-from ckptlab.describe.words import figure, shorten, unit_of
+from ckptlab.draw.words import figure, shorten, unit_of
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape

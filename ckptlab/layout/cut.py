@@ -182,6 +182,12 @@ class Cut:
         over = f"cut over {', '.join(self.axes)}" if self.axes else "whole"
         return f"<Cut of {self.logical}{padded}, {over}, {self.mesh!r}>"
 
+    def _repr_html_(self) -> str:
+        from ckptlab.layout.picture import picture
+
+        dims = [f"dim{i}" for i in range(len(self.dims))]
+        return picture(self, dims, [()] * len(dims), title=f"cut of {self.logical} on {self.mesh}")._repr_html_()
+
 
 def overlap(a: Cut, at_a: Coordinate, b: Cut, at_b: Coordinate, *, owned: bool = True) -> tuple[Rows, ...]:
     """What shard `at_a` of `a` and shard `at_b` of `b` both hold of the whole.

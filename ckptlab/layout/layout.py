@@ -123,6 +123,15 @@ class Layout:
         shape = tuple(int(n) for n in shape)
         return _resolve(self, shape, mesh)
 
+    def parts(self, shape: Sequence[int], mesh: Mesh) -> list[list[tuple[str, int]]]:
+        """For each dim (name, length) of what lies one after the other in it and is cut on its own: q, k, v.
+
+        Empty for a dim that is one thing. Raises LayoutError as `resolve` does.
+        """
+        cut = self.resolve(shape, mesh)
+        geometry = _geometry(self, cut.shape, mesh)
+        return [geometry.parts(i) for i in range(len(self.tree))]
+
     def einx(self, shape: Sequence[int], mesh: Mesh) -> tuple[str, dict[str, int]] | None:
         """The same in einx: a pattern `axes… shard -> whole` for the stacked shards, and the lengths to pass.
 

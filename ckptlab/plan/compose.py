@@ -251,6 +251,11 @@ class Plan:
         scale = f"{len(self.names):,} tensors, {self.sources:,} → {self.targets:,} ranks, {self.rows:,} rows"
         return f"<Plan of {scale}: {figures}>"
 
+    def _repr_html_(self) -> str:
+        from ckptlab.plan.picture import picture
+
+        return picture(self)._repr_html_()
+
 
 def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Plan:
     """The plan for many tensors: (name, bytes an element read, bytes an element written, from, to) each.

@@ -1,0 +1,33 @@
+"""Pictures from plain numbers and names: SVG that follows the page's colours, no script, the same text every time.
+
+Nothing here knows what a mesh or a checkpoint is. Read svg.py and colours.py first; then one picture a module: grid.py
+(ranks), sheet.py with edge.py (a tensor that is cut), strips.py (buffers), pipeline.py (stages), bars.py (amounts),
+matrix.py (who sends to whom). words.py writes numbers.
+"""
+
+from ckptlab.draw.axes import Axes
+from ckptlab.draw.bars import Stack, bars
+from ckptlab.draw.edge import Edge
+from ckptlab.draw.grid import grid
+from ckptlab.draw.matrix import Side, matrix
+from ckptlab.draw.pipeline import Box, pipeline
+from ckptlab.draw.sheet import sheet
+from ckptlab.draw.strips import Bar, Piece, strips
+from ckptlab.draw.svg import Drawing
+
+__all__ = [
+    "Axes",
+    "Bar",
+    "Box",
+    "Drawing",
+    "Edge",
+    "Piece",
+    "Side",
+    "Stack",
+    "bars",
+    "grid",
+    "matrix",
+    "pipeline",
+    "sheet",
+    "strips",
+]

@@ -1,0 +1,54 @@
+"""Stacked bars: amounts by kind, a total behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckptlab.draw.colours import colour
+from ckptlab.draw.svg import Drawing, cell, drawing, swatch, text, width_of
+from ckptlab.draw.words import size
+
+_WIDTH, _HEIGHT, _STEP = 520.0, 20.0, 26.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One bar: bytes by kind."""
+
+    label: str
+    amounts: Mapping[str, int]
+    data: Mapping[str, object] = field(default_factory=dict)
+
+
+def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = ()) -> Drawing:
+    """Bars to one scale; kinds in the order in which they first come."""
+    kinds = list(dict.fromkeys(kind for stack in stacks for kind in stack.amounts))
+    most = max([sum(stack.amounts.values()) for stack in stacks] + [1])
+    left = max([width_of(stack.label) for stack in stacks] + [0]) + 12
+    parts = [text(0, 8, title, "title")] if title else []
+    y = 28.0 if title else 8.0
+    x = left
+    for k, kind in enumerate(kinds):
+        parts += [swatch(x, y, colour(k)), text(x + 15, y, kind, "legend")]
+        x += width_of(kind) + 34
+    wide = x
+    y += 18
+    for stack in stacks:
+        parts.append(text(left - 8, y + _HEIGHT / 2, stack.label, "end bar-label"))
+        x = left
+        for k, kind in enumerate(kinds):
+            amount = stack.amounts.get(kind, 0)
+            if amount:
+                width = _WIDTH * amount / most
+                tip = f"{stack.label} · {kind} · {size(amount)}"
+                data = {"kind": kind, "bytes": amount, **stack.data}
+                parts.append(cell((x, y, width, _HEIGHT), colour(k), tip, kind="amount", label=size(amount), data=data))
+                x += width
+        parts.append(text(x + 8, y + _HEIGHT / 2, size(sum(stack.amounts.values())), "strong total"))
+        y += _STEP
+    for line in notes:
+        y += 18
+        parts.append(text(0, y - 9, line, "quiet note"))
+    width = max([left + _WIDTH + 76, wide, *(width_of(line) for line in notes)])
+    return drawing(title or "bars", parts, width, y + 2)

@@ -1,0 +1,40 @@
+"""Colours that people with any colour vision can tell apart, on light and dark pages alike.
+
+The eight are Okabe and Ito's (Color Universal Design, 2008) with grey for their black, which no dark page shows.
+Colour never stands alone: what it says, a label, a hatch or a place says too.
+"""
+
+from __future__ import annotations
+
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
+
+SHADE = "#0072b2"
+"""What amounts are shaded with, at up to half its strength: the page's own text stays legible on it."""
+
+BLANK = "none"
+
+
+def colour(k: int) -> str:
+    """The k-th colour; from the ninth on the same in other strengths."""
+    base, round_ = PALETTE[k % len(PALETTE)], k // len(PALETTE) % 3
+    return base if not round_ else _mix(base, "#ffffff" if round_ == 1 else "#000000", 0.45)
+
+
+def ink(fill: str) -> str:
+    """ "white" or "black", whichever stands out on a colour (WCAG's relative luminance)."""
+    r, g, b = (_linear(int(fill[i : i + 2], 16) / 255) for i in (1, 3, 5))
+    return "black" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.2 else "white"
+
+
+def strength(share: float) -> float:
+    """The opacity of SHADE for a share of the largest amount: from nothing, seen at once when it is not nothing."""
+    return 0.06 + 0.46 * share if share > 0 else 0.0
+
+
+def _linear(c: float) -> float:
+    return c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4
+
+
+def _mix(a: str, b: str, share: float) -> str:
+    parts = zip(*((int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (a, b)), strict=True)
+    return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in parts)

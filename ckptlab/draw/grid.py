@@ -1,0 +1,155 @@
+"""Ranks as cells: a grid for each coordinate on the slowest axes, groups outlined, some marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptlab.draw.axes import Axes
+from ckptlab.draw.blocks import span, thinned, told
+from ckptlab.draw.colours import colour
+from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of
+
+COLUMNS, ROWS, PANELS = 8, 16, 8  # the most that are drawn one by one along each side
+CELLS = 128  # the most cells
+_GAP, _TOP = 26, 30
+
+
+def grid(
+    degrees: Mapping[str, int],
+    panels: Sequence[str],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    marked: Collection[int] = (),
+    groups: Sequence[Sequence[int]] = (),
+    along: str = "",
+    title: str = "",
+) -> Drawing:
+    """Ranks 0, 1, … over axes with `degrees`, the last running fastest; each axis goes to one direction.
+
+    marked: ranks that stand out. groups: lists of ranks, each outlined in a colour of its own; `along` names them.
+    """
+    sides = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in (panels, rows, columns)]
+    order = [list(degrees).index(axis) for side in sides for axis in side.names]
+    ranks = np.arange(math.prod(degrees.values())).reshape(tuple(degrees.values())).transpose(order)
+    ranks = ranks.reshape([side.size for side in sides])
+    cut = thinned(ranks.shape, (PANELS, ROWS, COLUMNS), CELLS)
+    step = math.prod(len(b[0]) for b in cut)
+    group_of = {rank: i for i, group in enumerate(groups) for rank in group}
+    size = _cell_size([len(b) for b in cut], step, ranks.size)
+    left = max([width_of(sides[1].label(b)) for b in cut[1]] + [0]) + 8
+    panel_w, panel_h = len(cut[2]) * size[0], len(cut[1]) * size[1]
+    across = max(1, min(len(cut[0]), int(900 // (panel_w + _GAP))))
+    top = 24 if title else 4
+    head = (18 if sides[0].size > 1 else 0) + (16 if sides[2].size > 1 else 0)
+    parts = [text(0, 8, title, "title")] if title else []
+    for p, panel in enumerate(cut[0]):
+        x0 = left + (p % across) * (panel_w + _GAP)
+        y0 = top + head + (p // across) * (panel_h + head + _GAP)
+        if sides[0].size > 1:
+            parts.append(text(x0 + panel_w / 2, y0 - head + 6, sides[0].label(panel), "middle strong panel-label"))
+        if p % across == 0:
+            parts += [
+                text(left - 6, y0 + (i + 0.5) * size[1], sides[1].label(b), "end quiet row-label")
+                for i, b in enumerate(cut[1])
+                if sides[1].size > 1
+            ]
+        parts += [
+            text(x0 + (j + 0.5) * size[0], y0 - 8, _short(sides[2], b, size[0]), "middle quiet column-label small")
+            for j, b in enumerate(cut[2])
+            if sides[2].size > 1
+        ]
+        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, frozenset(marked), group_of, groups, along)
+    lines = -(-len(cut[0]) // across)
+    height = top + lines * (panel_h + head + _GAP) - _GAP + 6
+    width = left + across * (panel_w + _GAP) - _GAP + 6
+    for note in _notes(step, ranks.size, groups, along, cut):
+        height += 18
+        parts.append(text(0, height - 9, note, "quiet note"))
+        width = max(width, width_of(note))
+    width = max(width, width_of(title, 14))
+    return drawing(title or "ranks", parts, width, height + 2)
+
+
+def _cell_size(shape: Sequence[int], step: int, ranks: int) -> tuple[float, float]:
+    if step > 1:
+        return (58.0, 26.0)
+    digits = len(str(ranks - 1))
+    return (max(34.0, 8.0 * digits + 14), 28.0)
+
+
+def _short(side: Axes, block: range, width: float) -> str:
+    label = side.label(block)
+    return label if width_of(label, 10) <= width else span(block)
+
+
+def _panel(
+    ranks: NDArray,
+    sides: Sequence[Axes],
+    cut: Sequence[Sequence[range]],
+    panel: range,
+    corner: tuple[float, float],
+    size: tuple[float, float],
+    marked: frozenset[int],
+    group_of: Mapping[int, int],
+    groups: Sequence[Sequence[int]],
+    along: str,
+) -> list[str]:
+    cells, outlines = [], {}
+    for i, row in enumerate(cut[1]):
+        for j, column in enumerate(cut[2]):
+            held = [int(r) for r in ranks[np.ix_(panel, row, column)].ravel()]
+            box = (corner[0] + j * size[0] + 2, corner[1] + i * size[1] + 2, size[0] - 4, size[1] - 4)
+            found = tuple(sorted({group_of[r] for r in held if r in group_of}))
+            tint = colour(found[0]) if found else colour(j)
+            mark = bool(marked.intersection(held))
+            kind = " ".join(["rank", *(["marked"] if mark else []), *(["dimmed"] if marked and not mark else [])])
+            place = {k: v for side, b in zip(sides, (panel, row, column), strict=True) for k, v in side.data(b).items()}
+            data = {"rank": ",".join(map(str, held)) if len(held) <= 64 else told(held), **place, "count": len(held)}
+            if found:
+                data["group"] = told(found)
+            tip = _tip(held, place, found, along)
+            label = str(held[0]) if len(held) == 1 else f"{len(held)} ranks"
+            strong = {} if mark else {"fill_opacity": ".32"}
+            cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, rx="3", **strong))
+            if found:
+                outlines.setdefault(found, []).append((i, j, box))
+    return cells + [line for found, boxes in outlines.items() for line in _outline(found, boxes)]
+
+
+def _tip(held: Sequence[int], place: Mapping[str, str], groups: Sequence[int], along: str) -> str:
+    at = " ".join(f"{axis} {k.replace('-', '–')}" for axis, k in place.items())
+    said = f"rank {held[0]} · {at}" if len(held) == 1 else f"{len(held):,} ranks, {held[0]} … {held[-1]} · {at}"
+    return f"{said} · {along} group {span(groups)}" if groups else said
+
+
+def _outline(group: tuple[int, ...], boxes: Sequence[tuple[int, int, tuple[float, float, float, float]]]) -> list[str]:
+    """One frame around cells that fill a rectangle, else one around each."""
+    tint = colour(group[0])
+    rows, columns = {i for i, _, _ in boxes}, {j for _, j, _ in boxes}
+    filled = len(rows) * len(columns) == len(boxes) and max(rows) - min(rows) < len(rows)
+    filled = filled and max(columns) - min(columns) < len(columns)
+    frames = [[b for _, _, b in boxes]] if filled else [[b] for _, _, b in boxes]
+    found = []
+    for frame in frames:
+        x, y = min(b[0] for b in frame) - 1, min(b[1] for b in frame) - 1
+        w, h = max(b[0] + b[2] for b in frame) - x + 1, max(b[1] + b[3] for b in frame) - y + 1
+        style = {"fill": "none", "stroke": tint, "stroke_width": "2.5", "rx": "5"}
+        found.append(rect(x, y, w, h, class_="group overlay", data_group=told(group), **style))
+    return found
+
+
+def _notes(
+    step: int, size: int, groups: Sequence[Sequence[int]], along: str, cut: Sequence[Sequence[range]]
+) -> list[str]:
+    found = []
+    if step > 1:
+        cells = math.prod(map(len, cut))
+        found.append(f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks")
+    if groups:
+        found.append(f"{len(groups):,} {along} groups of {len(groups[0]):,}, each framed in its own colour")
+    return found

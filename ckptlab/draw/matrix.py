@@ -1,0 +1,106 @@
+"""Who sends how much to whom: a shaded table with sums at its edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptlab.draw.colours import SHADE, strength
+from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of
+from ckptlab.draw.words import figure, size, unit_of
+
+_HEIGHT, _MARGIN = 26.0, 90.0
+
+
+@dataclass(frozen=True)
+class Side:
+    """Rows or columns: what they are called, their labels, and the ranks that each stands for."""
+
+    name: str
+    labels: Sequence[str]
+    ranks: Sequence[range]
+
+
+def matrix(
+    table: Sequence[Sequence[int]],
+    kept: Sequence[Sequence[int]],
+    rows: Side,
+    columns: Side,
+    *,
+    title: str = "",
+    notes: Sequence[str] = (),
+) -> Drawing:
+    """table[i][j] bytes go from i to j; of these kept[i][j] do not change rank, and a frame says so."""
+    most = max([n for row in table for n in row] + [1])
+    unit, name = unit_of(most)
+    wide = max([width_of(label, 11) for label in columns.labels] + [44]) + 8
+    left = max([width_of(label) for label in rows.labels] + [0]) + 34
+    parts = [text(0, 8, title, "title")] if title else []
+    top = (26.0 if title else 4.0) + 36
+    across = wide * len(columns.labels)
+    parts.append(text(left + across / 2, top - 28, f"to {columns.name}", "middle quiet"))
+    down = _HEIGHT * len(rows.labels)
+    parts.append(text(8, top + down / 2, f"from {rows.name}", "middle quiet", transform=_turned(8, top + down / 2)))
+    for j, label in enumerate(columns.labels):
+        parts.append(text(left + (j + 0.5) * wide, top - 10, label, "middle column-label"))
+    sums = [sum(row) for row in table]
+    for i, label in enumerate(rows.labels):
+        y = top + i * _HEIGHT
+        parts.append(text(left - 8, y + _HEIGHT / 2, label, "end row-label"))
+        for j, nbytes in enumerate(table[i]):
+            box = (left + j * wide + 1, y + 1, wide - 2, _HEIGHT - 2)
+            parts.append(_cell(nbytes, kept[i][j], most, unit, box, rows, columns, i, j))
+        parts += _sum(left + across + 10, y + 6, sums[i], max(sums, default=0))
+    received = [sum(column) for column in zip(*table, strict=True)]
+    for j, nbytes in enumerate(received):
+        parts.append(text(left + (j + 0.5) * wide, top + down + 12, size(nbytes), "small middle quiet sum"))
+    y = top + down + 24
+    said = [f"{name}; framed: some of it stays on the rank where it is (all of it, if the frame is thick)", *notes]
+    for line in said:
+        y += 18
+        parts.append(text(0, y - 9, line, "quiet note"))
+    width = max([left + across + _MARGIN + 60, *(width_of(line) for line in said), width_of(title, 14)])
+    return drawing(title or "matrix", parts, width, y + 2)
+
+
+def _cell(
+    nbytes: int,
+    kept: int,
+    most: int,
+    unit: int,
+    box: tuple[float, float, float, float],
+    rows: Side,
+    columns: Side,
+    i: int,
+    j: int,
+) -> str:
+    stays = f" · {size(kept)} stay on their rank" if kept else ""
+    tip = f"{rows.labels[i]} → {columns.labels[j]} · {size(nbytes)}{stays}"
+    data = {
+        "source": _told(rows.ranks[i]),
+        "target": _told(columns.ranks[j]),
+        "bytes": nbytes,
+        "kept": kept,
+    }
+    label = figure(nbytes / unit) if nbytes else "·"
+    opacity = f"{strength(nbytes / most):.3f}"
+    shape = cell(box, SHADE, tip, kind="move" if nbytes else "move none", label=label, data=data, fill_opacity=opacity)
+    if not kept:
+        return shape
+    x, y, w, h = box
+    style = {"fill": "none", "stroke": "currentColor", "stroke_width": "2.2" if kept == nbytes else "1.1"}
+    return shape + rect(x + 1, y + 1, w - 2, h - 2, class_="own overlay", **style)
+
+
+def _told(ranks: range) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def _turned(x: float, y: float) -> str:
+    return f"rotate(-90 {x:.1f} {y:.1f})"
+
+
+def _sum(x: float, y: float, nbytes: int, most: int) -> list[str]:
+    width = _MARGIN * nbytes / most if most else 0.0
+    bar = rect(x, y, width, _HEIGHT - 12, fill=SHADE, fill_opacity=".5", class_="sum")
+    return [bar, text(x + width + 5, y + (_HEIGHT - 12) / 2, size(nbytes), "small quiet")]

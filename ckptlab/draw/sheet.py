@@ -1,0 +1,233 @@
+"""A tensor as a rectangle that is cut: who holds what, parts framed, padding hatched, copies as sheets behind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptlab.draw.colours import PALETTE, colour
+from ckptlab.draw.edge import Edge, Strip
+from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, striped, text, width_of
+
+_SIDE, _THIN = 340.0, 46.0
+_STRIPES = 4  # holders whose colours are striped; more are grey
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Strips of all dims that run along one direction of the page, one choice of each."""
+
+    strips: tuple[Strip, ...]
+    at: float
+    length: float
+
+
+def sheet(
+    edges: Sequence[Edge],
+    *,
+    title: str = "",
+    notation: str = "",
+    copies: Sequence[tuple[str, int]] = (),
+    marked: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> Drawing:
+    """One tensor. copies: (axis, number) of those that hold the same; marked: the coordinate that stands out."""
+    rows, columns = _directions(edges)
+    width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns])
+    left, top = _margins([edges[i] for i in rows], [edges[i] for i in columns], title, notation)
+    sheets = min(2, math.prod(n for _, n in copies) - 1)
+    parts = [text(0, 8, title, "title")] if title else []
+    if notation:
+        parts.append(text(0, 26 if title else 8, notation, "mono"))
+    for k in range(sheets, 0, -1):
+        style = {"fill": "none", "stroke": "currentColor", "stroke_opacity": ".35"}
+        parts.append(rect(left + 5 * k, top + 5 * k, width, height, class_="copy", **style))
+    down, over = _bands([edges[i] for i in rows], height), _bands([edges[i] for i in columns], width)
+    allowed = [edge.axes.where(dict(marked)) if marked is not None else None for edge in edges]
+    defs: list[str] = []
+    for a, b in itertools.product(down, over):
+        strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
+        parts.append(_cell(edges, strips, (left + b.at, top + a.at, b.length, a.length), allowed, defs))
+    frame = {"fill": "none", "stroke": "currentColor", "stroke_width": "1.5"}
+    parts.append(rect(left, top, width, height, class_="whole overlay", **frame))
+    parts += _labels([edges[i] for i in rows], down, left, top, width, height, vertical=True)
+    parts += _labels([edges[i] for i in columns], over, left, top, width, height, vertical=False)
+    bottom = top + height + 5 * sheets + (20 if columns else 6)
+    said = [*_said(edges, rows, columns, copies), *notes]
+    for line in said:
+        bottom += 18
+        parts.append(text(0, bottom - 9, line, "quiet note"))
+    right = left + width + 5 * sheets + 46
+    total = max([right, width_of(title, 14), width_of(notation, 13), *(width_of(line) for line in said)])
+    return drawing(title or notation, parts, total, bottom + 2, defs)
+
+
+def _directions(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
+    """Dims that run down and across. All that are cut are shown, and at least two; the rest are said below."""
+    cut = [i for i, edge in enumerate(edges) if len(edge.strips) > 1]
+    others = sorted((i for i in range(len(edges)) if i not in cut), key=lambda i: -edges[i].size)
+    shown = sorted([*cut, *others][: max(2, len(cut))])
+    return shown[:-1], shown[-1:]
+
+
+def _extent(rows: Sequence[int], columns: Sequence[int]) -> tuple[float, float]:
+    """Width and height: the true ratio, unless one side would be too thin."""
+    if not columns:
+        return _THIN, _THIN
+    if not rows:
+        return _SIDE * 1.4, _THIN
+    ratio = math.prod(rows) / max(math.prod(columns), 1)
+    ratio = min(max(ratio, 0.45), 1.6)
+    return (_SIDE, _SIDE * ratio) if ratio <= 1 else (_SIDE / ratio, _SIDE)
+
+
+def _bands(edges: Sequence[Edge], extent: float) -> list[_Band]:
+    """The choices of strips along one direction, behind one another; together they fill it."""
+    found, at = [], 0.0
+    whole = math.prod(edge.size for edge in edges)
+    for strips in itertools.product(*(edge.strips for edge in edges)):
+        length = extent * math.prod(s.length for s in strips) / whole
+        found.append(_Band(strips, at, length))
+        at += length
+    return found
+
+
+def _cell(
+    edges: Sequence[Edge],
+    strips: Mapping[int, Strip],
+    box: tuple[float, float, float, float],
+    allowed: Sequence[set[int] | None],
+    defs: list[str],
+) -> str:
+    holders = [strips[i].holders if i in strips else tuple(range(len(e.blocks))) for i, e in enumerate(edges)]
+    fill = _fill(edges, holders, defs)
+    held = [[k for h in mine for k in e.blocks[h]] for e, mine in zip(edges, holders, strict=True)]
+    label = " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True))))
+    place = {name: v for e, k in zip(edges, held, strict=True) for name, v in e.axes.data(k).items()}
+    padding = any(s.padding for s in strips.values())
+    shared = math.prod(map(len, holders)) > 1
+    hit = all(ok is None or ok.intersection(k) for ok, k in zip(allowed, held, strict=True))
+    kinds = ["piece", *(["padding"] if padding else []), *(["replicated"] if shared else [])]
+    if any(ok is not None for ok in allowed):
+        kinds.append("marked" if hit else "dimmed")
+    sizes = [strips[i].length if i in strips else e.size for i, e in enumerate(edges)]
+    starts = [strips[i].start if i in strips else 0 for i in range(len(edges))]
+    names = [e.parts[s.part][0] for i, e in enumerate(edges) if (s := strips.get(i)) and s.part is not None]
+    data: dict[str, object] = {
+        **place,
+        "start": ",".join(map(str, starts)),
+        "shape": ",".join(map(str, sizes)),
+        "count": math.prod(sizes),
+    }
+    if names:
+        data["part"] = " ".join(names)
+    along = ", ".join(f"{e.name} {s}–{s + n - 1}" for e, s, n in zip(edges, starts, sizes, strict=True))
+    who = f"{label or 'every rank'}{' (each holds it)' if shared else ''}"
+    tip = f"{who} · {' '.join([*names, along])} · {math.prod(sizes):,} elements{' · padding' if padding else ''}"
+    shape = cell(box, fill, tip, kind=" ".join(kinds), label=label, data=data)
+    return shape + (hatched(box) if padding else "")
+
+
+def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str]) -> str:
+    """A colour for each coordinate of the cut; stripes for what several hold, grey if it is not cut at all."""
+    if all(len(e.blocks) == 1 for e in edges):
+        return PALETTE[-1] if all(e.axes.size == 1 for e in edges) else PALETTE[0]
+    numbers = []
+    for combination in itertools.product(*holders):
+        number = 0
+        for edge, k in zip(edges, combination, strict=True):
+            number = number * len(edge.blocks) + k
+        numbers.append(number)
+    if len(numbers) == 1:
+        return colour(numbers[0])
+    colours = tuple(colour(n) for n in numbers) if len(numbers) <= _STRIPES else ("#8a8a8a", "#b8b8b8")
+    fill, pattern = striped(colours)
+    defs.append(pattern)
+    return fill
+
+
+def _margins(rows: Sequence[Edge], columns: Sequence[Edge], title: str, notation: str) -> tuple[float, float]:
+    names = [_named(edge) for edge in rows] + [name for edge in rows for name, _ in edge.parts]
+    left = max([width_of(name) for name in names] + [0]) + (34 if any(e.parts for e in rows) else 14)
+    top = (22 if title else 0) + (20 if notation else 0) + (22 if columns else 4)
+    return left, top + (20 if any(edge.parts for edge in columns) else 0)
+
+
+def _named(edge: Edge) -> str:
+    return f"{edge.name} {edge.size:,}"
+
+
+def _labels(
+    edges: Sequence[Edge], bands: Sequence[_Band], left: float, top: float, width: float, height: float, vertical: bool
+) -> list[str]:
+    """Names and sizes of dims and parts before an edge of the rectangle, lengths of strips behind it."""
+    if not edges:
+        return []
+    name = " × ".join(map(_named, edges))
+    parted = len(edges) == 1 and bool(edges[0].parts)
+    found = []
+    if vertical:
+        found.append(text(left - (30 if parted else 8), top - 10 if parted else top + height / 2, name, "end dim"))
+    else:
+        found.append(text(left + width / 2, top - (30 if parted else 11), name, "middle dim"))
+    if parted:
+        found += _parts(edges[0], left, top, width, height, vertical)
+    for band in bands:
+        said = f"{math.prod(s.length for s in band.strips):,}"
+        middle = band.at + band.length / 2
+        if len(bands) > 1 and vertical and band.length >= 9:
+            found.append(text(left + width + 16, top + middle, said, "small quiet length"))
+        elif len(bands) > 1 and not vertical and band.length >= width_of(said, 10):
+            found.append(text(left + middle, top + height + 18, said, "small quiet middle length"))
+    return found
+
+
+def _parts(edge: Edge, left: float, top: float, width: float, height: float, vertical: bool) -> list[str]:
+    """Each part's name and length beside it, and a frame around it."""
+    found, at = [], 0.0
+    extent = height if vertical else width
+    for name, length in edge.parts:
+        size = extent * length / edge.size
+        box = (left, top + at, width, size) if vertical else (left + at, top, size, height)
+        style = {"fill": "none", "stroke": "currentColor", "stroke_width": "2.5"}
+        found.append(rect(*box, class_="part overlay", data_part=name, **style))
+        said = f"{name} {length:,}"
+        if vertical and size >= 9:
+            found.append(text(left - 12, box[1] + size / 2, said, "end strong part-label"))
+            found.append(_bracket(left - 8, box[1] + 2, size - 4))
+        elif not vertical and size >= width_of(said, 10):
+            found.append(text(box[0] + size / 2, top - 11, said, "middle strong part-label"))
+        at += size
+    return found
+
+
+def _bracket(x: float, y: float, length: float) -> str:
+    path = f"M{x + 4:.1f} {y:.1f}h-4v{max(length, 1):.1f}h4"
+    return element("path", d=path, class_="line")
+
+
+def _said(
+    edges: Sequence[Edge], rows: Sequence[int], columns: Sequence[int], copies: Sequence[tuple[str, int]]
+) -> list[str]:
+    found = []
+    left_out = [i for i in range(len(edges)) if i not in (*rows, *columns)]
+    if left_out:
+        found.append(f"not drawn, held whole: {', '.join(_named(edges[i]) for i in left_out)}")
+    for edge in edges:
+        if edge.true < edge.size:
+            found.append(f"hatched: {edge.size - edge.true:,} of {edge.size:,} {edge.name} are padding")
+        if edge.folded:
+            found.append(
+                f"{edge.name}: {edge.folded:,} strips, drawn in {edge.windows} windows; "
+                "in each, what one rank holds is drawn together"
+            )
+        if len(edge.blocks) < len(edge.held):
+            found.append(
+                f"{edge.name}: {len(edge.held):,} coordinates in {len(edge.blocks)} blocks of {len(edge.blocks[0]):,}"
+            )
+    if copies:
+        each = " · ".join(f"{axis} {n:,}" for axis, n in copies)
+        found.append(f"replicated: {math.prod(n for _, n in copies):,} ranks hold the same ({each})")
+    return found

@@ -1,0 +1,126 @@
+"""Buffers as bars: named pieces behind one another, gaps hatched, the places where a piece goes on in the next bar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckptlab.draw.colours import PALETTE, colour
+from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, text, width_of
+
+_WIDTH, _HEIGHT, _STEP = 760.0, 30.0, 46.0
+_THIN = 3.0  # pixels: pieces thinner than this are drawn together with their neighbours
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`length` elements at `start` of a bar; `hue` chooses the colour; torn: it goes on before or after this bar."""
+
+    name: str
+    start: int
+    length: int
+    hue: int
+    torn: tuple[bool, bool] = (False, False)
+    data: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`length` elements, of which pieces, ascending, take some; the rest is padding."""
+
+    label: str
+    length: int
+    pieces: Sequence[Piece]
+    data: Mapping[str, object] = field(default_factory=dict)
+
+
+def strips(bars: Sequence[Bar | str], *, title: str = "", notes: Sequence[str] = ()) -> Drawing:
+    """Bars to one scale, one below the other; a text among them stands for bars that are left out."""
+    left = max([width_of(b.label) for b in bars if isinstance(b, Bar)] + [0]) + 12
+    longest = max([b.length for b in bars if isinstance(b, Bar)] + [1])
+    parts = [text(0, 8, title, "title")] if title else []
+    y = 30.0 if title else 8.0
+    merged = 0
+    for bar in bars:
+        if isinstance(bar, str):
+            parts.append(text(left, y + 8, bar, "quiet omitted"))
+            y += 26
+            continue
+        parts.append(text(left - 8, y + _HEIGHT / 2, bar.label, "end bar-label"))
+        cells, thin = _bar(bar, left, y, _WIDTH / longest)
+        parts += cells
+        merged += thin
+        width = _WIDTH * bar.length / longest
+        parts.append(text(left, y + _HEIGHT + 8, "0", "small quiet"))
+        parts.append(text(left + width, y + _HEIGHT + 8, f"{bar.length:,}", "small quiet end"))
+        y += _STEP
+    said = [*notes]
+    if merged:
+        said.append(f"{merged:,} pieces are too thin to be seen; they are drawn together with their neighbours")
+    for line in said:
+        y += 18
+        parts.append(text(0, y - 9, line, "quiet note"))
+    width = max([left + _WIDTH + 12, *(width_of(line) for line in said)])
+    return drawing(title or "buffers", parts, width, y + 2)
+
+
+def _bar(bar: Bar, left: float, y: float, scale: float) -> tuple[list[str], int]:
+    """The cells of a bar, and how many pieces were too thin for one of their own."""
+    found, thin, at = [], 0, 0
+    run: list[Piece] = []
+    for piece in bar.pieces:
+        if piece.start > at:
+            found += _flush(run, left, y, scale, bar)
+            found.append(_padding(bar, at, piece.start - at, left, y, scale))
+        at = piece.start + piece.length
+        if piece.length * scale < _THIN:
+            run.append(piece)
+            thin += 1
+            continue
+        found += _flush(run, left, y, scale, bar)
+        found.append(_piece(piece, left, y, scale, bar))
+    found += _flush(run, left, y, scale, bar)
+    if at < bar.length:
+        found.append(_padding(bar, at, bar.length - at, left, y, scale))
+    style = {"fill": "none", "stroke": "currentColor", "stroke_width": "1.5"}
+    found.append(rect(left, y, bar.length * scale, _HEIGHT, class_="bar overlay", **style))
+    return found, thin
+
+
+def _piece(piece: Piece, left: float, y: float, scale: float, bar: Bar) -> str:
+    x, width = left + piece.start * scale, piece.length * scale
+    data = {"tensor": piece.name, "start": piece.start, "count": piece.length, **bar.data, **piece.data}
+    before, after = piece.torn
+    goes = " · goes on in the next" if after else ""
+    tip = f"{piece.name} · {piece.length:,} elements from {piece.start:,}{goes}{' · begun before' if before else ''}"
+    label = f"{'◂ ' if before else ''}{piece.name}{' ▸' if after else ''}"
+    shape = cell((x, y, width, _HEIGHT), colour(piece.hue % 7), tip, kind="fragment", label=label, data=data)
+    return shape + "".join(_tear(at, y) for at, torn in ((x, before), (x + width, after)) if torn)
+
+
+def _tear(x: float, y: float) -> str:
+    """A zigzag where a piece is torn."""
+    step = _HEIGHT / 6
+    path = f"M{x:.1f} {y:.1f}" + "".join(f"l{3 if k % 2 else -3} {step:.1f}" for k in range(6))
+    return element("path", d=path, fill="none", stroke="currentColor", stroke_width="2", class_="tear overlay")
+
+
+def _flush(run: list[Piece], left: float, y: float, scale: float, bar: Bar) -> list[str]:
+    """One cell for all pieces that were too thin."""
+    if not run:
+        return []
+    start, end = run[0].start, run[-1].start + run[-1].length
+    names = f"{run[0].name} … {run[-1].name}" if len(run) > 1 else run[0].name
+    data = {"tensors": len(run), "start": start, "count": sum(p.length for p in run), **bar.data}
+    tip = f"{len(run):,} pieces: {names} · {end - start:,} elements from {start:,}"
+    label = f"{len(run):,} pieces"
+    box = (left + start * scale, y, (end - start) * scale, _HEIGHT)
+    run.clear()
+    return [cell(box, PALETTE[-1], tip, kind="fragment merged", label=label, data=data)]
+
+
+def _padding(bar: Bar, start: int, length: int, left: float, y: float, scale: float) -> str:
+    box = (left + start * scale, y, length * scale, _HEIGHT)
+    data = {"start": start, "count": length, **bar.data}
+    tip = f"padding · {length:,} elements from {start:,}"
+    return cell(box, "none", tip, kind="padding", data=data, pointer_events="all") + hatched(box)

@@ -1,0 +1,201 @@
+"""SVG as text: elements, and the drawing that they make."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from ckptlab.draw.colours import BLANK, SHADE, ink
+
+UID = "\x00"
+"""Stands for the drawing's own id in `id` and `url(#…)`, until `drawing` knows it: two drawings on a page never clash."""
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+# Every rule is scoped, and the same in every drawing. currentColor is the page's own text colour.
+_STYLE = (
+    ".ckptlab-drawing{font:12px system-ui,sans-serif;max-width:100%;height:auto}"
+    ".ckptlab-drawing text{fill:currentColor;dominant-baseline:central;pointer-events:none}"
+    ".ckptlab-drawing .title{font-weight:600;font-size:13px}"
+    ".ckptlab-drawing .small{font-size:10px}"
+    ".ckptlab-drawing .quiet{opacity:.68}"
+    ".ckptlab-drawing .strong{font-weight:600}"
+    ".ckptlab-drawing .mono{font-family:ui-monospace,monospace}"
+    ".ckptlab-drawing .middle{text-anchor:middle}"
+    ".ckptlab-drawing .end{text-anchor:end}"
+    ".ckptlab-drawing .white{fill:#fff}"
+    ".ckptlab-drawing .black{fill:#111}"
+    ".ckptlab-drawing .line{fill:none;stroke:currentColor;stroke-opacity:.55}"
+    ".ckptlab-drawing .overlay{pointer-events:none}"
+    ".ckptlab-drawing .cell{stroke:currentColor;stroke-opacity:.4;stroke-width:.75}"
+    ".ckptlab-drawing .marked{stroke-opacity:1;stroke-width:2.5}"
+    ".ckptlab-drawing .dimmed{opacity:.3}"
+    ".ckptlab-drawing .cell:hover{stroke-opacity:1;stroke-width:2}"
+)
+_ALONE = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"  # a file has no page to follow
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture: one self-contained SVG without script, its text in the colour of the page that it stands on.
+
+    `width` and `height` are its natural size in CSS pixels; it shrinks with a narrower page.
+    """
+
+    svg: str
+    width: int
+    height: int
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+    def _repr_html_(self) -> str:
+        return f'<div style="overflow-x:auto">{self.svg}</div>'
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .svg file that follows the reader's preference for light or dark."""
+        Path(path).write_text(self.svg.replace("<style>", f"<style>{_ALONE}", 1), encoding="utf-8")
+
+    def __repr__(self) -> str:
+        return f"<Drawing, {self.width} × {self.height}>"
+
+
+def drawing(title: str, parts: Iterable[str], width: float, height: float, defs: Iterable[str] = ()) -> Drawing:
+    """The drawing of these elements; its id follows from what is in it. title: for those who hear the page."""
+    shared = "".join(dict.fromkeys(defs))
+    body = f"<defs>{_HATCH}{shared}</defs>{''.join(parts)}"
+    uid = "k" + hashlib.blake2b(body.encode("utf-8"), digest_size=6).hexdigest()
+    w, h = round(width), round(height)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="ckptlab-drawing" role="img" aria-label="{text_of(title)}" '
+        f'width="{w}" height="{h}" viewBox="0 0 {w} {h}"><style>{_STYLE}</style>{body.replace(UID, uid)}</svg>'
+    )
+    return Drawing(svg, w, h)
+
+
+_HATCH = (
+    f'<pattern id="{UID}hatch" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<line x1="0" y1="0" x2="0" y2="6" stroke="currentColor" stroke-opacity=".6" stroke-width="1.6"/></pattern>'
+)
+
+
+def text_of(value: object) -> str:
+    """A value as SVG can hold it, in an attribute too: escaped, without characters that XML forbids."""
+    return escape(_CONTROL.sub("�", str(value)))
+
+
+def number(value: float) -> str:
+    """Two decimals at most."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def element(tag: str, content: str = "", /, **attributes: object) -> str:
+    """`stroke_width` becomes `stroke-width`, `class_` `class`; None is left out. `content` is SVG already."""
+    told = "".join(
+        f' {name.strip("_").replace("_", "-")}="{number(v) if isinstance(v, float) else _attribute(v)}"'
+        for name, v in attributes.items()
+        if v is not None
+    )
+    return f"<{tag}{told}>{content}</{tag}>" if content else f"<{tag}{told}/>"
+
+
+def _attribute(value: object) -> str:
+    return value if isinstance(value, str) and value.startswith(f"url(#{UID}") else text_of(value)
+
+
+def rect(x: float, y: float, w: float, h: float, **attributes: object) -> str:
+    return element("rect", x=float(x), y=float(y), width=float(w), height=float(h), **attributes)
+
+
+def text(x: float, y: float, content: object, classes: str = "", **attributes: object) -> str:
+    """Text centred vertically on y."""
+    return element("text", text_of(content), x=float(x), y=float(y), class_=classes or None, **attributes)
+
+
+def cell(
+    box: tuple[float, float, float, float],
+    fill: str,
+    tip: str,
+    *,
+    kind: str = "",
+    label: str = "",
+    data: Mapping[str, object] | None = None,
+    **attributes: object,
+) -> str:
+    """A rectangle (x, y, width, height) that stands for something: it has a tooltip and, if it fits, a label.
+
+    Its classes are "cell" and `kind`; `data` become `data-*` attributes.
+    """
+    x, y, w, h = box
+    shape = element(
+        "rect",
+        element("title", text_of(tip)),
+        x=float(x),
+        y=float(y),
+        width=float(w),
+        height=float(h),
+        class_=f"cell {kind}".rstrip(),
+        fill=fill,
+        **{f"data_{name}": value for name, value in (data or {}).items()},
+        **attributes,
+    )
+    said = fitted(label, w - 4) if h >= 11 else ""
+    small = "" if h >= 14 and w >= width_of(said) + 8 else "small"
+    on = ink(fill) if fill.startswith("#") and "fill_opacity" not in attributes else ""
+    dim = "dimmed" if "dimmed" in kind else ""
+    classes = " ".join(filter(None, ["middle", small, on, dim]))
+    return shape + (text(x + w / 2, y + h / 2, said, classes) if said else "")
+
+
+def hatched(box: tuple[float, float, float, float]) -> str:
+    """Hatching over a cell: padding."""
+    return rect(*box, fill=f"url(#{UID}hatch)", class_="overlay")
+
+
+def striped(colours: tuple[str, ...]) -> tuple[str, str]:
+    """(fill, definition) of diagonal stripes in these colours: what several hold."""
+    name, step = "s" + "".join(c.strip("#") for c in colours), 7
+    bands = "".join(rect(i * step, 0, step, 8, fill=c) for i, c in enumerate(colours))
+    total = step * len(colours)
+    pattern = element(
+        "pattern",
+        bands,
+        id=f"{UID}{name}",
+        width=total,
+        height=8,
+        patternUnits="userSpaceOnUse",
+        patternTransform="rotate(45)",
+    )
+    return f"url(#{UID}{name})", pattern
+
+
+def swatch(x: float, y: float, fill: str, hatch: bool = False) -> str:
+    """A square of a legend, centred on y."""
+    box = (x, y - 5, 10, 10)
+    mark = rect(*box, fill=fill, stroke="currentColor", stroke_opacity=".4", stroke_width=".75", class_="swatch")
+    return mark + (hatched(box) if hatch else "")
+
+
+def width_of(content: str, size: float = 12) -> float:
+    """About how wide text is, in pixels: system-ui's mean character."""
+    return 0.56 * size * len(content)
+
+
+def fitted(content: str, width: float, size: float = 10) -> str:
+    """The text, with its middle cut out to fit the width; nothing if hardly anything fits."""
+    most = int(width / (0.56 * size))
+    if len(content) <= most:
+        return content
+    if most < 5:
+        return ""
+    head = (most - 1) // 3
+    return f"{content[:head]}…{content[head - most + 1 :]}"
+
+
+__all__ = ["BLANK", "SHADE", "UID", "Drawing", "cell", "drawing", "element", "fitted", "hatched", "number", "rect"]
+__all__ += ["striped", "swatch", "text", "text_of", "width_of"]

@@ -1,0 +1,46 @@
+"""What a cut looks like: its rows as plain numbers for `draw`, its parts by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ckptlab.draw import Axes, Drawing, Edge, sheet
+from ckptlab.layout.cut import Cut, DimCut
+from ckptlab.layout.rows import intervals
+from ckptlab.mesh import Mesh
+
+Parts = Sequence[tuple[str, int]]
+
+
+def picture(
+    cut: Cut,
+    dims: Sequence[str],
+    parts: Sequence[Parts],
+    *,
+    title: str = "",
+    notation: str = "",
+    rank: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> Drawing:
+    """A cut drawn. dims: names; parts: for each dim (name, length) of what is cut on its own, or nothing.
+
+    rank: the coordinate that stands out; axes that do not cut the tensor are passed over.
+    """
+    edges = [
+        _edge(dim, true, name, part, cut.mesh)
+        for dim, true, name, part in zip(cut.dims, cut.logical, dims, parts, strict=True)
+    ]
+    marked = None if rank is None else {axis: k for axis, k in rank.items() if axis in cut.axes}
+    return sheet(edges, title=title, notation=notation, copies=_copies(cut), marked=marked, notes=notes)
+
+
+def _edge(dim: DimCut, true: int, name: str, parts: Parts, mesh: Mesh) -> Edge:
+    axes = Axes(dim.axes, tuple(mesh[axis] for axis in dim.axes))
+    held = [intervals(dim.runs[at])[:, [0, 2]] for at in sorted(dim.runs)]
+    return Edge(name, dim.size, min(true, dim.size), axes, held, parts)
+
+
+def _copies(cut: Cut) -> list[tuple[str, int]]:
+    """The axes along which ranks hold the same, with their degrees. Of pp, the tensor's stages tell."""
+    stages = cut.mesh.leaves("pp")
+    return [(axis, n) for axis, n in cut.mesh.degrees.items() if n > 1 and axis not in (*cut.axes, *stages)]

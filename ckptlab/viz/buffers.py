@@ -1,0 +1,58 @@
+"""ZeRO's flat buffers: which fragments each dp rank holds of one group."""
+
+from __future__ import annotations
+
+from ckptlab.catalog import FlatGroup
+from ckptlab.draw import Bar, Drawing, Piece, strips
+from ckptlab.plan import FlatBuffer
+
+SHOWN = 8  # dp ranks that are drawn; of more the first and the last
+
+
+def flat(group: FlatGroup | FlatBuffer, *, tp: int = 0, dp: int | None = None) -> Drawing:
+    """The flat buffer of one group (of a catalog's FlatGroup, that of coordinate tp), one bar for each dp rank.
+
+    Fragments have their tensors' names and colours; where a tensor goes on in the next rank's buffer it is torn;
+    padding is hatched. dp: this rank's alone. Widths are proportional to elements. Cells: class `fragment` (`merged`:
+    several that are too thin; data-tensors counts them) or `padding`, data-tensor, data-dp, data-tp, data-start and
+    data-count (in the rank's buffer), data-from (in the tensor's flattened shard).
+    IndexError for a rank that is not there.
+    """
+    buffer = group if isinstance(group, FlatBuffer) else group.flats[tp]
+    if dp is not None and not 0 <= dp < buffer.dp:
+        raise IndexError(f"dp {dp} is not among the {buffer.dp} ranks of this buffer")
+    shown = [dp] if dp is not None else list(range(buffer.dp))
+    omitted = 0
+    if len(shown) > SHOWN:
+        omitted = len(shown) - SHOWN + 1
+        shown = [*shown[: SHOWN - 2], *shown[-1:]]
+    made: list[Bar | str] = [_bar(buffer, d, tp) for d in shown]
+    if omitted:
+        made.insert(len(made) - 1, f"… and {omitted:,} dp ranks, {shown[-2] + 1} to {shown[-1] - 1}")
+    return strips(made, title=_title(group, buffer, tp), notes=_notes(group, buffer))
+
+
+def _title(group: FlatGroup | FlatBuffer, buffer: FlatBuffer, tp: int) -> str:
+    where = f"pp {group.stage} · group {group.group} · tp {tp}: " if isinstance(group, FlatGroup) else ""
+    return f"{where}{len(buffer.names):,} tensors, {sum(buffer.counts):,} elements over dp {buffer.dp}"
+
+
+def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
+    if buffer.partition is None:
+        said = ["ZeRO-3: each tensor is cut by itself; every rank has a part of each"]
+    else:
+        said = [f"ZeRO-1/2: the buffer is cut every {buffer.partition:,} elements, across the borders of tensors"]
+    padding = sum(buffer.padding(d) for d in range(buffer.dp))
+    if padding:
+        said.append(f"hatched: padding, {padding:,} elements in all")
+    if isinstance(group, FlatGroup):
+        said.append(f"one such buffer for each of {', '.join(f'{s} ({d})' for s, d in group.dtypes.items())}")
+    return said
+
+
+def _bar(buffer: FlatBuffer, d: int, tp: int) -> Bar:
+    pieces = []
+    for index, at, start, count in buffer.within(d).tolist():
+        torn = (at > 0, at + count < buffer.counts[index]) if buffer.partition is not None else (False, False)
+        pieces.append(Piece(buffer.names[index], start, count, index, torn, {"from": at}))
+    return Bar(f"dp {d}", buffer.size(d), pieces, {"dp": d, "tp": tp})

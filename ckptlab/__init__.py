@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
     from ckptlab.strategy import Megatron, Rules, Strategy
+    from ckptlab.widgets import explore, playground
 
     __version__: str
 
@@ -58,8 +59,10 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "diff",
+    "explore",
     "open",
     "paper_model",
+    "playground",
     "save_weights",
 ]
 
@@ -77,6 +80,7 @@ _HOMES = {
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "strategy": "Megatron Rules Strategy",
+    "widgets": "explore playground",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -35,7 +35,7 @@ def tensor_of(cell: Cell, catalog: Catalog) -> str | None:
 
 
 def told(cell: Cell, catalog: Catalog, name: str, state: str) -> list[str]:
-    """What a cell stands for, line by line: rank, coordinate, indices, file and bytes of what it holds of the tensor."""
+    """What a cell stands for, line by line: rank, coordinate, indices, file and bytes of its part of the tensor."""
     if "source" in cell:
         kept = "stays on its rank" if cell["source"] == cell.get("target") else "changes rank"
         return [f"rank {cell['source']} → rank {cell.get('target')}: {size(float(cell.get('bytes', 0)))}, {kept}"]

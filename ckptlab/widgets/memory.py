@@ -30,9 +30,14 @@ def by_rank(catalog: Catalog) -> dict[str, dict[str, int]]:
     return found
 
 
+def fullest(catalog: Catalog) -> dict[str, int]:
+    """Kind → bytes on the rank that keeps most."""
+    return max(by_rank(catalog).values(), key=lambda kinds: sum(kinds.values()))
+
+
 def largest(catalog: Catalog) -> int:
     """Bytes on the rank that keeps most."""
-    return max(sum(kinds.values()) for kinds in by_rank(catalog).values())
+    return sum(fullest(catalog).values())
 
 
 def _kept(catalog: Catalog, pp: int, tp: int) -> tuple[int, ...]:

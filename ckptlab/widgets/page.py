@@ -8,15 +8,18 @@ from html import escape
 from ckptlab import viz
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Reshape
-from ckptlab.draw.words import number_of, size
+from ckptlab.draw.words import count, number_of, size
 from ckptlab.widgets import memory
 from ckptlab.widgets.held import in_words, inventory, sizes
+from ckptlab.widgets.pictures import buffer, layout
+from ckptlab.widgets.steps import TITLES, Step
 from ckptlab.widgets.subject import Choice, Refusal, Subject
 
 ROWS = 100  # of a rank's inventory
 
 STYLE = """
 .ckptlab-text{font:13px/1.5 system-ui,sans-serif;color:var(--jp-ui-font-color1,inherit)}
+.ckptlab-text p{margin:.4em 0;max-width:56em}
 .ckptlab-text .head{font-weight:600;font-size:14px}
 .ckptlab-text .quiet{opacity:.68}
 .ckptlab-text .told{font:12px/1.5 ui-monospace,monospace;min-height:3em}
@@ -26,7 +29,7 @@ STYLE = """
 .ckptlab-text .scroll{overflow:auto;max-height:20em}
 .ckptlab-text table{border-collapse:collapse;font:12px/1.5 ui-monospace,monospace;margin:0}
 .ckptlab-text :is(td,th){padding:.05em 1em .05em 0;text-align:left;white-space:nowrap;font-weight:400;background:none}
-.ckptlab-text :is(.r){text-align:right}
+.ckptlab-text .r{text-align:right}
 .ckptlab-text th{opacity:.68}
 .ckptlab-text pre{margin:.3em 0;padding:.5em .7em;white-space:pre-wrap;user-select:all;color:inherit;
 border:1px solid color-mix(in srgb,currentColor 18%,transparent);border-radius:3px;background:none;
@@ -42,6 +45,17 @@ def block(content: str) -> str:
 
 def heading(subject: Subject) -> str:
     return block(f'<div class="head">{escape(subject.title)}</div>')
+
+
+def model(subject: Subject) -> str:
+    """A model on paper in numbers, and what DeepSpeed would say to it."""
+    catalog = subject.catalog
+    parameters = sum(t.numel for t in catalog.tensors.values())
+    full = memory.fullest(catalog)
+    kept = f"{size(sum(full.values()))} on the fullest rank: {sizes(full)}"
+    notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in catalog.notices)
+    said = f"{count(parameters)} parameters in {number_of(len(catalog.tensors), 'tensor')} · {kept}"
+    return block(f"<p>{escape(said)}</p>{notes}")
 
 
 def told(lines: Iterable[str], otherwise: str) -> str:
@@ -90,31 +104,38 @@ def figures(reshape: Reshape) -> str:
     ]
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.notices)
     cells = "".join(f'<span><span class="quiet">{name}</span> <b>{value}</b></span>' for name, value in shown)
-    return block(f'<div class="figures">{cells}</div>{notes}')
+    way = " → ".join(f"{c.mesh} · ZeRO-{c.zero_stage}" for c in (reshape.source, reshape.target))
+    return block(f'<div class="head">{way}</div><div class="figures">{cells}</div>{notes}')
+
+
+def step(number: int, step: Step, with_code: bool) -> str:
+    """A step's place, title, sentence and, of a checkpoint, the Python that shows the same."""
+    way = " → ".join(f"<b>{t}</b>" if i == number else f'<span class="quiet">{t}</span>' for i, t in enumerate(TITLES))
+    line = f"<pre>{escape(step.code)}</pre>" if with_code and step.code else ""
+    return block(f"<div>{way}</div><p>{escape(step.text)}</p>{line}")
 
 
 def static(subject: Subject, choice: Choice) -> str:
     """The current state as a page without a kernel: the layout, the target with memory and plan, the Python line."""
-    catalog, tensor = subject.catalog, subject.tensor(choice)
-    at = catalog.mesh.coordinate(choice.rank)
+    catalog, name = subject.catalog, subject.tensor(choice).name
+    flat = buffer(catalog, name, choice.state, choice.rank)
     parts = [
         f'<div class="head">{escape(subject.title)}</div>',
         _row(
             viz.mesh(catalog.mesh, highlight=choice.rank).svg,
-            viz.tensor(tensor.layout, tensor.shape, catalog.mesh, rank=at, name=tensor.name).svg,
+            layout(catalog, name, choice.state, choice.rank),
         ),
+        *([_row(flat)] if flat else []),
     ]
     target = subject.target(choice)
     if isinstance(target, Refusal):
         parts.append(refusal(target))
     else:
-        wanted = target.target.tensors[tensor.name]
         changed = target.mesh != catalog.mesh or target.zero_stage != catalog.zero_stage
         if changed:
             parts += [
-                f'<div class="head">→ {target.mesh} · ZeRO-{target.zero_stage}</div>',
                 figures(target),
-                _row(viz.tensor(wanted.layout, wanted.shape, target.mesh, name=wanted.name).svg, viz.plan(target).svg),
+                _row(layout(target.target, name, choice.state), viz.plan(target).svg),
             ]
         parts.append(_row(viz.memory(memory.by_rank(target.target)).svg))
     parts.append(code(subject.line(choice)))

@@ -63,7 +63,7 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
     )
     verb = "Split over dp again: " if what == TARGET else ""
     text = (
-        f"{verb}{first} into {number_of(dp, 'equal part')}, one for each dp rank. Shown is pp stage {stage}, tp rank 0: "
+        f"{verb}{first} into {number_of(dp, 'equal part')}, one for each dp rank. Shown is pp stage {stage}, tp 0: "
         f"{number_of(len(flat.names), 'tensor')}, {flat.size(0):,} elements a dp rank. {tensor.name} lies on dp "
         f"{'rank' if len(set(ranks)) == 1 else 'ranks'} {ranges(ranks)}; what is hatched is padding."
     )
@@ -99,10 +99,12 @@ def _whole(catalog: Catalog, tensor: Tensor) -> Step:
 
 def _stages(reshape: Reshape, tensor: Tensor, wanted: Tensor) -> Step:
     before, after = reshape.source.mesh.pp, reshape.target.mesh.pp
-    move = f"{tensor.name} was on stage {_on(tensor)} and is on stage {_on(wanted)} now."
+    moves = f"goes from stage {_on(tensor)} to stage {_on(wanted)}"
+    move = f"{tensor.name} {moves if tensor.stages != wanted.stages else f'stays on stage {_on(tensor)}'}."
     if before == after == 1:
         return Step(TITLES[3], "Split pp: there is one stage, before and after.", (viz.stages(reshape.target).svg,))
-    text = f"Split pp: the layers are dealt to {number_of(after, 'stage')} instead of {before}. {move}"
+    instead = f" instead of {before}" if before != after else ", as before"
+    text = f"Split pp: the layers are dealt to {number_of(after, 'stage')}{instead}. {move}"
     return Step(TITLES[3], text, (viz.stages(reshape.source).svg, viz.stages(reshape.target).svg))
 
 
@@ -132,4 +134,3 @@ def _on(tensor: Tensor) -> str:
 
 def _state(tensor: Tensor) -> str:
     return next(iter(tensor.states))
-

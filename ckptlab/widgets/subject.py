@@ -18,8 +18,6 @@ from ckptlab.draw.words import number_of
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
 
-LARGE = 128  # ranks from which a slider answers when it is let go, not while it moves
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -74,6 +72,10 @@ class Subject:
         """The ZeRO stages that a target may have."""
         return paper.STAGES if self.is_paper else (1, 2, 3)
 
+    def at_stage(self, zero_stage: int) -> Catalog:
+        """Of a model on paper: the same on the same mesh under another ZeRO stage."""
+        return self.catalog.native.numbers.on(self.catalog.mesh, zero_stage)
+
     @property
     def trained_on(self) -> Mesh:
         """The mesh of the run; where a format holds whole tensors, not that of its files."""
@@ -109,7 +111,9 @@ class Subject:
             return Refusal(one_line(error, self.catalog.path))
 
     def line(self, choice: Choice) -> str:
-        """The Python line that does what was chosen; a checkpoint's reshape it also saves."""
+        """The Python line that does what was chosen: opens the tensor, or reshapes and, a checkpoint, saves."""
+        if (choice.mesh, choice.zero_stage) == (self.catalog.mesh, self.catalog.zero_stage):
+            return self.code if self.is_paper else f'{self.code}.full("{choice.state}", stack=False)["{choice.tensor}"]'
         line = f"{self.code}.{self.reshaping(choice)}"
         return line if self.is_paper else f'{line}.save("reshaped/step")'
 
@@ -132,4 +136,4 @@ def one_line(error: Exception, path: Any = "") -> str:
     rest = ". ".join(line.strip() for line in others if not line.startswith("  - "))
     told = f"{first} {reasons}".strip()
     told = f"{told}. {rest}" if rest else told
-    return told[:1].upper() + told[1:]
+    return told[:1].upper() + told[1:] if told.split(" ")[0].isalpha() else told

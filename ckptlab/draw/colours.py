@@ -11,8 +11,6 @@ PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f
 SHADE = "#0072b2"
 """What amounts are shaded with, at up to half its strength: the page's own text stays legible on it."""
 
-BLANK = "none"
-
 
 def colour(k: int) -> str:
     """The k-th colour; from the ninth on the same in other strengths."""
@@ -36,5 +34,5 @@ def _linear(c: float) -> float:
 
 
 def _mix(a: str, b: str, share: float) -> str:
-    parts = zip(*((int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (a, b)), strict=True)
-    return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in parts)
+    pairs = ((int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(x + (y - x) * share):02x}" for x, y in pairs)

@@ -72,7 +72,7 @@ class Edge:
 
     @cached_property
     def _exact(self) -> tuple[Int64, Int64, Int64]:
-        """(start, length, code) of every strip; a code says who holds it, of which part it is, whether it is padding."""
+        """(start, length, code) of every strip; a code says who holds it, of which part it is, if it is padding."""
         ends = np.cumsum([length for _, length in self.parts], dtype=np.int64)
         every = [np.concatenate([i[:, 0], i.sum(axis=1)]) for i in self.held]
         breaks = np.unique(np.concatenate([[0, self.true, self.size], ends, *every]).astype(np.int64))

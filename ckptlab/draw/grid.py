@@ -15,7 +15,8 @@ from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of
 
 COLUMNS, ROWS, PANELS = 8, 16, 8  # the most that are drawn one by one along each side
 CELLS = 128  # the most cells
-_GAP, _TOP = 26, 30
+_GAP = 26
+_Box = tuple[float, float, float, float]
 
 
 def grid(
@@ -67,7 +68,7 @@ def grid(
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
     width = left + across * (panel_w + _GAP) - _GAP + 6
-    for note in _notes(step, ranks.size, groups, along, cut):
+    for note in _notes(step, ranks.size, marked, groups, along, cut):
         height += 18
         parts.append(text(0, height - 9, note, "quiet note"))
         width = max(width, width_of(note))
@@ -77,7 +78,7 @@ def grid(
 
 def _cell_size(shape: Sequence[int], step: int, ranks: int) -> tuple[float, float]:
     if step > 1:
-        return (58.0, 26.0)
+        return (46.0, 26.0)
     digits = len(str(ranks - 1))
     return (max(34.0, 8.0 * digits + 14), 28.0)
 
@@ -99,7 +100,8 @@ def _panel(
     groups: Sequence[Sequence[int]],
     along: str,
 ) -> list[str]:
-    cells, outlines = [], {}
+    cells: list[str] = []
+    outlines: dict[tuple[int, ...], list[tuple[int, int, _Box]]] = {}
     for i, row in enumerate(cut[1]):
         for j, column in enumerate(cut[2]):
             held = [int(r) for r in ranks[np.ix_(panel, row, column)].ravel()]
@@ -113,12 +115,18 @@ def _panel(
             if found:
                 data["group"] = told(found)
             tip = _tip(held, place, found, along)
-            label = str(held[0]) if len(held) == 1 else f"{len(held)} ranks"
-            strong = {} if mark else {"fill_opacity": ".32"}
+            label = str(held[0]) if len(held) == 1 else _several(held, marked)
+            strong = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
             cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, rx="3", **strong))
             if found:
                 outlines.setdefault(found, []).append((i, j, box))
     return cells + [line for found, boxes in outlines.items() for line in _outline(found, boxes)]
+
+
+def _several(held: Sequence[int], marked: frozenset[int]) -> str:
+    """A block's label: how many ranks it is, or the one that is marked in it."""
+    found = sorted(marked.intersection(held))
+    return f"({found[0]})" if len(found) == 1 else f"{len(held)} ×"
 
 
 def _tip(held: Sequence[int], place: Mapping[str, str], groups: Sequence[int], along: str) -> str:
@@ -127,7 +135,7 @@ def _tip(held: Sequence[int], place: Mapping[str, str], groups: Sequence[int], a
     return f"{said} · {along} group {span(groups)}" if groups else said
 
 
-def _outline(group: tuple[int, ...], boxes: Sequence[tuple[int, int, tuple[float, float, float, float]]]) -> list[str]:
+def _outline(group: tuple[int, ...], boxes: Sequence[tuple[int, int, _Box]]) -> list[str]:
     """One frame around cells that fill a rectangle, else one around each."""
     tint = colour(group[0])
     rows, columns = {i for i, _, _ in boxes}, {j for _, j, _ in boxes}
@@ -140,16 +148,27 @@ def _outline(group: tuple[int, ...], boxes: Sequence[tuple[int, int, tuple[float
         w, h = max(b[0] + b[2] for b in frame) - x + 1, max(b[1] + b[3] for b in frame) - y + 1
         style = {"fill": "none", "stroke": tint, "stroke_width": "2.5", "rx": "5"}
         found.append(rect(x, y, w, h, class_="group overlay", data_group=told(group), **style))
+        found.append(text(x + 4, y + 7, span(group), "tiny group-label"))
     return found
 
 
 def _notes(
-    step: int, size: int, groups: Sequence[Sequence[int]], along: str, cut: Sequence[Sequence[range]]
+    step: int,
+    size: int,
+    marked: Collection[int],
+    groups: Sequence[Sequence[int]],
+    along: str,
+    cut: Sequence[Sequence[range]],
 ) -> list[str]:
     found = []
     if step > 1:
         cells = math.prod(map(len, cut))
-        found.append(f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks")
+        found.append(f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks ({step:,} ×)")
+    if marked:
+        some = ", ".join(map(str, sorted(marked)[:8])) + (" …" if len(marked) > 8 else "")
+        found.append(f"marked: {'rank' if len(marked) == 1 else f'{len(marked):,} ranks,'} {some}")
     if groups:
-        found.append(f"{len(groups):,} {along} groups of {len(groups[0]):,}, each framed in its own colour")
+        found.append(
+            f"{len(groups):,} {along} groups of {len(groups[0]):,}, each framed in its own colour with its number"
+        )
     return found

@@ -55,7 +55,9 @@ def matrix(
     for j, nbytes in enumerate(received):
         parts.append(text(left + (j + 0.5) * wide, top + down + 12, size(nbytes), "small middle quiet sum"))
     y = top + down + 24
-    said = [f"{name}; framed: some of it stays on the rank where it is (all of it, if the frame is thick)", *notes]
+    said = [f"figures in {name}", *notes]
+    if any(n for row in kept for n in row):
+        said[0] += "; thick frame: stays on the rank where it is; thin frame: some of it does"
     for line in said:
         y += 18
         parts.append(text(0, y - 9, line, "quiet note"))

@@ -9,7 +9,7 @@ from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, text, width_of
 from ckptlab.draw.words import elements
 
-_WIDTH, _HEIGHT, _GAP = 190.0, 34.0, 44.0
+_WIDTH, _HEIGHT, _GAP = 200.0, 42.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,14 @@ class Box:
 
 def pipeline(columns: Sequence[tuple[str, Sequence[Box]]], *, title: str = "", notes: Sequence[str] = ()) -> Drawing:
     """(label, boxes) of each stage, in the order in which data flows."""
+    left = 24 if any(box.link for _, boxes in columns for box in boxes) else 2
     largest = max([box.size for _, boxes in columns for box in boxes] + [1])
     top = 28.0 if title else 6.0
     parts = [text(0, 8, title, "title")] if title else []
     linked: dict[str, list[tuple[float, float]]] = {}
     deepest = 0
     for i, (label, boxes) in enumerate(columns):
-        x, y = 6 + i * (_WIDTH + _GAP), top + 20
+        x, y = left + i * (_WIDTH + _GAP), top + 20
         parts.append(text(x + _WIDTH / 2, top + 6, label, "middle strong stage-label"))
         for box in boxes:
             parts.append(_box(box, x, y, largest, colour(i)))
@@ -40,14 +41,14 @@ def pipeline(columns: Sequence[tuple[str, Sequence[Box]]], *, title: str = "", n
             y += _HEIGHT + 6
         deepest = max(deepest, len(boxes))
         if i:
-            parts.append(_arrow(x - _GAP + 6, top + 6, _GAP - 12))
+            parts.append(_arrow(x - _GAP / 2 - _WIDTH / 2 + 40, top + 6, _GAP + _WIDTH - 80))
     height = top + 20 + deepest * (_HEIGHT + 6)
     parts += [_link(places, k, height) for k, places in enumerate(linked.values()) if len(places) > 1]
     height += 12 + 8 * sum(len(places) > 1 for places in linked.values())
     for line in notes:
         height += 18
         parts.append(text(0, height - 9, line, "quiet note"))
-    width = max([12 + len(columns) * (_WIDTH + _GAP) - _GAP, *(width_of(line) for line in notes)])
+    width = max([left + 6 + len(columns) * (_WIDTH + _GAP) - _GAP, *(width_of(line) for line in notes)])
     return drawing(title or "stages", parts, width, height + 2)
 
 
@@ -58,9 +59,9 @@ def _box(box: Box, x: float, y: float, largest: int, tint: str) -> str:
     frame = cell((x, y, _WIDTH, _HEIGHT), tint, tip, kind=kind, data=box.data, rx="4", fill_opacity=".12", **dashed)
     share = rect(x + 1, y + _HEIGHT - 6, (_WIDTH - 2) * box.size / largest, 5, fill=tint, class_="share overlay")
     size = elements(box.size)
-    name = text(x + 7, y + 11, fitted(box.label, _WIDTH - width_of(size, 10) - 20, 12), "box-label")
-    detail = text(x + 7, y + 22, fitted(box.detail, _WIDTH - 14, 9), "small quiet") if box.detail else ""
-    return frame + share + name + text(x + _WIDTH - 7, y + 11, size, "small quiet end") + detail
+    name = text(x + 7, y + 12, fitted(box.label, _WIDTH - width_of(size, 10) - 20, 12), "box-label")
+    detail = text(x + 7, y + 26, fitted(box.detail, _WIDTH - 14, 9), "small quiet") if box.detail else ""
+    return frame + share + name + text(x + _WIDTH - 7, y + 12, size, "small quiet end") + detail
 
 
 def _arrow(x: float, y: float, length: float) -> str:
@@ -73,8 +74,8 @@ def _link(places: Sequence[tuple[float, float]], k: int, bottom: float) -> str:
     depth = bottom + 4 + 8 * k
     style = {"fill": "none", "stroke": colour(5), "stroke_width": "2", "class_": "tie overlay"}
     found = []
-    (x0, y0), (x1, y1) = places[0], places[-1]
+    out = 7 + 6 * (k % 3)
     for x, y in places:
-        found.append(element("path", d=f"M{x:.1f} {y + _HEIGHT / 2:.1f}h-5V{depth:.1f}", **style))
-    found.append(element("path", d=f"M{x0 - 5:.1f} {depth:.1f}H{x1 - 5:.1f}", **style))
+        found.append(element("path", d=f"M{x:.1f} {y + _HEIGHT / 2:.1f}h-{out}V{depth:.1f}", **style))
+    found.append(element("path", d=f"M{places[0][0] - out:.1f} {depth:.1f}H{places[-1][0] - out:.1f}", **style))
     return "".join(found)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptlab.draw.colours import PALETTE, colour
-from ckptlab.draw.edge import Edge, Strip
-from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, striped, text, width_of
+from ckptlab.draw.edge import STRIPS, Edge, Strip
+from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, striped, text, text_of, width_of
 
 _SIDE, _THIN = 340.0, 46.0
 _STRIPES = 4  # holders whose colours are striped; more are grey
@@ -31,37 +32,97 @@ def sheet(
     notation: str = "",
     copies: Sequence[tuple[str, int]] = (),
     marked: Mapping[str, int] | None = None,
+    shard: Sequence[Sequence[tuple[int, int]]] | None = None,
     notes: Sequence[str] = (),
 ) -> Drawing:
-    """One tensor. copies: (axis, number) of those that hold the same; marked: the coordinate that stands out."""
+    """One tensor. copies: (axis, number) of those that hold the same; marked: the coordinate that stands out; shard:
+    what it holds, drawn beside: for each dim its intervals (start in the whole, length), in the shard's order.
+    """
     rows, columns = _directions(edges)
     width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns])
     left, top = _margins([edges[i] for i in rows], [edges[i] for i in columns], title, notation)
     sheets = min(2, math.prod(n for _, n in copies) - 1)
     parts = [text(0, 8, title, "title")] if title else []
     if notation:
-        parts.append(text(0, 26 if title else 8, notation, "mono"))
+        parts.append(text(0, 26 if title else 8, _spelled(notation, edges), "mono notation", svg=True))
     for k in range(sheets, 0, -1):
-        style = {"fill": "none", "stroke": "currentColor", "stroke_opacity": ".35"}
-        parts.append(rect(left + 5 * k, top + 5 * k, width, height, class_="copy", **style))
+        parts.append(_frame((left + 5 * k, top + 5 * k, width, height), "copy", "1", stroke_opacity=".35"))
     down, over = _bands([edges[i] for i in rows], height), _bands([edges[i] for i in columns], width)
     allowed = [edge.axes.where(dict(marked)) if marked is not None else None for edge in edges]
     defs: list[str] = []
     for a, b in itertools.product(down, over):
         strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
         parts.append(_cell(edges, strips, (left + b.at, top + a.at, b.length, a.length), allowed, defs))
-    frame = {"fill": "none", "stroke": "currentColor", "stroke_width": "1.5"}
-    parts.append(rect(left, top, width, height, class_="whole overlay", **frame))
+    parts.append(_frame((left, top, width, height), "whole overlay", "1.5"))
     parts += _labels([edges[i] for i in rows], down, left, top, width, height, vertical=True)
     parts += _labels([edges[i] for i in columns], over, left, top, width, height, vertical=False)
-    bottom = top + height + 5 * sheets + (20 if columns else 6)
+    right = left + width + 5 * sheets + 46
+    if shard is not None:
+        cells, right = _shard(edges, shard, rows, columns, (right + 30, top), (width, height), marked or {})
+        parts += cells
+    bottom = top + height + 5 * sheets + (28 if len(over) > 1 else 6)
     said = [*_said(edges, rows, columns, copies), *notes]
     for line in said:
         bottom += 18
         parts.append(text(0, bottom - 9, line, "quiet note"))
-    right = left + width + 5 * sheets + 46
     total = max([right, width_of(title, 14), width_of(notation, 13), *(width_of(line) for line in said)])
     return drawing(title or notation, parts, total, bottom + 2, defs)
+
+
+def _spelled(notation: str, edges: Sequence[Edge]) -> str:
+    """The notation with the mesh axes that cut in it underlined."""
+    axes = {name for edge in edges for name in edge.axes.names}
+    words = re.split(r"(\w+)", notation)
+    return "".join(
+        element("tspan", text_of(w), class_="strong", text_decoration="underline") if w in axes else text_of(w)
+        for w in words
+    )
+
+
+def _shard(
+    edges: Sequence[Edge],
+    shard: Sequence[Sequence[tuple[int, int]]],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    corner: tuple[float, float],
+    whole: tuple[float, float],
+    marked: Mapping[str, int],
+) -> tuple[list[str], float]:
+    """The shard to the scale of the whole, its pieces behind one another; and where it ends on the right."""
+    across = _runs([edges[i] for i in columns], [shard[i] for i in columns], whole[0])
+    down = _runs([edges[i] for i in rows], [shard[i] for i in rows], whole[1])
+    number = 0
+    for edge in edges:
+        block = next(i for i, b in enumerate(edge.blocks) if edge.axes.where(dict(marked)).intersection(b))
+        number = number * len(edge.blocks) + block
+    who = " ".join(f"{axis} {k}" for axis, k in marked.items()) or "every rank"
+    size = " × ".join(f"{sum(n for _, n in pieces):,}" for pieces in shard)
+    x, y = corner
+    found = [text(x, y - 11, f"{who} holds {size}", "strong shard-label")]
+    for (names_a, at_a, a), (names_b, at_b, b) in itertools.product(down, across):
+        tip = f"{who} · {', '.join(filter(None, [names_a, names_b]))}"
+        found.append(cell((x + at_b, y + at_a, b, a), colour(number), tip, kind="shard", data=dict(marked)))
+    end = x + (across[-1][1] + across[-1][2] if across else 0)
+    labels = [(end + 8, y + at + a / 2, names) for names, at, a in down if len(down) > 1 and a >= 9]
+    found += [text(*label, "small quiet") for label in labels]
+    widest = max([width_of(names, 10) for _, _, names in labels] + [0])
+    return found, max(end + widest + 16, x + width_of(f"{who} holds {size}", 13))
+
+
+def _runs(
+    edges: Sequence[Edge], pieces: Sequence[Sequence[tuple[int, int]]], extent: float
+) -> list[tuple[str, float, float]]:
+    """(names, place, length) along one direction of the shard; more than can be seen are one."""
+    whole = math.prod(edge.size for edge in edges)
+    if math.prod(map(len, pieces)) > STRIPS:
+        return [("", 0.0, extent * math.prod(sum(n for _, n in some) for some in pieces) / max(whole, 1))]
+    found, at = [], 0.0
+    for choice in itertools.product(*pieces):
+        length = extent * math.prod(n for _, n in choice) / max(whole, 1)
+        names = " × ".join(f"{e.name} {s:,}–{s + n - 1:,}" for e, (s, n) in zip(edges, choice, strict=True))
+        found.append((names, at, length))
+        at += length
+    return found
 
 
 def _directions(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
@@ -126,7 +187,8 @@ def _cell(
     along = ", ".join(f"{e.name} {s}–{s + n - 1}" for e, s, n in zip(edges, starts, sizes, strict=True))
     who = f"{label or 'every rank'}{' (each holds it)' if shared else ''}"
     tip = f"{who} · {' '.join([*names, along])} · {math.prod(sizes):,} elements{' · padding' if padding else ''}"
-    shape = cell(box, fill, tip, kind=" ".join(kinds), label=label, data=data)
+    faint = {"fill_opacity": ".15"} if "dimmed" in kinds else {}
+    shape = cell(box, fill, tip, kind=" ".join(kinds), label=label, data=data, **faint)
     return shape + (hatched(box) if padding else "")
 
 
@@ -191,8 +253,7 @@ def _parts(edge: Edge, left: float, top: float, width: float, height: float, ver
     for name, length in edge.parts:
         size = extent * length / edge.size
         box = (left, top + at, width, size) if vertical else (left + at, top, size, height)
-        style = {"fill": "none", "stroke": "currentColor", "stroke_width": "2.5"}
-        found.append(rect(*box, class_="part overlay", data_part=name, **style))
+        found.append(_frame(box, "part overlay", "2.5", data_part=name))
         said = f"{name} {length:,}"
         if vertical and size >= 9:
             found.append(text(left - 12, box[1] + size / 2, said, "end strong part-label"))
@@ -201,6 +262,11 @@ def _parts(edge: Edge, left: float, top: float, width: float, height: float, ver
             found.append(text(box[0] + size / 2, top - 11, said, "middle strong part-label"))
         at += size
     return found
+
+
+def _frame(box: tuple[float, float, float, float], kind: str, width: str, **attributes: object) -> str:
+    x, y, w, h = box
+    return rect(x, y, w, h, fill="none", stroke="currentColor", stroke_width=width, class_=kind, **attributes)
 
 
 def _bracket(x: float, y: float, length: float) -> str:
@@ -229,5 +295,5 @@ def _said(
             )
     if copies:
         each = " · ".join(f"{axis} {n:,}" for axis, n in copies)
-        found.append(f"replicated: {math.prod(n for _, n in copies):,} ranks hold the same ({each})")
+        found.append(f"each piece is held alike by {math.prod(n for _, n in copies):,} ranks ({each})")
     return found

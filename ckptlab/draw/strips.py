@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptlab.draw.colours import PALETTE, colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, swatch, text, width_of
 
 _WIDTH, _HEIGHT, _STEP = 760.0, 30.0, 46.0
+LEGEND = 24  # names that are listed below
 _THIN = 3.0  # pixels: pieces thinner than this are drawn together with their neighbours
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` elements at `start` of a bar; `hue` chooses the colour; torn: it goes on before or after this bar."""
+    """`length` elements at `start` of a bar; `hue` numbers and colours it.
+
+    torn: whether it began in a bar before, and whether it goes on in a bar behind.
+    """
 
     name: str
     start: int
@@ -54,6 +58,8 @@ def strips(bars: Sequence[Bar | str], *, title: str = "", notes: Sequence[str] =
         parts.append(text(left, y + _HEIGHT + 8, "0", "small quiet"))
         parts.append(text(left + width, y + _HEIGHT + 8, f"{bar.length:,}", "small quiet end"))
         y += _STEP
+    legend, y = _legend(bars, _WIDTH / longest, left, y)
+    parts += legend
     said = [*notes]
     if merged:
         said.append(f"{merged:,} pieces are too thin to be seen; they are drawn together with their neighbours")
@@ -82,8 +88,8 @@ def _bar(bar: Bar, left: float, y: float, scale: float) -> tuple[list[str], int]
     found += _flush(run, left, y, scale, bar)
     if at < bar.length:
         found.append(_padding(bar, at, bar.length - at, left, y, scale))
-    style = {"fill": "none", "stroke": "currentColor", "stroke_width": "1.5"}
-    found.append(rect(left, y, bar.length * scale, _HEIGHT, class_="bar overlay", **style))
+    frame = rect(left, y, bar.length * scale, _HEIGHT, class_="bar overlay", fill="none", stroke="currentColor")
+    found.append(frame)
     return found, thin
 
 
@@ -93,9 +99,37 @@ def _piece(piece: Piece, left: float, y: float, scale: float, bar: Bar) -> str:
     before, after = piece.torn
     goes = " · goes on in the next" if after else ""
     tip = f"{piece.name} · {piece.length:,} elements from {piece.start:,}{goes}{' · begun before' if before else ''}"
-    label = f"{'◂ ' if before else ''}{piece.name}{' ▸' if after else ''}"
+    label = piece.name if _fits(piece, scale) else str(piece.hue + 1)
     shape = cell((x, y, width, _HEIGHT), colour(piece.hue % 7), tip, kind="fragment", label=label, data=data)
     return shape + "".join(_tear(at, y) for at, torn in ((x, before), (x + width, after)) if torn)
+
+
+def _fits(piece: Piece, scale: float) -> bool:
+    return piece.length * scale >= width_of(piece.name, 10) + 6
+
+
+def _legend(bars: Sequence[Bar | str], scale: float, left: float, y: float) -> tuple[list[str], float]:
+    """Names of the pieces that have only a number, in columns; and where the legend ends."""
+    found: dict[int, Piece] = {}
+    for bar in bars:
+        for piece in bar.pieces if isinstance(bar, Bar) else ():
+            if not _fits(piece, scale) and piece.length * scale >= _THIN:
+                found.setdefault(piece.hue, piece)
+    shown = [found[hue] for hue in sorted(found)][:LEGEND]
+    columns = max(1, int(_WIDTH // max([width_of(p.name, 10) + 46 for p in shown] + [1])))
+    wide = _WIDTH / columns
+    parts = []
+    for i, piece in enumerate(shown):
+        x, at = left + i % columns * wide, y + 8 + 16 * (i // columns)
+        parts += [
+            swatch(x, at, colour(piece.hue % 7)),
+            text(x + 15, at, f"{piece.hue + 1} {piece.name}", "small legend"),
+        ]
+    y += 16 * -(-len(shown) // columns) + (6 if shown else 0)
+    if len(found) > LEGEND:
+        parts.append(text(left, y + 6, f"… and {len(found) - LEGEND:,} more tensors", "small quiet"))
+        y += 14
+    return parts, y
 
 
 def _tear(x: float, y: float) -> str:

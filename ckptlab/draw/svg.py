@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ckptlab.draw.colours import BLANK, SHADE, ink
+from ckptlab.draw.colours import ink
 
 UID = "\x00"
-"""Stands for the drawing's own id in `id` and `url(#…)`, until `drawing` knows it: two drawings on a page never clash."""
+"""Stands for the drawing's own id in `id` and `url(#…)` until `drawing` knows it: drawings on one page never clash."""
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
@@ -23,6 +23,7 @@ _STYLE = (
     ".ckptlab-drawing text{fill:currentColor;dominant-baseline:central;pointer-events:none}"
     ".ckptlab-drawing .title{font-weight:600;font-size:13px}"
     ".ckptlab-drawing .small{font-size:10px}"
+    ".ckptlab-drawing .tiny{font-size:8px;opacity:.8}"
     ".ckptlab-drawing .quiet{opacity:.68}"
     ".ckptlab-drawing .strong{font-weight:600}"
     ".ckptlab-drawing .mono{font-family:ui-monospace,monospace}"
@@ -34,7 +35,7 @@ _STYLE = (
     ".ckptlab-drawing .overlay{pointer-events:none}"
     ".ckptlab-drawing .cell{stroke:currentColor;stroke-opacity:.4;stroke-width:.75}"
     ".ckptlab-drawing .marked{stroke-opacity:1;stroke-width:2.5}"
-    ".ckptlab-drawing .dimmed{opacity:.3}"
+    ".ckptlab-drawing .tied{stroke-opacity:.9;stroke-width:1.25}"
     ".ckptlab-drawing .cell:hover{stroke-opacity:1;stroke-width:2}"
 )
 _ALONE = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"  # a file has no page to follow
@@ -112,9 +113,10 @@ def rect(x: float, y: float, w: float, h: float, **attributes: object) -> str:
     return element("rect", x=float(x), y=float(y), width=float(w), height=float(h), **attributes)
 
 
-def text(x: float, y: float, content: object, classes: str = "", **attributes: object) -> str:
-    """Text centred vertically on y."""
-    return element("text", text_of(content), x=float(x), y=float(y), class_=classes or None, **attributes)
+def text(x: float, y: float, content: object, classes: str = "", *, svg: bool = False, **attributes: object) -> str:
+    """Text centred vertically on y. svg: the content is SVG already."""
+    said = str(content) if svg else text_of(content)
+    return element("text", said, x=float(x), y=float(y), class_=classes or None, **attributes)
 
 
 def cell(
@@ -144,12 +146,11 @@ def cell(
         **{f"data_{name}": value for name, value in (data or {}).items()},
         **attributes,
     )
-    said = fitted(label, w - 4) if h >= 11 else ""
-    small = "" if h >= 14 and w >= width_of(said) + 8 else "small"
+    if not label or h < 11 or w < width_of(label, 10) + 4:
+        return shape
+    small = "" if h >= 14 and w >= width_of(label) + 8 else "small"
     on = ink(fill) if fill.startswith("#") and "fill_opacity" not in attributes else ""
-    dim = "dimmed" if "dimmed" in kind else ""
-    classes = " ".join(filter(None, ["middle", small, on, dim]))
-    return shape + (text(x + w / 2, y + h / 2, said, classes) if said else "")
+    return shape + text(x + w / 2, y + h / 2, label, " ".join(filter(None, ["middle", small, on])))
 
 
 def hatched(box: tuple[float, float, float, float]) -> str:
@@ -195,7 +196,3 @@ def fitted(content: str, width: float, size: float = 10) -> str:
         return ""
     head = (most - 1) // 3
     return f"{content[:head]}…{content[head - most + 1 :]}"
-
-
-__all__ = ["BLANK", "SHADE", "UID", "Drawing", "cell", "drawing", "element", "fitted", "hatched", "number", "rect"]
-__all__ += ["striped", "swatch", "text", "text_of", "width_of"]

@@ -163,6 +163,11 @@ class Layout:
             parts.append(f"replicas={self.replicas!r}")
         return f"Layout({', '.join(parts)})"
 
+    def _repr_html_(self) -> str:
+        from ckptlab.layout.picture import on_paper
+
+        return on_paper(self)._repr_html_()
+
 
 _FIELDS = ("text", "dims", "sizes", "totals", "units", "padded", "stages", "replicas")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ckptlab.draw import Axes, Drawing, Edge, sheet
+from ckptlab.errors import LayoutError
 from ckptlab.layout.cut import Cut, DimCut
+from ckptlab.layout.example import example
+from ckptlab.layout.layout import Layout
 from ckptlab.layout.rows import intervals
 from ckptlab.mesh import Mesh
 
@@ -31,7 +34,25 @@ def picture(
         for dim, true, name, part in zip(cut.dims, cut.logical, dims, parts, strict=True)
     ]
     marked = None if rank is None else {axis: k for axis, k in rank.items() if axis in cut.axes}
-    return sheet(edges, title=title, notation=notation, copies=_copies(cut), marked=marked, notes=notes)
+    shard = None
+    if marked is not None and len(marked) == len(cut.axes):
+        places = zip(cut.dims, cut.per_dim(cut.coordinate(marked)), strict=True)
+        shard = [[(int(s), int(n)) for s, n in intervals(dim.runs[at])[:, [0, 2]]] for dim, at in places]
+    return sheet(edges, title=title, notation=notation, copies=_copies(cut), marked=marked, shard=shard, notes=notes)
+
+
+def on_paper(layout: Layout) -> Drawing:
+    """A layout by itself, on a small mesh and shape that it fits; of one that fits none of those, the notation."""
+    bare = layout.replace(padded=(), units=(), stages=None)
+    shape, mesh = example(bare)
+    said = [f"an example: shape {shape} on {mesh}"]
+    if layout.padded:
+        said.append("padded: " + ", ".join(f"{layout.dims[i]} to {n:,}" for i, n in layout.padded))
+    try:
+        cut, parts = bare.resolve(shape, mesh), bare.parts(shape, mesh)
+    except LayoutError:
+        return sheet([], title=repr(layout), notes=["no small example of it: give it a shape and a mesh"])
+    return picture(cut, layout.dims, parts, title=repr(layout), notation=layout.text, notes=said)
 
 
 def _edge(dim: DimCut, true: int, name: str, parts: Parts, mesh: Mesh) -> Edge:

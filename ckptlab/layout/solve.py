@@ -67,14 +67,14 @@ class Geometry:
     def parts(self, dim: int) -> list[tuple[str, int]]:
         """(name, length in the whole) of what follows one another in a dim, each cut on its own; else nothing.
 
-        Of a sum its terms (`q`, `k`, `v`), of `(3 tp out)` three that are equal (`0`, `1`, `2`).
+        Of a sum its terms (`q`, `k`, `v`), of `(3 tp out)` three that are equal (`part 0` …).
         """
         node = self.dims[dim]
         if isinstance(node, Sum):
             return [(self._part_name(term), self._extent(term, {})) for term in node.terms]
         if isinstance(node, Product) and isinstance(node.factors[0], Number):
             n = node.factors[0].value
-            return [(str(k), self.sizes[dim] // n) for k in range(n)] if n > 1 else []
+            return [(f"part {k}", self.sizes[dim] // n) for k in range(n)] if n > 1 else []
         return []
 
     def _part_name(self, term: Node) -> str:

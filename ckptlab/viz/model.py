@@ -27,19 +27,31 @@ def stages(model: Catalog | Checkpoint | Reshape) -> Drawing:
     columns = []
     folds = blocks(catalog.mesh.pp, COLUMNS)
     for block in folds:
-        mine = [t for t in catalog.tensors.values() if set(block).intersection(t.stages)]
-        boxes = [*_boxes(mine, told(block))]
-        if len(boxes) > BOXES:
-            left = boxes[BOXES - 1 :]
-            rest = Box(f"… {len(left):,} more", sum(b.size for b in left), "drawn together", "", {"pp": told(block)})
-            boxes = [*boxes[: BOXES - 1], rest]
+        mine = [t for t in catalog.tensors.values() if t.stages[0] in block]
+        # copies come last: a head that is tied to the embedding stands behind the layers
+        mine += [t for t in catalog.tensors.values() if t.stages[0] not in block and set(block) & set(t.stages)]
+        boxes = _few(list(_boxes(mine, told(block))), told(block))
         columns.append((f"pp {span(block)}" if catalog.mesh.pp > 1 else "one stage", boxes))
     notes = [f"{catalog.mesh.pp} stages in {len(folds)} columns"] if len(folds) < catalog.mesh.pp else []
     if any(len(t.stages) > 1 for t in catalog.tensors.values()):
         notes.append("dashed and joined: one tensor, of which each of these stages holds a copy")
-    return pipeline(
-        columns, title=f"{number_of(len(catalog.tensors), 'tensor')} over pp {catalog.mesh.pp}", notes=notes
-    )
+    title = f"{number_of(len(catalog.tensors), 'tensor')} over {number_of(catalog.mesh.pp, 'pp stage')}"
+    return pipeline(columns, title=title, notes=notes)
+
+
+def _few(boxes: list[Box], pp: str) -> list[Box]:
+    """At most BOXES: of the untied the last ones together."""
+    tied = [box for box in boxes if box.link]
+    plain = [box for box in boxes if not box.link]
+    keep = max(BOXES - len(tied), 2)
+    if len(plain) <= keep:
+        return boxes
+    left = plain[keep - 1 :]
+    count = sum(int(str(box.data["tensors"])) for box in left)
+    elements = sum(box.size for box in left)
+    data = {"pp": pp, "tensors": count, "elements": elements}
+    rest = Box(f"… {len(left):,} more", elements, f"{number_of(count, 'tensor')}, drawn together", "", data)
+    return [*(box for box in boxes if box.link or box in plain[: keep - 1]), rest]
 
 
 def catalog_of(model: Catalog | Checkpoint | Reshape) -> Catalog:

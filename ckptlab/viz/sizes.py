@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptlab.catalog import MASTER, MODULE, Catalog
-from ckptlab.draw import Drawing, Stack, bars
-from ckptlab.draw.blocks import blocks, span, told
+from ckptlab.draw import Axes, Drawing, Stack, bars
+from ckptlab.draw.blocks import blocks
+from ckptlab.draw.words import ranges
 from ckptlab.viz.model import catalog_of
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
 
 KINDS = ("module weights", "master weights", "moments", "other")
-BARS = 32  # bars that are drawn
+RANKS = 16  # ranks that have a bar each
+BARS = 24  # bars that are drawn
+
+Table = NDArray[np.int64]
 
 
 def memory(model: Catalog | Checkpoint | Reshape | Mapping[str, Mapping[str, int]]) -> Drawing:
@@ -29,44 +34,44 @@ def memory(model: Catalog | Checkpoint | Reshape | Mapping[str, Mapping[str, int
     data-bytes, data-rank.
     """
     if isinstance(model, Mapping):
+        kinds = list(dict.fromkeys(kind for amounts in model.values() for kind in amounts))
+        kinds = [k for k in KINDS if k in kinds] + [k for k in kinds if k not in KINDS]
+        found = np.array([[int(a.get(k, 0)) for k in kinds] for a in model.values()], np.int64)
         labels = list(model)
-        table = {label: {k: int(n) for k, n in kinds.items() if n} for label, kinds in model.items()}
-        notes: list[str] = []
-    else:
-        catalog = catalog_of(model)
-        found = memory_by_rank(catalog)
-        mesh = catalog.mesh
-        labels = [_label(mesh.coordinate(r)) if mesh.size > 1 else "the rank" for r in range(mesh.size)]
-        labels = [f"{r}: {label}" if mesh.size > 1 else label for r, label in enumerate(labels)]
-        table = {
-            label: {k: int(n) for k, n in zip(KINDS, row, strict=True) if n}
-            for label, row in zip(labels, found.tolist(), strict=True)
-        }
-        notes = ["tensors and their states with flat padding; no gradients, no activations"]
+        return _drawn(found.reshape(len(labels), len(kinds)), kinds, lambda ranks: _ends(labels, ranks), [])
+    catalog = catalog_of(model)
+    axes = Axes(catalog.mesh.axes, catalog.mesh.shape)
+    notes = ["what is stored of tensors and states, with flat padding; no gradients, no activations"]
+    return _drawn(memory_by_rank(catalog), KINDS, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", notes)
+
+
+def _drawn(found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], str], notes: list[str]) -> Drawing:
+    """Bars for (rank, kind) bytes: a bar a rank; of many, one for those that are alike; of very many, of neighbours."""
+    shown = [k for k in range(len(kinds)) if found[:, k].any()]
+    sets: list[list[int]] = [[r] for r in range(len(found))]
+    if len(found) > RANKS:
+        alike: dict[bytes, list[int]] = {}
+        for rank, row in enumerate(found):
+            alike.setdefault(row.tobytes(), []).append(rank)
+        sets = list(alike.values())
+        notes = [f"{len(found):,} ranks in {len(sets):,} bars: ranks that hold as much of everything are one", *notes]
+    if len(sets) > BARS:
+        sets = [list(block) for block in blocks(len(found), BARS)]
+        notes = [f"{len(found):,} ranks in {len(sets):,} bars, each the fullest of {len(sets[0]):,} ranks", *notes[1:]]
     stacks = []
-    for block in blocks(len(labels), BARS):
-        fullest = max(block, key=lambda r: sum(table[labels[r]].values()))
-        label = labels[fullest] if len(block) == 1 else f"{span(block)}, fullest {labels[fullest]}"
-        stacks.append(Stack(label, table[labels[fullest]], {"rank": told(block)}))
-    if len(stacks) < len(labels):
-        step = len(blocks(len(labels), BARS)[0])
-        notes.insert(0, f"{len(labels):,} ranks in {len(stacks)} bars: each bar is the fullest of {step:,} ranks")
-    return bars(_ordered(stacks), title="memory by rank", notes=notes)
+    for ranks in sets:
+        fullest = max(ranks, key=lambda r: int(found[r].sum()))
+        amounts = {kinds[k]: int(found[fullest, k]) for k in shown}
+        many = f" ({len(ranks):,} ranks)" if len(ranks) > 1 else ""
+        stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": ranges(ranks, to="-").replace(" ", "")}))
+    return bars(stacks, title="memory by rank", notes=notes)
 
 
-def _ordered(stacks: list[Stack]) -> list[Stack]:
-    """Kinds in the order of KINDS wherever they are known, so that a colour means the same in every picture."""
-    kinds = list(dict.fromkeys(k for s in stacks for k in s.amounts))
-    if not set(kinds) <= set(KINDS):
-        return stacks
-    return [Stack(s.label, {k: s.amounts.get(k, 0) for k in KINDS if k in kinds}, s.data) for s in stacks]
+def _ends(labels: Sequence[str], ranks: Sequence[int]) -> str:
+    return labels[ranks[0]] if len(ranks) == 1 else f"{labels[ranks[0]]} … {labels[ranks[-1]]}"
 
 
-def _label(coordinate: Mapping[str, int]) -> str:
-    return " ".join(f"{axis} {k}" for axis, k in coordinate.items())
-
-
-def memory_by_rank(catalog: Catalog) -> np.ndarray:
+def memory_by_rank(catalog: Catalog) -> Table:
     """(rank, kind) bytes, int64, kinds as KINDS: what training holds of the tensors and their states, from headers.
 
     Flat buffers with their padding, in equal parts over dp; module weights on every dp rank (ZeRO-3 cuts them).

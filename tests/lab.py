@@ -72,12 +72,13 @@ def server(folder: Path, private: Path) -> Iterator[str]:
         "ServerApp.root_dir": str(folder),
         "LabApp.expose_app_in_browser": True,
         "LabApp.extension_manager": "readonly",
-        "LabApp.news_url": None,
-        "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
     }
     command = [sys.executable, "-m", "jupyterlab", *(f"--{key}={value}" for key, value in options.items())]
     homes = {name: str(private / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    settings = Path(homes["JUPYTER_CONFIG_DIR"]) / "lab/user-settings/@jupyterlab/apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     with (private / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, env={**os.environ, **homes, "PYTHONPATH": path}, stdout=log, stderr=log, start_new_session=True

@@ -46,8 +46,8 @@ def told(cell: Cell, catalog: Catalog, name: str, state: str) -> list[str]:
     rank = rank_of(cell, catalog, name)
     if rank is None:
         return []
-    if "-" in cell.get("rank", ""):
-        return [f"ranks {cell['rank'].replace('-', '–')}, drawn together"]
+    if not cell.get("rank", "0").isdecimal():
+        return [f"ranks {_in_words(cell['rank'])}, drawn together; a click chooses the first"]
     mine = tensor_of(cell, catalog) or catalog[name].name
     if state not in catalog[mine].states:
         state = next(iter(catalog[mine].states))
@@ -71,8 +71,12 @@ def _along_dp(catalog: Catalog, rank: int) -> list[int]:
 
 
 def _who(cell: Cell) -> str:
-    ranks = cell.get("rank", "").replace("-", "–")
-    return f"ranks {ranks}, the fullest" if "–" in ranks else f"rank {ranks}"
+    ranks = cell.get("rank", "")
+    return f"rank {ranks}" if ranks.isdecimal() else f"each of ranks {_in_words(ranks)} at most"
+
+
+def _in_words(ranks: str) -> str:
+    return ranks.replace("-", "–").replace(",", ", ")
 
 
 def _first(numbers: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets as w
 
-from ckptlab import viz
+from ckptlab.draw import Stack, bars
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
 from ckptlab.paper import STAGES, PaperModel
@@ -57,8 +57,9 @@ class Numbers:
         self.sliders.on_move(lambda mesh, stage: self._edited())
         self.told, self.stages = w.HTML(), Picture()
         grid = w.Layout(grid_template_columns="repeat(auto-fill, 220px)", grid_gap="2px 12px")
-        fields = w.GridBox([self.preset, *self.fields.values()], layout=grid)
-        self.box = w.VBox([fields, self.sliders.box, self.told, self.stages])
+        numbers = [self.preset, *(field for name, field in self.fields.items() if name not in ("tied", "gated"))]
+        fields, choices = w.GridBox(numbers, layout=grid), w.HBox([self.fields["tied"], self.fields["gated"]])
+        self.box = w.VBox([fields, choices, self.sliders.box, self.told, self.stages])
 
     @property
     def model(self) -> PaperModel:
@@ -77,8 +78,8 @@ class Numbers:
     def draw(self, subject: Subject, choice: Choice) -> None:
         """The model's size, and what each ZeRO stage would keep on the fullest rank."""
         self.told.value = page.model(subject)
-        by_stage = {f"ZeRO-{s}": subject.at_stage(s) for s in STAGES}
-        self.stages.svg = viz.memory({name: memory.fullest(catalog) for name, catalog in by_stage.items()}).svg
+        kept = [Stack(f"ZeRO-{s}", memory.fullest(subject.at_stage(s)), {}) for s in STAGES]
+        self.stages.svg = bars(kept, title="memory of the fullest rank, by ZeRO stage", notes=[]).svg
 
     def _show(self, model: PaperModel) -> None:
         self._setting = True

@@ -24,7 +24,7 @@ STYLE = """
 .ckptlab-text .quiet{opacity:.68}
 .ckptlab-text .told{font:12px/1.5 ui-monospace,monospace;min-height:3em}
 .ckptlab-text .refused{border-left:3px solid #d97706;padding-left:.6em}
-.ckptlab-text .figures{display:flex;flex-wrap:wrap;gap:.2em 1.6em}
+.ckptlab-text .figures{display:flex;flex-wrap:wrap;gap:.2em 1.6em;margin-bottom:.5em}
 .ckptlab-text .figures b{font-weight:600;font-variant-numeric:tabular-nums}
 .ckptlab-text .scroll{overflow:auto;max-height:20em}
 .ckptlab-text table{border-collapse:collapse;font:12px/1.5 ui-monospace,monospace;margin:0}
@@ -104,7 +104,8 @@ def figures(reshape: Reshape) -> str:
     ]
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.notices)
     cells = "".join(f'<span><span class="quiet">{name}</span> <b>{value}</b></span>' for name, value in shown)
-    way = " → ".join(f"{c.mesh} · ZeRO-{c.zero_stage}" for c in (reshape.source, reshape.target))
+    ends = list(dict.fromkeys(f"{c.mesh} · ZeRO-{c.zero_stage}" for c in (reshape.source, reshape.target)))
+    way = " → ".join(ends) if len(ends) > 1 else f'{ends[0]}, as it is <span class="quiet">(move a slider)</span>'
     return block(f'<div class="head">{way}</div><div class="figures">{cells}</div>{notes}')
 
 

@@ -23,8 +23,8 @@ class MeshSliders:
     def __init__(self, mesh: Mesh, stages: Sequence[int], stage: int, most: int = 16) -> None:
         self._heard: list[Callable[[Mesh, int], None]] = []
         self._setting = False
-        look: dict[str, Any] = {"continuous_update": mesh.size < LARGE, "layout": w.Layout(width="200px")}
-        look["style"] = {"description_width": "36px"}
+        look: dict[str, Any] = {"continuous_update": mesh.size < LARGE, "layout": w.Layout(width="auto")}
+        look["style"] = {"description_width": "44px"}
         self.degrees = {
             axis: w.SelectionSlider(
                 options=_options(mesh[axis], max(most, 4 * mesh[axis])), value=mesh[axis], description=axis, **look
@@ -34,8 +34,9 @@ class MeshSliders:
         self.zero = w.SelectionSlider(options=sorted({*stages, stage}), value=stage, description="ZeRO", **look)
         for slider in (*self.degrees.values(), self.zero):
             slider.observe(self._moved, "value")
-        layout = w.Layout(flex_flow="row wrap", grid_gap="0 16px")
-        self.box = w.Box([*self.degrees.values(), self.zero], layout=layout)
+        columns = "repeat(auto-fit, minmax(250px, 1fr))"
+        layout = w.Layout(grid_template_columns=columns, grid_gap="0 24px", width="100%", max_width="720px")
+        self.box = w.GridBox([*self.degrees.values(), self.zero], layout=layout)
 
     @property
     def mesh(self) -> Mesh:

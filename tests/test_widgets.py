@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,28 @@ def test_a_slider_changes_layout_memory_and_cost(explorer: Any) -> None:
     assert change.pictures.layout.display == ""
 
 
+def test_a_long_plan_is_worked_out_beside(explorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MANY", 0)
+    change = explorer.change
+    start = threading.Event()
+    change.later.do(lambda: start.wait(30) and None)  # work that goes on while two sliders are moved
+    explorer.pages.selected_index = 1
+    explorer.choose(mesh=Mesh(tp=1, dp=2))
+    superseded = change.later.last
+    explorer.choose(mesh=Mesh(tp=4, dp=2))
+    assert (change.plan.svg, change.figures.value.count("…")) == ("", 3)
+    assert "tp 3" in change.tensor.svg
+    start.set()
+    change.later.last.result(30)
+    assert superseded.cancelled()
+    assert "<svg" in change.plan.svg
+    assert "…" not in change.figures.value
+    stale = explorer.subject.target(replace(explorer.choice, mesh=Mesh(dp=2)))
+    before = change.figures.value
+    change._count(stale)
+    assert change.figures.value == before
+
+
 def test_a_click_on_a_rank_shows_what_it_holds(explorer: Any) -> None:
     before = explorer.look.mesh.svg
     explorer.look.mesh._handle_custom_msg({"event": "click", "cell": {"rank": "5"}}, [])
@@ -307,6 +330,7 @@ def test_importing_ckptlab_takes_no_widgets_with_it() -> None:
 def test_without_ipywidgets_the_error_says_what_to_install() -> None:
     code = """
 import sys
+import threading
 sys.modules.update(ipywidgets=None, anywidget=None)
 import ckptlab
 try:

@@ -7,7 +7,7 @@ from html import escape
 
 from ckptlab import viz
 from ckptlab.catalog import Catalog
-from ckptlab.checkpoint import Reshape
+from ckptlab.checkpoint import Cost, Reshape
 from ckptlab.draw.words import count, number_of, size
 from ckptlab.widgets import memory
 from ckptlab.widgets.held import in_words, inventory, sizes
@@ -16,6 +16,7 @@ from ckptlab.widgets.steps import TITLES, Step
 from ckptlab.widgets.subject import Choice, Refusal, Subject
 
 ROWS = 100  # of a rank's inventory
+MANY = 2_000  # tensors from which a plan takes seconds
 
 STYLE = """
 .ckptlab-text{font:13px/1.5 system-ui,sans-serif;color:var(--jp-ui-font-color1,inherit)}
@@ -92,19 +93,19 @@ def holdings(catalog: Catalog, rank: int) -> str:
     return block(f'<div class="head">{escape(head)}</div>{quiet}{table}{more}')
 
 
-def figures(reshape: Reshape) -> str:
-    """The plan's cost, the memory of the fullest rank before and after, and what the user must hear."""
-    cost = reshape.cost()
-    before, after = (size(memory.largest(c)) for c in (reshape.source, reshape.target))
+def figures(reshape: Reshape, cost: Cost | None) -> str:
+    """The plan's cost (None: it is being worked out), the memory of the fullest rank before and after, and what the
+    user must hear."""
+    kept = [size(memory.largest(c)) for c in (reshape.source, reshape.target) if c.zero_stage is not None]
     shown = [
-        ("read", size(cost.read)),
-        ("written", size(cost.written)),
-        ("changes rank", size(cost.moved)),
-        ("memory of the fullest rank", f"{before} → {after}"),
+        ("read", size(cost.read) if cost else "…"),
+        ("written", size(cost.written) if cost else "…"),
+        ("changes rank", size(cost.moved) if cost else "…"),
+        ("memory of the fullest rank", " → ".join(kept)),
     ]
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.notices)
     cells = "".join(f'<span><span class="quiet">{name}</span> <b>{value}</b></span>' for name, value in shown)
-    ends = list(dict.fromkeys(f"{c.mesh} · ZeRO-{c.zero_stage}" for c in (reshape.source, reshape.target)))
+    ends = list(dict.fromkeys(map(_named, (reshape.source, reshape.target))))
     way = " → ".join(ends) if len(ends) > 1 else f'{ends[0]}, as it is <span class="quiet">(move a slider)</span>'
     return block(f'<div class="head">{way}</div><div class="figures">{cells}</div>{notes}')
 
@@ -114,6 +115,11 @@ def step(number: int, step: Step, with_code: bool) -> str:
     way = " → ".join(f"<b>{t}</b>" if i == number else f'<span class="quiet">{t}</span>' for i, t in enumerate(TITLES))
     line = f"<pre>{escape(step.code)}</pre>" if with_code and step.code else ""
     return block(f"<div>{way}</div><p>{escape(step.text)}</p>{line}")
+
+
+def _named(catalog: Catalog) -> str:
+    stage = "whole tensors" if catalog.zero_stage is None else f"ZeRO-{catalog.zero_stage}"
+    return f"{catalog.mesh} · {stage}"
 
 
 def static(subject: Subject, choice: Choice) -> str:
@@ -132,11 +138,12 @@ def static(subject: Subject, choice: Choice) -> str:
     if isinstance(target, Refusal):
         parts.append(refusal(target))
     else:
+        quick = len(catalog.tensors) < MANY or "plan" in vars(target)
         changed = target.mesh != catalog.mesh or target.zero_stage != catalog.zero_stage
         if changed:
             parts += [
-                figures(target),
-                _row(layout(target.target, name, choice.state), viz.plan(target).svg),
+                figures(target, target.cost() if quick else None),
+                _row(layout(target.target, name, choice.state), viz.plan(target).svg if quick else ""),
             ]
         parts.append(_row(viz.memory(memory.by_rank(target.target)).svg))
     parts.append(code(subject.line(choice)))

@@ -10,12 +10,14 @@ import ipywidgets as w
 from ckptlab import viz
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Reshape
+from ckptlab.errors import CkptlabError
 from ckptlab.widgets import memory, page, steps
 from ckptlab.widgets.cells import rank_of, tensor_of, told
+from ckptlab.widgets.later import Later
 from ckptlab.widgets.picture import Picture
 from ckptlab.widgets.pictures import buffer, layout
 from ckptlab.widgets.sliders import MeshSliders
-from ckptlab.widgets.subject import Choice, Refusal, Subject
+from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
 
 HINT = "Hover over a cell to learn what it stands for; click one to see all that its rank holds."
 
@@ -112,18 +114,34 @@ class Change:
             [row(self.mesh, self.tensor), self.hearing.line, row(self.memory, self.plan), self.holdings]
         )
         self.box = w.VBox([self.sliders.box, self.figures, self.pictures])
+        self.later = Later()
+        self._shown: Reshape | None = None
 
     def draw(self, subject: Subject, choice: Choice) -> None:
         self.sliders.show(choice.mesh, choice.zero_stage)
         target = subject.target(choice)
+        self._shown = None if isinstance(target, Refusal) else target
         if isinstance(target, Refusal):
             self.figures.value = page.refusal(target)
             self.pictures.layout.display = "none"
             self.hearing.of(None, choice)
             return
         self.pictures.layout.display = ""
-        self.figures.value = page.figures(target)
         self._draw(target, choice)
+        if len(target.target.tensors) < page.MANY or "plan" in vars(target):
+            self._count(target)
+        else:
+            self.figures.value, self.plan.svg = page.figures(target, None), ""
+            self.later.do(lambda: self._count(target))
+
+    def _count(self, target: Reshape) -> None:
+        """The plan and its cost; nobody hears of it if another target is shown by then."""
+        try:
+            told, svg = page.figures(target, target.cost()), viz.plan(target).svg
+        except CkptlabError as error:
+            told, svg = page.refusal(Refusal(one_line(error))), ""
+        if self._shown is target:
+            self.figures.value, self.plan.svg = told, svg
 
     def _draw(self, target: Reshape, choice: Choice) -> None:
         mesh = target.mesh
@@ -131,7 +149,6 @@ class Change:
         self.mesh.svg = viz.mesh(mesh, highlight=rank).svg
         self.tensor.svg = layout(target.target, choice.tensor, choice.state, rank)
         self.memory.svg = viz.memory(memory.by_rank(target.target)).svg
-        self.plan.svg = viz.plan(target).svg
         self.hearing.of(target.target, choice)
         self.holdings.value = page.holdings(target.target, rank)
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptlab import viz
     from ckptlab.analysis import Diff, diff
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, paper_model, save_weights
@@ -64,6 +65,7 @@ __all__ = [
     "paper_model",
     "playground",
     "save_weights",
+    "viz",
 ]
 
 _HOMES = {
@@ -82,6 +84,7 @@ _HOMES = {
     "strategy": "Megatron Rules Strategy",
     "widgets": "explore playground",
 }
+_MODULES = ("viz",)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
@@ -91,6 +94,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("ckptlab")
+    elif name in _MODULES:
+        value = import_module(f"ckptlab.{name}")
     elif name in _HOME_OF:
         value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
     elif name.isupper() and hasattr(constants := import_module("ckptlab.deepspeed.constants"), name):

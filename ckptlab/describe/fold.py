@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -61,7 +61,10 @@ def fold(tensors: Iterable[Tensor]) -> list[Line]:
     for tensor in tensors:
         parts = tensor.name.split(".")
         numbers = [int(p) for p in parts if p.isdecimal()]
-        pattern = tuple(["" if p.isdecimal() else p for p in parts]) if numbers else (tensor.name,)
+        if not numbers:
+            groups[(tensor.name,),] = [(tensor, numbers)]  # like no other
+            continue
+        pattern = tuple(["" if p.isdecimal() else p for p in parts])
         layout = tensor.layout
         alike = (layout.text, layout.padded, layout.sizes, layout.replicas, tensor.layout_known, tensor.kind)
         key = (pattern, tensor.shape, tuple(tensor.states.items()), *alike)
@@ -71,9 +74,9 @@ def fold(tensors: Iterable[Tensor]) -> list[Line]:
 
 def usual_states(lines: Iterable[Line]) -> dict[str, frozenset[str]]:
     """The states that most tensors of each kind have."""
-    seen: dict[str, Counter[frozenset[str]]] = {}
+    seen: defaultdict[str, Counter[frozenset[str]]] = defaultdict(Counter)
     for line in lines:
-        seen.setdefault(line.tensor.kind, Counter())[frozenset(line.tensor.states)] += line.count
+        seen[line.tensor.kind][frozenset(line.tensor.states)] += line.count
     return {kind: states.most_common(1)[0][0] for kind, states in seen.items()}
 
 

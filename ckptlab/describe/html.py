@@ -6,14 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ckptlab import viz
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold
-from ckptlab.draw.words import figure, size, unit_of
+from ckptlab.draw import Drawing
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
 
 ROWS = 200  # lines of tensors in a summary
+PICTURED = 2000  # tensors whose way over the stages is drawn: naming the layers of more takes too long
 RECEIVERS = 16  # target ranks that a large plan lists
 
 # currentColor is the page's own text colour, so that light and dark pages both work.
@@ -32,8 +34,8 @@ STYLE = """
 .ckptlab summary{cursor:pointer}
 .ckptlab b{font-weight:600;color:#ea580c}
 .ckptlab .note{border-left:3px solid #d97706;padding-left:.6em;margin:.2em 0}
-.ckptlab .matrix :is(td,th){padding:.05em .6em}
-.ckptlab .own{box-shadow:inset 0 0 0 1px color-mix(in srgb,currentColor 60%,transparent)}
+.ckptlab .pictures{display:flex;flex-wrap:wrap;gap:1.5em;margin:.5em 0;align-items:flex-start}
+.ckptlab details>div{margin-top:.4em}
 """
 
 
@@ -49,8 +51,11 @@ def summary_html(ckpt: Checkpoint) -> str:
         ("tied", "<br>".join(map(escape, phrases.ties(about)))),
         ("client", escape(phrases.client(about))),
     ]
-    lines = fold(ckpt.tensors.values())
-    return _page(phrases.title(about), [_facts(facts_), _notes(about), _tensors(lines, ckpt)])
+    lines, mesh = fold(ckpt.tensors.values()), ckpt.mesh
+    few = len(ckpt.tensors) <= PICTURED
+    pictures = _pictures(viz.mesh(mesh), viz.stages(ckpt) if mesh.pp > 1 and few else None, viz.memory(ckpt))
+    shown = pictures if mesh.size > 1 else ""
+    return _page(phrases.title(about), [_facts(facts_), _notes(about), shown, _tensors(lines, ckpt)])
 
 
 def _groups(about: Mapping[str, Any]) -> str:
@@ -92,32 +97,23 @@ def plan_html(reshape: Reshape) -> str:
         ("changes", _table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
         ("cost", _table([], phrases.costs(about), "lrl")),
     ]
-    return _page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about)])
+    memory = _pictures(viz.mesh(reshape.source.mesh), viz.mesh(reshape.mesh), viz.memory(reshape))
+    return _page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about, reshape), memory])
 
 
-def _moves(about: Mapping[str, Any]) -> str:
-    matrix = about["moves"]["matrix"]
-    if matrix is None:
-        header = ["rank", "", "from other ranks", "own", "sources"]
-        table = _table(header, phrases.receivers(about, RECEIVERS), "rlrrr")
-        return f"<details><summary>ranks that receive most</summary><div class=scroll>{table}</div></details>"
-    most = max((n for row in matrix for n in row), default=0)
-    unit, name = unit_of(most)
-    head = "".join(f"<th class=r>{j}</th>" for j in range(len(matrix[0])))
-    body = "".join(
-        f"<tr><th class=r>{i}</th>{''.join(_cell(n, unit, most, i == j) for j, n in enumerate(row))}</tr>"
-        for i, row in enumerate(matrix)
-    )
-    title = f"{name} from source rank (down) to target rank (across); what is framed stays where it is"
-    table = f"<table class=matrix><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<details open><summary>{title}</summary><div class=scroll>{table}</div></details>"
+def _moves(about: Mapping[str, Any], reshape: Reshape) -> str:
+    picture = f"<details open><summary>moves</summary>{viz.plan(reshape)._repr_html_()}</details>"
+    if about["moves"]["matrix"] is not None:
+        return picture
+    header = ["rank", "", "from other ranks", "own", "sources"]
+    table = _table(header, phrases.receivers(about, RECEIVERS), "rlrrr")
+    return f"{picture}<details><summary>ranks that receive most</summary><div class=scroll>{table}</div></details>"
 
 
-def _cell(nbytes: int, unit: int, most: int, own: bool) -> str:
-    share = round(45 * nbytes / max(most, 1))
-    shade = f' style="background:color-mix(in srgb,#f59e0b {share}%,transparent)"' if share else ""
-    text = figure(nbytes / unit) if nbytes else "·"
-    return f'<td class="r{" own" if own else ""}" title="{size(nbytes)}"{shade}>{text}</td>'
+def _pictures(*drawings: Drawing | None) -> str:
+    """Drawings beside one another."""
+    shown = "".join(d._repr_html_() for d in drawings if d is not None)
+    return f"<details open><summary>pictures</summary><div class=pictures>{shown}</div></details>" if shown else ""
 
 
 def _page(title: str, parts: Iterable[str]) -> str:

@@ -119,7 +119,7 @@ def legend(shown_columns: Sequence[Column], lines: Sequence[Line]) -> list[str]:
     """What signs in a table of these columns mean, of those that are in it."""
     shown = {title for title, *_ in shown_columns}
     said = []
-    if "layout" in shown and any(line.layout == "?" for line in lines):
+    if "layout" in shown and any(not line.tensor.layout_known for line in lines):
         said.append("? nothing in the checkpoint says how this tensor is cut over tp")
     if "pp" in shown and any(len(s) > 1 for line in lines for s in line.stages):
         said.append("0+1 copies on both pp stages")

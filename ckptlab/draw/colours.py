@@ -6,9 +6,9 @@ Colour never stands alone: what it says, a label, a hatch or a place says too.
 
 from __future__ import annotations
 
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8a8a8a")
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#666666")
 
-SHADE = "#0072b2"
+SHADE = "#2188d9"
 """What amounts are shaded with, at up to half its strength: the page's own text stays legible on it."""
 
 
@@ -19,9 +19,9 @@ def colour(k: int) -> str:
 
 
 def ink(fill: str) -> str:
-    """ "white" or "black", whichever stands out on a colour (WCAG's relative luminance)."""
+    """ "white" or "black", whichever stands out on a colour (WCAG 2: 4.58 to 1 at least)."""
     r, g, b = (_linear(int(fill[i : i + 2], 16) / 255) for i in (1, 3, 5))
-    return "black" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.2 else "white"
+    return "black" if 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 else "white"
 
 
 def strength(share: float) -> float:

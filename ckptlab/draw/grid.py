@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ def grid(
     cut = thinned(ranks.shape, (PANELS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(b[0]) for b in cut)
     group_of = {rank: i for i, group in enumerate(groups) for rank in group}
-    size = _cell_size([len(b) for b in cut], step, ranks.size)
+    size = _cell_size(step, ranks.size, bool(groups))
     left = max([width_of(sides[1].label(b)) for b in cut[1]] + [0]) + 8
     panel_w, panel_h = len(cut[2]) * size[0], len(cut[1]) * size[1]
     across = max(1, min(len(cut[0]), int(900 // (panel_w + _GAP))))
@@ -76,11 +77,10 @@ def grid(
     return drawing(title or "ranks", parts, width, height + 2)
 
 
-def _cell_size(shape: Sequence[int], step: int, ranks: int) -> tuple[float, float]:
-    if step > 1:
-        return (46.0, 26.0)
-    digits = len(str(ranks - 1))
-    return (max(34.0, 8.0 * digits + 14), 28.0)
+def _cell_size(step: int, ranks: int, grouped: bool) -> tuple[float, float]:
+    """Room for a rank's number, and before it for its group's."""
+    more = 16.0 if grouped else 0.0
+    return (46.0 + more, 26.0) if step > 1 else (max(34.0, 8.0 * len(str(ranks - 1)) + 14) + more, 28.0)
 
 
 def _short(side: Axes, block: range, width: float) -> str:
@@ -116,7 +116,7 @@ def _panel(
                 data["group"] = told(found)
             tip = _tip(held, place, found, along)
             label = str(held[0]) if len(held) == 1 else _several(held, marked)
-            strong = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
+            strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
             cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, rx="3", **strong))
             if found:
                 outlines.setdefault(found, []).append((i, j, box))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, tail, text, width_of
 from ckptlab.draw.words import elements
 
 _WIDTH, _HEIGHT, _GAP = 200.0, 42.0, 50.0
@@ -41,7 +42,7 @@ def pipeline(columns: Sequence[tuple[str, Sequence[Box]]], *, title: str = "", n
             y += _HEIGHT + 6
         deepest = max(deepest, len(boxes))
         if i:
-            parts.append(_arrow(x - _GAP / 2 - _WIDTH / 2 + 40, top + 6, _GAP + _WIDTH - 80))
+            parts.append(_arrow(x - _GAP - _WIDTH / 2 + 36, top + 6, _GAP + _WIDTH - 72))
     height = top + 20 + deepest * (_HEIGHT + 6)
     parts += [_link(places, k, height) for k, places in enumerate(linked.values()) if len(places) > 1]
     height += 12 + 8 * sum(len(places) > 1 for places in linked.values())
@@ -54,14 +55,14 @@ def pipeline(columns: Sequence[tuple[str, Sequence[Box]]], *, title: str = "", n
 
 def _box(box: Box, x: float, y: float, largest: int, tint: str) -> str:
     kind = "layer tied" if box.link else "layer"
-    dashed = {"stroke_dasharray": "5 3"} if box.link else {}
+    dashed: dict[str, Any] = {"stroke_dasharray": "5 3"} if box.link else {}
     tip = f"{box.label} · {box.size:,} elements{f' · {box.detail}' if box.detail else ''}"
     frame = cell((x, y, _WIDTH, _HEIGHT), tint, tip, kind=kind, data=box.data, rx="4", fill_opacity=".12", **dashed)
     share = rect(x + 1, y + _HEIGHT - 6, (_WIDTH - 2) * box.size / largest, 5, fill=tint, class_="share overlay")
     size = elements(box.size)
-    name = text(x + 7, y + 12, fitted(box.label, _WIDTH - width_of(size, 10) - 20, 12), "box-label")
-    detail = text(x + 7, y + 26, fitted(box.detail, _WIDTH - 14, 9), "small quiet") if box.detail else ""
-    return frame + share + name + text(x + _WIDTH - 7, y + 12, size, "small quiet end") + detail
+    name = text(x + 7, y + 12, tail(box.label, _WIDTH - 14), "box-label")
+    detail = text(x + 7, y + 26, fitted(box.detail, _WIDTH - 20 - width_of(size, 10)), "small quiet")
+    return frame + share + name + text(x + _WIDTH - 7, y + 26, size, "small quiet end") + detail
 
 
 def _arrow(x: float, y: float, length: float) -> str:

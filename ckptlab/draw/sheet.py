@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckptlab.draw.colours import PALETTE, colour
 from ckptlab.draw.edge import STRIPS, Edge, Strip
-from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, striped, text, text_of, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, text, text_of, width_of
 
 _SIDE, _THIN = 340.0, 46.0
 _STRIPES = 4  # holders whose colours are striped; more are grey
@@ -119,10 +120,20 @@ def _runs(
     found, at = [], 0.0
     for choice in itertools.product(*pieces):
         length = extent * math.prod(n for _, n in choice) / max(whole, 1)
-        names = " × ".join(f"{e.name} {s:,}–{s + n - 1:,}" for e, (s, n) in zip(edges, choice, strict=True))
+        names = " × ".join(_spanned(e, s, n) for e, (s, n) in zip(edges, choice, strict=True))
         found.append((names, at, length))
         at += length
     return found
+
+
+def _spanned(edge: Edge, start: int, length: int) -> str:
+    """`out 8–15`; of a part `k: out 36–39`."""
+    at, part = 0, ""
+    for name, size in edge.parts:
+        if at <= start < at + size:
+            part = f"{name}: "
+        at += size
+    return f"{part}{edge.name} {start:,}–{start + length - 1:,}"
 
 
 def _directions(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
@@ -166,6 +177,7 @@ def _cell(
     fill = _fill(edges, holders, defs)
     held = [[k for h in mine for k in e.blocks[h]] for e, mine in zip(edges, holders, strict=True)]
     label = " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True))))
+    uncut = all(e.axes.size == 1 for e in edges)
     place = {name: v for e, k in zip(edges, held, strict=True) for name, v in e.axes.data(k).items()}
     padding = any(s.padding for s in strips.values())
     shared = math.prod(map(len, holders)) > 1
@@ -187,9 +199,9 @@ def _cell(
     along = ", ".join(f"{e.name} {s}–{s + n - 1}" for e, s, n in zip(edges, starts, sizes, strict=True))
     who = f"{label or 'every rank'}{' (each holds it)' if shared else ''}"
     tip = f"{who} · {' '.join([*names, along])} · {math.prod(sizes):,} elements{' · padding' if padding else ''}"
-    faint = {"fill_opacity": ".15"} if "dimmed" in kinds else {}
-    shape = cell(box, fill, tip, kind=" ".join(kinds), label=label, data=data, **faint)
-    return shape + (hatched(box) if padding else "")
+    told: dict[str, Any] = {"kind": " ".join(kinds), "label": "every rank" if uncut else label, "data": data}
+    faint: dict[str, Any] = {"fill_opacity": ".15"} if "dimmed" in kinds else {}
+    return cell(box, fill, tip, hatch=padding, **told, **faint)
 
 
 def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str]) -> str:
@@ -204,7 +216,7 @@ def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[
         numbers.append(number)
     if len(numbers) == 1:
         return colour(numbers[0])
-    colours = tuple(colour(n) for n in numbers) if len(numbers) <= _STRIPES else ("#8a8a8a", "#b8b8b8")
+    colours = tuple(colour(n) for n in numbers) if len(numbers) <= _STRIPES else ("#666666", "#bbbbbb")
     fill, pattern = striped(colours)
     defs.append(pattern)
     return fill

@@ -1,4 +1,4 @@
-"""Buffers as bars: named pieces behind one another, gaps hatched, the places where a piece goes on in the next bar."""
+"""Buffers as bars: named pieces behind one another, gaps the places where a piece goes on in the next bar."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptlab.draw.colours import PALETTE, colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, hatched, rect, swatch, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, swatch, text, width_of
 
 _WIDTH, _HEIGHT, _STEP = 760.0, 30.0, 46.0
 LEGEND = 24  # names that are listed below
@@ -123,7 +123,7 @@ def _legend(bars: Sequence[Bar | str], scale: float, left: float, y: float) -> t
         x, at = left + i % columns * wide, y + 8 + 16 * (i // columns)
         parts += [
             swatch(x, at, colour(piece.hue % 7)),
-            text(x + 15, at, f"{piece.hue + 1} {piece.name}", "small legend"),
+            text(x + 15, at, f"{piece.hue + 1} · {piece.name}", "small legend"),
         ]
     y += 16 * -(-len(shown) // columns) + (6 if shown else 0)
     if len(found) > LEGEND:
@@ -157,4 +157,4 @@ def _padding(bar: Bar, start: int, length: int, left: float, y: float, scale: fl
     box = (left + start * scale, y, length * scale, _HEIGHT)
     data = {"start": start, "count": length, **bar.data}
     tip = f"padding · {length:,} elements from {start:,}"
-    return cell(box, "none", tip, kind="padding", data=data, pointer_events="all") + hatched(box)
+    return cell(box, "none", tip, kind="padding", data=data, hatch=True, pointer_events="all")

@@ -12,10 +12,15 @@ from pathlib import Path
 
 from ckptlab.draw.colours import ink
 
-UID = "\x00"
+
+class Own(str):
+    """An attribute's value that was made here and holds no one else's text: it goes in as it is."""
+
+
+UID = "\ue000"
 """Stands for the drawing's own id in `id` and `url(#…)` until `drawing` knows it: drawings on one page never clash."""
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_CONTROL = re.compile(f"[{UID}\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 # Every rule is scoped, and the same in every drawing. currentColor is the page's own text colour.
 _STYLE = (
@@ -30,7 +35,7 @@ _STYLE = (
     ".ckptlab-drawing .middle{text-anchor:middle}"
     ".ckptlab-drawing .end{text-anchor:end}"
     ".ckptlab-drawing .white{fill:#fff}"
-    ".ckptlab-drawing .black{fill:#111}"
+    ".ckptlab-drawing .black{fill:#000}"
     ".ckptlab-drawing .line{fill:none;stroke:currentColor;stroke-opacity:.55}"
     ".ckptlab-drawing .overlay{pointer-events:none}"
     ".ckptlab-drawing .cell{stroke:currentColor;stroke-opacity:.4;stroke-width:.75}"
@@ -38,6 +43,7 @@ _STYLE = (
     ".ckptlab-drawing .tied{stroke-opacity:.9;stroke-width:1.25}"
     ".ckptlab-drawing .cell:hover{stroke-opacity:1;stroke-width:2}"
 )
+_NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'
 _ALONE = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"  # a file has no page to follow
 
 
@@ -56,7 +62,12 @@ class Drawing:
         return self.svg
 
     def _repr_html_(self) -> str:
-        return f'<div style="overflow-x:auto">{self.svg}</div>'
+        return f'<div style="overflow-x:auto">{self.inline}</div>'
+
+    @property
+    def inline(self) -> str:
+        """The SVG as an element of an HTML page, which needs no namespace."""
+        return self.svg.replace(_NAMESPACE, "", 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .svg file that follows the reader's preference for light or dark."""
@@ -73,7 +84,7 @@ def drawing(title: str, parts: Iterable[str], width: float, height: float, defs:
     uid = "k" + hashlib.blake2b(body.encode("utf-8"), digest_size=6).hexdigest()
     w, h = round(width), round(height)
     svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="ckptlab-drawing" role="img" aria-label="{text_of(title)}" '
+        f'<svg{_NAMESPACE} class="ckptlab-drawing" role="img" aria-label="{text_of(title)}" '
         f'width="{w}" height="{h}" viewBox="0 0 {w} {h}"><style>{_STYLE}</style>{body.replace(UID, uid)}</svg>'
     )
     return Drawing(svg, w, h)
@@ -91,8 +102,8 @@ def text_of(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """Two decimals at most."""
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    """Three decimals at most."""
+    return f"{value:.3f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 def element(tag: str, content: str = "", /, **attributes: object) -> str:
@@ -106,7 +117,7 @@ def element(tag: str, content: str = "", /, **attributes: object) -> str:
 
 
 def _attribute(value: object) -> str:
-    return value if isinstance(value, str) and value.startswith(f"url(#{UID}") else text_of(value)
+    return value if isinstance(value, Own) else text_of(value)
 
 
 def rect(x: float, y: float, w: float, h: float, **attributes: object) -> str:
@@ -127,11 +138,12 @@ def cell(
     kind: str = "",
     label: str = "",
     data: Mapping[str, object] | None = None,
+    hatch: bool = False,
     **attributes: object,
 ) -> str:
     """A rectangle (x, y, width, height) that stands for something: it has a tooltip and, if it fits, a label.
 
-    Its classes are "cell" and `kind`; `data` become `data-*` attributes.
+    Its classes are "cell" and `kind`; `data` become `data-*` attributes; hatch: what it stands for is padding.
     """
     x, y, w, h = box
     shape = element(
@@ -146,16 +158,21 @@ def cell(
         **{f"data_{name}": value for name, value in (data or {}).items()},
         **attributes,
     )
+    shape += hatched(box) if hatch else ""
     if not label or h < 11 or w < width_of(label, 10) + 4:
         return shape
     small = "" if h >= 14 and w >= width_of(label) + 8 else "small"
+    if hatch or fill.startswith("url("):  # on a pattern, letters need a ground of their own
+        wide, high = width_of(label, 10 if small else 12) + 6, 11 if small else 15
+        plate = rect(x + (w - wide) / 2, y + (h - high) / 2, wide, high, rx="3", fill="#fff", class_="plate overlay")
+        return shape + plate + text(x + w / 2, y + h / 2, label, f"middle black {small}".rstrip())
     on = ink(fill) if fill.startswith("#") and "fill_opacity" not in attributes else ""
     return shape + text(x + w / 2, y + h / 2, label, " ".join(filter(None, ["middle", small, on])))
 
 
 def hatched(box: tuple[float, float, float, float]) -> str:
     """Hatching over a cell: padding."""
-    return rect(*box, fill=f"url(#{UID}hatch)", class_="overlay")
+    return rect(*box, fill=Own(f"url(#{UID}hatch)"), class_="overlay")
 
 
 def striped(colours: tuple[str, ...]) -> tuple[str, str]:
@@ -166,13 +183,13 @@ def striped(colours: tuple[str, ...]) -> tuple[str, str]:
     pattern = element(
         "pattern",
         bands,
-        id=f"{UID}{name}",
+        id=Own(f"{UID}{name}"),
         width=total,
         height=8,
         patternUnits="userSpaceOnUse",
         patternTransform="rotate(45)",
     )
-    return f"url(#{UID}{name})", pattern
+    return Own(f"url(#{UID}{name})"), pattern
 
 
 def swatch(x: float, y: float, fill: str, hatch: bool = False) -> str:
@@ -184,12 +201,22 @@ def swatch(x: float, y: float, fill: str, hatch: bool = False) -> str:
 
 def width_of(content: str, size: float = 12) -> float:
     """About how wide text is, in pixels: system-ui's mean character."""
-    return 0.56 * size * len(content)
+    return 0.6 * size * len(content)
+
+
+def tail(name: str, width: float, size: float = 12) -> str:
+    """A dotted name that fits the width: leading parts go first, `…word_embeddings.weight`, else its beginning."""
+    most = int(width / width_of("x", size))
+    if len(name) <= most:
+        return name
+    kept = name[len(name) - most + 1 :]
+    _, dot, after = kept.partition(".")
+    return f"…{after}" if dot and len(after) > most // 2 else f"…{kept}"
 
 
 def fitted(content: str, width: float, size: float = 10) -> str:
     """The text, with its middle cut out to fit the width; nothing if hardly anything fits."""
-    most = int(width / (0.56 * size))
+    most = int(width / (0.6 * size))
     if len(content) <= most:
         return content
     if most < 5:

@@ -12,15 +12,30 @@ from ckptlab.mesh import Mesh
 _DEGREE, _LENGTH = 2, 4
 
 
-def example(layout: Layout) -> tuple[tuple[int, ...], Mesh]:
-    """(shape, mesh): every axis has degree 2, unless widths of an uneven cut say otherwise; a length that is not said
-    is 4."""
+def example(layout: Layout) -> tuple[Layout, tuple[int, ...], Mesh]:
+    """(the layout with all lengths said, shape, mesh).
+
+    Every axis has degree 2, unless the widths of an uneven cut say otherwise; a length that is not said is 4, among
+    others of its term 2. Padding, units and stages are left out.
+    """
     degrees = {n: _DEGREE for dim in layout.tree for n in names(dim) if n in RESERVED}
     for name, widths in layout.sizes:
         if isinstance(widths, tuple):
             over = next(dim for dim in layout.tree if name in names(dim))
             degrees.update({axis: len(widths) for axis in names(over) if axis in degrees})
-    return tuple(_extent(layout, dim, degrees) for dim in layout.tree), Mesh(**degrees)
+    said = {*dict(layout.sizes), *dict(layout.totals), *degrees}
+    lengths = {name: size for dim in layout.tree for name, size in _lengths(dim).items() if name not in said}
+    full = layout.replace(sizes={**dict(layout.sizes), **lengths}, padded=(), units=(), stages=None, dims=layout.dims)
+    return full, tuple(_extent(full, dim, degrees) for dim in layout.tree), Mesh(**degrees)
+
+
+def _lengths(node: Node) -> dict[str, int]:
+    """A length for every name."""
+    if isinstance(node, Sum):
+        return {name: size for term in node.terms for name, size in _lengths(term).items()}
+    found = list(names(node))
+    free = [name for name in found if name not in RESERVED]
+    return dict.fromkeys(found, _LENGTH if len(free) < 2 else _DEGREE)
 
 
 def _extent(layout: Layout, node: Node, degrees: dict[str, int]) -> int:
@@ -31,15 +46,16 @@ def _extent(layout: Layout, node: Node, degrees: dict[str, int]) -> int:
     said = [totals[f.text] for f in factors if isinstance(f, Name) and f.text in totals]
     if said:
         return said[0]
-    uneven = [w for f in factors if isinstance(f, Name) and isinstance(w := sizes.get(f.text), tuple)]
-    lengths = [sum(widths) for widths in uneven]
+    uneven = any(isinstance(f, Name) and isinstance(sizes.get(f.text), tuple) for f in factors)
+    lengths = []
     for factor in factors:
         if isinstance(factor, Number):
             lengths.append(factor.value)
         elif not isinstance(factor, Name):
             lengths.append(_extent(layout, factor, degrees))
         elif factor.text in degrees:
-            lengths.append(1 if uneven else degrees[factor.text])
-        elif not isinstance(size := sizes.get(factor.text, _LENGTH), tuple):
-            lengths.append(size)
+            lengths.append(1 if uneven else degrees[factor.text])  # the widths count every coordinate
+        else:
+            size = sizes[factor.text]
+            lengths.append(sum(size) if isinstance(size, tuple) else size)
     return math.prod(lengths)

@@ -43,13 +43,12 @@ def picture(
 
 def on_paper(layout: Layout) -> Drawing:
     """A layout by itself, on a small mesh and shape that it fits; of one that fits none of those, the notation."""
-    bare = layout.replace(padded=(), units=(), stages=None)
-    shape, mesh = example(bare)
+    full, shape, mesh = example(layout)
     said = [f"an example: shape {shape} on {mesh}"]
     if layout.padded:
         said.append("padded: " + ", ".join(f"{layout.dims[i]} to {n:,}" for i, n in layout.padded))
     try:
-        cut, parts = bare.resolve(shape, mesh), bare.parts(shape, mesh)
+        cut, parts = full.resolve(shape, mesh), full.parts(shape, mesh)
     except LayoutError:
         return sheet([], title=repr(layout), notes=["no small example of it: give it a shape and a mesh"])
     return picture(cut, layout.dims, parts, title=repr(layout), notation=layout.text, notes=said)

@@ -22,7 +22,7 @@ def picture(plan: Plan, sources: Side | None = None, targets: Side | None = None
     notes = []
     for what, side, ranks in (("source", rows, plan.sources), ("target", columns, plan.targets)):
         if len(side.labels) < ranks:
-            notes.append(f"{ranks:,} {what} ranks in {len(side.labels):,} {side.name.split()[-1]}")
+            notes.append(f"{ranks:,} {what} ranks in {len(side.labels):,} {side.name.removeprefix(what).strip()}")
     return matrix(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.draw import Box, Drawing, pipeline
 from ckptlab.draw.blocks import blocks, span, told
-from ckptlab.draw.words import number_of
+from ckptlab.draw.words import number_of, ranges
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
 
 COLUMNS = 8  # stages that are drawn one by one
 BOXES = 12  # boxes of a stage that are drawn
+_NUMBER = re.compile(r"((?:[^.]*\.)*?)(\d+)\.(.+)", re.ASCII)
 
 
 def stages(model: Catalog | Checkpoint | Reshape) -> Drawing:
@@ -25,33 +29,19 @@ def stages(model: Catalog | Checkpoint | Reshape) -> Drawing:
     """
     catalog = catalog_of(model)
     columns = []
-    folds = blocks(catalog.mesh.pp, COLUMNS)
+    by_stages: dict[tuple[int, ...], list[Tensor]] = {}
+    for tensor in catalog.tensors.values():
+        by_stages.setdefault(tensor.stages, []).append(tensor)
+    pp = max([catalog.mesh.pp, *(s + 1 for held in by_stages for s in held)])  # whole tensors know their run's stages
+    folds = blocks(pp, COLUMNS)
     for block in folds:
-        mine = [t for t in catalog.tensors.values() if t.stages[0] in block]
-        # copies come last: a head that is tied to the embedding stands behind the layers
-        mine += [t for t in catalog.tensors.values() if t.stages[0] not in block and set(block) & set(t.stages)]
-        boxes = _few(list(_boxes(mine, told(block))), told(block))
-        columns.append((f"pp {span(block)}" if catalog.mesh.pp > 1 else "one stage", boxes))
-    notes = [f"{catalog.mesh.pp} stages in {len(folds)} columns"] if len(folds) < catalog.mesh.pp else []
-    if any(len(t.stages) > 1 for t in catalog.tensors.values()):
+        mine = (t for held, tensors in by_stages.items() if set(held).intersection(block) for t in tensors)
+        columns.append((f"pp {span(block)}" if pp > 1 else "one stage", _boxes(mine, block)))
+    notes = [f"{pp} stages in {len(folds)} columns"] if len(folds) < pp else []
+    if any(len(held) > 1 for held in by_stages):
         notes.append("dashed and joined: one tensor, of which each of these stages holds a copy")
-    title = f"{number_of(len(catalog.tensors), 'tensor')} over {number_of(catalog.mesh.pp, 'pp stage')}"
+    title = f"{number_of(len(catalog.tensors), 'tensor')} over {number_of(pp, 'pp stage')}"
     return pipeline(columns, title=title, notes=notes)
-
-
-def _few(boxes: list[Box], pp: str) -> list[Box]:
-    """At most BOXES: of the untied the last ones together."""
-    tied = [box for box in boxes if box.link]
-    plain = [box for box in boxes if not box.link]
-    keep = max(BOXES - len(tied), 2)
-    if len(plain) <= keep:
-        return boxes
-    left = plain[keep - 1 :]
-    count = sum(int(str(box.data["tensors"])) for box in left)
-    elements = sum(box.size for box in left)
-    data = {"pp": pp, "tensors": count, "elements": elements}
-    rest = Box(f"… {len(left):,} more", elements, f"{number_of(count, 'tensor')}, drawn together", "", data)
-    return [*(box for box in boxes if box.link or box in plain[: keep - 1]), rest]
 
 
 def catalog_of(model: Catalog | Checkpoint | Reshape) -> Catalog:
@@ -61,53 +51,84 @@ def catalog_of(model: Catalog | Checkpoint | Reshape) -> Catalog:
     return model.target if hasattr(model, "target") else model.catalog
 
 
-def _boxes(tensors: Sequence[Tensor], pp: str) -> Iterator[Box]:
-    """A box for each run of layers that are alike, for each tensor without a layer's number, for each tied tensor."""
-    layers: dict[tuple[str, int | None, bool], list[Tensor]] = {}
+_Key = tuple[str, int | None]  # what comes before the first number in a name, and the number
+_Layer = tuple[_Key, list[tuple[str, Tensor]]]  # its tensors with what comes behind the number
+
+
+def _boxes(tensors: Iterable[Tensor], block: range) -> list[Box]:
+    """A box for each run of layers that are alike, for each tensor without a layer's number, for each tied tensor.
+
+    At most BOXES: of those that are not tied the last are one. Copies of tied tensors come last: a head that is tied to
+    the embedding stands behind the layers.
+    """
+    pp = told(block)
+    layers: dict[_Key, list[tuple[str, Tensor]]] = {}
+    tied: list[Tensor] = []
     for tensor in tensors:
-        prefix, number, _ = _split(tensor.name)
-        tied = len(tensor.stages) > 1
-        layers.setdefault((tensor.name if tied else prefix, None if tied else number, tied), []).append(tensor)
-    run: list[tuple[tuple[str, int | None, bool], list[Tensor]]] = []
+        if len(tensor.stages) > 1:
+            tied.append(tensor)
+        else:
+            prefix, number, rest = _split(tensor.name)
+            layers.setdefault((prefix, number), []).append((rest, tensor))
+    keep = max(BOXES - len(tied), 2)
+    runs: list[list[_Layer]] = []
+    left: list[Tensor] = []
     for key, members in layers.items():
-        if run and not _alike(run[-1], (key, members)):
-            yield _box(run, pp)
-            run = []
-        run.append((key, members))
-    if run:
-        yield _box(run, pp)
-
-
-_Layer = tuple[tuple[str, int | None, bool], list[Tensor]]
+        if len(runs) <= keep and runs and _alike(runs[-1][-1], (key, members)):
+            runs[-1].append((key, members))
+        elif len(runs) < keep:
+            runs.append([(key, members)])
+        else:
+            left += [t for _, t in members]
+    if left:
+        left = [t for _, members in runs.pop() for _, t in members] + left
+    plain = [_box(run, pp) for run in runs] + ([_rest(left, pp)] if left else [])
+    own = [_tied(t, pp) for t in tied if t.stages[0] in block]
+    return [*own, *plain, *(_tied(t, pp) for t in tied if t.stages[0] not in block)]
 
 
 def _alike(a: _Layer, b: _Layer) -> bool:
-    (prefix_a, number_a, _), (prefix_b, number_b, _) = a[0], b[0]
-    if number_a is None or number_b is None or prefix_a != prefix_b:
+    """Whether two layers are the same but for their number."""
+    (prefix, number), others = b[0], a[0]
+    if number is None or prefix != others[0] or len(a[1]) != len(b[1]):
         return False
-    return [(_split(t.name)[2], t.shape) for t in a[1]] == [(_split(t.name)[2], t.shape) for t in b[1]]
+    pairs = zip(a[1], b[1], strict=True)
+    return all(rest_a == rest_b and s.shape == t.shape for (rest_a, s), (rest_b, t) in pairs)
 
 
 def _split(name: str) -> tuple[str, int | None, str]:
     """(before, number, after) the first number in a name; without one, what is before the last dot."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if place is None or place == len(parts) - 1:
-        return ".".join(parts[:-1]) or name, None, parts[-1]
-    return ".".join(parts[:place]), int(parts[place]), ".".join(parts[place + 1 :])
+    found = _NUMBER.match(name)
+    if found:
+        return found[1].rstrip("."), int(found[2]), found[3]
+    before, _, after = name.rpartition(".")
+    return before or name, None, after
 
 
 def _box(run: Sequence[_Layer], pp: str) -> Box:
-    tensors = [t for _, members in run for t in members]
-    (prefix, number, tied), _ = run[0]
-    label = prefix
+    (prefix, number), first = run[0]
+    tensors = [t for _, members in run for _, t in members]
+    label, detail = prefix, number_of(len(first), "tensor")
     if number is not None:
-        numbers = [key[1] for key, _ in run if key[1] is not None]
         word = f"{prefix} " if prefix else "layer " if len(run) == 1 else "layers "
-        label = f"{word}{number}" if len(run) == 1 else f"{word}{numbers[0]}–{numbers[-1]}"
-    detail = number_of(len(run[0][1]), "tensor") + (f" each, {len(run)} layers alike" if len(run) > 1 else "")
-    if tied:
-        detail = f"tied: pp {', '.join(map(str, tensors[0].stages))}"
-    elements = sum(t.numel for t in tensors)
+        label = f"{word}{ranges(n for (_, n), _ in run if n is not None)}"
+    if len(run) > 1:
+        detail += f" each, {len(run)} alike"
+    return _boxed(label, detail, tensors, pp)
+
+
+def _tied(tensor: Tensor, pp: str) -> Box:
+    """The box of a tensor that several stages hold."""
+    box = _boxed(tensor.name, f"tied: pp {', '.join(map(str, tensor.stages))}", [tensor], pp)
+    return replace(box, link=tensor.name)
+
+
+def _rest(tensors: Sequence[Tensor], pp: str) -> Box:
+    """One box for those that a stage has no room for."""
+    return _boxed(f"… {number_of(len(tensors), 'tensor')} more", "too many to be drawn", tensors, pp)
+
+
+def _boxed(label: str, detail: str, tensors: Sequence[Tensor], pp: str) -> Box:
+    elements = sum(math.prod(t.shape) for t in tensors)
     data = {"pp": pp, "tensor": tensors[0].name, "tensors": len(tensors), "elements": elements}
-    return Box(label, elements, detail, tensors[0].name if tied else "", data)
+    return Box(label, elements, detail, "", data)

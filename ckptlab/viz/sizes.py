@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.catalog import MASTER, MODULE, Catalog
+from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
 from ckptlab.draw.words import ranges
+from ckptlab.layout import Cut
 from ckptlab.viz.model import catalog_of
 
 if TYPE_CHECKING:
@@ -83,26 +83,28 @@ def memory_by_rank(catalog: Catalog) -> Table:
             ranks = mesh.ranks(pp=group.stage, tp=tp)
             for state, dtype in group.dtypes.items():
                 found[ranks, _kind(state)] += flat.size(0) * dtype.itemsize
-    flat_names = {name for group in catalog.flat_groups for name in group.names}
-    for (cut, stages, state, itemsize, kind, is_flat), times in _outside(catalog, flat_names).items():
-        column = _kind(state) if kind != "buffer" else KINDS.index("other")
-        cut_over_dp = catalog.zero_stage == 3 and kind != "buffer" and not is_flat
-        for tp in range(mesh.tp):
-            held = math.prod(cut.shard_shape(cut.coordinate(dict.fromkeys(mesh.axes, 0) | {"tp": tp}))) * times
-            for stage in stages:
-                ranks = mesh.ranks(pp=stage, tp=tp)
-                found[ranks, column] += (-(-held // mesh.dp) if cut_over_dp else held) * itemsize
+    for cut, stages, column, size, cut_over_dp, times in _outside(catalog):
+        for at in cut.coordinates():
+            held = math.prod(cut.shard_shape(at))
+            nbytes = (-(-held // mesh.dp) if cut_over_dp else held) * size * times
+            for stage in {min(s, mesh.pp - 1) for s in stages}:  # whole tensors on one rank know their run's stages
+                found[mesh.ranks(pp=stage, **dict(zip(cut.axes, at, strict=True))), column] += nbytes
     return found
 
 
-def _outside(catalog: Catalog, flat_names: set[str]) -> Counter:
-    """What lies outside flat buffers, alike tensors counted: module weights, frozen tensors, buffers."""
-    count: Counter = Counter()
+def _outside(catalog: Catalog) -> Iterator[tuple[Cut, tuple[int, ...], int, int, bool, int]]:
+    """(cut, stages, kind, bytes an element, whether dp cuts it, how many) of what lies outside flat buffers."""
+    flat = {name for group in catalog.flat_groups for name in group.names}
+    alike: dict[tuple, list[Tensor]] = {}
     for name, tensor in catalog.tensors.items():
-        for state, dtype in tensor.states.items():
-            if state == MODULE or name not in flat_names:
-                count[tensor.cut, tensor.stages, state, dtype.itemsize, tensor.kind, False] += 1
-    return count
+        key = (id(tensor.cut), tensor.stages, tensor.kind, tuple(tensor.states.items()), name in flat)
+        alike.setdefault(key, []).append(tensor)
+    for (_, stages, kind, states, is_flat), tensors in alike.items():
+        for state, dtype in states:
+            if state == MODULE or not is_flat:
+                column = KINDS.index("other") if kind == "buffer" else _kind(state)
+                cut_over_dp = catalog.zero_stage == 3 and kind != "buffer"
+                yield tensors[0].cut, stages, column, dtype.itemsize, cut_over_dp, len(tensors)
 
 
 def _kind(state: str) -> int:

@@ -21,10 +21,8 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import nbformat
-
 ROOT = Path(__file__).parents[1]
-MODULES = ("jupyterlab", "ipykernel", "ipywidgets", "anywidget", "playwright")
+MODULES = ("jupyterlab", "ipykernel", "nbformat", "ipywidgets", "anywidget", "playwright")
 CHROMIUM = [
     *["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"],
     *["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--disable-default-apps"],
@@ -49,6 +47,8 @@ def missing() -> str:
 
 def write_notebook(path: Path, *cells: str) -> None:
     """A notebook of code cells."""
+    import nbformat
+
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, path)

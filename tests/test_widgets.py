@@ -96,6 +96,8 @@ def test_cells_that_stand_for_several_give_the_first(subject: Subject) -> None:
 
 
 def test_an_impossible_mesh_is_one_readable_line(subject: Subject) -> None:
+    two_reasons = subject.target(replace(subject.start(), mesh=Mesh(tp=3, pp=9)))
+    assert "transformer layers; tp 3: 4 attention heads" in str(two_reasons)
     refused = subject.target(replace(subject.start(), mesh=Mesh(tp=3, dp=2)))
     assert isinstance(refused, Refusal)
     assert "tp 3: 4 attention heads are not divisible by it" in str(refused)

@@ -9,7 +9,7 @@ from ckptlab.draw.words import number_of, size
 from ckptlab.widgets.held import in_words, pieces
 
 Cell = Mapping[str, str]
-SHOWN = 4  # dp ranks whose pieces of a shard are listed
+SHOWN = 3  # dp ranks whose pieces of a shard are listed
 
 
 def rank_of(cell: Cell, catalog: Catalog, name: str) -> int | None:

@@ -11,7 +11,7 @@ from ckptlab.mesh import Mesh
 from ckptlab.paper import PaperModel
 from ckptlab.widgets import page
 from ckptlab.widgets.numbers import MOST, Numbers
-from ckptlab.widgets.picture import Tree
+from ckptlab.widgets.picture import Tree, text
 from ckptlab.widgets.sliders import MeshSliders
 from ckptlab.widgets.subject import Subject
 from ckptlab.widgets.tabs import Change, Look, Steps, Tab
@@ -29,13 +29,13 @@ class Explorer(w.VBox):
         self.change = Change(self.choose, sliders)
         self.steps = Steps(self.choose)
         self.tabs: dict[str, Tab] = {"Look": self.look, "Reshape": self.change, "Step by step": self.steps}
-        self.heading, self.code = w.HTML(), w.HTML()
+        self.heading, self.code = text(), text()
         self.tree = Tree(layout=w.Layout(width="270px", min_width="270px"))
         self.tree.observe(lambda change: self.choose(tensor=change["new"]), "chosen")
         self.pages = w.Tab(layout=w.Layout(flex="1 1 auto", min_width="0"))
         self.pages.observe(lambda _: self._draw(), "selected_index")
         self.python = w.ToggleButton(description="Python", icon="code", tooltip="the Python line that does the same")
-        self.python.layout.width = "100px"
+        self.python.layout = w.Layout(width="100px", flex="0 0 auto")
         self.python.observe(lambda _: self._draw_code(), "value")
         body = w.HBox([self.tree, self.pages], layout=w.Layout(width="100%", grid_gap="12px"))
         head = w.HBox([self.heading, self.python], layout=w.Layout(justify_content="space-between", width="100%"))

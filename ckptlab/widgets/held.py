@@ -124,7 +124,7 @@ def _add_flat_buffers(catalog: Catalog, at: dict[str, int], found: Inventory) ->
         each = sum(dtype.itemsize for dtype in group.dtypes.values())
         for index, start, place, count in flat.within(dp).tolist():
             share = 100 * count / flat.counts[index]
-            where = f"buffer {number}, from {place:,}"
+            where = f"buffer {number} at {place:,}"
             found.rows.append((flat.names[index], start, count, share, count * each, where))
         for state, dtype in group.dtypes.items():
             _count(found.kinds, state, flat.size(dp) * dtype.itemsize)
@@ -143,7 +143,7 @@ def _add_outside(catalog: Catalog, at: dict[str, int], found: Inventory) -> None
         for start, count, stored in _spans(catalog, tensor, state, at):
             nbytes = count * tensor.states[state].itemsize
             file = os.path.basename(stored.path) if stored else "model file"
-            found.rows.append((name, start, count, 100 * count / max(shard, 1), nbytes, f"{state}, {file}"))
+            found.rows.append((name, start, count, 100 * count / max(shard, 1), nbytes, f"{state}: {file}"))
             _count(found.kinds, state, nbytes)
             if stored:
                 _count(found.files, file, nbytes)

@@ -12,7 +12,7 @@ from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
 from ckptlab.paper import STAGES, PaperModel
 from ckptlab.widgets import memory, page
-from ckptlab.widgets.picture import Picture
+from ckptlab.widgets.picture import Picture, text
 from ckptlab.widgets.sliders import MeshSliders
 from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
 
@@ -55,7 +55,7 @@ class Numbers:
             field.observe(self._pick if field is self.preset else self._edited, "value")
         self.sliders = MeshSliders(mesh, STAGES, stage, MOST)
         self.sliders.on_move(lambda mesh, stage: self._edited())
-        self.told, self.stages = w.HTML(), Picture()
+        self.told, self.stages = text(), Picture()
         grid = w.Layout(grid_template_columns="repeat(auto-fill, 220px)", grid_gap="2px 12px")
         numbers = [self.preset, *(field for name, field in self.fields.items() if name not in ("tied", "gated"))]
         fields, choices = w.GridBox(numbers, layout=grid), w.HBox([self.fields["tied"], self.fields["gated"]])

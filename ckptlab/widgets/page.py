@@ -8,7 +8,7 @@ from html import escape
 from ckptlab import viz
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Cost, Reshape
-from ckptlab.draw.words import count, number_of, size
+from ckptlab.draw.words import count, number_of, shorten, size
 from ckptlab.widgets import memory
 from ckptlab.widgets.held import in_words, inventory, sizes
 from ckptlab.widgets.pictures import buffer, layout
@@ -21,15 +21,17 @@ MANY = 2_000  # tensors from which a plan takes seconds
 STYLE = """
 .ckptlab-text{font:13px/1.5 system-ui,sans-serif;color:var(--jp-ui-font-color1,inherit)}
 .ckptlab-text p{margin:.4em 0;max-width:56em}
+.widget-html-content:has(>.ckptlab-text){min-width:0;width:100%}
+.ckptlab-text .quiet{overflow-wrap:anywhere}
 .ckptlab-text .head{font-weight:600;font-size:14px}
 .ckptlab-text .quiet{opacity:.68}
-.ckptlab-text .told{font:12px/1.5 ui-monospace,monospace;min-height:3em}
-.ckptlab-text .refused{border-left:3px solid #d97706;padding-left:.6em}
+.ckptlab-text .told{font:12px/1.5 ui-monospace,monospace;min-height:6em}
+.ckptlab-text .refused{border-left:3px solid #d97706;padding-left:.6em;margin-bottom:.5em}
 .ckptlab-text .figures{display:flex;flex-wrap:wrap;gap:.2em 1.6em;margin-bottom:.5em}
 .ckptlab-text .figures b{font-weight:600;font-variant-numeric:tabular-nums}
 .ckptlab-text .scroll{overflow:auto;max-height:20em}
 .ckptlab-text table{border-collapse:collapse;font:12px/1.5 ui-monospace,monospace;margin:0}
-.ckptlab-text :is(td,th){padding:.05em 1em .05em 0;text-align:left;white-space:nowrap;font-weight:400;background:none}
+.ckptlab-text :is(td,th){padding:.05em .8em .05em 0;text-align:left;white-space:nowrap;font-weight:400;background:none}
 .ckptlab-text .r{text-align:right}
 .ckptlab-text th{opacity:.68}
 .ckptlab-text pre{margin:.3em 0;padding:.5em .7em;white-space:pre-wrap;user-select:all;color:inherit;
@@ -81,11 +83,11 @@ def holdings(catalog: Catalog, rank: int) -> str:
     if found.files:
         facts.append("in " + sizes(dict(list(found.files.items())[:6])) + " …" * (len(found.files) > 6))
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td class=r>{start:,}</td><td class=r>{count:,}</td><td class=r>{share:.3g} %</td>"
-        f"<td class=r>{size(nbytes)}</td><td>{escape(where)}</td></tr>"
+        f"<tr><td>{escape(shorten(name, 44))}</td><td class=r>{start:,}</td><td class=r>{count:,}</td>"
+        f"<td class=r>{share:.3g} %</td><td class=r>{size(nbytes)}</td><td>{escape(where)}</td></tr>"
         for name, start, count, share, nbytes, where in found.rows[:ROWS]
     )
-    titles = ("tensor", ""), ("from", "r"), ("elements", "r"), ("of its shard", "r"), ("size", "r"), ("where", "")
+    titles = ("tensor", ""), ("from", "r"), ("elements", "r"), ("of shard", "r"), ("size", "r"), ("where", "")
     header = "".join(f"<th class={side or 'l'}>{title}</th>" for title, side in titles)
     more = f'<div class="quiet">and {len(found.rows) - ROWS:,} more</div>' if len(found.rows) > ROWS else ""
     quiet = "".join(f'<div class="quiet">{escape(fact)}</div>' for fact in facts)

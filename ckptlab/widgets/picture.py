@@ -1,4 +1,4 @@
-"""The two widgets that answer to the mouse by themselves: an SVG that reports its cells, and a tree of names."""
+"""Text, and two widgets that answer to the mouse by themselves: an SVG that reports its cells, a tree of names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import ipywidgets as w
 import traitlets
 
 STATIC = Path(__file__).parent / "static"
 
 Told = Callable[[str, Mapping[str, str]], None]
 """What is called with "hover" or "click" and the cell's `data-*` attributes (none where the mouse left)."""
+
+
+def text(content: str = "") -> w.HTML:
+    """HTML that is never wider than what it stands in."""
+    return w.HTML(content, layout=w.Layout(min_width="0", width="auto"))
 
 
 class Picture(anywidget.AnyWidget):

@@ -14,11 +14,12 @@ from ckptlab.errors import CkptlabError
 from ckptlab.widgets import memory, page, steps
 from ckptlab.widgets.cells import rank_of, tensor_of, told
 from ckptlab.widgets.later import Later
-from ckptlab.widgets.picture import Picture
+from ckptlab.widgets.picture import Picture, text
 from ckptlab.widgets.pictures import buffer, layout
 from ckptlab.widgets.sliders import MeshSliders
 from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
 
+BESIDE = "1 1 320px"  # a tensor shrinks to stand beside its mesh
 HINT = "Hover over a cell to learn what it stands for; click one to see all that its rank holds."
 
 Choose = Callable[..., None]
@@ -45,7 +46,7 @@ class Hearing:
     """
 
     def __init__(self, choose: Choose, field: str) -> None:
-        self.line = w.HTML(page.told([], HINT))
+        self.line = text(page.told([], HINT))
         self._choose, self._field = choose, field
         self._catalog: Catalog | None = None
         self._choice: Choice | None = None
@@ -55,8 +56,9 @@ class Hearing:
         self._catalog, self._choice = catalog, choice
         self.line.value = page.told([], HINT)
 
-    def picture(self) -> Picture:
-        made = Picture()
+    def picture(self, flex: str = "0 1 auto") -> Picture:
+        """A picture that is heard; `flex` says how it shares a row."""
+        made = Picture(layout=w.Layout(flex=flex, min_width="0"))
         made.on_cell(self.hear)
         return made
 
@@ -81,8 +83,9 @@ class Look:
         self.state.style.description_width = "40px"
         self.state.observe(lambda change: choose(state=change["new"] or ""), "value")
         self.hearing = Hearing(choose, "rank")
-        self.mesh, self.tensor, self.flat = (self.hearing.picture() for _ in range(3))
-        self.holdings = w.HTML()
+        self.mesh, self.flat = self.hearing.picture(), self.hearing.picture()
+        self.tensor = self.hearing.picture(BESIDE)
+        self.holdings = text()
         left = w.VBox([self.state, self.mesh])
         self.box = w.VBox([row(left, self.tensor), self.flat, self.hearing.line, self.holdings])
 
@@ -106,10 +109,11 @@ class Change:
     def __init__(self, choose: Choose, sliders: MeshSliders) -> None:
         self.sliders = sliders
         sliders.on_move(lambda mesh, stage: choose(mesh=mesh, zero_stage=stage))
-        self.figures = w.HTML()
+        self.figures = text()
         self.hearing = Hearing(choose, "target_rank")
-        self.mesh, self.tensor, self.memory, self.plan = (self.hearing.picture() for _ in range(4))
-        self.holdings = w.HTML()
+        self.mesh, self.memory, self.plan = (self.hearing.picture() for _ in range(3))
+        self.tensor = self.hearing.picture(BESIDE)
+        self.holdings = text()
         self.pictures = w.VBox(
             [row(self.mesh, self.tensor), self.hearing.line, row(self.memory, self.plan), self.holdings]
         )
@@ -164,7 +168,7 @@ class Steps:
         self.slider.observe(lambda change: choose(step=change["new"]), "value")
         self.back.on_click(lambda _: self._go(-1))
         self.next.on_click(lambda _: self._go(1))
-        self.text = w.HTML()
+        self.text = text()
         self.pictures = [Picture(), Picture()]
         controls = w.HBox([self.back, self.slider, self.next])
         self.box = w.VBox([controls, self.text, row(*self.pictures)])

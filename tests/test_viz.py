@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from ckptlab.draw import Drawing
 from ckptlab.plan import FlatBuffer
 from ckptlab.stored import Stored
 
+ROOT = Path(__file__).resolve().parents[1]
 GQA = Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 32, "k": 16, "v": 16})
 MQA = Layout("((tp q) + k + v) in", totals={"q": 32, "k": 16, "v": 16})
 
@@ -54,9 +57,9 @@ def test_512_ranks_are_few_cells_that_stand_for_all(mesh: Mesh) -> None:
     assert [77 in numbers(c.get("data-rank")) for c in cells(drawing, "marked")] == [True]
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp", "dp"])
-def test_groups_are_framed_with_all_their_ranks(axis: str) -> None:
-    mesh = Mesh(tp=3, pp=2, dp=4)
+@pytest.mark.parametrize("axis", ["tp", "pp", "dp", "edp", "ep"])
+def test_groups_are_framed_with_all_their_ranks_and_no_others(axis: str) -> None:
+    mesh = Mesh(tp=3, pp=2, dp=4).split("dp", edp=2, ep=2)
     drawing = viz.mesh(mesh, group=axis)
     groups = mesh.groups(axis)
     for cell in cells(drawing, "rank"):
@@ -292,9 +295,29 @@ def test_a_tensor_across_a_border_is_torn_on_both_sides() -> None:
     assert texts(alone, "bar-label") == ["dp 1"]
 
 
+def test_the_whole_buffer_shows_where_dp_cuts_it() -> None:
+    buffer = FlatBuffer.contiguous(["a", "b", "c"], [6, 10, 3], 4)
+    drawing = viz.flat(buffer)
+    spans = cells(drawing, "span")
+    assert [(c.get("data-tensor"), c.get("data-count")) for c in spans] == [
+        ("a", "6"),
+        ("b", "10"),
+        ("c", "3"),
+        (None, str(buffer.total - 19)),
+    ]
+    (whole,) = cells(drawing, "whole")
+    x0, _, x1, _ = box(whole)
+    cuts = [e for e in elements(drawing) if "cut" in e.get("class", "").split()]
+    places = [float(re.match(r"M([\d.]+)", e.get("d", ""))[1]) for e in cuts]  # type: ignore[index]
+    assert [round((x - x0) / (x1 - x0) * 4, 2) for x in places] == [1, 2, 3]
+    assert not cells(viz.flat(buffer, dp=1), "span")
+    assert not cells(viz.flat(FlatBuffer.per_tensor(["a"], [9], 2)), "span")
+
+
 def test_of_512_dp_ranks_a_few_are_drawn_and_the_picture_says_so() -> None:
     drawing = viz.flat(FlatBuffer.contiguous(["a"], [1 << 20], 512))
     assert texts(drawing, "bar-label") == ["dp 0", "dp 1", "dp 2", "dp 3", "dp 4", "dp 5", "dp 511"]
+    assert "dashed: of 511 cuts one in 8" in texts(drawing, "note")
     assert texts(drawing, "omitted") == ["… and 505 dp ranks, 6 to 510"]
     with pytest.raises(IndexError):
         viz.flat(FlatBuffer.contiguous(["a"], [8], 2), dp=2)
@@ -382,11 +405,20 @@ def test_bars_are_as_long_as_their_bytes() -> None:
 
 
 def test_memory_on_paper() -> None:
-    drawing = viz.memory({"dp 0": {"weights": 10, "cache": 30}, "dp 1": {"weights": 10}})
-    told = [(c.get("data-rank"), c.get("data-kind"), c.get("data-bytes")) for c in cells(drawing, "amount")]
-    assert told == [("0", "weights", "10"), ("0", "cache", "30"), ("1", "weights", "10")]
+    drawing = viz.memory({"dp 0": {"weights": 1, "cache": 39}, "dp 1": {"weights": 10}})
+    amounts = cells(drawing, "amount")
+    told = [(c.get("data-rank"), c.get("data-kind"), c.get("data-bytes")) for c in amounts]
+    assert told == [("0", "weights", "1"), ("0", "cache", "39"), ("1", "weights", "10")]
+    assert len({round(float(c.get("width", "")) / int(c.get("data-bytes", "")), 3) for c in amounts}) == 1
     assert texts(drawing, "bar-label") == ["dp 0", "dp 1"]
     assert cells(viz.memory({}), "amount") == []
+
+
+def test_a_kind_has_one_colour_whatever_else_there_is() -> None:
+    whole, part = (viz.memory({"0": dict.fromkeys(kinds, 5)}) for kinds in (viz.KINDS, viz.KINDS[1:3]))
+    fills = {c.get("data-kind"): c.get("fill") for c in cells(whole, "amount")}
+    assert all(fills[c.get("data-kind")] == c.get("fill") for c in cells(part, "amount"))
+    assert texts(part, "legend") == list(viz.KINDS[1:3])
 
 
 def test_of_512_ranks_those_that_hold_alike_are_one_bar() -> None:
@@ -436,6 +468,20 @@ def test_512_targets_are_stages_or_blocks_and_the_picture_says_so(mesh: Mesh) ->
     assert said in texts(drawing, "note")
     bare = viz.plan(reshaped.plan)
     assert sum(int(c.get("data-bytes", "")) for c in cells(bare, "move")) == reshaped.plan.sent
+
+
+# Plots
+
+
+def test_a_plot_has_every_rank() -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    reshaped = ckptlab.open(GPT).reshape(Mesh(tp=4, dp=2))
+    ax = viz.plot_memory(reshaped)
+    found = viz.memory_by_rank(reshaped.target)
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    assert np.array(heights).T.tolist() == found[:, found.any(axis=0)].tolist()
+    (image,) = viz.plot_plan(reshaped, viz.plot_memory({})).images
+    assert image.get_array().filled(0).tolist() == reshaped.plan.matrix().tolist()
 
 
 # Reprs
@@ -537,3 +583,22 @@ def test_drawings_are_values() -> None:
     assert isinstance(a, Drawing)
     assert repr(a).startswith("<Drawing, ")
     assert a._repr_svg_() == a.svg
+
+
+# The gallery
+
+
+def test_what_the_page_on_drawings_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/drawings.md").read_text(), re.DOTALL)
+    exec(block.replace("/tmp/", f"{tmp_path}/"), {})
+    assert (tmp_path / "plan.svg").read_text().startswith("<svg xmlns=")
+
+
+def test_every_picture_can_be_made_and_is_there() -> None:
+    pictures = runpy.run_path(str(ROOT / "docs/gallery.py"))["PICTURES"]
+    for name, make in pictures.items():
+        assert "<svg" in shown(make())
+        assert all((ROOT / f"docs/pictures/{name}_{theme}.png").exists() for theme in ("light", "dark"))
+    named = re.findall(r"pictures/(\w+)_(?:light|dark)\.png", (ROOT / "docs/drawings.md").read_text())
+    assert set(named) <= set(pictures)

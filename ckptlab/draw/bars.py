@@ -22,7 +22,10 @@ class Stack:
 
 
 def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = ()) -> Drawing:
-    """Bars to one scale; kinds in the order in which they first come."""
+    """Bars to one scale; kinds in the order in which they first come, which is also that of their colours.
+
+    A kind of which there is nothing is not in the legend, but keeps its colour.
+    """
     kinds = list(dict.fromkeys(kind for stack in stacks for kind in stack.amounts))
     most = max([sum(stack.amounts.values()) for stack in stacks] + [1])
     left = max([width_of(stack.label) for stack in stacks] + [0]) + 12
@@ -30,6 +33,8 @@ def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = ())
     y = 28.0 if title else 8.0
     x = left
     for k, kind in enumerate(kinds):
+        if not any(stack.amounts.get(kind) for stack in stacks):
+            continue
         parts += [swatch(x, y, colour(k)), text(x + 15, y, kind, "legend")]
         x += width_of(kind) + 34
     wide = x

@@ -92,12 +92,11 @@ class Edge:
         breaks = np.unique(np.concatenate([starts, borders]))
         at = np.searchsorted(starts, breaks[:-1], "right") - 1
         window = np.searchsorted(borders, breaks[:-1], "right") - 1
-        keys, first, place = np.unique(
-            np.column_stack([window, codes[at]]), axis=0, return_index=True, return_inverse=True
-        )
-        sums = np.bincount(place.ravel(), np.diff(breaks)).astype(np.int64)
+        kinds, kind = np.unique(codes, return_inverse=True)
+        keys, first, place = np.unique(window * len(kinds) + kind[at], return_index=True, return_inverse=True)
+        sums = np.bincount(place, np.diff(breaks)).astype(np.int64)
         order = np.argsort(first)
-        sums, kept = sums[order], keys[order, 1]
+        sums, kept = sums[order], kinds[keys[order] % len(kinds)]
         return _joined(np.cumsum(sums) - sums, sums, kept)
 
 

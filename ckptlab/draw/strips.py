@@ -30,21 +30,42 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bar:
-    """`length` elements, of which pieces, ascending, take some; the rest is padding."""
+    """`length` elements, of which pieces, ascending, take some; the rest is padding. `kind` is its pieces' class."""
 
     label: str
     length: int
     pieces: Sequence[Piece]
     data: Mapping[str, object] = field(default_factory=dict)
+    kind: str = "fragment"
 
 
-def strips(bars: Sequence[Bar | str], *, title: str = "", notes: Sequence[str] = ()) -> Drawing:
-    """Bars to one scale, one below the other; a text among them stands for bars that are left out."""
-    left = max([width_of(b.label) for b in bars if isinstance(b, Bar)] + [0]) + 12
+def strips(
+    bars: Sequence[Bar | str],
+    *,
+    whole: Bar | None = None,
+    cuts: Sequence[tuple[int, str]] = (),
+    title: str = "",
+    notes: Sequence[str] = (),
+) -> Drawing:
+    """Bars to one scale, one below the other; a text among them stands for bars that are left out.
+
+    whole: what the bars are cut from, drawn above to its own scale, with `cuts`: where each bar begins in it, and what
+    that bar is called.
+    """
+    labels = [b.label for b in [*bars, whole] if isinstance(b, Bar)]
+    left = max([width_of(label) for label in labels] + [0]) + 12
     longest = max([b.length for b in bars if isinstance(b, Bar)] + [1])
     parts = [text(0, 8, title, "title")] if title else []
     y = 30.0 if title else 8.0
     merged = 0
+    scaled = [(bar, _WIDTH / longest) for bar in bars if isinstance(bar, Bar)]
+    if whole is not None:
+        scaled.append((whole, _WIDTH / max(whole.length, 1)))
+        y += 14
+        parts.append(text(left - 8, y + _HEIGHT / 2, whole.label, "end whole-label"))
+        cells, merged = _bar(whole, left, y, scaled[-1][1])
+        parts += [*cells, *_cuts(cuts, whole, left, y)]
+        y += _STEP + 8
     for bar in bars:
         if isinstance(bar, str):
             parts.append(text(left, y + 8, bar, "quiet omitted"))
@@ -58,7 +79,7 @@ def strips(bars: Sequence[Bar | str], *, title: str = "", notes: Sequence[str] =
         parts.append(text(left, y + _HEIGHT + 8, "0", "small quiet"))
         parts.append(text(left + width, y + _HEIGHT + 8, f"{bar.length:,}", "small quiet end"))
         y += _STEP
-    legend, y = _legend(bars, _WIDTH / longest, left, y)
+    legend, y = _legend(scaled, left, y)
     parts += legend
     said = [*notes]
     if merged:
@@ -88,9 +109,24 @@ def _bar(bar: Bar, left: float, y: float, scale: float) -> tuple[list[str], int]
     found += _flush(run, left, y, scale, bar)
     if at < bar.length:
         found.append(_padding(bar, at, bar.length - at, left, y, scale))
-    frame = rect(left, y, bar.length * scale, _HEIGHT, class_="bar overlay", fill="none", stroke="currentColor")
-    found.append(frame)
+    name = "bar overlay" if bar.kind == "fragment" else "whole overlay"
+    found.append(rect(left, y, bar.length * scale, _HEIGHT, class_=name, fill="none", stroke="currentColor"))
     return found, thin
+
+
+def _cuts(cuts: Sequence[tuple[int, str]], whole: Bar, left: float, y: float) -> list[str]:
+    """A dashed line where each bar begins, and what it is called, if there is room."""
+    found = []
+    ends = [*(at for at, _ in cuts[1:]), whole.length]
+    for (at, label), end in zip(cuts, ends, strict=True):
+        x, width = left + _WIDTH * at / max(whole.length, 1), _WIDTH * (end - at) / max(whole.length, 1)
+        if at:
+            path = f"M{x:.2f} {y - 10:.1f}V{y + _HEIGHT + 6:.1f}"
+            style = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_dasharray": "4 2"}
+            found.append(element("path", d=path, class_="cut overlay", **style))
+        if width >= width_of(label, 10) + 4:
+            found.append(text(x + width / 2, y - 8, label, "small quiet middle"))
+    return found
 
 
 def _piece(piece: Piece, left: float, y: float, scale: float, bar: Bar) -> str:
@@ -100,7 +136,7 @@ def _piece(piece: Piece, left: float, y: float, scale: float, bar: Bar) -> str:
     goes = " · goes on in the next" if after else ""
     tip = f"{piece.name} · {piece.length:,} elements from {piece.start:,}{goes}{' · begun before' if before else ''}"
     label = piece.name if _fits(piece, scale) else str(piece.hue + 1)
-    shape = cell((x, y, width, _HEIGHT), colour(piece.hue % 7), tip, kind="fragment", label=label, data=data)
+    shape = cell((x, y, width, _HEIGHT), colour(piece.hue % 7), tip, kind=bar.kind, label=label, data=data)
     return shape + "".join(_tear(at, y) for at, torn in ((x, before), (x + width, after)) if torn)
 
 
@@ -108,11 +144,11 @@ def _fits(piece: Piece, scale: float) -> bool:
     return piece.length * scale >= width_of(piece.name, 10) + 6
 
 
-def _legend(bars: Sequence[Bar | str], scale: float, left: float, y: float) -> tuple[list[str], float]:
+def _legend(bars: Sequence[tuple[Bar, float]], left: float, y: float) -> tuple[list[str], float]:
     """Names of the pieces that have only a number, in columns; and where the legend ends."""
     found: dict[int, Piece] = {}
-    for bar in bars:
-        for piece in bar.pieces if isinstance(bar, Bar) else ():
+    for bar, scale in bars:
+        for piece in bar.pieces:
             if not _fits(piece, scale) and piece.length * scale >= _THIN:
                 found.setdefault(piece.hue, piece)
     shown = [found[hue] for hue in sorted(found)][:LEGEND]
@@ -150,11 +186,12 @@ def _flush(run: list[Piece], left: float, y: float, scale: float, bar: Bar) -> l
     label = f"{len(run):,} pieces"
     box = (left + start * scale, y, (end - start) * scale, _HEIGHT)
     run.clear()
-    return [cell(box, PALETTE[-1], tip, kind="fragment merged", label=label, data=data)]
+    return [cell(box, PALETTE[-1], tip, kind=f"{bar.kind} merged", label=label, data=data)]
 
 
 def _padding(bar: Bar, start: int, length: int, left: float, y: float, scale: float) -> str:
     box = (left + start * scale, y, length * scale, _HEIGHT)
     data = {"start": start, "count": length, **bar.data}
+    kind = "padding" if bar.kind == "fragment" else f"{bar.kind} padding"
     tip = f"padding · {length:,} elements from {start:,}"
-    return cell(box, "none", tip, kind="padding", data=data, hatch=True, pointer_events="all")
+    return cell(box, "none", tip, kind=kind, data=data, hatch=True, pointer_events="all")

@@ -1,7 +1,8 @@
 """Drawings of meshes, layouts, flat buffers, checkpoints and plans: pure functions to SVG, from headers or paper alone.
 
 Each gives a `Drawing`: a notebook shows it, `.svg` is its text, `.save(path)` writes it. Every cell has a tooltip and
-`data-*` attributes that say what it stands for. With many ranks neighbours are drawn together, and the picture says so.
+`data-*` attributes that say what it stands for. With many ranks neighbours are drawn together, and the picture says so;
+`plot_memory` and `plot_plan` plot every rank, with matplotlib.
 """
 
 from ckptlab.draw import Drawing
@@ -9,7 +10,20 @@ from ckptlab.viz.buffers import flat
 from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
 from ckptlab.viz.moves import plan
-from ckptlab.viz.sizes import memory, memory_by_rank
+from ckptlab.viz.plots import plot_memory, plot_plan
+from ckptlab.viz.sizes import KINDS, memory, memory_by_rank
 from ckptlab.viz.tensors import tensor
 
-__all__ = ["Drawing", "flat", "memory", "memory_by_rank", "mesh", "plan", "stages", "tensor"]
+__all__ = [
+    "KINDS",
+    "Drawing",
+    "flat",
+    "memory",
+    "memory_by_rank",
+    "mesh",
+    "plan",
+    "plot_memory",
+    "plot_plan",
+    "stages",
+    "tensor",
+]

@@ -6,17 +6,19 @@ from ckptlab.catalog import FlatGroup
 from ckptlab.draw import Bar, Drawing, Piece, strips
 from ckptlab.plan import FlatBuffer
 
+CUTS = 64  # cuts that are drawn in the whole buffer; of more every second, third, …
 SHOWN = 8  # dp ranks that are drawn; of more the first and the last
 
 
 def flat(group: FlatGroup | FlatBuffer, *, tp: int = 0, dp: int | None = None) -> Drawing:
     """The flat buffer of one group (of a catalog's FlatGroup, that of coordinate tp), one bar for each dp rank.
 
-    Fragments have their tensors' names and colours; where a tensor goes on in the next rank's buffer it is torn;
-    padding is hatched. dp: this rank's alone. Widths are proportional to elements. Cells: class `fragment` (`merged`:
-    several that are too thin; data-tensors counts them) or `padding`, data-tensor, data-dp, data-tp, data-start and
-    data-count (in the rank's buffer), data-from (in the tensor's flattened shard).
-    IndexError for a rank that is not there.
+    Above lies the whole buffer with the cuts between dp ranks. Fragments have their tensors' names and colours; where a
+    tensor goes on in the next rank's buffer it is torn; padding is hatched. dp: this rank's alone, without the whole.
+
+    Widths are proportional to elements. Cells: class `fragment` (`merged`: several that are too thin; data-tensors
+    counts them) or `padding`, in the whole `span`; data-tensor, data-dp, data-tp, data-start and data-count (in the
+    rank's buffer), data-from (in the tensor's flattened shard). IndexError for a rank that is not there.
     """
     buffer = group if isinstance(group, FlatBuffer) else group.flats[tp]
     if dp is not None and not 0 <= dp < buffer.dp:
@@ -29,7 +31,8 @@ def flat(group: FlatGroup | FlatBuffer, *, tp: int = 0, dp: int | None = None) -
     made: list[Bar | str] = [_bar(buffer, d, tp) for d in shown]
     if omitted:
         made.insert(len(made) - 1, f"… and {omitted:,} dp ranks, {shown[-2] + 1} to {shown[-1] - 1}")
-    return strips(made, title=_title(group, buffer, tp), notes=_notes(group, buffer))
+    whole, cuts = _whole(buffer) if dp is None else (None, [])
+    return strips(made, whole=whole, cuts=cuts, title=_title(group, buffer, tp), notes=_notes(group, buffer))
 
 
 def _title(group: FlatGroup | FlatBuffer, buffer: FlatBuffer, tp: int) -> str:
@@ -42,12 +45,26 @@ def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
         said = ["ZeRO-3: each tensor is cut by itself; every rank has a part of each"]
     else:
         said = [f"ZeRO-1/2: the buffer is cut every {buffer.partition:,} elements, across the borders of tensors"]
-    padding = sum(buffer.padding(d) for d in range(buffer.dp))
+        step = -(-buffer.dp // CUTS)
+        if step > 1:
+            said.append(f"dashed: of {buffer.dp - 1:,} cuts one in {step:,}")
+    padding = buffer.total - sum(buffer.counts)
     if padding:
         said.append(f"hatched: padding, {padding:,} elements in all")
     if isinstance(group, FlatGroup):
         said.append(f"one such buffer for each of {', '.join(f'{s} ({d})' for s, d in group.dtypes.items())}")
     return said
+
+
+def _whole(buffer: FlatBuffer) -> tuple[Bar | None, list[tuple[int, str]]]:
+    """The buffer before dp cuts it, and where each rank's partition begins: of ZeRO-3, which has none, nothing."""
+    if buffer.partition is None or buffer.dp == 1:
+        return None, []
+    order = sorted(range(len(buffer.names)), key=lambda i: buffer.starts[i])
+    pieces = [Piece(buffer.names[i], buffer.starts[i], buffer.counts[i], i) for i in order if buffer.counts[i]]
+    step = -(-buffer.dp // CUTS)
+    cuts = [(d * buffer.partition, f"dp {d}" if step == 1 else f"dp {d} …") for d in range(0, buffer.dp, step)]
+    return Bar("whole", buffer.total, pieces, kind="span"), cuts
 
 
 def _bar(buffer: FlatBuffer, d: int, tp: int) -> Bar:

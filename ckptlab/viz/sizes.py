@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,30 +24,39 @@ RANKS = 16  # ranks that have a bar each
 BARS = 24  # bars that are drawn
 
 Table = NDArray[np.int64]
+Model: TypeAlias = "Catalog | Checkpoint | Reshape | Mapping[str, Mapping[str, int]]"
 
 
-def memory(model: Catalog | Checkpoint | Reshape | Mapping[str, Mapping[str, int]]) -> Drawing:
+def memory(model: Model) -> Drawing:
     """Bytes on each rank, by kind, as stacked bars; of a reshape, on the target's ranks.
 
     model: a checkpoint, its catalog, a reshape, or any mapping from labels of ranks to {kind: bytes}. Of many ranks,
     each bar is the fullest of its block. Lengths are proportional to bytes. Cells: class `amount`, data-kind,
     data-bytes, data-rank.
     """
+    found, kinds, labels = table(model)
     if isinstance(model, Mapping):
-        kinds = list(dict.fromkeys(kind for amounts in model.values() for kind in amounts))
-        kinds = [k for k in KINDS if k in kinds] + [k for k in kinds if k not in KINDS]
-        found = np.array([[int(a.get(k, 0)) for k in kinds] for a in model.values()], np.int64)
-        labels = list(model)
-        return _drawn(found.reshape(len(labels), len(kinds)), kinds, lambda ranks: _ends(labels, ranks), [])
-    catalog = catalog_of(model)
-    axes = Axes(catalog.mesh.axes, catalog.mesh.shape)
+        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), [])
+    mesh = catalog_of(model).mesh
+    axes = Axes(mesh.axes, mesh.shape)
     notes = ["what is stored of tensors and states, with flat padding; no gradients, no activations"]
-    return _drawn(memory_by_rank(catalog), KINDS, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", notes)
+    return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", notes)
+
+
+def table(model: Model) -> tuple[Table, Sequence[str], list[str]]:
+    """(rank, kind) bytes, the kinds, and what each rank is called."""
+    if not isinstance(model, Mapping):
+        found = memory_by_rank(catalog_of(model))
+        return found, KINDS, [str(rank) for rank in range(len(found))]
+    kinds = list(dict.fromkeys(kind for amounts in model.values() for kind in amounts))
+    if not set(kinds).isdisjoint(KINDS):  # then a kind has the colour that it has elsewhere
+        kinds = [*KINDS, *(k for k in kinds if k not in KINDS)]
+    rows = [[int(amounts.get(k, 0)) for k in kinds] for amounts in model.values()]
+    return np.array(rows, np.int64).reshape(len(model), len(kinds)), kinds, list(model)
 
 
 def _drawn(found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], str], notes: list[str]) -> Drawing:
     """Bars for (rank, kind) bytes: a bar a rank; of many, one for those that are alike; of very many, of neighbours."""
-    shown = [k for k in range(len(kinds)) if found[:, k].any()]
     sets: list[list[int]] = [[r] for r in range(len(found))]
     if len(found) > RANKS:
         alike: dict[bytes, list[int]] = {}
@@ -61,7 +70,7 @@ def _drawn(found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], 
     stacks = []
     for ranks in sets:
         fullest = max(ranks, key=lambda r: int(found[r].sum()))
-        amounts = {kinds[k]: int(found[fullest, k]) for k in shown}
+        amounts = dict(zip(kinds, found[fullest].tolist(), strict=True))
         many = f" ({len(ranks):,} ranks)" if len(ranks) > 1 else ""
         stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": ranges(ranks, to="-").replace(" ", "")}))
     return bars(stacks, title="memory by rank", notes=notes)

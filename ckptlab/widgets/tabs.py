@@ -81,7 +81,8 @@ class Look:
     def __init__(self, choose: Choose) -> None:
         self.state = w.Dropdown(description="state", layout=w.Layout(width="200px"))
         self.state.style.description_width = "40px"
-        self.state.observe(lambda change: choose(state=change["new"] or ""), "value")
+        self._drawing = False
+        self.state.observe(lambda change: self._drawing or choose(state=change["new"]), "value")
         self.hearing = Hearing(choose, "rank")
         self.mesh, self.flat = self.hearing.picture(), self.hearing.picture()
         self.tensor = self.hearing.picture(BESIDE)
@@ -91,11 +92,11 @@ class Look:
 
     def draw(self, subject: Subject, choice: Choice) -> None:
         catalog, tensor = subject.catalog, subject.tensor(choice)
-        states = tuple(tensor.states)
-        if self.state.options != states:
-            with self.state.hold_trait_notifications():
-                self.state.options = states
+        self._drawing = True  # a menu with other options falls back to the first of them
+        if self.state.options != tuple(tensor.states):
+            self.state.options = tuple(tensor.states)
         self.state.value = choice.state
+        self._drawing = False
         self.mesh.svg = viz.mesh(catalog.mesh, highlight=choice.rank).svg
         self.tensor.svg = layout(catalog, tensor.name, choice.state, choice.rank)
         self.flat.svg = buffer(catalog, tensor.name, choice.state, choice.rank)

@@ -1,0 +1,57 @@
+"""Every rank at once, however many, with matplotlib: where a plot says more than cells do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ckptlab.draw.colours import colour
+from ckptlab.draw.words import size
+from ckptlab.plan import Plan
+from ckptlab.viz.sizes import Model, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ckptlab.checkpoint import Reshape
+
+
+def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
+    """Bytes on every rank by kind, stacked; see `memory`. Needs matplotlib (`pip install ckptlab[widgets]`)."""
+    found, kinds, _ = table(model)
+    ax = _axes(ax)
+    bottom = np.zeros(len(found), np.int64)
+    for k, kind in enumerate(kinds):
+        if found[:, k].any():
+            ax.bar(np.arange(len(found)), found[:, k], 1.0, bottom, color=colour(k), label=kind)
+            bottom += found[:, k]
+    ax.set(xlabel="rank", ylabel="bytes", title="memory by rank", xlim=(-0.5, max(len(found), 1) - 0.5))
+    ax.yaxis.set_major_formatter(lambda value, _: size(value))
+    if len(ax.containers):
+        ax.legend(frameon=False)
+    return ax
+
+
+def plot_plan(plan: Plan | Reshape, ax: Axes | None = None) -> Axes:
+    """Bytes from every source rank to every target rank, logarithmic; see `plan`. Needs matplotlib."""
+    from matplotlib.colors import LogNorm
+
+    made = plan if isinstance(plan, Plan) else plan.plan
+    matrix = made.matrix()
+    ax = _axes(ax)
+    image = ax.imshow(
+        np.ma.masked_equal(matrix, 0), cmap="cividis", norm=LogNorm(), aspect="auto", interpolation="nearest"
+    )
+    ax.set(xlabel="target rank", ylabel="source rank", title=f"{size(made.sent)} read, {size(made.moved)} change rank")
+    bar = ax.figure.colorbar(image, ax=ax, label="bytes")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: size(value))
+    return ax
+
+
+def _axes(ax: Any) -> Axes:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot  # loaded for those who have no axes of their own: a notebook shows its figures
+
+    return pyplot.subplots(figsize=(8, 4), layout="constrained")[1]

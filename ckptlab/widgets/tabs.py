@@ -81,14 +81,18 @@ class Look:
     def __init__(self, choose: Choose) -> None:
         self.state = w.Dropdown(description="state", layout=w.Layout(width="200px"))
         self.state.style.description_width = "40px"
-        self._drawing = False
-        self.state.observe(lambda change: self._drawing or choose(state=change["new"]), "value")
+        self._choose, self._drawing = choose, False
+        self.state.observe(self._picked, "value")
         self.hearing = Hearing(choose, "rank")
         self.mesh, self.flat = self.hearing.picture(), self.hearing.picture()
         self.tensor = self.hearing.picture(BESIDE)
         self.holdings = text()
         left = w.VBox([self.state, self.mesh])
         self.box = w.VBox([row(left, self.tensor), self.flat, self.hearing.line, self.holdings])
+
+    def _picked(self, change: Any) -> None:
+        if not self._drawing:
+            self._choose(state=change["new"])
 
     def draw(self, subject: Subject, choice: Choice) -> None:
         catalog, tensor = subject.catalog, subject.tensor(choice)

@@ -48,7 +48,7 @@ class Subject:
 
     def __init__(self, catalog: Catalog, code: str) -> None:
         self.catalog, self.code = catalog, code
-        self.reshape = lru_cache(maxsize=32)(self._reshape)
+        self.reshape = lru_cache(maxsize=8)(self._reshape)
 
     @staticmethod
     def of_checkpoint(ckpt: Checkpoint) -> Subject:

@@ -258,6 +258,15 @@ class Reshape:
         for target in self.target.placements(name, becomes):
             yield name, read_size, written_size, source, target
 
+    @cached_property
+    def file_sizes(self) -> Mapping[str, int]:
+        """Name → bytes of tensor data of every file that writing a native checkpoint makes; on paper there are none."""
+        from ckptlab.formats.deepspeed import write
+
+        if self.source.format == paper.FORMAT:
+            return {}
+        return {job.name: job.nbytes for job in write.jobs(self.source, self.target)}
+
     def cost(self) -> Cost:
         """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
         from ckptlab.formats.deepspeed import write

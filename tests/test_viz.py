@@ -317,7 +317,7 @@ def test_the_whole_buffer_shows_where_dp_cuts_it() -> None:
 def test_of_512_dp_ranks_a_few_are_drawn_and_the_picture_says_so() -> None:
     drawing = viz.flat(FlatBuffer.contiguous(["a"], [1 << 20], 512))
     assert texts(drawing, "bar-label") == ["dp 0", "dp 1", "dp 2", "dp 3", "dp 4", "dp 5", "dp 511"]
-    assert "dashed: of 511 cuts one in 8" in texts(drawing, "note")
+    assert "marked: of 511 cuts one in 8" in texts(drawing, "note")
     assert texts(drawing, "omitted") == ["… and 505 dp ranks, 6 to 510"]
     with pytest.raises(IndexError):
         viz.flat(FlatBuffer.contiguous(["a"], [8], 2), dp=2)

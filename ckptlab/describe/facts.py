@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptlab import paper
 from ckptlab.catalog import Catalog, Notice, Tensor
 from ckptlab.formats.placeholders import Foreign
 from ckptlab.mesh import Mesh
@@ -174,7 +173,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
         "vocabulary": _vocabulary(source, target),
         "bytes": {"read": cost.read, "written": cost.written, "moved": cost.moved},
         "largest_tensor": cost.largest_tensor,
-        "files": _files(reshape),
+        "files": len(reshape.file_sizes),
         "moves": _moves(reshape),
         "notices": _notices(reshape.check()),
     }
@@ -211,14 +210,6 @@ def _vocabulary(source: Catalog, target: Catalog) -> dict[str, int] | None:
             new = dict(target.tensors[tensor.name].layout.padded).get(dim, tensor.shape[dim])
             return {"true": tensor.shape[dim], "source": rows, "target": new}
     return None
-
-
-def _files(reshape: Reshape) -> int:
-    if reshape.source.format == paper.FORMAT:
-        return 0
-    from ckptlab.formats.deepspeed import write
-
-    return len(write.jobs(reshape.source, reshape.target))
 
 
 def _moves(reshape: Reshape) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Pictures from plain numbers and names: SVG that follows the page's colours, no script, the same text every time.
 
 Nothing here knows what a mesh or a checkpoint is. Read svg.py and colours.py first; then one picture a module: grid.py
-(ranks), sheet.py with edge.py (a tensor that is cut), strips.py (buffers), pipeline.py (stages), bars.py (amounts),
-matrix.py (who sends to whom). words.py writes numbers.
+(ranks), sheet.py with edge.py and shard.py (a tensor that is cut), strips.py (buffers), pipeline.py (stages), bars.py
+(amounts), matrix.py (who sends to whom). words.py writes numbers.
 """
 
 from ckptlab.draw.axes import Axes

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.draw.colours import PALETTE, colour
-from ckptlab.draw.edge import STRIPS, Edge, Strip
+from ckptlab.draw.edge import Edge, Strip
+from ckptlab.draw.shard import shard_beside
 from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, text, text_of, width_of
 
 _SIDE, _THIN = 340.0, 46.0
@@ -59,7 +60,7 @@ def sheet(
     parts += _labels([edges[i] for i in columns], over, left, top, width, height, vertical=False)
     right = left + width + 5 * sheets + 46
     if shard is not None:
-        cells, right = _shard(edges, shard, rows, columns, (right + 30, top), (width, height), marked or {})
+        cells, right = shard_beside(edges, shard, rows, columns, (right + 30, top), (width, height), marked or {})
         parts += cells
     bottom = top + height + 5 * sheets + (28 if len(over) > 1 else 6)
     said = [*_said(edges, rows, columns, copies), *notes]
@@ -78,62 +79,6 @@ def _spelled(notation: str, edges: Sequence[Edge]) -> str:
         element("tspan", text_of(w), class_="strong", text_decoration="underline") if w in axes else text_of(w)
         for w in words
     )
-
-
-def _shard(
-    edges: Sequence[Edge],
-    shard: Sequence[Sequence[tuple[int, int]]],
-    rows: Sequence[int],
-    columns: Sequence[int],
-    corner: tuple[float, float],
-    whole: tuple[float, float],
-    marked: Mapping[str, int],
-) -> tuple[list[str], float]:
-    """The shard to the scale of the whole, its pieces behind one another; and where it ends on the right."""
-    across = _runs([edges[i] for i in columns], [shard[i] for i in columns], whole[0])
-    down = _runs([edges[i] for i in rows], [shard[i] for i in rows], whole[1])
-    number = 0
-    for edge in edges:
-        block = next(i for i, b in enumerate(edge.blocks) if edge.axes.where(dict(marked)).intersection(b))
-        number = number * len(edge.blocks) + block
-    who = " ".join(f"{axis} {k}" for axis, k in marked.items()) or "every rank"
-    size = " × ".join(f"{sum(n for _, n in pieces):,}" for pieces in shard)
-    x, y = corner
-    found = [text(x, y - 11, f"{who} holds {size}", "strong shard-label")]
-    for (names_a, at_a, a), (names_b, at_b, b) in itertools.product(down, across):
-        tip = f"{who} · {', '.join(filter(None, [names_a, names_b]))}"
-        found.append(cell((x + at_b, y + at_a, b, a), colour(number), tip, kind="shard", data=dict(marked)))
-    end = x + (across[-1][1] + across[-1][2] if across else 0)
-    labels = [(end + 8, y + at + a / 2, names) for names, at, a in down if len(down) > 1 and a >= 9]
-    found += [text(*label, "small quiet") for label in labels]
-    widest = max([width_of(names, 10) for _, _, names in labels] + [0])
-    return found, max(end + widest + 16, x + width_of(f"{who} holds {size}", 13))
-
-
-def _runs(
-    edges: Sequence[Edge], pieces: Sequence[Sequence[tuple[int, int]]], extent: float
-) -> list[tuple[str, float, float]]:
-    """(names, place, length) along one direction of the shard; more than can be seen are one."""
-    whole = math.prod(edge.size for edge in edges)
-    if math.prod(map(len, pieces)) > STRIPS:
-        return [("", 0.0, extent * math.prod(sum(n for _, n in some) for some in pieces) / max(whole, 1))]
-    found, at = [], 0.0
-    for choice in itertools.product(*pieces):
-        length = extent * math.prod(n for _, n in choice) / max(whole, 1)
-        names = " × ".join(_spanned(e, s, n) for e, (s, n) in zip(edges, choice, strict=True))
-        found.append((names, at, length))
-        at += length
-    return found
-
-
-def _spanned(edge: Edge, start: int, length: int) -> str:
-    """`out 8–15`; of a part `k: out 36–39`."""
-    at, part = 0, ""
-    for name, size in edge.parts:
-        if at <= start < at + size:
-            part = f"{name}: "
-        at += size
-    return f"{part}{edge.name} {start:,}–{start + length - 1:,}"
 
 
 def _directions(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
@@ -268,7 +213,8 @@ def _parts(edge: Edge, left: float, top: float, width: float, height: float, ver
         found.append(_frame(box, "part overlay", "2.5", data_part=name))
         said = f"{name} {length:,}"
         if vertical and size >= 9:
-            found.append(text(left - 12, box[1] + size / 2, said, "end strong part-label"))
+            small = "small " if size < 14 else ""
+            found.append(text(left - 12, box[1] + size / 2, said, f"end strong {small}part-label"))
             found.append(_bracket(left - 8, box[1] + 2, size - 4))
         elif not vertical and size >= width_of(said, 10):
             found.append(text(box[0] + size / 2, top - 11, said, "middle strong part-label"))

@@ -9,6 +9,7 @@ from ckptlab.draw.colours import PALETTE, colour
 from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, swatch, text, width_of
 
 _WIDTH, _HEIGHT, _STEP = 760.0, 30.0, 46.0
+CUTS = 16  # cuts of a whole that are drawn through it
 LEGEND = 24  # names that are listed below
 _THIN = 3.0  # pixels: pieces thinner than this are drawn together with their neighbours
 
@@ -115,13 +116,16 @@ def _bar(bar: Bar, left: float, y: float, scale: float) -> tuple[list[str], int]
 
 
 def _cuts(cuts: Sequence[tuple[int, str]], whole: Bar, left: float, y: float) -> list[str]:
-    """A dashed line where each bar begins, and what it is called, if there is room."""
+    """A dashed line where each bar begins, of many a mark outside; and what the bar is called, if there is room."""
     found = []
     ends = [*(at for at, _ in cuts[1:]), whole.length]
     for (at, label), end in zip(cuts, ends, strict=True):
         x, width = left + _WIDTH * at / max(whole.length, 1), _WIDTH * (end - at) / max(whole.length, 1)
         if at:
-            path = f"M{x:.2f} {y - 10:.1f}V{y + _HEIGHT + 6:.1f}"
+            high, low = y - 10, y + _HEIGHT + 6
+            path = f"M{x:.2f} {high:.1f}V{low:.1f}"
+            if len(cuts) > CUTS:
+                path = f"M{x:.2f} {high:.1f}v9M{x:.2f} {low:.1f}v-5"
             style = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_dasharray": "4 2"}
             found.append(element("path", d=path, class_="cut overlay", **style))
         if width >= width_of(label, 10) + 4:

@@ -47,7 +47,7 @@ def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
         said = [f"ZeRO-1/2: the buffer is cut every {buffer.partition:,} elements, across the borders of tensors"]
         step = -(-buffer.dp // CUTS)
         if step > 1:
-            said.append(f"dashed: of {buffer.dp - 1:,} cuts one in {step:,}")
+            said.append(f"marked: of {buffer.dp - 1:,} cuts one in {step:,}")
     padding = buffer.total - sum(buffer.counts)
     if padding:
         said.append(f"hatched: padding, {padding:,} elements in all")

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckptlab import viz
     from ckptlab.analysis import Diff, diff
+    from ckptlab.arrays.backends import Backend
+    from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, paper_model, save_weights
     from ckptlab.convert import Report
     from ckptlab.errors import (
+        BackendError,
         CheckpointError,
         CkptlabError,
         DestinationError,
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Backend",
+    "BackendError",
     "Catalog",
     "Checkpoint",
     "CheckpointError",
@@ -50,6 +55,7 @@ __all__ = [
     "NotationError",
     "Notice",
     "ParameterGroup",
+    "ReplicaWarning",
     "Report",
     "Reshape",
     "ReshapeError",
@@ -61,15 +67,22 @@ __all__ = [
     "__version__",
     "diff",
     "explore",
+    "merge",
+    "merge_flat",
     "open",
     "paper_model",
     "playground",
+    "reshape",
     "save_weights",
+    "split",
+    "split_flat",
     "viz",
 ]
 
 _HOMES = {
     "analysis": "Diff diff",
+    "arrays.backends": "Backend",
+    "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
     "convert": "Report",
@@ -77,8 +90,8 @@ _HOMES = {
     "flatten_dp_dimension get_files_with_prefix get_layer_ckpt_name_for_rank get_model_3d_descriptor "
     "get_model_ckpt_name_for_rank get_mpu_ranks get_zero_ckpt_name_for_rank get_zero_files meg_2d_parallel_map "
     "merge_state model_3d_desc partition_data reshape_meg_2d_parallel unflatten_dp_dimension",
-    "errors": "CheckpointError CkptlabError DestinationError LayoutError MeshError NotationError ReshapeError "
-    "UnsafeFileError UnsupportedError",
+    "errors": "BackendError CheckpointError CkptlabError DestinationError LayoutError MeshError NotationError "
+    "ReshapeError UnsafeFileError UnsupportedError",
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "strategy": "Megatron Rules Strategy",

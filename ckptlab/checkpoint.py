@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +20,7 @@ from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.paper import with_data
 from ckptlab.plan import Placement, Plan, compose
-
-if TYPE_CHECKING:
-    import xarray as xr
+from ckptlab.viewed import Viewed
 
 SHARD_BYTES = 5_000_000_000  # safetensors files are cut at this size, as Hugging Face's are
 
@@ -57,11 +55,11 @@ def _strategy(given: Any) -> strategy.Strategy | None:
     return strategy.resolve(given)
 
 
-class Checkpoint:
+class Checkpoint(Viewed):
     """A checkpoint opened by `ckptlab.open`. Nothing is read until a view's values are asked for."""
 
     def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
+        self.catalog = self.source = self.held = catalog
 
     @property
     def path(self) -> str:
@@ -109,52 +107,6 @@ class Checkpoint:
         step = self.client_state.get("iteration", native.model.get("global_steps") if native else None)
         return int(step) if isinstance(step, int) else None
 
-    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
-        """Whole tensors, lazily.
-
-        stack=True: a DataTree with one node a tensor, same-shaped layers stacked along `layer` (with the `pp` stage as
-        a coordinate), states as variables. stack=False: a Mapping from the model's own names to DataArrays of that
-        state, or to Datasets if no state is named. Vocabulary padding is cut off. Dtypes are those that are stored:
-        numpy's sums of bfloat16 are made right or refused; dtype="float32" shows all floating-point states so, exactly,
-        and everything works on them, dask too. CheckpointError for an unknown state.
-        """
-        from ckptlab import views
-
-        if stack:
-            return views.full(with_data(self.catalog), self._states(state), dtype)
-        return views.full_by_name(with_data(self.catalog), self._state(state), dtype)
-
-    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
-        """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim before the tensor's own, a `pp`
-        dim where several stages hold copies. As `full` otherwise."""
-        from ckptlab import views
-
-        if stack:
-            return views.shards(with_data(self.catalog), self.catalog, self._states(state), dtype)
-        return views.shards_by_name(with_data(self.catalog), self.catalog, self._state(state), dtype)
-
-    def buffers(self, *, dtype: Any = None) -> xr.DataTree:
-        """The optimizer's flat buffers as the files hold them: /pp0/group0 with dims (tp, dp, flat) and true lengths
-        beside."""
-        from ckptlab import views
-
-        return views.buffers(with_data(self.catalog), self.catalog, dtype)
-
-    def _states(self, state: str | Sequence[str] | None) -> tuple[str, ...] | None:
-        if state is None:
-            return None
-        wanted = (state,) if isinstance(state, str) else tuple(state)
-        unknown = [s for s in wanted if s not in self.states]
-        if unknown:
-            raise CheckpointError(f"{self.path}: no state {unknown[0]!r}: there are {', '.join(self.states)}")
-        return wanted
-
-    def _state(self, state: str | Sequence[str] | None) -> str | None:
-        wanted = self._states(state)
-        if wanted is not None and len(wanted) > 1:
-            raise CheckpointError(f"by name, one state at a time (or none, for all): {wanted}")
-        return wanted[0] if wanted else None
-
     def reshape(self, mesh: Mesh | None = None, **options: Any) -> Reshape:
         """The same checkpoint on another mesh: nothing is read yet.
 
@@ -193,11 +145,12 @@ class Cost:
     largest_tensor: int
 
 
-class Reshape:
+class Reshape(Viewed):
     """A checkpoint on another mesh, worked out from headers: check it, cost it, look at its views, save it."""
 
     def __init__(self, source: Catalog, target: Catalog, options: Any) -> None:
         self.source, self.target, self.options = source, target, options
+        self.held = target
 
     @staticmethod
     def of(source: Catalog, mesh: Mesh | None = None, **options: Any) -> Reshape:
@@ -274,25 +227,6 @@ class Reshape:
         payload = paper.payload if self.source.format == paper.FORMAT else write.payload
         sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
         return Cost(self.plan.sent, payload(self.target), self.plan.moved, max(sizes, default=0))
-
-    def full(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
-        """Whole tensors: a reshape does not change them."""
-        return Checkpoint(self.source).full(state, stack=stack, dtype=dtype)
-
-    def shards(self, state: str | Sequence[str] | None = None, *, stack: bool = True, dtype: Any = None) -> Any:
-        """Tensors as the target's model-parallel ranks will hold them, gathered lazily from the source."""
-        from ckptlab import views
-
-        held = Checkpoint(self.target)  # knows the target's states
-        if stack:
-            return views.shards(with_data(self.source), self.target, held._states(state), dtype)
-        return views.shards_by_name(with_data(self.source), self.target, held._state(state), dtype)
-
-    def buffers(self, *, dtype: Any = None) -> xr.DataTree:
-        """The flat buffers that the target's ranks will hold, gathered lazily from the source."""
-        from ckptlab import views
-
-        return views.buffers(with_data(self.source), self.target, dtype)
 
     def save(
         self,

@@ -36,6 +36,10 @@ class ReshapeError(CkptlabError, ValueError):
     """A target that the checkpoint cannot be reshaped to."""
 
 
+class BackendError(CkptlabError, ValueError):
+    """An array library, a device or a dtype of it that is not there, or that cannot hold what was asked for."""
+
+
 class DestinationError(CkptlabError):
     """A destination that exists already or cannot be written."""
 

@@ -82,6 +82,19 @@ class Stored:
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.ndarray(self.shape, self.dtype, buffer=whole, offset=self.offset, strides=strides)
 
+    def private(self) -> np.ndarray:
+        """A contiguous tensor mapped for the caller alone: may be written to, which changes no file.
+
+        Raises CheckpointError where the file has become too short, or was replaced, since it was opened.
+        """
+        _mapped_files.get(self.path, self.offset + self.nbytes)  # is the file as long as it must be?
+        skipped = self.offset % mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            pages = mmap.mmap(
+                file.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=self.offset - skipped
+            )
+        return np.ndarray(self.shape, self.dtype, buffer=pages, offset=skipped)
+
     @property
     def flat(self) -> np.ndarray:
         """Its elements in row-major order, 1-D and read-only: a view where it is contiguous, else a copy."""

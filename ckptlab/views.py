@@ -2,7 +2,7 @@
 
 `source` is the catalog of what is stored; `held` says what the ranks hold: the source itself, or the catalog of a
 target, for which everything is gathered from the source. Dtypes are those that are stored, or `dtype` for all that are
-floating-point; of 16 bits and fewer, sums are right or refused (see `arrays.narrow`).
+floating-point. What is read arrives on the backend (None: numpy's); sums are right or refused (see `arrays.duck`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ckptlab.arrays import Gather, Partition, shard_gathers
+from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.lazy import Converted, Flat, Gathered, LazyArray, Padded, Stacked, variable
 from ckptlab.catalog import Catalog, FlatGroup, Tensor
 from ckptlab.errors import CheckpointError, UnknownNameError
@@ -26,35 +27,47 @@ T = TypeVar("T", covariant=True)
 Coordinates = dict[str, Any]
 
 
-def full(source: Catalog, states: Sequence[str] | None = None, dtype: Any = None) -> xr.DataTree:
+def full(
+    source: Catalog, states: Sequence[str] | None = None, dtype: Any = None, backend: Backend | None = None
+) -> xr.DataTree:
     """Whole tensors, vocabulary padding cut off: one node a tensor, dims ([layer,] *tensor dims), states as variables.
 
     Same-shaped layers are one node, named without the layer's number, with the numbers as coordinate `layer` and the
     stage that holds each as `pp`; a tensor that stands alone keeps its name, and its stage is a scalar.
     """
-    return _tree(_Full(source, states, dtype))
+    return _tree(_Full(source, states, dtype, backend))
 
 
-def full_by_name(source: Catalog, state: str | None = None, dtype: Any = None) -> Mapping[str, Any]:
+def full_by_name(
+    source: Catalog, state: str | None = None, dtype: Any = None, backend: Backend | None = None
+) -> Mapping[str, Any]:
     """Whole tensors by the model's own names and aliases: DataArrays of one state, or Datasets of all."""
-    return _by_name(_Full(source, None if state is None else (state,), dtype), state)
+    return _by_name(_Full(source, None if state is None else (state,), dtype, backend), state)
 
 
-def shards(source: Catalog, held: Catalog, states: Sequence[str] | None = None, dtype: Any = None) -> xr.DataTree:
+def shards(
+    source: Catalog,
+    held: Catalog,
+    states: Sequence[str] | None = None,
+    dtype: Any = None,
+    backend: Backend | None = None,
+) -> xr.DataTree:
     """Tensors as the model-parallel ranks of `held` hold them, padding included: dims ([layer,] tp, *tensor dims).
 
     What is replicated stands there once for each tp rank. States that every stage of a tied tensor stores have a dim
     `pp` before `tp`. Shards of unequal width are padded with 0 to the widest; `<dim>_extent` (tp) is their true width.
     """
-    return _tree(_Shards(source, held, states, dtype))
+    return _tree(_Shards(source, held, states, dtype, backend))
 
 
-def shards_by_name(source: Catalog, held: Catalog, state: str | None = None, dtype: Any = None) -> Mapping[str, Any]:
+def shards_by_name(
+    source: Catalog, held: Catalog, state: str | None = None, dtype: Any = None, backend: Backend | None = None
+) -> Mapping[str, Any]:
     """Shards by the model's own names and aliases: DataArrays of one state, or Datasets of all."""
-    return _by_name(_Shards(source, held, None if state is None else (state,), dtype), state)
+    return _by_name(_Shards(source, held, None if state is None else (state,), dtype, backend), state)
 
 
-def buffers(source: Catalog, held: Catalog, dtype: Any = None) -> xr.DataTree:
+def buffers(source: Catalog, held: Catalog, dtype: Any = None, backend: Backend | None = None) -> xr.DataTree:
     """The optimizer's flat buffers: /pp0/group0 (/pp0/group0/sub1 where ZeRO-3 has sub-groups), dims (tp, dp, flat).
 
     A variable for each state, padded with 0 to the longest partition, and `<state>_numel` (tp, dp) with the true
@@ -67,23 +80,30 @@ def buffers(source: Catalog, held: Catalog, dtype: Any = None) -> xr.DataTree:
     for (stage, index), groups in together.items():
         path = f"/pp{stage}/group{index}"
         for i, group in enumerate(groups):
-            nodes[path if len(groups) == 1 else f"{path}/sub{i}"] = _buffer(source, held, group, dtype)
+            nodes[path if len(groups) == 1 else f"{path}/sub{i}"] = _buffer(source, held, group, dtype, backend)
     return xr.DataTree.from_dict(nodes)
 
 
 def dataset(
-    view: str, source: Catalog, name: str, states: Sequence[str] | None = None, dtype: Any = None
+    view: str,
+    source: Catalog,
+    name: str,
+    states: Sequence[str] | None = None,
+    dtype: Any = None,
+    backend: Backend | None = None,
 ) -> xr.Dataset:
     """One node of a view ("full", "shards" or "buffers"): a tensor or stack by its name, a flat buffer by its path.
 
     UnknownNameError, with the nearest names, if there is none.
     """
     if view == "buffers":
-        found = {node.path.lstrip("/"): node for node in buffers(source, source, dtype).leaves}
+        found = {node.path.lstrip("/"): node for node in buffers(source, source, dtype, backend).leaves}
         if name.strip("/") not in found:
             raise UnknownNameError(f"{source.path}: no flat buffer {name!r}: there are {', '.join(found)}")
         return found[name.strip("/")].to_dataset()
-    of_view = _Full(source, states, dtype) if view == "full" else _Shards(source, source, states, dtype)
+    of_view = (
+        _Full(source, states, dtype, backend) if view == "full" else _Shards(source, source, states, dtype, backend)
+    )
     for stack in of_view.stacks:
         if stack.name == name:
             return of_view.dataset(stack)
@@ -94,10 +114,11 @@ def dataset(
 
 
 class _View:
-    """How the tensors of `held` are shown, in some of their states (None: all) and in a dtype (None: as stored)."""
+    """How the tensors of `held` are shown, in some of their states (None: all), in a dtype (None: as stored), and on
+    which backend."""
 
-    def __init__(self, held: Catalog, states: Sequence[str] | None, dtype: Any) -> None:
-        self.held, self.states, self.dtype = held, states, dtype
+    def __init__(self, held: Catalog, states: Sequence[str] | None, dtype: Any, backend: Backend | None) -> None:
+        self.held, self.states, self.dtype, self.backend = held, states, dtype, backend
 
     def array(self, tensor: Tensor, state: str) -> tuple[tuple[str, ...], LazyArray]:
         """A state of a tensor, with its dims."""
@@ -131,7 +152,7 @@ class _View:
             dims, array = found[0]
             if stack.numbers is not None:
                 dims, array = ("layer", *dims), Stacked([a for _, a in found])
-            variables[state] = variable(dims, _converted(array, self.dtype))
+            variables[state] = variable(dims, _converted(array, self.dtype), backend=self.backend)
         coordinates = self.coordinates(first, {str(dim) for v in variables.values() for dim in v.dims})
         if stack.numbers is not None:
             coordinates["layer"] = list(stack.numbers)
@@ -159,8 +180,10 @@ class _Full(_View):
 
 
 class _Shards(_View):
-    def __init__(self, source: Catalog, held: Catalog, states: Sequence[str] | None, dtype: Any) -> None:
-        super().__init__(held, states, dtype)
+    def __init__(
+        self, source: Catalog, held: Catalog, states: Sequence[str] | None, dtype: Any, backend: Backend | None
+    ) -> None:
+        super().__init__(held, states, dtype, backend)
         self.source = source
 
     def array(self, tensor: Tensor, state: str) -> tuple[tuple[str, ...], LazyArray]:
@@ -266,14 +289,14 @@ def _by_name(view: _View, state: str | None) -> Mapping[str, Any]:
 # -------------------------------------------------------------------------------- buffers
 
 
-def _buffer(source: Catalog, held: Catalog, group: FlatGroup, dtype: Any) -> xr.Dataset:
+def _buffer(source: Catalog, held: Catalog, group: FlatGroup, dtype: Any, backend: Backend | None) -> xr.Dataset:
     variables: dict[str, Any] = {}
     ranks: Iterable[int] = range(held.mesh.dp)
     rows = {s: [_partitions(source, held, group, s, tp, ranks) for tp in range(held.mesh.tp)] for s in group.dtypes}
     longest = max((a.shape[0] for by_tp in rows.values() for row in by_tp for a in row), default=0)
     for state, by_tp in rows.items():
         array = Stacked([Stacked([Padded(a, (longest,)) for a in row]) for row in by_tp])
-        variables[state] = variable(("tp", "dp", "flat"), _converted(array, dtype))
+        variables[state] = variable(("tp", "dp", "flat"), _converted(array, dtype), backend=backend)
         variables[f"{state}_numel"] = (("tp", "dp"), [[a.shape[0] for a in row] for row in by_tp])
     name = held.groups[group.group].name
     coordinates = {"tp": list(range(held.mesh.tp)), "dp": list(ranks)}

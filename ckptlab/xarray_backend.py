@@ -11,6 +11,7 @@ from xarray.backends import BackendEntrypoint
 
 from ckptlab import strategy as strategies
 from ckptlab import views
+from ckptlab.arrays.backends import resolve
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
@@ -23,7 +24,16 @@ class DeepSpeedBackend(BackendEntrypoint):
     """Opens the folders that `ckptlab.open` opens: `xarray.open_datatree(path, engine="deepspeed", view="shards")`."""
 
     description = "Checkpoints of 3D-parallel training runs (DeepSpeed's, universal, safetensors) with ckptlab"
-    open_dataset_parameters = ("filename_or_obj", "drop_variables", "tensor", "view", "strategy", "dtype")
+    open_dataset_parameters = (
+        "filename_or_obj",
+        "drop_variables",
+        "tensor",
+        "view",
+        "strategy",
+        "dtype",
+        "backend",
+        "device",
+    )
     supports_groups = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
@@ -43,19 +53,23 @@ class DeepSpeedBackend(BackendEntrypoint):
         view: str = "full",
         strategy: Any = None,
         dtype: Any = None,
+        backend: Any = None,
+        device: Any = None,
     ) -> xr.DataTree:
         """A whole view: "full", "shards" or "buffers".
 
-        drop_variables: states to leave out. strategy: as for `ckptlab.open`. dtype: as for `Checkpoint.full`.
+        drop_variables: states to leave out. strategy: as for `ckptlab.open`. dtype, backend, device: as for
+        `Checkpoint.full`.
         """
-        source = _read(filename_or_obj, view, strategy)
+        source, on = _read(filename_or_obj, view, strategy), resolve(backend, device)
         if view == "buffers":
             dropped = _names(drop_variables)
-            return views.buffers(source, source, dtype).map_over_datasets(
-                lambda ds: ds.drop_vars(dropped, errors="ignore")
-            )
+            found = views.buffers(source, source, dtype, on)
+            return found.map_over_datasets(lambda ds: ds.drop_vars(dropped, errors="ignore"))
         states = _kept(source, drop_variables)
-        return views.full(source, states, dtype) if view == "full" else views.shards(source, source, states, dtype)
+        if view == "full":
+            return views.full(source, states, dtype, on)
+        return views.shards(source, source, states, dtype, on)
 
     def open_groups_as_dict(self, filename_or_obj: Any, **options: Any) -> dict[str, xr.Dataset]:
         """The nodes of `open_datatree` by path."""
@@ -70,6 +84,8 @@ class DeepSpeedBackend(BackendEntrypoint):
         view: str = "full",
         strategy: Any = None,
         dtype: Any = None,
+        backend: Any = None,
+        device: Any = None,
     ) -> xr.Dataset:
         """One node of a view: a tensor by the model's name, a stack of layers or a flat buffer by its node's.
 
@@ -82,7 +98,8 @@ class DeepSpeedBackend(BackendEntrypoint):
                 f"{source.path}: holds {len(source.tensors)} tensors ({first}, …), one Dataset holds one: give "
                 "tensor=, or use open_datatree for all"
             )
-        found = views.dataset(view, source, tensor, _kept(source, drop_variables) if view != "buffers" else None, dtype)
+        states = _kept(source, drop_variables) if view != "buffers" else None
+        found = views.dataset(view, source, tensor, states, dtype, resolve(backend, device))
         return found.drop_vars(_names(drop_variables), errors="ignore")
 
 

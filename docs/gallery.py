@@ -119,7 +119,7 @@ def main() -> None:
         body = PICTURES[name]()
         for theme in PAGES:
             out = OUT / f"{name}_{theme}.png"
-            photograph(options.chromium, page(body, theme), out)
+            photograph(options.chromium, page(body.replace(f"{ROOT}/", ""), theme), out)
             print(f"{out.relative_to(ROOT)}  {out.stat().st_size / 1000:.0f} kB", flush=True)
 
 

@@ -52,9 +52,9 @@ def boxes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int
     seen = []
     real = Gather.box
 
-    def box(self: Gather, cut: Cut, at: Any, starts: Any, sizes: Any) -> np.ndarray:
+    def box(self: Gather, cut: Cut, at: Any, starts: Any, sizes: Any, empty: Any = np.empty) -> np.ndarray:
         seen.append((self.name, tuple(sizes)))
-        return real(self, cut, at, starts, sizes)
+        return real(self, cut, at, starts, sizes, empty)
 
     monkeypatch.setattr(Gather, "box", box)
     return seen
@@ -314,7 +314,7 @@ def test_padding_of_a_child_is_zero() -> None:
         def __init__(self) -> None:
             self.shape, self.dtype = rows.shape, rows.dtype
 
-        def read(self, index: Any) -> np.ndarray:
+        def read(self, index: Any, empty: Any = np.empty) -> np.ndarray:
             return rows[np.ix_(*index)] if all(isinstance(k, np.ndarray) for k in index) else rows[index]
 
     lazy = variable(("n", "a", "b"), Stacked([Padded(Held(), (4, 5))] * 2))

@@ -40,6 +40,18 @@ def flat_boxes(shape: Sequence[int], lo: int, hi: int) -> Iterator[tuple[Starts,
             yield (last, *starts), (1, *sizes)
 
 
+def flat_start(shape: Sequence[int], starts: Sequence[int | None], sizes: Sequence[int]) -> int | None:
+    """Where a box of a row-major array begins in its flat order; None if it does not lie there in one piece."""
+    begun, first = False, 0
+    for n, start, size in zip(shape, starts, sizes, strict=True):
+        assert start is not None
+        if begun and size != n:
+            return None
+        begun = begun or size > 1
+        first = first * n + start
+    return first
+
+
 def plain_rows(rows: np.ndarray) -> np.ndarray:
     """Rows of an overlap without runs of length > 1: those are spelled out, runs of single elements stay (a step says
     them)."""

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays.boxes import flat_boxes, plain_rows, restrict
+from ckptlab.arrays.backends.base import Empty
+from ckptlab.arrays.boxes import flat_boxes, flat_start, plain_rows, restrict
 from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
 from ckptlab.stored import note_read
 
 CHUNK = 1 << 23  # elements that `chunks` holds at a time
+MAPPED = 1 << 20  # bytes from which on a box that lies in one piece is mapped: less is copied as fast
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,19 @@ class Gather:
             self._fragments(tp)
         return {**self.__dict__, "_catalog": None, "tally": None, "_known_pieces": {}}
 
-    def box(self, cut: Cut, at: tuple[int, ...], starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
-        """The box of shard `at` of `cut`: an array of shape `sizes`. What the source does not hold (padding) is 0."""
-        out = self._allocate(cut, sizes)
+    def box(
+        self, cut: Cut, at: tuple[int, ...], starts: Sequence[int], sizes: Sequence[int], empty: Empty = np.empty
+    ) -> np.ndarray:
+        """The box of shard `at` of `cut`: an array of shape `sizes`. What the source does not hold (padding) is 0.
+
+        A large box that lies in one piece in a file is not copied but mapped: to write to it changes no file.
+        """
+        mapped = self._mapped(cut, at, tuple(starts), tuple(sizes)) if empty is np.empty else None
+        if mapped is not None:
+            return mapped
+        out = empty(tuple(sizes), self.dtype)
+        if self._leaves_gaps(cut):
+            out[...] = 0
         self._fill(out, cut, at, tuple(starts))
         return out
 
@@ -152,8 +164,26 @@ class Gather:
             return True
         return any(b > a for a, b in zip(self.cut.shape, cut.shape, strict=True))
 
-    def _allocate(self, cut: Cut, sizes: Sequence[int]) -> np.ndarray:
-        return (np.zeros if self._leaves_gaps(cut) else np.empty)(tuple(sizes), self.dtype)
+    def _mapped(
+        self, cut: Cut, at: tuple[int, ...], starts: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> np.ndarray | None:
+        """The box as it lies in a file; None where it is small, in several pieces, or to be converted."""
+        count = math.prod(sizes)
+        if count * self.dtype.itemsize < MAPPED or self.dtype != self.stored_dtype or len(self.replicas) > 1:
+            return None
+        for coordinate, tp in self._coordinates.items():
+            rows = overlap(self.cut, coordinate, cut, at, owned=self.replica is None)
+            place = [_in_one_row(*dim) for dim in zip(rows, starts, sizes, strict=True)]
+            first = flat_start(self.cut.shard_shape(coordinate), place, sizes) if None not in place else None
+            if first is None:
+                continue
+            for fragment in self._fragments(tp):
+                at_byte = fragment.stored.offset + (first - fragment.start) * self.dtype.itemsize
+                inside = fragment.start <= first and first + count <= fragment.start + fragment.count
+                if inside and fragment.stored.contiguous and at_byte % self.dtype.itemsize == 0:
+                    self._count(tp, fragment.dp, count * self.dtype.itemsize)
+                    return fragment.stored.elements(first - fragment.start, count).private().reshape(sizes)
+        return None
 
     def _fill(self, out: np.ndarray, cut: Cut, at: tuple[int, ...], starts: tuple[int, ...]) -> None:
         """Copy into `out` the box of shard `at` that begins at `starts`."""
@@ -230,3 +260,11 @@ class Gather:
         note_read(nbytes)
         if self.tally is not None:
             self.tally.read[(self.stage, dp, tp), self.tally.target] += nbytes
+
+
+def _in_one_row(rows: np.ndarray, start: int, size: int) -> int | None:
+    """Where a window of the target's dim begins in the source's, if one row of their overlap holds all of it."""
+    for a, b, length, count, _, _ in rows.tolist():
+        if count == 1 and b <= start and start + size <= b + length:
+            return int(a + start - b)
+    return None

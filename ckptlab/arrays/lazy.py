@@ -1,6 +1,7 @@
 """Arrays under xarray that are read when their values are asked for, and no more of them than was asked for.
 
-Each class is small and read-only. What it holds, and what is pickled, are paths, offsets and cuts.
+Each class is small and read-only. What it holds, and what is pickled, are paths, offsets and cuts. What is read arrives
+on a backend (`Delivered`), the last step of all.
 """
 
 from __future__ import annotations
@@ -14,28 +15,27 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from ckptlab.arrays.backends import Backend, resolve
+from ckptlab.arrays.backends.base import Empty
+from ckptlab.arrays.dtypes import is_narrow
 from ckptlab.arrays.gather import Gather
 from ckptlab.arrays.held import Partition
-from ckptlab.arrays.narrow import is_narrow, narrow
 from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
 Index = int | slice | NDArray[np.int64]  # what is wanted along one dim
 
 
-class LazyArray(BackendArray):
-    """A lazy array of a given shape and dtype; what is read of a narrow one adds up rightly (see `narrow`)."""
+class LazyArray:
+    """A lazy array of a given shape and dtype, read into numpy's."""
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype) -> None:
         self.shape = tuple(int(n) for n in shape)
         self.dtype = np.dtype(dtype)
 
-    def read(self, index: tuple[Index, ...]) -> np.ndarray:
-        """The wanted part, each dim indexed by itself: integers drop theirs."""
+    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
+        """The wanted part, each dim indexed by itself: integers drop theirs. Memory for it comes from `empty`."""
         raise NotImplementedError
-
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return narrow(indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self.read))
 
 
 class Gathered(LazyArray):
@@ -45,13 +45,13 @@ class Gathered(LazyArray):
         super().__init__(cut.shard_shape(at), gather.dtype)
         self.gather, self.cut, self.at = gather, cut, at
 
-    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
         windows = [_window(k, n) for k, n in zip(index, self.shape, strict=True)]
         sizes = tuple(size for _, size, _ in windows)
         if 0 in sizes:
             box = np.empty(sizes, self.dtype)
         else:
-            box = self.gather.box(self.cut, self.at, [start for start, _, _ in windows], sizes)
+            box = self.gather.box(self.cut, self.at, [start for start, _, _ in windows], sizes, empty)
         return _orthogonal(box.astype(self.dtype, copy=False), [rest for _, _, rest in windows])
 
 
@@ -62,9 +62,9 @@ class Flat(LazyArray):
         super().__init__((_numel(partition),), partition.dtype)
         self.partition = partition
 
-    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
         start, size, rest = _window(index[0], self.shape[0])
-        out = np.empty(size, self.dtype)
+        out = empty((size,), self.dtype)
         if isinstance(self.partition, Stored):
             out[...] = self.partition.elements(start, size).map()
         else:
@@ -82,13 +82,13 @@ class Stacked(LazyArray):
         super().__init__((len(arrays), *arrays[0].shape), arrays[0].dtype)
         self.arrays = tuple(arrays)
 
-    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
         first, rest = index[0], index[1:]
         if _is_integer(first):
-            return self.arrays[first].read(rest)
+            return self.arrays[first].read(rest, empty)
         wanted = np.arange(len(self.arrays))[first]
         lengths = (_length(k, n) for k, n in zip(rest, self.shape[1:], strict=True) if not _is_integer(k))
-        out = np.empty((len(wanted), *lengths), self.dtype)
+        out = empty((len(wanted), *lengths), self.dtype)
         for place, i in enumerate(wanted):
             out[place] = self.arrays[i].read(rest)
         return out
@@ -101,7 +101,7 @@ class Padded(LazyArray):
         super().__init__(shape, array.dtype)
         self.array = array
 
-    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
         wanted = [np.atleast_1d(np.arange(n)[k]) for k, n in zip(index, self.shape, strict=True)]
         held = [w < n for w, n in zip(wanted, self.array.shape, strict=True)]
         out = np.zeros([len(w) for w in wanted], self.dtype)
@@ -117,7 +117,7 @@ class Converted(LazyArray):
         super().__init__(array.shape, dtype)
         self.array = array
 
-    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
         return self.array.read(index).astype(self.dtype)
 
 
@@ -128,11 +128,41 @@ class _Permuted(LazyArray):
         super().__init__([array.shape[i] for i in order], array.dtype)
         self.array, self.order = array, tuple(order)
 
-    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
         by_dim = dict(zip(self.order, index, strict=True))
-        part = self.array.read(tuple(by_dim[dim] for dim in range(self.ndim)))
+        part = self.array.read(tuple(by_dim[dim] for dim in range(len(self.shape))), empty)
         kept = [dim for dim, k in by_dim.items() if not _is_integer(k)]
         return part.transpose([sorted(kept).index(dim) for dim in kept])
+
+
+class Delivered(BackendArray):
+    """What xarray asks for elements: they are read, and arrive as arrays of the backend."""
+
+    def __init__(self, array: LazyArray, backend: Backend) -> None:
+        self.array, self.backend = array, backend
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        if isinstance(key, indexing.VectorizedIndexer):
+            support = indexing.IndexingSupport.OUTER
+            read = indexing.explicit_indexing_adapter(key, self.shape, support, self.array.read)
+            return self.backend.wrap(self.backend.from_numpy(read, owned=True))
+        return self.backend.wrap(self._receive(key.tuple))
+
+    def _receive(self, index: tuple[Index, ...]) -> Any:
+        kept = [dim for dim, k in enumerate(index) if not _is_integer(k)]
+        shape = [_length(index[dim], self.shape[dim]) for dim in kept]
+
+        def read(rows: slice, empty: Empty) -> np.ndarray:
+            if not kept or rows == slice(None):
+                return self.array.read(index, empty)
+            first = np.arange(self.shape[kept[0]])[index[kept[0]]][rows]
+            return self.array.read((*index[: kept[0]], first, *index[kept[0] + 1 :]), empty)
+
+        return self.backend.receive(read, shape, self.dtype)
+
+    def permuted(self, order: Sequence[int]) -> Delivered:
+        return Delivered(_Permuted(self.array, order), self.backend)
 
 
 class _Lazily(indexing.LazilyIndexedArray):
@@ -141,11 +171,15 @@ class _Lazily(indexing.LazilyIndexedArray):
     __slots__ = ()
 
     def _oindex_get(self, indexer: indexing.OuterIndexer) -> Any:
-        """Slices alone come from dask, whose blocks would be plain arrays: refused for what those add up wrongly."""
-        if is_narrow(self.dtype) and all(isinstance(k, slice) for k in indexer.tuple):
-            raise TypeError(
-                f'dask would add up {self.dtype} in its own few bits: open the view with dtype="float32" first'
-            )
+        """Slices alone come from dask, whose blocks would be plain arrays: refused where those add up wrongly, or would
+        leave the device."""
+        if all(isinstance(k, slice) for k in indexer.tuple):
+            if self.array.backend.name != resolve().name:
+                raise TypeError('dask works on numpy arrays: open the view with backend="numpy" first')
+            if is_narrow(self.dtype):
+                raise TypeError(
+                    f'dask would add up {self.dtype} in its own few bits: open the view with dtype="float32" first'
+                )
         return super()._oindex_get(indexer)
 
     def transpose(self, order: Sequence[int]) -> _Lazily:
@@ -153,13 +187,15 @@ class _Lazily(indexing.LazilyIndexedArray):
         dropped = [i for i in range(self.array.ndim) if i not in dims]
         permuted = [dims[i] for i in order] + dropped
         key = type(self.key)(tuple(self.key.tuple[i] for i in permuted))
-        return type(self)(_Permuted(self.array, permuted), key)
+        return type(self)(self.array.permuted(permuted), key)
 
 
-def variable(dims: Sequence[str], array: LazyArray, attrs: Mapping[str, Any] | None = None) -> xr.Variable:
-    """A lazy xarray Variable. `open_dataset(chunks={})` cuts it by layers, where it has them."""
+def variable(
+    dims: Sequence[str], array: LazyArray, attrs: Mapping[str, Any] | None = None, backend: Backend | None = None
+) -> xr.Variable:
+    """A lazy xarray Variable on a backend (numpy's). `open_dataset(chunks={})` cuts it by layers, where it has them."""
     encoding = {"preferred_chunks": {"layer": 1}} if "layer" in dims else {}
-    return xr.Variable(tuple(dims), _Lazily(array), attrs, encoding)
+    return xr.Variable(tuple(dims), _Lazily(Delivered(array, backend or resolve())), attrs, encoding)
 
 
 def _numel(partition: Stored | Partition) -> int:

@@ -112,6 +112,11 @@ class Cut:
             raise LayoutError(f"mesh axis {twice[0]} cuts two dims; it may cut one")
         return cls(shape if logical is None else tuple(int(n) for n in logical), mesh, cut)
 
+    def beneath(self, sizes: Sequence[int]) -> Cut:
+        """The cut of many such tensors, stacked along dims of these sizes that stand before their own."""
+        sizes = tuple(sizes)
+        return Cut((*sizes, *self.logical), self.mesh, (*Cut.whole(sizes).dims, *self.dims))
+
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """The whole that rows address: padded sizes."""

@@ -1,0 +1,54 @@
+"""numpy: arrays in the process's own memory, or mapped from files."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ckptlab.arrays.backends.base import Backend
+from ckptlab.arrays.dtypes import is_narrow
+from ckptlab.errors import BackendError
+
+
+class NumpyBackend(Backend):
+    """numpy's arrays; those of narrow dtypes are wrapped, so that their sums are right."""
+
+    name = "numpy"
+    device = "cpu"
+
+    def __init__(self, device: Any = None) -> None:
+        if device not in (None, "cpu"):
+            raise BackendError(f"numpy's arrays are on the cpu, not on {device!r}: for that take torch or jax")
+
+    def is_array(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray)
+
+    def dtype_of(self, array: np.ndarray) -> np.dtype:
+        return array.dtype
+
+    def library_dtype(self, dtype: np.dtype) -> np.dtype:
+        return dtype
+
+    def from_numpy(self, array: np.ndarray, *, owned: bool = False) -> np.ndarray:
+        return array
+
+    def to_numpy(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        return np.empty(tuple(shape), dtype)
+
+    def cast(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return array.astype(dtype)
+
+    def wrap(self, array: np.ndarray) -> Any:
+        return super().wrap(np.asarray(array)) if is_narrow(array.dtype) else array
+
+    def function(self, name: str) -> Callable[..., Any] | None:
+        try:
+            return operator.attrgetter(name)(np)
+        except AttributeError:
+            return None

@@ -1,0 +1,83 @@
+"""Dtypes of 16 bits and fewer, which must not be added up in their own few bits, and how xarray may see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (teaches numpy the name bfloat16)
+import numpy as np
+
+WIDE = np.dtype(np.float32)  # holds every value of every narrow dtype
+
+_KINDS = {
+    "bool": np.bool_,
+    "signed integer": np.signedinteger,
+    "unsigned integer": np.unsignedinteger,
+    "integral": np.integer,
+    "real floating": np.floating,
+    "complex floating": np.complexfloating,
+    "numeric": np.number,
+}
+
+
+class Narrow:
+    """A dtype of ml_dtypes that does not say so: equal to it, and taken for it by all of numpy.
+
+    xarray asks `numpy.isdtype` about every numpy dtype before it reduces or masks, and that raises on dtypes that are
+    not numpy's own; of any other object it asks the array's namespace (`is_kind`).
+    """
+
+    __slots__ = ("dtype",)
+
+    kind = "f"
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+
+    @property
+    def name(self) -> str:
+        return self.dtype.name
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def type(self) -> type:
+        return self.dtype.type
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Narrow, (self.dtype,)
+
+    def __eq__(self, other: object) -> bool:
+        try:
+            return np.dtype(other) == self.dtype  # type: ignore[call-overload]
+        except TypeError:
+            return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.dtype)
+
+    def __repr__(self) -> str:
+        return repr(self.dtype)
+
+    def __str__(self) -> str:
+        return str(self.dtype)
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype cannot be trusted to add up: float16 (which overflows), and all that ml_dtypes adds."""
+    dtype = np.dtype(dtype)
+    return dtype.itemsize <= 2 and dtype.kind in "fV" and dtype.type is not np.void
+
+
+def seen(dtype: np.dtype) -> Any:
+    """The dtype as xarray may see it: numpy's own as they are."""
+    return Narrow(dtype) if is_narrow(dtype) and dtype.isbuiltin != 1 else dtype
+
+
+def is_kind(dtype: Any, kind: str | tuple[str, ...]) -> bool:
+    """The array API's `isdtype`, for narrow dtypes too, which are real floating ones."""
+    dtype = np.dtype(dtype)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    return any(np.issubdtype(WIDE if is_narrow(dtype) else dtype, _KINDS[k]) for k in kinds)

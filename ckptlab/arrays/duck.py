@@ -1,0 +1,333 @@
+"""Arrays of any backend under xarray, whose numbers are right.
+
+xarray takes an array that has numpy's protocols (NEP 13, NEP 18) or a namespace (the array API). torch has neither,
+jax turns 64-bit numbers into 32-bit ones unless told not to, and numpy adds up bfloat16 and fp8 in their own few bits:
+the sum of 2**20 bfloat16 ones is 256. `Duck` is an array of one of them with all of numpy's manners. What only moves
+elements, compares them or works element by element keeps dtype and device; everything else on 16 bits and fewer is
+computed in float32. So a number may be wider than expected, but not silently wrong. What a library cannot do raises,
+and says what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from ckptlab.arrays.backends import Backend, resolve
+from ckptlab.arrays.dtypes import WIDE, Narrow, is_kind, is_narrow, seen
+
+# numpy's functions (and the array API's) that move elements, or say where or which they are
+_MOVING = """
+append array_repr array_split array_str array2string atleast_1d atleast_2d atleast_3d block broadcast_arrays
+broadcast_to can_cast column_stack compress concat concatenate copy copyto delete diag diagonal dsplit dstack
+empty_like expand_dims extract flip fliplr flipud full_like hsplit hstack insert iscomplexobj isrealobj
+lib.stride_tricks.sliding_window_view matrix_transpose may_share_memory min_scalar_type moveaxis ndim ones_like pad
+permute_dims place put put_along_axis putmask ravel real repeat reshape resize result_type roll rollaxis rot90
+select shape shares_memory size sort split squeeze stack swapaxes take take_along_axis tile transpose tril triu
+unstack vsplit vstack where zeros_like
+"""
+_MOVES = frozenset(_MOVING.split())
+_EXTREMES = frozenset(["amax", "amin", "max", "min", "nanmax", "nanmin"])  # one of the elements: exact in any dtype
+_REDUCED = {  # what a ufunc's reduce and accumulate are called as functions
+    **{"add.reduce": "sum", "multiply.reduce": "prod", "maximum.reduce": "max", "minimum.reduce": "min"},
+    **{"logical_and.reduce": "all", "logical_or.reduce": "any", "add.accumulate": "cumsum"},
+    **{"multiply.accumulate": "cumprod"},
+}
+_NAMED = """
+all any argmax argmin argsort clip cumprod cumsum diagonal dot max mean min nonzero prod put ravel repeat reshape
+round searchsorted squeeze std sum swapaxes take trace transpose var
+"""
+_METHODS = frozenset(_NAMED.split())
+
+
+class Duck(NDArrayOperatorsMixin):
+    """An array of a backend, `array`. `numpy.asarray` gives a plain one, with whose dtype the caller must take care."""
+
+    __slots__ = ("array", "backend")
+
+    def __init__(self, array: Any, backend: Backend) -> None:
+        self.array, self.backend = array, backend
+
+    def __reduce__(self) -> tuple[Callable[..., Duck], tuple[Any, ...]]:
+        return _unpickled, (self.to_numpy(), self.backend.name, self.backend.device)
+
+    # ---------------------------------------------------------------- an array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype as numpy names it (see `dtypes.Narrow` for the narrow ones)."""
+        return seen(self.backend.dtype_of(self.array))
+
+    @property
+    def device(self) -> str:
+        return self.backend.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def itemsize(self) -> int:
+        return int(self.dtype.itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.itemsize
+
+    @property
+    def T(self) -> Any:  # noqa: N802 - numpy's name
+        return self.transpose()
+
+    def to_numpy(self) -> np.ndarray:
+        """The plain array in the process's memory."""
+        return self.backend.to_numpy(self.array)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        plain = self.to_numpy()
+        array = plain if dtype is None else plain.astype(dtype, copy=False)
+        return array.copy() if copy and array is plain else array
+
+    def __getitem__(self, key: Any) -> Any:
+        with self.backend.computing():
+            return self.backend.wrap(self.backend.take(self.array, self._key(key)))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        held = _plain(value, self.backend)
+        if self.backend.is_array(held) and self.backend.dtype_of(held) != self.backend.dtype_of(self.array):
+            held = self.backend.cast(held, self.backend.dtype_of(self.array))
+        self.backend.put(self.array, self._key(key), held)
+
+    def _key(self, key: Any) -> tuple[Any, ...]:
+        return tuple(_plain(k, self.backend) for k in (key if isinstance(key, tuple) else (key,)))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return bool(self.array)
+
+    def __float__(self) -> float:
+        return float(self.array)
+
+    def __int__(self) -> int:
+        return int(self.array)
+
+    def __repr__(self) -> str:
+        return repr(self.array)
+
+    def _repr_inline_(self, max_width: int) -> str:
+        """One line for xarray's tables."""
+        first = self.to_numpy().reshape(-1)[:8] if self.size <= 8 else self._first(8)
+        line = " ".join(f"{x:.4g}" for x in first.astype(np.float64)) + (" ..." if self.size > 8 else "")
+        return line if len(line) <= max_width else line[: max_width - 3] + "..."
+
+    def _first(self, count: int) -> np.ndarray:
+        """The first elements, no more of them brought here than a row."""
+        row = self
+        while row.ndim > 1:
+            row = row[0]
+        return np.asarray(row[:count])
+
+    def item(self, *index: int) -> Any:
+        return self.to_numpy().item(*index)
+
+    def tolist(self) -> Any:
+        return self.to_numpy().tolist()
+
+    def astype(self, dtype: Any, **options: Any) -> Any:
+        """The array in another dtype; not in `object`, which Python would add up one narrow scalar at a time."""
+        if np.dtype(dtype) == np.dtype(object):
+            raise TypeError(f"{self.dtype} has no place for missing values or objects: .astype('float32') first")
+        return self.backend.wrap(self.backend.cast(self.array, np.dtype(dtype)))
+
+    def copy(self, order: Any = "C") -> Any:
+        return call(self.backend, "copy", (self,), {})
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.copy()
+
+    def view(self, dtype: Any) -> Any:
+        """The same bytes as another dtype (the bits: `.view("uint16")`), as a numpy array."""
+        return resolve("numpy").wrap(self.to_numpy().view(dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        """numpy's further methods (`.sum()`, `.mean()`, …): the function of that name, computed as said above."""
+        if name not in _METHODS:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}: .array is {self.backend.name}'s own")
+        if name in ("reshape", "transpose"):
+            return lambda *args: call(self.backend, name, (self, *_shape(args)), {})
+        return lambda *args, **kwargs: call(self.backend, name, (self, *args), kwargs)
+
+    def __dask_tokenize__(self) -> Any:
+        raise TypeError(
+            f"dask would bring arrays of {self.backend.name} back to numpy, and add up {self.dtype} in its own few "
+            'bits: open the view with backend="numpy", dtype="float32"'
+        )
+
+    # ---------------------------------------------------------------- computing
+
+    def __array_namespace__(self, *, api_version: str | None = None) -> Namespace:
+        return namespace(self.backend)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        name = ufunc.__name__ if method == "__call__" else _REDUCED.get(f"{ufunc.__name__}.{method}")
+        if name is None:
+            raise TypeError(f"{ufunc.__name__}.{method} has no place here: .to_numpy() first, or .astype('float32')")
+        if "out" in kwargs:
+            raise TypeError(f"{ufunc.__name__} makes a new array here: out= has no place")
+        return call(_shared(inputs), name, inputs, kwargs)
+
+    def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
+        home = function.__module__.removeprefix("numpy").lstrip(".")
+        name = f"{home}.{function.__name__}" if home == "linalg" else function.__name__
+        if isinstance(kwargs.get("out"), Duck):
+            raise TypeError(f"{name} makes a new array here: out= has no place")
+        return call(self.backend, name, args, kwargs)
+
+
+def _unpickled(array: np.ndarray, backend: str, device: str) -> Any:
+    known = resolve(backend, device)
+    return known.wrap(known.from_numpy(array, owned=True))
+
+
+def _shape(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`reshape(2, 3)` as `reshape((2, 3))`."""
+    return args if len(args) <= 1 and not (args and isinstance(args[0], int)) else (args,)
+
+
+def _shared(values: Any) -> Backend:
+    """The one backend of all arrays. TypeError if there are two."""
+    found = {value.backend for value in values if isinstance(value, Duck)}
+    if len(found) > 1:
+        raise TypeError(f"arrays of {' and '.join(sorted(map(repr, found)))} in one operation: move one to the other's")
+    return found.pop()
+
+
+def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """numpy's function `name` on arrays of a backend, as this module's head says. TypeError where it has none."""
+    function = backend.function(name)
+    if function is None:
+        raise TypeError(f'{name} is not to be had on {backend.name}: .to_numpy() first, or backend="numpy"')
+    keeps = name in _MOVES or _is_elementwise(name)
+    dtype = None if keeps else WIDE
+    refusals: tuple[type[Exception], ...] = (TypeError, RuntimeError, *backend.refusals)
+    try:
+        with backend.computing():
+            result = function(*_plain(args, backend, dtype), **_plain(dict(kwargs), backend, dtype))
+    except refusals as e:
+        narrow = [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]
+        hint = '.astype("float32") first' if narrow else '.to_numpy() first, or backend="numpy"'
+        raise TypeError(f"{name} on {backend.name}: {str(e).splitlines()[0]}; {hint}") from e
+    if name in _EXTREMES and (narrow := [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]):
+        result = backend.cast(_array(backend, result), np.dtype(narrow[0]))
+    return _wrapped(result, backend)
+
+
+def _is_elementwise(name: str) -> bool:
+    function = getattr(np, name, None)
+    return (isinstance(function, np.ufunc) and function.signature is None) or name in ("clip", "round", "nan_to_num")
+
+
+def _ducks(values: Any) -> Iterator[Duck]:
+    for value in values:
+        if isinstance(value, Duck):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _ducks(value)
+
+
+def _array(backend: Backend, value: Any) -> Any:
+    return value if backend.is_array(value) else backend.from_numpy(np.asarray(value))
+
+
+def _plain(value: Any, backend: Backend, dtype: np.dtype | None = None) -> Any:
+    """The value with the backend's own arrays and dtypes in place of ours and numpy's, in containers too.
+
+    dtype: what narrow arrays are converted to, and a narrow dtype to compute in becomes.
+    """
+    if isinstance(value, Duck):
+        if value.backend is not backend:
+            raise TypeError(f"arrays of {value.backend!r} and {backend!r} in one operation: move one to the other's")
+        return value.array if dtype is None or not is_narrow(value.dtype) else backend.cast(value.array, dtype)
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = value if dtype is None or not is_narrow(value.dtype) else value.astype(dtype)
+        return backend.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.astype(dtype) if dtype is not None and is_narrow(value.dtype) else value
+    if _is_dtype(value):
+        return backend.library_dtype(np.dtype(dtype if dtype is not None and is_narrow(value) else value))
+    if type(value) in (tuple, list):
+        return type(value)(_plain(v, backend, dtype) for v in value)
+    if type(value) is dict:
+        return {
+            k: _plain(np.dtype(v) if k == "dtype" and v is not None else v, backend, dtype) for k, v in value.items()
+        }
+    return value
+
+
+def _is_dtype(value: Any) -> bool:
+    named = isinstance(value, type) and (issubclass(value, np.generic) or value in (bool, int, float))
+    return named or isinstance(value, np.dtype | Narrow)
+
+
+def _wrapped(result: Any, backend: Backend) -> Any:
+    if type(result) in (tuple, list):
+        return type(result)(_wrapped(r, backend) for r in result)
+    return backend.wrap(result) if backend.is_array(result) else result
+
+
+class Namespace:
+    """The array API of a backend, and what else xarray asks of numpy, on `Duck`s."""
+
+    bool_ = np.dtype(np.bool_)  # what xarray asks for first; the standard's `bool` is found as all dtypes are
+
+    def __init__(self, backend: Backend, prefix: str = "") -> None:
+        self._backend, self._prefix = backend, prefix
+        self.__name__ = f"{backend.name}{prefix and '.'}{prefix.rstrip('.')}"
+
+    def asarray(self, value: Any, dtype: Any = None, **options: Any) -> Any:
+        if isinstance(value, Duck):
+            return value if dtype is None or value.dtype == dtype else value.astype(dtype)
+        return self._backend.wrap(self._backend.from_numpy(np.asarray(value, dtype)))
+
+    def astype(self, array: Any, dtype: Any, **options: Any) -> Any:
+        return array.astype(dtype)
+
+    def isdtype(self, dtype: Any, kind: Any) -> bool:
+        return is_kind(dtype, kind)
+
+    def result_type(self, *values: Any) -> Any:
+        """numpy's rules on numpy's names, whatever the library's own are: the same on all backends."""
+        told = [np.dtype(v.dtype) if hasattr(v, "dtype") else np.dtype(v) if isinstance(v, str) else v for v in values]
+        return seen(np.result_type(*told))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("lib", "linalg", "stride_tricks"):
+            return Namespace(self._backend, f"{self._prefix}{name}.")
+        if isinstance(known := getattr(np, name, None), type) and issubclass(known, np.generic):
+            return np.dtype(known)
+        if name.startswith("_") or self._backend.function(f"{self._prefix}{name}") is None:
+            raise AttributeError(f"{self.__name__} has no function {name!r}: .to_numpy() first")
+        return lambda *args, **kwargs: call(self._backend, f"{self._prefix}{name}", args, kwargs)
+
+
+_NAMESPACES: dict[Backend, Namespace] = {}
+
+
+def namespace(backend: Backend) -> Namespace:
+    """The one namespace of a backend: xarray compares them by identity."""
+    return _NAMESPACES.setdefault(backend, Namespace(backend))

@@ -1,0 +1,339 @@
+"""Merging, splitting and reshaping as operations on labelled arrays in memory, alike on every backend.
+
+    whole = merge(shards, "(3 tp out) in")              # dims (tp, dim0, in) → (dim0, in)
+    shards = split(whole, "(3 tp out) in", Mesh(tp=4))   # and back, for any mesh
+    shards = reshape(shards, "(3 tp out) in", Mesh(tp=8))
+
+Arrays are xarray's, on whatever backend they are or on the one that is asked for. Dims that the layout does not know
+(`layer`, `step`) are kept. Nothing here reads files: what the views give goes in, and what the views give comes out.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ckptlab.arrays.backends import Backend, of, resolve
+from ckptlab.arrays.moves import flat_merge, flat_split, held_shape, moves
+from ckptlab.catalog import FlatGroup, Tensor
+from ckptlab.errors import LayoutError
+from ckptlab.layout import Cut, Layout, whole_shape
+from ckptlab.layout.solve import RESERVED
+from ckptlab.mesh import Mesh
+from ckptlab.plan import FlatBuffer
+
+
+class ReplicaWarning(UserWarning):
+    """Copies that should be equal and are not: the first was taken."""
+
+
+def merge(
+    shards: xr.DataArray,
+    layout: Layout | str,
+    *,
+    shape: Sequence[int] | None = None,
+    backend: Backend | str | None = None,
+    device: Any = None,
+    out: Any = None,
+) -> xr.DataArray:
+    """The whole that shards make: dims ([others,] mesh axes, *tensor dims) → ([others,] *tensor dims).
+
+    The mesh is read off the dims that are called as its axes. An axis that the layout does not name holds replicas:
+    the first is taken, or their mean if the layout says so; ReplicaWarning where they should be equal and are not.
+    shape: the true shape of the whole; where the layout pads a dim the padding is then cut off (default: what the
+    shards imply, padding included). Shards of unequal width stand in the corner of the widest; their widths are the
+    layout's, or the coordinates `<dim>_extent`. backend, device: move the shards there first. out: the array of the
+    whole's shape that is written to and returned inside (not on jax).
+
+    LayoutError where shards, layout and shape do not fit.
+    """
+    layout = _layout(layout)
+    array, place = _on(shards, layout, backend, device)
+    axes, others = _mesh_axes(array, layout), [d for d in array.dims if d not in layout.dims]
+    mesh = Mesh(**{axis: array.sizes[axis] for axis in axes})
+    cut = _cut_of(array, layout, mesh, shape)
+    array = _first_replicas(array, [a for a in axes if a not in cut.axes], layout, place)
+    others = [d for d in others if d not in axes]
+    return _moved(array, cut, Cut.whole(cut.logical), layout, others, place, out)
+
+
+def split(
+    whole: xr.DataArray,
+    layout: Layout | str,
+    mesh: Mesh,
+    *,
+    backend: Backend | str | None = None,
+    device: Any = None,
+    out: Any = None,
+) -> xr.DataArray:
+    """The shards of a whole on a mesh: dims ([others,] *tensor dims) → ([others,] mesh axes, *tensor dims).
+
+    The new dims are the axes that the layout names, and `tp`: what is replicated over it stands there once for each
+    coordinate (without a copy in memory). Shards of unequal width are padded with 0 to the widest; `<dim>_extent` are
+    their widths. backend, device, out: as in `merge`. LayoutError where layout, shape and mesh do not fit.
+    """
+    layout = _layout(layout)
+    array, place = _on(whole, layout, backend, device)
+    missing = [d for d in layout.dims if d not in array.dims]
+    if missing:
+        raise LayoutError(f"{layout.text!r} has dims {layout.dims}, the array {array.dims}: no {missing[0]!r}")
+    cut = layout.resolve(tuple(array.sizes[d] for d in layout.dims), mesh)
+    others = [d for d in array.dims if d not in layout.dims]
+    shards = _moved(array, Cut.whole(cut.logical), cut, layout, others, place, out)
+    return _with_replicas(shards, [a for a in ("tp",) if a not in cut.axes], mesh, layout)
+
+
+def reshape(
+    shards: xr.DataArray,
+    layout: Layout | str,
+    mesh: Mesh,
+    *,
+    shape: Sequence[int] | None = None,
+    backend: Backend | str | None = None,
+    device: Any = None,
+    out: Any = None,
+) -> xr.DataArray:
+    """Shards on another mesh, without the whole between: as `split` of `merge`.
+
+    The layout is told in what does not change with the mesh (`totals`, heads as `units`); uneven widths are recut
+    evenly. LayoutError where shards, layout, shape and mesh do not fit.
+    """
+    from ckptlab.layout import on_degree
+
+    layout = _layout(layout)
+    array, place = _on(shards, layout, backend, device)
+    axes = _mesh_axes(array, layout)
+    source = _cut_of(array, layout, Mesh(**{axis: array.sizes[axis] for axis in axes}), shape)
+    recut = layout
+    for axis in source.axes:
+        recut = on_degree(recut, axis, mesh[axis])
+    target = recut.resolve(source.logical, mesh)
+    array = _first_replicas(array, [a for a in axes if a not in source.axes], layout, place)
+    others = [d for d in array.dims if d not in (*layout.dims, *axes)]
+    moved = _moved(array, source, target, recut, others, place, out)
+    return _with_replicas(moved, [a for a in ("tp",) if a not in target.axes], mesh, layout)
+
+
+def merge_flat(
+    buffers: xr.DataArray, flat: FlatGroup | FlatBuffer, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, xr.DataArray]:
+    """The shards that lie in flat buffers: dims ([tp,] dp, flat) → name → ([tp,] *tensor dims).
+
+    flat: where they lie: a checkpoint's group (with its `tensors`, by name), or one FlatBuffer for a buffer without a
+    dim `tp`. Without tensors shards stay flat: dims ([tp,] element).
+    """
+    flats, place = _flats(flat), of(buffers.data)
+    array = buffers if "tp" in buffers.dims else buffers.expand_dims("tp")
+    source = _raw(array.transpose("tp", "dp", "flat"), place)
+    longest = max(f.size(0) for f in flats)
+    if tuple(source.shape[:2]) != (len(flats), flats[0].dp) or source.shape[2] < longest:
+        raise LayoutError(
+            f"buffers of (tp, dp, flat) {tuple(source.shape)}: the flat buffers they are said to be have "
+            f"{(len(flats), flats[0].dp, longest)}"
+        )
+    found = {}
+    for i, name in enumerate(flats[0].names):
+        tensor = None if tensors is None else tensors[name]
+        shapes = _shard_shapes(flats, i, tensor)
+        moved = place.wrap(place.move(flat_merge(flats, i, source.shape[2], shapes), [source]))
+        one = xr.DataArray(moved, dims=("tp", *(tensor.dims if tensor else ("element",))), name=name)
+        if tensor is not None:
+            one = one.assign_coords(tp=list(range(len(flats))), **_extents(tensor.cut, tensor.layout))
+        found[name] = one if "tp" in buffers.dims else one.isel(tp=0, drop=True)
+    return found
+
+
+def split_flat(shards: Mapping[str, xr.DataArray], flat: FlatGroup | FlatBuffer, *, out: Any = None) -> xr.DataArray:
+    """Flat buffers out of shards: name → ([tp,] *tensor dims) → dims ([tp,] dp, flat). Padding is 0.
+
+    flat: where they are to lie. LayoutError if a shard is missing or of another size.
+    """
+    flats = _flats(flat)
+    names = flats[0].names
+    missing = [n for n in names if n not in shards]
+    if missing or not names:
+        raise LayoutError(f"the flat buffer holds {len(names)} tensors; missing: {', '.join(missing[:3]) or 'all'}")
+    place, with_tp = of(shards[names[0]].data), "tp" in shards[names[0]].dims
+    sources, shapes = [], []
+    for i, name in enumerate(names):
+        array = shards[name] if with_tp else shards[name].expand_dims("tp")
+        dims = [d for d in array.dims if d != "tp"]
+        held = [array.coords.get(f"{d}_extent", xr.DataArray(np.full(len(flats), array.sizes[d]))).values for d in dims]
+        own = tuple(tuple(int(extent[tp]) for extent in held) for tp in range(array.sizes["tp"]))
+        counts = [f.counts[i] for f in flats]
+        if [math.prod(s) for s in own] != counts:
+            raise LayoutError(f"{name}: shards of {', '.join(map(str, own))}, the flat buffers have room for {counts}")
+        sources.append(_raw(array.transpose("tp", *dims), place))
+        shapes.append(own)
+    target = None if out is None else _raw(out, place)
+    moved = place.wrap(place.move(flat_split(flats, tuple(shapes)), sources, target))
+    buffers = xr.DataArray(moved, dims=("tp", "dp", "flat"))
+    return buffers if with_tp else buffers.isel(tp=0, drop=True)
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def _layout(layout: Layout | str) -> Layout:
+    return layout if isinstance(layout, Layout) else Layout(layout)
+
+
+def _on(
+    array: xr.DataArray, layout: Layout, backend: Backend | str | None, device: Any
+) -> tuple[xr.DataArray, Backend]:
+    """The array on the backend that is asked for (None: its own), and that backend."""
+    own = of(array.data)
+    if backend is None and device is None:
+        return array, own
+    wanted = resolve(own.name if backend is None else backend, device)
+    if wanted is own:
+        return array, own
+    return array.copy(data=wanted.wrap(wanted.from_numpy(own.to_numpy(_raw(array, own))))), wanted
+
+
+def _raw(array: Any, backend: Backend) -> Any:
+    """The library's own array inside a DataArray, a Duck, or itself."""
+    data = array.data if isinstance(array, xr.DataArray) else array
+    return getattr(data, "array", data) if not backend.is_array(data) else data
+
+
+def _mesh_axes(array: xr.DataArray, layout: Layout) -> list[str]:
+    """Dims of an array that are mesh axes: those that the layout names, and those that are called so."""
+    from ckptlab.layout.notation import names
+
+    named = {name for dim in layout.tree for name in names(dim)}
+    return [str(d) for d in array.dims if d not in layout.dims and (d in RESERVED or d in named)]
+
+
+def _cut_of(array: xr.DataArray, layout: Layout, mesh: Mesh, shape: Sequence[int] | None) -> Cut:
+    """The cut of the shards in an array. LayoutError if their widths are not the layout's."""
+    missing = [d for d in layout.dims if d not in array.dims]
+    if missing:
+        raise LayoutError(f"{layout.text!r} has dims {layout.dims}, the array {array.dims}: no {missing[0]!r}")
+    widest = tuple(array.sizes[d] for d in layout.dims)
+    if shape is None:
+        shape = widest
+        for axis in (a for a in mesh if a in array.dims):
+            widths = [_widths(array, d, axis, n) for d, n in zip(layout.dims, shape, strict=True)]
+            shape = whole_shape(layout, [tuple(w[k] for w in widths) for k in range(mesh[axis])], axis)
+        layout = layout.replace(padded={})
+    cut = layout.resolve(tuple(shape), mesh)
+    expected = held_shape(cut)[len(cut.axes) :]
+    if widest != expected:
+        raise LayoutError(
+            f"shards of ({', '.join(layout.dims)}) {widest}, but {layout.text!r} on {mesh} cuts {tuple(shape)} into "
+            f"{expected}: give the shape of the whole, or the widths of its shards in the layout"
+        )
+    return cut
+
+
+def _widths(array: xr.DataArray, dim: str, axis: str, size: int) -> list[int]:
+    """Widths of a dim's shards along an axis: those of `<dim>_extent`, or all of one size."""
+    told = array.coords.get(f"{dim}_extent")
+    if told is not None and told.dims == (axis,):
+        return [int(n) for n in told.values]
+    return [size] * array.sizes[axis]
+
+
+def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout, place: Backend) -> xr.DataArray:
+    """The array without axes that hold replicas."""
+    for axis in axes:
+        first = array.isel({axis: 0}, drop=True)
+        if layout.replicas == "mean" and array.sizes[axis] > 1:
+            wide = array.astype("float32") if array.dtype.itemsize < 4 else array
+            array = wide.mean(axis, skipna=False).astype(array.dtype)
+            continue
+        if layout.replicas == "equal":
+            apart = [k for k in range(1, array.sizes[axis]) if not _same(first, array.isel({axis: k}, drop=True))]
+            if apart:
+                warnings.warn(
+                    f"{array.name or 'replicas'}: {axis} {', '.join(map(str, apart))} differ from {axis} 0, whose copy "
+                    f'is taken; a layout with replicas="mean" averages them, "first" takes the first in silence',
+                    ReplicaWarning,
+                    stacklevel=4,
+                )
+        array = first
+    return array
+
+
+def _same(a: xr.DataArray, b: xr.DataArray) -> bool:
+    """Equal, NaN being equal to NaN."""
+    x, y = a.data, b.data
+    return bool(((x == y) | ((x != x) & (y != y))).all())
+
+
+def _moved(
+    array: xr.DataArray, source: Cut, target: Cut, layout: Layout, others: Sequence[Any], place: Backend, out: Any
+) -> xr.DataArray:
+    sizes = [array.sizes[d] for d in others]
+    planned = moves(source.beneath(sizes), target.beneath(sizes))
+    held = _raw(array.transpose(*source.axes, *others, *layout.dims), place)
+    dims = (*target.axes, *others, *layout.dims)
+    target_array = None
+    if out is not None:
+        given = (
+            out
+            if isinstance(out, xr.DataArray)
+            else xr.DataArray(place.wrap(_raw(out, place)), dims=_order(dims, others))
+        )
+        target_array = _raw(given.transpose(*dims), place)
+        if tuple(target_array.shape) != planned.shape or place.dtype_of(target_array) != place.dtype_of(held):
+            raise LayoutError(
+                f"out has shape {tuple(given.shape)}, dtype {place.dtype_of(target_array)}; expected "
+                f"{tuple(planned.shape)} as {dims}, {place.dtype_of(held)}"
+            )
+    moved = xr.DataArray(place.wrap(place.move(planned, [held], target_array)), dims=dims).transpose(
+        *_order(dims, others)
+    )
+    kept = {
+        name: coord
+        for name, coord in array.coords.items()
+        if set(coord.dims) <= set(others) and not str(name).endswith("_extent") and name not in dims
+    }
+    index = {d: array.coords[d] for d in others if d in array.coords}
+    extents = _extents(target, layout)
+    coords = {**kept, **index, **{a: list(range(target.mesh[a])) for a in target.axes}, **extents}
+    result = moved.assign_coords(coords)
+    result.name, result.attrs = array.name, dict(array.attrs)
+    return result
+
+
+def _order(dims: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The dims with the others first, as views have them."""
+    return [*others, *(d for d in dims if d not in others)]
+
+
+def _extents(cut: Cut, layout: Layout) -> dict[str, Any]:
+    """Widths of a dim's shards where they differ, on the axes that cut it."""
+    found = {}
+    for name, dim in zip(layout.dims, cut.dims, strict=True):
+        if len(set(dim.widths.values())) > 1:
+            widths = [dim.widths[at] for at in sorted(dim.widths)]
+            found[f"{name}_extent"] = (dim.axes, np.reshape(widths, [cut.mesh[a] for a in dim.axes]))
+    return found
+
+
+def _with_replicas(array: xr.DataArray, axes: Sequence[str], mesh: Mesh, layout: Layout) -> xr.DataArray:
+    """The array with a dim before the tensor's own for each axis that it is replicated over, nothing copied."""
+    for axis in axes:
+        array = array.expand_dims({axis: list(range(mesh[axis]))}, array.ndim - len(layout.dims))
+    return array
+
+
+# ------------------------------------------------------------------------------------------------ flat buffers
+
+
+def _flats(flat: FlatGroup | FlatBuffer) -> tuple[FlatBuffer, ...]:
+    return (flat,) if isinstance(flat, FlatBuffer) else flat.flats
+
+
+def _shard_shapes(flats: tuple[FlatBuffer, ...], index: int, tensor: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a tensor's shards by tp rank: flat ones where the tensor is not known."""
+    if tensor is None:
+        return tuple((flat.counts[index],) for flat in flats)
+    return tuple(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})) for tp in range(len(flats)))

@@ -1,0 +1,387 @@
+"""Three backends, one behaviour: the same bits, labels that stay, numbers that are right or an error with a way out."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import xarray as xr
+from compare import GPT, ZERO2, ZERO3
+from test_narrow import OPERATIONS
+
+import ckptlab
+from ckptlab.arrays import backends
+from ckptlab.arrays.backends import Backend, resolve
+from ckptlab.arrays.backends.numpy import NumpyBackend
+from ckptlab.arrays.dtypes import is_narrow
+from ckptlab.arrays.duck import Duck
+from ckptlab.errors import BackendError
+
+pytest.importorskip("torch")
+pytest.importorskip("jax")
+
+NAMES = ["numpy", "torch", "jax"]
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
+DTYPES += [np.int64, np.int32, np.uint8, np.bool_]
+FLOATS = DTYPES[:5]
+
+
+def devices() -> list[tuple[str, str]]:
+    """Every backend on the CPU, and on CUDA where there is one."""
+    import torch
+
+    return [(name, "cpu") for name in NAMES] + ([("torch", "cuda")] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=devices(), ids=lambda d: "-".join(d))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return resolve(*request.param)
+
+
+def on(
+    backend: Backend, values: np.ndarray, dims: Sequence[str] = ("layer", "out", "in"), **coords: Any
+) -> xr.DataArray:
+    return xr.DataArray(backend.wrap(backend.from_numpy(values)), dims=dims, coords=coords)
+
+
+# ------------------------------------------------------------------------------------------------ resolving
+
+
+def test_one_backend_however_it_is_asked_for() -> None:
+    assert resolve() is resolve("numpy") is resolve(None, "cpu")
+    assert resolve("torch") is resolve("torch", "cpu") is resolve(resolve("torch"))
+    assert pickle.loads(pickle.dumps(resolve("torch"))) is resolve("torch")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "says"),
+    [
+        ("tensorflow", None, "expected one of numpy, torch, jax"),
+        ("numpy", "cuda", "for that take torch or jax"),
+        ("torch", "nowhere", "it has cpu"),
+        ("jax", "nowhere:7", "it has cpu:0"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_is(name: str, device: str | None, says: str) -> None:
+    with pytest.raises(BackendError, match=says):
+        resolve(name, device)
+
+
+def test_a_library_that_is_missing_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name="torch")
+
+    monkeypatch.setattr(backends, "import_module", missing)
+    with pytest.raises(BackendError, match=r"needs torch.*pip install 'ckptlab\[torch\]'"):
+        backends._class("torch")
+
+
+def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(NumpyBackend):
+        name = "mine"
+
+    class Entry:
+        name = "mine"
+
+        def load(self) -> type:
+            return Mine
+
+    monkeypatch.setattr(backends, "entry_points", lambda group, name=None: [Entry()] if name in (None, "mine") else [])
+    assert backends.names() == ("numpy", "torch", "jax", "mine")
+    found = ckptlab.open(GPT).full("fp32", backend="mine")["6.weight"].fp32
+    assert found.sum() == ckptlab.open(GPT).full("fp32")["6.weight"].fp32.sum()
+    backends._resolve.cache_clear()
+
+
+def test_nothing_is_imported_before_it_is_asked_for() -> None:
+    code = (
+        "import sys, ckptlab\n"
+        f"tree = ckptlab.open({str(GPT)!r}).full()\n"
+        "tree['6.weight'].fp32.load()\n"
+        "assert not (loaded := {'torch', 'jax', 'einx'} & set(sys.modules)), loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------------------ views
+
+
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+def test_every_view_has_the_same_bits_on_every_backend(case: Path, backend: Backend) -> None:
+    ckpt = ckptlab.open(case)
+    asked = {"backend": backend.name, "device": backend.device}
+    views: list[Callable[..., xr.DataTree]] = [ckpt.full, ckpt.shards, ckpt.buffers]
+    views += [ckpt.reshape(ckptlab.Mesh(dp=3)).shards, ckpt.reshape(ckptlab.Mesh(dp=3)).buffers]
+    compared = 0
+    for view in views:
+        expected, found = view(), view(**asked)
+        assert [n.path for n in found.leaves] == [n.path for n in expected.leaves]
+        for a, b in zip(expected.leaves, found.leaves, strict=True):
+            for name, variable in b.data_vars.items():
+                if name not in a.data_vars or str(name).endswith("_numel"):
+                    continue
+                assert variable.dtype == a[name].dtype  # lazily
+                data = variable.data
+                if backend.name != "numpy":
+                    assert isinstance(data, Duck)
+                    assert data.device == backend.device
+                assert (variable.dtype, variable.dims) == (a[name].dtype, a[name].dims)
+                assert variable.values.tobytes() == a[name].values.tobytes(), (view, b.path, name)
+                assert set(variable.coords) == set(a[name].coords)
+                compared += 1
+    assert compared > 100
+
+
+def test_selecting_reads_what_is_selected(backend: Backend) -> None:
+    ckpt = ckptlab.open(GPT)
+    lazy, known = (
+        t["self_attention.query_key_value.weight"].exp_avg for t in (ckpt.shards(backend=backend), ckpt.shards())
+    )
+    for pick in (
+        lambda a: a.sel(tp=1, layer=[5, 2]),
+        lambda a: a.transpose("in", "tp", ...).isel(layer=-1, out=slice(None, None, -3)),
+        lambda a: a.isel(layer=xr.DataArray([0, 3], dims="p"), out=xr.DataArray([5, 2], dims="p")),
+        lambda a: a.isel(out=slice(0, 0)),
+    ):
+        assert pick(lazy).values.tobytes() == pick(known).values.tobytes()
+        assert pick(lazy).dims == pick(known).dims
+
+
+def test_xarrays_engine_takes_a_backend() -> None:
+    tree = xr.open_datatree(GPT, engine="deepspeed", backend="torch")
+    assert isinstance(tree["6.weight"].fp32.data, Duck)
+    one = xr.open_dataset(GPT, engine="deepspeed", tensor="6.weight", backend="jax")
+    assert one.fp32.values.tobytes() == tree["6.weight"].fp32.values.tobytes()
+
+
+def test_views_travel(backend: Backend) -> None:
+    lazy = ckptlab.open(GPT).full(backend=backend)["6.weight"].module
+    again = pickle.loads(pickle.dumps(lazy))
+    assert again.data.device == backend.device
+    assert pickle.loads(pickle.dumps(again.load())).values.tobytes() == lazy.values.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------ dtypes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (5,), ()], ids=str)
+def test_there_and_back_keeps_dtype_and_bits(dtype: type, shape: tuple[int, ...], backend: Backend) -> None:
+    raw = np.random.default_rng(0).integers(
+        0, 2 if dtype is np.bool_ else 256, (*shape, np.dtype(dtype).itemsize), np.uint8
+    )
+    values = np.ascontiguousarray(raw).view(dtype).reshape(shape)
+    array = backend.from_numpy(values)
+    assert backend.dtype_of(array) == values.dtype
+    assert backend.to_numpy(array).tobytes() == values.tobytes()
+    assert on(backend, values, [f"d{i}" for i in range(len(shape))]).values.dtype == dtype
+
+
+def test_64_bits_survive_what_is_computed(backend: Backend) -> None:
+    """jax would make 32 of them, and 0 of the sum."""
+    numbers = on(backend, np.arange(6, dtype=np.int64).reshape(1, 2, 3) * 2**33)
+    reals = on(backend, np.arange(6, dtype=np.float64).reshape(1, 2, 3) / 3)
+    assert numbers.sum().item() == 15 * 2**33
+    assert numbers.astype(np.float64).sum().item() == 15.0 * 2**33
+    assert (numbers * 2).max().item() == 10 * 2**33
+    assert (reals.mean() * 3).item() == pytest.approx(2.5, abs=1e-15)
+    for kept in (reals.sum(), reals * 2, reals.isel(out=0), abs(reals), reals.where(reals > 1), reals.cumsum("in")):
+        assert kept.dtype == np.float64
+    assert (numbers.sum().dtype, (numbers + 1).dtype) == (np.int64, np.int64)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=lambda d: np.dtype(d).name
+)
+def test_narrow_sums_are_right(dtype: type, backend: Backend) -> None:
+    ones = on(backend, np.ones((3, 512, 512), dtype))
+    many = 3 * 2**18
+    for total in (ones.sum(), ones.sum(skipna=False), np.sum(ones), ones.sum(["out", "in"]).sum(), ones.data.sum()):
+        assert float(total) == many
+    assert float(ones.mean()) == 1
+    assert float(ones.std()) == 0
+    assert ones.dtype == dtype
+
+
+# ------------------------------------------------------------------------------------------------ what xarray does
+
+MORE: dict[str, Callable[[xr.DataArray], xr.DataArray]] = {
+    **OPERATIONS,
+    "sel": lambda a: a.sel(layer=1),
+    "a list": lambda a: a.isel(out=[3, 1]),
+    "backwards": lambda a: a.isel(out=slice(None, None, -1)),
+    "a mask": lambda a: a.isel(layer=np.array([True, False, True])),
+    "windows": lambda a: a.coarsen(out=4).construct(out=("a", "b")),
+    "where else": lambda a: xr.where(a > 1, a, 0),
+    "sqrt": lambda a: np.sqrt(a),
+    "diff": lambda a: a.diff("out"),
+    "pad": lambda a: a.pad(out=1),
+    "roll": lambda a: a.roll(out=2),
+    "sortby": lambda a: a.sortby("layer", ascending=False),
+    "deep copy": lambda a: a.copy(deep=True),
+    "broadcast": lambda a: a.isel(layer=0, drop=True) * a,
+    "a numpy operand": lambda a: a + xr.DataArray(np.arange(3, dtype="float32"), dims="layer"),
+    "any": lambda a: (a > 1).any("out"),
+    "all": lambda a: (a > 0).all(),
+    "reciprocal": lambda a: 1 / a,
+    "argmin": lambda a: a.argmin("out"),
+    "setting": lambda a: _set(a),
+    "pointwise": lambda a: a.isel(layer=xr.DataArray([0, 1], dims="p"), out=xr.DataArray([1, 2], dims="p")),
+}
+
+
+def _set(array: xr.DataArray) -> xr.DataArray:
+    changed = array.copy()
+    changed[{"out": 0}] = 5.0
+    return changed
+
+
+@pytest.mark.parametrize("operation", MORE)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: np.dtype(d).name)
+def test_operations_are_right_or_refused(operation: str, dtype: type, backend: Backend) -> None:
+    """Against float64 on the same values. What is not to be had raises; it never gives a wrong number."""
+    values = (np.random.default_rng(0).random((3, 8, 6)) + 0.5).astype(dtype)
+    values[1, 3, 4] = np.nan
+    coords = {"layer": [0, 1, 2], "pp": ("layer", [0, 0, 1])}
+    mine, exact = on(backend, values, **coords), on(resolve(), values.astype(np.float64), **coords)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        expected = MORE[operation](exact)
+        if (operation, backend.name) in REFUSED or (is_narrow(dtype) and _raises(MORE[operation], mine)):
+            assert _raises(MORE[operation], mine)
+            return
+        found = MORE[operation](mine)
+    assert found.dims == expected.dims
+    rough = {1: 0.13, 2: 1e-2 if dtype is ml_dtypes.bfloat16 else 1e-3}.get(np.dtype(dtype).itemsize, 2e-6)
+    wanted = expected.values.astype(np.float64)
+    apart = np.abs(found.values.astype(np.float64) - wanted) / np.maximum(np.abs(wanted), 1)
+    assert np.nanmax(apart, initial=0) <= rough
+    assert (np.isnan(found.values.astype(np.float64)) == np.isnan(wanted)).all()
+    if backend.name != "numpy":
+        assert isinstance(found.data, Duck)  # it stays where it is
+
+
+REFUSED = {
+    *(("setting", "jax"), ("rolling", "jax"), ("rolling", "torch")),
+    *(("pointwise", name) for name in NAMES if name != "numpy"),  # once loaded: xarray's array API adapter has none
+}
+
+
+def _raises(operation: Callable[[xr.DataArray], xr.DataArray], array: xr.DataArray) -> bool:
+    try:
+        operation(array)
+    except (TypeError, AttributeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "operation", ["sum of all", "mean of a dim", "std of all", "max of all", "count of all", "isnull"]
+)
+def test_bfloat16_is_reduced_on_every_backend(operation: str, backend: Backend) -> None:
+    """xarray alone refuses to, since numpy.isdtype does not know it."""
+    values = (np.random.default_rng(0).random((3, 8, 6)) + 0.5).astype(ml_dtypes.bfloat16)
+    found = OPERATIONS[operation](on(backend, values))
+    np.testing.assert_allclose(
+        found.values.astype(np.float64),
+        OPERATIONS[operation](on(resolve(), values.astype(np.float64))).values,
+        rtol=1e-6,
+    )
+
+
+def test_medians_are_numpys() -> None:
+    """torch's own is the lower of the two in the middle."""
+    even = np.array([[1.0, 2, 3, 10]], np.float32)
+    for name in NAMES:
+        assert on(resolve(name), even, ("a", "b")).median().item() == 2.5
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+class TestErrorsSayWhatToDo:
+    def test_dask(self, name: str) -> None:
+        pytest.importorskip("dask")
+        lazy = ckptlab.open(GPT).full(backend=name)["6.weight"].fp32
+        with pytest.raises(TypeError, match='backend="numpy"'):
+            lazy.chunk({"out": 4}).compute()
+        with pytest.raises(TypeError, match='backend="numpy"'):
+            lazy.load().chunk({"out": 4})
+
+    def test_two_backends_in_one_operation(self, name: str) -> None:
+        other = {"torch": "jax", "jax": "torch"}[name]
+        a, b = (on(resolve(n), np.ones((2, 2), np.float32), ("a", "b")) for n in (name, other))
+        with pytest.raises(TypeError, match="one operation|Mixed array types"):
+            a + b
+
+    def test_a_function_that_is_not_there(self, name: str) -> None:
+        array = on(resolve(name), np.ones((2, 2), np.float32), ("a", "b"))
+        with pytest.raises(TypeError, match="to_numpy"):
+            np.busday_count(array.data, array.data)  # type: ignore[call-overload]
+
+
+def test_jax_arrays_cannot_be_written_to() -> None:
+    with pytest.raises(TypeError, match=r"xarray.where"):
+        on(resolve("jax"), np.ones((2, 2), np.float32), ("a", "b"))[{"a": 0}] = 3
+
+
+def test_reprs_show_the_values(backend: Backend) -> None:
+    array = on(backend, np.array([[[1.5, 2.5]]], ml_dtypes.bfloat16))
+    assert "1.5" in repr(array)
+    assert "2.5" in xr.Dataset({"a": array})._repr_html_()
+
+
+# ------------------------------------------------------------------------------------------------ mapped files
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Any:
+    """A safetensors file with a tensor that is large enough to be mapped, and its bytes."""
+    from safetensors.numpy import save_file
+
+    values = np.random.default_rng(0).random((600, 600)).astype(np.float32)
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors", values
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_large_tensor_is_mapped_and_writing_changes_no_file(name: str, large: Any) -> None:
+    path, values = large
+    before = path.read_bytes()
+    whole = ckptlab.open(path).full(stack=False, backend=name)["w"]
+    whole = whole[next(iter(whole.data_vars))].load()
+    address = whole.data.ctypes.data if name == "numpy" else whole.data.array.data_ptr()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    spans = [[int(x, 16) for x in line.split()[0].split("-")] for line in maps if str(path) in line]
+    assert any(lo <= address < hi for lo, hi in spans)
+    whole[{whole.dims[0]: 0}] = -1.0
+    assert (whole.values[0] == -1).all()
+    assert path.read_bytes() == before
+    again = ckptlab.open(path).full(stack=False, backend=name)["w"]
+    assert again[next(iter(again.data_vars))].values.tobytes() == values.tobytes()
+
+
+def test_rows_of_a_mapped_tensor(large: Any) -> None:
+    path, values = large
+    whole = ckptlab.open(path).full(stack=False)["w"]
+    state = next(iter(whole.data_vars))
+    rows, columns = whole.dims
+    assert whole[state].isel({rows: slice(7, 580)}).values.tobytes() == values[7:580].tobytes()
+    assert whole[state].isel({columns: slice(7, 580)}).values.tobytes() == values[:, 7:580].tobytes()
+    assert whole[state].isel({rows: slice(5, 500, 2)}).values.tobytes() == values[5:500:2].tobytes()
+
+
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()")
+def test_staging_to_cuda(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckptlab.arrays.backends import torch as module
+
+    monkeypatch.setattr(module, "STAGE", 1 << 16)
+    path, values = large
+    whole = ckptlab.open(path).full(stack=False, backend="torch", device="cuda")["w"]
+    assert whole[next(iter(whole.data_vars))].values.tobytes() == values.tobytes()

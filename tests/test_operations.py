@@ -1,0 +1,271 @@
+"""Merging, splitting and reshaping arrays in memory: the laws, on every backend, against element-by-element numpy."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import xarray as xr
+from compare import GPT, ZERO2, ZERO3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ckptlab
+from ckptlab import Layout, LayoutError, Mesh, ReplicaWarning, merge, merge_flat, reshape, split, split_flat
+from ckptlab.arrays.backends import resolve
+from ckptlab.arrays.moves import moves
+from ckptlab.catalog import Catalog, FlatGroup
+from ckptlab.layout import Cut
+from ckptlab.plan import FlatBuffer
+
+pytest.importorskip("torch")
+pytest.importorskip("jax")
+
+NAMES = ["numpy", "torch", "jax"]
+DTYPES = [np.float32, np.float64, np.int64, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], Mesh, Mesh]:
+    """A layout, the shape of a whole, and two meshes: one rank, odd sizes, no elements, 0 dims and 1."""
+    a, b = draw(st.sampled_from([(1, 2), (2, 1), (2, 4), (3, 6), (4, 4), (4, 1), (6, 2), (1, 1)]))
+    n, rest = math.lcm(a, b) * draw(st.integers(0, 3)), draw(st.integers(0, 5))
+    one = Layout("(tp a)"), (n,)
+    both = [
+        (Layout("(tp out) in"), (n, rest)),
+        (Layout("out (tp in)"), (rest, n)),
+        (Layout("(3 tp out) in"), (3 * n, rest)),
+        (Layout("(out tp) in"), (n, rest)),
+        (Layout("(2 tp ffn) a b"), (2 * n, rest, 2)),
+        (Layout("(head tp d) in", totals={"head": n * 2}, sizes={"head": 2}), (2 * n, rest)),
+        (Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 2 * n, "k": n, "v": n}), (4 * n, rest)),
+        (Layout("((tp q) + k) in", totals={"q": n, "k": 3}), (n + 3, rest)),
+        (Layout("out in"), (rest, 3)),
+        (Layout(""), ()),
+        one,
+    ]
+    layout, shape = draw(st.sampled_from(both))
+    return layout, shape, Mesh(tp=a, dp=2), Mesh(tp=b, pp=3)
+
+
+@settings(max_examples=60)
+@given(cases(), st.sampled_from(NAMES), st.sampled_from(DTYPES), st.booleans())
+def test_laws(case: Any, name: str, dtype: type, stacked: bool) -> None:
+    """Split is what `Cut.take` says, merge undoes it, and reshape is one after the other: bit for bit."""
+    layout, shape, first, second = case
+    try:
+        cut, other = layout.resolve(shape, first), layout.resolve(shape, second)
+    except LayoutError:
+        return  # a length that the mesh does not divide
+    batch = (2,) if stacked else ()
+    values = np.arange(math.prod((*batch, *shape)), dtype=np.int64).reshape((*batch, *shape)).astype(dtype)
+    whole = xr.DataArray(values, dims=(*(["layer"] if stacked else []), *layout.dims), attrs={"kind": "parameter"})
+    shards = split(whole, layout, first, backend=name)
+    assert (shards.dtype, shards.attrs) == (dtype, whole.attrs)
+    for tp in range(first.tp):
+        at = cut.coordinate({"tp": tp})
+        for b in range(max(1, len(batch))):
+            found = shards.isel({"tp": tp, **({"layer": b} if stacked else {})})
+            expected = cut.take(values[b] if stacked else values, at)
+            assert found.values.tobytes() == expected.tobytes()
+    again = merge(shards, layout, shape=shape)
+    assert again.dims == whole.dims
+    assert again.values.tobytes() == values.tobytes()
+    moved = reshape(shards, layout, second, shape=shape)
+    wanted = split(whole, layout, second)
+    assert moved.dims == wanted.dims
+    assert moved.values.tobytes() == wanted.values.tobytes()
+    assert moved.sizes["tp"] == other.mesh.tp
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(0, 7), min_size=2, max_size=4),
+    st.sampled_from(NAMES),
+    st.sampled_from([np.float32, ml_dtypes.bfloat16]),
+)
+def test_uneven_shards_stand_in_the_corner_of_the_widest(widths: list[int], name: str, dtype: type) -> None:
+    layout = Layout("(tp out) in", sizes={"out": tuple(widths)})
+    values = np.arange(sum(widths) * 3).reshape(-1, 3).astype(dtype)
+    shards = split(xr.DataArray(values, dims=("out", "in")), layout, Mesh(tp=len(widths)), backend=name)
+    start = 0
+    for tp, width in enumerate(widths):
+        mine = shards.isel(tp=tp).values
+        assert mine[:width].tobytes() == values[start : start + width].tobytes()
+        assert not mine[width:].astype(bool).any()
+        start += width
+    if len(set(widths)) > 1:
+        assert shards.out_extent.values.tolist() == widths
+    assert merge(shards, layout).values.tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_axes(name: str) -> None:
+    whole = xr.DataArray(np.arange(48.0).reshape(8, 6), dims=("out", "in"))
+    shards = split(whole, "(tp out) (dp in)", Mesh(tp=4, dp=2), backend=name)
+    assert dict(shards.sizes) == {"dp": 2, "tp": 4, "out": 2, "in": 3}
+    assert shards.sel(dp=1, tp=2).values.tolist() == [[27, 28, 29], [33, 34, 35]]
+    assert merge(shards, "(tp out) (dp in)").values.tolist() == whole.values.tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_cut_off_where_the_true_shape_is_said(name: str) -> None:
+    layout = Layout("(tp out) in", padded={0: 8})
+    whole = xr.DataArray(np.arange(1.0, 15).reshape(7, 2), dims=("out", "in"))
+    shards = split(whole, layout, Mesh(tp=2), backend=name)
+    assert dict(shards.sizes) == {"tp": 2, "out": 4, "in": 2}
+    assert shards.isel(tp=1, out=3).values.tolist() == [0, 0]
+    assert merge(shards, layout, shape=(7, 2)).values.tolist() == whole.values.tolist()
+    assert merge(shards, layout).sizes["out"] == 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestReplicas:
+    def shards(self, name: str, dtype: type = np.float32) -> xr.DataArray:
+        backend = resolve(name)
+        values = np.array([[1, 2, np.nan], [1, 4, np.nan]], dtype)
+        return xr.DataArray(backend.wrap(backend.from_numpy(values)), dims=("tp", "out"), name="norm.weight")
+
+    def test_equal_ones_are_one(self, name: str) -> None:
+        same = self.shards(name).isel(tp=[0, 0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(merge(same, "out").values, [1, 2, np.nan])
+
+    def test_a_difference_is_reported(self, name: str) -> None:
+        with pytest.warns(ReplicaWarning, match=r"norm\.weight: tp 1 differ from tp 0"):
+            assert merge(self.shards(name), "out").values[1] == 2
+
+    def test_they_are_averaged_where_the_layout_says_so(self, name: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = merge(self.shards(name, ml_dtypes.bfloat16), Layout("out", replicas="mean"))
+            assert found.dtype == ml_dtypes.bfloat16
+            np.testing.assert_array_equal(found.values.astype(np.float32), [1, 3, np.nan])
+            assert merge(self.shards(name), Layout("out", replicas="first")).values[1] == 2
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_destination_is_written_to(name: str) -> None:
+    backend = resolve(name)
+    layout, mesh = Layout("((tp q) + (tp k)) in", totals={"q": 8, "k": 4}), Mesh(tp=4)
+    whole = xr.DataArray(np.arange(36, dtype=np.float32).reshape(12, 3), dims=("dim0", "in"))
+    shards = split(whole, layout, mesh, backend=name)
+    out = backend.empty((12, 3), np.dtype(np.float32))
+    merged = merge(shards, layout, out=out)
+    assert backend.to_numpy(out).tobytes() == whole.values.tobytes() == merged.values.tobytes()
+    held = merged.data if name == "numpy" else merged.data.array
+    assert held.data_ptr() == out.data_ptr() if name == "torch" else np.shares_memory(held, out)
+    with pytest.raises(LayoutError, match=r"out has shape \(12, 3\), dtype float64; expected \(12, 3\)"):
+        merge(shards, layout, out=backend.empty((12, 3), np.dtype(np.float64)))
+
+
+def test_jax_has_no_destinations_and_says_so() -> None:
+    shards = split(xr.DataArray(np.ones((4, 2)), dims=("out", "in")), "(tp out) in", Mesh(tp=2), backend="jax")
+    with pytest.raises(TypeError, match="leave out= away"):
+        merge(shards, "(tp out) in", out=np.empty((4, 2)))
+
+
+def test_regular_layouts_are_few_moves() -> None:
+    """One a part, however many ranks: what is fast on a device."""
+    for text, totals, parts in [
+        ("(tp out) in", {}, 1),
+        ("out (tp in)", {}, 1),
+        ("(3 tp out) in", {}, 1),
+        ("(out tp) in", {}, 1),
+        ("((tp q) + (tp k) + (tp v)) in", {"q": 96, "k": 48, "v": 48}, 3),
+    ]:
+        cut = Layout(text, totals=totals).resolve((192, 96), Mesh(tp=16))
+        assert len(moves(cut, Cut.whole((192, 96))).steps) == parts
+        assert len(moves(Cut.whole((192, 96)), cut).steps) == parts
+
+
+@pytest.mark.parametrize(
+    ("dims", "shape", "says"),
+    [
+        (("tp", "rows", "in"), (2, 4, 3), "no 'out'"),
+        (("tp", "out", "in"), (2, 4, 3), r"into \(3, 3\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(dims: tuple[str, ...], shape: tuple[int, ...], says: str) -> None:
+    with pytest.raises(LayoutError, match=says):
+        merge(xr.DataArray(np.zeros(shape), dims=dims), "(tp out) in", shape=(6, 3))
+
+
+# ------------------------------------------------------------------------------------------------ flat buffers
+
+
+def nodes(catalog: Catalog, tree: xr.DataTree) -> Iterator[tuple[FlatGroup, xr.DataTree]]:
+    """Each group of flat buffers with its node of a view."""
+    seen: Counter[str] = Counter()
+    for group in catalog.flat_groups:
+        path = f"pp{group.stage}/group{group.group}"
+        node = tree[path]
+        yield group, node[f"sub{seen[path]}"] if node.children else node
+        seen[path] += 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+def test_from_buffers_to_other_buffers_by_hand(case: Any, name: str) -> None:
+    """Merge dp, merge tp, split tp, split dp: step by step in memory it is what the reshape's views show."""
+    ckpt = ckptlab.open(case)
+    to = ckpt.reshape(Mesh(tp=1, dp=3) if ckpt.mesh.tp > 1 else Mesh(dp=3))
+    whole: dict[str, xr.DataArray] = {}
+    for group, node in nodes(ckpt.catalog, ckpt.buffers(backend=name)):
+        shards = merge_flat(node.exp_avg, group, ckpt.tensors)
+        assert set(shards) == set(group.names)
+        known = ckpt.shards("exp_avg", stack=False)
+        for tensor, array in shards.items():
+            expected = known[tensor].sel(pp=group.stage) if "pp" in known[tensor].dims else known[tensor]
+            assert array.dims == expected.dims
+            assert array.values.tobytes() == expected.values.tobytes(), tensor
+            t = ckpt.tensors[tensor]
+            whole.setdefault(tensor, merge(array, t.layout, shape=t.shape))
+    for group, node in nodes(to.target, to.buffers()):
+        shards = {n: split(whole[n], to.target.tensors[n].layout, to.mesh) for n in group.names}
+        assert split_flat(shards, group).values.tobytes() == node.exp_avg.values.tobytes()
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from(NAMES),
+    st.sampled_from(DTYPES),
+)
+def test_flat_laws(counts: list[int], dp: int, zero3: bool, name: str, dtype: type) -> None:
+    names = [f"w{i}" for i in range(len(counts))]
+    flat = (FlatBuffer.per_tensor if zero3 else FlatBuffer.contiguous)(names, counts, dp)
+    backend = resolve(name)
+    shards = {}
+    for i, (tensor, n) in enumerate(zip(names, counts, strict=True)):
+        array = backend.from_numpy((np.arange(n) + 10 * i + 1).astype(dtype))
+        shards[tensor] = xr.DataArray(backend.wrap(array), dims="element")
+    buffers = split_flat(shards, flat)
+    assert (buffers.dims, buffers.shape, buffers.dtype) == (("dp", "flat"), (dp, flat.size(0)), dtype)
+    assert int((buffers.values.astype(np.float64) == 0).sum()) == flat.total - sum(counts)  # padding is 0
+    for d in range(dp):
+        for index, start, place, count in flat.within(d).tolist():
+            mine = shards[names[index]].values[start : start + count]
+            assert buffers.values[d, place : place + count].tobytes() == mine.tobytes()
+    again = merge_flat(buffers, flat)
+    assert all(again[n].values.tobytes() == shards[n].values.tobytes() for n in names)
+
+
+def test_flat_buffers_that_do_not_fit_are_refused() -> None:
+    flat = FlatBuffer.contiguous(["a", "b"], [4, 6], 2)
+    with pytest.raises(LayoutError, match=r"\(1, 2, 6\)"):
+        merge_flat(xr.DataArray(np.zeros((3, 6)), dims=("dp", "flat")), flat)
+    a, b = (xr.DataArray(np.zeros(n), dims="element") for n in (4, 5))
+    with pytest.raises(LayoutError, match="missing: b"):
+        split_flat({"a": a}, flat)
+    with pytest.raises(LayoutError, match=r"b: shards of \(5,\), the flat buffers have room for \[6\]"):
+        split_flat({"a": a, "b": b}, flat)

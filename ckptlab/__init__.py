@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
-    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights
+    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, paper_model, save_weights
     from ckptlab.convert import Report
     from ckptlab.errors import (
         BackendError,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
     from ckptlab.strategy import Megatron, Rules, Strategy
+    from ckptlab.widgets import explore, playground
 
     __version__: str
 
@@ -67,10 +68,13 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "diff",
+    "explore",
     "health",
     "merge",
     "merge_flat",
     "open",
+    "paper_model",
+    "playground",
     "reshape",
     "save_weights",
     "split",
@@ -84,7 +88,7 @@ _HOMES = {
     "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat to",
     "analysis": "Diff Finding Health diff health",
     "catalog": "Catalog Notice ParameterGroup Tensor",
-    "checkpoint": "Checkpoint Cost Reshape open save_weights",
+    "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
     "convert": "Report",
     "deepspeed": "DeepSpeedCheckpoint SubparamShape ZeROCheckpoint constants enable_universal_checkpoint "
     "flatten_dp_dimension get_files_with_prefix get_layer_ckpt_name_for_rank get_model_3d_descriptor "
@@ -95,6 +99,7 @@ _HOMES = {
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "strategy": "Megatron Rules Strategy",
+    "widgets": "explore playground",
 }
 _MODULES = ("viz",)
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

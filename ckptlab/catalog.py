@@ -8,7 +8,7 @@ catalog of a *target* (what another mesh would hold) has the same form with noth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -120,6 +120,21 @@ class FlatGroup:
     def names(self) -> tuple[str, ...]:
         return self.flats[0].names
 
+    @classmethod
+    def laid_out(
+        cls, stage: int, group: int, names: Sequence[str], tensors: Mapping[str, Tensor], mesh: Mesh, zero_stage: int
+    ) -> FlatGroup:
+        """The flat buffers that the named tensors make on a pp stage, in that order; nothing is stored of them."""
+        make = FlatBuffer.per_tensor if zero_stage == 3 else FlatBuffer.contiguous
+        flats: list[FlatBuffer] = []
+        for tp in range(mesh.tp):
+            cuts = (tensors[name].cut for name in names)
+            counts = tuple(math.prod(cut.shard_shape(cut.coordinate({"tp": tp}))) for cut in cuts)
+            same = next((f for f in flats if f.counts == counts), None)
+            flats.append(same or make(tuple(names), counts, mesh.dp))
+        dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != MODULE}
+        return cls(stage, group, tuple(flats), dtypes)
+
 
 @dataclass(frozen=True)
 class Catalog:
@@ -146,6 +161,11 @@ class Catalog:
     @cached_property
     def _flat_index(self) -> dict[tuple[str, int], tuple[FlatGroup, int]]:
         return {(name, g.stage): (g, i) for g in self.flat_groups for i, name in enumerate(g.names)}
+
+    def flat(self, name: str, stage: int) -> tuple[FlatGroup, int]:
+        """The flat buffers that the tensor's optimizer states lie in on a pp stage, and its index there. KeyError if
+        none."""
+        return self._flat_index[name, stage]
 
     @cached_property
     def _aliases(self) -> dict[str, str]:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab import convert, strategy
+from ckptlab import convert, paper, strategy
 from ckptlab.catalog import MODULE, Catalog, Notice, Tensor, module_source
 from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.formats import FORMATS, read
 from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.paper import with_data
 from ckptlab.plan import Placement, Plan, compose
 from ckptlab.viewed import Viewed
 
@@ -38,6 +39,16 @@ def open(
     execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
     return Checkpoint(read(path, _strategy(strategy)))
+
+
+def paper_model(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -> Checkpoint:
+    """A model described by a few numbers, with no checkpoint at all: its layouts, flat buffers and plans.
+
+    numbers: see `ckptlab.paper.PaperModel` (layers, hidden, heads, kv_heads, ffn, vocab, tied, gated, dtype).
+    zero_stage: 0 to 3. Nothing is stored, so views of data are refused. Raises LayoutError where the numbers do not fit
+    each other, ReshapeError where the mesh does not fit them.
+    """
+    return Checkpoint(paper.PaperModel(**numbers).on(mesh or Mesh(), zero_stage))
 
 
 def _strategy(given: Any) -> strategy.Strategy | None:
@@ -159,7 +170,8 @@ class Reshape(Viewed):
                 f"{', '.join(f.name for f in fields(TargetOptions))}"
             )
         given = TargetOptions(**options)
-        return Reshape(source, target.reshape(source, mesh or source.native.folder.mesh, given), given)
+        build = paper.reshape if source.format == paper.FORMAT else target.reshape
+        return Reshape(source, build(source, mesh or source.native.mesh, given), given)
 
     @property
     def mesh(self) -> Mesh:
@@ -201,16 +213,20 @@ class Reshape(Viewed):
 
     @cached_property
     def file_sizes(self) -> Mapping[str, int]:
-        """Name → bytes of tensor data of every file that writing a native checkpoint makes."""
+        """Name → bytes of tensor data of every file that writing a native checkpoint makes; on paper there are none."""
         from ckptlab.formats.deepspeed import write
 
+        if self.source.format == paper.FORMAT:
+            return {}
         return {job.name: job.nbytes for job in write.jobs(self.source, self.target)}
 
     def cost(self) -> Cost:
         """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
-        written = sum(self.file_sizes.values())
+        from ckptlab.formats.deepspeed import write
+
+        payload = paper.payload if self.source.format == paper.FORMAT else write.payload
         sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
-        return Cost(self.plan.sent, written, self.plan.moved, max(sizes, default=0))
+        return Cost(self.plan.sent, payload(self.target), self.plan.moved, max(sizes, default=0))
 
     def save(
         self,
@@ -231,13 +247,13 @@ class Reshape(Viewed):
         from ckptlab.formats.universal import write as universal_files
 
         if format == "safetensors":
-            return save_weights(self.source, destination, workers=workers, progress=progress)
+            return save_weights(with_data(self.source), destination, workers=workers, progress=progress)
         if format not in FORMATS:
             raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         native = format == "deepspeed"
         pointer = self._latest(destination) if native else LATEST_UNIVERSAL
         return convert.run(
-            (native_files if native else universal_files).jobs(self.source, self.target),
+            (native_files if native else universal_files).jobs(with_data(self.source), self.target),
             os.fspath(destination),
             {
                 "format": format,

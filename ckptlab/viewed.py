@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
+from ckptlab.paper import with_data
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -39,8 +40,8 @@ class Viewed:
 
         on = _backend(backend, device)
         if stack:
-            return views.full(self.source, _states(state, self.source), dtype, on)
-        return views.full_by_name(self.source, _state(state, self.source), dtype, on)
+            return views.full(with_data(self.source), _states(state, self.source), dtype, on)
+        return views.full_by_name(with_data(self.source), _state(state, self.source), dtype, on)
 
     def shards(
         self,
@@ -65,18 +66,18 @@ class Viewed:
             from ckptlab import placed
 
             if stack:
-                return placed.placed(self.source, held, mesh, _states(state, held), dtype, on)
-            return placed.placed_by_name(self.source, held, mesh, _state(state, held), dtype, on)
+                return placed.placed(with_data(self.source), held, mesh, _states(state, held), dtype, on)
+            return placed.placed_by_name(with_data(self.source), held, mesh, _state(state, held), dtype, on)
         if stack:
-            return views.shards(self.source, held, _states(state, held), dtype, on)
-        return views.shards_by_name(self.source, held, _state(state, held), dtype, on)
+            return views.shards(with_data(self.source), held, _states(state, held), dtype, on)
+        return views.shards_by_name(with_data(self.source), held, _state(state, held), dtype, on)
 
     def buffers(self, *, dtype: Any = None, backend: Any = None, device: Any = None) -> xr.DataTree:
         """The optimizer's flat buffers as the files hold them, or as the target's will: /pp0/group0 with dims
         (tp, dp, flat) and true lengths beside."""
         from ckptlab import views
 
-        return views.buffers(self.source, self.held, dtype, _backend(backend, device))
+        return views.buffers(with_data(self.source), self.held, dtype, _backend(backend, device))
 
 
 def _states(state: States, catalog: Catalog) -> tuple[str, ...] | None:

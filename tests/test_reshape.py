@@ -88,7 +88,7 @@ def test_the_plans_figures_are_what_happens(case: Path, mesh: Mesh, options: dic
         read_by_pair[source.mesh.rank(pp=pp, dp=dp, tp=tp), target] += count
     assert cost.read == sum(read_by_pair.values())
     assert cost.moved == sum(n for (a, b), n in read_by_pair.items() if a != b)
-    assert cost.written == written
+    assert cost.written == sum(reshaped.file_sizes.values()) == written
     rows, columns = np.nonzero(reshaped.plan.matrix())
     assert {(a, b) for a, b in read_by_pair} == set(zip(rows.tolist(), columns.tolist(), strict=True))
 

@@ -42,9 +42,9 @@ def overview(ckpt: Checkpoint) -> dict[str, Any]:
         "format": catalog.format,
         "mesh": catalog.mesh.degrees,
         "ranks": catalog.mesh.size,
-        "trained_on": native.folder.mesh.degrees if native else None,
+        "trained_on": native.mesh.degrees if native else None,
         "zero_stage": catalog.zero_stage,
-        "optimizer": native.wrapper.value if native else None,
+        "optimizer": _optimizer(native),
         "dtype": native.dtype if native else None,
         "step": ckpt.iteration,
         "counts": _counts(catalog),
@@ -167,7 +167,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
     source, target = reshape.source, reshape.target
     cost = reshape.cost()
     return {
-        "source": {"path": source.path, "format": source.format, **_side(source, source.native.folder.mesh)},
+        "source": {"path": source.path, "format": source.format, **_side(source, source.native.mesh)},
         "target": _side(target, target.mesh),
         "layers": {"source": _layers(source), "target": _layers(target)},
         "vocabulary": _vocabulary(source, target),
@@ -185,9 +185,15 @@ def _side(catalog: Catalog, mesh: Mesh) -> dict[str, Any]:
         "mesh": mesh.degrees,
         "ranks": mesh.size,
         "zero_stage": catalog.zero_stage,
-        "optimizer": native.wrapper.value,
+        "optimizer": _optimizer(native),
         "dtype": native.dtype,
     }
+
+
+def _optimizer(native: Any) -> str | None:
+    """DeepSpeed's wrapper; None for a model on paper."""
+    wrapper = getattr(native, "wrapper", None)
+    return wrapper and wrapper.value
 
 
 def _layers(catalog: Catalog) -> list[list[int]]:

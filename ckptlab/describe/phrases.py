@@ -38,6 +38,8 @@ def stage(side: About) -> str:
 def training(about: About) -> str:
     if about["zero_stage"] is None:
         return ""
+    if about["format"] == "paper":
+        return stage(about)
     step = f"step {about['step']:,}" if about["step"] is not None else "step unknown"
     return f"{step} · {stage(about)}"
 
@@ -51,7 +53,8 @@ def extent(about: About) -> str:
     apart = f" ({', '.join(others)})" if others else ""
     held = "not there any more" if files["bytes"] is None else f"{size(files['bytes'])} on disk"
     tensors = number_of(counts["tensors"], "tensor")
-    return f"{count(counts['parameters'])} parameters in {tensors}{apart} · {number_of(files['count'], 'file')}, {held}"
+    stored = f" · {number_of(files['count'], 'file')}, {held}" if files["count"] else ""
+    return f"{count(counts['parameters'])} parameters in {tensors}{apart}{stored}"
 
 
 def states(about: About) -> list[list[str]]:
@@ -133,7 +136,7 @@ def plan_title(about: About) -> str:
 
 
 def target(about: About) -> str:
-    return f"{stage(about['target'])} · {number_of(about['files'], 'file')}"
+    return " · ".join([stage(about["target"]), *([number_of(about["files"], "file")] if about["files"] else [])])
 
 
 def changes(about: About) -> list[list[str]]:

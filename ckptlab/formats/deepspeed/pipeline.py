@@ -38,9 +38,9 @@ class Pipeline:
         if method == "uniform":
             return _uniform(len(self.counts), pp)
         if method == "parameters":
-            return _balanced(self.counts, pp)
+            return balanced(self.counts, pp)
         if method == "blocks":
-            return _balanced(self.blocks, pp)
+            return balanced(self.blocks, pp)
         raise ReshapeError(
             f"pipeline method {method!r}: expected one of {', '.join(METHODS)} or the first layer of each stage"
         )
@@ -124,7 +124,7 @@ def _uniform(layers: int, pp: int) -> tuple[int, ...]:
     return tuple(p * size + min(p, rest) for p in range(pp))
 
 
-def _balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
+def balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
     """The contiguous partition with the least spread between its heaviest and lightest part; of equal ones the latest
     cut.
 

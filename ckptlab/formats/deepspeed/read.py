@@ -63,6 +63,11 @@ class Native:
     round_robin: bool
 
     @property
+    def mesh(self) -> Mesh:
+        """The mesh that the run trained on."""
+        return self.folder.mesh
+
+    @property
     def model(self) -> Mapping[str, Any]:
         """The first rank's model file."""
         return self.folder.models[0, 0]

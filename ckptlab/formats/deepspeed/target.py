@@ -18,7 +18,6 @@ from ckptlab.formats.deepspeed.optimizer import Wrapper
 from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, np_dtype, problems
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,7 @@ def _groups(catalog: Catalog, options: TargetOptions) -> tuple[ParameterGroup, .
 def _flat_groups(
     catalog: Catalog, tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper, options: TargetOptions
 ) -> tuple[FlatGroup, ...]:
-    found = []
+    found: list[FlatGroup] = []
     for p in range(mesh.pp):
         for index, group in enumerate(catalog.groups):
             names = [n for n in group.tensors if p in tensors[n].stages]
@@ -232,17 +231,11 @@ def _flat_groups(
                 names = round_robin(original_order(catalog, names), mesh.dp)
             elif catalog.native.round_robin:
                 names = original_order(catalog, names)
-            dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != MODULE}
-            for members in _sub_groups(names, tensors, mesh, wrapper, options, catalog):
-                flats: list[FlatBuffer] = []
-                for t in range(mesh.tp):
-                    counts = tuple(
-                        math.prod(tensors[n].cut.shard_shape(tensors[n].cut.coordinate({"tp": t}))) for n in members
-                    )
-                    make = FlatBuffer.per_tensor if wrapper is Wrapper.ZERO3 else FlatBuffer.contiguous
-                    same = next((f for f in flats if f.counts == counts), None)
-                    flats.append(same or make(tuple(members), counts, mesh.dp))
-                found.append(FlatGroup(p, index, tuple(flats), dtypes))
+            zero_stage = 3 if wrapper is Wrapper.ZERO3 else 1
+            found += [
+                FlatGroup.laid_out(p, index, members, tensors, mesh, zero_stage)
+                for members in _sub_groups(names, tensors, mesh, wrapper, options, catalog)
+            ]
     return tuple(found)
 
 

@@ -36,6 +36,26 @@ def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[F
     return list(NativeWriter(source, target, tally).jobs())
 
 
+def payload(target: Catalog) -> int:
+    """Bytes of tensor data in all files of the native checkpoint for `target`: what `jobs` comes to, without making
+    them."""
+    wrapper: Wrapper = target.native.wrapper
+    dp = target.mesh.dp
+    total = 0
+    for group in target.flat_groups:
+        for flat in group.flats:
+            padding = sum(map(flat.padding, range(dp))) if wrapper is Wrapper.ZERO12 else 0  # the master has none
+            total += sum((flat.total - padding * (s == MASTER)) * dtype.itemsize for s, dtype in group.dtypes.items())
+    for (name, state), by_rank in target.pieces.items():
+        tensor = target.tensors[name]
+        for _, tp in by_rank:
+            count = math.prod(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})))
+            if wrapper is Wrapper.ZERO3:  # buffers once on every dp rank, frozen tensors in equal fragments
+                count = dp * (count if tensor.kind == "buffer" else -(-count // dp))
+            total += count * tensor.states[state].itemsize
+    return total
+
+
 def torch_job(name: str, build: Callable[[], Any]) -> FileJob:
     """A `.pt` file whose content `build` makes when it is written."""
     return FileJob(name, lambda path: torchfile.write(path, build()), _pending_bytes(build(), set()))

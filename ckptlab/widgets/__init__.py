@@ -1,0 +1,54 @@
+"""Interaction: `explore` a checkpoint, `playground` for a model on paper. Needs the extra `widgets`.
+
+From the ground up: subject.py (what is explored and chosen), held.py, memory.py, steps.py, cells.py, page.py (pictures,
+tables and texts, all without a widget); picture.py (the two pieces of JavaScript), tabs.py, face.py.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ckptlab.checkpoint import Checkpoint
+from ckptlab.errors import UnsupportedError
+from ckptlab.mesh import Mesh
+
+if TYPE_CHECKING:
+    from ckptlab.widgets.face import Explorer, Playground
+
+NEEDED = ("ipywidgets", "anywidget")
+
+
+def explore(ckpt: Checkpoint) -> Explorer:
+    """Look into a checkpoint and its reshapes in a notebook: tensors, ranks, files; target meshes, memory, cost.
+
+    Shows itself as the last line of a cell. ckpt: what `ckptlab.open` or `ckptlab.paper_model` gave. Headers only: no
+    data is read. UnsupportedError where ipywidgets or anywidget is not installed.
+    """
+    _require()
+    from ckptlab.widgets.face import Explorer
+    from ckptlab.widgets.subject import Subject
+
+    return Explorer(Subject.of_checkpoint(ckpt))
+
+
+def playground(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -> Playground:
+    """The same with no checkpoint at all, for a model described by a few numbers that can be changed: for teaching.
+
+    Arguments as for `ckptlab.paper_model`; without any, a small model on tp 2 · pp 2 · dp 2. UnsupportedError where
+    ipywidgets or anywidget is not installed.
+    """
+    _require()
+    from ckptlab.paper import PaperModel
+    from ckptlab.widgets.face import Playground
+
+    return Playground(PaperModel(**numbers), mesh or Mesh(tp=2, pp=2, dp=2), zero_stage)
+
+
+def _require() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"{' and '.join(missing)} not found: the widgets need the extra `widgets`: pip install 'ckptlab[widgets]', "
+            "then restart the notebook's kernel"
+        )

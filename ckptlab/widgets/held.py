@@ -1,0 +1,170 @@
+"""What one rank holds: the pieces of one tensor with file, bytes and indices, and an inventory of everything."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ckptlab.catalog import Catalog, Tensor
+from ckptlab.draw.words import size
+from ckptlab.stored import Stored
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive elements of a flattened shard that a rank holds of one state of a tensor.
+
+    `start` and `count` are elements of the shard, `first` and `last` the indices in the whole of the first and the last
+    of them; `stored` is None where nothing is stored (a target, a model on paper).
+    """
+
+    tensor: str
+    state: str
+    start: int
+    count: int
+    shard: int
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+    dtype: np.dtype
+    stored: Stored | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        shard = f"elements {_span(self.start, self.count)} of the shard's {self.shard:,}"
+        indices = f"indices {list(self.first)} to {list(self.last)}" if self.count > 1 else f"index {list(self.first)}"
+        if self.stored is None:
+            place = f"{self.state}: {size(self.nbytes)}"
+        else:
+            file = os.path.basename(self.stored.path)
+            place = f"{self.state}: {file}, bytes {_span(self.stored.offset, self.stored.nbytes)}"
+        return " · ".join(["the whole shard" if self.count == self.shard else shard, indices, place])
+
+
+def pieces(catalog: Catalog, name: str, state: str, rank: int) -> tuple[Piece, ...]:
+    """What a rank holds of one state of a tensor, in the order of the shard's elements; nothing if it holds none.
+
+    Of what lies in a model file, which one dp rank writes for all, every dp rank holds the whole shard.
+    """
+    tensor, at = catalog[name], catalog.mesh.coordinate(rank)
+    if state not in tensor.states or at["pp"] not in catalog.holders(tensor.name, state):
+        return ()
+    spans = _spans(catalog, tensor, state, at)
+    return tuple(_piece(tensor, state, at["tp"], *span) for span in spans)
+
+
+def _spans(
+    catalog: Catalog, tensor: Tensor, state: str, at: dict[str, int]
+) -> Iterator[tuple[int, int, Stored | None]]:
+    """(start in the shard, count, stored) of the pieces at a coordinate."""
+    stage, tp = at["pp"], at["tp"]
+    outside = catalog.pieces.get((tensor.name, state))
+    if outside is not None:
+        fragments = outside[stage, tp]
+        if not fragments:
+            yield 0, math.prod(tensor.cut.shard_shape(tensor.cut.coordinate(at))), None
+        apart = len({f.dp for f in fragments}) > 1  # each dp rank's in a file of its own
+        yield from ((f.start, f.count, f.stored) for f in fragments if not apart or f.dp == at["dp"])
+        return
+    group, index = catalog.flat(tensor.name, stage)
+    stored = catalog.fragments(tensor.name, state, stage, tp) if group.partitions else None
+    for i, (dp, start, _, count) in enumerate(group.flats[tp].fragments(index).tolist()):
+        if dp == at["dp"]:
+            yield start, count, stored[i].stored if stored else None
+
+
+def _piece(tensor: Tensor, state: str, tp: int, start: int, count: int, stored: Stored | None) -> Piece:
+    coordinate = tensor.cut.coordinate({"tp": tp})
+    shape = tensor.cut.shard_shape(coordinate)
+    positions = [dim.positions(at) for dim, at in zip(tensor.cut.dims, tensor.cut.per_dim(coordinate), strict=True)]
+    ends = [
+        tuple(int(p[i]) for p, i in zip(positions, np.unravel_index(k, shape), strict=True)) if count else ()
+        for k in (start, start + count - 1)
+    ]
+    return Piece(tensor.name, state, start, count, math.prod(shape), ends[0], ends[1], tensor.states[state], stored)
+
+
+@dataclass
+class Inventory:
+    """All that one rank holds.
+
+    `rows` are (tensor, start in its shard, elements, what of the shard this is in percent, bytes of all states that lie
+    there, where); `files` maps each file to the bytes of it that are this rank's (without headers); `kinds` the states
+    to their bytes, padding included.
+    """
+
+    rows: list[tuple[str, int, int, float, int, str]] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.kinds.values())
+
+
+def inventory(catalog: Catalog, rank: int) -> Inventory:
+    """What a rank holds of every tensor: its partitions of the flat buffers, then what lies in model files."""
+    found, at = Inventory(), catalog.mesh.coordinate(rank)
+    _add_flat_buffers(catalog, at, found)
+    _add_outside(catalog, at, found)
+    return found
+
+
+def _add_flat_buffers(catalog: Catalog, at: dict[str, int], found: Inventory) -> None:
+    dp, tp = at["dp"], at["tp"]
+    groups = [g for g in catalog.flat_groups if g.stage == at["pp"]]
+    for number, group in enumerate(groups):
+        flat = group.flats[tp]
+        each = sum(dtype.itemsize for dtype in group.dtypes.values())
+        for index, start, place, count in flat.within(dp).tolist():
+            share = 100 * count / flat.counts[index]
+            where = f"buffer {number} at {place:,}"
+            found.rows.append((flat.names[index], start, count, share, count * each, where))
+        for state, dtype in group.dtypes.items():
+            _count(found.kinds, state, flat.size(dp) * dtype.itemsize)
+            if group.partitions:
+                stored = group.partitions[state][tp][dp]
+                _count(found.files, os.path.basename(stored.path), stored.nbytes)
+
+
+def _add_outside(catalog: Catalog, at: dict[str, int], found: Inventory) -> None:
+    stage, tp = at["pp"], at["tp"]
+    for (name, state), by_rank in catalog.pieces.items():
+        if (stage, tp) not in by_rank:
+            continue
+        tensor = catalog.tensors[name]
+        shard = math.prod(tensor.cut.shard_shape(tensor.cut.coordinate(at)))
+        for start, count, stored in _spans(catalog, tensor, state, at):
+            nbytes = count * tensor.states[state].itemsize
+            file = os.path.basename(stored.path) if stored else "model file"
+            found.rows.append((name, start, count, 100 * count / max(shard, 1), nbytes, f"{state}: {file}"))
+            _count(found.kinds, state, nbytes)
+            if stored:
+                _count(found.files, file, nbytes)
+
+
+def _count(table: dict[str, int], key: str, nbytes: int) -> None:
+    table[key] = table.get(key, 0) + nbytes
+
+
+def _span(start: int, count: int) -> str:
+    """`0–63`, both ends included."""
+    return f"{start:,}–{start + count - 1:,}" if count > 1 else f"{start:,}"
+
+
+def in_words(catalog: Catalog, rank: int) -> str:
+    """`rank 5: tp 1 · pp 1 · dp 0`."""
+    at = catalog.mesh.coordinate(rank)
+    others = [axis for axis in at if axis not in ("tp", "pp", "dp")]
+    return f"rank {rank}: " + " · ".join(f"{axis} {at[axis]}" for axis in ("tp", "pp", "dp", *others))
+
+
+def sizes(table: dict[str, int]) -> str:
+    """`fp32 1.2 MB, exp_avg 1.2 MB`."""
+    return ", ".join(f"{key} {size(n)}" for key, n in table.items())

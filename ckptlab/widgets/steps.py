@@ -1,0 +1,136 @@
+"""A reshape merge by merge, for one tensor: buffers → shards → whole → dealt to stages → new shards → new buffers.
+
+Each step is a picture, a sentence of what happened, and the Python that shows the same of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckptlab import viz
+from ckptlab.catalog import MODULE, Catalog, Tensor
+from ckptlab.checkpoint import Reshape
+from ckptlab.draw.words import number_of, ranges
+from ckptlab.layout import on_degree
+from ckptlab.mesh import Mesh
+
+SOURCE, TARGET = "ckpt", "reshaped"  # what the code of a step calls the two
+
+
+@dataclass(frozen=True)
+class Step:
+    """`pictures` are SVG, side by side; `code` is empty where a model on paper has nothing to show."""
+
+    title: str
+    text: str
+    pictures: tuple[str, ...]
+    code: str = ""
+
+
+TITLES = ("buffers", "shards", "whole", "stages", "new shards", "new buffers")
+
+
+def step(reshape: Reshape, name: str, number: int) -> Step:
+    """The step of that number (see TITLES) for the tensor of that name."""
+    tensor, wanted = reshape.source[name], reshape.target.tensors[name]
+    make = (
+        lambda: _buffers(reshape.source, tensor, SOURCE),
+        lambda: _shards(reshape.source, tensor),
+        lambda: _whole(reshape.source, tensor),
+        lambda: _stages(reshape, tensor, wanted),
+        lambda: _new_shards(reshape, tensor, wanted),
+        lambda: _buffers(reshape.target, wanted, TARGET),
+    )
+    return make[number]()
+
+
+def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
+    """The flat buffer of the tensor on its first stage and tp rank 0."""
+    title = TITLES[0] if what == SOURCE else TITLES[-1]
+    stage, dp = tensor.stages[0], catalog.mesh.dp
+    state = next((s for s in tensor.states if s != MODULE), None)
+    held = state is not None and (tensor.name, state) not in catalog.pieces
+    if not held or not catalog.flat_groups:
+        text = f"No flat buffer holds {tensor.name}: every one of the {number_of(dp, 'dp rank')} has its whole shard."
+        return Step(title, text, (viz.mesh(catalog.mesh).svg,))
+    group, index = catalog.flat(tensor.name, stage)
+    flat = group.flats[0]
+    ranks = flat.fragments(index)[:, 0].tolist()
+    first = (
+        "ZeRO-3 cuts every tensor by itself"
+        if flat.partition is None
+        else "ZeRO lays the tensors of a group one behind the other and cuts the line"
+    )
+    verb = "Split over dp again: " if what == TARGET else ""
+    text = (
+        f"{verb}{first} into {number_of(dp, 'equal part')}, one for each dp rank. Shown is pp stage {stage}, tp 0: "
+        f"{number_of(len(flat.names), 'tensor')}, {flat.size(0):,} elements a dp rank. {tensor.name} lies on dp "
+        f"{'rank' if len(set(ranks)) == 1 else 'ranks'} {ranges(ranks)}; what is hatched is padding."
+    )
+    alike = [g for g in catalog.flat_groups if (g.stage, g.group) == (stage, group.group)]
+    sub = f"/sub{alike.index(group)}" if len(alike) > 1 else ""
+    return Step(title, text, (viz.flat(group, tp=0).svg,), f'{what}.buffers()["pp{stage}/group{group.group}{sub}"]')
+
+
+def _shards(catalog: Catalog, tensor: Tensor) -> Step:
+    text = (
+        "Merge dp: the fragments of the dp ranks are put one behind the other and get their shape back. "
+        f"{_each_shard(tensor, catalog.mesh)}"
+    )
+    picture = viz.tensor(tensor.layout, tensor.shape, Mesh(tp=catalog.mesh.tp), name=tensor.name)
+    return Step(TITLES[1], text, (picture.svg,), f'{SOURCE}.shards("{_state(tensor)}", stack=False)["{tensor.name}"]')
+
+
+def _whole(catalog: Catalog, tensor: Tensor) -> Step:
+    if tensor.cut.axes:
+        text = f"Merge tp: the shards are put together as the layout {tensor.layout.text} says."
+    else:
+        text = f"Merge tp: the {number_of(catalog.mesh.tp, 'tp rank')} hold the same, one copy is taken."
+    if tensor.layout.padded:
+        (dim, rows), *_ = tensor.layout.padded
+        text += f" The padding of the vocabulary, {rows - tensor.shape[dim]} rows, is cut off."
+    if len(tensor.stages) > 1:
+        text += f" Merge pp: the copies on stages {ranges(tensor.stages)} are tied, the first is taken."
+    text += " This is the tensor as the model's author wrote it, without a mesh."
+    layout = on_degree(tensor.layout, "tp", 1).replace(padded={})
+    picture = viz.tensor(layout, tensor.shape, Mesh(), name=tensor.name)
+    return Step(TITLES[2], text, (picture.svg,), f'{SOURCE}.full("{_state(tensor)}", stack=False)["{tensor.name}"]')
+
+
+def _stages(reshape: Reshape, tensor: Tensor, wanted: Tensor) -> Step:
+    before, after = reshape.source.mesh.pp, reshape.target.mesh.pp
+    moves = f"goes from stage {_on(tensor)} to stage {_on(wanted)}"
+    move = f"{tensor.name} {moves if tensor.stages != wanted.stages else f'stays on stage {_on(tensor)}'}."
+    if before == after == 1:
+        return Step(TITLES[3], "Split pp: there is one stage, before and after.", (viz.stages(reshape.target).svg,))
+    instead = f" instead of {before}" if before != after else ", as before"
+    text = f"Split pp: the layers are dealt to {number_of(after, 'stage')}{instead}. {move}"
+    return Step(TITLES[3], text, (viz.stages(reshape.source).svg, viz.stages(reshape.target).svg))
+
+
+def _new_shards(reshape: Reshape, tensor: Tensor, wanted: Tensor) -> Step:
+    mesh = reshape.target.mesh
+    text = f"Split tp: the same layout on tp {mesh.tp}. {_each_shard(wanted, mesh)}"
+    picture = viz.tensor(wanted.layout, wanted.shape, Mesh(tp=mesh.tp), name=tensor.name)
+    code = f'{TARGET}.shards("{_state(wanted)}", stack=False)["{tensor.name}"]'
+    return Step(TITLES[4], text, (picture.svg,), code)
+
+
+def _each_shard(tensor: Tensor, mesh: Mesh) -> str:
+    shapes = list(dict.fromkeys(tensor.cut.shard_shape(at) for at in tensor.cut.coordinates()))
+    if not tensor.cut.axes or mesh.tp == 1:
+        return f"Each of the {number_of(mesh.tp, 'tp rank')} has all of it, {_shape(tensor.cut.shape)}."
+    sizes = " or ".join(map(_shape, shapes[:3]))
+    return f"Each of the {number_of(mesh.tp, 'tp rank')} has a shard of {sizes}."
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(f"{n:,}" for n in shape) or "one element"
+
+
+def _on(tensor: Tensor) -> str:
+    return " and ".join(map(str, tensor.stages))
+
+
+def _state(tensor: Tensor) -> str:
+    return next(iter(tensor.states))

@@ -1,0 +1,88 @@
+"""Models on paper: the same geometry as real checkpoints, the memory that ZeRO promises, clear refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+import ckptlab
+from ckptlab import Mesh
+from ckptlab.catalog import MODULE
+from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
+from ckptlab.paper import OPTIMIZER, PaperModel
+
+MODELS: list[dict[str, Any]] = [{}, {"kv_heads": 2}, {"kv_heads": 1, "tied": False, "gated": True, "vocab": 1001}]
+
+
+@pytest.mark.parametrize("numbers", MODELS, ids=str)
+def test_the_plan_writes_every_state_once_and_padding_is_the_rest(numbers: dict[str, Any]) -> None:
+    for before, after in ((0, 1), (1, 3), (3, 2), (2, 0)):
+        source = ckptlab.paper_model(Mesh(tp=2, pp=2, dp=2), before, **numbers)
+        reshape = source.reshape(Mesh(tp=2, dp=3), zero_stage=after)
+        elements = sum(
+            math.prod(t.cut.shard_shape(at)) * len(t.stages) * (1 if t.cut.axes else 2)
+            for t in reshape.target.tensors.values()
+            for at in t.cut.coordinates()
+        )
+        each = 12 if after == 3 else 14  # bytes an element: fp32 and Adam's two, and the bf16 weight
+        assert elements * each <= reshape.cost().written < elements * each * 1.02
+        assert reshape.plan.written <= reshape.cost().written
+        assert reshape.plan.matrix().shape == (8, 6)
+
+
+def test_a_mesh_that_stays_moves_nothing() -> None:
+    model = ckptlab.paper_model(Mesh(pp=2, dp=2), 1, tied=False)  # no replicas: they are read from the first holder
+    assert model.reshape(model.mesh).cost().moved == 0
+
+
+def test_zero_stages_say_where_things_lie() -> None:
+    model, mesh = PaperModel(), Mesh(tp=2, dp=4)
+    by_stage = [model.on(mesh, stage) for stage in range(4)]
+    assert [len(c.flat_groups) for c in by_stage] == [0, 1, 1, 1]
+    assert {state for _, state in by_stage[0].pieces} == {*OPTIMIZER, MODULE}
+    assert {state for _, state in by_stage[1].pieces} == {MODULE}
+    assert by_stage[1].flat_groups[0].flats[0].partition is not None
+    assert by_stage[3].flat_groups[0].flats[0].partition is None
+    assert by_stage[3].pieces == {}
+
+
+def test_layouts_follow_the_heads() -> None:
+    name = "layers.0.self_attention.query_key_value.weight"
+    layouts = [PaperModel(kv_heads=n).on(Mesh(tp=2)).tensors[name].layout.text for n in (8, 2, 1)]
+    assert layouts == ["(tp head qkv out) in", "((tp q) + (tp k) + (tp v)) in", "((tp q) + k + v) in"]
+    assert PaperModel(gated=True).on(Mesh(tp=2)).tensors["layers.0.mlp.dense_h_to_4h.weight"].layout.text == (
+        "(2 tp out) in"
+    )
+
+
+def test_the_tied_embedding_is_on_both_ends_and_padded_to_tp() -> None:
+    embedding = PaperModel(vocab=1001).on(Mesh(tp=4, pp=2)).tensors["word_embeddings.weight"]
+    assert (embedding.stages, embedding.aliases) == ((0, 1), ("lm_head.weight",))
+    assert (embedding.shape[0], embedding.cut.shape[0]) == (1001, 1004)
+
+
+def test_what_cannot_be_is_refused_with_its_reasons() -> None:
+    with pytest.raises(ReshapeError, match=r"pp 9: more stages than the 4(.|\n)*tp 3: 8 attention heads"):
+        ckptlab.paper_model(Mesh(tp=3, pp=9))
+    with pytest.raises(ReshapeError, match="2 key/value heads"):
+        ckptlab.paper_model(Mesh(tp=4), kv_heads=2)
+    with pytest.raises(LayoutError, match=r"hidden\(100\) is not divisible by heads\(8\)"):
+        ckptlab.paper_model(hidden=100)
+    with pytest.raises(LayoutError, match="layers is at least 1"):
+        ckptlab.paper_model(layers=0)
+
+
+def test_there_is_nothing_to_read_or_save(tmp_path: Any) -> None:
+    model = ckptlab.paper_model()
+    for attempt in (model.full, model.buffers, lambda: model.reshape(Mesh(tp=2)).save(tmp_path / "x")):
+        with pytest.raises(CheckpointError, match="nothing is stored of a model on paper"):
+            attempt()
+
+
+def test_it_is_described_as_what_it_is() -> None:
+    model = ckptlab.paper_model(Mesh(pp=2), 2, layers=6)
+    assert "paper model (layers=6, hidden=64, heads=8, vocab=1000)" in repr(model)
+    assert "ZeRO-1 only" in model._repr_html_()
+    assert "tp 1 → 2" in repr(model.reshape(Mesh(tp=2)))

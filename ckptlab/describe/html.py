@@ -18,8 +18,8 @@ ROWS = 200  # lines of tensors in a summary
 PICTURED = 2000  # tensors whose way over the stages is drawn: naming the layers of more takes too long
 RECEIVERS = 16  # target ranks that a large plan lists
 
-# currentColor is the page's own text colour, so that light and dark pages both work; a doubled class wins over the rules
-# that notebooks have for tables.
+# currentColor is the page's own text colour, so that light and dark pages both work; a doubled class wins over what
+# notebooks say of tables.
 STYLE = """
 .ckptlab{font:13px/1.5 system-ui,sans-serif;max-width:72em;--line:color-mix(in srgb,currentColor 18%,transparent)}
 .ckptlab .head{font-weight:600;font-size:14px;padding-bottom:.3em;border-bottom:1px solid var(--line)}
@@ -27,7 +27,8 @@ STYLE = """
 .ckptlab dt{opacity:.6}
 .ckptlab dd{margin:0;overflow-wrap:anywhere}
 .ckptlab table{border-collapse:collapse;margin:0;font:12px/1.5 ui-monospace,monospace}
-.ckptlab.ckptlab table :is(td,th){padding:.05em .9em .05em 0;text-align:left;white-space:nowrap;background:none;color:inherit}
+.ckptlab.ckptlab table :is(td,th){padding:.05em .9em .05em 0;text-align:left;white-space:nowrap;background:none}
+.ckptlab.ckptlab table :is(td,th){color:inherit}
 .ckptlab.ckptlab table .r{text-align:right}
 .ckptlab.ckptlab table th{font-weight:400;opacity:.6}
 .ckptlab.ckptlab table tbody tr{background:none}

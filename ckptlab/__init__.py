@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptlab.analysis import Diff, diff
+    from ckptlab.analysis.adam import adam
+    from ckptlab.analysis.run import Run, open_run
+    from ckptlab.analysis.statistics import stats
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, save_weights
     from ckptlab.convert import Report
@@ -52,18 +55,25 @@ __all__ = [
     "Reshape",
     "ReshapeError",
     "Rules",
+    "Run",
     "Strategy",
     "Tensor",
     "UnsafeFileError",
     "UnsupportedError",
     "__version__",
+    "adam",
     "diff",
     "open",
+    "open_run",
     "save_weights",
+    "stats",
 ]
 
 _HOMES = {
     "analysis": "Diff diff",
+    "analysis.adam": "adam",
+    "analysis.run": "Run open_run",
+    "analysis.statistics": "stats",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open save_weights",
     "convert": "Report",

@@ -44,18 +44,18 @@ def summary_html(ckpt: Checkpoint) -> str:
         ("path", escape(about["path"])),
         ("training", escape(phrases.training(about))),
         ("size", escape(phrases.extent(about))),
-        ("states", _table([], phrases.states(about), "lllr")),
+        ("states", html_table([], phrases.states(about), "lllr")),
         ("groups", _groups(about)),
         ("tied", "<br>".join(map(escape, phrases.ties(about)))),
         ("client", escape(phrases.client(about))),
     ]
     lines = fold(ckpt.tensors.values())
-    return _page(phrases.title(about), [_facts(facts_), _notes(about), _tensors(lines, ckpt)])
+    return page(phrases.title(about), [_facts(facts_), _notes(about), _tensors(lines, ckpt)])
 
 
 def _groups(about: Mapping[str, Any]) -> str:
     """Parameter groups; what else their optimizer was told unfolds."""
-    rows = _table([], phrases.groups(about), "lllrr")
+    rows = html_table([], phrases.groups(about), "lllrr")
     told = (
         f"<div>{escape(group['name'] or f'group {i}')}: "
         f"{escape(', '.join(f'{k}={v}' for k, v in group['options'].items()))}</div>"
@@ -73,7 +73,7 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
         rows.append(
             [phrases.AXES.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)]
         )
-    table = _table(header, rows, "".join(side for _, side, _ in columns), escaped=True)
+    table = html_table(header, rows, "".join(side for _, side, _ in columns), escaped=True)
     said = [escape(text) for text in phrases.legend(columns, lines)]
     if len(lines) > ROWS:
         said.insert(0, f"… and {sum(line.count for line in lines[ROWS:]):,} more tensors")
@@ -89,17 +89,17 @@ def plan_html(reshape: Reshape) -> str:
     facts_ = [
         ("source", escape(f"{about['source']['path']} ({about['source']['format']})")),
         ("target", escape(phrases.target(about))),
-        ("changes", _table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
-        ("cost", _table([], phrases.costs(about), "lrl")),
+        ("changes", html_table([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
+        ("cost", html_table([], phrases.costs(about), "lrl")),
     ]
-    return _page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about)])
+    return page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about)])
 
 
 def _moves(about: Mapping[str, Any]) -> str:
     matrix = about["moves"]["matrix"]
     if matrix is None:
         header = ["rank", "", "from other ranks", "own", "sources"]
-        table = _table(header, phrases.receivers(about, RECEIVERS), "rlrrr")
+        table = html_table(header, phrases.receivers(about, RECEIVERS), "rlrrr")
         return f"<details><summary>ranks that receive most</summary><div class=scroll>{table}</div></details>"
     most = max((n for row in matrix for n in row), default=0)
     unit, name = unit_of(most)
@@ -120,7 +120,8 @@ def _cell(nbytes: int, unit: int, most: int, own: bool) -> str:
     return f'<td class="r{" own" if own else ""}" title="{size(nbytes)}"{shade}>{text}</td>'
 
 
-def _page(title: str, parts: Iterable[str]) -> str:
+def page(title: str, parts: Iterable[str]) -> str:
+    """A title and what stands below it, HTML already."""
     return f"<div class=ckptlab><style>{STYLE}</style><div class=head>{escape(title)}</div>{''.join(parts)}</div>"
 
 
@@ -133,7 +134,7 @@ def _notes(about: Mapping[str, Any]) -> str:
     return "".join(f"<div class=note>{escape(n['text'])}</div>" for n in about["notices"])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:
     """Rows of cells; `sides` has "l" or "r" for each column. escaped: the cells are HTML already."""
     if not rows:
         return ""

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -201,7 +201,7 @@ class _Task:
     at: tuple[int, ...]
     lo: int
     hi: int
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings
 
     def run(self) -> tuple[int, Moved]:
         total = Moved()
@@ -268,12 +268,12 @@ def _dataset(
     variables["dead"] = "tensor", [one.dead for one in found]
     for name in ("step", "lr", "beta1", "beta2", "eps", "weight_decay"):
         variables[name] = "tensor", [getattr(settings[t.group], name) for t in trained]
-    groups = [None if t.group is None else catalog.groups[t.group] for t in trained]
-    coordinates = {
+    names = {None: "", **{i: str(group.name or i) for i, group in enumerate(catalog.groups)}}
+    coordinates: dict[str, Any] = {
         "tensor": [t.name for t in trained],
         "stack": ("tensor", [places[t.name][0] for t in trained]),
         "layer": ("tensor", [places[t.name][1] for t in trained]),
-        "group": ("tensor", ["" if g is None else str(g.name or t.group) for g, t in zip(groups, trained, strict=True)]),
+        "group": ("tensor", [names[t.group] for t in trained]),
         "pp": ("tensor", [t.stages[0] for t in trained]),
         "shape": ("tensor", [" × ".join(map(str, t.shape)) or "scalar" for t in trained]),
         "numel": ("tensor", [t.numel for t in trained]),

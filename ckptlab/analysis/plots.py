@@ -17,6 +17,7 @@ import xarray as xr
 
 from ckptlab.analysis.rows import View
 from ckptlab.analysis.statistics import stats
+from ckptlab.checkpoint import Checkpoint
 from ckptlab.describe.words import shorten
 from ckptlab.errors import CheckpointError
 
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "osD^vP*X"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8A8A8A")
+MARKERS = "osD^vP*X"  # one for each colour
 LINES = 8  # stacks that one panel of norms names
 ROWS = 60  # tensors that a heat map shows
+FARTHEST = 10.0  # log2 of a ratio that is drawn like every larger one
+SPARSE = 1e-3  # share of all elements below which octaves around 0 are drawn as one
 
 
 def norms(found: View | xr.Dataset, *, tensors: str | None = None, states: Sequence[str] | None = None) -> Figure:
@@ -36,7 +39,9 @@ def norms(found: View | xr.Dataset, *, tensors: str | None = None, states: Seque
     tensors: a regular expression that names must hold. Of a run, the last step. Without it the 8 largest stacks are
     shown. CheckpointError where no tensor is one of several layers.
     """
-    table = _by_layer(_statistics(found, ["norm", "layer", "stack"]))
+    from matplotlib.ticker import MaxNLocator
+
+    table = _by_layer(_statistics(found, ["norm", "layer"]))
     deep = _last_step(table).pipe(_only, tensors)
     deep = deep.isel(layer=deep["layer"].values >= 0) if "layer" in deep.dims else deep
     if "layer" not in deep.dims or not deep.sizes["layer"] or not deep.sizes["tensor"]:
@@ -48,30 +53,29 @@ def norms(found: View | xr.Dataset, *, tensors: str | None = None, states: Seque
     figure, axes = _panels(len(wanted), sharex=True)
     for axis, state in zip(axes, wanted, strict=True):
         for i, name in enumerate(deep["tensor"].values):
-            y = deep["norm"].sel(tensor=name, state=state)
-            y = np.sqrt((y**2).sum("tp", skipna=False)) if "tp" in y.dims else y
-            axis.plot(
-                deep["layer"],
-                y,
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=4,
-                label=shorten(str(name), 40),
-            )
+            one = deep["norm"].sel(tensor=name, state=state)
+            y = one.mean("tp") if "tp" in one.dims else one
+            look: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4}
+            axis.plot(deep["layer"], y, label=shorten(str(name), 36), **look)
         _logarithmic(axis)
         axis.set(title=state, xlabel="layer", ylabel="norm")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, axes[0], "Norms by layer" + _of_step(table))
     return figure
 
 
 def histograms(
-    found: View | xr.Dataset, *, tensors: str | None = None, states: Sequence[str] | None = None, over: str | None = None
+    found: View | xr.Dataset,
+    *,
+    tensors: str | None = None,
+    states: Sequence[str] | None = None,
+    over: str | None = None,
 ) -> Figure:
     """How the elements are distributed over powers of two, a panel for each state; of a run, a line for each step.
 
     tensors: a regular expression that names must hold; the elements of all that do are counted together. over: another
-    dim ("tp", "layer", "tensor") to draw a line for each of. Bins lie side by side: negative octaves, 0, positive ones.
+    dim ("tp", "layer", "tensor") to draw a line for each of. Bins lie side by side: negative octaves, positive ones,
+    and between them one for 0 and for those octaves next to it that together hold less than 0.1 % of the elements.
     """
     table = _only(_statistics(found, ["histogram"]), tensors)
     if over is None:
@@ -81,24 +85,18 @@ def histograms(
     wanted = _states(table, states)
     figure, axes = _panels(len(wanted))
     for axis, state in zip(axes, wanted, strict=True):
-        counts = table["histogram"].sel(state=state)
-        counts = counts.sum([dim for dim in counts.dims if dim not in ("bin", over)])
-        held = np.flatnonzero((counts > 0).any([d for d in counts.dims if d != "bin"]))
-        if not len(held):
+        every = table["histogram"].sel(state=state)
+        counts = every.sum([dim for dim in every.dims if dim not in ("bin", over)])
+        if not int(counts.sum()):
             axis.set(title=f"{state}: no elements")
             continue
-        counts = counts.isel(bin=slice(held[0], held[-1] + 1))
+        counts = _gathered(counts.transpose(..., "bin"))
         lines = [(None, counts)] if over is None else [(k, counts.sel({over: k})) for k in counts[over].values]
         for i, (key, line) in enumerate(lines):
             share = line.values / max(int(line.sum()), 1)
-            axis.stairs(
-                share,
-                color=_shade(i, len(lines)),
-                linewidth=1.6,
-                fill=key is None,
-                alpha=0.7 if key is None else 1.0,
-                label=None if key is None else f"{over} {key}",
-            )
+            look = {"color": _shade(i, len(lines))}
+            look |= {"fill": True, "alpha": 0.7} if key is None else {"linewidth": 1.6, "label": f"{over} {key}"}
+            axis.stairs(share, **look)
         _bin_ticks(axis, counts)
         axis.set(title=state, xlabel="element", ylabel="share of the elements", ylim=(0, None))
     _legend(figure, axes[0], "Distribution of the elements" + (f", {tensors}" if tensors else ""))
@@ -119,24 +117,24 @@ def drift(
     state: the master weight if not said. statistic: "norm", "std", "max", … A checkpoint is looked at through
     `shards()`. The 60 tensors that drift most are shown, the one that does so most on top.
     """
-    if hasattr(found, "shards"):
+    if isinstance(found, Checkpoint):
         found = found.shards()
     table = _only(_statistics(found, [statistic]), tensors)
     over = over or ("step" if "step" in table.dims else "tp")
     if over not in table.dims:
         raise CheckpointError(f"over={over!r}: take shards() of a checkpoint for tp, or a run (open_run) for step")
     state = _states(table, None if state is None else [state])[0]
-    values = np.abs(table[statistic].sel(state=state))
-    values = values.mean([dim for dim in values.dims if dim not in ("tensor", over)]).transpose("tensor", over)
+    sizes = abs(table[statistic].sel(state=state))
+    values = sizes.mean([dim for dim in sizes.dims if dim not in ("tensor", over)]).transpose("tensor", over)
     reference = values.isel({over: 0}) if over == "step" else values.median(over)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        apart = np.log2(values / reference).where(reference > 0)
-    apart = apart.where(np.isfinite(apart))
-    most = np.abs(apart).max(over).fillna(-1).values
+    ratio = (values / reference).where(reference > 0)
+    with np.errstate(divide="ignore"):
+        apart = ratio.copy(data=np.log2(ratio.values)).clip(-FARTHEST, FARTHEST)
+    most = abs(apart).max(over).fillna(-1).values
     shown = np.argsort(-most, kind="stable")[:ROWS]
     apart = apart.isel(tensor=shown[most[shown] >= 0])
     figure, (axis,) = _panels(1, width=4.5 + 0.35 * apart.sizes[over], height=1.6 + 0.2 * max(apart.sizes["tensor"], 4))
-    limit = max(float(np.abs(apart).max()) if apart.size else 0.0, 1e-6)
+    limit = max(float(abs(apart).max()) if apart.size else 0.0, 1e-6)
     image = axis.imshow(apart, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axis.set_yticks(range(apart.sizes["tensor"]), [shorten(str(n), 44) for n in apart["tensor"].values], fontsize=7)
     axis.set_xticks(range(apart.sizes[over]), [str(k) for k in apart[over].values])
@@ -155,10 +153,9 @@ def spectrum(
     tensors: a regular expression that names must hold; without it the 8 matrices with the most elements are shown.
     state: the master weight if not said. top: how many values are computed, where `found` does not hold them.
     """
-    named = found
     if not isinstance(found, xr.Dataset) or "singular_values" not in found:
-        named = stats(found, spectrum=top, histogram=False, states=None if state is None else [state])
-    table = _last_step(_only(named, tensors))
+        found = stats(found, spectrum=top, histogram=False, states=None if state is None else [state])
+    table = _last_step(_only(found, tensors))
     state = _states(table, None if state is None else [state])[0]
     values = table["singular_values"].sel(state=state)
     matrices = [str(n) for n in values["tensor"].values if np.isfinite(values.sel(tensor=n)).any()]
@@ -172,11 +169,14 @@ def spectrum(
         lines = [one.isel(tp=t) for t in range(one.sizes["tp"])] if "tp" in one.dims else [one]
         for t, line in enumerate(lines):
             y = line.values[np.isfinite(line.values)]
-            label = shorten(name, 44) if t == 0 else None
+            label = shorten(name, 36) if t == 0 else None
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             axis.plot(np.arange(1, len(y) + 1), y / y[0], color=colour, marker=marker, markersize=3, label=label)
-    axis.set(xscale="log", xlabel="rank of the singular value", ylabel="relative to the largest")
-    _logarithmic(axis)
+    axis.set(xscale="log", xlabel="rank of the singular value", ylabel="relative to the largest", ylim=(None, 1.05))
+    if axis.get_ylim()[0] < 0.05:
+        _logarithmic(axis)
+    else:
+        axis.set_ylim(0, 1.05)
     _legend(figure, axis, f"Spectrum, {state}")
     return figure
 
@@ -189,7 +189,7 @@ def _statistics(found: Any, needed: Sequence[str]) -> xr.Dataset:
     if isinstance(found, xr.Dataset) and "elements" in found:
         missing = [name for name in needed if name not in found.variables]
         if missing:
-            raise CheckpointError(f"these statistics have no {missing[0]!r}: take them again with by='tensor', or whole")
+            raise CheckpointError(f"these statistics have no {missing[0]!r}: take others, or give what they are of")
         return found
     return stats(found, histogram="histogram" in needed)
 
@@ -263,7 +263,8 @@ def _logarithmic(axis: Axes) -> None:
 def _legend(figure: Figure, axis: Axes, title: str) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), fontsize=8, frameon=False)
+        columns = min(len(labels), max(int(figure.get_figwidth() / 3), 1))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(title)
 
 
@@ -276,15 +277,46 @@ def _shade(i: int, of: int) -> Any:
     return matplotlib.colormaps["viridis"](0.95 * i / (of - 1))
 
 
-def _bin_ticks(axis: Axes, counts: xr.DataArray) -> None:
-    """Name some of the bins that lie side by side by the edge that is nearer to 0."""
+def _gathered(counts: xr.DataArray) -> xr.DataArray:
+    """Counts (…, bin) without empty bins at the ends, and with the sparse octaves around 0 in the bin for 0."""
     low, high = counts["bin_low"].values, counts["bin_high"].values
-    near = np.where(low >= 0, low, high)
-    octaves = np.isfinite(near) & (near != 0)
-    step = max(round(len(near) / 8), 1)
-    zero = int(np.flatnonzero((low == 0) & (high == 0))[0]) if ((low == 0) & (high == 0)).any() else 0
-    places = [i for i in range(len(near)) if (i - zero) % step == 0]
-    labels = [_power(near[i]) if octaves[i] else "0" for i in places]
+    total = counts.values.reshape(-1, len(low)).sum(0)
+    zero = np.flatnonzero((low == 0) & (high == 0))
+    values = counts.values
+    kept = np.ones(len(low), bool)
+    if len(zero):
+        magnitude = np.maximum(np.abs(low), np.abs(high))
+        order = np.unique(magnitude)
+        inside = np.array([total[(magnitude <= m) & (magnitude > 0)].sum() for m in order])
+        sparse = order[inside < SPARSE * total.sum()]
+        floor = sparse[-1] if len(sparse) else 0.0
+        near = magnitude <= floor
+        kept = ~near
+        kept[zero[0]] = True
+        values = values.copy()
+        values[..., zero[0]] = values[..., near | (magnitude == 0)].sum(-1)
+        low, high = np.where(magnitude == 0, -floor, low), np.where(magnitude == 0, floor, high)
+        total = np.where(magnitude == 0, total[near | (magnitude == 0)].sum(), total) * kept
+    held = np.flatnonzero(total)
+    kept[: held[0]], kept[held[-1] + 1 :] = False, False
+    others = {dim: counts[dim] for dim in counts.dims if dim != "bin"}
+    edges = {"bin_low": ("bin", low[kept]), "bin_high": ("bin", high[kept])}
+    return xr.DataArray(values[..., kept], {**others, **edges}, counts.dims)
+
+
+def _bin_ticks(axis: Axes, counts: xr.DataArray) -> None:
+    """Name some of the bins that lie side by side: by the edge that is nearer to 0, the one around it by both."""
+    low, high = counts["bin_low"].values, counts["bin_high"].values
+    around = np.flatnonzero((low <= 0) & (high >= 0) & (low == -high))
+    step = max(round(len(low) / 6), 1)
+    first = int(around[0]) if len(around) else 0
+    places = [i for i in range(len(low)) if (i - first) % step == 0]
+    labels = []
+    for i in places:
+        if len(around) and i == first:
+            labels.append(f"±{_power(high[i])}" if high[i] else "0")
+        else:
+            labels.append(_power(low[i] if low[i] >= 0 else high[i]))
     axis.set_xticks([i + 0.5 for i in places], labels, fontsize=8)
 
 

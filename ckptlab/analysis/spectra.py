@@ -3,8 +3,8 @@
 Where the shorter side has at most `EXACT` rows all of them are computed in float64, from the triangle of a QR
 decomposition that goes through the matrix block by block. Larger matrices get a randomised block Krylov method (Musco
 and Musco, "Randomized block Krylov methods", 2015, algorithm 2): `OVERSAMPLED` columns more than values that are asked
-for, `ITERATIONS` steps, each a pass over the matrix. The values come out low, by how much depends on how fast they fall:
-of noise, the hardest case, by less than 2 %; of values that fall like 1/sqrt(k), by less than 1e-6.
+for, `ITERATIONS` steps, each a pass over the matrix. The values come out low; by how much depends on how fast they
+fall: of noise, the hardest case, by less than 2 %; of values that fall like 1/sqrt(k), by less than 1e-6.
 
 The effective rank of a large matrix is estimated from the same basis, whose first block is random: block Gauss
 quadrature (Golub and Meurant, "Matrices, moments and quadrature", 1994) of sums over all singular values; within 1 %
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ class _Matrix:
         turned = first < others and len(array.shape) == 2
         return _Matrix(array, *((others, first) if turned else (first, others)), turned)
 
-    def blocks(self) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    def blocks(self) -> Iterator[NDArray[np.float64]]:
         """Some rows after the other, in float64; about two windows of them."""
         step = max(2 * WINDOW // self.columns, min(self.columns, 64), 1)
         for lo in range(0, self.rows, step):
@@ -80,17 +81,25 @@ class _Matrix:
             others = [slice(0, n) for n in self.array.shape[1:]]
             index = [slice(0, self.columns), part] if self.turned else [part, *others]
             block = read(self.array, index).astype(np.float64)
-            yield part, block.T if self.turned else block.reshape(block.shape[0], -1)
+            yield block.T if self.turned else block.reshape(block.shape[0], -1)
 
 
 def exact(matrix: _Matrix) -> NDArray[np.float64]:
     """All singular values, descending."""
-    triangle = np.empty((0, matrix.columns))
-    for _, block in matrix.blocks():
-        triangle = np.concatenate([triangle, block])
-        if len(triangle) > matrix.columns:
-            triangle = np.linalg.qr(triangle, mode="r")
-    return np.linalg.svd(triangle, compute_uv=False)
+    return np.linalg.svd(_triangle(matrix.blocks()), compute_uv=False).astype(np.float64)
+
+
+def _triangle(blocks: Iterator[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """R of the QR decomposition of blocks of rows that stand below each other: with the same singular values."""
+    triangle = next(blocks)
+    for block in blocks:
+        triangle = _r(np.concatenate([triangle, block]))
+    return _r(triangle)
+
+
+def _r(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    found: Any = np.linalg.qr(rows, mode="r")
+    return np.asarray(found)
 
 
 def krylov(matrix: _Matrix, top: int) -> tuple[NDArray[np.float64], float]:
@@ -102,10 +111,7 @@ def krylov(matrix: _Matrix, top: int) -> tuple[NDArray[np.float64], float]:
             break
         bases.append(_orthonormal(_twice(matrix, bases[-1]), bases))
     basis = np.concatenate(bases, axis=1)
-    triangle = np.empty((0, basis.shape[1]))
-    for _, block in matrix.blocks():
-        triangle = np.linalg.qr(np.concatenate([triangle, block @ basis]), mode="r")
-    _, values, vectors = np.linalg.svd(triangle)
+    _, values, vectors = np.linalg.svd(_triangle(block @ basis for block in matrix.blocks()))
     first = bases[0].shape[1]
     weights = np.square(vectors[:, :first]).sum(1) * (matrix.columns / first)
     held = values > 0
@@ -118,7 +124,7 @@ def krylov(matrix: _Matrix, top: int) -> tuple[NDArray[np.float64], float]:
 def _twice(matrix: _Matrix, within: NDArray[np.float64]) -> NDArray[np.float64]:
     """The matrix and then its transpose times some columns, in one pass."""
     total = np.zeros_like(within)
-    for _, block in matrix.blocks():
+    for block in matrix.blocks():
         total += block.T @ (block @ within)
     return total
 

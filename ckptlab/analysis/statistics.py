@@ -76,8 +76,8 @@ def stats(
 
     Variables: elements, and how many of them are nan, inf, zeros, subnormals (-1 where a tensor has no such state);
     norm, mean, std, min, max (of the finite elements: what is not finite is counted and left out; NaN where there is
-    none); zero_share, subnormal_share (of all elements); dtype (text, "" where there is no such state). xarray's methods
-    are called mean, std, min and max too: take `found["std"]`. `found.stats` is a table, with plots in a notebook.
+    none); zero_share, subnormal_share (of all elements); dtype (text, "" where there is no such state). xarray has
+    methods called mean, std, min and max: take `found["std"]`. `found.stats` is a table, with plots in a notebook.
 
     histogram: True for counts of the finite elements in octaves, the same ones for all (dims tensor, state, bin;
     coordinates bin, bin_low, bin_high; see `Bins`; without the octaves that are larger or smaller than any element);
@@ -139,7 +139,8 @@ def _of_dask(rows: Sequence[Row], bins: Bins | None) -> list[Partial]:
     from ckptlab.analysis.accumulate import partial
 
     of_block = dask.delayed(partial, pure=True)
-    blocks = [[of_block(block, bins) for block in row.array.data.to_delayed().ravel()] for row in rows]
+    arrays = [row.array.data for row in rows if isinstance(row.array, xr.Variable)]
+    blocks = [[of_block(block, bins) for block in array.to_delayed().ravel()] for array in arrays]
     return [merged(parts) for parts in dask.compute(blocks)[0]]
 
 
@@ -181,17 +182,23 @@ class _Table:
         self._members: dict[str, list[Row]] = {}
         for row in rows:
             self._members.setdefault(_BY[by](row), []).append(row)
-        labels: dict[str, list[Any]] = {"tensor": list(self._members)}
-        if by == "layer":
-            labels["layer"] = sorted({row.layer for row in rows})
-        for dim in ("tp", "step"):
-            values = {getattr(row, dim) for row in rows} - {None}
-            if values:
-                labels[dim] = sorted(values)
-        order = {MASTER: 0, MODULE: 2}
-        labels["state"] = sorted(dict.fromkeys(row.state for row in rows), key=lambda state: order.get(state, 1))
-        self.labels = {dim: labels[dim] for dim in ("step", "tensor", "layer", "tp", "state") if dim in labels}
-        self._index = {dim: {label: i for i, label in enumerate(given)} for dim, given in self.labels.items()}
+        self.labels = self._labels()
+        self._index: dict[str, dict[Any, int]] = {d: {x: i for i, x in enumerate(v)} for d, v in self.labels.items()}
+
+    def _labels(self) -> dict[str, list[Any]]:
+        """Dim → its labels, in the order of the dims."""
+        steps, ranks = ({getattr(row, dim) for row in self._rows} - {None} for dim in ("step", "tp"))
+        layers = {row.layer for row in self._rows} if self._by == "layer" else set()
+        rank = {MASTER: 0, MODULE: 2}
+        states = dict.fromkeys(row.state for row in self._rows)
+        found: dict[str, list[Any]] = {
+            "step": sorted(steps),
+            "tensor": list(self._members),
+            "layer": sorted(layers),
+            "tp": sorted(ranks),
+            "state": sorted(states, key=lambda state: rank.get(state, 1)),
+        }
+        return {dim: labels for dim, labels in found.items() if labels}
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -203,7 +210,7 @@ class _Table:
 
     def place(self, row: Row) -> tuple[int, ...]:
         """The row's index along each dim."""
-        own = {"tensor": _BY[self._by](row), "layer": row.layer, "tp": row.tp, "state": row.state, "step": row.step}
+        own: dict[str, Any] = {**{dim: getattr(row, dim, None) for dim in self.dims}, "tensor": _BY[self._by](row)}
         return tuple(self._index[dim].get(own[dim], 0) for dim in self.dims)
 
     def dataset(self, parts: Sequence[Partial], bins: Bins | None) -> xr.Dataset:
@@ -221,7 +228,7 @@ class _Table:
         for name, (figure, meaning) in _FIGURES.items():
             variables[name] = self.dims, self._filled(at, figure, np.nan), {"long_name": meaning}
         variables["dtype"] = self.dims, dtypes.astype(str)
-        coordinates = {**self.labels, **self._coordinates()}
+        coordinates: dict[str, Any] = {**self.labels, **self._coordinates()}
         if bins is not None:
             counts, more = self._histograms(at, bins)
             variables["histogram"] = (*self.dims, "bin"), counts, {"long_name": "finite elements in the bin"}
@@ -254,10 +261,11 @@ class _Table:
         """Counts (*dims, bin) and the bins' coordinates; octaves without those beyond all elements."""
         counts = np.zeros((*self.shape, bins.size), np.int64)
         for place, part in at.items():
-            counts[place] = part.histogram
+            if part.histogram is not None:
+                counts[place] = part.histogram
         low, high = bins.bounds()
         if bins.edges is None:
-            kept = _kept(counts.reshape(-1, bins.size).any(0))
+            kept = _kept(np.asarray(counts.reshape(-1, bins.size).any(0)))
             counts, low, high = counts[..., kept], low[kept], high[kept]
         return counts, {"bin": _centres(low, high), "bin_low": ("bin", low), "bin_high": ("bin", high)}
 

@@ -179,10 +179,8 @@ def _at(array: LazyArray, key: tuple[Index, ...]) -> LazyArray | None:
     if isinstance(array, Stacked) and key and _is_integer(key[0]):
         return _at(array.arrays[int(key[0])], key[1:])
     held = array.array if isinstance(array, Padded) else array
-    for candidate in (array, held):
-        if all(isinstance(k, slice) and k.indices(n) == (0, m, 1) for k, n, m in zip(key, array.shape, candidate.shape)):
-            return candidate
-    return None
+    taken = [k.indices(n) if isinstance(k, slice) else None for k, n in zip(key, array.shape, strict=True)]
+    return next((a for a in (array, held) if taken == [(0, n, 1) for n in a.shape]), None)
 
 
 def _numel(partition: Stored | Partition) -> int:

@@ -47,8 +47,11 @@ def to_dict(found: xr.Dataset) -> dict[str, Any]:
     """Plain values: {by, dims, rows: [{a key for each dim and coordinate, a key for each variable}]}; what is infinite
     or NaN is text, histograms are lists of [low, high, count] of the bins that hold something."""
     keys = _keys(found)
-    told = {str(name): found[name] for name in found.variables if name not in _INNER}
+    told = {str(name): found[name] for name in (*keys, *found.coords, *found.data_vars) if name not in _INNER}
     scalars = {name: _by_row(found, value) for name, value in told.items() if not set(value.dims) & set(_INNER)}
+    bins = []
+    if "histogram" in found:
+        bins = list(zip(found["bin_low"].values.tolist(), found["bin_high"].values.tolist(), strict=True))
     rows = []
     for place in _places(found):
         row: dict[str, Any] = {name: values[place].item() for name, values in scalars.items()}
@@ -58,8 +61,7 @@ def to_dict(found: xr.Dataset) -> dict[str, Any]:
             row["singular_values"] = top[~np.isnan(top)].tolist()
         if "histogram" in found:
             counts = found["histogram"].isel(at).values
-            bins = zip(found["bin_low"].values.tolist(), found["bin_high"].values.tolist(), counts.tolist(), strict=True)
-            row["histogram"] = [list(one) for one in bins if one[2]]
+            row["histogram"] = [[*edges, n] for edges, n in zip(bins, counts.tolist(), strict=True) if n]
         rows.append(plain(row))
     return {"by": found.attrs.get("by", "tensor"), "dims": keys, "rows": rows}
 

@@ -268,12 +268,12 @@ def _dataset(
     variables["dead"] = "tensor", [one.dead for one in found]
     for name in ("step", "lr", "beta1", "beta2", "eps", "weight_decay"):
         variables[name] = "tensor", [getattr(settings[t.group], name) for t in trained]
-    names = {None: "", **{i: str(group.name or i) for i, group in enumerate(catalog.groups)}}
+    names: dict[int | None, str] = {i: str(group.name or i) for i, group in enumerate(catalog.groups)}
     coordinates: dict[str, Any] = {
         "tensor": [t.name for t in trained],
         "stack": ("tensor", [places[t.name][0] for t in trained]),
         "layer": ("tensor", [places[t.name][1] for t in trained]),
-        "group": ("tensor", [names[t.group] for t in trained]),
+        "group": ("tensor", [names.get(t.group, "") for t in trained]),
         "pp": ("tensor", [t.stages[0] for t in trained]),
         "shape": ("tensor", [" × ".join(map(str, t.shape)) or "scalar" for t in trained]),
         "numel": ("tensor", [t.numel for t in trained]),

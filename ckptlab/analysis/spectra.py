@@ -8,7 +8,8 @@ fall: of noise, the hardest case, by less than 2 %; of values that fall like 1/s
 
 The effective rank of a large matrix is estimated from the same basis, whose first block is random: block Gauss
 quadrature (Golub and Meurant, "Matrices, moments and quadrature", 1994) of sums over all singular values; within 1 %
-on the same matrices.
+on the same matrices. Where most values are next to nothing it is too high: by 11 % where 600 of them fall by a factor
+of e each 30.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ def _r(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def krylov(matrix: _Matrix, top: int) -> tuple[NDArray[np.float64], float]:
-    """The `top` largest singular values, descending, and an estimate of the effective rank."""
+    """The `top` largest singular values descending, and an estimate of the effective rank.
+
+    In a sum over all singular values each one that the basis knows stands for as many as its weight says.
+    """
     start = np.random.default_rng(SEED).standard_normal((matrix.columns, top + OVERSAMPLED))
     bases = [np.linalg.qr(start)[0]]
     for _ in range(ITERATIONS):
@@ -112,13 +116,9 @@ def krylov(matrix: _Matrix, top: int) -> tuple[NDArray[np.float64], float]:
         bases.append(_orthonormal(_twice(matrix, bases[-1]), bases))
     basis = np.concatenate(bases, axis=1)
     _, values, vectors = np.linalg.svd(_triangle(block @ basis for block in matrix.blocks()))
-    first = bases[0].shape[1]
-    weights = np.square(vectors[:, :first]).sum(1) * (matrix.columns / first)
-    held = values > 0
-    values, weights = values[held], weights[held]
-    total = weights @ values
-    entropy = np.log(total) - (weights @ (values * np.log(values))) / total
-    return values[:top], float(np.exp(entropy))
+    width = bases[0].shape[1]
+    weights = np.square(vectors[:, :width]).sum(1) * (matrix.columns / width)
+    return values[:top], _effective(values, weights)
 
 
 def _twice(matrix: _Matrix, within: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -142,9 +142,11 @@ def _stable(values: NDArray[np.float64], norm: float) -> float:
     return float((norm / values[0]) ** 2) if values[0] > 0 else 0.0
 
 
-def _effective(values: NDArray[np.float64]) -> float:
-    total = values.sum()
+def _effective(values: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> float:
+    """exp of the entropy of values, each of which stands there as often as its weight says."""
+    counts = np.ones(len(values)) if weights is None else weights
+    total = float(counts @ values)
     if total == 0:
         return 0.0
     share = values[values > 0] / total
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return float(np.exp(-(counts[values > 0] @ (share * np.log(share)))))

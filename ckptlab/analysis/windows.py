@@ -16,7 +16,7 @@ import xarray as xr
 
 from ckptlab.arrays import Gather
 from ckptlab.arrays.boxes import flat_boxes
-from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Padded, under
+from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, under
 from ckptlab.layout import Cut
 
 WINDOW = 1 << 20  # elements that a window has at most
@@ -88,12 +88,8 @@ def array_of(variable: xr.Variable) -> Array:
 
 
 def spans(array: Array) -> list[Span]:
-    """Spans that hold every element of an array once; padding that a view adds is none of them."""
-    if isinstance(array, Padded):
-        return spans(array.array)
+    """Spans that hold every element of an array once."""
     held = array.array if isinstance(array, Converted) else array
-    if isinstance(array, Converted) and isinstance(held, Padded):
-        return spans(Converted(held.array, array.dtype))
     if not isinstance(held, Gathered):
         numel = math.prod(array.shape)
         return [_Boxes(array, lo, min(lo + SPAN, numel)) for lo in range(0, numel, SPAN)]

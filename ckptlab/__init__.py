@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ckptlab import viz
     from ckptlab.analysis import Diff, Finding, Health, diff, health
+    from ckptlab.analysis.adam import adam
+    from ckptlab.analysis.run import Run, open_run
+    from ckptlab.analysis.statistics import stats
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
@@ -62,31 +65,38 @@ __all__ = [
     "Reshape",
     "ReshapeError",
     "Rules",
+    "Run",
     "Strategy",
     "Tensor",
     "UnsafeFileError",
     "UnsupportedError",
     "__version__",
+    "adam",
     "diff",
     "explore",
     "health",
     "merge",
     "merge_flat",
     "open",
+    "open_run",
     "paper_model",
     "playground",
     "reshape",
     "save_weights",
     "split",
     "split_flat",
+    "stats",
     "to",
     "viz",
 ]
 
 _HOMES = {
+    "analysis": "Diff Finding Health diff health",
+    "analysis.adam": "adam",
+    "analysis.run": "Run open_run",
+    "analysis.statistics": "stats",
     "arrays.backends": "Backend",
     "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat to",
-    "analysis": "Diff Finding Health diff health",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
     "convert": "Report",

@@ -1,4 +1,4 @@
-"""The command line: info, plan, convert, check, diff. Each command imports what it needs when it runs."""
+"""The command line: info, plan, convert, check, diff, stats. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -434,3 +434,66 @@ def _print(content: Mapping[str, Any]) -> None:
 def _note(texts: Iterable[str]) -> None:
     for text in texts:
         click.echo(f"note: {text}", err=True)
+
+
+# ------------------------------------------------------------------ statistics
+
+
+@main.command(short_help="What the numbers of every tensor are like.")
+@click.argument("path")
+@click.option("--by", type=click.Choice(["tensor", "layer", "stack", "kind", "model"]), default="tensor", help="Rows.")
+@click.option("--states", metavar="fp32,exp_avg,…", help="These states alone.")
+@click.option("--shards", "by_rank", is_flag=True, help="Each tp rank's shard by itself, instead of whole tensors.")
+@click.option("--steps", "whole_run", is_flag=True, help="Every step of the run whose step folders stand in PATH.")
+@click.option("--adam", "updates", is_flag=True, help="Instead: how large Adam's last update was, beside the weight.")
+@click.option("--spectrum", is_flag=True, help="Effective and stable rank of every matrix too (slower).")
+@click.option("--all", "everything", is_flag=True, help="Every row, no name cut.")
+@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@_strategy
+@_json
+def stats(
+    path: str,
+    by: str,
+    states: str | None,
+    by_rank: bool,
+    whole_run: bool,
+    updates: bool,
+    spectrum: bool,
+    everything: bool,
+    no_progress: bool,
+    strategy: str | None,
+    as_json: bool,
+) -> None:
+    """What the numbers of every tensor are like: norm, mean, standard deviation, extremes, zeros, NaN and Inf.
+
+    One pass over the data, in little memory whatever the size. Mean, norm and extremes are those of the finite
+    elements. With --json histograms by powers of two are told too.
+
+    \b
+      ckptlab stats run/global_step1000
+      ckptlab stats run --by stack --states fp32,exp_avg_sq
+      ckptlab stats run --steps --by model
+      ckptlab stats run --adam
+    """
+    if sum((by_rank, whole_run, updates)) > 1 or (updates and (states or spectrum or by != "tensor")):
+        raise click.UsageError("--shards, --steps and --adam exclude each other; --adam has options of its own")
+    from ckptlab.describe.statistics import statistics_text, to_dict
+
+    progress = sys.stderr.isatty() and not no_progress
+    if updates:
+        from ckptlab.analysis.adam import adam
+
+        found = adam(_open(path, strategy), progress=progress)
+    else:
+        from ckptlab.analysis.run import open_run
+        from ckptlab.analysis.statistics import stats as statistics
+
+        view: Any = open_run(path, strategy) if whole_run else _open(path, strategy)
+        _note(str(one) for one in (view.skipped if whole_run else ()))
+        wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
+        view = view.shards() if by_rank else view
+        found = statistics(view, by=by, states=wanted, spectrum=spectrum, histogram=as_json, progress=progress)
+    if as_json:
+        _print(to_dict(found))
+    else:
+        click.echo(statistics_text(found, everything=everything))

@@ -133,6 +133,20 @@ class Gather:
                 done += count
             yield flat
 
+    def unordered(self, cut: Cut, at: tuple[int, ...]) -> list[tuple[Cut, tuple[int, ...]]]:
+        """Shards that together hold every element of shard `at` of `cut` once, for whoever needs them in no order.
+
+        Those of the source's own cut where they make up a whole, which `chunks` then gives without a copy; else the
+        shard itself.
+        """
+        if not cut.is_whole or self.replica is not None or self.cut.shape != cut.shape:
+            return [(cut, at)]
+        places = list(self.cut.coordinates())
+        held = sum(math.prod(self.cut.shard_shape(place)) for place in places)
+        if held != math.prod(cut.shape):  # some elements are held more than once
+            return [(cut, at)]
+        return [(self.cut, place) for place in places]
+
     def _straight(self, at: tuple[int, ...], lo: int, hi: int, limit: int) -> Iterator[np.ndarray]:
         rank = self._tp_of(at)
         for fragment in self._fragments(rank):

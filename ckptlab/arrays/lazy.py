@@ -199,6 +199,27 @@ def variable(
     return xr.Variable(tuple(dims), _Lazily(Delivered(array, backend or resolve())), attrs, encoding)
 
 
+def under(variable: xr.Variable) -> LazyArray | None:
+    """The lazy array that a variable of a view shows, whole or at integers of its first dims; None if it shows another
+    part of it, or an array of another kind."""
+    found: Any = variable._data
+    while not isinstance(found, _Lazily) and hasattr(found, "array"):  # xarray's copies on write, and caches
+        found = found.array
+    return _at(found.array.array, found.key.tuple) if isinstance(found, _Lazily) else None
+
+
+def _at(array: LazyArray, key: tuple[Index, ...]) -> LazyArray | None:
+    """The member of a stack at the integers that a key begins with, if the key takes all of it (but its padding)."""
+    if isinstance(array, Converted):
+        member = _at(array.array, key)
+        return None if member is None else Converted(member, array.dtype)
+    if isinstance(array, Stacked) and key and _is_integer(key[0]):
+        return _at(array.arrays[int(key[0])], key[1:])
+    held = array.array if isinstance(array, Padded) else array
+    taken = [k.indices(n) if isinstance(k, slice) else None for k, n in zip(key, array.shape, strict=True)]
+    return next((a for a in (array, held) if taken == [(0, n, 1) for n in a.shape]), None)
+
+
 def _numel(partition: Stored | Partition) -> int:
     return partition.numel if isinstance(partition, Stored) else partition.size
 

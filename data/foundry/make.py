@@ -27,6 +27,7 @@ COMMITTED = {
     "plain_zero2_dp2": Case("plain", dp=2, zero=2),
     "plain_zero2_dp2_round_robin": Case("plain", dp=2, zero=2, zero_config={"round_robin_gradients": True}),
     "plain_zero3_dp2": Case("plain", dp=2, zero=3, zero_config=SHARDED | {"sub_group_size": 900}),
+    "plain_zero1_dp2_steps": Case("plain", dp=2, saved_step=5, further_steps=0, earlier_steps=(2, 4)),
 }
 CASES = COMMITTED | {
     "gpt_tp1_pp2_dp2": Case("gpt", pp=2, dp=2, grad_accum_dtype="fp32"),
@@ -49,18 +50,20 @@ def train(rank: int, name: str, case: Case, folder: Path) -> None:
     import deepspeed
 
     run = Run(case, rank)
-    losses = {step: run.step(step) for step in range(1, case.saved_step + 1)}
-    tag = f"global_step{case.saved_step}"
-    client = client_state(case, case.saved_step) if case.parallel else {"iteration": case.saved_step}
-    run.engine.save_checkpoint(str(folder), tag=tag, client_state=client)
+    losses = {}
+    for step in range(1, case.saved_step + 1):
+        losses[step] = run.step(step)
+        if step in (*case.earlier_steps, case.saved_step):
+            client = client_state(case, step) if case.parallel else {"iteration": step}
+            run.engine.save_checkpoint(str(folder), tag=f"global_step{step}", client_state=client)
     truth = gather(run)
     last = case.saved_step + case.further_steps
     losses |= {step: run.step(step) for step in range(case.saved_step + 1, last + 1)}
     if rank == 0:
         description = {
             "name": name,
-            "case": asdict(case),
-            "tag": tag,
+            "case": {key: value for key, value in asdict(case).items() if value != ()},
+            "tag": f"global_step{case.saved_step}",
             "losses": losses,
             "tied": tied_names(run.engine.module),
             "optimizer": type(run.engine.optimizer).__name__,

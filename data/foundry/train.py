@@ -27,7 +27,7 @@ class Case:
     """What is trained (a key of `models.CONFIGS`), on which mesh and how DeepSpeed keeps the optimizer.
 
     `grad_accum_dtype` "fp32" makes DeepSpeed take its BF16_Optimizer for ZeRO-1 in bf16. `zero_config` is
-    added to DeepSpeed's `zero_optimization`.
+    added to DeepSpeed's `zero_optimization`. At `earlier_steps` the run is saved too (its truth is of `saved_step`).
     """
 
     model: str
@@ -40,6 +40,7 @@ class Case:
     zero_config: dict[str, Any] = field(default_factory=dict)
     saved_step: int = 3
     further_steps: int = 2
+    earlier_steps: tuple[int, ...] = ()
 
     @property
     def world(self) -> int:

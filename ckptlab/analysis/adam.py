@@ -1,0 +1,294 @@
+"""What Adam last did to every tensor, worked out from its moments: how large the update was, beside the weight.
+
+Kingma and Ba, "Adam: a method for stochastic optimization" (2015), algorithm 1: after step t the optimizer holds
+m_t (`exp_avg`) and v_t (`exp_avg_sq`), and the step that it took was
+
+    lr · m̂ / (sqrt(v̂) + eps)      with m̂ = m_t / (1 - beta1^t), v̂ = v_t / (1 - beta2^t).
+
+Decoupled weight decay (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019) is no part of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
+from ckptlab.analysis.accumulate import BLOCK
+from ckptlab.analysis.windows import SPAN
+from ckptlab.arrays import Gather
+from ckptlab.catalog import MASTER, MODULE, Catalog, ParameterGroup, Tensor
+from ckptlab.checkpoint import Checkpoint
+from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.errors import CheckpointError
+from ckptlab.layout import Cut
+from ckptlab.stacks import stacks
+from ckptlab.stored import Stored
+
+FIRST, SECOND = "exp_avg", "exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The hyperparameters of a tensor's group and the steps taken; NaN for what the checkpoint does not tell."""
+
+    step: float = math.nan
+    lr: float = math.nan
+    beta1: float = math.nan
+    beta2: float = math.nan
+    eps: float = math.nan
+    weight_decay: float = math.nan
+    bias_correction: bool = True
+
+    @staticmethod
+    def of(group: ParameterGroup, iteration: int | None) -> Settings:
+        """A group's own step, or the checkpoint's where it has none."""
+        told = group.options
+        betas = told.get("betas")
+        beta1, beta2 = betas if isinstance(betas, tuple | list) and len(betas) == 2 else (math.nan, math.nan)
+        step = _number(group.scalars.get("step", told.get("step")))
+        return Settings(
+            float(iteration) if math.isnan(step) and iteration is not None else step,
+            _number(told.get("lr")),
+            _number(beta1),
+            _number(beta2),
+            _number(told.get("eps")),
+            _number(told.get("weight_decay")),
+            bool(told.get("bias_correction", True)),
+        )
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """What the first and the second moment are divided by."""
+        if not self.bias_correction:
+            return 1.0, 1.0
+        return 1.0 - self.beta1**self.step, 1.0 - self.beta2**self.step
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, Stored) and value.numel == 1:
+        value = value.map().reshape(-1)[0]
+    return float(value) if isinstance(value, int | float | np.number) else math.nan
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What some elements tell of their last update; parts add up with `merge`.
+
+    update_sq, weight_sq: sums of squares of the update and the weight; update_max: the largest update. low, high: the
+    extremes of the second moment where it is not 0 (inf, 0: nowhere). dead: elements whose second moment is exactly 0:
+    no step has ever given them a gradient that did not vanish.
+    """
+
+    elements: int = 0
+    update_sq: float = 0.0
+    weight_sq: float = 0.0
+    update_max: float = 0.0
+    low: float = math.inf
+    high: float = 0.0
+    dead: int = 0
+
+    def merge(self, other: Moved) -> Moved:
+        """Both parts together."""
+        return Moved(
+            self.elements + other.elements,
+            self.update_sq + other.update_sq,
+            self.weight_sq + other.weight_sq,
+            max(self.update_max, other.update_max) if other.update_max == other.update_max else other.update_max,
+            min(self.low, other.low),
+            max(self.high, other.high),
+            self.dead + other.dead,
+        )
+
+
+def update(first: NDArray[Any], second: NDArray[Any], given: Settings) -> NDArray[np.float64]:
+    """The step that Adam took (in float64, of the moments' shape), to be subtracted from the weight."""
+    correct1, correct2 = given.corrections
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size = np.sqrt(np.asarray(second, np.float64) / correct2)
+        size += given.eps
+        return np.asarray(first, np.float64) * (given.lr / correct1) / size
+
+
+def moved(weight: NDArray[Any], first: NDArray[Any], second: NDArray[Any], given: Settings) -> Moved:
+    """What these elements tell of their last update."""
+    if not weight.size:
+        return Moved()
+    step = update(first, second, given).reshape(-1)
+    v, w = np.asarray(second, np.float64).reshape(-1), np.asarray(weight, np.float64).reshape(-1)
+    alive = v[v != 0]
+    return Moved(
+        w.size,
+        float(np.square(step).sum()),
+        float(np.square(w).sum()),
+        float(np.abs(step).max()),
+        float(alive.min(initial=math.inf)),
+        float(alive.max(initial=0.0)),
+        w.size - alive.size,
+    )
+
+
+_FIGURES = {
+    "weight_norm": "Euclidean norm of the master weight",
+    "update_norm": "Euclidean norm of the last update, without weight decay",
+    "update_ratio": "update_norm / weight_norm",
+    "update_rms": "root mean square of the last update",
+    "update_max": "largest element of the last update",
+    "second_moment_low": "smallest element of exp_avg_sq that is not 0",
+    "second_moment_high": "largest element of exp_avg_sq",
+    "dead_share": "share of elements whose exp_avg_sq is exactly 0",
+}
+
+
+def adam(ckpt: Checkpoint | Catalog | str | os.PathLike[str], *, progress: bool = False) -> xr.Dataset:
+    """What Adam last did to every tensor that it trains, as one Dataset with the dim `tensor`.
+
+    Variables: elements, weight_norm, update_norm, update_ratio (about 1e-3 in a healthy run), update_rms (of the order
+    of lr), update_max, second_moment_low, second_moment_high, dead (elements), dead_share; step, lr, beta1, beta2,
+    eps, weight_decay as the checkpoint has them. Coordinates: stack, layer, group, pp, shape, numel (see `stats`).
+
+    The learning rate is the one that was saved: DeepSpeed moves the schedule on before it saves, so it is the next
+    step's. Without a learning rate, betas, eps or step, updates are NaN. For Adam's relatives that keep the same two
+    moments (AdamW, Lamb) it is what Adam would have done. Streams like `stats`, in float64.
+
+    CheckpointError where no tensor has both moments.
+    """
+    catalog = ckpt if isinstance(ckpt, Catalog) else _opened(ckpt).catalog
+    trained = [t for t in catalog.tensors.values() if _is_adams(catalog, t)]
+    if not trained:
+        raise CheckpointError(
+            f"{catalog.path}: no tensor has both {FIRST} and {SECOND} (there are {', '.join(catalog.states)}): "
+            "this was not trained with Adam, or holds weights alone"
+        )
+    settings = _settings(catalog)
+    found = _all_moved(catalog, trained, settings, progress)
+    return _dataset(catalog, trained, settings, found)
+
+
+def _opened(ckpt: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    return ckpt if isinstance(ckpt, Checkpoint) else open_checkpoint(ckpt)
+
+
+def _weight(tensor: Tensor) -> str:
+    return MASTER if MASTER in tensor.states else MODULE
+
+
+def _is_adams(catalog: Catalog, tensor: Tensor) -> bool:
+    states = (FIRST, SECOND, _weight(tensor))
+    return all(s in tensor.states and catalog.holders(tensor.name, s) for s in states)
+
+
+def _settings(catalog: Catalog) -> Mapping[int | None, Settings]:
+    iteration = Checkpoint(catalog).iteration
+    return {None: Settings(), **{i: Settings.of(group, iteration) for i, group in enumerate(catalog.groups)}}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Elements lo … hi-1 of one shard of a tensor, in the three states that are read together."""
+
+    index: int
+    gathers: tuple[Gather, ...]
+    cut: Cut
+    at: tuple[int, ...]
+    lo: int
+    hi: int
+    settings: Settings
+
+    def run(self) -> tuple[int, Moved]:
+        total = Moved()
+        for start in range(self.lo, self.hi, BLOCK):
+            stop = min(start + BLOCK, self.hi)
+            weight, first, second = (joined(g, self.cut, self.at, start, stop) for g in self.gathers)
+            total = total.merge(moved(weight, first, second, self.settings))
+        return self.index, total
+
+
+def joined(gather: Gather, cut: Cut, at: tuple[int, ...], lo: int, hi: int) -> np.ndarray:
+    """Elements lo … hi-1 of a flattened shard as one piece: states need not lie in the same fragments."""
+    pieces = gather.chunks(cut, at, lo, hi, hi - lo)
+    first = next(pieces)
+    if len(first) == hi - lo:
+        return first
+    whole, done = np.empty(hi - lo, first.dtype), len(first)
+    whole[:done] = first
+    for piece in pieces:
+        whole[done : done + len(piece)] = piece
+        done += len(piece)
+    return whole
+
+
+def _tasks(catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings]) -> Iterator[_Task]:
+    for index, tensor in enumerate(trained):
+        states = (_weight(tensor), FIRST, SECOND)
+        gathers = tuple(Gather(catalog, tensor.name, state) for state in states)
+        for cut, at in gathers[0].unordered(Cut.whole(tensor.shape), ()):
+            numel = math.prod(cut.shard_shape(at))
+            for lo in range(0, numel, SPAN):
+                yield _Task(index, gathers, cut, at, lo, min(lo + SPAN, numel), settings[tensor.group])
+
+
+def _all_moved(
+    catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings], progress: bool
+) -> list[Moved]:
+    from tqdm.auto import tqdm
+
+    found = [Moved() for _ in trained]
+    tasks = list(_tasks(catalog, trained, settings))
+    total = sum(task.hi - task.lo for task in tasks)
+    with (
+        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        tqdm(total=total, unit=" elements", unit_scale=True, disable=not progress, desc="updates", leave=False) as bar,
+    ):
+        for task, (index, part) in zip(tasks, pool.map(_Task.run, tasks), strict=True):
+            found[index] = found[index].merge(part)
+            bar.update(task.hi - task.lo)
+    return found
+
+
+def _dataset(
+    catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings], found: list[Moved]
+) -> xr.Dataset:
+    places = {
+        tensor.name: (stack.name, -1 if stack.numbers is None else stack.numbers[i])
+        for stack in stacks(catalog.tensors.values())
+        for i, tensor in enumerate(stack.tensors)
+    }
+    figures = {name: np.array([getattr(_Figures(one), name) for one in found]) for name in _FIGURES}
+    variables: dict[str, Any] = {"elements": ("tensor", [one.elements for one in found])}
+    variables |= {name: ("tensor", figures[name], {"long_name": meaning}) for name, meaning in _FIGURES.items()}
+    variables["dead"] = "tensor", [one.dead for one in found]
+    for name in ("step", "lr", "beta1", "beta2", "eps", "weight_decay"):
+        variables[name] = "tensor", [getattr(settings[t.group], name) for t in trained]
+    names: dict[int | None, str] = {i: str(group.name or i) for i, group in enumerate(catalog.groups)}
+    coordinates: dict[str, Any] = {
+        "tensor": [t.name for t in trained],
+        "stack": ("tensor", [places[t.name][0] for t in trained]),
+        "layer": ("tensor", [places[t.name][1] for t in trained]),
+        "group": ("tensor", [names.get(t.group, "") for t in trained]),
+        "pp": ("tensor", [t.stages[0] for t in trained]),
+        "shape": ("tensor", [" × ".join(map(str, t.shape)) or "scalar" for t in trained]),
+        "numel": ("tensor", [t.numel for t in trained]),
+    }
+    return xr.Dataset(variables, coordinates, {"by": "tensor", "path": catalog.path})
+
+
+class _Figures:
+    """The figures of a tensor out of its sums."""
+
+    def __init__(self, sums: Moved) -> None:
+        self.weight_norm, self.update_norm = math.sqrt(sums.weight_sq), math.sqrt(sums.update_sq)
+        self.update_ratio = self.update_norm / self.weight_norm if self.weight_norm else math.nan
+        self.update_rms = self.update_norm / math.sqrt(sums.elements) if sums.elements else math.nan
+        self.update_max = sums.update_max
+        self.second_moment_low = sums.low if sums.low < math.inf else math.nan
+        self.second_moment_high = sums.high if sums.low < math.inf else math.nan
+        self.dead_share = sums.dead / sums.elements if sums.elements else math.nan

@@ -1,0 +1,326 @@
+"""Plots that a person would make anyway, each in one call: norms over depth, histograms, drift, spectra.
+
+Each takes what `ckptlab.stats` gave, or what it takes (a checkpoint, a view, a run), and returns matplotlib's Figure,
+of which nothing has been shown or saved. matplotlib is loaded when a plot is made. Colours are those of Okabe and Ito
+("Color universal design", 2008) and matplotlib's viridis and PuOr, which colour-blind people tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ckptlab.analysis.rows import View
+from ckptlab.analysis.statistics import stats
+from ckptlab.checkpoint import Checkpoint
+from ckptlab.draw.words import shorten
+from ckptlab.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8A8A8A")
+MARKERS = "osD^vP*X"  # one for each colour
+LINES = 8  # stacks that one panel of norms names
+ROWS = 60  # tensors that a heat map shows
+FARTHEST = 10.0  # log2 of a ratio that is drawn like every larger one
+SPARSE = 1e-3  # share of all elements below which octaves around 0 are drawn as one
+
+
+def norms(found: View | xr.Dataset, *, tensors: str | None = None, states: Sequence[str] | None = None) -> Figure:
+    """The norm of every stack of layers over depth, a panel for each state, on a logarithmic axis.
+
+    tensors: a regular expression that names must hold. Of a run, the last step. Without it the 8 largest stacks are
+    shown. CheckpointError where no tensor is one of several layers.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    table = _by_layer(_statistics(found, ["norm", "layer"]))
+    deep = _last_step(table).pipe(_only, tensors)
+    deep = deep.isel(layer=deep["layer"].values >= 0) if "layer" in deep.dims else deep
+    if "layer" not in deep.dims or not deep.sizes["layer"] or not deep.sizes["tensor"]:
+        raise CheckpointError("no tensor here is one of several layers: there is no curve over depth to draw")
+    wanted = _states(deep, states)
+    largest = deep["norm"].max([d for d in deep["norm"].dims if d != "tensor"]).fillna(-1)
+    kept = np.sort(np.argsort(-largest.values, kind="stable")[:LINES])
+    deep = deep.isel(tensor=[i for i in kept if largest.values[i] >= 0])
+    figure, axes = _panels(len(wanted), sharex=True)
+    for axis, state in zip(axes, wanted, strict=True):
+        for i, name in enumerate(deep["tensor"].values):
+            one = deep["norm"].sel(tensor=name, state=state)
+            y = one.mean("tp") if "tp" in one.dims else one
+            look: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4}
+            axis.plot(deep["layer"], y, label=shorten(str(name), 36), **look)
+        _logarithmic(axis)
+        axis.set(title=state, xlabel="layer", ylabel="norm")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, axes[0], "Norms by layer" + _of_step(table))
+    return figure
+
+
+def histograms(
+    found: View | xr.Dataset,
+    *,
+    tensors: str | None = None,
+    states: Sequence[str] | None = None,
+    over: str | None = None,
+) -> Figure:
+    """How the elements are distributed over powers of two, a panel for each state; of a run, a line for each step.
+
+    tensors: a regular expression that names must hold; the elements of all that do are counted together. over: another
+    dim ("tp", "layer", "tensor") to draw a line for each of. Bins lie side by side: negative octaves, positive ones,
+    and between them one for 0 and for those octaves next to it that together hold less than 0.1 % of the elements.
+    """
+    table = _only(_statistics(found, ["histogram"]), tensors)
+    if over is None:
+        over = "step" if "step" in table.dims else None
+    if over is not None and over not in table["histogram"].dims:
+        raise CheckpointError(f"over={over!r}: these statistics have {', '.join(map(str, table['histogram'].dims))}")
+    wanted = _states(table, states)
+    figure, axes = _panels(len(wanted))
+    for axis, state in zip(axes, wanted, strict=True):
+        every = table["histogram"].sel(state=state)
+        counts = every.sum([dim for dim in every.dims if dim not in ("bin", over)])
+        if not int(counts.sum()):
+            axis.set(title=f"{state}: no elements")
+            continue
+        counts = _gathered(counts.transpose(..., "bin"))
+        lines = [(None, counts)] if over is None else [(k, counts.sel({over: k})) for k in counts[over].values]
+        for i, (key, line) in enumerate(lines):
+            share = line.values / max(int(line.sum()), 1)
+            look = {"color": _shade(i, len(lines))}
+            look |= {"fill": True, "alpha": 0.7} if key is None else {"linewidth": 1.6, "label": f"{over} {key}"}
+            axis.stairs(share, **look)
+        _bin_ticks(axis, counts)
+        axis.set(title=state, xlabel="element", ylabel="share of the elements", ylim=(0, None))
+    _legend(figure, axes[0], "Distribution of the elements" + (f", {tensors}" if tensors else ""))
+    return figure
+
+
+def drift(
+    found: View | xr.Dataset,
+    *,
+    state: str | None = None,
+    statistic: str = "norm",
+    over: str | None = None,
+    tensors: str | None = None,
+) -> Figure:
+    """A heat map (tensor × rank): how far each tp rank's shard lies from the median of all, as a ratio of two.
+
+    over: "tp" (of the shards view) or "step" (of a run: how far from the first one); by default whichever there is.
+    state: the master weight if not said. statistic: "norm", "std", "max", … A checkpoint is looked at through
+    `shards()`. The 60 tensors that drift most are shown, the one that does so most on top.
+    """
+    if isinstance(found, Checkpoint):
+        found = found.shards()
+    table = _only(_statistics(found, [statistic]), tensors)
+    over = over or ("step" if "step" in table.dims else "tp")
+    if over not in table.dims:
+        raise CheckpointError(f"over={over!r}: take shards() of a checkpoint for tp, or a run (open_run) for step")
+    state = _states(table, None if state is None else [state])[0]
+    sizes = abs(table[statistic].sel(state=state))
+    values = sizes.mean([dim for dim in sizes.dims if dim not in ("tensor", over)]).transpose("tensor", over)
+    reference = values.isel({over: 0}) if over == "step" else values.median(over)
+    ratio = (values / reference).where(reference > 0)
+    with np.errstate(divide="ignore"):
+        apart = ratio.copy(data=np.log2(ratio.values)).clip(-FARTHEST, FARTHEST)
+    most = abs(apart).max(over).fillna(-1).values
+    shown = np.argsort(-most, kind="stable")[:ROWS]
+    apart = apart.isel(tensor=shown[most[shown] >= 0])
+    figure, (axis,) = _panels(1, width=4.5 + 0.35 * apart.sizes[over], height=1.6 + 0.2 * max(apart.sizes["tensor"], 4))
+    limit = max(float(abs(apart).max()) if apart.size else 0.0, 1e-6)
+    image = axis.imshow(apart, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axis.set_yticks(range(apart.sizes["tensor"]), [shorten(str(n), 44) for n in apart["tensor"].values], fontsize=7)
+    axis.set_xticks(range(apart.sizes[over]), [str(k) for k in apart[over].values])
+    against = f"{over} {table[over].values[0]}" if over == "step" else f"the median over {over}"
+    axis.set(xlabel=f"{over} rank" if over == "tp" else over)
+    figure.suptitle(f"Drift of {statistic}, {state}")
+    figure.colorbar(image, ax=axis, label=f"log2 of the ratio to {against}")
+    return figure
+
+
+def spectrum(
+    found: View | xr.Dataset, *, tensors: str | None = None, state: str | None = None, top: int = 64
+) -> Figure:
+    """The largest singular values of each matrix by rank, relative to the first, on logarithmic axes.
+
+    tensors: a regular expression that names must hold; without it the 8 matrices with the most elements are shown.
+    state: the master weight if not said. top: how many values are computed, where `found` does not hold them.
+    """
+    if not isinstance(found, xr.Dataset) or "singular_values" not in found:
+        found = stats(found, spectrum=top, histogram=False, states=None if state is None else [state])
+    table = _last_step(_only(found, tensors))
+    state = _states(table, None if state is None else [state])[0]
+    values = table["singular_values"].sel(state=state)
+    matrices = [str(n) for n in values["tensor"].values if np.isfinite(values.sel(tensor=n)).any()]
+    if not matrices:
+        raise CheckpointError(f"no tensor here is a matrix with a spectrum of {state}")
+    sizes = table["numel"] if "numel" in table.coords else xr.zeros_like(table["tensor"], int)
+    matrices = sorted(matrices, key=lambda name: -int(sizes.sel(tensor=name)))[:LINES]
+    figure, (axis,) = _panels(1, width=6.5, height=4.2)
+    for i, name in enumerate(matrices):
+        one = values.sel(tensor=name)
+        lines = [one.isel(tp=t) for t in range(one.sizes["tp"])] if "tp" in one.dims else [one]
+        for t, line in enumerate(lines):
+            y = line.values[np.isfinite(line.values)]
+            label = shorten(name, 36) if t == 0 else None
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            axis.plot(np.arange(1, len(y) + 1), y / y[0], color=colour, marker=marker, markersize=3, label=label)
+    axis.set(xscale="log", xlabel="rank of the singular value", ylabel="relative to the largest", ylim=(None, 1.05))
+    if axis.get_ylim()[0] < 0.05:
+        _logarithmic(axis)
+    else:
+        axis.set_ylim(0, 1.05)
+    _legend(figure, axis, f"Spectrum, {state}")
+    return figure
+
+
+# ------------------------------------------------------------------ what the plots share
+
+
+def _statistics(found: Any, needed: Sequence[str]) -> xr.Dataset:
+    """The statistics themselves, or those of whatever they are of."""
+    if isinstance(found, xr.Dataset) and "elements" in found:
+        missing = [name for name in needed if name not in found.variables]
+        if missing:
+            raise CheckpointError(f"these statistics have no {missing[0]!r}: take others, or give what they are of")
+        return found
+    return stats(found, histogram="histogram" in needed)
+
+
+def _by_layer(table: xr.Dataset) -> xr.Dataset:
+    """Norms with the dims (tensor: stack, layer, …) out of those by tensor."""
+    if table.attrs.get("by") == "layer":
+        return table
+    held = table[["norm"]].drop_vars([c for c in table.coords if c not in (*table["norm"].dims, "stack", "layer")])
+    deep = held.isel(tensor=held["layer"].values >= 0)
+    pairs = list(zip(deep["stack"].values, deep["layer"].values, strict=True))
+    stacks, layers = list(dict.fromkeys(s for s, _ in pairs)), sorted({int(n) for _, n in pairs})
+    values = deep["norm"].transpose("tensor", ...)
+    filled = np.full((len(stacks), len(layers), *values.shape[1:]), np.nan)
+    for (stack, layer), value in zip(pairs, values.values, strict=True):
+        filled[stacks.index(stack), layers.index(int(layer))] = value
+    rest = {dim: table[dim] for dim in values.dims[1:]}
+    return xr.Dataset(
+        {"norm": (("tensor", "layer", *values.dims[1:]), filled)}, {"tensor": stacks, "layer": layers, **rest}
+    )
+
+
+def _only(table: xr.Dataset, tensors: str | None) -> xr.Dataset:
+    """The tensors whose names hold a pattern. CheckpointError, with some names, if none does."""
+    if tensors is None:
+        return table
+    kept = [i for i, name in enumerate(table["tensor"].values) if re.search(tensors, str(name))]
+    if not kept:
+        names = ", ".join(map(str, table["tensor"].values[:4]))
+        raise CheckpointError(f"no tensor's name matches {tensors!r}: there are {names}, …")
+    return table.isel(tensor=kept)
+
+
+def _states(table: xr.Dataset, states: Sequence[str] | None) -> list[str]:
+    known = [str(state) for state in table["state"].values]
+    unknown = [state for state in states or () if state not in known]
+    if unknown:
+        raise CheckpointError(f"no state {unknown[0]!r}: there are {', '.join(known)}")
+    return list(states or known)
+
+
+def _last_step(table: xr.Dataset) -> xr.Dataset:
+    return table.isel(step=-1) if "step" in table.dims else table
+
+
+def _of_step(table: xr.Dataset) -> str:
+    return f", step {int(table['step'].values[-1])}" if "step" in table.dims else ""
+
+
+def _panels(count: int, width: float = 0.0, height: float = 0.0, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of some panels, two in a row."""
+    import matplotlib.pyplot as plt
+
+    columns = min(count, 2)
+    rows = math.ceil(count / columns)
+    size = (width or 4.8 * columns, height or 3.2 * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    flat = list(axes.ravel())
+    for empty in flat[count:]:
+        empty.set_visible(False)
+    return figure, flat[:count]
+
+
+def _logarithmic(axis: Axes) -> None:
+    """A logarithmic y axis, where something on it is above 0."""
+    if any((np.asarray(line.get_ydata(), float) > 0).any() for line in axis.get_lines()):
+        axis.set_yscale("log")
+    axis.grid(True, alpha=0.25, linewidth=0.6)
+
+
+def _legend(figure: Figure, axis: Axes, title: str) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    if labels:
+        columns = min(len(labels), max(int(figure.get_figwidth() / 3), 1))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.suptitle(title)
+
+
+def _shade(i: int, of: int) -> Any:
+    """The i-th of some colours: told apart if they are few, a ramp if they are many."""
+    if of <= len(COLOURS):
+        return COLOURS[i]
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](0.95 * i / (of - 1))
+
+
+def _gathered(counts: xr.DataArray) -> xr.DataArray:
+    """Counts (…, bin) without empty bins at the ends, and with the sparse octaves around 0 in the bin for 0."""
+    low, high = counts["bin_low"].values, counts["bin_high"].values
+    total = counts.values.reshape(-1, len(low)).sum(0)
+    zero = np.flatnonzero((low == 0) & (high == 0))
+    values = counts.values
+    kept = np.ones(len(low), bool)
+    if len(zero):
+        magnitude = np.maximum(np.abs(low), np.abs(high))
+        order = np.unique(magnitude)
+        inside = np.array([total[(magnitude <= m) & (magnitude > 0)].sum() for m in order])
+        sparse = order[inside < SPARSE * total.sum()]
+        floor = sparse[-1] if len(sparse) else 0.0
+        near = magnitude <= floor
+        kept = ~near
+        kept[zero[0]] = True
+        values = values.copy()
+        values[..., zero[0]] = values[..., near | (magnitude == 0)].sum(-1)
+        low, high = np.where(magnitude == 0, -floor, low), np.where(magnitude == 0, floor, high)
+        total = np.where(magnitude == 0, total[near | (magnitude == 0)].sum(), total) * kept
+    held = np.flatnonzero(total)
+    kept[: held[0]], kept[held[-1] + 1 :] = False, False
+    others = {dim: counts[dim] for dim in counts.dims if dim != "bin"}
+    edges = {"bin_low": ("bin", low[kept]), "bin_high": ("bin", high[kept])}
+    return xr.DataArray(values[..., kept], {**others, **edges}, counts.dims)
+
+
+def _bin_ticks(axis: Axes, counts: xr.DataArray) -> None:
+    """Name some of the bins that lie side by side: by the edge that is nearer to 0, the one around it by both."""
+    low, high = counts["bin_low"].values, counts["bin_high"].values
+    around = np.flatnonzero((low <= 0) & (high >= 0) & (low == -high))
+    step = max(round(len(low) / 6), 1)
+    first = int(around[0]) if len(around) else 0
+    places = [i for i in range(len(low)) if (i - first) % step == 0]
+    labels = []
+    for i in places:
+        if len(around) and i == first:
+            labels.append(f"±{_power(high[i])}" if high[i] else "0")
+        else:
+            labels.append(_power(low[i] if low[i] >= 0 else high[i]))
+    axis.set_xticks([i + 0.5 for i in places], labels, fontsize=8)
+
+
+def _power(value: float) -> str:
+    mantissa, exponent = math.frexp(abs(value))
+    sign = "−" if value < 0 else ""
+    return rf"${sign}2^{{{exponent - 1}}}$" if mantissa == 0.5 else f"{value:.3g}"

@@ -1,0 +1,163 @@
+"""What statistics are of: the tensors of a checkpoint, a view, a node of one or a single array, one by one.
+
+A row is one state of one tensor, of one layer, tp rank and training step: what remains to be reduced are the tensor's
+own dims.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xarray as xr
+
+from ckptlab.analysis.run import Run
+from ckptlab.analysis.windows import Array, array_of
+from ckptlab.arrays import Gather
+from ckptlab.arrays.lazy import Gathered
+from ckptlab.catalog import Catalog
+from ckptlab.checkpoint import Checkpoint
+from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.errors import CheckpointError
+from ckptlab.layout import Cut
+from ckptlab.stacks import stacks
+
+BATCH = ("step", "layer", "pp", "tp", "dp")  # dims of a view that are no dims of a tensor
+
+View = Checkpoint | Catalog | Run | xr.DataTree | xr.Dataset | xr.DataArray | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One state of one tensor: `array` with the tensor's own dims alone.
+
+    name: the model's own. stack: the name that it shares with the other layers; layer: its number among them, -1 where
+    it stands alone. pp: the stage that holds it, -1 where nothing says so. tp, step: None where the view has no such
+    dim.
+    """
+
+    name: str
+    state: str
+    array: Array
+    stack: str
+    layer: int = -1
+    kind: str = ""
+    group: str = ""
+    pp: int = -1
+    tp: int | None = None
+    step: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.array.shape)
+
+
+def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
+    """Every row of a view, in the order of its tensors.
+
+    CheckpointError where there is none, or for a state that no tensor has.
+    """
+    if isinstance(view, str | os.PathLike):
+        view = open_checkpoint(view)
+    if isinstance(view, Run):
+        found = view.rows()
+    elif isinstance(view, Checkpoint | Catalog):
+        found = list(_of_catalog(view if isinstance(view, Catalog) else view.catalog))
+    elif isinstance(view, xr.DataTree):
+        found = [row for node in view.subtree if node.data_vars for row in _of_dataset(node.to_dataset(), node.name)]
+    elif isinstance(view, xr.Dataset):
+        found = list(_of_dataset(view, None))
+    elif isinstance(view, xr.DataArray):
+        found = list(_of_array(view))
+    else:
+        raise CheckpointError(
+            f"statistics are of a checkpoint, a view of one (full, shards), a node of it or an array, not of "
+            f"{type(view).__name__}"
+        )
+    return _wanted(found, states)
+
+
+def _wanted(rows: list[Row], states: Sequence[str] | None) -> list[Row]:
+    if not rows:
+        raise CheckpointError("there is no tensor to take statistics of")
+    if states is None:
+        return rows
+    wanted = (states,) if isinstance(states, str) else tuple(states)
+    known = dict.fromkeys(row.state for row in rows)
+    unknown = [state for state in wanted if state not in known]
+    if unknown:
+        raise CheckpointError(f"no state {unknown[0]!r}: there are {', '.join(known)}")
+    return [row for row in rows if row.state in wanted]
+
+
+def _of_catalog(catalog: Catalog) -> Iterator[Row]:
+    """Whole tensors, without the tree of them (which takes seconds for thousands)."""
+    places = {
+        tensor.name: (stack.name, -1 if stack.numbers is None else stack.numbers[i])
+        for stack in stacks(catalog.tensors.values())
+        for i, tensor in enumerate(stack.tensors)
+    }
+    for tensor in catalog.tensors.values():
+        stack, layer = places[tensor.name]
+        group = "" if tensor.group is None else str(catalog.groups[tensor.group].name or tensor.group)
+        for state in catalog.states:
+            if state in tensor.states and catalog.holders(tensor.name, state):
+                array = Gathered(Gather(catalog, tensor.name, state), Cut.whole(tensor.shape))
+                yield Row(tensor.name, state, array, stack, layer, tensor.kind, group, tensor.stages[0])
+
+
+def _of_dataset(dataset: xr.Dataset, node: str | None) -> Iterator[Row]:
+    """The states of a node, tensor by tensor."""
+    by_state = [list(_of_array(array, dataset.attrs, str(state), node)) for state, array in dataset.data_vars.items()]
+    order = dict.fromkeys(row.name for rows in by_state for row in rows)
+    for name in order:
+        yield from (row for rows in by_state for row in rows if row.name == name)
+
+
+def _of_array(
+    array: xr.DataArray, attributes: Mapping[str, Any] | None = None, state: str | None = None, node: str | None = None
+) -> Iterator[Row]:
+    told = array.attrs if attributes is None else attributes
+    pattern = str(told.get("name", node or array.name or "array"))
+    state = str(told.get("state", array.name or "value")) if state is None else state
+    dims = [dim for dim in BATCH if dim in array.dims]
+    if "dp" in dims:
+        raise CheckpointError(f"{pattern}: flat buffers hold many tensors: take the statistics of full() or shards()")
+    for index in itertools.product(*(range(array.sizes[dim]) for dim in dims)):
+        part = array.isel(dict(zip(dims, index, strict=True)))
+        at = {dim: _at(part, dim, i) for dim, i in zip(dims, index, strict=True)}
+        layer = at.get("layer", _number(part, "layer"))
+        name = pattern.replace("{layer}", str(layer)) if "layer" in part.coords else pattern
+        if "pp" in dims and index[dims.index("pp")]:  # a further copy of what several stages hold
+            name = f"{name} (pp {at['pp']})"
+        yield Row(
+            name,
+            state,
+            array_of(_without_padding(part).variable),
+            node or pattern.replace("{layer}.", ""),
+            layer,
+            str(told.get("kind", "")),
+            str(told.get("group", "")),
+            _number(part, "pp"),
+            at.get("tp"),
+            at.get("step"),
+        )
+
+
+def _at(part: xr.DataArray, dim: str, index: int) -> int:
+    return int(part[dim]) if dim in part.coords else index
+
+
+def _number(part: xr.DataArray, coordinate: str) -> int:
+    return int(part[coordinate]) if coordinate in part.coords and part[coordinate].ndim == 0 else -1
+
+
+def _without_padding(part: xr.DataArray) -> xr.DataArray:
+    """The true extents of a shard that was padded to the widest one."""
+    extents = {dim: part.coords.get(f"{dim}_extent") for dim in part.dims}
+    true = {dim: slice(0, int(e)) for dim, e in extents.items() if e is not None and e.ndim == 0}
+    return part.isel(true)

@@ -1,0 +1,189 @@
+"""A training run: its checkpoints of several steps as one, with a dim `step`.
+
+Whole tensors are the same whatever mesh wrote them, so a run that was continued on another mesh is still one run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from ckptlab import views
+from ckptlab.arrays.lazy import Converted, Stacked, under, variable
+from ckptlab.checkpoint import Checkpoint
+from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.errors import CheckpointError, LayoutError
+
+if TYPE_CHECKING:
+    from ckptlab.analysis.rows import Row
+
+MANY = 8  # what is skipped, in a repr
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A folder that is none of the run's steps, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.path)}: {self.reason}"
+
+
+def open_run(path: str | os.PathLike[str], strategy: Any = None) -> Run:
+    """Open every checkpoint of a run: headers only.
+
+    path: the folder that the step folders (global_step1000, …) stand in. strategy: as for `ckptlab.open`. A step that
+    cannot be opened, because it is incomplete or damaged, is skipped, and so is a second checkpoint of a step (a
+    universal one beside the native one, say); `Run.skipped` tells which, and why.
+
+    CheckpointError where no checkpoint can be opened.
+    """
+    folder = os.path.abspath(os.fspath(path))
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: no such folder: give the one that the step folders stand in")
+    opened, skipped = _opened(folder, strategy)
+    found: dict[int, Checkpoint] = {}
+    for place, ckpt in sorted(opened, key=lambda one: one[1].format != "deepspeed"):
+        step = step_of(ckpt, os.path.basename(place))
+        if step is None:
+            skipped.append(Skipped(place, "neither the checkpoint nor the name of its folder tells the step"))
+        elif step in found:
+            other = os.path.relpath(found[step].path, folder)
+            skipped.append(Skipped(place, f"is step {step} too, which was taken from {other}"))
+        else:
+            found[step] = ckpt
+    if not found:
+        reasons = "".join(f"\n  {one}" for one in skipped[:MANY])
+        raise CheckpointError(f"{folder}: no checkpoint stands in it that can be opened{reasons}")
+    return Run(folder, dict(sorted(found.items())), tuple(skipped))
+
+
+def step_of(ckpt: Checkpoint, name: str) -> int | None:
+    """The training step: what the checkpoint says, else the last number in the name of its folder."""
+    if ckpt.iteration is not None:
+        return ckpt.iteration
+    numbers = re.findall(r"\d+", name)
+    return int(numbers[-1]) if numbers else None
+
+
+def _opened(folder: str, strategy: Any) -> tuple[list[tuple[str, Checkpoint]], list[Skipped]]:
+    """The checkpoints in the folders of a folder, and the folders that cannot be opened."""
+    opened, skipped = [], []
+    for place in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
+        try:
+            opened.append((place, open_checkpoint(place, strategy)))
+        except (CheckpointError, LayoutError) as error:
+            skipped.append(Skipped(place, str(error)))
+    return opened, skipped
+
+
+class Run:
+    """The checkpoints of a run by step, opened by `ckptlab.open_run`. Nothing is read until values are asked for."""
+
+    def __init__(self, path: str, checkpoints: Mapping[int, Checkpoint], skipped: tuple[Skipped, ...] = ()) -> None:
+        self.path, self.checkpoints, self.skipped = path, checkpoints, skipped
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The training steps, ascending."""
+        return tuple(self.checkpoints)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Every state that some tensor has at some step."""
+        return tuple(dict.fromkeys(state for ckpt in self.checkpoints.values() for state in ckpt.states))
+
+    def __getitem__(self, step: int) -> Checkpoint:
+        """The checkpoint of a step; CheckpointError, with those that there are, if there is none."""
+        if step not in self.checkpoints:
+            raise CheckpointError(f"{self.path}: no step {step}: there are {', '.join(map(str, self.steps))}")
+        return self.checkpoints[step]
+
+    def full(self, state: str | Sequence[str] | None = None, *, dtype: Any = None) -> xr.DataTree:
+        """Whole tensors over the steps, lazily: the nodes of `Checkpoint.full` with a dim `step` before all others.
+
+        A node has the steps that hold the tensor in the shape that it has at the last of them, and the states that all
+        of those hold; `step` says which they are. A state that changed its dtype is float32 throughout. `layer` has no
+        coordinate `pp` where the steps deal it to stages differently. dtype: as for `Checkpoint.full`.
+        """
+        wanted = None if state is None else (state,) if isinstance(state, str) else tuple(state)
+        unknown = [s for s in wanted or () if s not in self.states]
+        if unknown:
+            raise CheckpointError(f"{self.path}: no state {unknown[0]!r}: there are {', '.join(self.states)}")
+        return self._tree(lambda ckpt: views.full(ckpt.catalog, _known(ckpt, wanted), dtype))
+
+    def _tree(self, view: Callable[[Checkpoint], xr.DataTree]) -> xr.DataTree:
+        trees = {step: view(ckpt) for step, ckpt in self.checkpoints.items()}
+        names = dict.fromkeys(str(name) for tree in reversed(trees.values()) for name in tree.children)
+        nodes = {}
+        for name in names:
+            held = {step: tree[name].to_dataset() for step, tree in trees.items() if name in tree.children}
+            node = _over_steps(held)
+            if node.data_vars:
+                nodes[name] = xr.DataTree(node)
+        return xr.DataTree(xr.Dataset(attrs={"path": self.path}), nodes)
+
+    def stats(self, **options: Any) -> xr.Dataset:
+        """`ckptlab.stats` of all steps in one Dataset, with a dim `step` more."""
+        from ckptlab.analysis.statistics import stats
+
+        return stats(self, **options)
+
+    def rows(self) -> list[Row]:
+        """What there is to take statistics of: every state of every whole tensor at every step."""
+        from ckptlab.analysis.rows import rows_of
+
+        return [replace(row, step=step) for step, ckpt in self.checkpoints.items() for row in rows_of(ckpt)]
+
+    @cached_property
+    def _summary(self) -> list[str]:
+        meshes: dict[str, list[int]] = {}
+        for step, ckpt in self.checkpoints.items():
+            meshes.setdefault(f"{ckpt.format}, {ckpt.mesh}", []).append(step)
+        lines = [f"Run of {len(self.steps)} checkpoints: {self.path}"]
+        lines += [f"  steps {', '.join(map(str, steps))}: {what}" for what, steps in meshes.items()]
+        lines += [f"  skipped {one}" for one in self.skipped[:MANY]]
+        more = len(self.skipped) - MANY
+        return lines + ([f"  … and {more:,} more skipped"] if more > 0 else [])
+
+    def __repr__(self) -> str:
+        return "\n".join(self._summary)
+
+
+def _known(ckpt: Checkpoint, wanted: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return None if wanted is None else tuple(s for s in wanted if s in ckpt.states)
+
+
+def _over_steps(held: Mapping[int, xr.Dataset]) -> xr.Dataset:
+    """One node of all steps that hold it alike."""
+    last = list(held.values())[-1]
+    alike = {step: node for step, node in held.items() if _outline(node) == _outline(last)}
+    nodes = list(alike.values())
+    variables = {}
+    for state in last.data_vars:
+        if all(state in node for node in nodes):
+            arrays = [a for a in (under(node[state].variable) for node in nodes) if a is not None]
+            if len({a.dtype for a in arrays}) > 1:
+                arrays = [Converted(a, np.dtype(np.float32)) for a in arrays]
+            variables[state] = variable(("step", *map(str, last[state].dims)), Stacked(arrays))
+    coordinates = {
+        name: values
+        for name, values in last.coords.items()
+        if all(name in node.coords and node.coords[name].equals(values) for node in nodes)
+    }
+    return xr.Dataset(variables, {"step": list(alike), **coordinates}, last.attrs)
+
+
+def _outline(node: xr.Dataset) -> Any:
+    """What steps must agree in to stand in one node."""
+    layers = tuple(node["layer"].values) if "layer" in node.coords else ()
+    return dict(node.sizes), layers, node.attrs.get("name")

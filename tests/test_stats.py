@@ -1,0 +1,508 @@
+"""Every statistic is numpy's or scipy's on the whole tensor, of every dtype; parts add up; one pass, little memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import scipy.linalg
+import xarray as xr
+from compare import DATA, GPT, ZERO2, ZERO3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from test_cli import refused, run
+from test_gather import store
+
+import ckptlab
+from ckptlab import Layout, Mesh, ParameterGroup, stats, views
+from ckptlab.analysis import accumulate, spectra, windows
+from ckptlab.analysis.accumulate import accumulator, partial
+from ckptlab.analysis.partial import Bins, Partial, merged
+from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.stored import Stored
+
+STEPS = DATA / "plain_zero1_dp2_steps"
+QKV = "self_attention.query_key_value.weight"
+DTYPES = [
+    *(np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+    *(np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_),
+]
+WIDE = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
+
+
+def sample(dtype: Any, size: int, seed: int = 0) -> np.ndarray:
+    """Numbers of all sizes that the dtype has, zeros of both signs, and a few that are subnormal or not finite."""
+    rng = np.random.default_rng(seed)
+    if np.dtype(dtype).kind in "iub":
+        return rng.integers(0, 2 if dtype is np.bool_ else 100, size).astype(dtype)
+    x = rng.standard_normal(size) * np.exp2(rng.integers(-20, 4, size))
+    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)
+    x[:: max(size // 7, 1)] = 0.0
+    x[1 :: max(size // 5, 1)] = -0.0
+    x[2 :: max(size // 3, 1)] = -smallest / 2
+    x[3 :: max(size // 4, 1)] = math.nan
+    x[5 :: max(size // 4, 1)] = math.inf
+    with np.errstate(over="ignore"):
+        return x.astype(dtype)
+
+
+def expected(array: np.ndarray) -> dict[str, float]:
+    """What numpy says of the whole array, in float64."""
+    x = array.astype(np.float64).ravel()
+    finite = x[np.isfinite(x)]
+    narrow = array.dtype.kind not in "iub"
+    smallest = float(ml_dtypes.finfo(array.dtype).smallest_normal) if narrow else 0.0
+    return {
+        "elements": x.size,
+        "nan": np.isnan(x).sum(),
+        "inf": np.isinf(x).sum(),
+        "zeros": (x == 0).sum(),
+        "subnormals": ((x != 0) & (abs(x) < smallest)).sum(),
+        "norm": scipy.linalg.norm(finite) if finite.size else 0.0,
+        "mean": finite.mean() if finite.size else math.nan,
+        "std": finite.std() if finite.size else math.nan,
+        "min": finite.min() if finite.size else math.nan,
+        "max": finite.max() if finite.size else math.nan,
+        "zero_share": (x == 0).mean(),
+        "subnormal_share": ((x != 0) & (abs(x) < smallest)).mean(),
+    }
+
+
+def assert_is(found: xr.Dataset, array: np.ndarray) -> None:
+    for name, value in expected(array).items():
+        slack = 1e-13 * float(np.nan_to_num(found["std"].item())) if name == "mean" else 0.0
+        np.testing.assert_allclose(found[name].item(), value, rtol=1e-11, atol=slack, err_msg=name)
+
+
+# -------------------------------------------------------------------------------- against references
+
+
+@pytest.mark.parametrize("histogram", [True, False, [-1.0, 0.0, 0.5, 3.0]], ids=["octaves", "none", "edges"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_every_statistic_is_numpys_on_the_whole(dtype: Any, histogram: Any) -> None:
+    array = sample(dtype, 300_001)
+    with np.errstate(invalid="ignore"):
+        found = stats(xr.DataArray(array, dims="x", name="w"), histogram=histogram).sel(tensor="w", state="w")
+        assert_is(found, array)
+    assert found["dtype"].item() == array.dtype.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_octaves_hold_what_lies_between_their_edges(dtype: Any) -> None:
+    array = sample(dtype, 50_000)
+    found = stats(xr.DataArray(array, dims="x")).squeeze()
+    x = array.astype(np.float64)
+    x = x[np.isfinite(x)]
+    assert found["histogram"].sum() == x.size
+    for low, high, count in zip(found["bin_low"], found["bin_high"], found["histogram"], strict=True):
+        if low == high:
+            inside = x == 0
+        elif low >= 0:
+            inside = (x >= low.item()) & (x < high.item()) & (x != 0)
+        else:
+            inside = (x > low.item()) & (x <= high.item()) & (x != 0)
+        assert count == inside.sum(), (low.item(), high.item())
+    middles = found["bin"].values
+    assert (np.diff(middles) > 0).all()
+
+
+def test_octaves_are_those_in_use() -> None:
+    found = stats(xr.DataArray(np.array([0.3, 0.4, 5.0, 0.0], np.float32), dims="x")).squeeze()
+    assert found["bin_low"].values.tolist() == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
+    assert found["histogram"].values.tolist() == [1, 2, 0, 0, 0, 1]
+    signed = stats(xr.DataArray(np.array([-0.3, 0.6], np.float64), dims="x")).squeeze()
+    assert signed["bin_low"].values.tolist() == [-1.0, -0.5, 0.0, 0.25, 0.5]
+    assert signed["histogram"].values.tolist() == [0, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=lambda d: np.dtype(d).name)
+def test_edges_are_numpys(dtype: Any) -> None:
+    array = np.random.default_rng(1).standard_normal(10_000).astype(dtype)
+    edges = np.linspace(-2, 2, 21)
+    found = stats(xr.DataArray(array, dims="x"), histogram=edges).squeeze()
+    np.testing.assert_array_equal(found["histogram"], np.histogram(array.astype(np.float64), edges)[0])
+    np.testing.assert_allclose(found["bin"], (edges[1:] + edges[:-1]) / 2, atol=1e-15)
+
+
+def test_a_sum_of_bfloat16_is_right() -> None:
+    ones = xr.DataArray(np.ones(1 << 20, ml_dtypes.bfloat16), dims="x")
+    assert stats(ones)["mean"].item() == 1.0
+    assert stats(ones)["norm"].item() == 1024.0
+    large = xr.DataArray(np.full(4096, 60_000, np.float16), dims="x")
+    assert stats(large)["mean"].item() == 60_000 - 60_000 % 32
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_mean_far_larger_than_the_spread(dtype: Any) -> None:
+    array = (1e4 + np.random.default_rng(0).standard_normal(300_000) * 1e-2).astype(dtype)
+    found = stats(xr.DataArray(array, dims="x"), histogram=False).squeeze()
+    np.testing.assert_allclose(found["std"], array.astype(np.float64).std(), rtol=1e-9)
+
+
+def test_tiny_second_moments_do_not_underflow() -> None:
+    array = np.full(10_000, 1e-30, np.float32)
+    np.testing.assert_allclose(stats(xr.DataArray(array, dims="x"))["norm"].item(), 1e-28, rtol=1e-6)
+
+
+@pytest.mark.parametrize("array", [np.zeros((0, 3), np.float32), np.full(5, np.nan, np.float32)], ids=["none", "nan"])
+def test_without_a_finite_element_there_are_no_moments(array: np.ndarray) -> None:
+    found = stats(xr.DataArray(array, dims=list("ab")[: array.ndim]), spectrum=True).squeeze()
+    assert found["elements"] == array.size
+    assert all(np.isnan(found[name]) for name in ("mean", "std", "min", "max", "stable_rank"))
+
+
+def test_what_is_no_number_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="complex64"):
+        stats(xr.DataArray(np.zeros(3, np.complex64), dims="x"))
+
+
+# -------------------------------------------------------------------------------- laws
+
+numbers = st.lists(
+    st.one_of(st.floats(-1e3, 1e3, width=32), st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-42])),
+    max_size=40,
+)
+
+
+def assert_same(a: Partial, b: Partial, scale: float) -> None:
+    counted = ("count", "nan", "inf", "zeros", "subnormals", "low", "high")
+    assert [getattr(a, name) for name in counted] == [getattr(b, name) for name in counted]
+    np.testing.assert_array_equal(a.histogram, b.histogram)
+    assert a.mean == pytest.approx(b.mean, rel=1e-12, abs=1e-13 * scale)
+    assert a.m2 == pytest.approx(b.m2, rel=1e-9, abs=1e-12 * scale**2)
+
+
+@settings(max_examples=60)
+@given(
+    numbers, st.lists(st.integers(0, 40), max_size=4), st.sampled_from(WIDE), st.sampled_from([None, (-1.0, 0.0, 9.0)])
+)
+def test_merged_parts_are_the_whole(given_: list[float], ends: list[int], dtype: Any, edges: Any) -> None:
+    array = np.array(given_, dtype)
+    cuts = sorted({0, *(min(end, len(array)) for end in ends), len(array)})
+    bins = Bins(edges)
+    parts = [partial(array[a:b], bins) for a, b in itertools.pairwise(cuts)]
+    scale = float(np.abs(np.nan_to_num(array.astype(np.float64), posinf=0, neginf=0)).sum()) + 1e-30
+    assert_same(merged([partial(array[:0], bins), *parts]), partial(array, bins), scale)
+    assert_same(merged([partial(array[:0], bins), *reversed(parts)]), partial(array, bins), scale)
+
+
+@settings(max_examples=40)
+@given(numbers, st.randoms(use_true_random=False), st.sampled_from(WIDE))
+def test_the_order_of_elements_does_not_matter(given_: list[float], random: Any, dtype: Any) -> None:
+    array = np.array(given_, dtype)
+    shuffled = array[random.sample(range(len(array)), len(array))]
+    a, b = partial(array, Bins()), partial(shuffled, Bins())
+    scale = float(np.abs(np.nan_to_num(array.astype(np.float64), posinf=0, neginf=0)).sum()) + 1e-30
+    assert_same(a, b, scale)
+    if np.dtype(dtype).itemsize == 2:
+        assert (a.mean, a.m2) == (b.mean, b.m2), "counts by bit pattern know no order at all"
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_blocks_and_windows_of_any_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulate, "BLOCK", block)
+    monkeypatch.setattr(windows, "WINDOW", 5 * block)
+    monkeypatch.setattr(windows, "SPAN", 11 * block)
+    tensor = "2.self_attention.dense.weight"
+    truth = load_file(GPT / "truth.safetensors")
+    found = stats(ckptlab.open(GPT).full(stack=False)[tensor]).sel(tensor=tensor)
+    for state in ("fp32", "exp_avg_sq", "module"):
+        assert_is(found.sel(state=state), truth[f"{state}/{tensor}"])
+
+
+# -------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3, STEPS], ids=lambda c: c.name)
+def test_real_checkpoints_tensor_by_tensor(case: Path) -> None:
+    ckpt = ckptlab.open(case)
+    found = stats(ckpt)
+    checked = 0
+    for key, array in load_file(case / "truth.safetensors").items():
+        state, name = key.split("/", 1)
+        state = "module" if state in ("frozen", "buffer") else state
+        if state in ckpt[name].states:
+            assert_is(found.sel(tensor=name, state=state), array)
+            checked += 1
+    assert checked > 100
+    absent = found["elements"] < 0
+    assert found["norm"].where(absent, drop=True).isnull().all()
+    assert (found["dtype"].where(absent, "") == "").all()
+
+
+def test_frozen_tensors_and_buffers_have_a_state_alone() -> None:
+    found = stats(ZERO2)
+    buffer = found.sel(tensor="seen")
+    assert buffer["kind"] == "buffer"
+    assert buffer["elements"].sel(state=["fp32", "exp_avg", "module"]).values.tolist() == [-1, -1, 3]
+    frozen = found.isel(tensor=found["kind"].values == "frozen")
+    assert frozen.sizes["tensor"] > 0
+    assert (frozen["elements"].sel(state="exp_avg") == -1).all()
+    assert frozen["norm"].sel(state="module").notnull().all()
+
+
+def test_coordinates_tell_where_a_tensor_stands() -> None:
+    found = stats(GPT)
+    one = found.sel(tensor=f"3.{QKV}")
+    told = {name: one[name].item() for name in ("stack", "layer", "kind", "pp", "shape", "numel", "group")}
+    assert told == {
+        "stack": QKV,
+        "layer": 3,
+        "kind": "parameter",
+        "pp": 0,
+        "shape": "48 × 16",
+        "numel": 768,
+        "group": "decay",
+    }
+    assert found.sel(tensor="6.weight")["layer"] == -1
+    curve = found["norm"].sel(state="fp32").where(found["stack"] == QKV, drop=True)
+    assert curve.sizes == {"tensor": 4}
+
+
+def test_a_view_a_node_and_a_checkpoint_say_the_same() -> None:
+    ckpt = ckptlab.open(GPT)
+    whole = stats(ckpt)
+    node = ckpt.full()[QKV].to_dataset()
+    for view in (ckpt.full(), node, node.chunk({"layer": 1})[["fp32", "exp_avg"]], node.load()):
+        found = stats(view)
+        same = whole.sel(tensor=found["tensor"], state=found["state"])
+        for name in ("elements", "norm", "mean", "std", "min", "max"):
+            np.testing.assert_allclose(found[name], same[name], rtol=1e-12, atol=1e-18)
+        assert found["layer"].equals(same["layer"])
+    by_name = ckpt.full("exp_avg", stack=False)[f"3.{QKV}"]
+    one = stats(by_name)
+    assert (one["tensor"].item(), one["state"].item()) == (f"3.{QKV}", "exp_avg")
+    assert one["norm"].item() == pytest.approx(whole["norm"].sel(tensor=f"3.{QKV}", state="exp_avg").item())
+
+
+def test_part_of_a_view() -> None:
+    array = ckptlab.open(GPT).full()[QKV].exp_avg
+    part = array.sel(layer=4).isel(out=slice(3, 9)).transpose("in", "out")
+    found = stats(part).squeeze()
+    assert_is(found, part.values)
+    assert (found["shape"], found["layer"]) == ("16 × 6", 4)
+
+
+def test_shards_have_a_dim_more_and_copies_a_row_each() -> None:
+    shards = ckptlab.open(GPT).shards()
+    found = stats(shards)
+    assert found["norm"].dims == ("tensor", "tp", "state")
+    for tp in range(2):
+        array = np.asarray(shards[QKV].module.sel(layer=5, tp=tp).data)
+        assert_is(found.sel(tensor=f"5.{QKV}", state="module", tp=tp), array)
+    copies = [name for name in found["tensor"].values if "(pp 1)" in name]
+    assert len(copies) == 2
+
+
+def test_shards_of_unequal_width_are_taken_as_wide_as_they_are(tmp_path: Path) -> None:
+    cut = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
+    whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
+    catalog = replace(store(tmp_path, cut, whole, False, 1), groups=(ParameterGroup({}, ("w",)),))
+    node = views.shards(catalog, catalog)["w"].to_dataset()
+    for view in (node, node.load(), node[["fp32"]].isel(out=slice(None, None, -1)).isel(out=slice(None, None, -1))):
+        found = stats(view).squeeze()
+        assert found["elements"].values.tolist() == [12, 8]
+        assert found["max"].values.tolist() == [12, 20]
+        assert found["zeros"].values.tolist() == [0, 0]
+    assert stats(catalog)["elements"].item() == 20
+
+
+@pytest.mark.parametrize("by", ["layer", "stack", "kind", "model"])
+def test_rows_of_several_tensors_are_all_their_elements_together(by: str) -> None:
+    truth = load_file(GPT / "truth.safetensors")
+    arrays = [truth[f"exp_avg/{layer}.{QKV}"].ravel() for layer in range(2, 6)]
+    found = stats(GPT, by=by).sel(state="exp_avg")
+    if by == "layer":
+        assert found["norm"].dims == ("tensor", "layer")
+        for layer, array in enumerate(arrays, 2):
+            assert_is(found.sel(tensor=QKV, layer=layer), array)
+        assert found["elements"].sel(tensor=QKV, layer=-1) == -1
+    elif by == "stack":
+        assert_is(found.sel(tensor=QKV), np.concatenate(arrays))
+    else:
+        every = [a.ravel() for key, a in truth.items() if key.startswith("exp_avg/")]
+        assert_is(found.sel(tensor="parameter" if by == "kind" else "all"), np.concatenate(every))
+
+
+def test_states_are_chosen_and_what_there_is_not_is_named() -> None:
+    assert stats(GPT, states=["exp_avg"])["state"].values.tolist() == ["exp_avg"]
+    with pytest.raises(CheckpointError, match=r"no state 'fp23'.*exp_avg_sq"):
+        stats(GPT, states=["fp23"])
+    with pytest.raises(CheckpointError, match="expected one of tensor, layer"):
+        stats(GPT, by="row")
+    with pytest.raises(CheckpointError, match="ascending"):
+        stats(GPT, histogram=[1.0, 0.0])
+    with pytest.raises(CheckpointError, match="flat buffers hold many tensors"):
+        stats(ckptlab.open(GPT).buffers())
+
+
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+def test_each_byte_is_read_once(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt = ckptlab.open(case)
+    needed = [sum(d.itemsize for d in t.states.values()) * t.numel for t in ckpt.tensors.values()]
+    from ckptlab.arrays import gather
+
+    read = []
+    monkeypatch.setattr(gather, "note_read", read.append)
+    stats(ckpt)
+    assert sum(read) == sum(needed)
+
+
+def test_memory_stays_near_a_window(tmp_path: Path) -> None:
+    import tracemalloc
+
+    save_file({"w": np.zeros((1 << 12, 1 << 12), np.float32)}, tmp_path / "a.safetensors")
+    ckpt = ckptlab.open(tmp_path / "a.safetensors")
+    stats(xr.DataArray(np.zeros(3), dims="x"))
+    tracemalloc.start()
+    stats(ckpt)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20, "of 64 MiB"
+
+
+def test_dask_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    dask = pytest.importorskip("dask")
+    node = ckptlab.open(GPT).full(dtype="float32")[QKV].to_dataset()
+    called = []
+    with dask.config.set(scheduler=lambda graph, keys, **_: called.append(1) or dask.get(graph, keys)):
+        found = stats(node.chunk({"layer": 2, "out": 5}))
+    assert called
+    xr.testing.assert_allclose(found.drop_vars("dtype"), stats(node).drop_vars("dtype"))
+    narrow = ckptlab.open(GPT).full("module")[QKV].to_dataset()
+    xr.testing.assert_equal(stats(narrow.chunk({"layer": 1}))["mean"], stats(narrow)["mean"])
+
+
+def test_nothing_is_read_to_find_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckptlab.analysis.rows import rows_of
+
+    def refuse(self: Stored) -> np.ndarray:
+        raise AssertionError(f"{self.path} is read")
+
+    ckpt = ckptlab.open(GPT)
+    monkeypatch.setattr(Stored, "map", refuse)
+    assert len(rows_of(ckpt)) == 4 * 52
+    assert len(rows_of(ckpt.full())) == 4 * 52
+
+
+# -------------------------------------------------------------------------------- spectra
+
+
+@pytest.mark.parametrize("shape", [(60, 17), (17, 60), (40, 3, 5), (1, 9)])
+@pytest.mark.parametrize("window", [7, 1 << 20])
+def test_small_spectra_are_scipys(shape: tuple[int, ...], window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectra, "WINDOW", window)
+    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = stats(xr.DataArray(array, dims=list("abc")[: len(shape)]), spectrum=8).squeeze()
+    values = scipy.linalg.svdvals(array.reshape(shape[0], -1).astype(np.float64))
+    top = found["singular_values"].values
+    np.testing.assert_allclose(top[: len(values)], values[:8], rtol=1e-10)
+    assert np.isnan(top[len(values) :]).all()
+    assert found["stable_rank"].item() == pytest.approx((values**2).sum() / values[0] ** 2)
+    share = values / values.sum()
+    assert found["effective_rank"].item() == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    assert found["spectrum_exact"]
+
+
+def with_values(values: np.ndarray, rows: int) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    left = np.linalg.qr(rng.standard_normal((rows, len(values))))[0]
+    right = np.linalg.qr(rng.standard_normal((len(values), len(values))))[0]
+    return ((left * values) @ right).astype(np.float32)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("values", "first", "top", "rank"),
+    [
+        (np.arange(1, 601) ** -0.5, 1e-6, 1e-4, 0.01),
+        (np.exp(-np.arange(600) / 30), 1e-6, 1e-6, 0.12),
+        (None, 0.01, 0.02, 0.01),
+    ],
+    ids=["slow decay", "fast decay", "noise"],
+)
+def test_large_spectra_are_as_exact_as_documented(
+    values: np.ndarray | None, first: float, top: float, rank: float, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).standard_normal((900, 600)).astype(np.float32)
+    array = noise if values is None else with_values(values, 900)
+    true = scipy.linalg.svdvals(array.astype(np.float64))
+    monkeypatch.setattr(spectra, "WINDOW", 50_000)
+    found = stats(xr.DataArray(array.T if turned else array, dims=("a", "b")), spectrum=True).squeeze()
+    assert not found["spectrum_exact"]
+    near = found["singular_values"].values / true[:16] - 1
+    assert abs(near[0]) < first
+    assert np.abs(near).max() < top
+    assert (near < 1e-6).all(), "a Ritz value is never larger than the true one"
+    share = true / true.sum()
+    assert found["effective_rank"].item() == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=rank)
+
+
+def test_spectra_of_a_checkpoint() -> None:
+    truth = load_file(GPT / "truth.safetensors")
+    found = stats(GPT, spectrum=4, histogram=False)
+    for state in ("fp32", "module"):
+        array = truth[f"{state}/4.{QKV}"].astype(np.float64)
+        top = found["singular_values"].sel(tensor=f"4.{QKV}", state=state)
+        np.testing.assert_allclose(top, scipy.linalg.svdvals(array)[:4], rtol=1e-10)
+    assert found["stable_rank"].sel(tensor="6.weight").isnull().all()
+    assert "histogram" not in found
+    with pytest.raises(CheckpointError, match="has no spectrum"):
+        stats(GPT, spectrum=True, by="model")
+
+
+@pytest.mark.parametrize("shape", [(20, 8), (700, 600)])
+def test_a_matrix_of_zeros_has_rank_zero(shape: tuple[int, int]) -> None:
+    found = stats(xr.DataArray(np.zeros(shape, np.float32), dims=("a", "b")), spectrum=True).squeeze()
+    assert (found["stable_rank"], found["effective_rank"]) == (0, 0)
+    assert (found["singular_values"].dropna("rank") == 0).all()
+
+
+# -------------------------------------------------------------------------------- for people
+
+
+def test_the_table_and_its_html() -> None:
+    found = stats(GPT)
+    text = repr(found.stats)
+    assert "6.bias" not in text, "60 rows of 208"
+    assert "… and 148 more rows" in text
+    html = found.stats._repr_html_()
+    assert html.count("<svg") == 200
+    assert "<script" not in html
+    deep = stats(GPT, by="layer").stats._repr_html_()
+    assert "norm by layer" in deep
+    hostile = stats(xr.DataArray(np.ones(3, np.float32), dims="x", name="<b>w</b>"))
+    assert "<b>w" not in hostile.stats._repr_html_()
+
+
+def test_the_command() -> None:
+    shown = run("stats", GPT, "--by", "model", "--states", "fp32,exp_avg")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert shown.stdout.splitlines()[0].split()[:4] == ["tensor", "state", "elements", "norm"]
+    assert len(shown.stdout.splitlines()) == 3
+    told = json.loads(run("stats", GPT, "--shards", "--json").stdout)
+    assert told["dims"] == ["tensor", "tp", "state"]
+    first = told["rows"][0]
+    assert sum(count for _, _, count in first["histogram"]) == first["elements"] == 896
+    assert len(run("stats", STEPS, "--steps", "--by", "model").stdout.splitlines()) == 1 + 3 * 4
+    assert "update/weight" in run("stats", GPT, "--adam").stdout
+    assert run("stats", GPT, "--adam", "--shards").exit_code == 2
+    assert "no state 'fp23'" in refused("stats", GPT, "--states", "fp23")
+
+
+def test_accumulators_for_others() -> None:
+    """What a health check can build on: one accumulator a tensor, merged as it likes."""
+    taken = accumulator(np.dtype(ml_dtypes.bfloat16))
+    taken.add(np.array([1, 2, math.nan], ml_dtypes.bfloat16))
+    taken.add(np.array([3, math.inf], ml_dtypes.bfloat16))
+    found = taken.result().merge(partial(np.array([6.0])))
+    assert (found.count, found.nan, found.inf, found.finite, found.mean, found.low, found.high) == (6, 1, 1, 4, 3, 1, 6)
+    assert found.std == np.std([1, 2, 3, 6])

@@ -10,11 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptlab import viz
-    from ckptlab.analysis import Diff, Finding, Health, diff, health
-    from ckptlab.analysis.adam import adam
-    from ckptlab.analysis.run import Run, open_run
-    from ckptlab.analysis.statistics import stats
+    from ckptlab import analysis, viz
+    from ckptlab.analysis import Diff, Finding, Health, Run, adam, diff, health, open_run, plots, stats
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
@@ -72,6 +69,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "adam",
+    "analysis",
     "diff",
     "explore",
     "health",
@@ -81,6 +79,7 @@ __all__ = [
     "open_run",
     "paper_model",
     "playground",
+    "plots",
     "reshape",
     "save_weights",
     "split",
@@ -91,10 +90,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "analysis": "Diff Finding Health diff health",
-    "analysis.adam": "adam",
-    "analysis.run": "Run open_run",
-    "analysis.statistics": "stats",
+    "analysis": "Diff Finding Health Run adam diff health open_run plots stats",
     "arrays.backends": "Backend",
     "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat to",
     "catalog": "Catalog Notice ParameterGroup Tensor",
@@ -111,7 +107,7 @@ _HOMES = {
     "strategy": "Megatron Rules Strategy",
     "widgets": "explore playground",
 }
-_MODULES = ("viz",)
+_MODULES = ("analysis", "viz")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 

@@ -151,6 +151,7 @@ def main() -> None:
       ckptlab plan run --tp 4 --pp 1
       ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1
       ckptlab check run
+      ckptlab stats run --by stack
       ckptlab diff run out
     """
 
@@ -441,7 +442,9 @@ def _note(texts: Iterable[str]) -> None:
 
 @main.command(short_help="What the numbers of every tensor are like.")
 @click.argument("path")
-@click.option("--by", type=click.Choice(["tensor", "layer", "stack", "kind", "model"]), default="tensor", help="Rows.")
+@click.option(
+    "--by", type=click.Choice(["tensor", "layer", "stack", "kind", "model"]), default="tensor", help="What a row is."
+)
 @click.option("--states", metavar="fp32,exp_avg,…", help="These states alone.")
 @click.option("--shards", "by_rank", is_flag=True, help="Each tp rank's shard by itself, instead of whole tensors.")
 @click.option("--steps", "whole_run", is_flag=True, help="Every step of the run whose step folders stand in PATH.")
@@ -475,18 +478,20 @@ def stats(
       ckptlab stats run --steps --by model
       ckptlab stats run --adam
     """
-    if sum((by_rank, whole_run, updates)) > 1 or (updates and (states or spectrum or by != "tensor")):
-        raise click.UsageError("--shards, --steps and --adam exclude each other; --adam has options of its own")
+    if sum((by_rank, whole_run, updates)) > 1:
+        raise click.UsageError("--shards, --steps and --adam exclude each other")
+    if updates and (states or spectrum or by != "tensor"):
+        raise click.UsageError("--adam has a table of its own: it takes neither --by, --states nor --spectrum")
     from ckptlab.describe.statistics import statistics_text, to_dict
 
     progress = sys.stderr.isatty() and not no_progress
     if updates:
-        from ckptlab.analysis.adam import adam
+        from ckptlab.analysis import adam
 
         found = adam(_open(path, strategy), progress=progress)
     else:
-        from ckptlab.analysis.run import open_run
-        from ckptlab.analysis.statistics import stats as statistics
+        from ckptlab.analysis import open_run
+        from ckptlab.analysis import stats as statistics
 
         view: Any = open_run(path, strategy) if whole_run else _open(path, strategy)
         _note(str(one) for one in (view.skipped if whole_run else ()))

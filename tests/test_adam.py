@@ -17,8 +17,8 @@ from test_diff import copy, poke
 
 import ckptlab
 from ckptlab import adam
-from ckptlab.analysis import adam as module
-from ckptlab.analysis.adam import Moved, Settings, moved, update
+from ckptlab.analysis import updates as module
+from ckptlab.analysis.updates import Moved, Settings, moved, update
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read

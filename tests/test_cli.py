@@ -68,16 +68,32 @@ def gpt(tmp_path: Path) -> Path:
     [
         ("import ckptlab", (*HEAVY, "numpy", "click", "tqdm")),
         ("import ckptlab; ckptlab.open", HEAVY),
+        ("from ckptlab.analysis import diff, health", HEAVY),
         (f"from ckptlab.cli import main; main(['info', {str(GPT)!r}], standalone_mode=False)", HEAVY),
         (f"from ckptlab.cli import main; main(['plan', {str(GPT)!r}, '--tp', '4'], standalone_mode=False)", HEAVY),
         (f"from ckptlab.cli import main; main(['check', {str(GPT)!r}], standalone_mode=False)", HEAVY),
     ],
-    ids=["package", "open", "info", "plan", "check"],
+    ids=["package", "open", "analysis", "info", "plan", "check"],
 )
 def test_nothing_heavy_is_imported(code: str, light: tuple[str, ...]) -> None:
     code += f"; import sys; print('heavy:', sorted(set({light!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_analysis_has_the_same_names() -> None:
+    code = (
+        "import ckptlab.analysis.updates; from ckptlab.analysis import adam, diff, health, open_run, plots, stats; "
+        "import ckptlab; told = (adam, diff, health, open_run, plots, stats); "
+        "names = 'adam diff health open_run plots stats'.split(); "
+        "print(all(getattr(ckptlab, n) is getattr(ckptlab.analysis, n) is x for n, x in zip(names, told)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "True"
+    for name in ckptlab.analysis.__all__:
+        assert getattr(ckptlab.analysis, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'statz'"):
+        _ = ckptlab.analysis.statz
 
 
 def test_every_public_name_is_there() -> None:

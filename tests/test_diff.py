@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import GPT, ZERO2, ZERO3
+from compare import DATA, GPT, ZERO2, ZERO3
 from safetensors.numpy import save_file
 
 import ckptlab
@@ -293,6 +294,23 @@ def test_changes_are_summed_up_by_layer_and_kind(poked: Path) -> None:
     assert found.to_dict()["layers"].keys() == {"exp_avg_sq"}
     with pytest.raises(CheckpointError, match="was not compared"):
         found.by_layer("momentum")
+
+
+def test_what_changed_and_what_did_not(poked: Path) -> None:
+    found = diff(GPT, poked)
+    assert found.changed == (DENSE,)
+    assert len(found.unchanged) == found.tensors - 1
+    assert DENSE not in found.unchanged
+    assert found.verdict == repr(found).splitlines()[0] == "different: 1 tensor with other values"
+    assert "same      tied_modules.embed.word_embeddings.weight" in repr(found)
+    assert found.to_dict()["unchanged"] == list(found.unchanged)
+    assert "same  " not in repr(diff(GPT, GPT))
+
+
+def test_numbers_that_are_whole_look_so() -> None:
+    text = repr(diff(DATA / "plain_zero1_dp2_steps/global_step2", DATA / "plain_zero1_dp2_steps/global_step4"))
+    assert re.search(r"no_decay +step +2 → 4", text)
+    assert re.search(r"no_decay +lr +0\.\d+ → 0\.\d+", text)
 
 
 def test_html_says_what_text_says(poked: Path) -> None:

@@ -646,6 +646,10 @@ def test_text_and_html(gpt: Path) -> None:
     assert DENSE in html
     assert "<script" not in html
     assert str(found.findings[0]).startswith("error: master-weight (")
+    assert found.verdict == text.splitlines()[0] == "not healthy: 1 error, 1 remark"
+    alone = found.findings[0]._repr_html_()
+    assert "master-weight" in alone
+    assert "untrained-copy" not in alone
 
 
 def test_every_code_is_explained() -> None:

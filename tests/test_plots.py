@@ -64,6 +64,29 @@ def test_norms_of_a_run_are_the_last_steps(tmp_path: Path) -> None:
     np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_ydata(), expected)
 
 
+def test_norms_over_steps_are_of_all_layers_together(tmp_path: Path) -> None:
+    run = ckptlab.open_run(STEPS)
+    found = ckptlab.stats(run)  # with histograms, whose coordinates are no norms'
+    axes = drawn(plots.norms(found, over="step", tensors="fc1.weight", states=["fp32", "exp_avg"]), tmp_path)
+    [line] = axes[1].get_lines()
+    assert (line.get_label(), axes[1].get_xlabel()) == ("blocks.fc1.weight", "step")
+    np.testing.assert_array_equal(line.get_xdata(), run.steps)
+    whole = [np.sqrt(sum((np.float64(a) ** 2).sum() for a in _layers(run[step]))) for step in run.steps]
+    np.testing.assert_allclose(line.get_ydata(), whole)
+    again = plots.norms(run.stats(by="layer"), over="step", tensors="fc1.weight", states=["exp_avg"]).axes[0]
+    np.testing.assert_allclose(again.get_lines()[0].get_ydata(), whole)
+    assert plots.norms(found).get_suptitle() == "Norms by layer, step 5"
+    with pytest.raises(CheckpointError, match="take a run"):
+        plots.norms(run[5], over="step")
+    with pytest.raises(CheckpointError, match="expected 'layer' or 'step'"):
+        plots.norms(run, over="tp")
+
+
+def _layers(ckpt: ckptlab.Checkpoint) -> list[np.ndarray]:
+    moments = ckpt.full("exp_avg", stack=False)
+    return [moments[f"blocks.{i}.fc1.weight"].values for i in range(3)]
+
+
 def test_norms_need_layers() -> None:
     with pytest.raises(CheckpointError, match="no curve over depth"):
         plots.norms(xr.DataArray(np.ones((3, 3)), dims=("a", "b")))
@@ -120,6 +143,21 @@ def test_drift_over_tp(tmp_path: Path) -> None:
     assert row == 0, "what drifts most stands on top"
     replicated = names.index("3.input_layernorm.weight")
     np.testing.assert_array_equal(image[replicated], 0)
+
+
+def test_drift_of_replicas_alone(tmp_path: Path) -> None:
+    ckpt = ckptlab.open(GPT)
+    figure = plots.drift(ckpt, replicas=True)
+    axis = drawn(figure, tmp_path)[0]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert "3.input_layernorm.weight" in names
+    assert not [name for name in names if "query_key_value" in name or "h_to_4h" in name]
+    np.testing.assert_array_equal(axis.get_images()[0].get_array(), 0)
+    assert axis.get_title() == "no drift"
+    with pytest.raises(CheckpointError, match="every tensor here is cut over tp"):
+        plots.drift(ckpt, replicas=True, tensors="h_to_4h")
+    with pytest.raises(CheckpointError, match="do not tell layouts"):
+        plots.drift(ckptlab.stats(ckpt.shards(), by="kind"), replicas=True)
 
 
 def test_drift_over_steps(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_frozen_tensors_and_buffers_have_a_state_alone() -> None:
 def test_coordinates_tell_where_a_tensor_stands() -> None:
     found = stats(GPT)
     one = found.sel(tensor=f"3.{QKV}")
-    told = {name: one[name].item() for name in ("stack", "layer", "kind", "pp", "shape", "numel", "group")}
+    told = {name: one[name].item() for name in ("stack", "layer", "kind", "pp", "shape", "numel", "group", "layout")}
     assert told == {
         "stack": QKV,
         "layer": 3,
@@ -261,6 +261,7 @@ def test_coordinates_tell_where_a_tensor_stands() -> None:
         "shape": "48 × 16",
         "numel": 768,
         "group": "decay",
+        "layout": "(tp out) in",
     }
     assert found.sel(tensor="6.weight")["layer"] == -1
     curve = found["norm"].sel(state="fp32").where(found["stack"] == QKV, drop=True)
@@ -479,6 +480,9 @@ def test_the_table_and_its_html() -> None:
     assert "<script" not in html
     deep = stats(GPT, by="layer").stats._repr_html_()
     assert "norm by layer" in deep
+    assert "16 stacks, 4 layers" in deep
+    assert "<td>-1</td>" not in deep
+    assert "1 kind, 2 tp ranks" in stats(ckptlab.open(GPT).shards(), by="kind").stats._repr_html_()
     hostile = stats(xr.DataArray(np.ones(3, np.float32), dims="x", name="<b>w</b>"))
     assert "<b>w" not in hostile.stats._repr_html_()
 

@@ -94,9 +94,27 @@ class Diff:
         return not (self.differences or self.only_a or self.only_b or self.shapes or self.settings or self.renamed)
 
     @property
+    def verdict(self) -> str:
+        """One line: whether they are equal, and what is not."""
+        from ckptlab.describe.differences import verdict
+
+        return verdict(self)
+
+    @property
     def states(self) -> tuple[str, ...]:
         """The states that were compared."""
         return tuple(c.state for c in self.compared)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The tensors (names of a) that differ in some state that both have."""
+        return tuple(dict.fromkeys(d.name for d in self.differences))
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """The tensors that are the same, bit for bit, in every state that both have."""
+        changed = set(self.changed)
+        return tuple(dict.fromkeys(m.name for m in self.measures if m.name not in changed))
 
     def by_layer(self, state: str | None = None) -> tuple[Summary, ...]:
         """How far apart each layer is in one state (default: the first that was compared), in order of depth; tensors

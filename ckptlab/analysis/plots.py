@@ -33,34 +33,33 @@ FARTHEST = 10.0  # log2 of a ratio that is drawn like every larger one
 SPARSE = 1e-3  # share of all elements below which octaves around 0 are drawn as one
 
 
-def norms(found: View | xr.Dataset, *, tensors: str | None = None, states: Sequence[str] | None = None) -> Figure:
+def norms(
+    found: View | xr.Dataset, *, tensors: str | None = None, states: Sequence[str] | None = None, over: str = "layer"
+) -> Figure:
     """The norm of every stack of layers over depth, a panel for each state, on a logarithmic axis.
 
-    tensors: a regular expression that names must hold. Of a run, the last step. Without it the 8 largest stacks are
-    shown. CheckpointError where no tensor is one of several layers.
+    over: "step" draws it over the steps of a run instead, all layers of a stack together; otherwise a run's last step
+    is shown. tensors: a regular expression that names must hold; without it the 8 largest stacks are shown.
+    CheckpointError where no tensor is one of several layers, or of steps where there is no run.
     """
     from matplotlib.ticker import MaxNLocator
 
-    table = _by_layer(_statistics(found, ["norm", "layer"]))
-    deep = _last_step(table).pipe(_only, tensors)
-    deep = deep.isel(layer=deep["layer"].values >= 0) if "layer" in deep.dims else deep
-    if "layer" not in deep.dims or not deep.sizes["layer"] or not deep.sizes["tensor"]:
-        raise CheckpointError("no tensor here is one of several layers: there is no curve over depth to draw")
-    wanted = _states(deep, states)
-    largest = deep["norm"].max([d for d in deep["norm"].dims if d != "tensor"]).fillna(-1)
-    kept = np.sort(np.argsort(-largest.values, kind="stable")[:LINES])
-    deep = deep.isel(tensor=[i for i in kept if largest.values[i] >= 0])
+    if over not in ("layer", "step"):
+        raise CheckpointError(f"over={over!r}: expected 'layer' or 'step'")
+    table = _only(_statistics(found, ["norm", "layer"]), tensors)
+    values = _over_steps(table) if over == "step" else _over_layers(table)
+    wanted = _states(values.to_dataset(name="norm"), states)
+    values = _largest(table, values)
     figure, axes = _panels(len(wanted), sharex=True)
     for axis, state in zip(axes, wanted, strict=True):
-        for i, name in enumerate(deep["tensor"].values):
-            one = deep["norm"].sel(tensor=name, state=state)
-            y = one.mean("tp") if "tp" in one.dims else one
+        for i, name in enumerate(values["tensor"].values):
+            y = values.sel(tensor=name, state=state)
             look: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4}
-            axis.plot(deep["layer"], y, label=shorten(str(name), 36), **look)
+            axis.plot(values[over], y, label=shorten(str(name), 36), **look)
         _logarithmic(axis)
-        axis.set(title=state, xlabel="layer", ylabel="norm")
+        axis.set(title=state, xlabel=over, ylabel="norm")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, axes[0], "Norms by layer" + _of_step(table))
+    _legend(figure, axes[0], f"Norms by {over}" + (_of_step(table) if over == "layer" else ""))
     return figure
 
 
@@ -110,12 +109,14 @@ def drift(
     statistic: str = "norm",
     over: str | None = None,
     tensors: str | None = None,
+    replicas: bool = False,
 ) -> Figure:
     """A heat map (tensor × rank): how far each tp rank's shard lies from the median of all, as a ratio of two.
 
     over: "tp" (of the shards view) or "step" (of a run: how far from the first one); by default whichever there is.
     state: the master weight if not said. statistic: "norm", "std", "max", … A checkpoint is looked at through
-    `shards()`. The 60 tensors that drift most are shown, the one that does so most on top.
+    `shards()`. replicas: only tensors that every tp rank holds whole, which should not drift at all; shards of those
+    that are cut differ anyway. The 60 tensors that drift most are shown, the one that does so most on top.
     """
     if isinstance(found, Checkpoint):
         found = found.shards()
@@ -123,6 +124,8 @@ def drift(
     over = over or ("step" if "step" in table.dims else "tp")
     if over not in table.dims:
         raise CheckpointError(f"over={over!r}: take shards() of a checkpoint for tp, or a run (open_run) for step")
+    if replicas:
+        table = table.isel(tensor=_replicated(table))
     state = _states(table, None if state is None else [state])[0]
     sizes = abs(table[statistic].sel(state=state))
     values = sizes.mean([dim for dim in sizes.dims if dim not in ("tensor", over)]).transpose("tensor", over)
@@ -140,7 +143,9 @@ def drift(
     axis.set_xticks(range(apart.sizes[over]), [str(k) for k in apart[over].values])
     against = f"{over} {table[over].values[0]}" if over == "step" else f"the median over {over}"
     axis.set(xlabel=f"{over} rank" if over == "tp" else over)
-    figure.suptitle(f"Drift of {statistic}, {state}")
+    if not apart.any():
+        axis.set_title("no drift", fontsize=9)
+    figure.suptitle(f"Drift of {statistic}, {state}" + (", replicas" if replicas else ""))
     figure.colorbar(image, ax=axis, label=f"log2 of the ratio to {against}")
     return figure
 
@@ -194,12 +199,51 @@ def _statistics(found: Any, needed: Sequence[str]) -> xr.Dataset:
     return stats(found, histogram="histogram" in needed)
 
 
+def _over_layers(table: xr.Dataset) -> xr.DataArray:
+    """Norms with the dims (tensor: stack, layer, state), of a run at its last step, the mean of tp ranks."""
+    deep = _last_step(_by_layer(table))
+    if "layer" in deep.dims:
+        deep = deep.isel(layer=deep["layer"].values >= 0)
+    if "layer" not in deep.dims or not deep.sizes["layer"] or not deep.sizes["tensor"]:
+        raise CheckpointError("no tensor here is one of several layers: there is no curve over depth to draw")
+    return _norms_of_ranks(deep)
+
+
+def _over_steps(table: xr.Dataset) -> xr.DataArray:
+    """Norms with the dims (tensor: stack, step, state): of all layers of a stack together."""
+    if "step" not in table.dims:
+        raise CheckpointError("over='step': take a run (open_run), or statistics of one")
+    squares = _norms_of_ranks(table) ** 2
+    if "layer" in squares.dims:
+        squares = squares.sum("layer", min_count=1)
+    elif "stack" in table.coords:
+        of_stack = xr.DataArray(table["stack"].values, dims="tensor", name="of_stack")
+        squares = squares.groupby(of_stack).sum(min_count=1).rename(of_stack="tensor")
+        squares = squares.sel(tensor=list(dict.fromkeys(table["stack"].values)))
+    return squares**0.5
+
+
+def _largest(table: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
+    """The stacks that have the most elements, in their own order."""
+    sizes: dict[str, int] = dict.fromkeys(map(str, values["tensor"].values), 0)
+    counts = table["elements"].clip(min=0).max([d for d in table["elements"].dims if d != "tensor"])
+    for name, count in zip(table["stack" if "stack" in table.coords else "tensor"].values, counts.values, strict=True):
+        if name in sizes:
+            sizes[str(name)] += int(count)
+    kept = set(sorted(sizes, key=lambda name: -sizes[name])[:LINES])
+    return values.isel(tensor=[i for i, name in enumerate(sizes) if name in kept])
+
+
+def _norms_of_ranks(table: xr.Dataset) -> xr.DataArray:
+    values = table["norm"].reset_coords(drop=True)
+    return values.mean("tp") if "tp" in values.dims else values
+
+
 def _by_layer(table: xr.Dataset) -> xr.Dataset:
     """Norms with the dims (tensor: stack, layer, …) out of those by tensor."""
-    if table.attrs.get("by") == "layer":
+    if "layer" in table.dims:
         return table
-    held = table[["norm"]].drop_vars([c for c in table.coords if c not in (*table["norm"].dims, "stack", "layer")])
-    deep = held.isel(tensor=held["layer"].values >= 0)
+    deep = table.isel(tensor=table["layer"].values >= 0)
     pairs = list(zip(deep["stack"].values, deep["layer"].values, strict=True))
     stacks, layers = list(dict.fromkeys(s for s, _ in pairs)), sorted({int(n) for _, n in pairs})
     values = deep["norm"].transpose("tensor", ...)
@@ -221,6 +265,16 @@ def _only(table: xr.Dataset, tensors: str | None) -> xr.Dataset:
         names = ", ".join(map(str, table["tensor"].values[:4]))
         raise CheckpointError(f"no tensor's name matches {tensors!r}: there are {names}, …")
     return table.isel(tensor=kept)
+
+
+def _replicated(table: xr.Dataset) -> list[int]:
+    """Which tensors no mesh axis cuts, by their layouts. CheckpointError where there is none."""
+    if "layout" not in table.coords:
+        raise CheckpointError("replicas=True: these statistics do not tell layouts: take them of shards()")
+    found = [i for i, text in enumerate(table["layout"].values) if text and not re.search(r"\btp\b", str(text))]
+    if not found:
+        raise CheckpointError("replicas=True: every tensor here is cut over tp")
+    return found
 
 
 def _states(table: xr.Dataset, states: Sequence[str] | None) -> list[str]:

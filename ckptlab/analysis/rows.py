@@ -37,7 +37,7 @@ class Row:
 
     name: the model's own. stack: the name that it shares with the other layers; layer: its number among them, -1 where
     it stands alone. pp: the stage that holds it, -1 where nothing says so. tp, step: None where the view has no such
-    dim.
+    dim. layout: the line of notation that says how it is cut, "" where nothing says so.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Row:
     pp: int = -1
     tp: int | None = None
     step: int | None = None
+    layout: str = ""
 
     @property
     def numel(self) -> int:
@@ -107,7 +108,8 @@ def _of_catalog(catalog: Catalog) -> Iterator[Row]:
         for state in catalog.states:
             if state in tensor.states and catalog.holders(tensor.name, state):
                 array = Gathered(Gather(catalog, tensor.name, state), Cut.whole(tensor.shape))
-                yield Row(tensor.name, state, array, stack, layer, tensor.kind, group, tensor.stages[0])
+                stage, cut = tensor.stages[0], tensor.layout.text
+                yield Row(tensor.name, state, array, stack, layer, tensor.kind, group, stage, layout=cut)
 
 
 def _of_dataset(dataset: xr.Dataset, node: str | None) -> Iterator[Row]:
@@ -145,6 +147,7 @@ def _of_array(
             _number(part, "pp"),
             at.get("tp"),
             at.get("step"),
+            str(told.get("layout", "")),
         )
 
 

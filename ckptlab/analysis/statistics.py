@@ -70,9 +70,9 @@ def stats(
     streamed here, on `workers` threads (None: as many as there are cores).
 
     by: what a row of `tensor` is. "tensor": one tensor, by the model's name, with the coordinates stack (the name that
-    it shares with other layers), layer (its number, -1 where it stands alone), kind, group, pp, shape (as text) and
-    numel. "layer": stacks, with a dim `layer` more (NaN where a stack has no such layer; a lone tensor stands at -1).
-    "stack", "kind" and "model": all tensors of a stack, of a kind, of the model taken together.
+    it shares with other layers), layer (its number, -1 where it stands alone), kind, group, pp, layout, shape (as text)
+    and numel. "layer": stacks, with a dim `layer` more (NaN where a stack has no such layer; a lone tensor stands at
+    -1). "stack", "kind" and "model": all tensors of a stack, of a kind, of the model taken together.
 
     Variables: elements, and how many of them are nan, inf, zeros, subnormals (-1 where a tensor has no such state);
     norm, mean, std, min, max (of the finite elements: what is not finite is counted and left out; NaN where there is
@@ -248,6 +248,7 @@ class _Table:
         told: dict[str, list[Any]] = {
             "kind": [row.kind for row in firsts],
             "group": [row.group for row in firsts],
+            "layout": [row.layout for row in firsts],
             "shape": [" × ".join(map(str, row.array.shape)) or "scalar" for row in firsts],
             "numel": [row.numel for row in firsts],
         }

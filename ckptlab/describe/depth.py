@@ -31,6 +31,8 @@ def plot_depth(measures: Sequence[Measure], state: str, ax: Any = None) -> Any:
         style: dict[str, Any] = {"color": "0.75", "linewidth": 0.8, "zorder": 1}
         if i < LINES:
             style = {"color": f"C{i}", "label": kind}
+        elif i == LINES:
+            style["label"] = f"{len(most) - LINES} others"
         of_kind = by_kind[kind]
         if of_kind[0].layer is None:
             ax.axhline(of_kind[0].relative, linestyle="--", **style)

@@ -12,7 +12,7 @@ from ckptlab.describe.text import aligned, blocks
 from ckptlab.draw.words import number_of, some
 
 if TYPE_CHECKING:
-    from ckptlab.analysis import Diff, Difference, OnlyIn
+    from ckptlab.analysis import Diff, Difference, OnlyIn, Setting
     from ckptlab.analysis.measure import Summary
 
 ROWS = 20  # differences that are listed
@@ -24,8 +24,8 @@ def to_dict(diff: Diff) -> dict[str, Any]:
     Keys: equal, a, b (paths), tensors (compared), compared [{state, tensors, elements, differ}], differences [{name,
     state, dtypes, elements, count, max_abs, max_rel, at, a, b, relative, cosine, reason}], only_a, only_b (names),
     renamed [{a, b, same, distance}], shapes [{name, a, b}], states_only_a, states_only_b [{state, tensors,
-    everywhere}], settings [{where, key, a, b}], layers and kinds {state: [{label, tensors, differ, max_abs, relative,
-    cosine}]}, of states in which something differs.
+    everywhere}], settings [{where, key, a, b}], unchanged (names), layers and kinds {state: [{label, tensors, differ,
+    max_abs, relative, cosine}]}, of states in which something differs.
     """
     return {
         "equal": diff.equal,
@@ -41,6 +41,7 @@ def to_dict(diff: Diff) -> dict[str, Any]:
         "states_only_b": [plain(vars(s)) for s in diff.states_only_b],
         "settings": [plain(vars(s)) for s in diff.settings],
         "renamed": [vars(r) for r in diff.renamed],
+        "unchanged": list(diff.unchanged),
         "layers": {s: [plain(vars(x)) for x in diff.by_layer(s)] for s in _differing(diff)},
         "kinds": {s: [plain(vars(x)) for x in diff.by_kind(s)] for s in _differing(diff)},
     }
@@ -60,22 +61,23 @@ def _reason(difference: Difference) -> str:
 def diff_text(diff: Diff) -> str:
     """The verdict, what was compared, and the largest differences."""
     found = [
-        ("", [_verdict(diff)]),
+        ("", [verdict(diff)]),
         ("A", [diff.a]),
         ("B", [diff.b]),
         ("states", aligned(_states(diff), "lrrl")),
+        ("same", _unchanged(diff)),
         ("tensors", [*_only("A", diff.only_a), *_only("B", diff.only_b), *_renamed(diff), *_shapes(diff)]),
-        ("settings", aligned([[s.where, s.key, f"{s.a} → {s.b}"] for s in diff.settings], "lll")),
+        ("settings", aligned([[s.where, s.key, _values(s)] for s in diff.settings], "lll")),
     ]
     return "\n".join([*blocks(found), *_listed(diff), *_summaries(diff)])
 
 
-def _verdict(diff: Diff) -> str:
+def verdict(diff: Diff) -> str:
+    """`different: 3 tensors with other values, 1 setting with another value`."""
     if diff.equal:
         states = ", ".join(c.state for c in diff.compared)
         return f"equal: {number_of(diff.tensors, 'tensor')}, bit for bit, in every state that both have ({states})"
-    names = len(dict.fromkeys(d.name for d in diff.differences))
-    said = [f"{number_of(names, 'tensor')} with other values"] if names else []
+    said = [f"{number_of(len(diff.changed), 'tensor')} with other values"] if diff.changed else []
     missing = len(diff.only_a) + len(diff.only_b)
     said += [f"{number_of(missing, 'tensor')} on one side only"] if missing else []
     said += [f"{number_of(len(diff.renamed), 'tensor')} under another name"] if diff.renamed else []
@@ -101,6 +103,17 @@ def _states(diff: Diff) -> list[list[str]]:
 
 def _which(missing: OnlyIn) -> str:
     return "" if missing.everywhere else f": {some(missing.tensors, 3)}"
+
+
+def _unchanged(diff: Diff) -> list[str]:
+    """The tensors of which nothing differs, where others do."""
+    return [some(diff.unchanged, 4)] if diff.differences and diff.unchanged else []
+
+
+def _values(setting: Setting) -> str:
+    """Both values; a step that one optimizer keeps as 3.0 and another as 3 looks alike."""
+    a, b = (int(v) if isinstance(v, float) and v.is_integer() else v for v in (setting.a, setting.b))
+    return f"{setting.a} → {setting.b}" if a == b else f"{a} → {b}"
 
 
 def _only(side: str, names: tuple[str, ...]) -> list[str]:
@@ -166,10 +179,11 @@ def diff_html(diff: Diff) -> str:
     facts = [
         ("A", diff.a),
         ("B", diff.b),
+        *[("same", text) for text in _unchanged(diff)],
         *[("tensors", text) for text in (*_only("A", diff.only_a), *_only("B", diff.only_b))],
         *[("renamed", f"{r.a} → {r.b}") for r in diff.renamed[:ROWS]],
         *[("shape", f"{name}: {_shape(a)} in A, {_shape(b)} in B") for name, a, b in diff.shapes[:ROWS]],
-        *[("setting", f"{s.where}: {s.key} {s.a} → {s.b}") for s in diff.settings],
+        *[("setting", f"{s.where}: {s.key} {_values(s)}") for s in diff.settings],
     ]
     told = "".join(f"<dt>{key}</dt><dd>{escape(str(text))}</dd>" for key, text in facts)
     most = sorted(diff.differences, key=lambda d: -d.max_abs)
@@ -178,7 +192,7 @@ def diff_html(diff: Diff) -> str:
     if most:
         title = f"largest of {number_of(len(most), 'difference')}"
         parts.append(_folded(title, _HEADER, [_row(d) for d in most[: 5 * ROWS]], _SIDES))
-    return page(_verdict(diff), parts)
+    return page(verdict(diff), parts)
 
 
 def _folded(title: str, header: list[str], rows: list[list[str]], sides: str) -> str:

@@ -50,7 +50,7 @@ def finding_line(finding: Finding) -> str:
 
 def health_text(health: Health) -> str:
     """The verdict, how far the check went, and a block for each finding."""
-    lines = [_verdict(health), *aligned([["path", health.path], ["checked", _checked(health)]], "ll")]
+    lines = [verdict(health), *aligned([["path", health.path], ["checked", _checked(health)]], "ll")]
     for finding in health.findings:
         lines += ["", f"{finding.severity.upper()}  {finding.code}"]
         lines += [line for key, text in _parts(finding) for line in _block(key, text)]
@@ -75,8 +75,13 @@ def health_html(health: Health) -> str:
     told = "".join(f"<dt>{key}</dt><dd>{escape(text)}</dd>" for key, text in facts)
     cards = "".join(_card(f) for f in health.findings)
     colour = _COLOURS["healthy" if health.healthy else health.findings[0].severity]
-    verdict = f'<div style="color:{colour};font-weight:600;margin:.4em 0">{escape(_verdict(health))}</div>'
-    return page("health", [verdict, f"<dl>{told}</dl>", cards])
+    said = f'<div style="color:{colour};font-weight:600;margin:.4em 0">{escape(verdict(health))}</div>'
+    return page("health", [said, f"<dl>{told}</dl>", cards])
+
+
+def finding_html(finding: Finding) -> str:
+    """One finding by itself."""
+    return page("", [_card(finding)])
 
 
 def _card(finding: Finding) -> str:
@@ -107,7 +112,8 @@ def _about(where: Where) -> str:
     return "; ".join(text for text in said if text)
 
 
-def _verdict(health: Health) -> str:
+def verdict(health: Health) -> str:
+    """`not healthy: 1 error, 1 remark`."""
     counts = Counter(f.severity for f in health.findings)
     words = {"error": "error", "warning": "warning", "info": "remark"}
     told = ", ".join(number_of(counts[s], word) for s, word in words.items() if counts[s])

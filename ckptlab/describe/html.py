@@ -120,8 +120,9 @@ def _pictures(*drawings: Drawing | None) -> str:
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A box with a heading; parts are HTML already."""
-    return f"<div class=ckptlab><style>{STYLE}</style><div class=head>{escape(title)}</div>{''.join(parts)}</div>"
+    """A box with a heading, if there is one; parts are HTML already."""
+    head = f"<div class=head>{escape(title)}</div>" if title else ""
+    return f"<div class=ckptlab><style>{STYLE}</style>{head}{''.join(parts)}</div>"
 
 
 def _facts(pairs: Iterable[tuple[str, str]]) -> str:

@@ -95,7 +95,11 @@ def statistics_html(found: xr.Dataset) -> str:
 
 
 def _title(found: xr.Dataset) -> str:
-    said = [number_of(found.sizes[dim], dim) for dim in _keys(found)]
+    words = {"tensor": {"layer": "stack"}.get(by := str(found.attrs.get("by", "tensor")), by), "tp": "tp rank"}
+    counts = {dim: found.sizes[dim] for dim in _keys(found)}
+    if "layer" in counts:  # -1 is where tensors stand that are no layer's
+        counts["layer"] = int((found["layer"] >= 0).sum())
+    said = [number_of(count, words.get(dim, dim)) for dim, count in counts.items()]
     for name, what in (("nan", "NaN"), ("inf", "infinite")):
         if name in found:
             said.append(f"{int(found[name].clip(min=0).sum()):,} {what}")
@@ -138,9 +142,13 @@ def _table(found: xr.Dataset, limit: int | None) -> tuple[list[str], list[list[s
     values = [_by_row(found, found[name]) for name in shown]
     rows = []
     for place in itertools.islice(_places(found), limit):
-        labels = [str(found[key].values[i]) for key, i in zip(keys, place, strict=True)]
+        labels = [_label(key, found[key].values[i]) for key, i in zip(keys, place, strict=True)]
         rows.append(labels + [_cell(name, column[place].item()) for name, column in zip(shown, values, strict=True)])
     return [*keys, *(_COLUMNS[name] for name in shown)], rows, "l" * len(keys) + "r" * len(shown)
+
+
+def _label(key: str, value: Any) -> str:
+    return "–" if key == "layer" and value < 0 else str(value)
 
 
 def _cell(name: str, value: Any) -> str:
@@ -203,8 +211,8 @@ def _curves(found: xr.Dataset) -> str:
             y = deep.sel(tensor=stack, state=state).values
             held = y[np.isfinite(y)]
             drawn = line(y)
-            cells.append(f"{drawn} {held.min():.3g} … {held.max():.3g}" if drawn else "")
+            cells.append(f"{drawn}<br>{held.min():.3g} … {held.max():.3g}" if drawn else "")
         if any(cells[1:]):
             rows.append(cells)
     header = ["tensor", *map(str, found["state"].values)]
-    return table_html(header, rows, "l" * len(header), escaped=True)
+    return f"<div class=scroll>{table_html(header, rows, 'l' * len(header), escaped=True)}</div>" if rows else ""

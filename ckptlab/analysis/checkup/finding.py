@@ -42,6 +42,11 @@ class Finding:
 
         return finding_line(self)
 
+    def _repr_html_(self) -> str:
+        from ckptlab.describe.health import finding_html
+
+        return finding_html(self)
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -69,6 +74,13 @@ class Health:
     def healthy(self) -> bool:
         """Nothing was found that is worse than "info"."""
         return all(f.severity == "info" for f in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """One line: whether it is healthy, and how many findings of each severity there are."""
+        from ckptlab.describe.health import verdict
+
+        return verdict(self)
 
     @property
     def codes(self) -> tuple[str, ...]:

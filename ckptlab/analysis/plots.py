@@ -30,6 +30,7 @@ MARKERS = "osD^vP*X"  # one for each colour
 LINES = 8  # stacks that one panel of norms names
 ROWS = 60  # tensors that a heat map shows
 FARTHEST = 10.0  # log2 of a ratio that is drawn like every larger one
+ROUNDING = 1e-12  # log2 of a ratio that sums in float64 may give where nothing drifts
 SPARSE = 1e-3  # share of all elements below which octaves around 0 are drawn as one
 
 
@@ -137,13 +138,13 @@ def drift(
     shown = np.argsort(-most, kind="stable")[:ROWS]
     apart = apart.isel(tensor=shown[most[shown] >= 0])
     figure, (axis,) = _panels(1, width=4.5 + 0.35 * apart.sizes[over], height=1.6 + 0.2 * max(apart.sizes["tensor"], 4))
-    limit = max(float(abs(apart).max()) if apart.size else 0.0, 1e-6)
+    limit = max(float(abs(apart).max()) if apart.size else 0.0, ROUNDING)
     image = axis.imshow(apart, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axis.set_yticks(range(apart.sizes["tensor"]), [shorten(str(n), 44) for n in apart["tensor"].values], fontsize=7)
     axis.set_xticks(range(apart.sizes[over]), [str(k) for k in apart[over].values])
     against = f"{over} {table[over].values[0]}" if over == "step" else f"the median over {over}"
     axis.set(xlabel=f"{over} rank" if over == "tp" else over)
-    if not apart.any():
+    if not (abs(apart) > ROUNDING).any():
         axis.set_title("no drift", fontsize=9)
     figure.suptitle(f"Drift of {statistic}, {state}" + (", replicas" if replicas else ""))
     figure.colorbar(image, ax=axis, label=f"log2 of the ratio to {against}")

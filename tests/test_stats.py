@@ -292,6 +292,15 @@ def test_part_of_a_view() -> None:
     assert (found["shape"], found["layer"]) == ("16 × 6", 4)
 
 
+def test_layers_of_an_array_by_itself_are_a_row_each() -> None:
+    array = ckptlab.open(GPT).full()[QKV].exp_avg
+    found = stats(array)
+    assert list(found.tensor.values) == [f"exp_avg (layer {i})" for i in (2, 3, 4, 5)]
+    whole = stats(GPT)["norm"].sel(state="exp_avg", tensor=[f"{i}.{QKV}" for i in (2, 3, 4, 5)])
+    np.testing.assert_array_equal(found["norm"].sel(state="exp_avg"), whole)
+    assert stats(array, by="layer").sizes["layer"] == 4
+
+
 def test_shards_have_a_dim_more_and_copies_a_row_each() -> None:
     shards = ckptlab.open(GPT).shards()
     found = stats(shards)

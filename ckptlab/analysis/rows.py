@@ -134,6 +134,8 @@ def _of_array(
         at = {dim: _at(part, dim, i) for dim, i in zip(dims, index, strict=True)}
         layer = at.get("layer", _number(part, "layer"))
         name = pattern.replace("{layer}", str(layer)) if "layer" in part.coords else pattern
+        if "layer" in dims and "{layer}" not in pattern:  # an array by itself: the node knows the model's names
+            name = f"{pattern} (layer {layer})"
         if "pp" in dims and index[dims.index("pp")]:  # a further copy of what several stages hold
             name = f"{name} (pp {at['pp']})"
         yield Row(

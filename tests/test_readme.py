@@ -13,11 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(block.replace("run/reshaped", str(tmp_path)), names)
+    assert names["diff"].changed
+    assert names["run"].steps == (2, 4, 5)
     assert names["cut"].shard_shape((0,)) == (16, 32)
     assert names["cut"].rows((1,))[0][:, [0, 2]].tolist() == [[8, 8], [36, 4], [52, 4]]
     curve = names["full"].std(["out", "in"])["mlp.dense_h_to_4h.weight"].fp32

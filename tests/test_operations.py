@@ -47,6 +47,7 @@ def cases(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], Mesh, Mesh]:
         (Layout("(head tp d) in", totals={"head": n * 2}, sizes={"head": 2}), (2 * n, rest)),
         (Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 2 * n, "k": n, "v": n}), (4 * n, rest)),
         (Layout("((tp q) + k) in", totals={"q": n, "k": 3}), (n + 3, rest)),
+        (Layout("(head ((tp q) + (tp k))) in", totals={"q": 2 * n, "k": n}), (6 * n, rest)),
         (Layout("out in"), (rest, 3)),
         (Layout(""), ()),
         one,
@@ -196,6 +197,18 @@ def test_regular_layouts_are_few_moves() -> None:
         cut = Layout(text, totals=totals).resolve((192, 96), Mesh(tp=16))
         assert len(moves(cut, Cut.whole((192, 96))).steps) == parts
         assert len(moves(Cut.whole((192, 96)), cut).steps) == parts
+
+
+def test_runs_with_others_between_them() -> None:
+    """Rows as an affine map may say them: regular, but no permuted view."""
+    rows = {(k,): [[k, 0, 1, 2, 4], [2 + k, 2, 1, 2, 4]] for k in (0, 1)}
+    cut = Cut.from_rows((8,), Mesh(tp=2), [(("tp",), rows)])
+    whole = np.arange(8)
+    shards = resolve().move(moves(Cut.whole((8,)), cut), [whole])
+    assert (
+        [s.tolist() for s in shards] == [cut.take(whole, (k,)).tolist() for k in (0, 1)] == [[0, 4, 2, 6], [1, 5, 3, 7]]
+    )
+    assert resolve().move(moves(cut, Cut.whole((8,))), [shards]).tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize(

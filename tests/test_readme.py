@@ -25,9 +25,7 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names["cut"].shard_shape((0,)) == (16, 32)
     assert names["cut"].rows((1,))[0][:, [0, 2]].tolist() == [[8, 8], [36, 4], [52, 4]]
     gathered = names["reshaped"].shards()["mlp.dense_h_to_4h.weight"].fp32
-    assert {b: type(a.data).__name__ for b, a in names["wider"].items()} == dict(
-        numpy="ndarray", torch="Duck", jax="Duck"
-    )
+    assert [type(array.data).__name__ for array in names["wider"].values()] == ["ndarray", "Duck", "Duck"]
     for array in names["wider"].values():
         assert (array.dims, array.values.tobytes()) == (gathered.dims, gathered.values.tobytes())
     curve = names["full"].std(["out", "in"])["mlp.dense_h_to_4h.weight"].fp32

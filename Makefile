@@ -11,7 +11,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BASE_PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo test lint bench data clean
+.PHONY: demo test lint bench data notebooks clean
 
 demo: $(VENV)/core.stamp
 	rm -rf demo-out
@@ -31,6 +31,9 @@ lint: $(VENV)/full.stamp
 
 bench: $(VENV)/full.stamp
 	set -e; for script in benchmarks/bench_*.py; do $(PYTHON) $$script; done
+
+notebooks: $(VENV)/full.stamp
+	$(PYTHON) notebooks/run.py
 
 data: $(VENV)/full.stamp
 	$(PYTHON) data/foundry/make.py

@@ -117,6 +117,27 @@ def test_two_axes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_axis_that_is_split(name: str) -> None:
+    """Two kv heads on tp 4: each stands on two ranks."""
+    layout = Layout("((tp q) + (kv k)) in", totals={"q": 8, "k": 4})
+    mesh, narrow = Mesh(tp=4).split("tp", kv=2, rep=2), Mesh(tp=2).split("tp", kv=2, rep=1)
+    whole = xr.DataArray(np.arange(36).reshape(12, 3), dims=layout.dims)
+    shards = split(whole, layout, mesh, backend=name)
+    assert dict(shards.sizes) == {"kv": 2, "rep": 2, "dim0": 4, "in": 3}
+    assert (shards.sel(kv=1, rep=0).values[:, 0] // 3).tolist() == [4, 5, 10, 11]
+    assert merge(shards, layout, shape=(12, 3), on=mesh).values.tolist() == whole.values.tolist()
+    fewer = reshape(shards, layout, narrow, shape=(12, 3), on=mesh)
+    assert fewer.values.tolist() == split(whole, layout, narrow).values.tolist()
+    replicated = split(whole, "dim0 in", mesh, backend=name)
+    assert (replicated.sizes["kv"], replicated.sizes["rep"]) == (2, 2)
+    assert merge(replicated, "dim0 in", shape=(12, 3), on=mesh).values.tolist() == whole.values.tolist()
+    with pytest.raises(LayoutError, match="split.*shape="):
+        merge(shards, layout, on=mesh)
+    with pytest.raises(LayoutError, match=r"dim rep is 2 long, on .* it has degree 1"):
+        merge(shards, layout, shape=(12, 3), on=narrow)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_is_cut_off_where_the_true_shape_is_said(name: str) -> None:
     layout = Layout("(tp out) in", padded={0: 8})
     whole = xr.DataArray(np.arange(1.0, 15).reshape(7, 2), dims=("out", "in"))

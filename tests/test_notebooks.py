@@ -24,9 +24,13 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def test_a_notebook_runs_and_so_do_its_answers(path: Path) -> None:
-    notebook = copy.deepcopy(RUN["read"](path))
+    saved = RUN["read"](path)
+    notebook = copy.deepcopy(saved)
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in RUN["answers"](notebook)]
     RUN["execute"](notebook)  # CellExecutionError has the cell's source and the traceback
+    for before, now in zip(saved.cells, notebook.cells[: len(saved.cells)], strict=True):
+        shows = [bool(cell.get("outputs")) for cell in (before, now)]
+        assert shows[0] == shows[1], f"saved without what it shows now: run `make notebooks`\n{now.source}"
 
 
 def test_a_notebook_is_saved_as_it_ran(path: Path) -> None:

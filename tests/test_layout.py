@@ -318,7 +318,7 @@ def test_coordinates():
 
 def test_dims_are_derived():
     assert Layout("(tp out) in").dims == ("out", "in")
-    assert Layout("((tp q) + k) (3 in) (3) a").dims == ("dim0", "dim1", "dim2", "a")
+    assert Layout("((tp q) + k) (3 in) (3) a").dims == ("dim0", "in", "dim2", "a")
     assert Layout("(tp head d) in", dims=("out", "in")).names == ("out", "in")
     assert Layout("(tp out) in").replace(text="a b c").dims == ("a", "b", "c")
     assert Layout("(3 tp o) in", dims=("out", "in")).replace(replicas="mean").dims == ("out", "in")

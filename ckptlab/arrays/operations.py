@@ -1,6 +1,6 @@
 """Merging, splitting and reshaping as operations on labelled arrays in memory, alike on every backend.
 
-    whole = merge(shards, "(3 tp out) in")              # dims (tp, dim0, in) → (dim0, in)
+    whole = merge(shards, "(3 tp out) in")               # dims (tp, out, in) → (out, in)
     shards = split(whole, "(3 tp out) in", Mesh(tp=4))   # and back, for any mesh
     shards = reshape(shards, "(3 tp out) in", Mesh(tp=8))
 

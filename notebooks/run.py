@@ -63,18 +63,22 @@ def execute(notebook: NotebookNode) -> NotebookNode:
 
 def cleaned(notebook: NotebookNode) -> NotebookNode:
     """The notebook as it is saved: cells numbered, no timestamps, no versions, no names of this machine."""
-    widgets = notebook.metadata.get("widgets")
     notebook.metadata = NotebookNode({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     seen: dict[str, str] = {}
-    if widgets:
-        notebook.metadata["widgets"] = _strings(widgets, lambda text: _cleaned_text(text, seen))
     for number, cell in enumerate(notebook.cells, 1):
         cell["id"] = f"c{number:02d}"
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter")})
         if cell.cell_type == "code":
-            cell.outputs = _strings(cell.outputs, lambda text: _cleaned_text(text, seen))
+            cell.outputs = _strings([_still(o) for o in cell.outputs], lambda text: _cleaned_text(text, seen))
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
+
+
+def _still(output: NotebookNode) -> NotebookNode:
+    """An output without the widget that needs a kernel, where it has a still page of it: what a web page then shows."""
+    if "text/html" in output.get("data", {}):
+        output.data.pop("application/vnd.jupyter.widget-view+json", None)
+    return output
 
 
 def answers(notebook: NotebookNode) -> list[str]:

@@ -54,6 +54,13 @@ def write_notebook(path: Path, *cells: str) -> None:
     nbformat.write(book, path)
 
 
+# No requests to the outside, and every cell in the page, wherever it is scrolled to.
+SETTINGS = {
+    "apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+}
+
+
 @contextmanager
 def server(folder: Path, private: Path) -> Iterator[str]:
     """JupyterLab on a folder, its settings and state in `private`; the address. Ended with its kernels, by its id."""
@@ -76,9 +83,10 @@ def server(folder: Path, private: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyterlab", *(f"--{key}={value}" for key, value in options.items())]
     homes = {name: str(private / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    settings = Path(homes["JUPYTER_CONFIG_DIR"]) / "lab/user-settings/@jupyterlab/apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    for extension, said in SETTINGS.items():
+        settings = Path(homes["JUPYTER_CONFIG_DIR"]) / "lab/user-settings/@jupyterlab" / extension
+        settings.parent.mkdir(parents=True)
+        settings.write_text(json.dumps(said))
     with (private / "server.log").open("w") as log:
         process = subprocess.Popen(
             command, env={**os.environ, **homes, "PYTHONPATH": path}, stdout=log, stderr=log, start_new_session=True

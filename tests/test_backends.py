@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -385,3 +386,26 @@ def test_staging_to_cuda(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path, values = large
     whole = ckptlab.open(path).full(stack=False, backend="torch", device="cuda")["w"]
     assert whole[next(iter(whole.data_vars))].values.tobytes() == values.tobytes()
+
+
+def test_the_python_of_the_page_on_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[1]
+    monkeypatch.chdir(root)
+    block = re.findall(r"```python\n(.*?)```", (root / "docs/backends.md").read_text(), re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert (names["shards"].dims, dict(names["again"].sizes)) == (
+        ("layer", "tp", "out", "in"),
+        {"layer": 4, "tp": 4, "out": 12, "in": 16},
+    )
+    assert names["whole"].values.tobytes() == names["ckpt"].full("module")[names["name"]].module.values.tobytes()
+
+
+def test_bfloat16_takes_fillings_that_are_said(backend: Backend) -> None:
+    values = on(backend, np.ones((1, 2, 3), ml_dtypes.bfloat16))
+    for filled in (
+        values.where(values > 2, 0),
+        values.shift(out=1, fill_value=0),
+        values.pad(out=1, constant_values=0),
+    ):
+        assert float(filled.sum()) == {2: 0 if filled.max() == 0 else 3, 4: 6}[filled.sizes["out"]]

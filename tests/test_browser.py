@@ -1,4 +1,4 @@
-"""The widgets in a real browser: JupyterLab runs a notebook, a slider is moved, a rank is clicked, pictures change."""
+"""The tour in a real browser: JupyterLab runs it, a slider is moved, a rank is clicked, pictures change."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import lab
 import pytest
-from compare import GPT
+from compare import DATA
 
 SECONDS = 120
-NOTEBOOK = f"import ckptlab\nckptlab.explore(ckptlab.open({str(GPT)!r}))"
+TOUR = DATA.parent / "notebooks" / "00_tour.ipynb"
 
 pytestmark = pytest.mark.skipif(bool(lab.missing()), reason=f"no {lab.missing()} here")
 
@@ -35,17 +35,24 @@ def time_out(seconds: int) -> Iterator[None]:
 
 
 def test_a_slider_and_a_click_change_the_picture(tmp_path: Path) -> None:
+    import nbformat
+
     notebooks, private = tmp_path / "notebooks", tmp_path / "private"
     notebooks.mkdir()
     private.mkdir()
-    lab.write_notebook(notebooks / "tour.ipynb", NOTEBOOK)
+    (tmp_path / "data").symlink_to(DATA)
+    tour = nbformat.read(TOUR, as_version=4)
+    for cell in tour.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(tour, notebooks / "tour.ipynb")
     with time_out(SECONDS), lab.server(notebooks, private) as address, lab.browser(private) as page:
         page.set_default_timeout(30_000)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         lab.run_notebook(page, address, "tour.ipynb")
-        output = page.locator(".jp-OutputArea-output").first
-        output.locator(".ckptlab-picture svg").first.wait_for()
+        output = page.locator(".jp-OutputArea-output:has(.ckptlab-picture)").last
+        output.locator(".ckptlab-picture svg").first.wait_for(timeout=60_000)
 
         # hover: the file and the bytes; click: all that the rank holds
         mesh = output.locator(".ckptlab-picture:visible").first

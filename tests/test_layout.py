@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import LayoutError
-from ckptlab.layout import Cut, Layout, overlap
+from ckptlab.layout import Cut, Layout, on_degree, overlap
 from ckptlab.mesh import Mesh
 
 
@@ -318,7 +318,7 @@ def test_coordinates():
 
 def test_dims_are_derived():
     assert Layout("(tp out) in").dims == ("out", "in")
-    assert Layout("((tp q) + k) (3 in) (3) a").dims == ("dim0", "dim1", "dim2", "a")
+    assert Layout("((tp q) + k) (3 in) (3) a").dims == ("dim0", "in", "dim2", "a")
     assert Layout("(tp head d) in", dims=("out", "in")).names == ("out", "in")
     assert Layout("(tp out) in").replace(text="a b c").dims == ("a", "b", "c")
     assert Layout("(3 tp o) in", dims=("out", "in")).replace(replicas="mean").dims == ("out", "in")
@@ -435,3 +435,20 @@ def test_shapes_are_checked():
         overlap(cut, (0,), Cut.whole((8, 2)), ())
     with pytest.raises(LayoutError, match=r"the cut is over \('tp',\): {'dp': 0} has no tp"):
         cut.coordinate({"dp": 0})
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes", "shape", "width"),
+    [
+        ("(tp out) in", {"out": (10, 5)}, (15, 4), 5),
+        ("(3 tp out) in", {"out": (10, 5)}, (45, 4), 15),
+        ("(tp head d) in", {"head": (2, 1), "d": 5}, (15, 4), 5),
+        ("((tp q) + (2 tp k)) in", {"q": (2, 1), "k": (4, 2)}, (15, 4), 5),
+    ],
+)
+def test_uneven_widths_are_recut_evenly_for_another_degree(text, sizes, shape, width):
+    layout = Layout(text, sizes=sizes)
+    assert on_degree(layout, "tp", 2) is layout
+    assert on_degree(layout, "tp", 1).resolve(shape, Mesh()).shard_shape((0,)) == shape
+    recut = on_degree(layout, "tp", 3)
+    assert {recut.resolve(shape, Mesh(tp=3)).shard_shape((k,)) for k in range(3)} == {(width, 4)}

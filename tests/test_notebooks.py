@@ -24,15 +24,19 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def test_a_notebook_runs_and_so_do_its_answers(path: Path) -> None:
-    notebook = copy.deepcopy(RUN["read"](path))
+    saved = RUN["read"](path)
+    notebook = copy.deepcopy(saved)
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in RUN["answers"](notebook)]
     RUN["execute"](notebook)  # CellExecutionError has the cell's source and the traceback
+    for before, now in zip(saved.cells, notebook.cells[: len(saved.cells)], strict=True):
+        shows = [bool(cell.get("outputs")) for cell in (before, now)]
+        assert shows[0] == shows[1], f"saved without what it shows now: run `make notebooks`\n{now.source}"
 
 
 def test_a_notebook_is_saved_as_it_ran(path: Path) -> None:
     notebook = RUN["read"](path)
     nbformat.validate(notebook)
-    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.get("kernelspec", {}).get("name") == "python3", "run `make notebooks`"
     cells = [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
     assert cells, "a notebook without code"
     not_run = [c.source for c in cells if c.execution_count is None]

@@ -47,6 +47,7 @@ def cases(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], Mesh, Mesh]:
         (Layout("(head tp d) in", totals={"head": n * 2}, sizes={"head": 2}), (2 * n, rest)),
         (Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 2 * n, "k": n, "v": n}), (4 * n, rest)),
         (Layout("((tp q) + k) in", totals={"q": n, "k": 3}), (n + 3, rest)),
+        (Layout("(head ((tp q) + (tp k))) in", totals={"q": 2 * n, "k": n}), (6 * n, rest)),
         (Layout("out in"), (rest, 3)),
         (Layout(""), ()),
         one,
@@ -113,6 +114,27 @@ def test_two_axes(name: str) -> None:
     assert dict(shards.sizes) == {"dp": 2, "tp": 4, "out": 2, "in": 3}
     assert shards.sel(dp=1, tp=2).values.tolist() == [[27, 28, 29], [33, 34, 35]]
     assert merge(shards, "(tp out) (dp in)").values.tolist() == whole.values.tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_axis_that_is_split(name: str) -> None:
+    """Two kv heads on tp 4: each stands on two ranks."""
+    layout = Layout("((tp q) + (kv k)) in", totals={"q": 8, "k": 4})
+    mesh, narrow = Mesh(tp=4).split("tp", kv=2, rep=2), Mesh(tp=2).split("tp", kv=2, rep=1)
+    whole = xr.DataArray(np.arange(36).reshape(12, 3), dims=layout.dims)
+    shards = split(whole, layout, mesh, backend=name)
+    assert dict(shards.sizes) == {"kv": 2, "rep": 2, "dim0": 4, "in": 3}
+    assert (shards.sel(kv=1, rep=0).values[:, 0] // 3).tolist() == [4, 5, 10, 11]
+    assert merge(shards, layout, shape=(12, 3), on=mesh).values.tolist() == whole.values.tolist()
+    fewer = reshape(shards, layout, narrow, shape=(12, 3), on=mesh)
+    assert fewer.values.tolist() == split(whole, layout, narrow).values.tolist()
+    replicated = split(whole, "dim0 in", mesh, backend=name)
+    assert (replicated.sizes["kv"], replicated.sizes["rep"]) == (2, 2)
+    assert merge(replicated, "dim0 in", shape=(12, 3), on=mesh).values.tolist() == whole.values.tolist()
+    with pytest.raises(LayoutError, match="split.*shape="):
+        merge(shards, layout, on=mesh)
+    with pytest.raises(LayoutError, match=r"dim rep is 2 long, on .* it has degree 1"):
+        merge(shards, layout, shape=(12, 3), on=narrow)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,6 +218,18 @@ def test_regular_layouts_are_few_moves() -> None:
         cut = Layout(text, totals=totals).resolve((192, 96), Mesh(tp=16))
         assert len(moves(cut, Cut.whole((192, 96))).steps) == parts
         assert len(moves(Cut.whole((192, 96)), cut).steps) == parts
+
+
+def test_runs_with_others_between_them() -> None:
+    """Rows as an affine map may say them: regular, but no permuted view."""
+    rows = {(k,): [[k, 0, 1, 2, 4], [2 + k, 2, 1, 2, 4]] for k in (0, 1)}
+    cut = Cut.from_rows((8,), Mesh(tp=2), [(("tp",), rows)])
+    whole = np.arange(8)
+    shards = resolve().move(moves(Cut.whole((8,)), cut), [whole])
+    assert (
+        [s.tolist() for s in shards] == [cut.take(whole, (k,)).tolist() for k in (0, 1)] == [[0, 4, 2, 6], [1, 5, 3, 7]]
+    )
+    assert resolve().move(moves(cut, Cut.whole((8,))), [shards]).tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize(

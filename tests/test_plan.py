@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer, Placement, compose, plan_tensor
+from ckptlab.plan import FlatBuffer, Placement, between, compose, plan_tensor
 
 # ------------------------------------------------------------------------------- flat buffers
 
@@ -338,3 +338,20 @@ def test_placement_errors():
         compose([("a", 4, 4, whole, whole), ("b", 4, 4, whole, Placement(cut))])
     with pytest.raises(ReshapeError, match="tensor 'w': the cuts are of different tensors"):
         compose([("w", 4, 4, whole, Placement(Cut.whole((4, 3))))])
+
+
+def test_between_two_layouts_of_one_tensor():
+    """Column to row parallel on two ranks: each keeps a quarter and sends a quarter."""
+    column, row = (Layout(text).resolve((4, 6), Mesh(tp=2)) for text in ("(tp out) in", "out (tp in)"))
+    plan = between(column, row, itemsize=2, name="w")
+    assert plan.names == ("w",)
+    assert list(zip(plan.source.tolist(), plan.target.tolist(), plan.count.tolist(), strict=True)) == [
+        (0, 0, 6),
+        (0, 1, 6),
+        (1, 0, 6),
+        (1, 1, 6),
+    ]
+    assert (plan.read, plan.written, plan.moved) == (48, 48, 24)
+    assert between(Placement(column), Placement(row), 2).moved == 24
+    with pytest.raises(ReshapeError, match="different tensors"):
+        between(column, Cut.whole((6, 4), Mesh(tp=2)))

@@ -94,7 +94,7 @@ class TestWhereToLook:
         assert read(tmp_path).zero_stage == 2
 
     def test_several_below_are_listed(self) -> None:
-        with pytest.raises(CheckpointError, match=r"(?s)5 checkpoints.*gpt_tp2.*plain_zero2.*plain_zero3"):
+        with pytest.raises(CheckpointError, match=r"(?s)\d checkpoints.*gpt_tp2.*plain_zero2.*plain_zero3"):
             read(DATA)
 
     def test_no_checkpoint(self, tmp_path: Path) -> None:

@@ -11,11 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+pytest.importorskip("torch")
+pytest.importorskip("jax")
+
+
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
         exec(block.replace("run/reshaped", str(tmp_path)), names)
@@ -23,6 +27,10 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names["run"].steps == (2, 4, 5)
     assert names["cut"].shard_shape((0,)) == (16, 32)
     assert names["cut"].rows((1,))[0][:, [0, 2]].tolist() == [[8, 8], [36, 4], [52, 4]]
+    gathered = names["reshaped"].shards()["mlp.dense_h_to_4h.weight"].fp32
+    assert [type(array.data).__name__ for array in names["wider"].values()] == ["ndarray", "Duck", "Duck"]
+    for array in names["wider"].values():
+        assert (array.dims, array.values.tobytes()) == (gathered.dims, gathered.values.tobytes())
     curve = names["full"].std(["out", "in"])["mlp.dense_h_to_4h.weight"].fp32
     layers = [names["ckpt"].full("fp32", stack=False)[f"{i}.mlp.dense_h_to_4h.weight"].values for i in range(2, 6)]
     np.testing.assert_allclose(curve, [layer.std() for layer in layers], rtol=1e-5)

@@ -153,6 +153,25 @@ def test_layouts_of_ones_own_are_written_down(tmp_path: Path) -> None:
     )
 
 
+def test_uneven_widths_for_a_mesh_that_is_to_come(tmp_path: Path) -> None:
+    """Three heads of five on two ranks: what a strategy says of tp 2 is known before anything is cut."""
+    mapping = {
+        r".*qkv\.weight": Layout("(3 tp out) in", sizes={"out": (10, 5)}),
+        r".*qkv\.bias": Layout("(3 tp out)", sizes={"out": (10, 5)}),
+        r".*proj\.weight": Layout("out (tp in)", sizes={"in": (10, 5)}),
+        r"(wte|wpe|adapter|.*fc.)\.weight": "out in",
+        r".*": "out",
+    }
+    source = read(ZERO2, Rules.of(mapping))
+    assert source["blocks.0.qkv.weight"].cut.shard_shape((0,)) == (45, 15)
+    Reshape.of(source, Mesh(tp=2, dp=2)).save(tmp_path / "two" / "step")
+    two = read(tmp_path / "two")
+    assert [two["blocks.0.qkv.weight"].cut.shard_shape((k,)) for k in (0, 1)] == [(30, 15), (15, 15)]
+    assert differences(source, two) == []
+    three = Reshape.of(read(tmp_path / "two", Rules.of(mapping)), Mesh(tp=3)).target
+    assert [three["blocks.0.proj.weight"].cut.shard_shape((k,)) for k in range(3)] == [(15, 5)] * 3
+
+
 def test_padding_rows_that_both_meshes_have_are_kept() -> None:
     source = read(GPT)
     target = Reshape.of(source, Mesh(tp=4)).target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_cli import refused, run
-from test_gather import store
+from test_gather import cut, store
 
 import ckptlab
 from ckptlab import Layout, Mesh, ParameterGroup, stats, views
 from ckptlab.analysis import accumulate, spectra, windows
 from ckptlab.analysis.accumulate import accumulator, partial
 from ckptlab.analysis.partial import Bins, Partial, merged
+from ckptlab.analysis.rows import rows_of
+from ckptlab.analysis.statistics import partials
+from ckptlab.arrays.lazy import LazyArray
 from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
 STEPS = DATA / "plain_zero1_dp2_steps"
@@ -96,8 +101,9 @@ def test_every_statistic_is_numpys_on_the_whole(dtype: Any, histogram: Any) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
-def test_octaves_hold_what_lies_between_their_edges(dtype: Any) -> None:
-    array = sample(dtype, 50_000)
+def test_octaves_hold_what_lies_between_their_edges(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accumulate, "BLOCK", 1000)
+    array = sample(dtype, 5_003)
     found = stats(xr.DataArray(array, dims="x")).squeeze()
     x = array.astype(np.float64)
     x = x[np.isfinite(x)]
@@ -313,9 +319,9 @@ def test_shards_have_a_dim_more_and_copies_a_row_each() -> None:
 
 
 def test_shards_of_unequal_width_are_taken_as_wide_as_they_are(tmp_path: Path) -> None:
-    cut = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
+    uneven = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
     whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
-    catalog = replace(store(tmp_path, cut, whole, False, 1), groups=(ParameterGroup({}, ("w",)),))
+    catalog = replace(store(tmp_path, uneven, whole, False, 1), groups=(ParameterGroup({}, ("w",)),))
     node = views.shards(catalog, catalog)["w"].to_dataset()
     for view in (node, node.load(), node[["fp32"]].isel(out=slice(None, None, -1)).isel(out=slice(None, None, -1))):
         found = stats(view).squeeze()
@@ -352,6 +358,24 @@ def test_states_are_chosen_and_what_there_is_not_is_named() -> None:
         stats(GPT, histogram=[1.0, 0.0])
     with pytest.raises(CheckpointError, match="flat buffers hold many tensors"):
         stats(ckptlab.open(GPT).buffers())
+
+
+@settings(max_examples=40)
+@given(cut(), st.booleans(), st.integers(0, 9), st.sampled_from([np.float32, ml_dtypes.bfloat16]))
+def test_every_element_once_however_the_tensor_is_cut(source: Cut, zero3: bool, before: int, dtype: Any) -> None:
+    """Partly replicated, uneven, cyclic, padded: shards are read as they lie only where they make up the whole."""
+    logical = (20, *source.shape[1:]) if source.shape[0] > 24 else source.shape
+    whole = (np.arange(math.prod(source.shape)) % 113).reshape(source.shape).astype(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        catalog = store(Path(folder), replace(source, logical=logical), whole, zero3, before)
+        catalog = replace(catalog, groups=(ParameterGroup({}, ("w",)),))
+        found = stats(catalog).squeeze()
+        assert_is(found, whole[: logical[0]])
+        rows = rows_of(views.shards(catalog, catalog))
+        assert all(isinstance(row.array, LazyArray) for row in rows), "read straight, not through xarray"
+        for row, part in zip(rows, partials(rows), strict=True):
+            shard = source.take(whole, source.coordinate({"tp": row.tp}))
+            assert (part.count, part.high) == (shard.size, shard.astype(float).max(initial=-math.inf))
 
 
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
@@ -392,8 +416,6 @@ def test_dask_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_read_to_find_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptlab.analysis.rows import rows_of
-
     def refuse(self: Stored) -> np.ndarray:
         raise AssertionError(f"{self.path} is read")
 

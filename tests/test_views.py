@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from test_gather import cut, store
 
 from ckptlab import views
-from ckptlab.arrays import Gather
+from ckptlab.arrays import Gather, gather
 from ckptlab.arrays.lazy import Gathered, Padded, Stacked, variable
 from ckptlab.catalog import Catalog, Fragment, ParameterGroup, Tensor
 from ckptlab.checkpoint import Reshape
@@ -255,12 +255,15 @@ def test_ten_thousand_tensors_by_name_are_made_one_at_a_time(monkeypatch: pytest
 # -------------------------------------------------------------------------------- any index, any layout
 
 
-@given(cut(), st.booleans(), st.data())
+@given(cut(), st.booleans(), st.booleans(), st.data())
 @settings(max_examples=100)
-def test_any_index_of_any_view_is_that_of_the_whole(layout: Cut, zero3: bool, data: st.DataObject) -> None:
+def test_any_index_of_any_view_is_that_of_the_whole(
+    layout: Cut, zero3: bool, mapped: bool, data: st.DataObject
+) -> None:
     whole = np.arange(np.prod(layout.shape), dtype=np.float32).reshape(layout.shape) + 1
     groups = (ParameterGroup({}, ("w",)),)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gather, "MAPPED", 1 if mapped else gather.MAPPED)  # bytes: whatever lies in one piece is mapped
         catalog = replace(store(Path(folder), layout, whole, zero3, 3), groups=groups)
         full = views.full_by_name(catalog, "fp32")["w"]
         shards = views.shards_by_name(catalog, catalog, "fp32")["w"]

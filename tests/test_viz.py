@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import ckptlab
 from ckptlab import Layout, LayoutError, Mesh, MeshError, viz
-from ckptlab.draw import Drawing
+from ckptlab.draw import Drawing, Side, matrix
+from ckptlab.draw.svg import width_of
 from ckptlab.plan import FlatBuffer
 from ckptlab.stored import Stored
 
@@ -253,6 +254,12 @@ def test_any_number_of_dims(shape: tuple[int, ...]) -> None:
     assert all(f"d{i} {n}" in told for i, n in enumerate(shape))
 
 
+def test_a_piece_of_several_parts_has_the_names_of_all() -> None:
+    layout = Layout("((tp q) + k + v) in", totals={"q": 64, "k": 8, "v": 8})
+    drawing = viz.tensor(layout, (80, 64), Mesh(tp=4), rank={"tp": 1})
+    assert {"q: dim0 16–31", "k, v: dim0 64–79"} <= set(texts(drawing))
+
+
 def test_a_layout_that_does_not_fit_is_refused() -> None:
     with pytest.raises(LayoutError):
         viz.tensor("(tp out) in", (7, 4), Mesh(tp=2))
@@ -284,6 +291,11 @@ def test_fragments_are_as_wide_as_they_are_long(counts: list[int], dp: int, zero
             span = int(cell.get("data-count", "")) / buffer.size(d)
             assert share == pytest.approx(span, abs=1e-3) or cell.get("data-tensors")
     assert not overlap([*found, *cells(drawing, "padding")])
+
+
+def test_one_element_of_padding_is_one() -> None:
+    notes = texts(viz.flat(FlatBuffer.contiguous(["a"], [7], 2)), "note")
+    assert "hatched: padding, 1 element in all" in notes
 
 
 def test_a_tensor_across_a_border_is_torn_on_both_sides() -> None:
@@ -453,6 +465,17 @@ def test_the_matrix_is_the_plan() -> None:
     assert len(cells(drawing, "none")) == int((found == 0).sum())
     shades = [(int(c.get("data-bytes", "")), float(c.get("fill-opacity", ""))) for c in cells(drawing, "move")]
     assert [s for _, s in sorted(shades)] == sorted(s for _, s in shades)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_the_name_of_few_rows_stays_off_title_and_notes(rows: int) -> None:
+    side = Side("source rank", [str(k) for k in range(rows)], [range(k, k + 1) for k in range(rows)])
+    drawing = matrix([[1]] * rows, [[0]] * rows, side, Side("target rank", ["0"], [range(1)]), title="a plan")
+    (middle,) = re.findall(r"rotate\(-90 8\.0 ([\d.]+)\)[^>]*>from source rank", drawing.svg)
+    half = width_of("from source rank") / 2
+    (note,) = [float(y) for y in re.findall(r'y="([\d.]+)" class="quiet note"', drawing.svg)]
+    assert float(middle) - half > 8 + 6
+    assert float(middle) + half < note - 5
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=4, dp=32, pp=4), Mesh(tp=4, dp=128)], ids=str)

@@ -84,7 +84,8 @@ def read(array: Array, index: Sequence[Any]) -> np.ndarray:
 
 def array_of(variable: xr.Variable) -> Array:
     """What a variable shows: the lazy array of a view where it can be found, else the variable itself."""
-    return under(variable) or variable
+    found = under(variable)
+    return variable if found is None else found
 
 
 def spans(array: Array) -> list[Span]:

@@ -1,6 +1,6 @@
 """Merging, splitting and reshaping as operations on labelled arrays in memory, alike on every backend.
 
-    whole = merge(shards, "(3 tp out) in")              # dims (tp, dim0, in) → (dim0, in)
+    whole = merge(shards, "(3 tp out) in")               # dims (tp, out, in) → (out, in)
     shards = split(whole, "(3 tp out) in", Mesh(tp=4))   # and back, for any mesh
     shards = reshape(shards, "(3 tp out) in", Mesh(tp=8))
 
@@ -46,6 +46,7 @@ def merge(
     layout: Layout | str,
     *,
     shape: Sequence[int] | None = None,
+    on: Mesh | None = None,
     backend: Backend | str | None = None,
     device: Any = None,
     out: Any = None,
@@ -55,7 +56,8 @@ def merge(
     The mesh is read off the dims that are called as its axes. An axis that the layout does not name holds replicas:
     the first is taken, or their mean if the layout says so; ReplicaWarning where they should be equal and are not.
     shape: the true shape of the whole; where the layout pads a dim the padding is then cut off (default: what the
-    shards imply, padding included). Shards of unequal width stand in the corner of the widest; their widths are the
+    shards imply, padding included). on: the mesh that they are on, where one of its axes is split into sub-axes; shape
+    is then needed. Shards of unequal width stand in the corner of the widest; their widths are the
     layout's, or the coordinates `<dim>_extent`. backend, device: move the shards there first. out: the array of the
     whole's shape that is written to and returned inside (not on jax).
 
@@ -63,11 +65,10 @@ def merge(
     """
     layout = _layout(layout)
     array, place = _on(shards, backend, device)
-    axes, others = _mesh_axes(array, layout), [d for d in array.dims if d not in layout.dims]
-    mesh = Mesh(**{axis: array.sizes[axis] for axis in axes})
+    axes, mesh = _mesh_of(array, layout, on)
     cut = _cut_of(array, layout, mesh, shape)
     array = _first_replicas(array, [a for a in axes if a not in cut.axes], layout, place)
-    others = [d for d in others if d not in axes]
+    others = [d for d in array.dims if d not in (*layout.dims, *axes)]
     return _moved(array, cut, Cut.whole(cut.logical), layout, others, place, out)
 
 
@@ -94,7 +95,7 @@ def split(
     cut = layout.resolve(tuple(array.sizes[d] for d in layout.dims), mesh)
     others = [d for d in array.dims if d not in layout.dims]
     shards = _moved(array, Cut.whole(cut.logical), cut, layout, others, place, out)
-    return _with_replicas(shards, [a for a in ("tp",) if a not in cut.axes], mesh, layout)
+    return _with_replicas(shards, cut, layout)
 
 
 def reshape(
@@ -103,6 +104,7 @@ def reshape(
     mesh: Mesh,
     *,
     shape: Sequence[int] | None = None,
+    on: Mesh | None = None,
     backend: Backend | str | None = None,
     device: Any = None,
     out: Any = None,
@@ -110,22 +112,22 @@ def reshape(
     """Shards on another mesh, without the whole between: as `split` of `merge`.
 
     The layout is told in what does not change with the mesh (`totals`, heads as `units`); uneven widths are recut
-    evenly. LayoutError where shards, layout, shape and mesh do not fit.
+    evenly. shape, on: as in `merge`. LayoutError where shards, layout, shape and mesh do not fit.
     """
     from ckptlab.layout import on_degree
 
     layout = _layout(layout)
     array, place = _on(shards, backend, device)
-    axes = _mesh_axes(array, layout)
-    source = _cut_of(array, layout, Mesh(**{axis: array.sizes[axis] for axis in axes}), shape)
+    axes, before = _mesh_of(array, layout, on)
+    source = _cut_of(array, layout, before, shape)
     recut = layout
     for axis in source.axes:
-        recut = on_degree(recut, axis, mesh[axis])
+        recut = on_degree(recut, axis, mesh[axis]) if axis in mesh else recut
     target = recut.resolve(source.logical, mesh)
     array = _first_replicas(array, [a for a in axes if a not in source.axes], layout, place)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
     moved = _moved(array, source, target, recut, others, place, out)
-    return _with_replicas(moved, [a for a in ("tp",) if a not in target.axes], mesh, layout)
+    return _with_replicas(moved, target, layout)
 
 
 def merge_flat(
@@ -209,12 +211,23 @@ def _raw(array: Any, backend: Backend) -> Any:
     return getattr(data, "array", data) if not backend.is_array(data) else data
 
 
-def _mesh_axes(array: xr.DataArray, layout: Layout) -> list[str]:
-    """Dims of an array that are mesh axes: those that the layout names, and those that are called so."""
+def _mesh_of(array: xr.DataArray, layout: Layout, told: Mesh | None) -> tuple[list[str], Mesh]:
+    """The dims of an array that are mesh axes and the mesh: as told, or what the layout names and what is called so.
+
+    LayoutError where a dim has not its axis' degree.
+    """
     from ckptlab.layout.notation import names
 
-    named = {name for dim in layout.tree for name in names(dim)}
-    return [str(d) for d in array.dims if d not in layout.dims and (d in RESERVED or d in named)]
+    free = [str(d) for d in array.dims if d not in layout.dims]
+    if told is None:
+        named = {name for dim in layout.tree for name in names(dim)}
+        axes = [d for d in free if d in RESERVED or d in named]
+        return axes, Mesh(**{axis: array.sizes[axis] for axis in axes})
+    axes = [d for d in free if d in told.axes]
+    wrong = [axis for axis in axes if array.sizes[axis] != told[axis]]
+    if wrong:
+        raise LayoutError(f"dim {wrong[0]} is {array.sizes[wrong[0]]} long, on {told} it has degree {told[wrong[0]]}")
+    return axes, told
 
 
 def _cut_of(array: xr.DataArray, layout: Layout, mesh: Mesh, shape: Sequence[int] | None) -> Cut:
@@ -224,6 +237,8 @@ def _cut_of(array: xr.DataArray, layout: Layout, mesh: Mesh, shape: Sequence[int
         raise LayoutError(f"{layout.text!r} has dims {layout.dims}, the array {array.dims}: no {missing[0]!r}")
     widest = tuple(array.sizes[d] for d in layout.dims)
     if shape is None:
+        if any(mesh.leaves(axis) != (axis,) for axis in ("pp", "dp", "tp")):
+            raise LayoutError(f"an axis of {mesh} is split: the shards do not tell the whole's shape; give it, shape=")
         shape = widest
         for axis in (a for a in mesh if a in array.dims):
             widths = [_widths(array, d, axis, n) for d, n in zip(layout.dims, shape, strict=True)]
@@ -325,10 +340,11 @@ def _extents(cut: Cut, layout: Layout) -> dict[str, Any]:
     return found
 
 
-def _with_replicas(array: xr.DataArray, axes: Sequence[str], mesh: Mesh, layout: Layout) -> xr.DataArray:
-    """The array with a dim before the tensor's own for each axis that it is replicated over, nothing copied."""
-    for axis in axes:
-        array = array.expand_dims({axis: list(range(mesh[axis]))}, array.ndim - len(layout.dims))
+def _with_replicas(array: xr.DataArray, cut: Cut, layout: Layout) -> xr.DataArray:
+    """The array with a dim before the tensor's own for each part of tp that it is replicated over, nothing copied."""
+    for axis in cut.mesh.leaves("tp"):
+        if axis not in cut.axes:
+            array = array.expand_dims({axis: list(range(cut.mesh[axis]))}, array.ndim - len(layout.dims))
     return array
 
 

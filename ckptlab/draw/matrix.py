@@ -36,11 +36,13 @@ def matrix(
     wide = max([width_of(label, 11) for label in columns.labels] + [44]) + 8
     left = max([width_of(label) for label in rows.labels] + [0]) + 34
     parts = [text(0, 8, title, "title")] if title else []
-    top = (26.0 if title else 4.0) + 36
+    down, turned = _HEIGHT * len(rows.labels), width_of(f"from {rows.name}")
+    start = 26.0 if title else 4.0
+    top = start + max(36.0, turned - down - 22)  # few rows: their side's name reaches above and below them
     across = wide * len(columns.labels)
     parts.append(text(left + across / 2, top - 28, f"to {columns.name}", "middle quiet"))
-    down = _HEIGHT * len(rows.labels)
-    parts.append(text(8, top + down / 2, f"from {rows.name}", "middle quiet", transform=_turned(8, top + down / 2)))
+    middle = min(top + down / 2, top + down + 22 - turned / 2)
+    parts.append(text(8, middle, f"from {rows.name}", "middle quiet", transform=_turned(8, middle)))
     for j, label in enumerate(columns.labels):
         parts.append(text(left + (j + 0.5) * wide, top - 10, label, "middle column-label"))
     sums = [sum(row) for row in table]

@@ -58,10 +58,10 @@ def _runs(
 
 
 def _spanned(edge: Edge, start: int, length: int) -> str:
-    """`out 8–15`; of a part `k: out 36–39`."""
-    at, part = 0, ""
+    """`out 8–15`; of a part `k: out 36–39`, of several `k, v: out 64–79`."""
+    at, parts = 0, []
     for name, size in edge.parts:
-        if at <= start < at + size:
-            part = f"{name}: "
+        if at < start + length and start < at + size:
+            parts.append(name)
         at += size
-    return f"{part}{edge.name} {start:,}–{start + length - 1:,}"
+    return f"{', '.join(parts)}{': ' if parts else ''}{edge.name} {start:,}–{start + length - 1:,}"

@@ -61,18 +61,50 @@ def whole_shape(layout: Layout, shards: Sequence[Shape], axis: str = "tp") -> Sh
 
 
 def on_degree(layout: Layout, axis: str, degree: int) -> Layout:
-    """The layout for another degree of a mesh axis: widths of an uneven cut over it become totals, to be cut evenly."""
+    """The layout for another degree of a mesh axis: widths of an uneven cut over it become totals, to be cut evenly.
+
+    A total that the layout does not tell is left to the shape.
+    """
     uneven = {n: w for n, w in layout.sizes if isinstance(w, tuple) and len(w) != degree and _follows(layout, n, axis)}
     if not uneven:
         return layout
+    found = {n: _term_total(layout, n, axis, len(w)) for n, w in uneven.items()}
     return layout.replace(
         sizes={n: w for n, w in layout.sizes if n not in uneven},
-        totals={**dict(layout.totals), **{n: sum(w) for n, w in uneven.items()}},
+        totals={**dict(layout.totals), **{n: total for n, total in found.items() if total is not None}},
     )
 
 
 def _follows(layout: Layout, name: str, axis: str) -> bool:
     return any(name in names(node) and axis in names(node) for node in layout.tree)
+
+
+def _term_total(layout: Layout, name: str, axis: str, degree: int) -> int | None:
+    """The whole length of the term in which an uneven name stands beside its axis; None where the layout alone does not
+    tell it."""
+    term = next((t for node in layout.tree if (t := _term_of(node, name))), None)
+    if term is None or Name(axis) not in term.factors:
+        return None
+    sizes, total = dict(layout.sizes), 0
+    for k in range(degree):
+        length = 1
+        for factor in term.factors:
+            size = factor.value if isinstance(factor, Number) else sizes.get(str(factor))
+            if factor == Name(axis):
+                continue
+            if size is None:
+                return None
+            length *= size[k] if isinstance(size, tuple) else size
+        total += length
+    return total
+
+
+def _term_of(node: Node, name: str) -> Product | None:
+    """The innermost product that a name is a factor of."""
+    if isinstance(node, Product) and Name(name) in node.factors:
+        return node
+    below = node.terms if isinstance(node, Sum) else node.factors if isinstance(node, Product) else ()
+    return next((found for part in below if (found := _term_of(part, name))), None)
 
 
 def _length(layout: Layout, term: Node) -> int:

@@ -26,8 +26,8 @@ class Layout:
 
     - text: the notation; names that are axes of the mesh (and pp, dp, tp, ep always) are mesh axes, others
       lengths.
-    - dims: names of the whole's dims. Default: "out" for `out` and for `(tp out)`, otherwise "dim0",
-      "dim1", …
+    - dims: names of the whole's dims. Default: "out" for `out`, `(tp out)` and `(3 tp out)`, otherwise
+      "dim0", "dim1", …
     - sizes: name → its length on each rank, or a tuple of widths, one for each coordinate of the nearest
       mesh axis that stands before the name in its term (an uneven cut).
     - totals: name → length of the whole term in which the name stands, mesh axes included: what does not
@@ -199,13 +199,13 @@ def _geometry(layout: Layout, sizes: tuple[int, ...], mesh: Mesh) -> Geometry:
 
 
 def _dim_names(tree: tuple[Node, ...]) -> tuple[str, ...]:
-    """What the dims are called by default: by the one length beside mesh axes, if it has a name."""
-    found = []
+    """What the dims are called by default: by the one named length beside mesh axes and numbers, if there is one."""
+    found: list[str] = []
     for i, dim in enumerate(tree):
         factors = dim.factors if isinstance(dim, Product) else (dim,)
-        lengths = [f for f in factors if not (isinstance(f, Name) and f.text in RESERVED)]
+        lengths = [f for f in factors if not isinstance(f, Number) and not (isinstance(f, Name) and f.text in RESERVED)]
         only = lengths[0] if len(lengths) == 1 else None
-        found.append(only.text if isinstance(only, Name) else f"dim{i}")
+        found.append(only.text if isinstance(only, Name) and only.text not in found else f"dim{i}")
     return tuple(found)
 
 

@@ -300,6 +300,16 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Pl
     )
 
 
+def between(source: Cut | Placement, target: Cut | Placement, itemsize: int = 4, name: str = "tensor") -> Plan:
+    """The plan for one tensor from one layout to another: `between(a.resolve(shape, mesh), b.resolve(shape, other))`.
+
+    A cut by itself lies on pp stage 0 and in no flat buffer: see Placement for what says more. itemsize: bytes an
+    element, on both sides. ReshapeError where the two are of different tensors.
+    """
+    a, b = (side if isinstance(side, Placement) else Placement(side) for side in (source, target))
+    return compose([(name, itemsize, itemsize, a, b)])
+
+
 def _elements_read(a: Placement, other: tuple[int, ...]) -> int:
     """A cut covers its whole, so without averaging each element that both wholes have is read once."""
     if a.replicas != "mean":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ckptlab.catalog import FlatGroup
 from ckptlab.draw import Bar, Drawing, Piece, strips
+from ckptlab.draw.words import number_of
 from ckptlab.plan import FlatBuffer
 
 CUTS = 64  # cuts that are drawn in the whole buffer; of more every second, third, …
@@ -50,7 +51,7 @@ def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
             said.append(f"marked: of {buffer.dp - 1:,} cuts one in {step:,}")
     padding = buffer.total - sum(buffer.counts)
     if padding:
-        said.append(f"hatched: padding, {padding:,} elements in all")
+        said.append(f"hatched: padding, {number_of(padding, 'element')} in all")
     if isinstance(group, FlatGroup):
         said.append(f"one such buffer for each of {', '.join(f'{s} ({d})' for s, d in group.dtypes.items())}")
     return said

@@ -14,7 +14,7 @@ from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import Wrapper, read_optimizer
-from ckptlab.layout import Cut, Layout, whole_shape
+from ckptlab.layout import Cut, Layout, on_degree, whole_shape
 from ckptlab.mesh import Mesh
 from ckptlab.strategy import Shape, Strategy, replicated
 
@@ -266,7 +266,8 @@ def whole(
         if info is not None and info.is_vocabulary(name) and info.original_vocab_size is not None:
             shape = (min(info.original_vocab_size, shape[0]), *shape[1:])
             layout = layout.replace(padded={0: sum(s[0] for s in shards)})
-        cut = layout.resolve(shape, mesh)
+        # at tp 1 nothing is cut yet: widths that a strategy says are those of the mesh that is to come
+        cut = (on_degree(layout, "tp", 1) if mesh.tp == 1 else layout).resolve(shape, mesh)
     except LayoutError as e:
         raise CheckpointError(
             f"{name}: shards of shape {', '.join(map(str, dict.fromkeys(shards)))} do not fit its layout: {e}"

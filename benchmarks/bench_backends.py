@@ -43,8 +43,8 @@ def cases(elements: int) -> dict[str, tuple[Moves, Moves]]:
         whole = Cut.whole((side, side))
         found[name] = moves(cut, whole), moves(whole, cut)
     flat = FlatBuffer.contiguous(["w"], [side * side], 8)
-    shapes = (((side, side),),)
-    found["ZeRO flat, dp 8"] = flat_merge((flat,), 0, flat.size(0), shapes[0]), flat_split((flat,), shapes)
+    shapes = ((side * side,),)
+    found["ZeRO flat, dp 8"] = flat_merge((flat,), 0, flat.size(0), shapes), flat_split((flat,), (shapes,))
     return found
 
 

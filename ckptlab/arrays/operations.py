@@ -151,7 +151,9 @@ def merge_flat(
     for i, name in enumerate(flats[0].names):
         tensor = None if tensors is None else tensors[name]
         shapes = _shard_shapes(flats, i, tensor)
-        moved = duck(place.move(flat_merge(flats, i, source.shape[2], shapes), [source]), place)
+        even = len(set(shapes)) == 1  # then shards are flat until they are all there: a box for each fragment
+        moved = place.move(flat_merge(flats, i, source.shape[2], _flat_shapes(flats, i) if even else shapes), [source])
+        moved = duck(moved.reshape((len(flats), *shapes[0])) if even else moved, place)
         one = xr.DataArray(moved, dims=("tp", *(tensor.dims if tensor else ("element",))), name=name)
         if tensor is not None:
             one = one.assign_coords(tp=list(range(len(flats))), **_extents(tensor.cut, tensor.layout))
@@ -179,8 +181,10 @@ def split_flat(shards: Mapping[str, xr.DataArray], flat: FlatGroup | FlatBuffer,
         counts = [f.counts[i] for f in flats]
         if [math.prod(s) for s in own] != counts:
             raise LayoutError(f"{name}: shards of {', '.join(map(str, own))}, the flat buffers have room for {counts}")
-        sources.append(_raw(array.transpose("tp", *dims), place))
-        shapes.append(own)
+        source = _raw(array.transpose("tp", *dims), place)
+        even = len(set(own)) == 1
+        sources.append(source.reshape((len(flats), counts[0])) if even else source)
+        shapes.append(_flat_shapes(flats, i) if even else own)
     target = None if out is None else _raw(out, place)
     moved = duck(place.move(flat_split(flats, tuple(shapes)), sources, target), place)
     buffers = xr.DataArray(moved, dims=("tp", "dp", "flat"))
@@ -358,5 +362,9 @@ def _flats(flat: FlatGroup | FlatBuffer) -> tuple[FlatBuffer, ...]:
 def _shard_shapes(flats: tuple[FlatBuffer, ...], index: int, tensor: Tensor | None) -> tuple[tuple[int, ...], ...]:
     """Shapes of a tensor's shards by tp rank: flat ones where the tensor is not known."""
     if tensor is None:
-        return tuple((flat.counts[index],) for flat in flats)
+        return _flat_shapes(flats, index)
     return tuple(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})) for tp in range(len(flats)))
+
+
+def _flat_shapes(flats: tuple[FlatBuffer, ...], index: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((flat.counts[index],) for flat in flats)

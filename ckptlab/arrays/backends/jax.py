@@ -126,24 +126,80 @@ class JaxBackend(Backend):
 def _moving(moves: Moves) -> Callable[..., jax.Array]:
     """The moves as one compiled function: a new one for each layout, since `Moves` are one object a pair of cuts."""
 
-    def box(source: jax.Array, wanted: View, held: View) -> jax.Array:
-        taken = source[held.key]
-        taken = taken if held.shape is None else taken.reshape(held.shape)
-        taken = taken if held.order is None else taken.transpose(held.order)
-        back = wanted.inverse_order()
-        return taken if back is None else taken.transpose(back)
-
     def moved(*sources: jax.Array) -> jax.Array:
-        if len(moves.steps) == 1 and not moves.blank:
-            wanted, which, held = moves.steps[0]
-            return box(sources[which], wanted, held).reshape(moves.shape)
+        boxes = [_box(sources[which], wanted, held, moves.shape) for wanted, which, held in moves.steps]
+        keys = [_places(wanted.key, moves.shape) for wanted, _, _ in moves.steps]
+        joined = _joined(keys, boxes, moves.shape, sources[0].dtype)
+        if joined is not None:
+            return joined
         out = jnp.zeros(moves.shape, sources[0].dtype)
-        for wanted, which, held in moves.steps:
-            place = jax.eval_shape(lambda array, key=wanted.key: array[key], out).shape
-            out = out.at[wanted.key].set(box(sources[which], wanted, held).reshape(place))
+        for (wanted, _, _), box in zip(moves.steps, boxes, strict=True):
+            out = out.at[wanted.key].set(box)
         return out
 
     return jax.jit(moved)
+
+
+Place = int | range  # of one dim: an index, or the indices of a slice
+
+
+def _places(key: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Place, ...]:
+    whole = (*key, *(slice(None) for _ in shape[len(key) :]))
+    return tuple(range(*k.indices(n)) if isinstance(k, slice) else int(k) for k, n in zip(whole, shape, strict=True))
+
+
+def _box(source: jax.Array, wanted: View, held: View, shape: tuple[int, ...]) -> jax.Array:
+    """What a view of the source holds, in the shape that it has at its place in the destination."""
+    taken = source[held.key]
+    taken = taken if held.shape is None else taken.reshape(held.shape)
+    taken = taken if held.order is None else taken.transpose(held.order)
+    back = wanted.inverse_order()
+    taken = taken if back is None else taken.transpose(back)
+    return taken.reshape([len(place) for place in _places(wanted.key, shape) if isinstance(place, range)])
+
+
+def _joined(
+    keys: Sequence[tuple[Place, ...]], boxes: Sequence[jax.Array], shape: tuple[int, ...], dtype: Any
+) -> jax.Array | None:
+    """The destination as boxes behind one another, with 0 between them; None where they do not lie so.
+
+    XLA copies them several times as fast as updates of an array, which it may copy for each. They lie so where each
+    begins with indices and then takes whole dims but for one, of which it takes consecutive elements.
+    """
+    leads = [tuple(k for k in key if isinstance(k, int)) for key in keys]
+    depth = len(leads[0]) if leads else 0
+    varying = {i for key in keys for i, k in enumerate(key) if isinstance(k, range) and k != range(shape[i])} or {depth}
+    if len(varying) > 1 or any(
+        len(lead) != depth or not _begins(key, depth) for lead, key in zip(leads, keys, strict=True)
+    ):
+        return None
+    (dim,) = varying
+    if dim >= len(shape):
+        return boxes[0].reshape(shape) if len(boxes) == 1 else None
+    axis = dim - depth
+    rows: dict[tuple[int, ...], list[tuple[range, jax.Array]]] = {at: [] for at in np.ndindex(*shape[:depth])}
+    for lead, key, box in zip(leads, keys, boxes, strict=True):
+        place = key[dim]
+        if not isinstance(place, range) or (place.step != 1 and len(place) > 1):
+            return None
+        rows[lead].append((place, box))
+    made = []
+    for pieces in rows.values():
+        parts, done = [], 0
+        for place, box in sorted(pieces, key=lambda piece: piece[0].start):
+            parts += [_zeros(shape, depth, dim, place.start - done, dtype), box]
+            done = place.stop
+        parts.append(_zeros(shape, depth, dim, shape[dim] - done, dtype))
+        made.append(jnp.concatenate([part for part in parts if part.shape[axis]] or parts[:1], axis))
+    return jnp.concatenate([one[None] for one in made]).reshape(shape) if len(made) > 1 else made[0].reshape(shape)
+
+
+def _begins(key: tuple[Place, ...], depth: int) -> bool:
+    return all(isinstance(k, int) for k in key[:depth])
+
+
+def _zeros(shape: tuple[int, ...], depth: int, dim: int, count: int, dtype: Any) -> jax.Array:
+    return jnp.zeros((*shape[depth:dim], count, *shape[dim + 1 :]), dtype)
 
 
 def _device(wanted: str) -> Any:

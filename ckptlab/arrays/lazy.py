@@ -175,7 +175,7 @@ class _Lazily(indexing.LazilyIndexedArray):
         """Slices alone come from dask, whose blocks would be plain arrays: refused where those add up wrongly, or would
         leave the device."""
         if all(isinstance(k, slice) for k in indexer.tuple):
-            if self.array.backend.name != resolve().name:
+            if not self.array.backend.takes_dask:
                 raise TypeError('dask works on numpy arrays: open the view with backend="numpy" first')
             if is_narrow(self.dtype):
                 raise TypeError(

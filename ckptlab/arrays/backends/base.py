@@ -27,6 +27,7 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    takes_dask: ClassVar[bool] = False  # whether its arrays may be dask's blocks
     refusals: ClassVar[tuple[type[Exception], ...]] = ()  # what it raises, beside TypeError, for what it cannot do
 
     @property

@@ -18,6 +18,7 @@ class NumpyBackend(Backend):
 
     name = "numpy"
     device = "cpu"
+    takes_dask = True
 
     def __init__(self, device: Any = None) -> None:
         if device not in (None, "cpu"):

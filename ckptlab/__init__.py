@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ckptlab import analysis, viz
     from ckptlab.analysis import Diff, Finding, Health, Run, adam, diff, health, open_run, plots, stats
     from ckptlab.arrays.backends import Backend
-    from ckptlab.arrays.operations import ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
+    from ckptlab.arrays.flat_operations import merge_flat, split_flat
+    from ckptlab.arrays.operations import ReplicaWarning, merge, reshape, split, to
     from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, paper_model, save_weights
     from ckptlab.convert import Report
@@ -92,7 +93,8 @@ __all__ = [
 _HOMES = {
     "analysis": "Diff Finding Health Run adam diff health open_run plots stats",
     "arrays.backends": "Backend",
-    "arrays.operations": "ReplicaWarning merge merge_flat reshape split split_flat to",
+    "arrays.flat_operations": "merge_flat split_flat",
+    "arrays.operations": "ReplicaWarning merge reshape split to",
     "catalog": "Catalog Notice ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
     "convert": "Report",

@@ -10,9 +10,8 @@ Arrays are xarray's, on whatever backend they are or on the one that is asked fo
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,11 @@ import xarray as xr
 
 from ckptlab.arrays.backends import Backend, of, resolve
 from ckptlab.arrays.duck import duck
-from ckptlab.arrays.moves import flat_merge, flat_split, held_shape, moves
-from ckptlab.catalog import FlatGroup, Tensor
+from ckptlab.arrays.moves import held_shape, moves
 from ckptlab.errors import LayoutError
 from ckptlab.layout import Cut, Layout, whole_shape
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer
 
 
 class ReplicaWarning(UserWarning):
@@ -130,67 +127,6 @@ def reshape(
     return _with_replicas(moved, target, layout)
 
 
-def merge_flat(
-    buffers: xr.DataArray, flat: FlatGroup | FlatBuffer, tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, xr.DataArray]:
-    """The shards that lie in flat buffers: dims ([tp,] dp, flat) → name → ([tp,] *tensor dims).
-
-    flat: where they lie: a checkpoint's group (with its `tensors`, by name), or one FlatBuffer for a buffer without a
-    dim `tp`. Without tensors shards stay flat: dims ([tp,] element).
-    """
-    flats, place = _flats(flat), of(buffers.data)
-    array = buffers if "tp" in buffers.dims else buffers.expand_dims("tp")
-    source = _raw(array.transpose("tp", "dp", "flat"), place)
-    longest = max(f.size(0) for f in flats)
-    if tuple(source.shape[:2]) != (len(flats), flats[0].dp) or source.shape[2] < longest:
-        raise LayoutError(
-            f"buffers of (tp, dp, flat) {tuple(source.shape)}: the flat buffers they are said to be have "
-            f"{(len(flats), flats[0].dp, longest)}"
-        )
-    found = {}
-    for i, name in enumerate(flats[0].names):
-        tensor = None if tensors is None else tensors[name]
-        shapes = _shard_shapes(flats, i, tensor)
-        even = len(set(shapes)) == 1  # then shards are flat until they are all there: a box for each fragment
-        moved = place.move(flat_merge(flats, i, source.shape[2], _flat_shapes(flats, i) if even else shapes), [source])
-        moved = duck(moved.reshape((len(flats), *shapes[0])) if even else moved, place)
-        one = xr.DataArray(moved, dims=("tp", *(tensor.dims if tensor else ("element",))), name=name)
-        if tensor is not None:
-            one = one.assign_coords(tp=list(range(len(flats))), **_extents(tensor.cut, tensor.layout))
-        found[name] = one if "tp" in buffers.dims else one.isel(tp=0, drop=True)
-    return found
-
-
-def split_flat(shards: Mapping[str, xr.DataArray], flat: FlatGroup | FlatBuffer, *, out: Any = None) -> xr.DataArray:
-    """Flat buffers out of shards: name → ([tp,] *tensor dims) → dims ([tp,] dp, flat). Padding is 0.
-
-    flat: where they are to lie. LayoutError if a shard is missing or of another size.
-    """
-    flats = _flats(flat)
-    names = flats[0].names
-    missing = [n for n in names if n not in shards]
-    if missing or not names:
-        raise LayoutError(f"the flat buffer holds {len(names)} tensors; missing: {', '.join(missing[:3]) or 'all'}")
-    place, with_tp = of(shards[names[0]].data), "tp" in shards[names[0]].dims
-    sources, shapes = [], []
-    for i, name in enumerate(names):
-        array = shards[name] if with_tp else shards[name].expand_dims("tp")
-        dims = [d for d in array.dims if d != "tp"]
-        held = [array.coords.get(f"{d}_extent", xr.DataArray(np.full(len(flats), array.sizes[d]))).values for d in dims]
-        own = tuple(tuple(int(extent[tp]) for extent in held) for tp in range(array.sizes["tp"]))
-        counts = [f.counts[i] for f in flats]
-        if [math.prod(s) for s in own] != counts:
-            raise LayoutError(f"{name}: shards of {', '.join(map(str, own))}, the flat buffers have room for {counts}")
-        source = _raw(array.transpose("tp", *dims), place)
-        even = len(set(own)) == 1
-        sources.append(source.reshape((len(flats), counts[0])) if even else source)
-        shapes.append(_flat_shapes(flats, i) if even else own)
-    target = None if out is None else _raw(out, place)
-    moved = duck(place.move(flat_split(flats, tuple(shapes)), sources, target), place)
-    buffers = xr.DataArray(moved, dims=("tp", "dp", "flat"))
-    return buffers if with_tp else buffers.isel(tp=0, drop=True)
-
-
 # ------------------------------------------------------------------------------------------------ labels
 
 
@@ -206,10 +142,10 @@ def _on(array: xr.DataArray, backend: Backend | str | None, device: Any) -> tupl
     wanted = resolve(own.name if backend is None else backend, device)
     if wanted is own:
         return array, own
-    return array.copy(data=duck(wanted.from_numpy(own.to_numpy(_raw(array, own))), wanted)), wanted
+    return array.copy(data=duck(wanted.from_numpy(own.to_numpy(raw(array, own))), wanted)), wanted
 
 
-def _raw(array: Any, backend: Backend) -> Any:
+def raw(array: Any, backend: Backend) -> Any:
     """The library's own array inside a DataArray, a Duck, or itself."""
     data = array.data if isinstance(array, xr.DataArray) else array
     return getattr(data, "array", data) if not backend.is_array(data) else data
@@ -298,16 +234,16 @@ def _moved(
 ) -> xr.DataArray:
     sizes = [array.sizes[d] for d in others]
     planned = moves(source.beneath(sizes), target.beneath(sizes))
-    held = _raw(array.transpose(*source.axes, *others, *layout.dims), place)
+    held = raw(array.transpose(*source.axes, *others, *layout.dims), place)
     dims = (*target.axes, *others, *layout.dims)
     target_array = None
     if out is not None:
         given = (
             out
             if isinstance(out, xr.DataArray)
-            else xr.DataArray(duck(_raw(out, place), place), dims=_order(dims, others))
+            else xr.DataArray(duck(raw(out, place), place), dims=_order(dims, others))
         )
-        target_array = _raw(given.transpose(*dims), place)
+        target_array = raw(given.transpose(*dims), place)
         if tuple(target_array.shape) != planned.shape or place.dtype_of(target_array) != place.dtype_of(held):
             raise LayoutError(
                 f"out has shape {tuple(given.shape)}, dtype {place.dtype_of(target_array)}; expected "
@@ -322,8 +258,8 @@ def _moved(
         if set(coord.dims) <= set(others) and not str(name).endswith("_extent") and name not in dims
     }
     index = {d: array.coords[d] for d in others if d in array.coords}
-    extents = _extents(target, layout)
-    coords = {**kept, **index, **{a: list(range(target.mesh[a])) for a in target.axes}, **extents}
+    widths = extents(target, layout)
+    coords = {**kept, **index, **{a: list(range(target.mesh[a])) for a in target.axes}, **widths}
     result = moved.assign_coords(coords)
     result.name, result.attrs = array.name, dict(array.attrs)
     return result
@@ -334,7 +270,7 @@ def _order(dims: Sequence[Any], others: Sequence[Any]) -> list[Any]:
     return [*others, *(d for d in dims if d not in others)]
 
 
-def _extents(cut: Cut, layout: Layout) -> dict[str, Any]:
+def extents(cut: Cut, layout: Layout) -> dict[str, Any]:
     """Widths of a dim's shards where they differ, on the axes that cut it."""
     found = {}
     for name, dim in zip(layout.dims, cut.dims, strict=True):
@@ -350,21 +286,3 @@ def _with_replicas(array: xr.DataArray, cut: Cut, layout: Layout) -> xr.DataArra
         if axis not in cut.axes:
             array = array.expand_dims({axis: list(range(cut.mesh[axis]))}, array.ndim - len(layout.dims))
     return array
-
-
-# ------------------------------------------------------------------------------------------------ flat buffers
-
-
-def _flats(flat: FlatGroup | FlatBuffer) -> tuple[FlatBuffer, ...]:
-    return (flat,) if isinstance(flat, FlatBuffer) else flat.flats
-
-
-def _shard_shapes(flats: tuple[FlatBuffer, ...], index: int, tensor: Tensor | None) -> tuple[tuple[int, ...], ...]:
-    """Shapes of a tensor's shards by tp rank: flat ones where the tensor is not known."""
-    if tensor is None:
-        return _flat_shapes(flats, index)
-    return tuple(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})) for tp in range(len(flats)))
-
-
-def _flat_shapes(flats: tuple[FlatBuffer, ...], index: int) -> tuple[tuple[int, ...], ...]:
-    return tuple((flat.counts[index],) for flat in flats)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat.torch as xp
 import ml_dtypes
 import numpy as np
 import torch
 
+from ckptlab.arrays.backends import torch_functions
 from ckptlab.arrays.backends.base import Backend, Coordinate, Empty
 from ckptlab.arrays.moves import View
 from ckptlab.errors import BackendError
@@ -31,37 +30,6 @@ _DTYPES: dict[np.dtype, torch.dtype] = {
 STAGE = 1 << 26  # bytes of each pinned buffer
 _NUMPY_DTYPES = {mine: theirs for theirs, mine in _DTYPES.items()}
 _BITS = {1: torch.uint8, 2: torch.uint16}  # numpy and torch share no dtype of these sizes for floats of theirs
-
-# What array-api-compat makes of torch is as in the array API standard, and torch's own functions of these names are as
-# numpy's; torch has others of numpy's names that do something else (its median is the lower one of two).
-_NAMES = """
-abs acos acosh add all any argmax argmin argsort asin asinh atan atan2 atanh bitwise_and bitwise_invert bitwise_or
-bitwise_xor broadcast_arrays broadcast_to ceil clip concat cos cosh count_nonzero cumulative_sum diff divide einsum
-empty_like equal exp expand_dims expm1 fabs flip floor floor_divide fmax fmin full_like greater greater_equal
-isfinite isin isinf isnan less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or
-logical_xor matmul max maximum mean min minimum moveaxis multiply nan_to_num negative not_equal ones_like
-permute_dims positive pow prod ravel reciprocal remainder repeat reshape roll round searchsorted sign signbit sin
-sinh sqrt square squeeze stack std subtract sum take tan tanh tensordot tile tril triu trunc unstack var vecdot
-where zeros_like
-"""
-_SAME = frozenset(_NAMES.split())
-_CALLED = {
-    "absolute": "abs",
-    "arccos": "acos",
-    "arccosh": "acosh",
-    "arcsin": "asin",
-    "arcsinh": "asinh",
-    "arctan": "atan",
-    "arctan2": "atan2",
-    "arctanh": "atanh",
-    "amax": "max",
-    "amin": "min",
-    "concatenate": "concat",
-    "invert": "bitwise_invert",
-    "mod": "remainder",
-    "power": "pow",
-    "true_divide": "divide",
-}
 
 
 class TorchBackend(Backend):
@@ -121,10 +89,7 @@ class TorchBackend(Backend):
         return array.to(self.library_dtype(dtype))
 
     def function(self, name: str) -> Callable[..., Any] | None:
-        if name in _NUMPYS:
-            return _NUMPYS[name]
-        name = _CALLED.get(name, name)
-        return getattr(xp, name) if name in _SAME else None
+        return torch_functions.find(name)
 
     def take(self, array: torch.Tensor, key: tuple[Any, ...]) -> torch.Tensor:
         return array[self._key(array, key)]
@@ -233,145 +198,3 @@ def _same_bits(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array)
     bits = torch.from_numpy(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")).view(dtype)
     return bits.reshape(array.shape)
-
-
-# ------------------------------------------------------------------ numpy's functions that torch has otherwise or lacks
-
-
-def _transpose(array: torch.Tensor, axes: Sequence[int] | None = None) -> torch.Tensor:
-    return array.permute(*(reversed(range(array.ndim)) if axes is None else axes))
-
-
-def _pad(array: torch.Tensor, pad_width: Any, mode: str = "constant", constant_values: Any = 0) -> torch.Tensor:
-    if mode != "constant":
-        raise TypeError(f"pad has no mode {mode!r} on torch: .to_numpy() first")
-    value = np.unique(np.asarray(constant_values))
-    if value.size != 1:
-        raise TypeError("pad takes one constant on torch: .to_numpy() first")
-    widths = np.broadcast_to(np.asarray(pad_width), (array.ndim, 2))
-    flat = [int(n) for pair in widths[::-1] for n in pair]
-    return torch.nn.functional.pad(array, flat, value=value[0].item())
-
-
-def _dims(array: torch.Tensor, axis: Any) -> Any:
-    return tuple(range(array.ndim)) if axis is None else axis
-
-
-def _nanextreme(extreme: Callable[..., torch.Tensor], instead: float) -> Callable[..., torch.Tensor]:
-    """The extreme over what is not NaN; NaN where all is."""
-
-    def nanextreme(array: torch.Tensor, axis: Any = None, keepdims: bool = False) -> torch.Tensor:
-        if not array.is_floating_point():
-            return extreme(array, _dims(array, axis), keepdims)
-        missing = array.isnan()
-        found = extreme(torch.where(missing, instead, array), _dims(array, axis), keepdims)
-        return torch.where(missing.all(_dims(array, axis), keepdims), torch.nan, found)
-
-    return nanextreme
-
-
-def _nanarg(extreme: Callable[..., torch.Tensor], instead: float) -> Callable[..., torch.Tensor]:
-    def nanarg(array: torch.Tensor, axis: Any = None) -> torch.Tensor:
-        if not array.is_floating_point():
-            return extreme(array, axis)
-        if array.isnan().all(_dims(array, axis)).any():
-            raise ValueError("All-NaN slice encountered")
-        return extreme(array.nan_to_num(nan=instead, posinf=torch.inf, neginf=-torch.inf), axis)
-
-    return nanarg
-
-
-def _nanvar(array: torch.Tensor, axis: Any = None, dtype: Any = None, ddof: int = 0) -> torch.Tensor:
-    """Mean square deviation from the mean over what is not NaN, divided by their number - ddof."""
-    array = array if dtype is None else array.to(dtype)
-    dims = _dims(array, axis)
-    number = (~array.isnan()).sum(dims)
-    apart = array - torch.nanmean(array, dims, keepdim=True)
-    return torch.where(number > ddof, (apart * apart).nansum(dims) / (number - ddof), torch.nan)
-
-
-def _var(array: torch.Tensor, axis: Any = None, ddof: int = 0, **options: Any) -> torch.Tensor:
-    return xp.var(array, axis=axis, correction=ddof, **options)
-
-
-def _round(array: torch.Tensor, decimals: int = 0) -> torch.Tensor:
-    return torch.round(array, decimals=decimals)
-
-
-def _windows(array: torch.Tensor, window_shape: Any, axis: Any = None, **options: Any) -> torch.Tensor:
-    """numpy's sliding_window_view: the windows' dims stand last."""
-    sizes = np.atleast_1d(window_shape).tolist()
-    for size, dim in zip(sizes, np.atleast_1d(_dims(array, axis)).tolist(), strict=True):
-        array = array.unfold(dim, size, 1)
-    return array
-
-
-def _reduced(function: Callable[..., torch.Tensor], array: torch.Tensor, axis: Any = None, dtype: Any = None) -> Any:
-    return function(array, _dims(array, axis), dtype=dtype)
-
-
-def _cumulated(function: Callable[..., torch.Tensor], array: torch.Tensor, axis: Any = None, dtype: Any = None) -> Any:
-    return function(array.ravel() if axis is None else array, 0 if axis is None else int(axis), dtype=dtype)
-
-
-def _nancumulated(filled: float, function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _cumulated(function, torch.where(array.isnan(), filled, array), *args, **kwargs)
-
-
-def _nanprod(array: torch.Tensor, axis: Any = None, dtype: Any = None) -> torch.Tensor:
-    filled = torch.where(array.isnan(), 1, array) if array.is_floating_point() else array
-    return xp.prod(filled, axis=axis, dtype=dtype)
-
-
-def _quantile(ignore_nan: bool, array: torch.Tensor, q: Any, axis: Any = None, **options: Any) -> torch.Tensor:
-    """Linear between neighbours (numpy's default), over one dim, several together or all."""
-    method = options.pop("method", "linear")
-    if options.pop("keepdims", False) or options:
-        raise TypeError(f"quantile takes no {', '.join(options) or 'keepdims'} on torch: .to_numpy() first")
-    dims = sorted(d % array.ndim for d in np.atleast_1d(_dims(array, axis)).tolist())
-    kept = [d for d in range(array.ndim) if d not in dims]
-    flat = array.permute(*kept, *dims).reshape(*(array.shape[d] for d in kept), -1)
-    at = torch.as_tensor(q, dtype=array.dtype, device=array.device)
-    function = torch.nanquantile if ignore_nan else torch.quantile
-    return function(flat, at, dim=-1, interpolation=method)
-
-
-def _median(ignore_nan: bool, array: torch.Tensor, axis: Any = None) -> torch.Tensor:
-    return _quantile(ignore_nan, array, 0.5, axis)
-
-
-def _norm(array: torch.Tensor, ord: Any = None, axis: Any = None, keepdims: bool = False) -> torch.Tensor:
-    if ord is None:
-        return torch.linalg.vector_norm(array, 2, None if axis is None else axis, keepdim=keepdims)
-    return torch.linalg.norm(array, ord, axis, keepdims)
-
-
-_NUMPYS: Mapping[str, Callable[..., Any]] = {
-    "copy": torch.clone,
-    "transpose": _transpose,
-    "matrix_transpose": lambda array: array.mT,
-    "swapaxes": torch.swapaxes,
-    "pad": _pad,
-    "round": _round,
-    "var": _var,
-    "std": lambda *args, **options: _var(*args, **options).sqrt(),
-    "lib.stride_tricks.sliding_window_view": _windows,
-    "nansum": partial(_reduced, torch.nansum),
-    "nanmean": partial(_reduced, torch.nanmean),
-    "nanvar": _nanvar,
-    "nanstd": lambda *args, **options: _nanvar(*args, **options).sqrt(),
-    "nanmax": _nanextreme(torch.amax, -torch.inf),
-    "nanmin": _nanextreme(torch.amin, torch.inf),
-    "nanargmax": _nanarg(torch.argmax, -torch.inf),
-    "nanargmin": _nanarg(torch.argmin, torch.inf),
-    "nanprod": _nanprod,
-    "cumsum": partial(_cumulated, torch.cumsum),
-    "cumprod": partial(_cumulated, torch.cumprod),
-    "nancumsum": partial(_nancumulated, 0.0, torch.cumsum),
-    "nancumprod": partial(_nancumulated, 1.0, torch.cumprod),
-    "quantile": partial(_quantile, False),
-    "nanquantile": partial(_quantile, True),
-    "median": partial(_median, False),
-    "nanmedian": partial(_median, True),
-    "linalg.norm": _norm,
-}

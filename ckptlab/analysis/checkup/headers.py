@@ -139,7 +139,7 @@ def _step_of(heads: Files) -> str | None:
         for c in heads.values()
         if isinstance(c.get("global_steps"), int)
     )
-    return _text(float(made.most_common(1)[0][0])) if made else None
+    return _text(made.most_common(1)[0][0]) if made else None
 
 
 def _steps(content: Mapping[str, Any]) -> float | list[float] | None:
@@ -149,7 +149,7 @@ def _steps(content: Mapping[str, Any]) -> float | list[float] | None:
     if not isinstance(states, Mapping):
         return None
     found = (scalar(s.get("step")) for s in states.values() if isinstance(s, Mapping))
-    steps = sorted({s for s in found if s is not None})
+    steps = sorted({int(s) if s.is_integer() else s for s in found if s is not None})  # torch keeps a float
     return steps[0] if len(steps) == 1 else steps or None
 
 

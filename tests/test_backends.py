@@ -378,6 +378,54 @@ def test_rows_of_a_mapped_tensor(large: Any) -> None:
     assert whole[state].isel({rows: slice(5, 500, 2)}).values.tobytes() == values[5:500:2].tobytes()
 
 
+class Stream:
+    """What stands in for a CUDA stream: it notes what is waited for."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def record_event(self) -> Any:
+        number = sum(s.startswith("copied") for s in self.said)
+        self.said.append(f"copied {number}")
+        event = type("Event", (), {})()
+        event.synchronize = lambda: self.said.append(f"waited for {number}")
+        return event
+
+    def synchronize(self) -> None:
+        self.said.append("finished")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
+def test_staging_waits_before_a_buffer_is_used_again(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logic of copies to CUDA, on the CPU."""
+    import torch
+
+    from ckptlab.arrays.backends import torch as module
+
+    stream, backend = Stream(), resolve("torch")
+    monkeypatch.setattr(module, "STAGE", 4 * 6 * np.dtype(dtype).itemsize)  # four rows
+    monkeypatch.setattr(module, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(backend, "_device", type("Device", (), {"type": "cuda"})())
+    monkeypatch.setattr(backend, "empty", lambda shape, dtype: torch.empty(tuple(shape), dtype=module._DTYPES[dtype]))
+    values = np.arange(14 * 6).reshape(14, 6).astype(dtype)
+    views = []
+
+    def read(rows: slice, empty: Any) -> np.ndarray:
+        part = values[rows]
+        if rows.start == 8:  # a window that is read elsewhere, backwards
+            return np.array(part[::-1])[::-1]
+        out = empty(part.shape, part.dtype)
+        out[...] = part
+        views.append(out)
+        return out
+
+    found = backend.receive(read, values.shape, values.dtype)
+    assert backend.to_numpy(found).tobytes() == values.tobytes()
+    assert stream.said == ["copied 0", "copied 1", "copied 2", "waited for 1", "copied 3", "finished"]
+    assert np.shares_memory(views[1], views[2])  # the second buffer again
+
+
 @pytest.mark.skipif("not __import__('torch').cuda.is_available()")
 def test_staging_to_cuda(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from ckptlab.arrays.backends import torch as module

@@ -164,7 +164,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device)
-        self._buffers = [torch.empty(STAGE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._buffers = [_pinned(STAGE) for _ in range(2)]
         self._copied: list[Any] = [None, None]
         self._turn, self._taken = 0, 0
 
@@ -181,7 +181,7 @@ class Staging:
     def send(self, array: np.ndarray, out: torch.Tensor) -> None:
         """Start to copy an array to its place on the device."""
         pinned = self._buffers[self._turn]
-        mine = self._taken and np.shares_memory(array, pinned.numpy()) and array.flags.c_contiguous
+        mine = self._taken and array.ctypes.data == pinned.data_ptr() and array.flags.c_contiguous
         source = pinned[: array.nbytes].view(out.dtype).view(out.shape) if mine else _same_bits(array, out.dtype)
         out.copy_(source, non_blocking=bool(mine))
         self._copied[self._turn] = self._stream.record_event()
@@ -192,8 +192,14 @@ class Staging:
         self._stream.synchronize()
 
 
+def _pinned(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
 def _same_bits(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor on a writeable array's memory."""
+    """A tensor on a writeable array's memory; on a copy of it where torch cannot go along its strides."""
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
     if array.dtype.isbuiltin == 1:
         return torch.from_numpy(array)
     bits = torch.from_numpy(np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")).view(dtype)

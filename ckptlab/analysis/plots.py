@@ -18,6 +18,7 @@ import xarray as xr
 from ckptlab.analysis.rows import View
 from ckptlab.analysis.statistics import stats
 from ckptlab.checkpoint import Checkpoint
+from ckptlab.draw.plotting import pyplot
 from ckptlab.draw.words import shorten
 from ckptlab.errors import CheckpointError
 
@@ -43,8 +44,6 @@ def norms(
     is shown. tensors: a regular expression that names must hold; without it the 8 largest stacks are shown.
     CheckpointError where no tensor is one of several layers, or of steps where there is no run.
     """
-    from matplotlib.ticker import MaxNLocator
-
     if over not in ("layer", "step"):
         raise CheckpointError(f"over={over!r}: expected 'layer' or 'step'")
     table = _only(_statistics(found, ["norm", "layer"]), tensors)
@@ -59,7 +58,7 @@ def norms(
             axis.plot(values[over], y, label=shorten(str(name), 36), **look)
         _logarithmic(axis)
         axis.set(title=state, xlabel=over, ylabel="norm")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(pyplot().MaxNLocator(integer=True))
     _legend(figure, axes[0], f"Norms by {over}" + (_of_step(table) if over == "layer" else ""))
     return figure
 
@@ -296,12 +295,10 @@ def _of_step(table: xr.Dataset) -> str:
 
 def _panels(count: int, width: float = 0.0, height: float = 0.0, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure of some panels, two in a row."""
-    import matplotlib.pyplot as plt
-
     columns = min(count, 2)
     rows = math.ceil(count / columns)
     size = (width or 4.8 * columns, height or 3.2 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
     flat = list(axes.ravel())
     for empty in flat[count:]:
         empty.set_visible(False)
@@ -327,9 +324,7 @@ def _shade(i: int, of: int) -> Any:
     """The i-th of some colours: told apart if they are few, a ramp if they are many."""
     if of <= len(COLOURS):
         return COLOURS[i]
-    import matplotlib
-
-    return matplotlib.colormaps["viridis"](0.95 * i / (of - 1))
+    return pyplot().colormaps["viridis"](0.95 * i / (of - 1))
 
 
 def _gathered(counts: xr.DataArray) -> xr.DataArray:

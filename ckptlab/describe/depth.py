@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ckptlab.draw.plotting import pyplot
+
 if TYPE_CHECKING:
     from ckptlab.analysis.measure import Measure
 
@@ -17,12 +19,8 @@ def plot_depth(measures: Sequence[Measure], state: str, ax: Any = None) -> Any:
     The scale is logarithmic unless nothing changed. Tensors outside layers are dashed lines across. ImportError
     without matplotlib.
     """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install ckptlab[widgets]") from error
     if ax is None:
-        _, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        _, ax = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     by_kind: dict[str, list[Measure]] = {}
     for measure in sorted(measures, key=lambda m: m.layer or 0):
         by_kind.setdefault(measure.kind, []).append(measure)

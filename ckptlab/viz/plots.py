@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab.draw.colours import colour
+from ckptlab.draw.plotting import pyplot
 from ckptlab.draw.words import size
 from ckptlab.plan import Plan
 from ckptlab.viz.sizes import Model, table
@@ -35,11 +36,11 @@ def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
 
 def plot_plan(plan: Plan | Reshape, ax: Axes | None = None) -> Axes:
     """Bytes from every source rank to every target rank, logarithmic; see `plan`. Needs matplotlib."""
+    ax = _axes(ax)
     from matplotlib.colors import LogNorm
 
     made = plan if isinstance(plan, Plan) else plan.plan
     matrix = made.matrix()
-    ax = _axes(ax)
     image = ax.imshow(
         np.ma.masked_equal(matrix, 0), cmap="cividis", norm=LogNorm(), aspect="auto", interpolation="nearest"
     )
@@ -50,8 +51,4 @@ def plot_plan(plan: Plan | Reshape, ax: Axes | None = None) -> Axes:
 
 
 def _axes(ax: Any) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot  # loaded for those who have no axes of their own: a notebook shows its figures
-
-    return pyplot.subplots(figsize=(8, 4), layout="constrained")[1]
+    return pyplot().subplots(figsize=(8, 4), layout="constrained")[1] if ax is None else ax

@@ -194,3 +194,9 @@ def test_spectrum(tmp_path: Path) -> None:
 def test_matplotlib_is_loaded_when_a_plot_is_made() -> None:
     code = "import sys, ckptlab.analysis.plots; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_matplotlib_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'ckptlab\[widgets\]'"):
+        plots.norms(STEPS)

@@ -30,6 +30,22 @@ select shape shares_memory size sort split squeeze stack swapaxes take take_alon
 unstack vsplit vstack where zeros_like
 """
 _MOVES = frozenset(_MOVING.split())
+_FLOATING = frozenset(  # what has fractions, of whole numbers too
+    (
+        "mean",
+        "nanmean",
+        "std",
+        "nanstd",
+        "var",
+        "nanvar",
+        "median",
+        "nanmedian",
+        "quantile",
+        "nanquantile",
+        "linalg.norm",
+    )
+)
+_WHOLE = ("bool", "integral")
 _EXTREMES = frozenset(["amax", "amin", "max", "min", "nanmax", "nanmin"])  # one of the elements: exact in any dtype
 _REDUCED = {  # what a ufunc's reduce and accumulate are called as functions
     **{"add.reduce": "sum", "multiply.reduce": "prod", "maximum.reduce": "max", "minimum.reduce": "min"},
@@ -230,6 +246,7 @@ def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> A
         raise TypeError(f'{name} is not to be had on {backend.name}: .to_numpy() first, or backend="numpy"')
     keeps = name in _MOVES or _is_elementwise(name)
     dtype = None if keeps else WIDE
+    args = _promoted(name, args)
     refusals: tuple[type[Exception], ...] = (TypeError, RuntimeError, *backend.refusals)
     try:
         with backend.computing():
@@ -241,6 +258,29 @@ def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> A
     if name in _EXTREMES and (narrow := [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]):
         result = backend.cast(_array(backend, result), np.dtype(narrow[0]))
     return _wrapped(result, backend)
+
+
+def _promoted(name: str, args: Any) -> Any:
+    """The arguments in the dtypes in which numpy would compute: the same on all backends.
+
+    torch would halve an int64 in float32, and multiply it with a float32 in float32. Python's numbers stay as they are,
+    and so does what numpy knows no rule for.
+    """
+    if name in _FLOATING:
+        return tuple(a.astype(np.float64) if isinstance(a, Duck) and is_kind(a.dtype, _WHOLE) else a for a in args)
+    function = getattr(np, name, None)
+    if not isinstance(function, np.ufunc) or function.signature is not None or len(args) != function.nin:
+        return args
+    given = [type(a) if type(a) in (int, float, complex) else getattr(a, "dtype", None) for a in args]
+    if None in given:
+        return args
+    try:
+        names = [d if isinstance(d, type) else np.dtype(d) for d in given]
+        wanted = function.resolve_dtypes((*names, *(None for _ in range(function.nout))))
+    except TypeError:
+        return args
+    pairs = zip(args, wanted[: function.nin], strict=True)
+    return tuple(a.astype(d) if hasattr(a, "dtype") and np.dtype(a.dtype) != d else a for a, d in pairs)
 
 
 def _is_elementwise(name: str) -> bool:

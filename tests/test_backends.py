@@ -199,6 +199,31 @@ def test_64_bits_survive_what_is_computed(backend: Backend) -> None:
     assert (numbers.sum().dtype, (numbers + 1).dtype) == (np.int64, np.int64)
 
 
+MIXED: dict[str, Callable[[Any, Any], Any]] = {
+    "times": lambda a, b: a * b,
+    "half": lambda a, b: a / 2,
+    "squared": lambda a, b: a**2,
+    "a numpy scalar": lambda a, b: a * np.float64(2),
+    "a numpy array": lambda a, b: a + np.ones((2, 3)),
+    "less": lambda a, b: a < b,
+    "root": lambda a, b: np.sqrt(abs(a)),
+    "mean": lambda a, b: a.mean(),
+}
+
+
+@pytest.mark.parametrize("operation", MIXED)
+@pytest.mark.parametrize("second", [np.float32, np.int64, np.float64], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("first", [np.int64, np.int32, np.float32], ids=lambda d: np.dtype(d).name)
+def test_dtypes_that_meet_become_numpys(operation: str, first: type, second: type, backend: Backend) -> None:
+    """torch by itself halves an int64 in float32, and jax multiplies it with a float32 in float32."""
+    values = np.array([[1, 2, 3], [4, 5, 2**24 + 1]])
+    a, b = (on(backend, values.astype(d), ("x", "y")) for d in (first, second))
+    expected = MIXED[operation](*(on(resolve(), values.astype(d), ("x", "y")) for d in (first, second)))
+    found = MIXED[operation](a, b)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-6 if found.dtype == np.float32 else 1e-15)
+
+
 @pytest.mark.parametrize(
     "dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=lambda d: np.dtype(d).name
 )

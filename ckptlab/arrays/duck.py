@@ -272,7 +272,7 @@ def _promoted(name: str, args: Any) -> Any:
     if not isinstance(function, np.ufunc) or function.signature is not None or len(args) != function.nin:
         return args
     given = [type(a) if type(a) in (int, float, complex) else getattr(a, "dtype", None) for a in args]
-    if None in given:
+    if any(d is None for d in given):  # not `in`: numpy takes None for float64
         return args
     try:
         names = [d if isinstance(d, type) else np.dtype(d) for d in given]

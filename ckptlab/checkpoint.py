@@ -18,7 +18,6 @@ from ckptlab.formats import FORMATS, read
 from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.paper import with_data
 from ckptlab.plan import Placement, Plan, compose
 from ckptlab.viewed import Viewed
 
@@ -100,12 +99,10 @@ class Checkpoint(Viewed):
         """What the training program put in; objects of classes that are not imported are placeholders."""
         return self.catalog.client
 
-    @cached_property
+    @property
     def iteration(self) -> int | None:
         """The training step, where the checkpoint tells."""
-        native = self.catalog.native
-        step = self.client_state.get("iteration", native.model.get("global_steps") if native else None)
-        return int(step) if isinstance(step, int) else None
+        return self.catalog.training.step
 
     def reshape(self, mesh: Mesh | None = None, **options: Any) -> Reshape:
         """The same checkpoint on another mesh: nothing is read yet.
@@ -157,7 +154,7 @@ class Reshape(Viewed):
         from ckptlab.formats.deepspeed import target
         from ckptlab.formats.deepspeed.options import TargetOptions
 
-        if source.native is None:
+        if source.training.mesh is None:
             raise ReshapeError(
                 f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: "
                 "there is nothing "
@@ -171,7 +168,7 @@ class Reshape(Viewed):
             )
         given = TargetOptions(**options)
         build = paper.reshape if source.format == paper.FORMAT else target.reshape
-        return Reshape(source, build(source, mesh or source.native.mesh, given), given)
+        return Reshape(source, build(source, mesh or source.training.mesh, given), given)
 
     @property
     def mesh(self) -> Mesh:
@@ -200,15 +197,15 @@ class Reshape(Viewed):
             if flat:
                 sizes = (sum(t[s].itemsize for s in flat) for t in (held, tensor.states))
                 yield from self._moves(name, flat[0], flat[0], *sizes)
-            if (name, MODULE) in self.target.pieces:
+            if (name, MODULE) in self.target.placements:
                 state = module_source(self.source[name], tensor)
                 yield from self._moves(name, state, MODULE, held[state].itemsize, tensor.states[MODULE].itemsize)
 
     def _moves(
         self, name: str, state: str, becomes: str, read_size: int, written_size: int
     ) -> Iterator[tuple[str, int, int, Placement, Placement]]:
-        source = self.source.placements(name, state)[0]
-        for target in self.target.placements(name, becomes):
+        source = self.source.placement(name, state)
+        for target in self.target.placements[name, becomes]:
             yield name, read_size, written_size, source, target
 
     @cached_property
@@ -246,14 +243,15 @@ class Reshape(Viewed):
         from ckptlab.formats.deepspeed import write as native_files
         from ckptlab.formats.universal import write as universal_files
 
+        _ = self.source.stored  # or an error, at once
         if format == "safetensors":
-            return save_weights(with_data(self.source), destination, workers=workers, progress=progress)
+            return save_weights(self.source, destination, workers=workers, progress=progress)
         if format not in FORMATS:
             raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         native = format == "deepspeed"
         pointer = self._latest(destination) if native else LATEST_UNIVERSAL
         return convert.run(
-            (native_files if native else universal_files).jobs(with_data(self.source), self.target),
+            (native_files if native else universal_files).jobs(self.source, self.target),
             os.fspath(destination),
             {
                 "format": format,
@@ -275,12 +273,12 @@ class Reshape(Viewed):
 
     def _check_native(self, folder: str) -> None:
         """Read what was written back: it must open, and say of every tensor what the target says."""
-        told = self.source.native.told or self.mesh.tp == 1
+        told = self.source.training.layouts_told or self.mesh.tp == 1
         found = read(folder, None if told else _LayoutsOf(self.target))
         for name, tensor in self.target.tensors.items():
             again = found.tensors.get(name)
             alike = again is not None and again.shape == tensor.shape and again.cut.dims == tensor.cut.dims
-            if not alike or (self.source.native.told and again and again.layout.text != tensor.layout.text):
+            if not alike or (self.source.training.layouts_told and again and again.layout.text != tensor.layout.text):
                 raise CheckpointError(
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
                     f"{(tensor.layout, tensor.cut)}: this is a fault of ckptlab; please report it"

@@ -367,8 +367,8 @@ def _reshape(ckpt: Checkpoint, options: Mapping[str, Any]) -> Reshape:
     axes = {a: given.pop(a) for a in ("tp", "pp", "dp") if a in given}
     if "param_groups" in given:
         given["param_groups"] = _param_groups(given["param_groups"])
-    native = ckpt.catalog.native
-    return ckpt.reshape(native.folder.mesh.replace(**axes) if native else None, **given)
+    trained = ckpt.catalog.training.mesh
+    return ckpt.reshape(trained.replace(**axes) if trained else None, **given)
 
 
 def _param_groups(path: str) -> tuple[Mapping[str, Any], ...]:
@@ -393,7 +393,7 @@ def _write_run(
         tag = os.path.basename(report.destination)
         text = f"`latest` beside it is the source run's and was left alone: load it with tag={tag!r}"
         notices.append({"code": "latest-left-alone", "text": text})
-    target = {"mesh": reshape.mesh.degrees, "zero_stage": reshape.zero_stage, "dtype": reshape.target.native.dtype}
+    target = {"mesh": reshape.mesh.degrees, "zero_stage": reshape.zero_stage, "dtype": reshape.target.training.dtype}
     return {"format": form, **target, "latest": report.latest, "notices": notices}, report
 
 

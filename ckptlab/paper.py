@@ -7,6 +7,7 @@ al. 2019, arXiv:1909.08053.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Fragment, Notice, ParameterGroup, Tensor
-from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
+from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Notice, ParameterGroup, Tensor, Training, placements_of
+from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.formats.deepspeed.options import DTYPES, np_dtype
 from ckptlab.formats.deepspeed.pipeline import balanced, stage_of
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 from ckptlab.strategy import Megatron, Shape, cut, dim_names
 
 FORMAT = "paper"
@@ -116,22 +118,29 @@ class PaperModel:
             tensors = {n: self._tensor(n, self._stages(n, starts), mesh, zero_stage) for n in self.shapes}
         except LayoutError as error:
             raise ReshapeError(str(error)) from None
+        flat_groups = tuple(_flat_groups(tensors, mesh, zero_stage)) if zero_stage else ()
         return Catalog(
             path=f"paper model ({self})",
             format=FORMAT,
             mesh=mesh,
-            zero_stage=zero_stage,
             tensors=tensors,
-            groups=(ParameterGroup({}, tuple(tensors)),),
-            flat_groups=tuple(_flat_groups(tensors, mesh, zero_stage)) if zero_stage else (),
-            pieces=_pieces(tensors, mesh, zero_stage),
-            native=OnPaper(self, mesh, {i: stage_of(1 + i, starts) for i in range(self.layers)}),
+            placements=placements_of(tensors, flat_groups, _outside(tensors, zero_stage)),
+            flat_groups=flat_groups,
+            training=Training(
+                mesh=mesh,
+                zero_stage=zero_stage,
+                dtype=self.dtype,
+                groups=(ParameterGroup({}, tuple(tensors)),),
+                layer_stages={i: stage_of(1 + i, starts) for i in range(self.layers)},
+                heads=self.heads,
+                kv_heads=self.keys,
+                layouts_told=True,
+                numbers={f.name: getattr(self, f.name) for f in fields(self)},
+            ),
             notices=tuple(_notices(mesh, zero_stage)),
         )
 
     def _problems(self, mesh: Mesh, zero_stage: int) -> Iterator[str]:
-        if extra := [a for a in mesh.axes if a not in ("pp", "dp", "tp")]:
-            yield f"it has no use for axis {extra[0]!r}: use pp, dp and tp"
         if zero_stage not in STAGES:
             yield f"ZeRO stage {zero_stage}: expected 0, 1, 2 or 3"
         if mesh.pp > self.layers:
@@ -170,64 +179,34 @@ class PaperModel:
         return ", ".join(f"{k}={v!r}" for k, v in said.items() if k in always or v != getattr(defaults, k))
 
 
-@dataclass(frozen=True)
-class OnPaper:
-    """`Catalog.native` of a model on paper: its numbers, its mesh, and the pp stage of each layer."""
-
-    numbers: PaperModel
-    mesh: Mesh
-    layer_stages: Mapping[int, int]
-
-    @property
-    def dtype(self) -> str:
-        """What the model computes with."""
-        return self.numbers.dtype
-
-    @property
-    def model(self) -> Mapping[str, Any]:
-        """What a model file would say: there is none."""
-        return {}
-
-
 def reshape(source: Catalog, mesh: Mesh, options: Any) -> Catalog:
     """The same model on another mesh; of the options only `zero_stage` means something. Raises ReshapeError."""
     stage = source.zero_stage if options.zero_stage is None else options.zero_stage
-    return source.native.numbers.on(mesh, stage)
-
-
-def with_data(catalog: Catalog) -> Catalog:
-    """The catalog; CheckpointError if it is on paper, since then there is nothing to read."""
-    if catalog.format == FORMAT:
-        raise CheckpointError(f"{catalog.path}: nothing is stored of a model on paper: look at its layouts and plans")
-    return catalog
+    return PaperModel(**source.training.numbers).on(mesh, stage or 0)
 
 
 def payload(catalog: Catalog) -> int:
     """Bytes of all states of a catalog on paper, each as often as it would be stored."""
-    total = sum(f.total * d.itemsize for g in catalog.flat_groups for f in g.flats for d in g.dtypes.values())
-    for (name, state), by_rank in catalog.pieces.items():
-        tensor = catalog.tensors[name]
-        shards = (tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})) for _, tp in by_rank)
-        total += sum(int(np.prod(s, dtype=np.int64)) for s in shards) * tensor.states[state].itemsize
+    flats = ((f, d) for g in catalog.flat_groups for f in g.flats.values() for d in g.dtypes.values())
+    total = sum(flat.total * dtype.itemsize for flat, dtype in flats)
+    for (name, state), copies in catalog.placements.items():
+        whole = [p for p in copies if not p.flats]
+        count = sum(math.prod(p.shape(holder)) for p in whole for holder in p.holders)
+        total += count * catalog.tensors[name].states[state].itemsize
     return total
 
 
 def _flat_groups(tensors: Mapping[str, Tensor], mesh: Mesh, zero_stage: int) -> Iterator[FlatGroup]:
     for stage in range(mesh.pp):
         names = [t.name for t in tensors.values() if stage in t.stages]
-        yield FlatGroup.laid_out(stage, 0, names, tensors, mesh, zero_stage)
+        yield FlatGroup.laid_out(Holder(pp=stage), 0, names, tensors, mesh, zero_stage)
 
 
-def _pieces(
-    tensors: Mapping[str, Tensor], mesh: Mesh, zero_stage: int
-) -> dict[tuple[str, str], dict[tuple[int, int], tuple[Fragment, ...]]]:
-    """What lies outside flat buffers: at stage 0 everything, at 1 and 2 the module weights, at 3 nothing."""
-    outside = () if zero_stage == 3 else (MODULE,) if zero_stage else (*OPTIMIZER, MODULE)
-    return {
-        (t.name, state): {(stage, tp): () for stage in t.stages for tp in range(mesh.tp)}
-        for t in tensors.values()
-        for state in outside
-    }
+def _outside(tensors: Mapping[str, Tensor], zero_stage: int) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The stages of what lies outside flat buffers: at stage 0 everything, at 1 and 2 the module weights, at 3
+    nothing."""
+    states = () if zero_stage == 3 else (MODULE,) if zero_stage else (*OPTIMIZER, MODULE)
+    return {(t.name, state): t.stages for t in tensors.values() for state in states}
 
 
 def _notices(mesh: Mesh, zero_stage: int) -> Iterator[Notice]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
-from ckptlab.paper import with_data
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -16,18 +15,41 @@ States = str | Sequence[str] | None
 
 
 class Viewed:
-    """`source` is the catalog of what is stored, `held` the one that says what the ranks hold.
+    """`source` is the catalog of what is stored, `held` the one that says what the ranks hold: itself, or a target's.
 
     Every view takes `backend` ("numpy", "torch", "jax", or a Backend) and `device` ("cuda:0"): what is read arrives
-    there and stays there, inside xarray, dtype and bits as stored. BackendError where that cannot be.
+    there and stays there, inside xarray, dtype and bits as stored. BackendError where that cannot be. CheckpointError
+    where nothing is stored, as of a model on paper.
     """
 
     source: Catalog
     held: Catalog
 
+    @overload
+    def full(
+        self,
+        state: States = None,
+        *,
+        stack: Literal[True] = True,
+        dtype: Any = None,
+        backend: Any = None,
+        device: Any = None,
+    ) -> xr.DataTree: ...
+
+    @overload
+    def full(
+        self,
+        state: States = None,
+        *,
+        stack: Literal[False],
+        dtype: Any = None,
+        backend: Any = None,
+        device: Any = None,
+    ) -> Mapping[str, Any]: ...
+
     def full(
         self, state: States = None, *, stack: bool = True, dtype: Any = None, backend: Any = None, device: Any = None
-    ) -> Any:
+    ) -> xr.DataTree | Mapping[str, Any]:
         """Whole tensors, lazily.
 
         stack=True: a DataTree with one node a tensor, same-shaped layers stacked along `layer` (with the `pp` stage as
@@ -37,12 +59,35 @@ class Viewed:
         and everything works on them, dask too (of a Dataset or tree, xarray's reductions leave out dtypes that are not
         numpy's own, bfloat16 among them). A reshape does not change them. CheckpointError for an unknown state.
         """
-        from ckptlab import views
+        from ckptlab.arrays.backends import resolve
+        from ckptlab.views import Full
 
-        on = _backend(backend, device)
-        if stack:
-            return views.full(with_data(self.source), _states(state, self.source), dtype, on)
-        return views.full_by_name(with_data(self.source), _state(state, self.source), dtype, on)
+        view = Full(self.source, None, _states(state, self.source), dtype, resolve(backend, device))
+        return view.tree() if stack else view.by_name(_state(state, self.source))
+
+    @overload
+    def shards(
+        self,
+        state: States = None,
+        *,
+        stack: Literal[True] = True,
+        dtype: Any = None,
+        backend: Any = None,
+        device: Any = None,
+        mesh: Any = None,
+    ) -> xr.DataTree: ...
+
+    @overload
+    def shards(
+        self,
+        state: States = None,
+        *,
+        stack: Literal[False],
+        dtype: Any = None,
+        backend: Any = None,
+        device: Any = None,
+        mesh: Any = None,
+    ) -> Mapping[str, Any]: ...
 
     def shards(
         self,
@@ -53,32 +98,32 @@ class Viewed:
         backend: Any = None,
         device: Any = None,
         mesh: Any = None,
-    ) -> Any:
-        """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim before the tensor's own, a `pp`
-        dim where several stages hold copies. As `full` otherwise; of a reshape, gathered lazily from the source.
+    ) -> xr.DataTree | Mapping[str, Any]:
+        """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim (and one for each other axis on
+        which holders differ) before the tensor's own, a `pp` dim where several stages hold copies. As `full`
+        otherwise; of a reshape, gathered lazily from the source.
 
         mesh: the library's own mesh of devices (a `jax.sharding.Mesh`, a torch `DeviceMesh`) of the same degrees. The
-        arrays are then whole, each placed over the devices as its layout says; see `ckptlab.placed`.
+        arrays are then whole, each placed over the devices as its layout says; see `ckptlab.views.Placed`.
         """
-        from ckptlab import views
+        from ckptlab.arrays.backends import resolve
+        from ckptlab.views import Placed, Shards, View
 
-        on, held = _backend(backend, device), self.held
-        if mesh is not None:
-            from ckptlab import placed
-
-            if stack:
-                return placed.placed(with_data(self.source), held, mesh, _states(state, held), dtype, on)
-            return placed.placed_by_name(with_data(self.source), held, mesh, _state(state, held), dtype, on)
-        if stack:
-            return views.shards(with_data(self.source), held, _states(state, held), dtype, on)
-        return views.shards_by_name(with_data(self.source), held, _state(state, held), dtype, on)
+        fields = (self.source, self._target, _states(state, self.held), dtype, resolve(backend, device))
+        view: View = Shards(*fields) if mesh is None else Placed(*fields, devices=mesh)
+        return view.tree() if stack else view.by_name(_state(state, self.held))
 
     def buffers(self, *, dtype: Any = None, backend: Any = None, device: Any = None) -> xr.DataTree:
         """The optimizer's flat buffers as the files hold them, or as the target's will: /pp0/group0 with dims
         (tp, dp, flat) and true lengths beside."""
-        from ckptlab import views
+        from ckptlab.arrays.backends import resolve
+        from ckptlab.views import Flat
 
-        return views.buffers(with_data(self.source), self.held, dtype, _backend(backend, device))
+        return Flat(self.source, self._target, dtype, resolve(backend, device)).tree()
+
+    @property
+    def _target(self) -> Catalog | None:
+        return None if self.held is self.source else self.held
 
 
 def _states(state: States, catalog: Catalog) -> tuple[str, ...] | None:
@@ -96,9 +141,3 @@ def _state(state: States, catalog: Catalog) -> str | None:
     if wanted is not None and len(wanted) > 1:
         raise CheckpointError(f"by name, one state at a time (or none, for all): {wanted}")
     return wanted[0] if wanted else None
-
-
-def _backend(backend: Any, device: Any) -> Any:
-    from ckptlab.arrays.backends import resolve
-
-    return resolve(backend, device)

@@ -10,14 +10,15 @@ import xarray as xr
 from xarray.backends import BackendEntrypoint
 
 from ckptlab import strategy as strategies
-from ckptlab import views
 from ckptlab.arrays.backends import resolve
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
 from ckptlab.formats.locate import at
+from ckptlab.views import Flat, Full, Shards, View
 
-VIEWS = ("full", "shards", "buffers")
+_TENSORS: dict[str, type[View]] = {"full": Full, "shards": Shards}
+VIEWS = (*_TENSORS, "buffers")
 
 
 class DeepSpeedBackend(BackendEntrypoint):
@@ -64,12 +65,12 @@ class DeepSpeedBackend(BackendEntrypoint):
         source, on = _read(filename_or_obj, view, strategy), resolve(backend, device)
         if view == "buffers":
             dropped = _names(drop_variables)
-            found = views.buffers(source, source, dtype, on)
-            return found.map_over_datasets(lambda ds: ds.drop_vars(dropped, errors="ignore"))
-        states = _kept(source, drop_variables)
-        if view == "full":
-            return views.full(source, states, dtype, on)
-        return views.shards(source, source, states, dtype, on)
+            return (
+                Flat(source, None, dtype, on)
+                .tree()
+                .map_over_datasets(lambda ds: ds.drop_vars(dropped, errors="ignore"))
+            )
+        return _TENSORS[view](source, None, _kept(source, drop_variables), dtype, on).tree()
 
     def open_groups_as_dict(self, filename_or_obj: Any, **options: Any) -> dict[str, xr.Dataset]:
         """The nodes of `open_datatree` by path."""
@@ -98,8 +99,11 @@ class DeepSpeedBackend(BackendEntrypoint):
                 f"{source.path}: holds {len(source.tensors)} tensors ({first}, …), one Dataset holds one: give "
                 "tensor=, or use open_datatree for all"
             )
-        states = _kept(source, drop_variables) if view != "buffers" else None
-        found = views.dataset(view, source, tensor, states, dtype, resolve(backend, device))
+        on = resolve(backend, device)
+        if view == "buffers":
+            found = Flat(source, None, dtype, on).node(tensor)
+        else:
+            found = _TENSORS[view](source, None, _kept(source, drop_variables), dtype, on).node(tensor)
         return found.drop_vars(_names(drop_variables), errors="ignore")
 
 

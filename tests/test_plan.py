@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer, Placement, between, compose, plan_tensor
+from ckptlab.plan import FlatBuffer, Holder, Placement, between, compose, plan_tensor
 
 # ------------------------------------------------------------------------------- flat buffers
 
@@ -149,7 +149,8 @@ def placements(draw):
                 flat = FlatBuffer.per_tensor("abc", counts, mesh.dp)
             else:
                 flat = FlatBuffer.contiguous("abc", counts, mesh.dp, [3, 1, 0] if kind == "aligned" else None)
-            flats[0][stage, tp], flats[1][stage, tp] = (flat, 0), (flat, 2)
+            holder = Holder(pp=stage, tp=tp)
+            flats[0][holder], flats[1][holder] = (flat, 0), (flat, 2)
     return [
         Placement(cut, tuple(stages), flat, layout.replicas)
         for cut, flat, layout in zip(cuts, flats, layouts, strict=True)
@@ -164,7 +165,7 @@ def stored(placement, stage, tp):
     dealt = {}
     if not placement.flats:
         return dict.fromkeys(shard, mesh.rank(pp=stage, dp=0, tp=tp))
-    flat, index = placement.flats[stage, tp]
+    flat, index = placement.flats[Holder(pp=stage, tp=tp)]
     for d, buffer in enumerate(spelled(flat)):
         dealt.update({shard[held[1]]: mesh.rank(pp=stage, dp=d, tp=tp) for held in buffer if held and held[0] == index})
     assert len(dealt) == len(shard)
@@ -224,8 +225,8 @@ def test_a_plan_as_a_story():
     before, after = Mesh(tp=2, dp=2), Mesh(dp=4)
     layout = Layout("(tp out) in")
     half, whole = FlatBuffer.contiguous(["w"], [8], 2), FlatBuffer.contiguous(["w"], [16], 4)
-    a = Placement(layout.resolve((8, 2), before), (0,), {(0, tp): (half, 0) for tp in range(2)})
-    b = Placement(layout.resolve((8, 2), after), (0,), {(0, 0): (whole, 0)})
+    a = Placement(layout.resolve((8, 2), before), (0,), {Holder(pp=0, tp=tp): (half, 0) for tp in range(2)})
+    b = Placement(layout.resolve((8, 2), after), (0,), {Holder(pp=0, tp=0): (whole, 0)})
     source, target, count = plan_tensor(a, b)
     # ranks before: (dp 0, tp 0) = 0, (dp 0, tp 1) = 1, (dp 1, tp 0) = 2, (dp 1, tp 1) = 3
     assert sorted(zip(source.tolist(), target.tolist(), count.tolist(), strict=True)) == [
@@ -245,8 +246,8 @@ def test_rows_in_another_order():
     rows = {(0,): [[6, 0, 2], [0, 2, 2], [4, 4, 2]], (1,): [[2, 0, 2], [10, 2, 2], [8, 4, 2]]}
     cut = Cut.from_rows(SHAPE, mesh, [(("tp",), rows), ((), {(): [[0, 0, 4]]})])
     flat = FlatBuffer.contiguous(["w"], [24], 2)
-    a = Placement(cut, (0,), {(0, tp): (flat, 0) for tp in range(2)})
-    b = Placement(Layout("(tp out) in").resolve(SHAPE, mesh), (0,), {(0, tp): (flat, 0) for tp in range(2)})
+    a = Placement(cut, (0,), {Holder(pp=0, tp=tp): (flat, 0) for tp in range(2)})
+    b = Placement(Layout("(tp out) in").resolve(SHAPE, mesh), (0,), {Holder(pp=0, tp=tp): (flat, 0) for tp in range(2)})
     check(a, b)
     check(b, a)
 
@@ -255,7 +256,7 @@ def test_states_that_lie_differently_in_one_plan():
     """Master weights cut as ZeRO-3 does beside module weights that are not: what is remembered is not mixed up."""
     mesh = Mesh(dp=4)
     cut = Cut.whole(SHAPE, mesh)
-    each = Placement(cut, (0,), {(0, 0): (FlatBuffer.per_tensor(["w"], [48], 4), 0)})
+    each = Placement(cut, (0,), {Holder(pp=0, tp=0): (FlatBuffer.per_tensor(["w"], [48], 4), 0)})
     whole = Placement(cut)
     pairs = [(each, each), (each, whole), (whole, each), (whole, whole)]
     plan = compose((f"{i}", 4, 4, a, b) for i, (a, b) in enumerate(pairs))
@@ -269,13 +270,13 @@ def test_states_that_lie_differently_in_one_plan():
 def test_three_dims_cut_on_each(dp):
     mesh = Mesh(ep=2, cp=2, tp=2)
     flat = FlatBuffer.per_tensor(["w"], [64], dp)
-    a = Placement(Cut.whole((4, 4, 4), Mesh(dp=dp)), (0,), {(0, 0): (flat, 0)})
+    a = Placement(Cut.whole((4, 4, 4), Mesh(dp=dp)), (0,), {Holder(pp=0, tp=0): (flat, 0)})
     b = Placement(Layout("(ep a) (cp b) (tp c)").resolve((4, 4, 4), mesh))
     ids = np.arange(64).reshape(4, 4, 4)
     expected = Counter(
-        (element // -(-64 // dp), int(b.ranks(0, holder)[0]))
-        for holder, at in enumerate(b.coordinates)
-        for element in b.cut.take(ids, at).ravel().tolist()
+        (element // -(-64 // dp), int(b.ranks(holder)[0]))
+        for holder in b.holders
+        for element in b.cut.take(ids, b.coordinate(holder)).ravel().tolist()
     )
     source, target, count = plan_tensor(a, b)
     assert dict(zip(zip(source.tolist(), target.tolist(), strict=True), count.tolist(), strict=True)) == expected
@@ -283,7 +284,9 @@ def test_three_dims_cut_on_each(dp):
 
 def test_no_dims_and_no_elements():
     mesh = Mesh(tp=2, dp=2)
-    scalar = Placement(Cut.whole((), mesh), (0,), {(0, t): (FlatBuffer.per_tensor(["s"], [1], 2), 0) for t in (0, 1)})
+    scalar = Placement(
+        Cut.whole((), mesh), (0,), {Holder(pp=0, tp=t): (FlatBuffer.per_tensor(["s"], [1], 2), 0) for t in (0, 1)}
+    )
     source, target, count = plan_tensor(scalar, Placement(Cut.whole((), Mesh())))
     assert (source.tolist(), target.tolist(), count.tolist()) == ([0], [0], [1])
     empty = Placement(Cut.whole((0, 3), mesh))
@@ -298,21 +301,23 @@ def test_experts():
     mesh = Mesh(dp=4, tp=2).split("dp", edp=2, ep=2)
     flat = FlatBuffer.contiguous(["e"], [4], 2)
     cut = Layout("(tp out) in").resolve((4, 2), mesh)
-    fixed = Placement(cut, (0,), {(0, t): (flat, 0) for t in range(2)}, at={"ep": 1})
-    assert fixed.ranks(0, 1).tolist() == [3, 7]  # tp 1, ep 1, edp 0 and 1
+    fixed = Placement(cut, (0,), {Holder(pp=0, ep=1, tp=t): (flat, 0) for t in range(2)}, at={"ep": 1})
+    assert (fixed.axes, fixed.data) == (("tp",), ("edp",))
+    assert fixed.ranks(fixed.holders[1]).tolist() == [3, 7]  # tp 1, ep 1, edp 0 and 1
     assert plan_tensor(fixed, Placement(Cut.whole((4, 2)))) is not None
     source, _, count = plan_tensor(fixed, Placement(Cut.whole((4, 2))))
     assert dict(zip(source.tolist(), count.tolist(), strict=True)) == {2: 2, 6: 2, 3: 2, 7: 2}
 
     stacked = Layout("(ep expert) out").resolve((4, 2), mesh)
-    spread = Placement(stacked, (0,), {(0, holder): (flat, 0) for holder in range(4)})
-    assert spread.coordinates == ((0,), (0,), (1,), (1,))  # holders: ep, then tp
-    assert spread.ranks(0, 3).tolist() == [3, 7]
+    spread = Placement(stacked, (0,), dict.fromkeys(Placement(stacked).holders, (flat, 0)))
+    assert [spread.coordinate(holder) for holder in spread.holders] == [(0,), (0,), (1,), (1,)]
+    assert list(map(str, spread.holders)) == [f"pp 0 · ep {e} · tp {t}" for e in range(2) for t in range(2)]
+    assert spread.ranks(spread.holders[3]).tolist() == [3, 7]
     source, _, count = plan_tensor(spread, Placement(Cut.whole((4, 2))))
     assert dict(zip(source.tolist(), count.tolist(), strict=True)) == {0: 2, 4: 2, 2: 2, 6: 2}
 
     two_dims = Placement(Layout("(tp out) (dp in)").resolve((4, 8), mesh))
-    assert len(two_dims.coordinates) == 8
+    assert len(two_dims.holders) == 8
     assert plan_tensor(two_dims, two_dims)[2].tolist() == [4] * 8
 
 
@@ -322,12 +327,12 @@ def test_placement_errors():
     whole = Placement(Cut.whole((4, 2)))
     with pytest.raises(LayoutError, match=r"stages \(2,\) are not all among the stages of pp\(2\)"):
         Placement(cut, (2,))
-    with pytest.raises(LayoutError, match="no flat buffer is given for pp 0, holder 1"):
-        plan_tensor(Placement(cut, (0,), {(0, 0): (FlatBuffer.per_tensor(["w"], [4], 2), 0)}), whole)
-    wrong = {(0, t): (FlatBuffer.per_tensor(["w"], [5], 2), 0) for t in range(2)}
+    with pytest.raises(LayoutError, match="no flat buffer is given for pp 0 · tp 1 of"):
+        plan_tensor(Placement(cut, (0,), {Holder(pp=0, tp=0): (FlatBuffer.per_tensor(["w"], [4], 2), 0)}), whole)
+    wrong = {Holder(pp=0, tp=t): (FlatBuffer.per_tensor(["w"], [5], 2), 0) for t in range(2)}
     with pytest.raises(ReshapeError, match=r"tensor 'w': 5 elements in the flat buffer of .*, 4 in shard \(2, 2\)"):
         compose([("w", 4, 4, Placement(cut, (0,), wrong), whole)])
-    other = {(0, t): (FlatBuffer.per_tensor(["w"], [4], 3), 0) for t in range(2)}
+    other = {Holder(pp=0, tp=t): (FlatBuffer.per_tensor(["w"], [4], 3), 0) for t in range(2)}
     with pytest.raises(LayoutError, match=r"a flat buffer for dp\(3\) at .*, where 2 ranks share a shard"):
         plan_tensor(Placement(cut, (0,), other), whole)
     with pytest.raises(LayoutError, match="fixed"):

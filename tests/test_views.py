@@ -13,6 +13,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import pytest
 import xarray as xr
+from ckptlab.stacks import stacks
 from compare import GPT, ZERO2, ZERO3
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +29,6 @@ from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
-from ckptlab.stacks import stacks
 from ckptlab.stored import Stored
 
 EMBEDDING = "tied_modules.embed.word_embeddings.weight"

@@ -19,7 +19,7 @@ import numpy as np
 from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Measure, Sums
 from ckptlab.analysis.renames import renamed
-from ckptlab.arrays import Gather
+from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
@@ -175,7 +175,7 @@ def _compared(left: Catalog, right: Catalog, todo: Sequence[Todo], progress: boo
 def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> Found:
     """What differs in one state of one tensor (None if nothing does), and how far apart it is."""
     dtypes = np.dtype(ta.states[state]), np.dtype(tb.states[state])
-    of_a, of_b = Gather(left, ta.name, state), Gather(right, tb.name, state)
+    of_a, of_b = reader(left, ta.name, state), reader(right, tb.name, state)
     elements, count, worst_rel = math.prod(ta.shape), 0, 0.0
     worst: tuple[float, int, float, float] | None = None
     sums = Sums()
@@ -206,7 +206,7 @@ def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) 
     return found, measure
 
 
-def _window(gather: Gather, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+def _window(gather: Reader, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
     """Elements start … stop-1 of the flattened whole. Pieces come as they lie, so both sides' are joined first."""
     pieces = gather.chunks(Cut.whole(shape), (), start, stop, stop - start)
     joined, done = None, 0

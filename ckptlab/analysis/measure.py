@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ckptlab.stacks import kind_and_layer
+from ckptlab.catalog.stacks import kind_and_layer
 
 K = TypeVar("K")
 _PIECE = 1 << 16  # elements that are summed at a time: they stay in the cache

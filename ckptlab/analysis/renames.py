@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptlab.arrays import Gather
+from ckptlab.arrays import reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.layout import Cut
 
@@ -73,7 +73,7 @@ def _sample(catalog: Catalog, name: str, state: str) -> np.ndarray:
     count = math.prod(tensor.shape)
     length = min(count, SAMPLE) if count <= SAMPLE else SAMPLE // _PIECES
     starts = [0] if count <= SAMPLE else np.linspace(0, count - length, _PIECES).astype(int).tolist()
-    gather, cut = Gather(catalog, name, state), Cut.whole(tensor.shape)
+    gather, cut = reader(catalog, name, state), Cut.whole(tensor.shape)
     pieces = [p.astype(np.float64) for s in starts for p in gather.chunks(cut, (), s, s + length)]
     return np.nan_to_num(np.concatenate(pieces)) if pieces else np.zeros(0)
 

@@ -17,14 +17,14 @@ import xarray as xr
 
 from ckptlab.analysis.run import Run
 from ckptlab.analysis.windows import Array, array_of
-from ckptlab.arrays import Gather
+from ckptlab.arrays import reader
 from ckptlab.arrays.lazy import Gathered
 from ckptlab.catalog import Catalog
+from ckptlab.catalog.stacks import stacks
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
-from ckptlab.stacks import stacks
 
 BATCH = ("step", "layer", "pp", "tp", "dp")  # dims of a view that are no dims of a tensor
 
@@ -106,8 +106,8 @@ def _of_catalog(catalog: Catalog) -> Iterator[Row]:
         stack, layer = places[tensor.name]
         group = "" if tensor.group is None else str(catalog.groups[tensor.group].name or tensor.group)
         for state in catalog.states:
-            if state in tensor.states and catalog.holders(tensor.name, state):
-                array = Gathered(Gather(catalog, tensor.name, state), Cut.whole(tensor.shape))
+            if (tensor.name, state) in catalog.placements:
+                array = Gathered(reader(catalog, tensor.name, state), Cut.whole(tensor.shape))
                 stage, cut = tensor.stages[0], tensor.layout.text
                 yield Row(tensor.name, state, array, stack, layer, tensor.kind, group, stage, layout=cut)
 

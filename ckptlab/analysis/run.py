@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ckptlab import views
 from ckptlab.arrays.lazy import Converted, Stacked, under, variable
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError, LayoutError
+from ckptlab.views import Full
 
 if TYPE_CHECKING:
     from ckptlab.analysis.rows import Row
@@ -119,7 +119,7 @@ class Run:
         unknown = [s for s in wanted or () if s not in self.states]
         if unknown:
             raise CheckpointError(f"{self.path}: no state {unknown[0]!r}: there are {', '.join(self.states)}")
-        return self._tree(lambda ckpt: views.full(ckpt.catalog, _known(ckpt, wanted), dtype))
+        return self._tree(lambda ckpt: Full(ckpt.catalog, None, _known(ckpt, wanted), dtype).tree())
 
     def _tree(self, view: Callable[[Checkpoint], xr.DataTree]) -> xr.DataTree:
         trees = {step: view(ckpt) for step, ckpt in self.checkpoints.items()}

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
 from ckptlab.analysis.accumulate import BLOCK
 from ckptlab.analysis.windows import SPAN
-from ckptlab.arrays import Gather
+from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, ParameterGroup, Tensor
+from ckptlab.catalog.stacks import stacks
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
-from ckptlab.stacks import stacks
 from ckptlab.stored import Stored
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
@@ -183,7 +183,7 @@ def _weight(tensor: Tensor) -> str:
 
 def _is_adams(catalog: Catalog, tensor: Tensor) -> bool:
     states = (FIRST, SECOND, _weight(tensor))
-    return all(s in tensor.states and catalog.holders(tensor.name, s) for s in states)
+    return all((tensor.name, s) in catalog.placements for s in states)
 
 
 def _settings(catalog: Catalog) -> Mapping[int | None, Settings]:
@@ -196,7 +196,7 @@ class _Task:
     """Elements lo … hi-1 of one shard of a tensor, in the three states that are read together."""
 
     index: int
-    gathers: tuple[Gather, ...]
+    gathers: tuple[Reader, ...]
     cut: Cut
     at: tuple[int, ...]
     lo: int
@@ -212,7 +212,7 @@ class _Task:
         return self.index, total
 
 
-def joined(gather: Gather, cut: Cut, at: tuple[int, ...], lo: int, hi: int) -> np.ndarray:
+def joined(gather: Reader, cut: Cut, at: tuple[int, ...], lo: int, hi: int) -> np.ndarray:
     """Elements lo … hi-1 of a flattened shard as one piece: states need not lie in the same fragments."""
     pieces = gather.chunks(cut, at, lo, hi, hi - lo)
     first = next(pieces)
@@ -229,7 +229,7 @@ def joined(gather: Gather, cut: Cut, at: tuple[int, ...], lo: int, hi: int) -> n
 def _tasks(catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings]) -> Iterator[_Task]:
     for index, tensor in enumerate(trained):
         states = (_weight(tensor), FIRST, SECOND)
-        gathers = tuple(Gather(catalog, tensor.name, state) for state in states)
+        gathers = tuple(reader(catalog, tensor.name, state) for state in states)
         for cut, at in gathers[0].unordered(Cut.whole(tensor.shape), ()):
             numel = math.prod(cut.shard_shape(at))
             for lo in range(0, numel, SPAN):

@@ -52,7 +52,7 @@ class _Stored:
         return self.hi - self.lo
 
     def windows(self) -> Iterator[np.ndarray]:
-        for chunk in self.gather.chunks(self.cut, self.at, self.lo, self.hi, WINDOW):
+        for chunk in self.reader.chunks(self.cut, self.at, self.lo, self.hi, WINDOW):
             yield chunk.astype(self.dtype, copy=False)
 
 
@@ -95,7 +95,7 @@ def spans(array: Array) -> list[Span]:
         numel = math.prod(array.shape)
         return [_Boxes(array, lo, min(lo + SPAN, numel)) for lo in range(0, numel, SPAN)]
     found: list[Span] = []
-    for cut, at in held.gather.unordered(held.cut, held.at):
+    for cut, at in held.reader.unordered(held.cut, held.at):
         numel = math.prod(cut.shard_shape(at))
         ends = range(0, numel, SPAN)
         found += (_Stored(held.gather, cut, at, lo, min(lo + SPAN, numel), array.dtype) for lo in ends)

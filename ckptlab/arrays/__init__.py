@@ -1,9 +1,10 @@
 """Tensors out of what is stored: gathered from fragments and boxes into any other cut, and as lazy labelled arrays.
 
-`lazy` (xarray) and `narrow` (dtypes of 16 bits and fewer) are loaded by the views alone.
+Readers (readers.py, gather.py) come first; `lazy` (xarray) and `dtypes` are loaded by the views alone.
 """
 
-from ckptlab.arrays.gather import Gather, Tally
-from ckptlab.arrays.held import Partition, shard_gathers
+from ckptlab.arrays.gather import Gather, Tally, reader
+from ckptlab.arrays.held import Partition, shard_reader
+from ckptlab.arrays.readers import Cast, Mean, Reader
 
-__all__ = ["Gather", "Partition", "Tally", "shard_gathers"]
+__all__ = ["Cast", "Gather", "Mean", "Partition", "Reader", "Tally", "reader", "shard_reader"]

@@ -80,14 +80,15 @@ def split_flat(shards: Mapping[str, xr.DataArray], flat: FlatGroup | FlatBuffer,
 
 
 def _flats(flat: FlatGroup | FlatBuffer) -> tuple[FlatBuffer, ...]:
-    return (flat,) if isinstance(flat, FlatBuffer) else flat.flats
+    return (flat,) if isinstance(flat, FlatBuffer) else tuple(flat.flats.values())
 
 
 def _shard_shapes(flats: tuple[FlatBuffer, ...], index: int, tensor: Tensor | None) -> tuple[tuple[int, ...], ...]:
     """Shapes of a tensor's shards by tp rank: flat ones where the tensor is not known."""
     if tensor is None:
         return _flat_shapes(flats, index)
-    return tuple(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})) for tp in range(len(flats)))
+    places = list(tensor.cut.coordinates()) if tensor.cut.axes else [()] * len(flats)
+    return tuple(tensor.cut.shard_shape(at) for at in places)
 
 
 def _flat_shapes(flats: tuple[FlatBuffer, ...], index: int) -> tuple[tuple[int, ...], ...]:

@@ -11,44 +11,52 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays.gather import Gather, Tally
+from ckptlab.arrays.gather import Tally, reader
+from ckptlab.arrays.readers import Coordinate, Reader
 from ckptlab.catalog import MODULE, Catalog, FlatGroup, module_source
 from ckptlab.layout import Cut
+from ckptlab.plan import Holder
 
 
-def shard_gathers(
-    source: Catalog, held: Catalog, name: str, state: str, stage: int | None = None
-) -> tuple[Gather, ...]:
-    """For each tp rank of `held` what reads its shard, in the tensor's cut there.
+def shard_reader(
+    source: Catalog, held: Catalog, name: str, state: str, holder: Holder, tally: Tally | None = None
+) -> Reader:
+    """What reads the shard of a holder of `held`, in the tensor's cut there.
 
-    Of the source's own ranks each is read from itself, its copy of what is replicated included (`stage`: the copy of
-    that pp stage); a target's are gathered from all. Buffers may differ between tp ranks: at an unchanged tp each
-    keeps its own.
+    Of the source's own holders each is read from itself, its copy of what is replicated included; a target's is
+    gathered from all. Buffers may differ between holders: on an unchanged mesh axis each keeps its own.
     """
-    tensor, ranks = held.tensors[name], range(held.mesh.tp)
     if held is source:
-        return tuple(Gather(source, name, state, stage=stage, replica=tp) for tp in ranks)
+        return reader(source, name, state, holder=holder, tally=tally)
+    tensor = held.tensors[name]
     drawn = module_source(source[name], tensor) if state == MODULE else state
-    dtype = tensor.states[state]
-    if tensor.kind == "buffer" and held.mesh.tp == source.mesh.tp:
-        return tuple(Gather(source, name, drawn, dtype=dtype, replica=tp) for tp in ranks)
-    return (Gather(source, name, drawn, dtype=dtype),) * len(ranks)
+    own = _own(source, held, name, drawn, holder) if tensor.kind == "buffer" else None
+    return reader(source, name, drawn, dtype=tensor.states[state], holder=own, tally=tally)
+
+
+def _own(source: Catalog, held: Catalog, name: str, state: str, holder: Holder) -> Holder | None:
+    """The source's holder at the same coordinates, where the meshes have the same degrees on all of the axes."""
+    placement = source.placement(name, state)
+    if any(source.mesh[axis] != held.mesh[axis] for axis in placement.axes if axis in held.mesh):
+        return None
+    at = {axis: holder.get(axis, 0) for axis in placement.axes}
+    return next((h for h in placement.on(placement.stages[0]) if Holder(**at).within(h)), None)
 
 
 @dataclass(frozen=True)
 class _Part:
     """`count` elements from `start` of a flattened shard, which lie from `place` on in the partition."""
 
-    gather: Gather
+    reader: Reader
     cut: Cut
-    at: tuple[int, ...]
+    at: Coordinate
     start: int
     place: int
     count: int
 
 
 class Partition:
-    """What a dp rank holds of one state of a flat buffer of `held`, gathered from `source`; its padding is 0.
+    """What a dp rank of a holder has of one state of a flat buffer of `held`, gathered from `source`; its padding is 0.
 
     Pickled, it is the files' paths and offsets and the cuts, without the catalogs and the tally.
     """
@@ -59,15 +67,14 @@ class Partition:
         held: Catalog,
         group: FlatGroup,
         state: str,
-        tp: int,
+        holder: Holder,
         dp: int,
         tally: Tally | None = None,
     ) -> None:
         self.source, self.held, self.group = source, held, group
-        self.state, self.tp, self.dp = state, tp, dp
-        self.tally = tally and tally.towards(held.mesh.rank(pp=group.stage, dp=dp, tp=tp))
+        self.state, self.holder, self.dp, self.tally = state, holder, dp, tally
         self.dtype = np.dtype(group.dtypes[state])
-        self.size = group.flats[tp].size(dp)
+        self.size = group.flats[holder].size(dp)
         self._known_parts: list[_Part] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +91,7 @@ class Partition:
             if first > done:
                 yield np.zeros(first - done, self.dtype)
             shift = part.start - part.place
-            yield from part.gather.chunks(part.cut, part.at, first + shift, last + shift)
+            yield from part.reader.chunks(part.cut, part.at, first + shift, last + shift)
             done = last
         if hi > done:
             yield np.zeros(hi - done, self.dtype)
@@ -94,7 +101,9 @@ class Partition:
         if self._known_parts is not None:
             yield from self._known_parts
             return
-        for index, start, place, count in self.group.flats[self.tp].within(self.dp).tolist():
+        for index, start, place, count in self.group.flats[self.holder].within(self.dp).tolist():
             tensor = self.held.tensors[self.group.names[index]]
-            gather = Gather(self.source, tensor.name, self.state, dtype=self.dtype, tally=self.tally)
-            yield _Part(gather, tensor.cut, tensor.cut.coordinate({"tp": self.tp}), start, place, count)
+            placement = self.held.placement(tensor.name, self.state)
+            tally = self.tally and self.tally.towards(int(placement.ranks(self.holder)[self.dp]))
+            one = reader(self.source, tensor.name, self.state, dtype=self.dtype, tally=tally)
+            yield _Part(one, tensor.cut, placement.coordinate(self.holder), start, place, count)

@@ -6,6 +6,7 @@ on a backend (`Delivered`), the last step of all.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -16,44 +17,63 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from ckptlab.arrays.backends import Backend, resolve
-from ckptlab.arrays.backends.base import Empty
 from ckptlab.arrays.dtypes import is_narrow
 from ckptlab.arrays.duck import duck
-from ckptlab.arrays.gather import Gather
 from ckptlab.arrays.held import Partition
+from ckptlab.arrays.readers import Reader
 from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
 Index = int | slice | NDArray[np.int64]  # what is wanted along one dim
 
 
-class LazyArray:
+class LazyArray(ABC):
     """A lazy array of a given shape and dtype, read into numpy's."""
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype) -> None:
         self.shape = tuple(int(n) for n in shape)
         self.dtype = np.dtype(dtype)
 
-    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
-        """The wanted part, each dim indexed by itself: integers drop theirs. Memory for it comes from `empty`."""
-        raise NotImplementedError
+    @abstractmethod
+    def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
+        """Write the wanted part, each dim indexed by itself (integers drop theirs), into `out`, of that part's shape
+        and of any strides and dtype."""
+
+    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+        """The wanted part as an array of its own."""
+        out = np.empty(_lengths(index, self.shape), self.dtype)
+        self.read_into(out, index)
+        return out
 
 
 class Gathered(LazyArray):
     """The shard at a coordinate of a cut, gathered from wherever its elements are stored: only the box needed."""
 
-    def __init__(self, gather: Gather, cut: Cut, at: tuple[int, ...] = ()) -> None:
-        super().__init__(cut.shard_shape(at), gather.dtype)
-        self.gather, self.cut, self.at = gather, cut, at
+    def __init__(self, reader: Reader, cut: Cut, at: tuple[int, ...] = ()) -> None:
+        super().__init__(cut.shard_shape(at), reader.dtype)
+        self.reader, self.cut, self.at = reader, cut, at
 
-    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
+    def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
         windows = [_window(k, n) for k, n in zip(index, self.shape, strict=True)]
+        if out.size == 0:
+            return
+        if any(isinstance(k, np.ndarray) or (isinstance(k, slice) and k.step not in (None, 1)) for k in index):
+            np.copyto(out, self._box(windows), casting="unsafe")
+            return
+        dropped = tuple(dim for dim, k in enumerate(index) if _is_integer(k))
+        self.reader.fill(np.expand_dims(out, dropped), self.cut, self.at, [start for start, _, _ in windows])
+
+    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+        """As LazyArray's; a large box that lies in one piece in a file is mapped, not copied."""
+        return self._box([_window(k, n) for k, n in zip(index, self.shape, strict=True)])
+
+    def _box(self, windows: Sequence[tuple[int, int, Index]]) -> np.ndarray:
         sizes = tuple(size for _, size, _ in windows)
         if 0 in sizes:
             box = np.empty(sizes, self.dtype)
         else:
-            box = self.gather.box(self.cut, self.at, [start for start, _, _ in windows], sizes, empty)
-        return _orthogonal(box.astype(self.dtype, copy=False), [rest for _, _, rest in windows])
+            box = self.reader.box(self.cut, self.at, [start for start, _, _ in windows], sizes)
+        return _orthogonal(box, [rest for _, _, rest in windows])
 
 
 class Flat(LazyArray):
@@ -63,17 +83,16 @@ class Flat(LazyArray):
         super().__init__((_numel(partition),), partition.dtype)
         self.partition = partition
 
-    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
+    def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
         start, size, rest = _window(index[0], self.shape[0])
-        out = empty((size,), self.dtype)
         if isinstance(self.partition, Stored):
-            out[...] = self.partition.elements(start, size).map()
+            found = self.partition.elements(start, size).map()
         else:
-            done = 0
+            found, done = np.empty(size, self.dtype), 0
             for chunk in self.partition.chunks(start, start + size):
-                out[done : done + len(chunk)] = chunk
+                found[done : done + len(chunk)] = chunk
                 done += len(chunk)
-        return _orthogonal(out, [rest])
+        np.copyto(out, found[rest], casting="unsafe")
 
 
 class Stacked(LazyArray):
@@ -83,16 +102,23 @@ class Stacked(LazyArray):
         super().__init__((len(arrays), *arrays[0].shape), arrays[0].dtype)
         self.arrays = tuple(arrays)
 
-    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
+    def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
         first, rest = index[0], index[1:]
         if _is_integer(first):
-            return self.arrays[first].read(rest, empty)
-        wanted = np.arange(len(self.arrays))[first]
-        lengths = (_length(k, n) for k, n in zip(rest, self.shape[1:], strict=True) if not _is_integer(k))
-        out = empty((len(wanted), *lengths), self.dtype)
-        for place, i in enumerate(wanted):
-            out[place] = self.arrays[i].read(rest)
-        return out
+            self.arrays[first].read_into(out, rest)
+            return
+        for place, i in enumerate(np.arange(len(self.arrays))[first]):
+            self.arrays[i].read_into(out[place, ...], rest)
+
+    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+        return self.arrays[index[0]].read(index[1:]) if _is_integer(index[0]) else super().read(index)
+
+
+def nested(arrays: Sequence[LazyArray], degrees: Sequence[int]) -> LazyArray:
+    """Arrays of one shape along new first dims of these sizes, the last running fastest."""
+    for degree in reversed(degrees):
+        arrays = [Stacked(arrays[i : i + degree]) for i in range(0, len(arrays), degree)]
+    return arrays[0]
 
 
 class Padded(LazyArray):
@@ -102,13 +128,14 @@ class Padded(LazyArray):
         super().__init__(shape, array.dtype)
         self.array = array
 
-    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
+    def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
         wanted = [np.atleast_1d(np.arange(n)[k]) for k, n in zip(index, self.shape, strict=True)]
         held = [w < n for w, n in zip(wanted, self.array.shape, strict=True)]
-        out = np.zeros([len(w) for w in wanted], self.dtype)
+        out[...] = 0
         if all(h.any() for h in held):
-            out[np.ix_(*held)] = self.array.read(tuple(w[h] for w, h in zip(wanted, held, strict=True)))
-        return out.reshape([len(w) for w, k in zip(wanted, index, strict=True) if not _is_integer(k)])
+            part = self.array.read(tuple(w[h] for w, h in zip(wanted, held, strict=True)))
+            dropped = tuple(dim for dim, k in enumerate(index) if _is_integer(k))
+            np.expand_dims(out, dropped)[np.ix_(*held)] = part
 
 
 class Converted(LazyArray):
@@ -118,8 +145,11 @@ class Converted(LazyArray):
         super().__init__(array.shape, dtype)
         self.array = array
 
-    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
-        return self.array.read(index).astype(self.dtype)
+    def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
+        if out.dtype == self.dtype:
+            self.array.read_into(out, index)
+        else:
+            np.copyto(out, self.read(index), casting="unsafe")
 
 
 class _Permuted(LazyArray):
@@ -129,11 +159,19 @@ class _Permuted(LazyArray):
         super().__init__([array.shape[i] for i in order], array.dtype)
         self.array, self.order = array, tuple(order)
 
-    def read(self, index: tuple[Index, ...], empty: Empty = np.empty) -> np.ndarray:
+    def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
+        inner, order = self._inner(index)
+        self.array.read_into(out.transpose(np.argsort(order)), inner)
+
+    def read(self, index: tuple[Index, ...]) -> np.ndarray:
+        inner, order = self._inner(index)
+        return self.array.read(inner).transpose(order)
+
+    def _inner(self, index: tuple[Index, ...]) -> tuple[tuple[Index, ...], list[int]]:
+        """The index in the array's own order, and the order of the dims that are kept."""
         by_dim = dict(zip(self.order, index, strict=True))
-        part = self.array.read(tuple(by_dim[dim] for dim in range(len(self.shape))), empty)
         kept = [dim for dim, k in by_dim.items() if not _is_integer(k)]
-        return part.transpose([sorted(kept).index(dim) for dim in kept])
+        return tuple(by_dim[dim] for dim in range(len(self.shape))), [sorted(kept).index(dim) for dim in kept]
 
 
 class Delivered(BackendArray):
@@ -152,13 +190,17 @@ class Delivered(BackendArray):
 
     def _receive(self, index: tuple[Index, ...]) -> Any:
         kept = [dim for dim, k in enumerate(index) if not _is_integer(k)]
-        shape = [_length(index[dim], self.shape[dim]) for dim in kept]
+        shape = _lengths(index, self.shape)
 
-        def read(rows: slice, empty: Empty) -> np.ndarray:
-            if not kept or rows == slice(None):
-                return self.array.read(index, empty)
-            first = np.arange(self.shape[kept[0]])[index[kept[0]]][rows]
-            return self.array.read((*index[: kept[0]], first, *index[kept[0] + 1 :]), empty)
+        def read(rows: slice, out: np.ndarray | None) -> np.ndarray:
+            wanted = index
+            if kept and rows != slice(None):
+                first = _rows(index[kept[0]], self.shape[kept[0]], rows)
+                wanted = (*index[: kept[0]], first, *index[kept[0] + 1 :])
+            if out is None:
+                return self.array.read(wanted)
+            self.array.read_into(out, wanted)
+            return out
 
         return self.backend.receive(read, shape, self.dtype)
 
@@ -226,6 +268,20 @@ def _numel(partition: Stored | Partition) -> int:
 
 def _is_integer(index: Index) -> TypeGuard[int]:
     return isinstance(index, int | np.integer)
+
+
+def _lengths(index: Sequence[Index], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what an index takes of an array of `shape`."""
+    return tuple(_length(k, n) for k, n in zip(index, shape, strict=True) if not _is_integer(k))
+
+
+def _rows(index: Index, n: int, rows: slice) -> Index:
+    """Some of the rows that an index takes of a dim of length `n`."""
+    if isinstance(index, slice):
+        wanted = range(*index.indices(n))[rows]
+        if wanted.step == 1:
+            return slice(wanted.start, wanted.stop)
+    return np.arange(n)[index][rows]
 
 
 def _length(index: Index, n: int) -> int:

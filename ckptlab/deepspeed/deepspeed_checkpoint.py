@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from ckptlab.arrays import Gather
+from ckptlab.arrays import reader
 from ckptlab.catalog import MODULE, Catalog, Tensor
 from ckptlab.deepspeed.constants import (
     AUTOEP_LAYERS_KEY,
@@ -36,6 +36,7 @@ from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.layout import Cut, Layout, on_degree
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 from ckptlab.strategy import Strategy
 
@@ -278,7 +279,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
             return dict(as_torch(content))
         number = _LAYER_FILE.fullmatch(os.path.basename(files[0]))
         assert number is not None  # how it was found
-        return self._recut(content, self.catalog.native.module.layer_keys[int(number[1])], tp_index)
+        return self._recut(content, self.catalog.private.module.layer_keys[int(number[1])], tp_index)
 
     def _recut(self, content: Mapping[str, Any], prefix: str, tp_index: int) -> dict[str, Any]:
         """The tensors that `content` names, as a tp rank of the target holds them; all else as it is."""
@@ -291,8 +292,10 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         """A tensor on a tp rank of the target; of replicas the first that the rank is made of."""
         cut = self._target_cut(tensor)
         first = tp_index * self.zero_checkpoint.get_src_tp_degree() // self.tp_degree
-        gather = Gather(self.catalog, tensor.name, MODULE, replica=None if tensor.cut.axes else first)
-        return tensor_of(gather.shard(cut, cut.coordinate({"tp": tp_index})))
+        stage = self.catalog.placement(tensor.name, MODULE).stages[0]
+        one = None if tensor.cut.axes else Holder(pp=stage, tp=first)
+        shard = reader(self.catalog, tensor.name, MODULE, holder=one).shard(cut, cut.coordinate({"tp": tp_index}))
+        return tensor_of(shard)
 
     def _target_cut(self, tensor: Tensor) -> Cut:
         """Downwards the padding of a vocabulary stays, as in DeepSpeed; otherwise the cut is that of what `save`

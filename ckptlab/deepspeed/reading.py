@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.arrays import Gather
+from ckptlab.arrays import reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.checkpoint import Reshape
 from ckptlab.convert import Report
@@ -117,4 +117,4 @@ def _whole(catalog: Catalog, tensor: Tensor, state: str, wanted: tuple[int, ...]
     rows = wanted[0] if wanted and tensor.layout.padded else tensor.shape[0] if tensor.shape else 0
     padded = {0: rows} if tensor.shape and rows > tensor.shape[0] else {}
     cut = replicated(len(tensor.shape), padded=padded).resolve(tensor.shape, Mesh())
-    return Gather(catalog, tensor.name, state).shard(cut, ())
+    return reader(catalog, tensor.name, state).shard(cut, ())

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptlab.arrays import Gather
-from ckptlab.catalog import Catalog, Fragment, Tensor
+from ckptlab.arrays import reader
+from ckptlab.catalog import ALONE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.deepspeed.constants import (
     CAT_DIM,
     DS_AUTOEP_UC_META,
@@ -157,13 +157,13 @@ def _fragment(
         path,
         "universal",
         Mesh(),
-        None,
         {name: tensor},
-        pieces={(name, PARAM): {(0, 0): (Fragment(0, whole),)}},
+        whole_placements({name: tensor}, [(name, PARAM)]),
+        Extents({(name, PARAM): {ALONE: (Fragment(0, whole),)}}),
     )
     out = np.empty(address.numel, whole.dtype)
     done = 0
-    for chunk in Gather(one, name, PARAM).chunks(cut, at, address.start, address.start + address.numel):
+    for chunk in reader(one, name, PARAM).chunks(cut, at, address.start, address.start + address.numel):
         out[done : done + chunk.size] = chunk
         done += chunk.size
     return tensor_of(out)

@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from ckptlab import checkpoint, convert
-from ckptlab.arrays import Gather
+from ckptlab.arrays import reader
 from ckptlab.catalog import Catalog
 from ckptlab.cli import Size
 from ckptlab.errors import CkptlabError
@@ -127,7 +127,7 @@ def _torch_jobs(source: Catalog, limit: int) -> Iterator[convert.FileJob]:
 
 def _pending(source: Catalog, entry: Any) -> Pending:
     cut = Cut.whole(entry.tensor.shape)
-    gather = Gather(source, entry.tensor.name, entry.state, dtype=entry.dtype)
+    gather = reader(source, entry.tensor.name, entry.state, dtype=entry.dtype)
     return Pending(entry.dtype, entry.tensor.shape, lambda: gather.chunks(cut, (), 0, entry.tensor.numel))
 
 

@@ -36,16 +36,16 @@ def summary(ckpt: Checkpoint) -> dict[str, Any]:
 
 def overview(ckpt: Checkpoint) -> dict[str, Any]:
     """The summary without the list of tensors."""
-    catalog, native = ckpt.catalog, ckpt.catalog.native
+    catalog, training = ckpt.catalog, ckpt.catalog.training
     return {
         "path": catalog.path,
         "format": catalog.format,
         "mesh": catalog.mesh.degrees,
         "ranks": catalog.mesh.size,
-        "trained_on": native.mesh.degrees if native else None,
+        "trained_on": training.mesh.degrees if training.mesh else None,
         "zero_stage": catalog.zero_stage,
-        "optimizer": _optimizer(native),
-        "dtype": native.dtype if native else None,
+        "optimizer": training.wrapper,
+        "dtype": training.dtype,
         "step": ckpt.iteration,
         "counts": _counts(catalog),
         "states": _states(catalog),
@@ -167,7 +167,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
     source, target = reshape.source, reshape.target
     cost = reshape.cost()
     return {
-        "source": {"path": source.path, "format": source.format, **_side(source, source.native.mesh)},
+        "source": {"path": source.path, "format": source.format, **_side(source, source.training.mesh or source.mesh)},
         "target": _side(target, target.mesh),
         "layers": {"source": _layers(source), "target": _layers(target)},
         "vocabulary": _vocabulary(source, target),
@@ -180,26 +180,18 @@ def plan(reshape: Reshape) -> dict[str, Any]:
 
 
 def _side(catalog: Catalog, mesh: Mesh) -> dict[str, Any]:
-    native = catalog.native
     return {
         "mesh": mesh.degrees,
         "ranks": mesh.size,
         "zero_stage": catalog.zero_stage,
-        "optimizer": _optimizer(native),
-        "dtype": native.dtype,
+        "optimizer": catalog.training.wrapper,
+        "dtype": catalog.training.dtype,
     }
-
-
-def _optimizer(native: Any) -> str | None:
-    """DeepSpeed's wrapper; None for a model on paper."""
-    wrapper = getattr(native, "wrapper", None)
-    return wrapper and wrapper.value
 
 
 def _layers(catalog: Catalog) -> list[list[int]]:
     """The pipeline's layers on each stage; empty without a pipeline."""
-    native = catalog.native
-    stage_of: Mapping[int, int] = native.layer_stages if hasattr(native, "layer_stages") else native.module.layer_stages
+    stage_of = catalog.training.layer_stages
     stages = max(stage_of.values(), default=-1) + 1
     return [sorted(layer for layer, s in stage_of.items() if s == stage) for stage in range(stages)]
 

@@ -17,8 +17,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ckptlab.arrays import Gather, Tally
-from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
+from ckptlab.arrays import Tally, reader
+from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.job import FileJob
 from ckptlab.layout import Cut
@@ -84,7 +84,6 @@ def read_header(path: str) -> dict[str, Stored]:
 def read_safetensors(path: str) -> Catalog:
     """A file or folder of safetensors: whole tensors, no mesh, no optimizer; one state, fp32 or module by dtype."""
     files = _files(path)
-    mesh = Mesh()
     tensors: dict[str, Tensor] = {}
     pieces = {}
     for file in files:
@@ -94,8 +93,16 @@ def read_safetensors(path: str) -> Catalog:
             tensors[name] = Tensor(
                 name, stored.shape, layout, Cut.whole(stored.shape), "parameter", {state: stored.dtype}
             )
-            pieces[name, state] = {(0, 0): (Fragment(0, stored),)}
-    return Catalog(path, "safetensors", mesh, None, tensors, pieces=pieces, files=tuple(map(os.path.basename, files)))
+            pieces[name, state] = {ALONE: (Fragment(0, stored),)}
+    return Catalog(
+        path,
+        "safetensors",
+        Mesh(),
+        tensors,
+        whole_placements(tensors, pieces),
+        Extents(pieces),
+        files=tuple(map(os.path.basename, files)),
+    )
 
 
 def _files(path: str) -> list[str]:
@@ -193,7 +200,7 @@ def _write(path: str, source: Catalog, shard: Sequence[_Entry], tally: Tally | N
         f.write(struct.pack("<Q", len(text)) + text)
         for e in shard:
             cut = Cut.whole(e.tensor.shape)
-            gather = Gather(source, e.tensor.name, e.state, dtype=e.dtype, tally=tally)
+            gather = reader(source, e.tensor.name, e.state, dtype=e.dtype, tally=tally)
             for chunk in gather.chunks(cut, (), 0, e.tensor.numel):
                 f.write(np.ascontiguousarray(chunk).view(np.uint8).data)
     return offset

@@ -1,9 +1,20 @@
 """Plans: how to get from one checkpoint's cuts to another's, known without reading any data.
 
-Read flat.py (ZeRO's flat buffers), boxes.py, compose.py in this order.
+Read flat.py (ZeRO's flat buffers), placement.py (who has which shard), boxes.py, compose.py in this order.
 """
 
-from ckptlab.plan.compose import Placement, Plan, Shard, between, compose, plan_tensor
+from ckptlab.plan.compose import Plan, between, compose, plan_tensor
 from ckptlab.plan.flat import FlatBuffer
+from ckptlab.plan.placement import Holder, Placement, Shard, holders_of
 
-__all__ = ["FlatBuffer", "Placement", "Plan", "Shard", "between", "compose", "plan_tensor"]
+__all__ = [
+    "FlatBuffer",
+    "Holder",
+    "Placement",
+    "Plan",
+    "Shard",
+    "between",
+    "compose",
+    "holders_of",
+    "plan_tensor",
+]

@@ -8,121 +8,20 @@ and one target rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.errors import LayoutError, MeshError, ReshapeError
+from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
-from ckptlab.mesh import Mesh
 from ckptlab.plan.boxes import Box, shared_boxes
-from ckptlab.plan.flat import FlatBuffer
+from ckptlab.plan.placement import Placement, Shard
 
 Int64 = NDArray[np.int64]
 Columns = tuple[Int64, Int64, Int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Where one tensor (one of its states) lies on one mesh.
-
-    `stages` are the pp stages that hold it, the first canonical. A stage's *holders* are numbered by the
-    coordinates on all axes but pp and those of dp, row-major: on a mesh of pp, dp and tp a holder is a tp
-    rank. `flats[stage, holder]` is the flat buffer that its shard lies in, and its index there. Without
-    flats (None or empty) a shard is not cut over dp: each dp rank has it; dp rank 0 is read, and writes.
-
-    Where dp is split (`edp`, `ep`) and the cut is over a part of it, that part counts among the holders'
-    axes, and flat buffers are cut over the rest. `at` fixes coordinates instead: a tensor that only ep rank
-    1 has says {"ep": 1}. `replicas`: see Layout; with "mean" every holder is read. LayoutError where cut,
-    stages and flats do not fit.
-    """
-
-    cut: Cut
-    stages: tuple[int, ...] = (0,)
-    flats: Mapping[tuple[int, int], tuple[FlatBuffer, int]] | None = None
-    replicas: str = "equal"
-    at: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if set(self.cut.axes) & {"pp", *self.at}:
-            raise LayoutError(
-                f"{self.cut!r} is cut over an axis on which it is fixed: pp {self.stages}, {dict(self.at)}"
-            )
-        if not self.stages or not all(0 <= stage < self.mesh.pp for stage in self.stages):
-            raise LayoutError(f"stages {self.stages} are not all among the stages of pp({self.mesh.pp})")
-
-    @property
-    def mesh(self) -> Mesh:
-        return self.cut.mesh
-
-    @property
-    def coordinates(self) -> tuple[Coordinate, ...]:
-        """The cut's coordinate that each holder has."""
-        return _holders(self.cut, tuple(sorted(self.at.items())))[0]
-
-    def ranks(self, stage: int, holder: int) -> Int64:
-        """The ranks over which dp cuts the shard of a holder, in dp order."""
-        return _holders(self.cut, tuple(sorted(self.at.items())))[1][stage, holder]
-
-    def shards(self, stages: tuple[int, ...]) -> dict[Coordinate, list[Shard]]:
-        """The cut's coordinate → the shards of all holders that have it, on the given stages in turn."""
-        found: dict[Coordinate, list[Shard]] = {}
-        for stage in stages:
-            for holder, at in enumerate(self.coordinates):
-                found.setdefault(at, []).append(self._shard(stage, holder))
-        return found
-
-    def _shard(self, stage: int, holder: int) -> Shard:
-        ranks, shape = self.ranks(stage, holder), self.cut.shard_shape(self.coordinates[holder])
-        count = math.prod(shape)
-        if not self.flats:
-            return Shard(ranks, np.array([0, count] if count else [0], np.int64), 0, (count, 1))
-        where = f"pp {stage}, holder {holder} of {self.mesh!r}"
-        if (stage, holder) not in self.flats:
-            raise LayoutError(f"no flat buffer is given for {where}")
-        flat, index = self.flats[stage, holder]
-        if flat.counts[index] != count:
-            raise LayoutError(f"{flat.counts[index]} elements in the flat buffer of {where}, {count} in shard {shape}")
-        if flat.dp != len(ranks):
-            raise LayoutError(f"a flat buffer for dp({flat.dp}) at {where}, where {len(ranks)} ranks share a shard")
-        edges, first = flat.edges(index)
-        return Shard(ranks, edges, first, (count, flat.dp) if flat.partition is None else None)
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """What dp makes of one shard: fragment j lies on edges[j] … edges[j+1] of it, at ranks[first + j].
-
-    `pattern`, if not None, is all that the edges follow from: plans between such shards are worth
-    remembering.
-    """
-
-    ranks: Int64
-    edges: Int64
-    first: int
-    pattern: tuple[int, int] | None
-
-
-@lru_cache(maxsize=4096)
-def _holders(cut: Cut, at: tuple[tuple[str, int], ...]) -> tuple[tuple[Coordinate, ...], Int64]:
-    """The coordinate of each holder, and the ranks [stage, holder, dp]."""
-    mesh, fixed = cut.mesh, dict(at)
-    try:
-        data = [axis for axis in mesh.leaves("dp") if axis not in cut.axes and axis not in fixed]
-        stages = mesh.leaves("pp")
-        others = [axis for axis in mesh.axes if axis not in (*stages, *data, *fixed)]
-        grid = np.arange(mesh.size, dtype=np.int64).reshape(mesh.shape)
-        grid = grid[tuple(fixed.get(axis, slice(None)) for axis in mesh.axes)]
-    except (IndexError, MeshError) as error:
-        raise LayoutError(f"the placement at {fixed} does not exist on {mesh!r}: {error}") from None
-    left = [axis for axis in mesh.axes if axis not in fixed]
-    grid = grid.transpose([left.index(axis) for axis in (*stages, *others, *data)])
-    grid = grid.reshape(mesh.pp, math.prod(mesh[a] for a in others), math.prod(mesh[a] for a in data))
-    coordinates = (dict(zip(others, k, strict=True)) for k in np.ndindex(*(mesh[a] for a in others)))
-    return tuple(cut.coordinate(c) for c in coordinates), grid
 
 
 _Memo = dict[tuple[tuple[Box, ...], tuple[int, int], tuple[int, int]], Columns]
@@ -314,11 +213,11 @@ def _elements_read(a: Placement, other: tuple[int, ...]) -> int:
     """A cut covers its whole, so without averaging each element that both wholes have is read once."""
     if a.replicas != "mean":
         return math.prod(min(n, m) for n, m in zip(a.cut.shape, other, strict=True))
-    return sum(_held(a.cut, at, other) for at in a.coordinates)
+    return sum(_held(a.cut, a.coordinate(holder), other) for holder in a.on(a.stages[0]))
 
 
 def _elements_written(b: Placement, other: tuple[int, ...]) -> int:
-    return len(b.stages) * sum(_held(b.cut, at, other) for at in b.coordinates)
+    return sum(_held(b.cut, b.coordinate(holder), other) for holder in b.holders)
 
 
 @lru_cache(maxsize=1 << 16)

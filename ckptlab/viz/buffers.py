@@ -5,14 +5,15 @@ from __future__ import annotations
 from ckptlab.catalog import FlatGroup
 from ckptlab.draw import Bar, Drawing, Piece, strips
 from ckptlab.draw.words import number_of
-from ckptlab.plan import FlatBuffer
+from ckptlab.plan import FlatBuffer, Holder
 
 CUTS = 64  # cuts that are drawn in the whole buffer; of more every second, third, …
 SHOWN = 8  # dp ranks that are drawn; of more the first and the last
 
 
-def flat(group: FlatGroup | FlatBuffer, *, tp: int = 0, dp: int | None = None) -> Drawing:
-    """The flat buffer of one group (of a catalog's FlatGroup, that of coordinate tp), one bar for each dp rank.
+def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, **at: int) -> Drawing:
+    """The flat buffer of one group (of a catalog's FlatGroup, that of coordinates such as tp=1), one bar for each dp
+    rank.
 
     Above lies the whole buffer with the cuts between dp ranks. Fragments have their tensors' names and colours; where a
     tensor goes on in the next rank's buffer it is torn; padding is hatched. dp: this rank's alone, without the whole.
@@ -21,7 +22,8 @@ def flat(group: FlatGroup | FlatBuffer, *, tp: int = 0, dp: int | None = None) -
     counts them) or `padding`, in the whole `span`; data-tensor, data-dp, data-tp, data-start and data-count (in the
     rank's buffer), data-from (in the tensor's flattened shard). IndexError for a rank that is not there.
     """
-    buffer = group if isinstance(group, FlatBuffer) else group.flats[tp]
+    holder = Holder(**at) if isinstance(group, FlatBuffer) else group.holder(at)
+    buffer = group if isinstance(group, FlatBuffer) else group.flats[holder]
     if dp is not None and not 0 <= dp < buffer.dp:
         raise IndexError(f"dp {dp} is not among the {buffer.dp} ranks of this buffer")
     shown = [dp] if dp is not None else list(range(buffer.dp))
@@ -29,15 +31,15 @@ def flat(group: FlatGroup | FlatBuffer, *, tp: int = 0, dp: int | None = None) -
     if len(shown) > SHOWN:
         omitted = len(shown) - SHOWN + 1
         shown = [*shown[: SHOWN - 2], *shown[-1:]]
-    made: list[Bar | str] = [_bar(buffer, d, tp) for d in shown]
+    made: list[Bar | str] = [_bar(buffer, d, holder) for d in shown]
     if omitted:
         made.insert(len(made) - 1, f"… and {omitted:,} dp ranks, {shown[-2] + 1} to {shown[-1] - 1}")
     whole, cuts = _whole(buffer) if dp is None else (None, [])
-    return strips(made, whole=whole, cuts=cuts, title=_title(group, buffer, tp), notes=_notes(group, buffer))
+    return strips(made, whole=whole, cuts=cuts, title=_title(group, buffer, holder), notes=_notes(group, buffer))
 
 
-def _title(group: FlatGroup | FlatBuffer, buffer: FlatBuffer, tp: int) -> str:
-    where = f"pp {group.stage} · group {group.group} · tp {tp}: " if isinstance(group, FlatGroup) else ""
+def _title(group: FlatGroup | FlatBuffer, buffer: FlatBuffer, holder: Holder) -> str:
+    where = f"group {group.group} · {holder}: " if isinstance(group, FlatGroup) else ""
     return f"{where}{len(buffer.names):,} tensors, {sum(buffer.counts):,} elements over dp {buffer.dp}"
 
 
@@ -68,9 +70,9 @@ def _whole(buffer: FlatBuffer) -> tuple[Bar | None, list[tuple[int, str]]]:
     return Bar("whole", buffer.total, pieces, kind="span"), cuts
 
 
-def _bar(buffer: FlatBuffer, d: int, tp: int) -> Bar:
+def _bar(buffer: FlatBuffer, d: int, holder: Holder) -> Bar:
     pieces = []
     for index, at, start, count in buffer.within(d).tolist():
         torn = (at > 0, at + count < buffer.counts[index]) if buffer.partition is not None else (False, False)
         pieces.append(Piece(buffer.names[index], start, count, index, torn, {"from": at}))
-    return Bar(f"dp {d}", buffer.size(d), pieces, {"dp": d, "tp": tp})
+    return Bar(f"dp {d}", buffer.size(d), pieces, {**holder, "dp": d})

@@ -88,8 +88,8 @@ def memory_by_rank(catalog: Catalog) -> Table:
     mesh = catalog.mesh
     found = np.zeros((mesh.size, len(KINDS)), np.int64)
     for group in catalog.flat_groups:
-        for tp, flat in enumerate(group.flats):
-            ranks = mesh.ranks(pp=group.stage, tp=tp)
+        for holder, flat in group.flats.items():
+            ranks = mesh.ranks(**holder)
             for state, dtype in group.dtypes.items():
                 found[ranks, _kind(state)] += flat.size(0) * dtype.itemsize
     for cut, stages, column, size, cut_over_dp, times in _outside(catalog):

@@ -11,6 +11,7 @@ import numpy as np
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.draw.words import size
+from ckptlab.layout.cut import Coordinate
 from ckptlab.stored import Stored
 
 
@@ -52,37 +53,33 @@ def pieces(catalog: Catalog, name: str, state: str, rank: int) -> tuple[Piece, .
 
     Of what lies in a model file, which one dp rank writes for all, every dp rank holds the whole shard.
     """
-    tensor, at = catalog[name], catalog.mesh.coordinate(rank)
-    if state not in tensor.states or at["pp"] not in catalog.holders(tensor.name, state):
-        return ()
-    spans = _spans(catalog, tensor, state, at)
-    return tuple(_piece(tensor, state, at["tp"], *span) for span in spans)
+    tensor = catalog[name]
+    return tuple(_piece(tensor, state, *span) for span in _spans(catalog, tensor.name, state, rank))
 
 
-def _spans(
-    catalog: Catalog, tensor: Tensor, state: str, at: dict[str, int]
-) -> Iterator[tuple[int, int, Stored | None]]:
-    """(start in the shard, count, stored) of the pieces at a coordinate."""
-    stage, tp = at["pp"], at["tp"]
-    outside = catalog.pieces.get((tensor.name, state))
-    if outside is not None:
-        fragments = outside[stage, tp]
-        if not fragments:
-            yield 0, math.prod(tensor.cut.shard_shape(tensor.cut.coordinate(at))), None
-        apart = len({f.dp for f in fragments}) > 1  # each dp rank's in a file of its own
-        yield from ((f.start, f.count, f.stored) for f in fragments if not apart or f.dp == at["dp"])
-        return
-    group, index = catalog.flat(tensor.name, stage)
-    stored = catalog.fragments(tensor.name, state, stage, tp) if group.partitions else None
-    for i, (dp, start, _, count) in enumerate(group.flats[tp].fragments(index).tolist()):
-        if dp == at["dp"]:
-            yield start, count, stored[i].stored if stored else None
+def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple[Coordinate, int, int, Stored | None]]:
+    """(coordinate in the cut, start in the shard, count, stored) of the pieces that a rank holds."""
+    for placement in catalog.placements.get((name, state), ()):
+        for holder in placement.holders:
+            among = np.flatnonzero(placement.ranks(holder) == rank)
+            if not len(among):
+                continue
+            at, dp = placement.coordinate(holder), int(among[0])
+            stored = catalog.fragments(name, state, holder) if catalog.extents else ()
+            if placement.flats:
+                flat, index = placement.flats[holder]
+                own = {f.start: f.stored for f in stored if f.dp == dp}
+                for _, start, _, count in flat.fragments(index)[flat.fragments(index)[:, 0] == dp].tolist():
+                    yield at, start, count, own.get(start)
+            elif stored:
+                yield from ((at, f.start, f.count, f.stored) for f in stored)
+            else:
+                yield at, 0, math.prod(placement.shape(holder)), None
 
 
-def _piece(tensor: Tensor, state: str, tp: int, start: int, count: int, stored: Stored | None) -> Piece:
-    coordinate = tensor.cut.coordinate({"tp": tp})
-    shape = tensor.cut.shard_shape(coordinate)
-    positions = [dim.positions(at) for dim, at in zip(tensor.cut.dims, tensor.cut.per_dim(coordinate), strict=True)]
+def _piece(tensor: Tensor, state: str, at: Coordinate, start: int, count: int, stored: Stored | None) -> Piece:
+    shape = tensor.cut.shard_shape(at)
+    positions = [dim.positions(k) for dim, k in zip(tensor.cut.dims, tensor.cut.per_dim(at), strict=True)]
     ends = [
         tuple(int(p[i]) for p, i in zip(positions, np.unravel_index(k, shape), strict=True)) if count else ()
         for k in (start, start + count - 1)
@@ -110,17 +107,18 @@ class Inventory:
 
 def inventory(catalog: Catalog, rank: int) -> Inventory:
     """What a rank holds of every tensor: its partitions of the flat buffers, then what lies in model files."""
-    found, at = Inventory(), catalog.mesh.coordinate(rank)
-    _add_flat_buffers(catalog, at, found)
-    _add_outside(catalog, at, found)
+    found = Inventory()
+    _add_flat_buffers(catalog, rank, found)
+    _add_outside(catalog, rank, found)
     return found
 
 
-def _add_flat_buffers(catalog: Catalog, at: dict[str, int], found: Inventory) -> None:
-    dp, tp = at["dp"], at["tp"]
-    groups = [g for g in catalog.flat_groups if g.stage == at["pp"]]
+def _add_flat_buffers(catalog: Catalog, rank: int, found: Inventory) -> None:
+    at = catalog.mesh.coordinate(rank)
+    groups = [g for g in catalog.flat_groups if all(at.get(axis, k) == k for axis, k in g.at.items())]
     for number, group in enumerate(groups):
-        flat = group.flats[tp]
+        holder = group.holder(at)
+        flat, dp = group.flats[holder], catalog.mesh.index(group.over, at)
         each = sum(dtype.itemsize for dtype in group.dtypes.values())
         for index, start, place, count in flat.within(dp).tolist():
             share = 100 * count / flat.counts[index]
@@ -128,19 +126,18 @@ def _add_flat_buffers(catalog: Catalog, at: dict[str, int], found: Inventory) ->
             found.rows.append((flat.names[index], start, count, share, count * each, where))
         for state, dtype in group.dtypes.items():
             _count(found.kinds, state, flat.size(dp) * dtype.itemsize)
-            if group.partitions:
-                stored = group.partitions[state][tp][dp]
+            if catalog.extents:
+                stored = catalog.extents.partitions[group.key, state][holder][dp]
                 _count(found.files, os.path.basename(stored.path), stored.nbytes)
 
 
-def _add_outside(catalog: Catalog, at: dict[str, int], found: Inventory) -> None:
-    stage, tp = at["pp"], at["tp"]
-    for (name, state), by_rank in catalog.pieces.items():
-        if (stage, tp) not in by_rank:
+def _add_outside(catalog: Catalog, rank: int, found: Inventory) -> None:
+    for name, state in catalog.placements:
+        if catalog.is_flat(name, state):
             continue
         tensor = catalog.tensors[name]
-        shard = math.prod(tensor.cut.shard_shape(tensor.cut.coordinate(at)))
-        for start, count, stored in _spans(catalog, tensor, state, at):
+        for at, start, count, stored in _spans(catalog, name, state, rank):
+            shard = math.prod(tensor.cut.shard_shape(at))
             nbytes = count * tensor.states[state].itemsize
             file = os.path.basename(stored.path) if stored else "model file"
             found.rows.append((name, start, count, 100 * count / max(shard, 1), nbytes, f"{state}: {file}"))

@@ -47,7 +47,7 @@ def _kept(catalog: Catalog) -> NDArray[np.int64]:
     """(pp, tp, kind) bytes on the first dp rank, whose part is never the smaller. Tensors that lie alike are counted
     together."""
     stage, dp, mesh = catalog.zero_stage or 0, catalog.mesh.dp, catalog.mesh
-    each = np_dtype(catalog.native.dtype if catalog.native else "fp32").itemsize
+    each = np_dtype(catalog.training.dtype or "fp32").itemsize
     kept = np.zeros((mesh.pp, mesh.tp, len(KINDS)), np.int64)
     weights, gradients, optimizer = (kept[..., k] for k in range(len(KINDS)))
     alike = Counter((t.cut, t.stages, t.kind, _bytes_of(t.states)) for t in catalog.tensors.values())
@@ -61,12 +61,12 @@ def _kept(catalog: Catalog) -> NDArray[np.int64]:
                 gradients[held, tp] += part * each * times
                 optimizer[held, tp] += 0 if catalog.flat_groups else count * state_bytes * times
     for group in catalog.flat_groups:
-        for tp, flat in enumerate(group.flats):
-            optimizer[group.stage, tp] += flat.size(0) * _bytes_of(group.dtypes)
+        for holder, flat in group.flats.items():
+            optimizer[group.stage, holder["tp"]] += flat.size(0) * _bytes_of(group.dtypes)
     if stage == 2:
         gradients[...] = 0
         for group in catalog.flat_groups:
-            gradients[group.stage] += [flat.size(0) * each for flat in group.flats]
+            gradients[group.stage] += [flat.size(0) * each for flat in group.flats.values()]
     return kept
 
 

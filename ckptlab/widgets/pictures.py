@@ -10,7 +10,7 @@ from ckptlab.mesh import Mesh
 def layout(catalog: Catalog, name: str, state: str, rank: int | None = None) -> str:
     """The tensor as tp cuts it; copies on the dp ranks are shown where the state is not cut over dp. SVG."""
     tensor = catalog[name]
-    mesh = Mesh(tp=catalog.mesh.tp) if _is_flat(catalog, name, state) else catalog.mesh
+    mesh = Mesh(tp=catalog.mesh.tp) if catalog.is_flat(tensor.name, state) else catalog.mesh
     at = None if rank is None else {axis: k for axis, k in catalog.mesh.coordinate(rank).items() if mesh[axis] > 1}
     return viz.tensor(tensor.layout, tensor.shape, mesh, rank=at or None, name=tensor.name).svg
 
@@ -19,12 +19,8 @@ def buffer(catalog: Catalog, name: str, state: str, rank: int) -> str:
     """The flat buffers that hold the state, for the tp of a rank and its pp stage (or the tensor's own); SVG, empty
     where it is in none."""
     tensor, at = catalog[name], catalog.mesh.coordinate(rank)
-    if not _is_flat(catalog, name, state):
+    if not catalog.is_flat(tensor.name, state):
         return ""
-    stage = at["pp"] if at["pp"] in tensor.stages else tensor.stages[0]
-    return viz.flat(catalog.flat(tensor.name, stage)[0], tp=at["tp"]).svg
-
-
-def _is_flat(catalog: Catalog, name: str, state: str) -> bool:
-    tensor = catalog[name]
-    return bool(catalog.flat_groups) and tensor.kind == "parameter" and (tensor.name, state) not in catalog.pieces
+    holders = catalog.placement(tensor.name, state).holders
+    mine = next((h for h in holders if h.within(at)), holders[0])
+    return viz.flat(catalog.flat(tensor.name, mine)[0], **mine).svg

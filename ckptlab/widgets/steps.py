@@ -49,12 +49,12 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
     title = TITLES[0] if what == SOURCE else TITLES[-1]
     stage, dp = tensor.stages[0], catalog.mesh.dp
     state = next((s for s in tensor.states if s != MODULE), None)
-    held = state is not None and (tensor.name, state) not in catalog.pieces
-    if not held or not catalog.flat_groups:
+    if state is None or not catalog.is_flat(tensor.name, state):
         text = f"No flat buffer holds {tensor.name}: every one of the {number_of(dp, 'dp rank')} has its whole shard."
         return Step(title, text, (viz.mesh(catalog.mesh).svg,))
-    group, index = catalog.flat(tensor.name, stage)
-    flat = group.flats[0]
+    holder = catalog.placement(tensor.name, state).holders[0]
+    group, index = catalog.flat(tensor.name, holder)
+    flat = group.flats[holder]
     ranks = flat.fragments(index)[:, 0].tolist()
     first = (
         "ZeRO-3 cuts every tensor by itself"
@@ -63,13 +63,13 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
     )
     verb = "Split over dp again: " if what == TARGET else ""
     text = (
-        f"{verb}{first} into {number_of(dp, 'equal part')}, one for each dp rank. Shown is pp stage {stage}, tp 0: "
+        f"{verb}{first} into {number_of(group.dp, 'equal part')}, one for each dp rank. Shown is {holder}: "
         f"{number_of(len(flat.names), 'tensor')}, {flat.size(0):,} elements a dp rank. {tensor.name} lies on dp "
         f"{'rank' if len(set(ranks)) == 1 else 'ranks'} {ranges(ranks)}; what is hatched is padding."
     )
     alike = [g for g in catalog.flat_groups if (g.stage, g.group) == (stage, group.group)]
     sub = f"/sub{alike.index(group)}" if len(alike) > 1 else ""
-    return Step(title, text, (viz.flat(group, tp=0).svg,), f'{what}.buffers()["pp{stage}/group{group.group}{sub}"]')
+    return Step(title, text, (viz.flat(group, **holder).svg,), f'{what}.buffers()["pp{stage}/group{group.group}{sub}"]')
 
 
 def _shards(catalog: Catalog, tensor: Tensor) -> Step:

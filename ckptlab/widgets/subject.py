@@ -52,8 +52,8 @@ class Subject:
 
     @staticmethod
     def of_checkpoint(ckpt: Checkpoint) -> Subject:
-        if isinstance(numbers := getattr(ckpt.catalog.native, "numbers", None), paper.PaperModel):
-            return Subject.on_paper(numbers, ckpt.mesh, ckpt.zero_stage or 0)
+        if numbers := ckpt.catalog.training.numbers:
+            return Subject.on_paper(paper.PaperModel(**numbers), ckpt.mesh, ckpt.zero_stage or 0)
         path = min(ckpt.path, os.path.relpath(ckpt.path), key=len)
         return Subject(ckpt.catalog, f"ckptlab.open({path!r})")
 
@@ -74,12 +74,12 @@ class Subject:
 
     def at_stage(self, zero_stage: int) -> Catalog:
         """Of a model on paper: the same on the same mesh under another ZeRO stage."""
-        return self.catalog.native.numbers.on(self.catalog.mesh, zero_stage)
+        return paper.PaperModel(**self.catalog.training.numbers).on(self.catalog.mesh, zero_stage)
 
     @property
     def trained_on(self) -> Mesh:
         """The mesh of the run; where a format holds whole tensors, not that of its files."""
-        return self.catalog.native.mesh if self.catalog.native else self.catalog.mesh
+        return self.catalog.training.mesh or self.catalog.mesh
 
     @property
     def title(self) -> str:

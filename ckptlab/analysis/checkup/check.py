@@ -104,7 +104,7 @@ def _noticed(catalog: Catalog) -> Iterator[Finding]:
     """What the reader had to work around."""
     for notice in catalog.notices:
         if notice.code == "slice-mappings":
-            known = bool(getattr(catalog.native, "round_robin", False))
+            known = "round_robin" in notice.text
             yield Finding(
                 "slice-mappings",
                 "warning" if known else "error",

@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptlab.analysis.checkup.data import Key, Seen, Told
 from ckptlab.analysis.checkup.windows import unequal
-from ckptlab.arrays import Gather
+from ckptlab.arrays import reader
 from ckptlab.catalog import Catalog, Tensor
 
 
@@ -25,7 +25,9 @@ def survey(catalog: Catalog) -> Told:
         if not _repeats(tensor) or tensor.layout.replicas == "mean":
             continue
         for state in tensor.states:
-            for stage in catalog.holders(tensor.name, state):
+            if (tensor.name, state) not in catalog.placements:
+                continue
+            for stage in catalog.placement(tensor.name, state).stages:
                 for key, seen in _compared(catalog, tensor, state, stage):
                     told.note(key, seen)
     return told
@@ -39,9 +41,12 @@ def _repeats(tensor: Tensor) -> bool:
 def _compared(catalog: Catalog, tensor: Tensor, state: str, stage: int) -> Iterator[tuple[Key, Seen]]:
     """Each tp rank's shard against that of the first."""
     cut = tensor.cut
-    places = [cut.coordinate({"tp": t}) for t in range(catalog.mesh.tp)]
+    placement = catalog.placement(tensor.name, state)
+    holders = placement.on(stage)
+    places = [placement.coordinate(holder) for holder in holders]
     shards = (
-        Gather(catalog, tensor.name, state, stage=stage, replica=t).shard(cut, place) for t, place in enumerate(places)
+        reader(catalog, tensor.name, state, holder=holder).shard(cut, place)
+        for holder, place in zip(holders, places, strict=True)
     )
     first = next(shards)
     positions = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(places[0]), strict=True)]

@@ -6,6 +6,7 @@ shard in all the rows that have to do with each other there: every state, and ev
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MODULE, Catalog, FlatGroup, Fragment, Tensor
+from ckptlab.catalog import Catalog, FlatGroup, Fragment, Tensor
+from ckptlab.layout.cut import Coordinate
 from ckptlab.stored import Stored
 
 RUN = 1 << 22  # elements of a shard that one job goes through
@@ -75,11 +77,9 @@ class Gap:
 def jobs(catalog: Catalog) -> Iterator[Job]:
     """Everything that a catalog has of tensors, once."""
     for tensor in catalog.tensors.values():
-        tps = range(catalog.mesh.tp)
-        together = [list(tps)] if not tensor.cut.axes else [[t] for t in tps]
-        for members in together:
-            rows = tuple(_rows(catalog, tensor, members))
-            count = math.prod(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": members[0]})))
+        for at in tensor.cut.coordinates():
+            rows = tuple(_rows(catalog, tensor, at))
+            count = math.prod(tensor.cut.shard_shape(at))
             if rows and count:
                 yield from _split(tensor.name, tensor.kind, count, rows, tensor.layout.replicas != "mean")
 
@@ -89,39 +89,25 @@ def _split(name: str, kind: str, count: int, rows: tuple[Row, ...], compared: bo
         yield Job(name, kind, lo, min(lo + RUN, count), rows, compared)
 
 
-def _rows(catalog: Catalog, tensor: Tensor, members: Sequence[int]) -> Iterator[Row]:
-    """The states of a tensor, each with all its copies, the canonical stage's first."""
+def _rows(catalog: Catalog, tensor: Tensor, at: Coordinate) -> Iterator[Row]:
+    """The states of a tensor at a coordinate of its cut, each with all its copies, the canonical stage's first."""
     for state, dtype in tensor.states.items():
-        for stage in catalog.holders(tensor.name, state):
-            for tp in members:
-                if (tensor.name, state) in catalog.pieces and (stage, tp) not in catalog.pieces[tensor.name, state]:
-                    continue
-                fragments = catalog.fragments(tensor.name, state, stage, tp)
-                yield Row(state, (stage, tp, 0), np.dtype(dtype), fragments)
-                if tensor.kind == "buffer" and state == MODULE:
-                    yield from _other_buffers(catalog, tensor, stage, tp)
-
-
-def _other_buffers(catalog: Catalog, tensor: Tensor, stage: int, tp: int) -> Iterator[Row]:
-    """At ZeRO-3 every dp rank writes the buffers that it has."""
-    folder = getattr(catalog.native, "folder", None)
-    files = folder.zero3_models.get((stage, tp), ()) if folder is not None and catalog.format == "deepspeed" else ()
-    for d, content in enumerate(files[1:], 1):
-        stored = (content.get("module") or {}).get(tensor.name)
-        if isinstance(stored, Stored) and stored.shape == tensor.shape:
-            yield Row(MODULE, (stage, tp, d), stored.dtype, (Fragment(0, stored, d),))
+        for placement in catalog.placements.get((tensor.name, state), ()):
+            for holder in placement.holders:
+                if placement.coordinate(holder) == at:
+                    rank = (holder["pp"], holder["tp"], holder.get("dp", 0))
+                    yield Row(state, rank, np.dtype(dtype), catalog.fragments(tensor.name, state, holder))
 
 
 def gaps(catalog: Catalog) -> Iterator[Gap]:
     """The padding of flat buffers that must be zero: that of stages 1 and 2. (ZeRO-3's is memory nobody wrote.)"""
     for group in catalog.flat_groups:
-        for state, by_tp in group.partitions.items():
-            for tp, partitions in enumerate(by_tp):
-                flat = group.flats[tp]
-                for d, stored in enumerate(partitions) if flat.partition is not None else ():
-                    spans = tuple(_between([(int(at), int(n)) for _, _, at, n in flat.within(d)], stored.numel))
-                    if spans:
-                        yield Gap(group, state, (group.stage, tp, d), stored, spans)
+        for state, (holder, flat) in itertools.product(group.dtypes, group.flats.items()):
+            partitions = catalog.stored.partitions[group.key, state][holder]
+            for d, stored in enumerate(partitions) if flat.partition is not None else ():
+                spans = tuple(_between([(int(at), int(n)) for _, _, at, n in flat.within(d)], stored.numel))
+                if spans:
+                    yield Gap(group, state, (holder["pp"], holder["tp"], d), stored, spans)
 
 
 def _between(held: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from ckptlab.analysis.checkup import windows
 from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
 from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.finding import Rank as NamedRank
-from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
+from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
 from ckptlab.draw.words import number_of, some
 from ckptlab.mesh import Mesh
 
@@ -117,13 +117,22 @@ class _Judge:
             f"{hint}DeepSpeed resumes from the masters, inference from the weights",
         )
 
+    def _fragments(self, tensor: str, state: str, rank: Rank) -> tuple[Fragment, ...]:
+        """Where a rank's shard lies; nothing where it holds none."""
+        for placement in self.catalog.placements.get((tensor, state), ()):
+            for holder in placement.holders:
+                if (holder["pp"], holder["tp"], holder.get("dp", rank[2])) == rank:
+                    return self.catalog.fragments(tensor, state, holder)
+        return ()
+
     def _twin(self, key: Key) -> str | None:
         """The other tp rank of the stage to whose weights a master does round, as far as a sample says."""
         stage, mine, _ = key.rank
-        fragments = self.catalog.fragments(key.tensor, MASTER, stage, mine)
+        fragments = self._fragments(key.tensor, MASTER, key.rank)
         master = fragments[0].stored.flat[:_SAMPLE] if fragments else np.empty(0, np.float32)
-        pieces = self.catalog.pieces.get((key.tensor, MODULE), {})
-        for (p, tp), held in pieces.items():
+        pieces = self.catalog.stored.pieces.get((key.tensor, MODULE), {})
+        for holder, held in pieces.items():
+            p, tp = holder["pp"], holder["tp"]
             weight = held[0].stored.flat[: len(master)] if held else master[:0]
             if (p, tp) == (stage, mine) or p != stage or len(weight) < len(master) or not len(master):
                 continue
@@ -230,7 +239,7 @@ class _Judge:
             for rank in (key.rank, key.other):
                 if rank is not None and key.what != "padding" and not rank[2]:
                     for state in (key.state, MODULE) if key.what == "rounded" else (key.state,):
-                        for f in self.catalog.fragments(key.tensor, state, rank[0], rank[1]):
+                        for f in self._fragments(key.tensor, state, rank):
                             if f.start <= seen.at < f.start + f.count:
                                 found[os.path.basename(f.stored.path)] = None
         return list(found)

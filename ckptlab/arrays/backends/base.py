@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ckptlab.arrays.sharding import Sharding
 
 Coordinate = Mapping[str, int]  # mesh axis → coordinate
-Empty = Callable[[Sequence[int], np.dtype], np.ndarray]  # numpy.empty, or one that takes memory of another kind
+Read = Callable[[slice, np.ndarray | None], np.ndarray]  # the slice of the first dim, into memory that is given or not
 
 
 class Backend(ABC):
@@ -117,10 +117,10 @@ class Backend(ABC):
         """All elements of `source` written into `out`, of the same shape and dtype."""
         out[...] = source
 
-    def receive(self, read: Callable[[Any, Empty], np.ndarray], shape: Sequence[int], dtype: np.dtype) -> Any:
-        """An array on the device of what is read from files: `read(rows, empty)` gives the slice `rows` of the first
-        dim, in memory from `empty`."""
-        return self.from_numpy(read(slice(None), np.empty), owned=True)
+    def receive(self, read: Read, shape: Sequence[int], dtype: np.dtype) -> Any:
+        """An array on the device of what is read from files: `read(rows, out)` gives the slice `rows` of the first dim,
+        written into `out` if that is not None."""
+        return self.from_numpy(read(slice(None), None), owned=True)
 
     # ------------------------------------------------------------ meshes of devices
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ckptlab.arrays.backends import torch_functions
-from ckptlab.arrays.backends.base import Backend, Coordinate, Empty
+from ckptlab.arrays.backends.base import Backend, Coordinate, Read
 from ckptlab.arrays.moves import View
 from ckptlab.errors import BackendError
 
@@ -121,14 +121,15 @@ class TorchBackend(Backend):
     def assign(self, out: torch.Tensor, source: torch.Tensor) -> None:
         out.copy_(source)
 
-    def receive(self, read: Callable[[Any, Empty], np.ndarray], shape: Sequence[int], dtype: np.dtype) -> torch.Tensor:
+    def receive(self, read: Read, shape: Sequence[int], dtype: np.dtype) -> torch.Tensor:
         if self._device.type != "cuda" or not shape:
-            return self.from_numpy(read(slice(None), np.empty), owned=True)
+            return self.from_numpy(read(slice(None), None), owned=True)
         out = self.empty(shape, dtype)
         staging = Staging(self._device)
         rows = max(1, STAGE // max(1, math.prod(shape[1:]) * dtype.itemsize))
         for first in range(0, shape[0], rows):
-            staging.send(read(slice(first, first + rows), staging.empty), out[first : first + rows])
+            part = out[first : first + rows]
+            staging.send(read(slice(first, first + rows), staging.memory(part.shape, dtype)), part)
         staging.finish()
         return out
 
@@ -166,26 +167,25 @@ class Staging:
         self._stream = torch.cuda.current_stream(device)
         self._buffers = [_pinned(STAGE) for _ in range(2)]
         self._copied: list[Any] = [None, None]
-        self._turn, self._taken = 0, 0
+        self._turn = 0
 
-    def empty(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    def memory(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """Memory of the buffer whose turn it is, for one array; what does not fit is allocated as usual."""
         nbytes = math.prod(shape) * dtype.itemsize
-        if self._taken or nbytes > STAGE:
+        if nbytes > STAGE:
             return np.empty(tuple(shape), dtype)
         if self._copied[self._turn] is not None:
             self._copied[self._turn].synchronize()
-        self._taken = nbytes
         return self._buffers[self._turn].numpy()[:nbytes].view(dtype).reshape(tuple(shape))
 
     def send(self, array: np.ndarray, out: torch.Tensor) -> None:
         """Start to copy an array to its place on the device."""
         pinned = self._buffers[self._turn]
-        mine = self._taken and array.ctypes.data == pinned.data_ptr() and array.flags.c_contiguous
+        mine = array.nbytes and array.ctypes.data == pinned.data_ptr()
         source = pinned[: array.nbytes].view(out.dtype).view(out.shape) if mine else _same_bits(array, out.dtype)
         out.copy_(source, non_blocking=bool(mine))
         self._copied[self._turn] = self._stream.record_event()
-        self._turn, self._taken = 1 - self._turn, 0
+        self._turn = 1 - self._turn
 
     def finish(self) -> None:
         """Wait until all is copied, so that the buffers may be freed."""

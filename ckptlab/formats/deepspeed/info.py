@@ -17,7 +17,7 @@ SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 
 def adapt_config(config: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
     """The stored ds_config for the target: stage, dtype and what concerns the flat buffers. Load does not read it."""
-    native: NativeTarget = target.native
+    native: NativeTarget = target.private
     adapted = copy.deepcopy(dict(config))
     zero = {**(adapted.get("zero_optimization") or {}), "stage": target.zero_stage}
     zero.pop("elastic_checkpoint", None)
@@ -127,7 +127,7 @@ def lists_from_layouts(target: Catalog) -> dict[str, Any] | None:
 def _widths(tensor: Tensor, dim: int) -> list[list[int]] | None:
     """For each sub-parameter along a cut dim its width on every tp rank; None if the dim is cut in another way."""
     cut = tensor.cut
-    held = [cut.rows(cut.coordinate({"tp": t}))[dim].tolist() for t in range(cut.mesh.tp)]
+    held = [cut.rows(at)[dim].tolist() for at in cut.coordinates()]
     spelled = [[(start + k * stride, n) for start, _, n, count, stride in rows for k in range(count)] for rows in held]
     if len({len(rows) for rows in spelled}) > 1:
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ckptlab.catalog import Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 Shape = tuple[int, ...]
@@ -18,20 +19,21 @@ Shape = tuple[int, ...]
 class ModuleWeights:
     """Everything of the module that is stored.
 
-    `pieces[name][pp, tp]`: the fragments of each tensor's module weight; `shapes[name][tp]`: shard shapes;
+    `pieces[name][holder]`: the fragments of each tensor's module weight; `shapes[name][tp]`: shard shapes;
     `kinds[name]`: "parameter", "frozen" or "buffer"; `aliases`: further name → name; `layer_keys[layer]`: the prefix
     that the tensors of a layer file have in the model (`"3."` or `"tied_modules.embed."`).
     """
 
-    pieces: dict[str, dict[Rank, tuple[Fragment, ...]]] = field(default_factory=dict)
+    pieces: dict[str, dict[Holder, tuple[Fragment, ...]]] = field(default_factory=dict)
     shapes: dict[str, dict[int, Shape]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     layer_keys: dict[int, str] = field(default_factory=dict)
     layer_stages: dict[int, int] = field(default_factory=dict)
 
-    def add(self, name: str, kind: str, rank: Rank, shape: Shape, fragments: tuple[Fragment, ...]) -> None:
-        self.pieces.setdefault(name, {})[rank] = fragments
+    def add(self, name: str, kind: str, rank: Rank, shape: Shape, fragments: tuple[Fragment, ...], **at: int) -> None:
+        """Note what a (pp, tp) rank stores; `at`: its dp coordinate, where every dp rank has a copy of its own."""
+        self.pieces.setdefault(name, {})[Holder(pp=rank[0], **at, tp=rank[1])] = fragments
         self.shapes.setdefault(name, {})[rank[1]] = shape
         self.kinds[name] = kind
 
@@ -84,9 +86,10 @@ def _from_zero3(folder: StepFolder, trainable: Mapping[Rank, Mapping[str, Shape]
         weights.aliases.update(model.get("shared_params") or {})
         buffers = set(model.get("buffer_names") or ())
         frozen = {n: tuple(map(int, s)) for n, s in (model.get("frozen_param_shapes") or {}).items()}
-        for name, value in (model.get("module") or {}).items():
-            if name in buffers and isinstance(value, Stored):
-                weights.add(name, "buffer", rank, value.shape, (Fragment(0, value),))
+        for d, content in enumerate(folder.zero3_models[rank]):
+            for name, value in (content.get("module") or {}).items():
+                if name in buffers and isinstance(value, Stored):
+                    weights.add(name, "buffer", rank, value.shape, (Fragment(0, value),), dp=d)
         for name, shape in frozen.items():
             weights.add(name, "frozen", rank, shape, tuple(_frozen_fragments(folder, rank, name, shape)))
 

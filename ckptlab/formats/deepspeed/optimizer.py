@@ -18,10 +18,11 @@ import numpy as np
 from ckptlab.catalog import MASTER, FlatGroup, Notice, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
-from ckptlab.plan import FlatBuffer
+from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
 
 Shapes = Mapping[str, tuple[int, ...]]
+Partitions = Mapping[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]]
 
 EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
 
@@ -46,6 +47,7 @@ class OptimizerFiles:
     zero_stage: int
     groups: tuple[ParameterGroup, ...]
     flat_groups: tuple[FlatGroup, ...]
+    partitions: Partitions
     elastic: bool
     round_robin: bool
     extras: Mapping[str, Any]
@@ -82,27 +84,27 @@ def read_optimizer(folder: StepFolder) -> OptimizerFiles:
     stages = [_stage_groups(folder, p, shapes[p, 0], buffers[p, 0][0]) for p in range(folder.mesh.pp)]
     groups, index = match_groups(folder.path, stages)
     flat_groups: list[FlatGroup] = []
+    partitions: dict[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]] = {}
     notices: list[Notice] = []
     scalars: dict[int, Mapping[str, Any]] = {}
     for p in range(folder.mesh.pp):
         for b, local_group in enumerate(buffers[p, 0][0].group_of):
-            flats, partitions = [], []
+            flats: dict[Holder, FlatBuffer] = {}
+            stored: dict[Holder, list[Mapping[str, Stored]]] = {}
             for t in range(folder.mesh.tp):
-                per_dp = [rank.states[b] for rank in buffers[p, t]]
-                flats.append(_flat_buffer(folder, (p, t), b, wrapper, shapes[p, t][b], per_dp))
-                partitions.append(per_dp)
-            states = list(partitions[0][0])
-            flat_groups.append(
-                FlatGroup(
-                    stage=p,
-                    group=index[p][local_group],
-                    flats=tuple(flats),
-                    dtypes={s: partitions[0][0][s].dtype for s in states},
-                    partitions={s: tuple(tuple(part[s] for part in row) for row in partitions) for s in states},
-                )
-            )
+                holder = Holder(pp=p, tp=t)
+                stored[holder] = [rank.states[b] for rank in buffers[p, t]]
+                flats[holder] = _flat_buffer(folder, (p, t), b, wrapper, shapes[p, t][b], stored[holder])
+            first_rank = next(iter(stored.values()))[0]
+            number = index[p][local_group]
+            sub = sum(g.stage == p and g.group == number for g in flat_groups)
+            dtypes = {s: one.dtype for s, one in first_rank.items()}
+            group = FlatGroup(Holder(pp=p), number, flats, dtypes, sub)
+            flat_groups.append(group)
+            for s in dtypes:
+                partitions[group.key, s] = {h: tuple(one[s] for one in row) for h, row in stored.items()}
             if wrapper is not Wrapper.ZERO3:
-                notices += _check_mappings(folder, p, b, flats, round_robin)
+                notices += _check_mappings(folder, p, b, list(flats.values()), round_robin)
             scalars.setdefault(index[p][local_group], buffers[p, 0][0].scalars[b])
     _same_step(folder, buffers)
     return OptimizerFiles(
@@ -110,6 +112,7 @@ def read_optimizer(folder: StepFolder) -> OptimizerFiles:
         stage,
         tuple(replace(g, scalars=scalars.get(i, {})) for i, g in enumerate(groups)),
         tuple(flat_groups),
+        partitions,
         elastic,
         round_robin,
         {k: first[k] for k in EXTRAS if k in first},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,24 +38,13 @@ class TargetOptions:
 
 
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads): from the user, the client's `args`, or a config.json near the checkpoint."""
-    args = getattr(catalog.client.get("args"), "attributes", None) or {}
-    config: Mapping[str, Any] = {}
-    for folder in (catalog.path, os.path.dirname(catalog.path)):
-        try:
-            with open(os.path.join(folder, "config.json")) as f:
-                config = json.load(f)
-        except (OSError, ValueError):
-            continue
-        break
-    heads = options.heads or args.get("num_attention_heads") or config.get("num_attention_heads")
-    kv = options.kv_heads or args.get("num_key_value_heads") or config.get("num_key_value_heads")
-    return (int(heads) if heads else None), (int(kv) if kv else None)
+    """(attention heads, key/value heads): from the user, else what the run says."""
+    return options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
 
 
 def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
     """Why the checkpoint cannot be written for that mesh; nothing if it can (cheap: no cut is resolved)."""
-    native = catalog.native
+    native = catalog.private
     stage = options.zero_stage if options.zero_stage is not None else catalog.zero_stage
     if stage not in (1, 2, 3):
         yield f"ZeRO stage {stage}: ckptlab writes stages 1, 2 and 3"

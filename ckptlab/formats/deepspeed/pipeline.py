@@ -69,7 +69,7 @@ def stage_of(layer: int, starts: Sequence[int]) -> int:
 
 def describe(catalog: Catalog) -> Pipeline:
     """The pipeline of a catalog read from layer files."""
-    module = catalog.native.module
+    module = catalog.private.module
     by_layer: dict[int, list[Tensor]] = {}
     prefixes = module.layer_keys
     for layer, prefix in prefixes.items():
@@ -79,7 +79,7 @@ def describe(catalog: Catalog) -> Pipeline:
     tied = [t for p in sorted(tied_later) for t in catalog.tensors.values() if t.name.startswith(p)]
     total = last + 1 + bool(tied)
     signatures: list[tuple] = [()] * total
-    counts, stages = [0] * total, [catalog.native.folder.mesh.pp - 1] * total
+    counts, stages = [0] * total, [catalog.private.folder.mesh.pp - 1] * total
     for layer, tensors in by_layer.items():
         prefix = prefixes[layer]
         signatures[layer] = tuple(sorted((t.name.removeprefix(prefix), t.shape) for t in tensors))
@@ -95,7 +95,7 @@ def tensor_stages(catalog: Catalog, starts: Sequence[int]) -> dict[str, tuple[in
     """The stages that hold each tensor: its layer's, and for a tied module the last one too (its later occurrence)."""
     pp = len(starts)
     found: dict[str, tuple[int, ...]] = {}
-    for layer, prefix in catalog.native.module.layer_keys.items():
+    for layer, prefix in catalog.private.module.layer_keys.items():
         stage = stage_of(layer, starts)
         for name in catalog.tensors:
             if name.startswith(prefix):
@@ -108,7 +108,7 @@ def tensor_stages(catalog: Catalog, starts: Sequence[int]) -> dict[str, tuple[in
                 f"{tensor.stages}): "
                 "keep the number of pp stages"
             )
-        middle = [s for s in tensor.stages if s not in (tensor.stages[0], catalog.native.folder.mesh.pp - 1)]
+        middle = [s for s in tensor.stages if s not in (tensor.stages[0], catalog.private.folder.mesh.pp - 1)]
         if middle:
             raise ReshapeError(
                 f"{catalog.path}: {name} is tied to a layer on pp stage {middle[0]}, neither the first nor the last "

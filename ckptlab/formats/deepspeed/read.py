@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MODULE, Catalog, FlatGroup, Notice, Tensor
+from ckptlab.catalog import MODULE, Catalog, Extents, FlatGroup, Notice, ParameterGroup, Tensor, Training
 from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
+from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
@@ -108,28 +111,66 @@ def read_native(path: str, strategy: Strategy | None = None) -> Catalog:
     tensors, notices = build_tensors(folder, info, strategy, trainable, module, optimizer.flat_groups)
     group_of = {name: i for i, g in enumerate(optimizer.groups) for name in g.tensors}
     tensors = {n: replace(t, group=group_of.get(n)) for n, t in tensors.items()}
+    outside = {(name, MODULE): by_holder for name, by_holder in module.pieces.items()}
+    told = layouts_are_told(info, strategy)
+    native = Native(folder, optimizer.wrapper, told, module, optimizer.extras, optimizer.elastic, optimizer.round_robin)
     return Catalog(
         path=path,
         format="deepspeed",
         mesh=folder.mesh,
-        zero_stage=optimizer.zero_stage,
         tensors=tensors,
-        groups=optimizer.groups,
+        placements=placements(tensors, optimizer.flat_groups, outside, folder.mesh, folder.is_zero3),
+        extents=Extents(outside, optimizer.partitions),
         flat_groups=optimizer.flat_groups,
-        pieces={(name, MODULE): by_rank for name, by_rank in module.pieces.items()},
-        client={k: v for k, v in folder.models[0, 0].items() if k not in ENGINE_KEYS},
-        native=Native(
-            folder,
-            optimizer.wrapper,
-            layouts_are_told(info, strategy),
-            module,
-            optimizer.extras,
-            optimizer.elastic,
-            optimizer.round_robin,
-        ),
+        training=training(native, optimizer.zero_stage, optimizer.groups, path),
+        client=client_state(folder),
+        private=native,
         notices=(*folder.notices, *optimizer.notices, *notices),
         files=folder.files,
     )
+
+
+def client_state(folder: StepFolder) -> dict[str, Any]:
+    """What the training program put into the first rank's model file."""
+    return {k: v for k, v in folder.models[0, 0].items() if k not in ENGINE_KEYS}
+
+
+def training(native: Native, zero_stage: int | None, groups: tuple[ParameterGroup, ...], path: str) -> Training:
+    """What a run says of itself in its model files, and in a config.json beside the checkpoint."""
+    client = client_state(native.folder)
+    step = client.get("iteration", native.model.get("global_steps"))
+    heads, kv_heads = head_counts(client, path)
+    return Training(
+        mesh=native.mesh,
+        step=int(step) if isinstance(step, int) else None,
+        zero_stage=zero_stage,
+        dtype=native.dtype,
+        wrapper=native.wrapper.value,
+        groups=groups,
+        layer_stages=native.module.layer_stages,
+        heads=heads,
+        kv_heads=kv_heads,
+        layouts_told=native.told,
+    )
+
+
+def head_counts(client: Mapping[str, Any], path: str) -> tuple[int | None, int | None]:
+    """(attention heads, key/value heads) by the client's `args`, or by a config.json in the folder or beside it."""
+    args = getattr(client.get("args"), "attributes", None) or {}
+    config: Mapping[str, Any] = {}
+    for folder in (path, os.path.dirname(path)):
+        try:
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+                found = json.load(f)
+        except (OSError, ValueError):
+            continue
+        config = found if isinstance(found, dict) else {}
+        break
+    heads, kv_heads = (
+        next((n for n in (args.get(key), config.get(key)) if isinstance(n, int) and n > 0), None)
+        for key in ("num_attention_heads", "num_key_value_heads")
+    )
+    return heads, kv_heads
 
 
 def universal_info(folder: StepFolder) -> UniversalInfo | None:
@@ -201,7 +242,7 @@ def build_tensors(
                 held.append(p)
     for name, by_tp in module.shapes.items():
         shapes.setdefault(name, by_tp)
-        stages.setdefault(name, sorted({p for p, _ in module.pieces[name]}))
+        stages.setdefault(name, sorted({holder["pp"] for holder in module.pieces[name]}))
     tensors, notices = {}, []
     for name in _model_order(module, trainable, shapes):
         shards = [shapes[name][t] for t in range(mesh.tp)]

@@ -11,13 +11,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptlab.catalog import MODULE, Catalog, FlatGroup, Fragment, Notice, ParameterGroup, Tensor
+from ckptlab.catalog import MODULE, Catalog, FlatGroup, Notice, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.formats.deepspeed import pipeline
+from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.optimizer import Wrapper
 from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, np_dtype, problems
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder, Placement
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Ite
 
 
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
-    source = catalog.native
+    source = catalog.private
     stage = options.zero_stage or catalog.zero_stage
     dtype = options.dtype or source.dtype
     notices: list[Notice] = []
@@ -84,16 +86,24 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     wrapper = _wrapper(source.wrapper, stage)
     flat_groups = _flat_groups(catalog, tensors, mesh, wrapper, options)
     _refuse_empty_groups(catalog, mesh, flat_groups)
+    outside = _outside(tensors, mesh, wrapper)
     return Catalog(
         path="",
         format="deepspeed",
         mesh=mesh,
-        zero_stage=stage,
         tensors=tensors,
-        groups=_groups(catalog, options),
+        placements=placements(tensors, flat_groups, outside, mesh, wrapper is Wrapper.ZERO3),
         flat_groups=flat_groups,
-        pieces=_pieces(tensors, mesh, wrapper),
-        native=NativeTarget(wrapper, dtype, options, layer_stages),
+        training=replace(
+            catalog.training,
+            mesh=mesh,
+            zero_stage=stage,
+            dtype=dtype,
+            wrapper=wrapper.value,
+            groups=_groups(catalog, options),
+            layer_stages=layer_stages,
+        ),
+        private=NativeTarget(wrapper, dtype, options, layer_stages),
         notices=tuple(notices),
     )
 
@@ -102,9 +112,9 @@ def _stages(
     catalog: Catalog, mesh: Mesh, options: TargetOptions
 ) -> tuple[dict[str, tuple[int, ...]], dict[int, int], list[Notice]]:
     """Stages of each tensor, the stage of each layer file, and what was inferred."""
-    module = catalog.native.module
-    trained = catalog.native.folder.mesh
-    if not catalog.native.is_pipeline:
+    module = catalog.private.module
+    trained = catalog.private.folder.mesh
+    if not catalog.private.is_pipeline:
         return dict.fromkeys(catalog.tensors, (0,)), {}, []
     if mesh.pp == trained.pp and options.pipeline is None:
         return {n: t.stages for n, t in catalog.tensors.items()}, dict(module.layer_stages), []
@@ -148,7 +158,7 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
         new = options.padded_vocab
         if new < true or new % mesh.tp:
             raise ReshapeError(f"padded vocabulary of {new}: expected at least {true} rows, a multiple of tp {mesh.tp}")
-    elif mesh.tp == catalog.native.folder.mesh.tp:
+    elif mesh.tp == catalog.private.folder.mesh.tp:
         new = old
     else:
         args = getattr(catalog.client.get("args"), "attributes", None) or {}
@@ -198,7 +208,7 @@ def _retarget(
 
 
 def _converts(catalog: Catalog, dtype: str) -> bool:
-    return dtype != catalog.native.dtype
+    return dtype != catalog.private.dtype
 
 
 def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:
@@ -229,18 +239,18 @@ def _flat_groups(
                 continue
             if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
                 names = round_robin(original_order(catalog, names), mesh.dp)
-            elif catalog.native.round_robin:
+            elif catalog.private.round_robin:
                 names = original_order(catalog, names)
             zero_stage = 3 if wrapper is Wrapper.ZERO3 else 1
             found += [
-                FlatGroup.laid_out(p, index, members, tensors, mesh, zero_stage)
-                for members in _sub_groups(names, tensors, mesh, wrapper, options, catalog)
+                FlatGroup.laid_out(Holder(pp=p), index, members, tensors, mesh, zero_stage, sub)
+                for sub, members in enumerate(_sub_groups(names, tensors, mesh, wrapper, options, catalog))
             ]
     return tuple(found)
 
 
 def _round_robin(catalog: Catalog, options: TargetOptions) -> bool:
-    return catalog.native.round_robin if options.round_robin is None else options.round_robin
+    return catalog.private.round_robin if options.round_robin is None else options.round_robin
 
 
 def round_robin(names: list[str], dp: int) -> list[str]:
@@ -250,9 +260,9 @@ def round_robin(names: list[str], dp: int) -> list[str]:
 
 def original_order(catalog: Catalog, names: list[str]) -> list[str]:
     """A group's tensors in the order of the user's program, undoing the source's round robin."""
-    if not catalog.native.round_robin:
+    if not catalog.private.round_robin:
         return names
-    dealt = round_robin([str(i) for i in range(len(names))], catalog.native.folder.mesh.dp)
+    dealt = round_robin([str(i) for i in range(len(names))], catalog.private.folder.mesh.dp)
     position = {int(i): n for i, n in zip(dealt, names, strict=True)}
     return [position[i] for i in range(len(names))]
 
@@ -268,7 +278,7 @@ def _sub_groups(
     """ZeRO-3 closes a sub-group when the elements a rank holds reach `sub_group_size`; others have one."""
     if wrapper is not Wrapper.ZERO3:
         return [names]
-    config = catalog.native.config.get("zero_optimization") or {}
+    config = catalog.private.config.get("zero_optimization") or {}
     limit = options.sub_group_size or int(config.get("sub_group_size") or 1_000_000_000)
     sizes = [-(-tensors[n].numel // mesh.dp) for n in names]
     if sum(sizes) <= limit:
@@ -288,7 +298,7 @@ def _refuse_empty_groups(catalog: Catalog, mesh: Mesh, flat_groups: tuple[FlatGr
     """A stage without a group's tensors cannot be trained, unless the source's own stages were like that."""
     for index, group in enumerate(catalog.groups):
         found_on = {stage for name in group.tensors for stage in catalog.tensors[name].stages}
-        if found_on != set(range(catalog.native.folder.mesh.pp)):
+        if found_on != set(range(catalog.private.folder.mesh.pp)):
             continue
         missing = set(range(mesh.pp)) - {g.stage for g in flat_groups if g.group == index}
         if missing:
@@ -298,12 +308,15 @@ def _refuse_empty_groups(catalog: Catalog, mesh: Mesh, flat_groups: tuple[FlatGr
             )
 
 
-def _pieces(
-    tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper
-) -> dict[tuple[str, str], dict[tuple[int, int], tuple[Fragment, ...]]]:
-    """Where module weights will stand: the first stage that holds a tensor. ZeRO-3 stores none for its parameters."""
-    return {
-        (name, MODULE): {(t.stages[0], tp): () for tp in range(mesh.tp)}
-        for name, t in tensors.items()
-        if t.states.get(MODULE) is not None and not (wrapper is Wrapper.ZERO3 and t.kind == "parameter")
-    }
+def _outside(tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper) -> dict[tuple[str, str], list[Holder]]:
+    """Who will store module weights: the first stage that holds a tensor. ZeRO-3 stores none for its parameters, and
+    buffers on every dp rank."""
+    zero3 = wrapper is Wrapper.ZERO3
+    found: dict[tuple[str, str], list[Holder]] = {}
+    for name, tensor in tensors.items():
+        if tensor.states.get(MODULE) is None or (zero3 and tensor.kind == "parameter"):
+            continue
+        holders = Placement(tensor.cut, tensor.stages[:1]).holders
+        every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
+        found[name, MODULE] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
+    return found

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Gather, Partition, Tally
-from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor, module_source
+from ckptlab.arrays import Partition, Reader, Tally, reader, shard_reader
+from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.optimizer import Wrapper
@@ -25,6 +25,7 @@ from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.job import FileJob
 from ckptlab.formats.pickles import Size, foreign
 from ckptlab.formats.torchfile import Pending
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 FRAGMENT = ("deepspeed.utils.tensor_fragment", "fragment_address")
@@ -39,20 +40,20 @@ def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[F
 def payload(target: Catalog) -> int:
     """Bytes of tensor data in all files of the native checkpoint for `target`: what `jobs` comes to, without making
     them."""
-    wrapper: Wrapper = target.native.wrapper
+    wrapper: Wrapper = target.private.wrapper
     dp = target.mesh.dp
     total = 0
     for group in target.flat_groups:
-        for flat in group.flats:
+        for flat in group.flats.values():
             padding = sum(map(flat.padding, range(dp))) if wrapper is Wrapper.ZERO12 else 0  # the master has none
             total += sum((flat.total - padding * (s == MASTER)) * dtype.itemsize for s, dtype in group.dtypes.items())
-    for (name, state), by_rank in target.pieces.items():
-        tensor = target.tensors[name]
-        for _, tp in by_rank:
-            count = math.prod(tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})))
-            if wrapper is Wrapper.ZERO3:  # buffers once on every dp rank, frozen tensors in equal fragments
-                count = dp * (count if tensor.kind == "buffer" else -(-count // dp))
-            total += count * tensor.states[state].itemsize
+    for (name, state), copies in target.placements.items():
+        for placement in copies if state == MODULE else ():
+            for holder in placement.holders:
+                count = math.prod(placement.shape(holder))
+                if placement.flats:  # ZeRO-3: frozen tensors in equal fragments
+                    count = placement.flats[holder][0].total
+                total += count * target.tensors[name].states[state].itemsize
     return total
 
 
@@ -78,10 +79,10 @@ class NativeWriter:
 
     def __init__(self, source: Catalog, target: Catalog, tally: Tally | None) -> None:
         self.source, self.target, self.tally = source, target, tally
-        self.native: NativeTarget = target.native
+        self.native: NativeTarget = target.private
         self.mesh = target.mesh
-        self.folder = source.native.folder
-        self.config = info.adapt_config(source.native.config, target)
+        self.folder = source.private.folder
+        self.config = info.adapt_config(source.private.config, target)
         self.prefix = "bf16" if self.native.dtype == "bf16" else ""
 
     def jobs(self) -> Iterator[FileJob]:
@@ -96,7 +97,7 @@ class NativeWriter:
                 for d in range(mesh.dp):
                     yield torch_job(names.optim(d, mp, self.prefix), partial(self.optim_file, p, t, d))
         axis = self.folder.layer_axis or mesh.tp > 1
-        for layer, prefix in self.source.native.module.layer_keys.items():
+        for layer, prefix in self.source.private.module.layer_keys.items():
             for t in range(mesh.tp):
                 yield torch_job(names.layer(layer, t if axis else None), partial(self.layer_file, layer, prefix, t))
 
@@ -109,28 +110,23 @@ class NativeWriter:
         """A tensor's module weight on a tp rank: as it was stored, or the master rounded to the target's dtype."""
         tensor = self.target.tensors[name]
         dtype = tensor.states[MODULE]
-        state = module_source(self.source[name], tensor)
         at = self.coordinate(tensor, tp)
         shape = tensor.cut.shard_shape(at)
-        replica = self._replica(tensor, tp)
-        return Pending(
-            dtype,
-            shape,
-            lambda: self.gather(name, state, dtype, rank, replica).chunks(tensor.cut, at, 0, math.prod(shape)),
-        )
-
-    def gather(self, name: str, state: str, dtype: np.dtype, rank: int, replica: int | None = None) -> Gather:
-        """Reads a tensor of the source for a rank of the target."""
         tally = self.tally and self.tally.towards(rank)
-        return Gather(self.source, name, state, dtype=dtype, tally=tally, replica=replica)
 
-    def _replica(self, tensor: Tensor, tp: int) -> int | None:
-        """Buffers may differ between tp ranks: at an unchanged tp each rank keeps its own."""
-        return tp if tensor.kind == "buffer" and self.mesh.tp == self.source.mesh.tp else None
+        def chunks() -> Iterator[np.ndarray]:
+            one = shard_reader(self.source, self.target, name, MODULE, Holder(pp=tensor.stages[0], tp=tp), tally)
+            return one.chunks(tensor.cut, at, 0, math.prod(shape))
+
+        return Pending(dtype, shape, chunks)
+
+    def gather(self, name: str, state: str, dtype: np.dtype, rank: int) -> Reader:
+        """Reads a tensor of the source for a rank of the target."""
+        return reader(self.source, name, state, dtype=dtype, tally=self.tally and self.tally.towards(rank))
 
     def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
         """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
-        held = Partition(self.source, self.target, group, state, tp, dp, self.tally)
+        held = Partition(self.source, self.target, group, state, group.at.with_(tp=tp), dp, self.tally)
         return Pending(held.dtype, (count,), lambda: held.chunks(0, count))
 
     # ---------------------------------------------------------------- model files
@@ -144,7 +140,7 @@ class NativeWriter:
         mesh, trained = self.mesh, self.folder.mesh
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
         rank = mesh.rank(pp=p, dp=d, tp=t)
-        module = None if self.source.native.is_pipeline else self.module(template, t, rank)
+        module = None if self.source.private.is_pipeline else self.module(template, t, rank)
         model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
             module=module,
@@ -157,7 +153,7 @@ class NativeWriter:
             checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
             ds_config=self.config,
         )
-        return info.adapt_client(model, self.source.native.told, self.target, rank)
+        return info.adapt_client(model, self.source.private.told, self.target, rank)
 
     def _frozen(self, module: Mapping[str, Any], t: int, d: int, rank: int) -> dict[str, Any]:
         """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None."""
@@ -218,7 +214,7 @@ class NativeWriter:
     # ---------------------------------------------------------------- optimizer files
 
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
-        template = self.source.native.extras
+        template = self.source.private.extras
         groups = self.groups_on(p)
         state = (
             self._zero3_state(template, groups, t, d)
@@ -231,7 +227,7 @@ class NativeWriter:
     def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
         return {
             i: dict(self.target.groups[g.group].scalars)
-            | {s: self.partition(g, s, tp, dp, g.flats[tp].size(dp)) for s in g.dtypes if s != MASTER}
+            | {s: self.partition(g, s, tp, dp, g.flats[g.at.with_(tp=tp)].size(dp)) for s in g.dtypes if s != MASTER}
             for i, g in enumerate(groups)
         }
 
@@ -244,7 +240,7 @@ class NativeWriter:
 
     def _scaler(self, template: Mapping[str, Any]) -> dict[str, Any]:
         """The loss scaler replaces the engine's own: the source's where the dtype stays, else one that fits."""
-        same = self.source.native.dtype == self.native.dtype
+        same = self.source.private.dtype == self.native.dtype
         dynamic = self.native.dtype == "fp16"
         if same and "loss_scaler" in template:
             return {
@@ -263,12 +259,12 @@ class NativeWriter:
             **self._scaler(template),
             "partition_count": self.mesh.dp,
             "optimizer_state_dict": {"state": self._states(groups, t, d), "param_groups": self.param_groups(groups)},
-            "fp32_flat_groups": [self.partition(g, MASTER, t, d, g.flats[t].size(d)) for g in groups],
+            "fp32_flat_groups": [self.partition(g, MASTER, t, d, g.flats[g.at.with_(tp=t)].size(d)) for g in groups],
         }
 
     def _flat_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
         bf16 = self.native.wrapper is Wrapper.BF16
-        flats = [g.flats[t] for g in groups]
+        flats = [g.flats[g.at.with_(tp=t)] for g in groups]
         if bf16:
             paddings = [f.total - f.used if d == self.mesh.dp - 1 else 0 for f in flats]
             masters = [f.size(d) for f in flats]

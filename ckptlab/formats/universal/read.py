@@ -8,23 +8,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, ParameterGroup, Tensor
+from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, ParameterGroup, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import EXTRAS, Wrapper, match_groups
 from ckptlab.formats.deepspeed.read import (
-    ENGINE_KEYS,
     Native,
     choose_layout,
+    client_state,
     layouts_are_told,
     trainable_shapes,
+    training,
     universal_info,
     whole,
 )
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 from ckptlab.strategy import Strategy
 
@@ -51,7 +53,7 @@ def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
     }
     stages = {n: tuple(dict.fromkeys(p for (p, _), by in trainable.items() if n in by)) for n in shards}
     tensors: dict[str, Tensor] = {}
-    pieces: dict[tuple[str, str], dict[tuple[int, int], tuple[Fragment, ...]]] = {}
+    pieces: dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]] = {}
     scalars: dict[str, dict[str, Any]] = {}
     found = dict(_state_files(path))
     for name in dict.fromkeys([*shards, *found]):
@@ -65,7 +67,7 @@ def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
         tensors[name] = _tensor(name, states, shards.get(name), stages.get(name, (0,)), folder, info, strategy)
         scalars[name] = single
         for state, stored in states.items():
-            pieces[name, state] = {(0, 0): (Fragment(0, stored),)}
+            pieces[name, state] = {ALONE: (Fragment(0, stored),)}
     _add_module(folder, module, tensors, pieces)
     groups = _groups(folder, common, trainable, scalars, wrapper)
     group_of = {n: i for i, g in enumerate(groups) for n in g.tensors}
@@ -78,16 +80,17 @@ def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
         not common.get("param_groups"),
         _round_robin(folder, wrapper),
     )
+    tensors = {n: replace(t, group=group_of.get(n)) for n, t in tensors.items()}
     return Catalog(
         path=path,
         format="universal",
         mesh=Mesh(),
-        zero_stage=_stage(folder, wrapper),
-        tensors={n: replace(t, group=group_of.get(n)) for n, t in tensors.items()},
-        groups=groups,
-        pieces=pieces,
-        client={k: v for k, v in folder.models[0, 0].items() if k not in ENGINE_KEYS},
-        native=native,
+        tensors=tensors,
+        placements=whole_placements(tensors, pieces),
+        extents=Extents(pieces),
+        training=training(native, _stage(folder, wrapper), groups, path),
+        client=client_state(folder),
+        private=native,
         notices=folder.notices,
         files=(*folder.files, *(os.path.relpath(f, path) for files in found.values() for f in files.values())),
     )
@@ -179,12 +182,12 @@ def _add_module(
             tensors[name] = replace(tensors[name], states={**tensors[name].states, MODULE: dtype})
         else:
             shape = module.shapes[name][0]
-            dtype = next(f.stored.dtype for f in by_rank[0, 0])
+            dtype = next(f.stored.dtype for f in next(iter(by_rank.values())))
             layout, known = choose_layout(name, module.kinds[name], [shape], None, None, folder.path)
             tensors[name] = Tensor(
                 name, shape, layout, Cut.whole(shape), module.kinds[name], {MODULE: dtype}, None, (0,), aliases, known
             )
-        pieces[name, MODULE] = {(0, 0): by_rank[0, 0]}
+        pieces[name, MODULE] = {ALONE: tuple(replace(f, dp=0) for f in next(iter(by_rank.values())))}
     for alias, target in module.aliases.items():
         if target in tensors and alias not in tensors[target].aliases:
             tensors[target] = replace(tensors[target], aliases=(*tensors[target].aliases, alias))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Gather, Tally
+from ckptlab.arrays import Tally, reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.optimizer import Wrapper
@@ -24,12 +24,12 @@ def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[F
     made; tensors are whole, whatever the mesh."""
     writer = NativeWriter(source, target, tally)
     made = [_state_job(source, target, t, s, tally) for t in source.tensors.values() for s in _written(t)]
-    flat = target.native.wrapper is Wrapper.ZERO3
+    flat = target.private.wrapper is Wrapper.ZERO3
     for group in target.groups:
         if "step" in group.scalars and not flat:
             made += [torch_job(f"{FOLDER}/{n}/step.pt", partial(_same, group.scalars["step"])) for n in group.tensors]
     for tensor in source.tensors.values():
-        if not flat and MODULE in tensor.states and not source.native.is_pipeline:
+        if not flat and MODULE in tensor.states and not source.private.is_pipeline:
             names_ = tensor.aliases if tensor.kind == "parameter" else (tensor.name, *tensor.aliases)
             made += [_whole_module(source, tensor, n, tally) for n in names_]
     made.append(torch_job(f"{FOLDER}/{OPTIMIZER}", partial(_common, writer)))
@@ -52,7 +52,7 @@ def _written(tensor: Tensor) -> list[str]:
 
 def _state_job(source: Catalog, target: Catalog, tensor: Tensor, state: str, tally: Tally | None) -> FileJob:
     dtype = tensor.states[state]
-    flat = target.native.wrapper is Wrapper.ZERO3
+    flat = target.private.wrapper is Wrapper.ZERO3
     shape = (tensor.numel,) if flat else tensor.shape
     leaf = _leaf(source, tensor, state, dtype, shape, tally)
     build = (lambda: leaf) if flat else (lambda: {**loader_keys(source, tensor), "param": leaf})
@@ -72,7 +72,7 @@ def _leaf(
     return Pending(
         dtype,
         shape,
-        lambda: Gather(source, tensor.name, state, dtype=dtype, tally=tally).chunks(
+        lambda: reader(source, tensor.name, state, dtype=dtype, tally=tally).chunks(
             Cut.whole(tensor.shape), (), 0, tensor.numel
         ),
     )
@@ -102,17 +102,17 @@ def loader_keys(source: Catalog, tensor: Tensor) -> dict[str, Any]:
 
 def _common(writer: NativeWriter) -> dict[str, Any]:
     """`optimizer_state.pt`: what the optimizer files say once, hyperparameters included."""
-    target, extras = writer.target, writer.source.native.extras
-    state = dict(extras) if writer.source.native.dtype == target.native.dtype else {}
+    target, extras = writer.target, writer.source.private.extras
+    state = dict(extras) if writer.source.private.dtype == target.private.dtype else {}
     state |= {"ds_version": writer.folder.models[0, 0].get("ds_version")}
-    if target.native.wrapper is not Wrapper.BF16:
+    if target.private.wrapper is not Wrapper.BF16:
         state["zero_stage"] = foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", target.zero_stage)
     groups = writer.groups_on(0)
     state["partition_count"] = (
-        target.mesh.dp if target.native.wrapper is Wrapper.ZERO3 else [target.mesh.dp] * len(groups)
+        target.mesh.dp if target.private.wrapper is Wrapper.ZERO3 else [target.mesh.dp] * len(groups)
     )
     state["param_groups"] = writer.param_groups(groups)
-    if target.native.wrapper is Wrapper.ZERO3:
+    if target.private.wrapper is Wrapper.ZERO3:
         scalars = {i: dict(target.groups[g.group].scalars) for i, g in enumerate(groups)}
         state["optimizer_state_dict"] = {"state": scalars, "param_groups": state["param_groups"]}
     return state

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptlab.catalog import Tensor
+from ckptlab.catalog.tensor import Tensor
 
 
 @dataclass(frozen=True)

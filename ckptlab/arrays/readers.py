@@ -1,0 +1,134 @@
+"""What reads the elements of a tensor in any cut: one protocol, and what is made of other readers.
+
+A reader writes a box of a shard of some cut of the whole into memory that it is given (`read_into`), in the dtype of
+that memory; everything else follows from it. So readers compose without a copy between them: the mean of replicas,
+another dtype. `Gather` is the one that reads files.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ckptlab.arrays.boxes import flat_boxes
+from ckptlab.layout import Cut
+
+CHUNK = 1 << 23  # elements that `chunks` holds at a time
+
+Coordinate = tuple[int, ...]
+
+
+class Reader(ABC):
+    """Reads one state of one tensor (`name`, `state`) in any cut. `cut` is the one in which it is stored, `dtype` what
+    elements arrive as."""
+
+    name: str
+    state: str
+    cut: Cut
+    dtype: np.dtype
+
+    @abstractmethod
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        """Write into `out` (of any strides and dtype) the box of shard `at` of `cut` that begins at `starts` and has
+        the shape of `out`. What the source does not hold (padding) is left as it is."""
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        """Whether a shard of `cut` may have elements that are not held, which `read_into` leaves alone."""
+        return any(b > a for a, b in zip(self.cut.shape, cut.shape, strict=True))
+
+    def fill(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        """As `read_into`, and what is not held is 0."""
+        if self.leaves_gaps(cut):
+            out[...] = 0
+        self.read_into(out, cut, at, starts)
+
+    def box(self, cut: Cut, at: Coordinate, starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+        """The box as an array of its own, of shape `sizes`; what is not held is 0. To write to it changes no file."""
+        out = np.empty(tuple(sizes), self.dtype)
+        self.fill(out, cut, at, starts)
+        return out
+
+    def shard(self, cut: Cut, at: Coordinate) -> np.ndarray:
+        """The whole shard `at` of `cut`, of shape `cut.shard_shape(at)`."""
+        shape = cut.shard_shape(at)
+        return self.box(cut, at, (0,) * len(shape), shape)
+
+    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
+        """Elements lo … hi-1 of the flattened shard, in pieces of at most `limit` elements (one-dimensional).
+
+        A piece is only valid until the next one is asked for: the buffer is used again.
+        """
+        shape = cut.shard_shape(at)
+        buffer = np.empty(min(limit, hi - lo), self.dtype) if hi > lo else None
+        for start in range(lo, hi, limit):
+            assert buffer is not None
+            stop = min(start + limit, hi)
+            flat, done = buffer[: stop - start], 0
+            if self.leaves_gaps(cut):
+                flat[...] = 0
+            for starts, sizes in flat_boxes(shape, start, stop):
+                count = math.prod(sizes)
+                self.read_into(flat[done : done + count].reshape(sizes), cut, at, starts)
+                done += count
+            yield flat
+
+    def is_straight(self, cut: Cut, at: Coordinate) -> bool:
+        """Whether `chunks` of that shard are views of what is stored, nothing copied."""
+        return False
+
+    def unordered(self, cut: Cut, at: Coordinate) -> list[tuple[Cut, Coordinate]]:
+        """Shards that together hold every element of shard `at` of `cut` once, for whoever needs them in no order."""
+        return [(cut, at)]
+
+
+class Cast(Reader):
+    """A reader's elements in another dtype, rounded to nearest even."""
+
+    def __init__(self, reader: Reader, dtype: np.dtype) -> None:
+        self.reader, self.name, self.state = reader, reader.name, reader.state
+        self.cut, self.dtype = reader.cut, np.dtype(dtype)
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        if out.dtype == self.dtype:
+            self.reader.read_into(out, cut, at, starts)
+            return
+        rounded = np.zeros(out.shape, self.dtype)  # two roundings where two dtypes are asked for, as composed
+        self.reader.read_into(rounded, cut, at, starts)
+        np.copyto(out, rounded, casting="unsafe")
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        return self.reader.leaves_gaps(cut)
+
+    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
+        if not self.reader.is_straight(cut, at):
+            yield from super().chunks(cut, at, lo, hi, limit)
+            return
+        for chunk in self.reader.chunks(cut, at, lo, hi, limit):
+            yield chunk.astype(self.dtype)
+
+    def unordered(self, cut: Cut, at: Coordinate) -> list[tuple[Cut, Coordinate]]:
+        return self.reader.unordered(cut, at)
+
+
+class Mean(Reader):
+    """The mean of replicas that each hold the whole, in their own dtype, summed in float32."""
+
+    def __init__(self, replicas: Sequence[Reader]) -> None:
+        self.replicas = tuple(replicas)
+        self.name, self.state = replicas[0].name, replicas[0].state
+        self.cut, self.dtype = replicas[0].cut, replicas[0].dtype
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        total = np.zeros(out.shape, np.float32)
+        for reader in self.replicas:
+            one = np.zeros(out.shape, reader.dtype)
+            reader.read_into(one, cut, at, starts)
+            total += one
+        np.divide(total, np.float32(len(self.replicas)), out=total)
+        np.copyto(out, total, casting="unsafe")
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        return self.replicas[0].leaves_gaps(cut)

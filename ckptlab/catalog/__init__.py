@@ -1,0 +1,23 @@
+"""What headers tell of a checkpoint: read tensor.py, extents.py, training.py, catalog.py in this order."""
+
+from ckptlab.catalog.catalog import Catalog, Notice
+from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
+from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor, module_source
+from ckptlab.catalog.training import Training
+
+__all__ = [
+    "ALONE",
+    "MASTER",
+    "MODULE",
+    "Catalog",
+    "Extents",
+    "FlatGroup",
+    "Fragment",
+    "Notice",
+    "ParameterGroup",
+    "Tensor",
+    "Training",
+    "module_source",
+    "placements_of",
+    "whole_placements",
+]

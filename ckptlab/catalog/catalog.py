@@ -1,0 +1,132 @@
+"""All that is known of a checkpoint from its headers: mesh, tensors, layouts, where every element lies, the run.
+
+A reader makes a `Catalog`; the views, plans and writers are given one. Nothing here has read a tensor's data. The
+catalog of a *target* (what another mesh would hold), or of a model on paper, has the same form with nothing stored
+behind it: its `extents` are None.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ckptlab.catalog.extents import Extents, FlatGroup, Fragment, Placements
+from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor
+from ckptlab.catalog.training import Training
+from ckptlab.errors import CheckpointError
+from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder, Placement
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the user must hear: `code` is stable, `text` is for people."""
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What the headers of one checkpoint say.
+
+    `mesh`: whose ranks the files are of. `placements[name, state]`: how that state lies on the mesh: once, or once for
+    each of several copies. `flat_groups`: the flat buffers that placements refer to. `extents`: in which bytes elements
+    lie; None where nothing is stored. `client`: what the training program put in. `private`: what the format's own
+    writer must know; nobody else looks into it.
+    """
+
+    path: str
+    format: str
+    mesh: Mesh
+    tensors: Mapping[str, Tensor]
+    placements: Placements
+    extents: Extents | None = None
+    flat_groups: tuple[FlatGroup, ...] = ()
+    training: Training = field(default_factory=Training)
+    client: Mapping[str, Any] = field(default_factory=dict)
+    private: Any = None
+    notices: tuple[Notice, ...] = ()
+    files: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[ParameterGroup, ...]:
+        """The run's parameter groups."""
+        return self.training.groups
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The run's ZeRO stage."""
+        return self.training.zero_stage
+
+    @property
+    def stored(self) -> Extents:
+        """The extents. CheckpointError where nothing is stored: of a model on paper, and of a target."""
+        if self.extents is None:
+            raise CheckpointError(f"{self.path}: nothing is stored of it: look at its layouts and plans")
+        return self.extents
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name or alias; CheckpointError (with the nearest names) if there is none."""
+        found = self.tensors.get(self._aliases.get(name, name))
+        if found is None:
+            near = difflib.get_close_matches(name, [*self.tensors, *self._aliases], n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise CheckpointError(f"{self.path}: no tensor is called {name!r}{hint}")
+        return found
+
+    @cached_property
+    def _aliases(self) -> dict[str, str]:
+        return {alias: t.name for t in self.tensors.values() for alias in t.aliases}
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Every state that some tensor has: the master first, the module weight last."""
+        seen = dict.fromkeys(s for t in self.tensors.values() for s in t.states)
+        rank = {MASTER: 0, MODULE: 2}
+        return tuple(sorted(seen, key=lambda s: rank.get(s, 1)))
+
+    def held(self, name: str) -> tuple[str, ...]:
+        """The states of a tensor that ranks hold, in the order of its states."""
+        return tuple(s for s in self.tensors[name].states if (name, s) in self.placements)
+
+    def placement(self, name: str, state: str) -> Placement:
+        """How the first (as a rule the only) copy of that state lies. KeyError where no rank holds it."""
+        return self.placements[name, state][0]
+
+    def flat(self, name: str, holder: Holder) -> tuple[FlatGroup, int]:
+        """The flat group that a holder's shard lies in, and its index there. KeyError if in none."""
+        for group, index in self._flat_index.get(name, ()):
+            if holder in group.flats:
+                return group, index
+        raise KeyError(f"{name} of {holder}")
+
+    @cached_property
+    def _flat_index(self) -> dict[str, list[tuple[FlatGroup, int]]]:
+        found: dict[str, list[tuple[FlatGroup, int]]] = {}
+        for group in self.flat_groups:
+            for i, name in enumerate(group.names):
+                found.setdefault(name, []).append((group, i))
+        return found
+
+    def is_flat(self, name: str, state: str) -> bool:
+        """Whether that state of a tensor lies in the flat buffers of a group, with others."""
+        return any(state in group.dtypes for group, _ in self._flat_index.get(name, ()))
+
+    def fragments(self, name: str, state: str, holder: Holder) -> tuple[Fragment, ...]:
+        """Where the shard of a holder lies, in the order of its flattened elements."""
+        pieces = self.stored.pieces.get((name, state))
+        if pieces is not None:
+            return pieces[holder]
+        group, index = self.flat(name, holder)
+        partitions = self.stored.partitions[group.key, state][holder]
+        return tuple(
+            Fragment(int(at), partitions[d].elements(int(start), int(count)), int(d))
+            for d, at, start, count in group.flats[holder].fragments(index)
+        )

@@ -1,0 +1,166 @@
+"""Where elements lie: in flat buffers and outside of them (geometry), and in which bytes of which files (extents)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from ckptlab.catalog.tensor import MODULE, Tensor
+from ckptlab.mesh import Mesh
+from ckptlab.plan import FlatBuffer, Holder, Placement, holders_of
+from ckptlab.stored import Stored
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of a flattened shard: `stored` begins at element `start` of it. `dp` is who of the holder's
+    ranks stored it, counted in dp order (`Placement.ranks`)."""
+
+    start: int
+    stored: Stored
+    dp: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.stored.numel
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """The flat buffers of one parameter group (at ZeRO-3: of one of its sub-groups): one for each holder.
+
+    `at` is what the holders have in common: the pp stage, and where experts are spread the ep coordinate. `group`
+    indexes the run's parameter groups, `sub` counts its sub-groups there. `flats` says where each holder's shards lie,
+    `dtypes` which states there are; `over` names the axis that cuts the buffers ("dp", or "edp" of experts).
+    """
+
+    at: Holder
+    group: int
+    flats: Mapping[Holder, FlatBuffer]
+    dtypes: Mapping[str, np.dtype]
+    sub: int = 0
+    over: str = "dp"
+
+    @property
+    def key(self) -> tuple[Holder, int, int]:
+        """What tells it from the others of a catalog."""
+        return self.at, self.group, self.sub
+
+    @property
+    def stage(self) -> int:
+        """The pp stage."""
+        return self.at["pp"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return next(iter(self.flats.values())).names
+
+    @property
+    def dp(self) -> int:
+        """How many ranks hold each buffer together."""
+        return next(iter(self.flats.values())).dp
+
+    @property
+    def holders(self) -> tuple[Holder, ...]:
+        return tuple(self.flats)
+
+    def holder(self, at: Mapping[str, int]) -> Holder:
+        """The first holder at these coordinates (those of a rank, say). KeyError if there is none."""
+        for holder in self.flats:
+            if all(at.get(axis, k) == k for axis, k in holder.items()):
+                return holder
+        raise KeyError(f"no flat buffer at {Holder(**at)}")
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes on which the holders differ."""
+        return tuple(axis for axis in next(iter(self.flats)) if axis not in self.at)
+
+    @classmethod
+    def laid_out(
+        cls,
+        at: Holder,
+        group: int,
+        names: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        mesh: Mesh,
+        zero_stage: int,
+        sub: int = 0,
+    ) -> FlatGroup:
+        """The flat buffers that the named tensors make at a coordinate, in that order; nothing is stored of them."""
+        make = FlatBuffer.per_tensor if zero_stage == 3 else FlatBuffer.contiguous
+        made: dict[tuple[int, ...], FlatBuffer] = {}
+        flats: dict[Holder, FlatBuffer] = {}
+        placements = [Placement(tensors[name].cut, (at["pp"],), at=at.without("pp")) for name in names]
+        for holder in holders_of(mesh, at):
+            counts = tuple(int(np.prod(p.shape(holder), dtype=np.int64)) for p in placements)
+            if counts not in made:
+                made[counts] = make(tuple(names), counts, len(placements[0].ranks(holder)))
+            flats[holder] = made[counts]
+        dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != MODULE}
+        data = placements[0].data
+        return cls(at, group, flats, dtypes, sub, data[0] if data != mesh.leaves("dp") and len(data) == 1 else "dp")
+
+
+Placements = Mapping[tuple[str, str], tuple[Placement, ...]]
+
+
+def placements_of(
+    tensors: Mapping[str, Tensor],
+    flat_groups: Sequence[FlatGroup],
+    outside: Mapping[tuple[str, str], tuple[int, ...]],
+) -> dict[tuple[str, str], tuple[Placement, ...]]:
+    """How every state lies: those of the flat groups in their buffers, those `outside` whole on the pp stages given."""
+    places: dict[str, dict[Holder, tuple[FlatBuffer, int]]] = {}
+    known: dict[str, list[FlatGroup]] = {}
+    for group in flat_groups:
+        for i, name in enumerate(group.names):
+            places.setdefault(name, {}).update((holder, (flat, i)) for holder, flat in group.flats.items())
+            known.setdefault(name, []).append(group)
+    found: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    for name, groups in known.items():
+        tensor = tensors[name]
+        for states in {tuple(g.dtypes) for g in groups}:
+            having = [g for g in groups if tuple(g.dtypes) == states]
+            stages = tuple(s for s in tensor.stages if any(g.stage == s for g in having))
+            at = having[0].at.without("pp")
+            one = (Placement(tensor.cut, stages, places[name], tensor.layout.replicas, at),)
+            found.update(((name, state), one) for state in states)
+    for (name, state), stages in outside.items():
+        tensor = tensors[name]
+        found[name, state] = (Placement(tensor.cut, stages, None, tensor.layout.replicas),)
+    return found
+
+
+ALONE = Holder(pp=0, tp=0)  # who holds everything, where whole tensors are stored, on a mesh of one rank
+
+
+def whole_placements(tensors: Mapping[str, Tensor], states: Iterable[tuple[str, str]]) -> Placements:
+    """How states lie that are stored as whole tensors: on the one rank of a mesh."""
+    return {(name, s): (Placement(tensors[name].cut, replicas=tensors[name].layout.replicas),) for name, s in states}
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Which bytes hold the elements of every state; headers told it, no data was read.
+
+    `pieces[name, state][holder]` are the fragments of a shard that lies outside flat buffers, in the order of its
+    flattened elements. `partitions[group.key, state][holder]` is what each dp rank stored of a flat buffer.
+    """
+
+    pieces: Mapping[tuple[str, str], Mapping[Holder, tuple[Fragment, ...]]] = field(default_factory=dict)
+    partitions: Mapping[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]] = field(
+        default_factory=dict
+    )
+
+    def __iter__(self) -> Iterator[Stored]:
+        """Everything that is stored, flat partitions last."""
+        for by_holder in self.pieces.values():
+            for fragments in by_holder.values():
+                yield from (fragment.stored for fragment in fragments)
+        for by_rank in self.partitions.values():
+            for partitions in by_rank.values():
+                yield from partitions

@@ -1,0 +1,67 @@
+"""The tensors of a checkpoint and the parameter groups of its optimizer, as headers tell of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckptlab.layout import Cut, Layout
+
+MASTER = "fp32"  # the state that holds the master weight
+MODULE = "module"  # the state that holds the weight as the model computes with it (16-bit, as a rule)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One logical tensor.
+
+    `shape` is the true whole (vocabulary padding cut off); `kind` is "parameter", "frozen" or "buffer"; `group` indexes
+    the run's parameter groups (None where the optimizer does not know it); `stages` are the pp stages that hold it, the
+    first being canonical; `aliases` are further names of the same tensor in the model; `states` maps each state to its
+    dtype; `layout_known` is False where a checkpoint of tp 1 does not tell how the tensor would be cut.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    cut: Cut
+    kind: str
+    states: Mapping[str, np.dtype]
+    group: int | None = None
+    stages: tuple[int, ...] = (0,)
+    aliases: tuple[str, ...] = ()
+    layout_known: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the whole's dims."""
+        return self.layout.names
+
+
+def module_source(source: Tensor, target: Tensor) -> str:
+    """The state that a target's module weight is drawn from: the stored one if the dtype stays, else the master,
+    rounded."""
+    keeps = source.states.get(MODULE) == target.states[MODULE]
+    return MODULE if keeps or MASTER not in source.states else MASTER
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """An optimizer's parameter group: its hyperparameters and its tensors, both in the order of the user's program;
+    `scalars` is what the optimizer keeps once for all of them (`step`)."""
+
+    options: Mapping[str, Any]
+    tensors: tuple[str, ...]
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str | None:
+        return self.options.get("name")

@@ -1,0 +1,224 @@
+"""Where one tensor lies on one mesh: who has which shard, and which flat buffers the shards lie in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptlab.errors import LayoutError, MeshError
+from ckptlab.layout.cut import Coordinate, Cut
+from ckptlab.mesh import Mesh
+from ckptlab.plan.flat import FlatBuffer
+
+Int64 = NDArray[np.int64]
+
+
+class Holder(Mapping[str, int]):
+    """Who has a shard: its coordinates on mesh axes, `Holder(pp=1, tp=0)`. What is not named does not matter.
+
+    A mapping of axis to coordinate that never changes; equal to every holder of the same coordinates, and hashable.
+    """
+
+    __slots__ = ("_at", "_hash")
+
+    def __init__(self, **at: int) -> None:
+        self._at = at
+        self._hash = hash(frozenset(at.items()))
+
+    def __getitem__(self, axis: str) -> int:
+        return self._at[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self._at == other._at if isinstance(other, Holder) else NotImplemented
+
+    def within(self, other: Mapping[str, int]) -> bool:
+        """Whether `other` has all of these coordinates."""
+        return all(other.get(axis) == k for axis, k in self._at.items())
+
+    def with_(self, **at: int) -> Holder:
+        """The same with further or other coordinates."""
+        return Holder(**{**self._at, **at})
+
+    def without(self, *axes: str) -> Holder:
+        """The same, whatever its coordinates on these axes."""
+        return Holder(**{axis: k for axis, k in self._at.items() if axis not in axes})
+
+    def __reduce__(self) -> tuple[Callable[..., Holder], tuple[dict[str, int]]]:
+        return _holder, (self._at,)
+
+    def __repr__(self) -> str:
+        return f"Holder({', '.join(f'{axis}={k}' for axis, k in self._at.items())})"
+
+    def __str__(self) -> str:
+        return " · ".join(f"{axis} {k}" for axis, k in self._at.items())
+
+
+def _holder(at: dict[str, int]) -> Holder:
+    return Holder(**at)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where one tensor (one of its states) lies on one mesh.
+
+    `stages` are the pp stages that hold it, the first canonical. A stage's *holders* are the coordinates on all axes
+    but pp and those of dp: on a mesh of pp, dp and tp a holder is a pp and a tp coordinate. `flats[holder]` is the flat
+    buffer that its shard lies in, and its index there. Without flats (None or empty) a shard is not cut over dp: each
+    dp rank has it; dp rank 0 is read, and writes.
+
+    Where the cut is over dp itself, or over a part of it (dp split into `edp` and `ep`), that counts among the holders'
+    axes, and flat buffers are cut over the rest. `at` fixes coordinates instead: a tensor that only ep rank 1 has says
+    {"ep": 1}. `replicas`: see Layout; with "mean" every holder is read. LayoutError where cut, stages and flats do not
+    fit.
+    """
+
+    cut: Cut
+    stages: tuple[int, ...] = (0,)
+    flats: Mapping[Holder, tuple[FlatBuffer, int]] | None = None
+    replicas: str = "equal"
+    at: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if set(self.cut.axes) & {"pp", *self.at}:
+            raise LayoutError(
+                f"{self.cut!r} is cut over an axis on which it is fixed: pp {self.stages}, {dict(self.at)}"
+            )
+        if not self.stages or not all(0 <= stage < self.mesh.pp for stage in self.stages):
+            raise LayoutError(f"stages {self.stages} are not all among the stages of pp({self.mesh.pp})")
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.cut.mesh
+
+    @property
+    def _grid(self) -> _Grid:
+        return _grid(self.mesh, self.cut.axes, tuple(sorted(self.at.items())))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes on which a stage's holders differ, in mesh order: the leading dims of a view of shards."""
+        return self._grid.axes
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The axes over which a holder's ranks have copies, or fragments, of its shard: dp, or what is left of it."""
+        return self._grid.data
+
+    @property
+    def holders(self) -> tuple[Holder, ...]:
+        """Everybody who has a shard: stage by stage, the canonical one first, in each in the order of `axes`."""
+        return tuple(holder for stage in self.stages for holder in self.on(stage))
+
+    def on(self, stage: int) -> tuple[Holder, ...]:
+        """The holders of one stage."""
+        return self._grid.holders(stage)
+
+    def coordinate(self, holder: Mapping[str, int]) -> Coordinate:
+        """The cut's coordinate that a holder has."""
+        return self.cut.coordinate(holder)
+
+    def shape(self, holder: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of a holder's shard, padding included."""
+        return self.cut.shard_shape(self.cut.coordinate(holder))
+
+    def ranks(self, holder: Mapping[str, int]) -> Int64:
+        """The ranks that have a holder's shard together, or a copy each: in dp order."""
+        return self._grid.ranks(holder)
+
+    def shards(self, stages: tuple[int, ...]) -> dict[Coordinate, list[Shard]]:
+        """The cut's coordinate → the shards of all holders that have it, on the given stages in turn."""
+        found: dict[Coordinate, list[Shard]] = {}
+        for stage in stages:
+            for holder in self.on(stage):
+                found.setdefault(self.coordinate(holder), []).append(self._shard(holder))
+        return found
+
+    def _shard(self, holder: Holder) -> Shard:
+        ranks, shape = self.ranks(holder), self.shape(holder)
+        count = math.prod(shape)
+        if not self.flats:
+            return Shard(ranks, np.array([0, count] if count else [0], np.int64), 0, (count, 1))
+        where = f"{holder} of {self.mesh!r}"
+        if holder not in self.flats:
+            raise LayoutError(f"no flat buffer is given for {where}")
+        flat, index = self.flats[holder]
+        if flat.counts[index] != count:
+            raise LayoutError(f"{flat.counts[index]} elements in the flat buffer of {where}, {count} in shard {shape}")
+        if flat.dp != len(ranks):
+            raise LayoutError(f"a flat buffer for dp({flat.dp}) at {where}, where {len(ranks)} ranks share a shard")
+        edges, first = flat.edges(index)
+        return Shard(ranks, edges, first, (count, flat.dp) if flat.partition is None else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What dp makes of one shard: fragment j lies on edges[j] … edges[j+1] of it, at ranks[first + j].
+
+    `pattern`, if not None, is all that the edges follow from: plans between such shards are worth remembering.
+    """
+
+    ranks: Int64
+    edges: Int64
+    first: int
+    pattern: tuple[int, int] | None
+
+
+class _Grid:
+    """The holders of a mesh for cuts over the same axes, and the ranks [stage, holder, dp] behind them."""
+
+    def __init__(self, mesh: Mesh, cut: tuple[str, ...], fixed: dict[str, int]) -> None:
+        try:
+            self.data = tuple(axis for axis in mesh.leaves("dp") if axis not in cut and axis not in fixed)
+            stages = mesh.leaves("pp")
+            self.axes = tuple(axis for axis in mesh.axes if axis not in (*stages, *self.data, *fixed))
+            ranks = np.arange(mesh.size, dtype=np.int64).reshape(mesh.shape)
+            ranks = ranks[tuple(fixed.get(axis, slice(None)) for axis in mesh.axes)]
+            unknown = [axis for axis in fixed if axis not in mesh.axes]
+            if unknown:
+                raise MeshError(f"there is no axis {unknown[0]!r}")
+        except (IndexError, MeshError) as error:
+            raise LayoutError(f"the placement at {fixed} does not exist on {mesh!r}: {error}") from None
+        left = [axis for axis in mesh.axes if axis not in fixed]
+        ranks = ranks.transpose([left.index(axis) for axis in (*stages, *self.axes, *self.data)])
+        self._degrees = tuple(mesh[axis] for axis in self.axes)
+        self._ranks = ranks.reshape(mesh.pp, math.prod(self._degrees), math.prod(mesh[axis] for axis in self.data))
+        self._fixed = fixed
+        self._holders: dict[int, tuple[Holder, ...]] = {}
+
+    def holders(self, stage: int) -> tuple[Holder, ...]:
+        if stage not in self._holders:
+            places = (dict(zip(self.axes, k, strict=True)) for k in np.ndindex(*self._degrees))
+            self._holders[stage] = tuple(Holder(pp=stage, **self._fixed, **place) for place in places)
+        return self._holders[stage]
+
+    def ranks(self, holder: Mapping[str, int]) -> Int64:
+        place = 0
+        for axis, degree in zip(self.axes, self._degrees, strict=True):
+            place = place * degree + holder[axis]
+        return self._ranks[holder["pp"], place]
+
+
+@lru_cache(maxsize=1024)
+def _grid(mesh: Mesh, cut: tuple[str, ...], at: tuple[tuple[str, int], ...]) -> _Grid:
+    return _Grid(mesh, cut, dict(at))
+
+
+def holders_of(mesh: Mesh, at: Mapping[str, int]) -> tuple[Holder, ...]:
+    """Those who share coordinates, pp among them, and differ on all axes but dp's: who have a flat buffer each."""
+    fixed: dict[str, Any] = {axis: k for axis, k in at.items() if axis != "pp"}
+    return Placement(Cut.whole((), mesh), (at["pp"],), at=fixed).on(at["pp"])

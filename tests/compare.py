@@ -9,7 +9,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from safetensors.numpy import load_file
 
-from ckptlab.arrays import Gather
+from ckptlab.arrays import reader
 from ckptlab.catalog import MODULE, Catalog
 from ckptlab.layout import Cut
 
@@ -21,7 +21,7 @@ _KEPT_IN_MODULE = ("frozen", "buffer")  # what truth files call by kind, a catal
 
 def whole(catalog: Catalog, name: str, state: str) -> np.ndarray:
     """A whole tensor, vocabulary padding cut off."""
-    return Gather(catalog, name, state).shard(Cut.whole(catalog[name].shape), ())
+    return reader(catalog, name, state).shard(Cut.whole(catalog[name].shape), ())
 
 
 def differences_from_truth(catalog: Catalog, truth: Path) -> list[str]:

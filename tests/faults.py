@@ -12,6 +12,7 @@ import numpy as np
 
 from ckptlab.catalog import Catalog
 from ckptlab.formats import read, torchfile
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 
@@ -33,8 +34,8 @@ def held(
     catalog: Catalog, name: str, state: str, stage: int | None = None, tp: int = 0, element: int = 0
 ) -> tuple[Stored, int]:
     """Where an element of the flattened shard of a rank is stored: the tensor, and its place there."""
-    stage = catalog.holders(name, state)[0] if stage is None else stage
-    for fragment in catalog.fragments(name, state, stage, tp):
+    stage = catalog.placement(name, state).stages[0] if stage is None else stage
+    for fragment in catalog.fragments(name, state, Holder(pp=stage, tp=tp)):
         if fragment.start <= element < fragment.start + fragment.count:
             return fragment.stored, element - fragment.start
     raise AssertionError(f"element {element} of {name} is not stored")
@@ -60,9 +61,9 @@ def flip(folder: Path, name: str, state: str, bit: int, **place: int) -> None:
 def fill(folder: Path, name: str, state: str, value: float) -> None:
     """Make every element of a state the same, on every rank that holds some of it."""
     catalog = read(folder)
-    for stage in catalog.holders(name, state):
-        for tp in range(catalog.mesh.tp):
-            for fragment in catalog.fragments(name, state, stage, tp):
+    for placement in catalog.placements[name, state]:
+        for holder in placement.holders:
+            for fragment in catalog.fragments(name, state, holder):
                 overwrite(fragment.stored, 0, np.full(fragment.count, value))
 
 

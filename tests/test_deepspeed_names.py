@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import ckptlab
 from ckptlab import deepspeed as ds
+from ckptlab.catalog import ALONE
 from ckptlab.deepspeed import ds_to_universal, zero_to_fp32
 from ckptlab.deepspeed.tensors import load
 from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
@@ -387,9 +388,9 @@ def test_ds_to_universal_makes_what_deepspeed_made(tmp_path: Path, capsys: pytes
     assert (tmp_path / "latest_universal").read_text() == "step_universal"
     ours, theirs = (ckptlab.formats.read(path) for path in (out, UNIVERSAL))
     assert set(ours.tensors) == set(theirs.tensors)
-    for (name, state), by_rank in theirs.pieces.items():
-        found = ours.pieces[name, state]
-        assert np.array_equal(found[0, 0][0].stored.map(), by_rank[0, 0][0].stored.map()), (name, state)
+    for (name, state), by_holder in theirs.stored.pieces.items():
+        found = ours.stored.pieces[name, state]
+        assert np.array_equal(found[ALONE][0].stored.map(), by_holder[ALONE][0].stored.map()), (name, state)
 
 
 @pytest.mark.parametrize("flags", [[], ["--safe_serialization"]])

@@ -19,12 +19,13 @@ from safetensors.numpy import save_file
 import ckptlab
 from ckptlab import diff
 from ckptlab.analysis import Compared, OnlyIn, Setting, compare
-from ckptlab.arrays import Gather
+from ckptlab.arrays import Reader
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 
 DENSE = "3.self_attention.dense.weight"  # "out (tp in)": element [5, 13] is [5, 5] of tp rank 1's (16, 8)
 
@@ -35,8 +36,8 @@ def copy(case: Path, to: Path) -> Path:
 
 def poke(catalog: Catalog, name: str, state: str, tp: int, element: int, value: float) -> None:
     """Change one element of the shard of a tp rank, in its file."""
-    stage = catalog.holders(name, state)[0]
-    for fragment in catalog.fragments(name, state, stage, tp):
+    stage = catalog.placement(name, state).stages[0]
+    for fragment in catalog.fragments(name, state, Holder(pp=stage, tp=tp)):
         if fragment.start <= element < fragment.start + fragment.count:
             stored = fragment.stored
             with open(stored.path, "r+b") as f:
@@ -147,9 +148,12 @@ def test_tied_tensors_may_be_called_by_either_name() -> None:
     catalog = read(ZERO2)
     renamed = replace(catalog.tensors["wte.weight"], name="lm_head.weight", aliases=())
     tensors = {n: t for n, t in catalog.tensors.items() if n != "wte.weight"}
-    pieces = {("lm_head.weight" if n == "wte.weight" else n, s): p for (n, s), p in catalog.pieces.items()}
+    pieces = {("lm_head.weight" if n == "wte.weight" else n, s): p for (n, s), p in catalog.stored.pieces.items()}
+    extents = replace(catalog.stored, pieces=pieces)
+    held = {n: p for (n, _), p in catalog.placements.items() if n == "wte.weight"}
+    placements = {**catalog.placements, ("lm_head.weight", "module"): held["wte.weight"]}
     only_module = replace(renamed, states={"module": renamed.states["module"]})
-    other = replace(catalog, tensors={**tensors, "lm_head.weight": only_module}, pieces=pieces)
+    other = replace(catalog, tensors={**tensors, "lm_head.weight": only_module}, placements=placements, extents=extents)
     for found in (diff(catalog, other), diff(other, catalog)):
         assert found.equal
         assert {c.state: c.tensors for c in found.compared}["module"] == 45
@@ -398,7 +402,7 @@ def test_both_checkpoints_are_read_once(poked: Path, monkeypatch: pytest.MonkeyP
     taken: Counter[tuple[str, str, int]] = Counter()
     really = compare._window
 
-    def noted(gather: Gather, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+    def noted(gather: Reader, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         taken.update((gather.name, gather.state, element) for element in range(start, stop))
         return really(gather, shape, start, stop)
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptlab.arrays import Gather, Tally
+from ckptlab.arrays import Tally, reader
 from ckptlab.arrays.boxes import flat_boxes
-from ckptlab.catalog import Catalog, FlatGroup, Tensor
+from ckptlab.catalog import Catalog, Extents, FlatGroup, ParameterGroup, Tensor, Training, placements_of
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer
+from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
 
 SHAPE = (24, 6)
@@ -60,7 +60,7 @@ def cut(draw: st.DrawFn) -> Cut:
 def store(folder: Path, cut: Cut, whole: np.ndarray, zero3: bool, before: int) -> Catalog:
     """A catalog of one tensor "w", cut as said, in flat buffers of which `before` elements are another tensor's."""
     mesh = cut.mesh
-    flats, partitions = [], []
+    flats, partitions = {}, {}
     for tp in range(mesh.tp):
         shard = cut.take(whole, cut.coordinate({"tp": tp}))
         names, counts = ("other", "w"), (before, shard.size)
@@ -74,12 +74,14 @@ def store(folder: Path, cut: Cut, whole: np.ndarray, zero3: bool, before: int) -
             file = folder / f"{tp}_{d}.bin"
             file.write_bytes(b"head" + buffer.tobytes())
             row.append(Stored(str(file), 4, whole.dtype, buffer.shape, (1,)))
-        flats.append(flat)
-        partitions.append(tuple(row))
+        holder = Holder(pp=0, tp=tp)
+        flats[holder], partitions[holder] = flat, tuple(row)
     states = {"fp32": whole.dtype}
     tensor = Tensor("w", cut.logical, Layout("out in"), cut, "parameter", states, 0)
-    group = FlatGroup(0, 0, tuple(flats), states, {"fp32": tuple(partitions)})
-    return Catalog("", "deepspeed", mesh, 1, {"w": tensor}, flat_groups=(group,))
+    group = FlatGroup(Holder(pp=0), 0, flats, states)
+    extents = Extents(partitions={(group.key, "fp32"): partitions})
+    tensors, training = {"w": tensor}, Training(mesh, groups=(ParameterGroup({}, ("w",)),))
+    return Catalog("", "test", mesh, tensors, placements_of(tensors, [group], {}), extents, (group,), training)
 
 
 @given(cut(), cut(), st.booleans(), st.integers(0, 9), st.sampled_from(DTYPES), st.data())
@@ -99,7 +101,7 @@ def test_any_cut_out_of_any_other(
     with tempfile.TemporaryDirectory() as folder:
         catalog = store(Path(folder), source, whole, zero3, before)
         tally = Tally()
-        gather = Gather(catalog, "w", "fp32", tally=tally)
+        gather = reader(catalog, "w", "fp32", tally=tally)
         assert gather.shard(target, at).tobytes() == shard.tobytes()
         held_by_both = (
             math.prod(n if i else min(n, rows) for i, n in enumerate(target.shape)) if not target.axes else None
@@ -127,8 +129,8 @@ def test_tensors_of_no_dims_and_of_no_elements(shape: tuple[int, ...], tmp_path:
     cut = Cut.whole(shape)
     whole = np.ones(shape, np.float32)
     catalog = store(tmp_path, cut, whole, False, 3)
-    assert Gather(catalog, "w", "fp32").shard(cut, ()).tobytes() == whole.tobytes()
-    assert sum(len(c) for c in Gather(catalog, "w", "fp32").chunks(cut, (), 0, whole.size)) == whole.size
+    assert reader(catalog, "w", "fp32").shard(cut, ()).tobytes() == whole.tobytes()
+    assert sum(len(c) for c in reader(catalog, "w", "fp32").chunks(cut, (), 0, whole.size)) == whole.size
 
 
 def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
@@ -137,6 +139,6 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
     values[0, :4] = [1 + 2**-8, 1 + 3 * 2**-8, 3e38, -0.0]
     catalog = store(tmp_path, Cut.whole(SHAPE), values, False, 0)
     for dtype, name in ((ml_dtypes.bfloat16, "bfloat16"), (np.float16, "float16")):
-        found = Gather(catalog, "w", "fp32", dtype=np.dtype(dtype)).shard(Cut.whole(SHAPE), ())
+        found = reader(catalog, "w", "fp32", dtype=np.dtype(dtype)).shard(Cut.whole(SHAPE), ())
         expected = torch.from_numpy(values).to(getattr(torch, name)).view(torch.uint16).numpy()
         np.testing.assert_array_equal(found.view(np.uint16), expected)

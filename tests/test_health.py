@@ -392,7 +392,7 @@ def test_a_tied_tensor_that_drifted_between_stages(gpt: Path, state: str) -> Non
 
 
 def test_buffers_that_differ_between_dp_ranks(zero3: Path) -> None:
-    model = read(zero3).native.folder.zero3_models[0, 0][1]
+    model = read(zero3).private.folder.zero3_models[0, 0][1]
     overwrite(model["module"]["seen"], 0, 5)
     one = only(health(zero3), "buffers-differ")
     assert one.severity == "info"
@@ -400,8 +400,9 @@ def test_buffers_that_differ_between_dp_ranks(zero3: Path) -> None:
 
 
 def test_padding_that_is_not_zero(zero2: Path) -> None:
-    group = read(zero2).flat_groups[1]
-    stored = group.partitions["exp_avg"][0][1]
+    catalog = read(zero2)
+    group = catalog.flat_groups[1]
+    stored = catalog.stored.partitions[group.key, "exp_avg"][group.holders[0]][1]
     overwrite(stored, stored.numel - 1, 1e-3)
     one = only(health(zero2), "flat-padding")
     assert (one.severity, one.where.states, one.where.ranks) == ("warning", ("exp_avg",), ({"dp": 1},))
@@ -412,8 +413,8 @@ def test_the_padding_of_zero3_may_hold_anything(zero3: Path) -> None:
     catalog = read(zero3)
     assert not list(rows.gaps(catalog))
     group = next(g for g in catalog.flat_groups if "ln_f.bias" in g.names)
-    stored = group.partitions["exp_avg"][0][1]
-    covered = {k for _, _, at, n in group.flats[0].within(1).tolist() for k in range(at, at + n)}
+    stored = catalog.stored.partitions[group.key, "exp_avg"][group.holders[0]][1]
+    covered = {k for _, _, at, n in group.flats[group.holders[0]].within(1).tolist() for k in range(at, at + n)}
     free = next(k for k in range(stored.numel) if k not in covered)
     overwrite(stored, free, math.nan)
     assert health(zero3).findings == ()

@@ -16,7 +16,7 @@ from compare import GPT
 from ckptlab import views
 from ckptlab.arrays.dtypes import is_narrow
 from ckptlab.arrays.duck import Duck
-from ckptlab.catalog import Catalog, Fragment, Tensor
+from ckptlab.catalog import ALONE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.formats import read
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
@@ -34,9 +34,9 @@ def node(folder: Path, values: np.ndarray, dtype: str | None = "float32") -> xr.
         stored = Stored(str(file), 0, layer.dtype, layer.shape, row_major_strides(layer.shape))
         states = {"module": layer.dtype}
         tensors[f"{i}.w"] = Tensor(f"{i}.w", layer.shape, layout, layout.resolve(layer.shape, Mesh()), "frozen", states)
-        pieces[f"{i}.w", "module"] = {(0, 0): (Fragment(0, stored),)}
-    catalog = Catalog("", "deepspeed", Mesh(), 1, tensors, pieces=pieces)
-    return views.full(catalog, dtype=dtype)["w"].module
+        pieces[f"{i}.w", "module"] = {ALONE: (Fragment(0, stored),)}
+    catalog = Catalog("", "test", Mesh(), tensors, whole_placements(tensors, pieces), Extents(pieces))
+    return views.Full(catalog, dtype=dtype).tree()["w"].module
 
 
 @pytest.fixture(params=NARROW, ids=lambda d: np.dtype(d).name)
@@ -113,9 +113,9 @@ class TestInTheStoredDtype:
         assert (lazy.sum().item(), lazy.sum(skipna=False).item(), lazy.mean().item()) == (1.8e7, 1.8e7, 60000)
 
     def test_a_tree_leaves_them_out_of_its_statistics(self, tmp_path: Path) -> None:
-        tree = views.full(read(GPT)).std(["out", "in"])  # xarray takes bfloat16 for no number
+        tree = views.Full(read(GPT)).tree().std(["out", "in"])  # xarray takes bfloat16 for no number
         assert set(tree["mlp.dense_h_to_4h.weight"].data_vars) == {"fp32", "exp_avg", "exp_avg_sq"}
-        wide = views.full(read(GPT), dtype="float32").std(["out", "in"])
+        wide = views.Full(read(GPT), dtype="float32").tree().std(["out", "in"])
         assert "module" in wide["mlp.dense_h_to_4h.weight"].data_vars
 
 

@@ -12,6 +12,7 @@ from ckptlab import Mesh
 from ckptlab.catalog import MODULE
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
 from ckptlab.paper import OPTIMIZER, PaperModel
+from ckptlab.plan import Holder
 
 MODELS: list[dict[str, Any]] = [{}, {"kv_heads": 2}, {"kv_heads": 1, "tied": False, "gated": True, "vocab": 1001}]
 
@@ -41,11 +42,11 @@ def test_zero_stages_say_where_things_lie() -> None:
     model, mesh = PaperModel(), Mesh(tp=2, dp=4)
     by_stage = [model.on(mesh, stage) for stage in range(4)]
     assert [len(c.flat_groups) for c in by_stage] == [0, 1, 1, 1]
-    assert {state for _, state in by_stage[0].pieces} == {*OPTIMIZER, MODULE}
-    assert {state for _, state in by_stage[1].pieces} == {MODULE}
-    assert by_stage[1].flat_groups[0].flats[0].partition is not None
-    assert by_stage[3].flat_groups[0].flats[0].partition is None
-    assert by_stage[3].pieces == {}
+    outside = [{state for name, state in c.placements if not c.is_flat(name, state)} for c in by_stage]
+    assert outside[:2] == [{*OPTIMIZER, MODULE}, {MODULE}]
+    assert by_stage[1].flat_groups[0].flats[Holder(pp=0, tp=0)].partition is not None
+    assert by_stage[3].flat_groups[0].flats[Holder(pp=0, tp=0)].partition is None
+    assert outside[3] == set()
 
 
 def test_layouts_follow_the_heads() -> None:
@@ -77,7 +78,7 @@ def test_what_cannot_be_is_refused_with_its_reasons() -> None:
 def test_there_is_nothing_to_read_or_save(tmp_path: Any) -> None:
     model = ckptlab.paper_model()
     for attempt in (model.full, model.buffers, lambda: model.reshape(Mesh(tp=2)).save(tmp_path / "x")):
-        with pytest.raises(CheckpointError, match="nothing is stored of a model on paper"):
+        with pytest.raises(CheckpointError, match="paper model .*: nothing is stored of it"):
             attempt()
 
 

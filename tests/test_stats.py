@@ -322,7 +322,7 @@ def test_shards_of_unequal_width_are_taken_as_wide_as_they_are(tmp_path: Path) -
     uneven = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
     whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
     catalog = replace(store(tmp_path, uneven, whole, False, 1), groups=(ParameterGroup({}, ("w",)),))
-    node = views.shards(catalog, catalog)["w"].to_dataset()
+    node = views.Shards(catalog).tree()["w"].to_dataset()
     for view in (node, node.load(), node[["fp32"]].isel(out=slice(None, None, -1)).isel(out=slice(None, None, -1))):
         found = stats(view).squeeze()
         assert found["elements"].values.tolist() == [12, 8]
@@ -371,7 +371,7 @@ def test_every_element_once_however_the_tensor_is_cut(source: Cut, zero3: bool, 
         catalog = replace(catalog, groups=(ParameterGroup({}, ("w",)),))
         found = stats(catalog).squeeze()
         assert_is(found, whole[: logical[0]])
-        rows = rows_of(views.shards(catalog, catalog))
+        rows = rows_of(views.Shards(catalog).tree())
         assert all(isinstance(row.array, LazyArray) for row in rows), "read straight, not through xarray"
         for row, part in zip(rows, partials(rows), strict=True):
             shard = source.take(whole, source.coordinate({"tp": row.tp}))

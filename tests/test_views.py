@@ -13,7 +13,6 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import pytest
 import xarray as xr
-from ckptlab.stacks import stacks
 from compare import GPT, ZERO2, ZERO3
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,14 +20,16 @@ from safetensors.numpy import load_file
 from test_gather import cut, store
 
 from ckptlab import views
-from ckptlab.arrays import Gather, gather
+from ckptlab.arrays import gather, reader
 from ckptlab.arrays.lazy import Gathered, Padded, Stacked, variable
-from ckptlab.catalog import Catalog, Fragment, ParameterGroup, Tensor
+from ckptlab.catalog import Catalog, Extents, Fragment, Tensor, placements_of
+from ckptlab.catalog.stacks import stacks
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 EMBEDDING = "tied_modules.embed.word_embeddings.weight"
@@ -50,13 +51,22 @@ def truth() -> dict[str, np.ndarray]:
 def boxes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     """(tensor, sizes) of every box that is gathered."""
     seen = []
-    real = Gather.box
+    real = Gathered.read_into, Gathered.read
 
-    def box(self: Gather, cut: Cut, at: Any, starts: Any, sizes: Any, empty: Any = np.empty) -> np.ndarray:
-        seen.append((self.name, tuple(sizes)))
-        return real(self, cut, at, starts, sizes, empty)
+    def read_into(self: Gathered, out: np.ndarray, index: Any) -> None:
+        note(self, index)
+        real[0](self, out, index)
 
-    monkeypatch.setattr(Gather, "box", box)
+    def read(self: Gathered, index: Any) -> np.ndarray:
+        note(self, index)
+        return real[1](self, index)
+
+    def note(self: Gathered, index: Any) -> None:
+        sizes = (len(np.atleast_1d(np.arange(n)[k])) for k, n in zip(index, self.shape, strict=True))
+        seen.append((self.reader.name, tuple(sizes)))
+
+    monkeypatch.setattr(Gathered, "read_into", read_into)
+    monkeypatch.setattr(Gathered, "read", read)
     return seen
 
 
@@ -86,7 +96,7 @@ def assert_same(a: xr.Dataset, b: xr.Dataset) -> None:
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
 def test_by_name_every_state_is_the_truth(case: Path) -> None:
     catalog = read(case)
-    found = {s: views.full_by_name(catalog, s) for s in catalog.states}
+    found = {s: views.Full(catalog).by_name(s) for s in catalog.states}
     checked = 0
     for key, expected in load_file(case / "truth.safetensors").items():
         state, name = key.split("/", 1)
@@ -103,7 +113,7 @@ def test_by_name_every_state_is_the_truth(case: Path) -> None:
 
 
 def test_layers_stand_in_one_node_with_their_stages(gpt: Catalog, truth: dict[str, np.ndarray]) -> None:
-    tree = views.full(gpt)
+    tree = views.Full(gpt).tree()
     assert len(tree.children) == 16  # 2 embeddings, 12 tensors of a layer, weight and bias of the last norm
     node = tree[QKV]
     assert node.dims == {"layer": 4, "out": 48, "in": 16}
@@ -123,16 +133,16 @@ def test_layers_stand_in_one_node_with_their_stages(gpt: Catalog, truth: dict[st
 
 
 def test_a_curve_over_depth_in_one_line(gpt: Catalog, truth: dict[str, np.ndarray]) -> None:
-    curve = views.full(gpt, ["fp32", "module"], "float32").std(["out", "in"])[QKV]
+    curve = views.Full(gpt, None, ["fp32", "module"], "float32").tree().std(["out", "in"])[QKV]
     for state in ("fp32", "module"):
         expected = [truth[f"{state}/{layer}.{QKV}"].astype(float).std() for layer in range(2, 6)]
         np.testing.assert_allclose(curve[state], expected, rtol=1e-5)
 
 
 def test_states_are_chosen_and_aliases_found(gpt: Catalog) -> None:
-    assert set(views.full(gpt, ["exp_avg"])[QKV].data_vars) == {"exp_avg"}
+    assert set(views.Full(gpt, None, ["exp_avg"]).tree()[QKV].data_vars) == {"exp_avg"}
     tied = read(ZERO2)
-    by_name = views.full_by_name(tied, "fp32")
+    by_name = views.Full(tied).by_name("fp32")
     assert by_name["lm_head.weight"].identical(by_name["wte.weight"])
     assert "lm_head.weight" in by_name
     assert by_name.get("nothing") is None
@@ -142,7 +152,7 @@ def test_states_are_chosen_and_aliases_found(gpt: Catalog) -> None:
     assert frozen not in by_name
     with pytest.raises(KeyError, match="it has module"):
         by_name[frozen]
-    assert list(views.full_by_name(tied)[frozen].data_vars) == ["module"]
+    assert list(views.Full(tied).by_name()[frozen].data_vars) == ["module"]
 
 
 def test_stacks_keep_apart_what_is_not_alike() -> None:
@@ -185,7 +195,7 @@ def test_stacks_keep_apart_what_is_not_alike() -> None:
 
 
 def test_opening_selecting_and_drawing_read_nothing(gpt: Catalog, no_reading: None) -> None:
-    for tree in (views.full(gpt), views.shards(gpt, gpt), views.buffers(gpt, gpt)):
+    for tree in (views.Full(gpt).tree(), views.Shards(gpt).tree(), views.Flat(gpt).tree()):
         repr(tree)
         tree._repr_html_()
         again = pickle.loads(pickle.dumps(tree))
@@ -199,27 +209,27 @@ def test_opening_selecting_and_drawing_read_nothing(gpt: Catalog, no_reading: No
 
 
 def test_a_layer_and_rows_are_read_alone(gpt: Catalog, boxes: list[Any]) -> None:
-    node = views.full(gpt)[QKV]
+    node = views.Full(gpt).tree()[QKV]
     node.fp32.sel(layer=3).load()
     assert boxes == [(f"3.{QKV}", (48, 16))]
     boxes.clear()
     node.fp32.isel(layer=[3, 0], out=slice(5, 9)).transpose("in", "out", "layer").load()
     assert sorted(boxes) == [(f"2.{QKV}", (4, 16)), (f"5.{QKV}", (4, 16))]
     boxes.clear()
-    views.shards(gpt, gpt)[QKV].fp32.sel(tp=1, layer=4, drop=True).load()
+    views.Shards(gpt).tree()[QKV].fp32.sel(tp=1, layer=4, drop=True).load()
     assert boxes == [(f"4.{QKV}", (24, 16))]
 
 
 def test_pickles_hold_paths_not_catalogs_nor_data(gpt: Catalog) -> None:
-    for view in (views.full(gpt), views.shards(gpt, gpt), views.buffers(gpt, gpt)):
+    for view in (views.Full(gpt).tree(), views.Shards(gpt).tree(), views.Flat(gpt).tree()):
         assert b"Catalog" not in pickle.dumps(view)
-    whole = views.full_by_name(gpt, "fp32")[EMBEDDING]
+    whole = views.Full(gpt).by_name("fp32")[EMBEDDING]
     before = len(pickle.dumps(whole))
     again = pickle.loads(pickle.dumps(whole))
     assert bits(again) == bits(whole)
     assert before < whole.nbytes
     target = Reshape.of(gpt, Mesh(tp=4, dp=2)).target
-    buffer = views.buffers(gpt, target)["pp0/group0"].exp_avg
+    buffer = views.Flat(gpt, target).tree()["pp0/group0"].exp_avg
     again = pickle.loads(pickle.dumps(buffer))
     assert b"Catalog" not in pickle.dumps(buffer)
     assert bits(again) == bits(buffer)
@@ -227,7 +237,7 @@ def test_pickles_hold_paths_not_catalogs_nor_data(gpt: Catalog) -> None:
 
 def test_dask_reads_a_layer_at_a_time(gpt: Catalog, boxes: list[Any]) -> None:
     pytest.importorskip("dask")
-    node = views.full(gpt, dtype="float32")[QKV].to_dataset()
+    node = views.Full(gpt, dtype="float32").tree()[QKV].to_dataset()
     chunked = node.chunk({"layer": 1})
     assert chunked.module.chunks == ((1, 1, 1, 1), (48,), (16,))
     assert boxes == []
@@ -241,12 +251,13 @@ def test_ten_thousand_tensors_by_name_are_made_one_at_a_time(monkeypatch: pytest
     layout, states = Layout("(tp out) in"), {"fp32": np.dtype(np.float32)}
     cut = layout.resolve((8, 2), Mesh(tp=2))
     names = [f"{i}.{j}.weight" for i in range(1000) for j in "abcdefghij"]
-    pieces = {(n, "fp32"): {(0, 0): (), (0, 1): ()} for n in names}
+    pieces = {(n, "fp32"): {Holder(pp=0, tp=tp): () for tp in range(2)} for n in names}
     tensors = {n: Tensor(n, (8, 2), layout, cut, "parameter", states) for n in names}
-    catalog = Catalog("", "deepspeed", Mesh(tp=2), 1, tensors, pieces=pieces)
+    outside = dict.fromkeys(pieces, (0,))
+    catalog = Catalog("", "test", Mesh(tp=2), tensors, placements_of(tensors, [], outside), Extents(pieces))
     made = []
-    monkeypatch.setattr(views, "Gather", lambda *a: made.append(a) or Gather(*a))
-    by_name = views.full_by_name(catalog, "fp32")
+    monkeypatch.setattr(views.tensors, "reader", lambda *a: made.append(a) or reader(*a))
+    by_name = views.Full(catalog).by_name("fp32")
     assert (len(by_name), list(by_name) == names, made) == (10_000, True, [])
     assert by_name["999.j.weight"].shape == (8, 2)
     assert len(made) == 1
@@ -261,12 +272,11 @@ def test_any_index_of_any_view_is_that_of_the_whole(
     layout: Cut, zero3: bool, mapped: bool, data: st.DataObject
 ) -> None:
     whole = np.arange(np.prod(layout.shape), dtype=np.float32).reshape(layout.shape) + 1
-    groups = (ParameterGroup({}, ("w",)),)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         patched.setattr(gather, "MAPPED", 1 if mapped else gather.MAPPED)  # bytes: whatever lies in one piece is mapped
-        catalog = replace(store(Path(folder), layout, whole, zero3, 3), groups=groups)
-        full = views.full_by_name(catalog, "fp32")["w"]
-        shards = views.shards_by_name(catalog, catalog, "fp32")["w"]
+        catalog = store(Path(folder), layout, whole, zero3, 3)
+        full = views.Full(catalog).by_name("fp32")["w"]
+        shards = views.Shards(catalog).by_name("fp32")["w"]
         rows, columns = layout.logical
         for lazy, expected in (
             (full, whole[:rows, :columns]),
@@ -301,7 +311,7 @@ def _padded_shards(layout: Cut, whole: np.ndarray) -> np.ndarray:
 
 
 def test_vectorised_and_boolean_selection(gpt: Catalog) -> None:
-    lazy = views.full(gpt)[QKV].fp32
+    lazy = views.Full(gpt).tree()[QKV].fp32
     loaded = lazy.copy(data=lazy.values)
     points = {"layer": xr.DataArray([0, 3, 3], dims="p"), "in": xr.DataArray([1, 0, 15], dims="p")}
     np.testing.assert_array_equal(lazy.isel(points), loaded.isel(points))
@@ -331,7 +341,7 @@ def test_padding_of_a_child_is_zero() -> None:
 
 
 def test_shards_are_what_each_rank_stored(gpt: Catalog, truth: dict[str, np.ndarray]) -> None:
-    tree = views.shards(gpt, gpt)
+    tree = views.Shards(gpt).tree()
     for node in tree.children.values():
         layers = node["layer"].values.tolist() if "layer" in node.coords else [None]
         for layer in layers:
@@ -354,13 +364,13 @@ def test_shards_are_what_each_rank_stored(gpt: Catalog, truth: dict[str, np.ndar
 
 
 def test_vocabulary_padding_is_shown_in_shards_alone(gpt: Catalog) -> None:
-    padded = views.shards(gpt, gpt)[EMBEDDING].fp32
+    padded = views.Shards(gpt).tree()[EMBEDDING].fp32
     assert padded.shape == (2, 2, 56, 16)
     assert (padded.sel(pp=0, tp=1)[45:] != 0).any()  # DeepSpeed trains it too
 
 
 def test_stages_that_hold_copies_have_a_dim(gpt: Catalog) -> None:
-    node = views.shards(gpt, gpt)[POSITIONS].to_dataset()
+    node = views.Shards(gpt).tree()[POSITIONS].to_dataset()
     assert node["pp"].values.tolist() == [0, 1]
     assert node.exp_avg.dims == ("pp", "tp", "out", "in")
     assert node.module.dims == ("tp", "out", "in")  # stored by the first stage alone
@@ -368,16 +378,18 @@ def test_stages_that_hold_copies_have_a_dim(gpt: Catalog) -> None:
     for stage in (0, 1):
         own = np.concatenate([f.stored.flat for f in gpt.fragments(POSITIONS, "exp_avg", stage, 1)])
         assert bits(node.exp_avg.sel(pp=stage, tp=1)) == own.tobytes()
-    first = views.shards(gpt, gpt, ["module"])[POSITIONS]
+    first = views.Shards(gpt, None, ["module"]).tree()[POSITIONS]
     assert int(first["pp"]) == 0
 
 
 def test_a_state_that_some_stages_lack_is_shown_once() -> None:
     layout, states = Layout("out"), dict.fromkeys(("all", "some"), np.dtype(np.float32))
-    pieces = {("w", "all"): {(s, 0): () for s in range(3)}, ("w", "some"): {(s, 0): () for s in range(2)}}
-    tensor = Tensor("w", (4,), layout, layout.resolve((4,), Mesh()), "frozen", states, stages=(0, 1, 2))
-    catalog = Catalog("", "deepspeed", Mesh(pp=3), 1, {"w": tensor}, pieces=pieces)
-    node = views.shards_by_name(catalog, catalog)["w"]
+    outside = {("w", "all"): (0, 1, 2), ("w", "some"): (0, 1)}
+    pieces = {key: {Holder(pp=stage, tp=0): () for stage in stages} for key, stages in outside.items()}
+    tensor = Tensor("w", (4,), layout, layout.resolve((4,), Mesh(pp=3)), "frozen", states, stages=(0, 1, 2))
+    tensors = {"w": tensor}
+    catalog = Catalog("", "test", Mesh(pp=3), tensors, placements_of(tensors, [], outside), Extents(pieces))
+    node = views.Shards(catalog).by_name()["w"]
     assert (node["all"].dims, node["some"].dims) == (("pp", "tp", "out"), ("tp", "out"))
 
 
@@ -385,13 +397,11 @@ def test_a_state_that_some_stages_lack_is_shown_once() -> None:
 def test_each_rank_shows_its_own_copy(text: str, tmp_path: Path) -> None:
     layout = Layout(text, totals={"k": 12} if "k" in text else {})
     cut = layout.resolve((24, 6), Mesh(tp=2))
-    catalog = replace(
-        store(tmp_path, cut, np.ones(cut.shape, np.float32), False, 0), groups=(ParameterGroup({}, ("w",)),)
-    )
-    file = Path(catalog.flat_groups[0].partitions["fp32"][1][0].path)
+    catalog = store(tmp_path, cut, np.ones(cut.shape, np.float32), False, 0)
+    file = Path(catalog.fragments("w", "fp32", Holder(pp=0, tp=1))[0].stored.path)
     size = file.stat().st_size - 4
     file.write_bytes(b"head" + np.full(size // 4, 2, np.float32).tobytes())
-    held = views.shards_by_name(catalog, catalog, "fp32")["w"]
+    held = views.Shards(catalog).by_name("fp32")["w"]
     assert held.sel(tp=0).values.tolist() == np.ones(held.shape[1:]).tolist()
     assert held.sel(tp=1).values.tolist() == np.full(held.shape[1:], 2).tolist()
 
@@ -399,8 +409,8 @@ def test_each_rank_shows_its_own_copy(text: str, tmp_path: Path) -> None:
 def test_shards_of_unequal_width_say_their_extents(tmp_path: Path) -> None:
     cut = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
     whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
-    catalog = replace(store(tmp_path, cut, whole, False, 1), groups=(ParameterGroup({}, ("w",)),))
-    held = views.shards_by_name(catalog, catalog, "fp32")["w"]
+    catalog = store(tmp_path, cut, whole, False, 1)
+    held = views.Shards(catalog).by_name("fp32")["w"]
     assert held["out_extent"].values.tolist() == [3, 2]
     assert "in_extent" not in held.coords
     np.testing.assert_array_equal(held.sel(tp=1), np.vstack([whole[3:], np.zeros((1, 4))]))
@@ -412,7 +422,7 @@ def test_shards_of_unequal_width_say_their_extents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
 def test_buffers_are_what_the_files_hold(case: Path) -> None:
     catalog = read(case)
-    tree = views.buffers(catalog, catalog)
+    tree = views.Flat(catalog).tree()
     assert len(tree.leaves) == len(catalog.flat_groups)
     seen: dict[tuple[int, int], int] = {}
     for group in catalog.flat_groups:
@@ -420,8 +430,9 @@ def test_buffers_are_what_the_files_hold(case: Path) -> None:
         path = f"pp{group.stage}/group{group.group}"
         several = sum((g.stage, g.group) == (group.stage, group.group) for g in catalog.flat_groups) > 1
         node = tree[f"{path}/sub{place}" if several else path].to_dataset()
-        for state, rows in group.partitions.items():
-            for tp, row in enumerate(rows):
+        for state in group.dtypes:
+            for holder, row in catalog.stored.partitions[group.key, state].items():
+                tp = holder["tp"]
                 for dp, stored in enumerate(row):
                     array = node[state].sel(tp=tp, dp=dp)
                     assert int(node[f"{state}_numel"].sel(tp=tp, dp=dp)) == stored.numel
@@ -451,11 +462,11 @@ def test_views_of_a_target_are_those_of_what_is_then_saved(
     reshape = Reshape.of(source, mesh, **options)
     reshape.save(tmp_path / "global_step3")
     saved = read(tmp_path / "global_step3")
-    foreseen, found = views.shards(source, reshape.target), views.shards(saved, saved)
+    foreseen, found = views.Shards(source, reshape.target).tree(), views.Shards(saved).tree()
     assert foreseen.children.keys() == found.children.keys()
     for name, node in found.children.items():
         assert_same(foreseen[name].to_dataset(), node.to_dataset())
-    foreseen, found = views.buffers(source, reshape.target), views.buffers(saved, saved)
+    foreseen, found = views.Flat(source, reshape.target).tree(), views.Flat(saved).tree()
     for node in found.leaves:
         expected = foreseen[node.path].to_dataset()
         for state in reshape.target.flat_groups[0].dtypes:
@@ -514,6 +525,6 @@ def test_the_engine_guesses_its_own_folders_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_outside_flat_buffers_is_pickled_too(gpt: Catalog) -> None:
-    assert isinstance(gpt.fragments(QKV.join(["3.", ""]), "module", 0, 0)[0], Fragment)
-    held = views.shards_by_name(gpt, gpt, "module")[f"3.{QKV}"]
+    assert isinstance(gpt.fragments(QKV.join(["3.", ""]), "module", Holder(pp=0, tp=0))[0], Fragment)
+    held = views.Shards(gpt).by_name("module")[f"3.{QKV}"]
     assert bits(pickle.loads(pickle.dumps(held))) == bits(held)

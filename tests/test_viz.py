@@ -392,12 +392,12 @@ def test_memory_is_what_the_files_of_all_ranks_hold(path: str) -> None:
     flat = module = 0
     for group in catalog.flat_groups:
         width = sum(dtype.itemsize for dtype in group.dtypes.values())
-        flat += sum(buffer.total for buffer in group.flats) * width
-    for (name, state), places in catalog.pieces.items():
+        flat += sum(buffer.total for buffer in group.flats.values()) * width
+    for (name, state), places in catalog.stored.pieces.items():
         tensor = catalog.tensors[name]
         if state == "module" and tensor.kind != "buffer":
             # a tied tensor is listed where it is canonical; all its stages hold it
-            copies = len(tensor.stages) // len({stage for stage, _ in places})
+            copies = len(tensor.stages) // len({holder["pp"] for holder in places})
             module += copies * sum(f.stored.nbytes for fragments in places.values() for f in fragments)
     assert by_rank[:, 1:3].sum() == flat
     assert by_rank[:, 0].sum() == module * catalog.mesh.dp

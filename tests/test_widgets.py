@@ -59,7 +59,7 @@ def test_an_inventory_is_all_that_is_in_the_ranks_files() -> None:
     catalog = read(GPT)
     held = [inventory(catalog, rank) for rank in range(8)]
     optimizer = sum(n for i in held for state, n in i.kinds.items() if state != MODULE)
-    stored = sum(s.nbytes for g in catalog.flat_groups for by_tp in g.partitions.values() for row in by_tp for s in row)
+    stored = sum(s.nbytes for rows in catalog.stored.partitions.values() for row in rows.values() for s in row)
     assert optimizer == stored
     assert held[5].files["bf16_zero_pp_rank_0_mp_rank_03_optim_states.pt"] == held[5].nbytes - held[5].kinds[MODULE]
     assert {name for name, *_ in held[0].rows} == {t.name for t in catalog.tensors.values() if 0 in t.stages} - {
@@ -295,7 +295,7 @@ def test_the_playground_answers_to_its_numbers() -> None:
     assert "hidden(64) is not divisible by heads(5)" in play.numbers.told.value
     assert len(play.subject.catalog.tensors) == 6 * 6 + 2  # the last model that could be stays
     play.numbers.preset.value = "Llama 3 70B"
-    assert play.subject.catalog.native.numbers.keys == 8
+    assert play.subject.catalog.training.numbers["kv_heads"] == 8
     play.numbers.sliders.zero.value = 3
     assert play.subject.catalog.zero_stage == 3
     assert "ZeRO-1 only" in play.numbers.told.value

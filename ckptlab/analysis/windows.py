@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
-from ckptlab.arrays import Gather
+from ckptlab.arrays import Reader
 from ckptlab.arrays.boxes import flat_boxes
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, under
 from ckptlab.layout import Cut
@@ -40,7 +40,7 @@ class Span(Protocol):
 class _Stored:
     """Elements lo … hi-1 of a flattened shard, gathered from where they are stored."""
 
-    gather: Gather
+    gather: Reader
     cut: Cut
     at: tuple[int, ...]
     lo: int
@@ -52,7 +52,7 @@ class _Stored:
         return self.hi - self.lo
 
     def windows(self) -> Iterator[np.ndarray]:
-        for chunk in self.reader.chunks(self.cut, self.at, self.lo, self.hi, WINDOW):
+        for chunk in self.gather.chunks(self.cut, self.at, self.lo, self.hi, WINDOW):
             yield chunk.astype(self.dtype, copy=False)
 
 
@@ -98,5 +98,5 @@ def spans(array: Array) -> list[Span]:
     for cut, at in held.reader.unordered(held.cut, held.at):
         numel = math.prod(cut.shard_shape(at))
         ends = range(0, numel, SPAN)
-        found += (_Stored(held.gather, cut, at, lo, min(lo + SPAN, numel), array.dtype) for lo in ends)
+        found += (_Stored(held.reader, cut, at, lo, min(lo + SPAN, numel), array.dtype) for lo in ends)
     return found

@@ -118,6 +118,8 @@ def placements_of(
     known: dict[str, list[FlatGroup]] = {}
     for group in flat_groups:
         for i, name in enumerate(group.names):
+            if name not in tensors:
+                continue
             places.setdefault(name, {}).update((holder, (flat, i)) for holder, flat in group.flats.items())
             known.setdefault(name, []).append(group)
     found: dict[tuple[str, str], tuple[Placement, ...]] = {}

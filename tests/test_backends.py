@@ -98,7 +98,7 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "entry_points", lambda group, name=None: [Entry()] if name in (None, "mine") else [])
     assert backends.names() == ("numpy", "torch", "jax", "mine")
     found = ckptlab.open(GPT).full("fp32", backend="mine")["6.weight"].fp32
-    assert found.sum() == ckptlab.open(GPT).full("fp32")["6.weight"].fp32.sum()
+    assert found.values.tobytes() == ckptlab.open(GPT).full("fp32")["6.weight"].fp32.values.tobytes()
     backends._resolve.cache_clear()
 
 
@@ -193,7 +193,7 @@ def test_64_bits_survive_what_is_computed(backend: Backend) -> None:
     assert numbers.sum().item() == 15 * 2**33
     assert numbers.astype(np.float64).sum().item() == 15.0 * 2**33
     assert (numbers * 2).max().item() == 10 * 2**33
-    assert (reals.mean() * 3).item() == pytest.approx(2.5, abs=1e-15)
+    assert (reals.mean() * 3).item() == pytest.approx(2.5, rel=1e-12)
     for kept in (reals.sum(), reals * 2, reals.isel(out=0), abs(reals), reals.where(reals > 1), reals.cumsum("in")):
         assert kept.dtype == np.float64
     assert (numbers.sum().dtype, (numbers + 1).dtype) == (np.int64, np.int64)

@@ -312,7 +312,7 @@ def test_a_saved_notebook_keeps_a_static_page(tmp_path: Path, monkeypatch: pytes
     source = f"import ckptlab\nckptlab.explore(ckptlab.open({str(GPT)!r}))"
     cells = [nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell("ckptlab.playground()")]
     book = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(book, timeout=60, kernel_name="python3").execute(cwd=str(tmp_path))
+    nbclient.NotebookClient(book, timeout=None, kernel_name="python3").execute(cwd=str(tmp_path))
     nbformat.write(book, tmp_path / "saved.ipynb")
     for cell in nbformat.read(tmp_path / "saved.ipynb", as_version=4).cells:
         (output,) = cell.outputs

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
-from test_narrow import OPERATIONS
+from helpers.arrays import OPERATIONS
 
 import ckptlab
 from ckptlab.arrays import backends

@@ -20,33 +20,17 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from compare import GPT, ZERO2, ZERO3, differences, digest
+from helpers.command import refused, run
 from safetensors.numpy import load_file
 
 import ckptlab
-from ckptlab.cli import Size, main
+from ckptlab.cli import Size
 from ckptlab.formats import read, torchfile
 from ckptlab.formats.placeholders import foreign as made_by
 from ckptlab.mesh import Mesh
 
 HEAVY = ("torch", "xarray", "jax", "einx", "deepspeed", "pandas", "dask", "matplotlib")
-
-
-def run(*arguments: str | Path) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def refused(*arguments: str | Path) -> str:
-    """What stderr says when the command ends in trouble."""
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("ckptlab: ")
-    assert "Traceback" not in result.stderr
-    return result.stderr
 
 
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

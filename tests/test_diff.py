@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compare import DATA, GPT, ZERO2, ZERO3
+from helpers.files import copy, poke
 from safetensors.numpy import save_file
 
 import ckptlab
 from ckptlab import diff
 from ckptlab.analysis import Compared, OnlyIn, Setting, compare
 from ckptlab.arrays import Gather
-from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
@@ -29,26 +28,11 @@ from ckptlab.mesh import Mesh
 DENSE = "3.self_attention.dense.weight"  # "out (tp in)": element [5, 13] is [5, 5] of tp rank 1's (16, 8)
 
 
-def copy(case: Path, to: Path) -> Path:
-    return Path(shutil.copytree(case / "global_step3", to / case.name))
-
-
-def poke(catalog: Catalog, name: str, state: str, tp: int, element: int, value: float) -> None:
-    """Change one element of the shard of a tp rank, in its file."""
-    stage = catalog.holders(name, state)[0]
-    for fragment in catalog.fragments(name, state, stage, tp):
-        if fragment.start <= element < fragment.start + fragment.count:
-            stored = fragment.stored
-            with open(stored.path, "r+b") as f:
-                f.seek(stored.offset + (element - fragment.start) * stored.dtype.itemsize)
-                f.write(np.array(value, stored.dtype).tobytes())
-
-
 @pytest.fixture
 def poked(tmp_path: Path) -> Path:
     """The GPT checkpoint with one element of one moment of one tensor changed."""
     folder = copy(GPT, tmp_path)
-    poke(read(folder), DENSE, "exp_avg_sq", 1, 5 * 8 + 5, 0.25)
+    poke(folder, DENSE, "exp_avg_sq", 0.25, tp=1, element=5 * 8 + 5)
     return folder
 
 
@@ -109,9 +93,8 @@ def test_the_largest_difference_is_the_one_that_is_located(
 ) -> None:
     monkeypatch.setattr(compare, "WINDOW", window)
     folder = copy(ZERO2, tmp_path)
-    catalog = read(folder)
     for element, value in ((3, 1.0), (500, -9.0), (700, 2.0)):
-        poke(catalog, "wte.weight", "fp32", 0, element, value)
+        poke(folder, "wte.weight", "fp32", value, element=element)
     (one,) = diff(ZERO2, folder).differences
     assert (one.count, one.at, one.b) == (3, np.unravel_index(500, (61, 15)), -9.0)
 
@@ -119,8 +102,8 @@ def test_the_largest_difference_is_the_one_that_is_located(
 @pytest.mark.parametrize(("value", "equal"), [(math.nan, False), (math.inf, False), (-0.0, False), (0.0, True)])
 def test_values_that_compare_oddly(value: float, equal: bool, tmp_path: Path) -> None:
     a, b = copy(ZERO2, tmp_path / "a"), copy(ZERO2, tmp_path / "b")
-    poke(read(a), "gains", "exp_avg", 0, 2, 0.0)
-    poke(read(b), "gains", "exp_avg", 0, 2, value)
+    poke(a, "gains", "exp_avg", 0.0, element=2)
+    poke(b, "gains", "exp_avg", value, element=2)
     found = diff(a, b)
     assert found.equal is equal
     if not equal:

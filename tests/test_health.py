@@ -17,9 +17,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from compare import DATA, GPT, ZERO2, ZERO3
-from faults import copy, cut, edit, fill, flip, held, overwrite, poke, swap
+from helpers.command import run
+from helpers.files import copy, cut, edit, fill, flip, held, overwrite, poke, swap
 from safetensors.numpy import save_file
 
 import ckptlab
@@ -27,7 +27,6 @@ from ckptlab import Finding, Health, Layout, Mesh, health
 from ckptlab.analysis.checkup import headers, reading, rows
 from ckptlab.analysis.checkup.rows import Gap
 from ckptlab.checkpoint import Checkpoint, save_weights
-from ckptlab.cli import main
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.formats.placeholders import foreign, named
@@ -608,10 +607,6 @@ def test_gaps_and_tensors_make_up_the_partitions() -> None:
 
 
 # What is shown
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def test_the_command_and_its_exit_status(gpt: Path, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import pytest
 import scipy.linalg
 import xarray as xr
 from compare import DATA, GPT, ZERO2, ZERO3
+from helpers.arrays import cut, store
+from helpers.command import refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_cli import refused, run
-from test_gather import cut, store
 
 import ckptlab
 from ckptlab import Layout, Mesh, ParameterGroup, stats, views

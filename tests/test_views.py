@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
+from helpers.arrays import cut, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from test_gather import cut, store
 
 from ckptlab import views
 from ckptlab.arrays import Gather, gather

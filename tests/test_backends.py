@@ -270,6 +270,12 @@ def _set(array: xr.DataArray) -> xr.DataArray:
     return changed
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(d, marks=pytest.mark.slow) if d[0] == "jax" else d for d in devices()],  # each is compiled
+    ids="-".join,
+    indirect=True,
+)
 @pytest.mark.parametrize("operation", MORE)
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: np.dtype(d).name)
 def test_operations_are_right_or_refused(operation: str, dtype: type, backend: Backend) -> None:

@@ -15,7 +15,10 @@ from compare import DATA
 HANGS = 1800  # seconds after which a page that waits for nothing is closed: no bound on how long a machine may take
 TOUR = DATA.parent / "notebooks" / "00_tour.ipynb"
 
-pytestmark = pytest.mark.skipif(bool(lab.missing()), reason=f"no {lab.missing()} here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(lab.missing()), reason=f"no {lab.missing()} here"),
+]
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def test_native_and_universal_are_equal_in_what_both_have() -> None:
     assert set(other_way.tensors) == set(missing.tensors)
 
 
-@pytest.mark.parametrize("window", [1, 7, 1 << 20])
+@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 7, 1 << 20])
 @pytest.mark.parametrize("other", [GPT, GPT / "universal"], ids=["native", "universal"])
 def test_one_changed_element_is_found_and_located(
     poked: Path, other: Path, window: int, monkeypatch: pytest.MonkeyPatch

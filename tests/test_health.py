@@ -688,7 +688,8 @@ def test_headers_nested_without_end_are_no_tracebacks(zero2: Path, key: str) -> 
         return {**content, key: inside}
 
     edit(zero2 / MODEL.format(0), nest)
-    health(zero2)
+    not_read = key in ("lr_scheduler", "global_steps", "note")
+    assert health(zero2).healthy is not_read
     assert list(rows.stored_in(deep())) == []
 
 
@@ -711,4 +712,5 @@ def test_what_is_nested_without_end_has_a_text() -> None:
 @pytest.mark.parametrize("value", [None, 3, [], {}, [7], {"state": 3}, "text"])
 def test_strange_optimizer_headers_too(zero2: Path, key: str, value: object) -> None:
     edit(zero2 / OPTIM.format(1, 0), lambda c: {**c, "optimizer_state_dict": {**c["optimizer_state_dict"], key: value}})
-    health(zero2)
+    not_read = key == "group_paddings" or (key == "param_slice_mappings" and not value)
+    assert health(zero2).healthy is not_read

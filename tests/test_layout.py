@@ -179,6 +179,7 @@ def reshaped(a, b, shards, owned=True):
     return result, given_
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(cuts(), cuts())
 def test_overlaps_compose_cuts(a, b):

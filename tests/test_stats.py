@@ -451,6 +451,7 @@ def with_values(values: np.ndarray, rows: int) -> np.ndarray:
     return ((left * values) @ right).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     ("values", "first", "top", "rank"),

@@ -255,6 +255,7 @@ def test_ten_thousand_tensors_by_name_are_made_one_at_a_time(monkeypatch: pytest
 # -------------------------------------------------------------------------------- any index, any layout
 
 
+@pytest.mark.slow
 @given(cut(), st.booleans(), st.booleans(), st.data())
 @settings(max_examples=100)
 def test_any_index_of_any_view_is_that_of_the_whole(

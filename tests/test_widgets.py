@@ -304,6 +304,7 @@ def test_the_playground_answers_to_its_numbers() -> None:
     play.close_all()
 
 
+@pytest.mark.slow
 def test_a_saved_notebook_keeps_a_static_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")

@@ -115,7 +115,9 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
 # ------------------------------------------------------------------------------------------------ views
 
 
-@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [GPT, *(pytest.param(c, marks=pytest.mark.slow) for c in (ZERO2, ZERO3))], ids=lambda c: c.name
+)
 def test_every_view_has_the_same_bits_on_every_backend(case: Path, backend: Backend) -> None:
     ckpt = ckptlab.open(case)
     asked = {"backend": backend.name, "device": backend.device}

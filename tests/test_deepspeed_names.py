@@ -177,6 +177,7 @@ torch.save({{"kind": kind, "w": torch.ones(2)}}, {str(tmp_path / "client.pt")!r}
     assert found["w"].tolist() == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [(4, 4, 4), (4, 2, 1), (2, 2, 3)], ids="tp{0[0]}_pp{0[1]}_dp{0[2]}".format)
 def test_what_grows_is_what_save_writes(target: tuple[int, int, int], tmp_path: Path) -> None:
     tp, pp, dp = target

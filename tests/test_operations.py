@@ -87,6 +87,7 @@ def test_laws(case: Any, name: str, dtype: type, stacked: bool) -> None:
     assert moved.sizes["tp"] == other.mesh.tp
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 7), min_size=2, max_size=4),

@@ -35,6 +35,7 @@ def subject() -> Subject:
 # ---------------------------------------------------------------- what a rank holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [GPT, ZERO3], ids=lambda p: p.name)
 def test_the_pieces_of_all_ranks_are_the_tensor(case: Path) -> None:
     catalog = read(case)
@@ -174,6 +175,7 @@ def test_names_are_escaped(subject: Subject) -> None:
     assert "<b>" not in page.code("<b>")
 
 
+@pytest.mark.slow
 def test_whole_formats_and_large_models_can_be_looked_at() -> None:
     weights = Subject(read(GPT.parent / "gpt_tp2_pp2_dp2" / "universal"), "ckptlab.open('u')")
     assert page.static(weights, weights.start()).count("<svg") >= 3

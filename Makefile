@@ -11,7 +11,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BASE_PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo test lint bench data notebooks clean
+.PHONY: demo test check lint bench data notebooks clean
 
 demo: $(VENV)/core.stamp
 	rm -rf demo-out
@@ -19,10 +19,13 @@ demo: $(VENV)/core.stamp
 	$(VENV)/bin/ckptlab plan $(SOURCE) --tp 4 --pp 1 --dp 1
 	$(VENV)/bin/ckptlab convert $(SOURCE) demo-out/gpt_tp4_pp1_dp1 --to deepspeed --tp 4 --pp 1 --dp 1
 	$(VENV)/bin/ckptlab diff $(SOURCE) demo-out/gpt_tp4_pp1_dp1
-	@echo "demo-out/gpt_tp4_pp1_dp1 is the same checkpoint on another mesh. Next: "In a notebook" in README.md."
+	@echo 'demo-out/gpt_tp4_pp1_dp1 is the same checkpoint on another mesh. Next: "In a notebook" in README.md.'
 
 test: $(VENV)/full.stamp
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
+
+check: $(VENV)/full.stamp
+	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not deepspeed"
 
 lint: $(VENV)/full.stamp
 	$(VENV)/bin/ruff check

@@ -108,7 +108,7 @@ def server(folder: Path, private: Path) -> Iterator[str]:
         process.wait(5)
 
 
-def _wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float = 60) -> None:
+def _wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         try:
@@ -139,7 +139,7 @@ def browser(private: Path, width: int = 1500, height: int = 1300) -> Iterator[An
             context.close()
 
 
-def run_notebook(page: Any, address: str, name: str, seconds: float = 60) -> None:
+def run_notebook(page: Any, address: str, name: str, seconds: float = 600) -> None:
     """Open a notebook and start running all its cells; what it shows is for the caller to wait for."""
     page.goto(f"{address}/lab/tree/{name}?reset", timeout=seconds * 1000)
     page.wait_for_function(_READY, arg=name, timeout=seconds * 1000)

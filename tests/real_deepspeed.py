@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+HANGS = 1800.0  # seconds after which ranks that wait for each other are ended: no bound on how long a machine may take
 
 
 def requires_deepspeed(test: Callable[..., None]) -> Callable[..., None]:
@@ -40,7 +41,7 @@ def resume(
     case: str | Path,
     *,
     universal: bool = False,
-    limit: float = 240,
+    limit: float = HANGS,
     **changes: object,
 ) -> dict[str, Any]:
     """Resume `folder` as `case` (of data/, or a folder made by make.py) and return the report of resume.py.
@@ -62,7 +63,7 @@ def resume(
         return json.loads(report.read_text())
 
 
-def make_case(case: str, out: Path, *, universal: bool = False, limit: float = 240) -> Path:
+def make_case(case: str, out: Path, *, universal: bool = False, limit: float = HANGS) -> Path:
     """Train a case of data/foundry/make.py that is not committed, in `out`; returns its folder."""
     command = [sys.executable, str(DATA / "foundry" / "make.py"), case, "--out", str(out)]
     output = _run(command + (["--universal"] if universal else []), limit)

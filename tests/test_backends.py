@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
-from test_narrow import OPERATIONS
+from helpers.arrays import OPERATIONS
 
 import ckptlab
 from ckptlab.arrays import backends
@@ -98,7 +98,7 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "entry_points", lambda group, name=None: [Entry()] if name in (None, "mine") else [])
     assert backends.names() == ("numpy", "torch", "jax", "mine")
     found = ckptlab.open(GPT).full("fp32", backend="mine")["6.weight"].fp32
-    assert found.sum() == ckptlab.open(GPT).full("fp32")["6.weight"].fp32.sum()
+    assert found.values.tobytes() == ckptlab.open(GPT).full("fp32")["6.weight"].fp32.values.tobytes()
     backends._resolve.cache_clear()
 
 
@@ -115,7 +115,9 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
 # ------------------------------------------------------------------------------------------------ views
 
 
-@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [GPT, *(pytest.param(c, marks=pytest.mark.slow) for c in (ZERO2, ZERO3))], ids=lambda c: c.name
+)
 def test_every_view_has_the_same_bits_on_every_backend(case: Path, backend: Backend) -> None:
     ckpt = ckptlab.open(case)
     asked = {"backend": backend.name, "device": backend.device}
@@ -193,7 +195,7 @@ def test_64_bits_survive_what_is_computed(backend: Backend) -> None:
     assert numbers.sum().item() == 15 * 2**33
     assert numbers.astype(np.float64).sum().item() == 15.0 * 2**33
     assert (numbers * 2).max().item() == 10 * 2**33
-    assert (reals.mean() * 3).item() == pytest.approx(2.5, abs=1e-15)
+    assert (reals.mean() * 3).item() == pytest.approx(2.5, rel=1e-12)
     for kept in (reals.sum(), reals * 2, reals.isel(out=0), abs(reals), reals.where(reals > 1), reals.cumsum("in")):
         assert kept.dtype == np.float64
     assert (numbers.sum().dtype, (numbers + 1).dtype) == (np.int64, np.int64)
@@ -270,6 +272,12 @@ def _set(array: xr.DataArray) -> xr.DataArray:
     return changed
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(d, marks=pytest.mark.slow) if d[0] == "jax" else d for d in devices()],  # each is compiled
+    ids="-".join,
+    indirect=True,
+)
 @pytest.mark.parametrize("operation", MORE)
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: np.dtype(d).name)
 def test_operations_are_right_or_refused(operation: str, dtype: type, backend: Backend) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from compare import GPT, ZERO2, ZERO3, differences, digest
+from helpers.command import refused, run
 from safetensors.numpy import load_file
 
 import ckptlab
-from ckptlab.cli import Size, main
+from ckptlab.cli import Size
 from ckptlab.formats import read, torchfile
 from ckptlab.formats.placeholders import foreign as made_by
 from ckptlab.mesh import Mesh
@@ -33,25 +33,9 @@ from ckptlab.mesh import Mesh
 HEAVY = ("torch", "xarray", "jax", "einx", "deepspeed", "pandas", "dask", "matplotlib")
 
 
-def run(*arguments: str | Path) -> Result:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
-def refused(*arguments: str | Path) -> str:
-    """What stderr says when the command ends in trouble."""
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("ckptlab: ")
-    assert "Traceback" not in result.stderr
-    return result.stderr
-
-
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ckptlab", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, timeout=60, check=False, **{"text": True, **options})
+    return subprocess.run(command, capture_output=True, check=False, **{"text": True, **options})
 
 
 @pytest.fixture
@@ -77,7 +61,7 @@ def gpt(tmp_path: Path) -> Path:
 )
 def test_nothing_heavy_is_imported(code: str, light: tuple[str, ...]) -> None:
     code += f"; import sys; print('heavy:', sorted(set({light!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
@@ -88,7 +72,7 @@ def test_analysis_has_the_same_names() -> None:
         "names = 'adam diff health open_run plots stats'.split(); "
         "print(all(getattr(ckptlab, n) is getattr(ckptlab.analysis, n) is x for n, x in zip(names, told)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
     for name in ckptlab.analysis.__all__:
         assert getattr(ckptlab.analysis, name) is not None
@@ -478,7 +462,7 @@ def test_a_bar_in_a_terminal_only(tmp_path: Path) -> None:
             "universal",
             *options,
         ]
-        subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=theirs, timeout=60, check=True)
+        subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=theirs, check=True)
         os.close(theirs)
         shown[name] = b""
         while True:

@@ -125,10 +125,8 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out.parent.mkdir()
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(GPT), str(out)])
     journal = tmp_path / "run" / "step.partial" / convert.JOURNAL
-    deadline = time.monotonic() + 60
     while not (journal.exists() and len(journal.read_text().splitlines()) > 4):
         assert process.poll() is None, "it finished before it could be killed"
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

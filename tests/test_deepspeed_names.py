@@ -172,12 +172,13 @@ exec("class Kind: pass", module.__dict__); module.Kind.__module__ = "clients"
 kind = module.Kind(); kind.depth = 7
 torch.save({{"kind": kind, "w": torch.ones(2)}}, {str(tmp_path / "client.pt")!r})
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", code], check=True)
     found = load(str(tmp_path / "client.pt"))
     assert found["kind"].depth == 7
     assert found["w"].tolist() == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [(4, 4, 4), (4, 2, 1), (2, 2, 3)], ids="tp{0[0]}_pp{0[1]}_dp{0[2]}".format)
 def test_what_grows_is_what_save_writes(target: tuple[int, int, int], tmp_path: Path) -> None:
     tp, pp, dp = target
@@ -444,7 +445,7 @@ c = DeepSpeedCheckpoint({GPT!r}, tp_degree=1)
 assert c.get_iteration() == 3 and get_model_3d_descriptor({GPT!r}).world_size() == 8
 c.show_2d_mapping()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "reshaped 2d map ---- begin" in done.stdout
 

@@ -141,6 +141,7 @@ def test_file_names_are_the_same(real: ModuleType) -> None:
 # -------------------------------------------------------------------- maps
 
 
+@pytest.mark.slow
 def test_2d_maps_for_every_degree_up_to_8(real: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     answered = 0
     for degrees in itertools.product(range(1, 9), repeat=4):
@@ -155,6 +156,7 @@ def test_2d_maps_for_every_degree_up_to_8(real: ModuleType, capsys: pytest.Captu
     assert answered > 400
 
 
+@pytest.mark.slow
 def test_3d_maps_for_every_degree_up_to_8(real: ModuleType) -> None:
     answered = 0
     for source in itertools.product(range(1, 9), repeat=3):

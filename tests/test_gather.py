@@ -9,79 +9,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.arrays import SHAPE, cut, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.arrays import Tally, reader
 from ckptlab.arrays.boxes import flat_boxes
-from ckptlab.catalog import Catalog, Extents, FlatGroup, ParameterGroup, Tensor, Training, placements_of
-from ckptlab.layout import Cut, Layout
-from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer, Holder
-from ckptlab.stored import Stored
+from ckptlab.layout import Cut
 
-SHAPE = (24, 6)
 DTYPES = [np.float32, np.float64, np.float16, np.int64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
-
-
-@st.composite
-def layouts(draw: st.DrawFn, tp: int) -> Layout:
-    """A layout of a (24, 6) tensor over tp."""
-    kind = draw(st.sampled_from(["column", "row", "whole", "fused", "parts", "partly", "cyclic", "uneven"]))
-    if kind == "row" and 6 % tp == 0:
-        return Layout("out (tp in)")
-    if kind == "fused" and 8 % tp == 0:
-        return Layout("(3 tp out) in")
-    if kind == "parts" and tp in (1, 2, 4):
-        return Layout("((tp q) + (tp k)) in", totals={"q": 16, "k": 8})
-    if kind == "partly" and 12 % tp == 0:
-        return Layout("((tp q) + k) in", totals={"k": 12})
-    if kind == "cyclic" and 24 % tp == 0:
-        return Layout("(out tp) in")
-    if kind == "uneven":
-        cuts = sorted(draw(st.lists(st.integers(0, 24), min_size=tp - 1, max_size=tp - 1)))
-        widths = tuple(b - a for a, b in zip([0, *cuts], [*cuts, 24], strict=True))
-        return Layout("(tp out) in", sizes={"out": widths})
-    if kind == "column" and 24 % tp == 0:
-        return Layout("(tp out) in")
-    return Layout("out in")
-
-
-@st.composite
-def cut(draw: st.DrawFn) -> Cut:
-    tp = draw(st.sampled_from([1, 2, 3, 4]))
-    padded = {0: 24 + draw(st.sampled_from([0, 12]))} if draw(st.booleans()) else {}
-    layout = draw(layouts(tp))
-    if layout.text in ("(tp out) in", "out in") and not layout.sizes:
-        layout = layout.replace(padded=padded)
-    return layout.resolve(SHAPE, Mesh(tp=tp, dp=draw(st.sampled_from([1, 2, 3, 5]))))
-
-
-def store(folder: Path, cut: Cut, whole: np.ndarray, zero3: bool, before: int) -> Catalog:
-    """A catalog of one tensor "w", cut as said, in flat buffers of which `before` elements are another tensor's."""
-    mesh = cut.mesh
-    flats, partitions = {}, {}
-    for tp in range(mesh.tp):
-        shard = cut.take(whole, cut.coordinate({"tp": tp}))
-        names, counts = ("other", "w"), (before, shard.size)
-        flat = (FlatBuffer.per_tensor if zero3 else FlatBuffer.contiguous)(names, counts, mesh.dp)
-        row = []
-        for d in range(mesh.dp):
-            buffer = np.full(flat.size(d), 7).astype(whole.dtype)
-            for index, start, at, count in flat.within(d):
-                if index == 1:
-                    buffer[at : at + count] = shard.reshape(-1)[start : start + count]
-            file = folder / f"{tp}_{d}.bin"
-            file.write_bytes(b"head" + buffer.tobytes())
-            row.append(Stored(str(file), 4, whole.dtype, buffer.shape, (1,)))
-        holder = Holder(pp=0, tp=tp)
-        flats[holder], partitions[holder] = flat, tuple(row)
-    states = {"fp32": whole.dtype}
-    tensor = Tensor("w", cut.logical, Layout("out in"), cut, "parameter", states, 0)
-    group = FlatGroup(Holder(pp=0), 0, flats, states)
-    extents = Extents(partitions={(group.key, "fp32"): partitions})
-    tensors, training = {"w": tensor}, Training(mesh, groups=(ParameterGroup({}, ("w",)),))
-    return Catalog("", "test", mesh, tensors, placements_of(tensors, [group], {}), extents, (group,), training)
 
 
 @given(cut(), cut(), st.booleans(), st.integers(0, 9), st.sampled_from(DTYPES), st.data())

@@ -179,6 +179,7 @@ def reshaped(a, b, shards, owned=True):
     return result, given_
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(cuts(), cuts())
 def test_overlaps_compose_cuts(a, b):
@@ -198,6 +199,7 @@ def test_overlaps_compose_cuts(a, b):
             assert (rows[rows[:, 3] == 1, 4:] == 0).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cuts(), cuts())
 def test_without_owned_all_that_both_hold(a, b):

@@ -23,6 +23,7 @@ def path(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_and_so_do_its_answers(path: Path) -> None:
     saved = RUN["read"](path)
     notebook = copy.deepcopy(saved)

@@ -56,6 +56,7 @@ def cases(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], Mesh, Mesh]:
     return layout, shape, Mesh(tp=a, dp=2), Mesh(tp=b, pp=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases(), st.sampled_from(NAMES), st.sampled_from(DTYPES), st.booleans())
 def test_laws(case: Any, name: str, dtype: type, stacked: bool) -> None:
@@ -86,6 +87,7 @@ def test_laws(case: Any, name: str, dtype: type, stacked: bool) -> None:
     assert moved.sizes["tp"] == other.mesh.tp
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 7), min_size=2, max_size=4),
@@ -257,7 +259,7 @@ def nodes(catalog: Catalog, tree: xr.DataTree) -> Iterator[tuple[FlatGroup, xr.D
         seen[path] += 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
 def test_from_buffers_to_other_buffers_by_hand(case: Any, name: str) -> None:
     """Merge dp, merge tp, split tp, split dp: step by step in memory it is what the reshape's views show."""
@@ -279,6 +281,7 @@ def test_from_buffers_to_other_buffers_by_hand(case: Any, name: str) -> None:
         assert split_flat(shards, group).values.tobytes() == node.exp_avg.values.tobytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),

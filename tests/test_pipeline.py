@@ -17,6 +17,7 @@ def pipeline(weights: list[int]) -> Pipeline:
     return Pipeline(tuple((BLOCK if w else ()) for w in weights), tuple(weights), (0,) * len(weights))
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([0, 0, 1, 1, 1, 5, 100]), min_size=1, max_size=14), st.integers(1, 6))
 def test_dealt_as_deepspeed_deals(weights: list[int], pp: int) -> None:
     runtime = pytest.importorskip("deepspeed.runtime.utils")

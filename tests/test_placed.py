@@ -20,7 +20,7 @@ pytest.importorskip("jax")
 def run(tmp_path: Path, code: str, *launcher: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"GPT = {str(GPT)!r}\n" + textwrap.dedent(code))
-    done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -47,6 +47,7 @@ def test_what_no_sharding_says_is_refused_with_the_reason(layout: Layout, shape:
         Sharding.of(layout.resolve(shape, Mesh(tp=2)), layout.dims)
 
 
+@pytest.mark.slow
 def test_jax_devices_hold_what_the_ranks_held(tmp_path: Path) -> None:
     run(
         tmp_path,
@@ -108,6 +109,7 @@ def test_jax_devices_hold_what_the_ranks_held(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_torch_dtensors_hold_what_the_ranks_held(tmp_path: Path) -> None:
     run(
         tmp_path,

@@ -200,6 +200,7 @@ def check(a, b):
     return rows, read, written
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(placements(), placements())
 def test_plans_are_what_every_element_does(a, b):

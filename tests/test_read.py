@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compare import DATA, GPT, ZERO2, ZERO3, differences, differences_from_truth, whole
+from helpers.files import copy, edit, swap
 from real_deepspeed import make_case, requires_deepspeed
 
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError, UnsupportedError
-from ckptlab.formats import read, torchfile
+from ckptlab.formats import read
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.strategy import Rules, resolve
@@ -25,19 +26,7 @@ STEP = "global_step3"
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
-    def copy(case: Path) -> Path:
-        shutil.copytree(case / STEP, tmp_path / STEP)
-        return tmp_path / STEP
-
-    return copy
-
-
-def edit(file: Path, change: Callable[[Any], None]) -> None:
-    """Rewrite a `.pt` file with its content changed."""
-    content = torchfile.read(file)
-    change(content)
-    torchfile.write(file.with_suffix(".new"), content)
-    file.with_suffix(".new").replace(file)
+    return lambda case: copy(case, tmp_path)
 
 
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
@@ -157,7 +146,7 @@ class TestDamage:
     def test_swapped_rank_files(self, copy_of: Callable[[Path], Path]) -> None:
         folder = copy_of(ZERO2)
         a, b = (folder / f"bf16_zero_pp_rank_{d}_mp_rank_00_optim_states.pt" for d in (0, 1))
-        a.rename(folder / "aside"), b.rename(a), (folder / "aside").rename(b)
+        swap(a, b)
         with pytest.raises(CheckpointError, match="holds the partition of dp rank 1, not of 0|elements, expected"):
             read(folder)
 
@@ -186,7 +175,7 @@ class TestLayoutsThatAreNotTold:
     def untold(self, copy_of: Callable[[Path], Path]) -> Path:
         folder = copy_of(GPT)
         for file in folder.glob("mp_rank_*"):
-            edit(file, lambda m: m.pop("universal_checkpoint_info"))
+            edit(file, lambda m: {key: value for key, value in m.items() if key != "universal_checkpoint_info"})
         return folder
 
     def test_refused_without_a_strategy(self, untold: Path) -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 pytest.importorskip("jax")
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("MPLBACKEND", "Agg")

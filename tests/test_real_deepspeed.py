@@ -9,6 +9,9 @@ import pytest
 from real_deepspeed import DATA, requires_deepspeed, resume
 
 CASE = "plain_zero2_dp2"
+# Losses are computed, and rounded otherwise by every processor: 3e-8 apart were seen, in bfloat16 more may be. Training
+# on without the first moments (the least of faults) gives a second loss that is 2.4e-3 apart.
+ROUNDING = 5e-4
 
 
 @requires_deepspeed
@@ -23,7 +26,8 @@ def test_deepspeed_resumes_its_own_checkpoint() -> None:
         "frozen": 2,
         "buffer": 1,
     }
-    assert report["losses"] == report["uninterrupted"]
+    assert report["losses"] == pytest.approx(report["uninterrupted"], rel=ROUNDING)
+    assert len(report["losses"]) == 2
 
 
 @requires_deepspeed

@@ -48,7 +48,7 @@ def ids(value: Any) -> str | None:
 
 
 @pytest.mark.parametrize(("case", "mesh", "options"), THERE, ids=ids)
-@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+@pytest.mark.parametrize("form", ["deepspeed", pytest.param("universal", marks=pytest.mark.slow)])
 def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, form: str, tmp_path: Path) -> None:
     source = read(case)
     before = digest(case)

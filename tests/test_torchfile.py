@@ -511,6 +511,7 @@ def test_an_array_that_is_not_contiguous_is_written_in_row_major_order(tmp_path)
     assert torch.equal(torch.load(tmp_path / "a.pt")[0], torch.from_numpy(array.copy()))
 
 
+@pytest.mark.slow
 def test_records_beyond_four_gigabytes(tmp_path):
     """A file of holes: chunks that are never touched are zeros, and cost no memory."""
     path, numel = tmp_path / "a.pt", (1 << 32) + 5

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
+from helpers.arrays import cut, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from test_gather import cut, store
 
 from ckptlab import views
 from ckptlab.arrays import gather, reader
@@ -266,6 +266,7 @@ def test_ten_thousand_tensors_by_name_are_made_one_at_a_time(monkeypatch: pytest
 # -------------------------------------------------------------------------------- any index, any layout
 
 
+@pytest.mark.slow
 @given(cut(), st.booleans(), st.booleans(), st.data())
 @settings(max_examples=100)
 def test_any_index_of_any_view_is_that_of_the_whole(

@@ -8,13 +8,13 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from compare import GPT, ZERO2, ZERO3
 from drawn import area, box, cells, elements, numbers, overlap, texts, tip
+from helpers.html import assert_well_formed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -510,26 +510,8 @@ def test_a_plot_has_every_rank() -> None:
 # Reprs
 
 
-class Balanced(HTMLParser):
-    """Counts tags; every one must be closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag != "br":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def shown(page: str) -> str:
-    parser = Balanced()
-    parser.feed(page)
-    assert parser.open == []
-    assert "<script" not in page
+    assert_well_formed(page)
     return page
 
 

@@ -20,7 +20,7 @@ os.environ |= {
 import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessException
 
-PATIENCE = timedelta(minutes=2)
+PATIENCE = timedelta(minutes=20)
 """How long a rank waits for another one."""
 
 

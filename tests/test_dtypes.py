@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT
+from helpers.arrays import OPERATIONS
 
 from ckptlab import views
 from ckptlab.arrays.dtypes import is_narrow
@@ -132,30 +132,6 @@ def test_the_sum_of_a_million_ones(tmp_path: Path) -> None:
 def test_float16_sums_do_not_overflow(tmp_path: Path) -> None:
     lazy = node(tmp_path, np.full((3, 10, 10), 60000, np.float16))
     assert (lazy.sum().item(), lazy.mean().item()) == (1.8e7, 60000)
-
-
-REDUCTIONS = ["sum", "mean", "std", "var", "min", "max", "median", "prod", "cumsum", "count"]
-OPERATIONS: dict[str, Callable[[xr.DataArray], xr.DataArray]] = {
-    **{f"{r} of all": lambda a, r=r: getattr(a, r)() for r in REDUCTIONS},
-    **{f"{r} of a dim": lambda a, r=r: getattr(a, r)("out") for r in REDUCTIONS},
-    **{f"{r} with NaN": lambda a, r=r: getattr(a, r)("in", skipna=False) for r in REDUCTIONS[:-1]},
-    "argmax": lambda a: a.argmax("in"),
-    "quantile": lambda a: a.quantile([0.1, 0.5], "in"),
-    "isnull": lambda a: a.isnull(),
-    "where": lambda a: a.where(a > 1),
-    "fillna": lambda a: a.fillna(7),
-    "groupby": lambda a: a.groupby("pp").mean(),
-    "weighted": lambda a: a.weighted(xr.DataArray([1.0, 2, 3], dims="layer")).mean("layer"),
-    "coarsen": lambda a: a.coarsen(out=4).mean(),
-    "rolling": lambda a: a.rolling(out=3).mean(),
-    "transpose": lambda a: a.transpose("in", "layer", "out"),
-    "stack": lambda a: a.stack(place=("out", "in")).unstack("place"),
-    "concat": lambda a: xr.concat([a, a], "layer"),
-    "reindex": lambda a: a.reindex(layer=[1, 5]),
-    "shift": lambda a: a.shift(out=1),
-    "arithmetic": lambda a: (a * 2 - a.mean()) / 3 + abs(a) ** 2,
-    "einsum": lambda a: xr.dot(a.fillna(0), a.fillna(0), dim="in"),
-}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -1,0 +1,1 @@
+"""What several test modules need: faulty files, arrays to try, HTML to read, the command to run."""

@@ -377,7 +377,7 @@ def test_stages_that_hold_copies_have_a_dim(gpt: Catalog) -> None:
     assert node.module.dims == ("tp", "out", "in")  # stored by the first stage alone
     assert not node.exp_avg.sel(pp=0).equals(node.exp_avg.sel(pp=1))  # the last stage does not train its copy
     for stage in (0, 1):
-        own = np.concatenate([f.stored.flat for f in gpt.fragments(POSITIONS, "exp_avg", stage, 1)])
+        own = np.concatenate([f.stored.flat for f in gpt.fragments(POSITIONS, "exp_avg", Holder(pp=stage, tp=1))])
         assert bits(node.exp_avg.sel(pp=stage, tp=1)) == own.tobytes()
     first = views.Shards(gpt, None, ["module"]).tree()[POSITIONS]
     assert int(first["pp"]) == 0

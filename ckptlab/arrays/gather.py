@@ -267,7 +267,14 @@ class Gather:
         if tp not in self._known_fragments:
             if self._catalog is None:
                 raise CheckpointError(f"{self.name}: tp rank {tp} was not among what this reader took along")
-            self._known_fragments[tp] = self._catalog.fragments(self.name, self.state, self.stage, tp)
+            found = self._catalog.fragments(self.name, self.state, self.stage, tp)
+            shape = self.cut.shard_shape(self.cut.coordinate({"tp": tp}))
+            if (stored := sum(f.count for f in found)) != math.prod(shape):  # the rest would be whatever memory held
+                raise CheckpointError(
+                    f"{self._catalog.path}: {self.name}: {self.state}: of tp rank {tp}'s shard of shape {shape} only "
+                    f"{stored} elements are stored: the checkpoint is incomplete, see what `ckptlab check` says of it"
+                )
+            self._known_fragments[tp] = found
         return self._known_fragments[tp]
 
     def _count(self, tp: int, dp: int, nbytes: int) -> None:

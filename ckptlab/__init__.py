@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
+    from ckptlab.stored import reading
     from ckptlab.strategy import Megatron, Rules, Strategy
     from ckptlab.widgets import explore, playground
 
@@ -81,6 +82,7 @@ __all__ = [
     "paper_model",
     "playground",
     "plots",
+    "reading",
     "reshape",
     "save_weights",
     "split",
@@ -106,6 +108,7 @@ _HOMES = {
     "ReshapeError UnsafeFileError UnsupportedError",
     "layout": "Cut Layout",
     "mesh": "Mesh",
+    "stored": "reading",
     "strategy": "Megatron Rules Strategy",
     "widgets": "explore playground",
 }

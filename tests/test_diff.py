@@ -23,6 +23,7 @@ from ckptlab.arrays import Reader
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
+from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 
 DENSE = "3.self_attention.dense.weight"  # "out (tp in)": element [5, 13] is [5, 5] of tp rank 1's (16, 8)
@@ -57,11 +58,8 @@ def test_native_and_universal_are_equal_in_what_both_have() -> None:
 
 @pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 7, 1 << 20])
 @pytest.mark.parametrize("other", [GPT, GPT / "universal"], ids=["native", "universal"])
-def test_one_changed_element_is_found_and_located(
-    poked: Path, other: Path, window: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compare, "WINDOW", window)
-    found = diff(other, poked, states=["exp_avg_sq"])
+def test_one_changed_element_is_found_and_located(poked: Path, other: Path, window: int) -> None:
+    found = diff(other, poked, states=["exp_avg_sq"], window=window)
     assert not found.equal
     (one,) = found.differences
     assert (one.name, one.state, one.count, one.elements, one.at) == (DENSE, "exp_avg_sq", 1, 256, (5, 13))
@@ -88,14 +86,11 @@ def test_across_meshes_too(poked: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [200, 1 << 20])
-def test_the_largest_difference_is_the_one_that_is_located(
-    window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compare, "WINDOW", window)
+def test_the_largest_difference_is_the_one_that_is_located(window: int, tmp_path: Path) -> None:
     folder = copy(ZERO2, tmp_path)
     for element, value in ((3, 1.0), (500, -9.0), (700, 2.0)):
         poke(folder, "wte.weight", "fp32", value, element=element)
-    (one,) = diff(ZERO2, folder).differences
+    (one,) = diff(ZERO2, folder, window=window).differences
     assert (one.count, one.at, one.b) == (3, np.unravel_index(500, (61, 15)), -9.0)
 
 
@@ -217,15 +212,14 @@ def test_memory_stays_near_one_window(tmp_path: Path) -> None:
 # How far apart
 
 
-def test_relative_and_cosine_are_those_of_the_whole_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "WINDOW", 100)
+def test_relative_and_cosine_are_those_of_the_whole_tensors(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     a = rng.standard_normal((30, 40)).astype(np.float32)
     b = a.copy()
     b[:7] += 0.1 * rng.standard_normal((7, 40)).astype(np.float32)  # some windows are equal, some not
     for name, array in (("a", a), ("b", b)):
         save_file({"w": array}, tmp_path / f"{name}.safetensors")
-    found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", window=100)
     (one,) = found.differences
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
     assert one.relative == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x))
@@ -256,11 +250,10 @@ def test_values_beyond_float32_and_zeros(tmp_path: Path) -> None:
     assert math.isnan(none.cosine)
 
 
-def test_what_is_equal_may_be_beyond_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "WINDOW", 1)
+def test_what_is_equal_may_be_beyond_float32(tmp_path: Path) -> None:
     for side, last in (("a", 1.0), ("b", 2.0)):
         save_file({"w": np.array([1e30, last], np.float32)}, tmp_path / f"{side}.safetensors")
-    (one,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors").differences
+    (one,) = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", window=1).differences
     assert one.relative == pytest.approx(1e-30, rel=1e-6, abs=0)
 
 
@@ -381,15 +374,14 @@ def test_a_plot_of_change_over_depth(tmp_path: Path) -> None:
 
 
 def test_both_checkpoints_are_read_once(poked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "WINDOW", 300)
     taken: Counter[tuple[str, str, int]] = Counter()
-    really = compare._window
+    really = compare.elements
 
-    def noted(gather: Reader, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+    def noted(gather: Reader, cut: Cut, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         taken.update((gather.name, gather.state, element) for element in range(start, stop))
-        return really(gather, shape, start, stop)
+        return really(gather, cut, at, start, stop)
 
-    monkeypatch.setattr(compare, "_window", noted)
-    found = diff(GPT, poked)
+    monkeypatch.setattr(compare, "elements", noted)
+    found = diff(GPT, poked, window=300, workers=1)
     assert set(taken.values()) == {2}, "each element once of each side"
     assert len(taken) == sum(m.elements for m in found.measures)

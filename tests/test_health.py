@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 
 import ckptlab
 from ckptlab import Finding, Health, Layout, Mesh, health
-from ckptlab.analysis.checkup import headers, reading, rows
-from ckptlab.analysis.checkup.rows import Gap
+from ckptlab.analysis.checkup import headers
+from ckptlab.analysis.checkup.jobs import gaps, jobs
 from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
@@ -410,7 +410,7 @@ def test_padding_that_is_not_zero(zero2: Path) -> None:
 
 def test_the_padding_of_zero3_may_hold_anything(zero3: Path) -> None:
     catalog = read(zero3)
-    assert not list(rows.gaps(catalog))
+    assert not list(gaps(catalog))
     group = next(g for g in catalog.flat_groups if "ln_f.bias" in g.names)
     stored = catalog.stored.partitions[group.key, "exp_avg"][group.holders[0]][1]
     covered = {k for _, _, at, n in group.flats[group.holders[0]].within(1).tolist() for k in range(at, at + n)}
@@ -438,13 +438,11 @@ def test_moments_that_stopped(zero2: Path) -> None:
     assert only(health(zero2), "stopped-moments").where.tensors == ("blocks.1.proj.weight",)
 
 
-def test_a_moment_that_is_zero_in_part_has_not_stopped(zero2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "WINDOW", 1)
-    monkeypatch.setattr(reading, "LEAST", 16)
+def test_a_moment_that_is_zero_in_part_has_not_stopped(zero2: Path) -> None:
     count = 15 * 15
     for element in range(count // 2, count):
         poke(zero2, "blocks.1.proj.weight", "exp_avg", 0.0, element=element)
-    assert health(zero2).findings == ()
+    assert health(zero2, window=256).findings == ()
 
 
 def test_a_copy_whose_original_is_not_trained_either_is_no_remark(gpt: Path) -> None:
@@ -549,9 +547,9 @@ def test_each_stored_byte_is_read_once(case: Path, monkeypatch: pytest.MonkeyPat
         return got
 
     monkeypatch.setattr(os, "preadv", noted)
-    monkeypatch.setattr(reading, "WINDOW", 1 << 12)
-    monkeypatch.setattr(reading, "LEAST", 64)
-    found = health(case)
+    with ckptlab.reading() as read_:
+        found = health(case, window=1 << 12)
+    assert read_.bytes == found.checked.bytes
     taken.sort()
     for (path_a, _, end), (path_b, start, _) in pairwise(taken):
         assert path_a != path_b or start >= end, "no byte twice"
@@ -560,19 +558,15 @@ def test_each_stored_byte_is_read_once(case: Path, monkeypatch: pytest.MonkeyPat
         assert found.checked.bytes == sum(stored.nbytes for _, _, stored in read(case).extents())
 
 
-@pytest.mark.parametrize(("window", "run"), [(1 << 8, 1 << 22), (1 << 20, 100)])
-def test_windows_and_jobs_of_any_size_see_the_same(
-    gpt: Path, window: int, run: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("window", [1 << 6, 1 << 9, 1 << 14])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_windows_and_jobs_of_any_size_see_the_same(gpt: Path, window: int, workers: int) -> None:
     poke(gpt, DENSE, "exp_avg", math.nan, tp=1, element=200)
     flip(gpt, NORM, "fp32", 0, tp=1, element=15)
     flip(gpt, DENSE, "module", 9, element=310)
     fill(gpt, "4.mlp.dense_h_to_4h.bias", "exp_avg", 0.0)
     expected = health(gpt)
-    monkeypatch.setattr(reading, "WINDOW", window)
-    monkeypatch.setattr(reading, "LEAST", 16)
-    monkeypatch.setattr(rows, "RUN", run)
-    assert health(gpt).findings == expected.findings
+    assert health(gpt, window=window, workers=workers).findings == expected.findings
     assert len(expected.findings) == 5
 
 
@@ -602,8 +596,8 @@ def test_a_checkpoint_that_is_open_may_be_given() -> None:
 
 def test_gaps_and_tensors_make_up_the_partitions() -> None:
     catalog = read(ZERO2)
-    gaps: list[Gap] = list(rows.gaps(catalog))
-    covered = sum(job.nbytes for job in rows.jobs(catalog)) + sum(gap.nbytes for gap in gaps)
+    padding = list(gaps(catalog))
+    covered = sum(job.nbytes for job in jobs(catalog)) + sum(gap.nbytes for gap in padding)
     assert covered == sum(stored.nbytes for _, _, stored in catalog.extents())
 
 
@@ -649,7 +643,7 @@ def test_text_and_html(gpt: Path) -> None:
 
 
 def test_every_code_is_explained() -> None:
-    sources = "".join(p.read_text() for p in Path(reading.__file__).parent.glob("*.py"))
+    sources = "".join(p.read_text() for p in Path(headers.__file__).parent.glob("*.py"))
     codes = set(re.findall(r'"((?:[a-z]+-)+[a-z0-9]+)"', sources))
     explained = set(re.findall(r"`([a-z-]+)`", (DATA.parent / "docs" / "health.md").read_text()))
     assert codes - explained == set()
@@ -706,7 +700,7 @@ def deep() -> list:
 
 def test_what_is_nested_without_end_has_a_text_and_no_tensors() -> None:
     assert headers._text(deep()) == "(nested too deep)"
-    assert list(rows.stored_in(deep())) == []
+    assert list(stored_in(deep())) == []
 
 
 @pytest.mark.parametrize("key", ["base_optimizer_state", "param_slice_mappings", "group_paddings", "zero_stage"])

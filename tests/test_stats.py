@@ -24,7 +24,6 @@ from safetensors.numpy import load_file, save_file
 
 import ckptlab
 from ckptlab import Layout, Mesh, ParameterGroup, stats, views
-from ckptlab.analysis import accumulate, spectra, windows
 from ckptlab.analysis.accumulate import accumulator, partial
 from ckptlab.analysis.partial import Bins, Partial, merged
 from ckptlab.analysis.rows import rows_of
@@ -101,10 +100,9 @@ def test_every_statistic_is_numpys_on_the_whole(dtype: Any, histogram: Any) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
-def test_octaves_hold_what_lies_between_their_edges(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulate, "BLOCK", 1000)
+def test_octaves_hold_what_lies_between_their_edges(dtype: Any) -> None:
     array = sample(dtype, 5_003)
-    found = stats(xr.DataArray(array, dims="x")).squeeze()
+    found = stats(xr.DataArray(array, dims="x"), window=1000).squeeze()
     x = array.astype(np.float64)
     x = x[np.isfinite(x)]
     assert found["histogram"].sum() == x.size
@@ -212,16 +210,24 @@ def test_the_order_of_elements_does_not_matter(given_: list[float], random: Any,
         assert (a.mean, a.m2) == (b.mean, b.m2), "counts by bit pattern know no order at all"
 
 
-@pytest.mark.parametrize("block", [1, 3, 64])
-def test_blocks_and_windows_of_any_size(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulate, "BLOCK", block)
-    monkeypatch.setattr(windows, "WINDOW", 5 * block)
-    monkeypatch.setattr(windows, "SPAN", 11 * block)
+@pytest.mark.parametrize("window", [1, 3, 64])
+def test_windows_of_any_size(window: int) -> None:
     tensor = "2.self_attention.dense.weight"
     truth = load_file(GPT / "truth.safetensors")
-    found = stats(ckptlab.open(GPT).full(stack=False)[tensor]).sel(tensor=tensor)
+    found = stats(ckptlab.open(GPT).full(stack=False)[tensor], window=window).sel(tensor=tensor)
     for state in ("fp32", "exp_avg_sq", "module"):
         assert_is(found.sel(state=state), truth[f"{state}/{tensor}"])
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_blocks_of_any_size(dtype: Any, block: int) -> None:
+    array, bins = sample(dtype, 503), Bins()
+    taken = accumulator(array.dtype, bins, block)
+    with np.errstate(invalid="ignore"):
+        taken.add(array)
+        scale = float(np.abs(np.nan_to_num(array.astype(np.float64), posinf=0, neginf=0)).sum()) + 1e-30
+        assert_same(taken.result(), partial(array, bins), scale)
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -379,15 +385,12 @@ def test_every_element_once_however_the_tensor_is_cut(source: Cut, zero3: bool, 
 
 
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
-def test_each_byte_is_read_once(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_byte_is_read_once(case: Path) -> None:
     ckpt = ckptlab.open(case)
     needed = [sum(d.itemsize for d in t.states.values()) * t.numel for t in ckpt.tensors.values()]
-    from ckptlab.arrays import gather
-
-    read = []
-    monkeypatch.setattr(gather, "note_read", read.append)
-    stats(ckpt)
-    assert sum(read) == sum(needed)
+    with ckptlab.reading() as read:
+        stats(ckpt)
+    assert read.bytes == sum(needed)
 
 
 def test_memory_stays_near_a_window(tmp_path: Path) -> None:
@@ -430,10 +433,9 @@ def test_nothing_is_read_to_find_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("shape", [(60, 17), (17, 60), (40, 3, 5), (1, 9)])
 @pytest.mark.parametrize("window", [7, 1 << 20])
-def test_small_spectra_are_scipys(shape: tuple[int, ...], window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectra, "WINDOW", window)
+def test_small_spectra_are_scipys(shape: tuple[int, ...], window: int) -> None:
     array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    found = stats(xr.DataArray(array, dims=list("abc")[: len(shape)]), spectrum=8).squeeze()
+    found = stats(xr.DataArray(array, dims=list("abc")[: len(shape)]), spectrum=8, window=window).squeeze()
     values = scipy.linalg.svdvals(array.reshape(shape[0], -1).astype(np.float64))
     top = found["singular_values"].values
     np.testing.assert_allclose(top[: len(values)], values[:8], rtol=1e-10)
@@ -463,13 +465,13 @@ def with_values(values: np.ndarray, rows: int) -> np.ndarray:
     ids=["slow decay", "fast decay", "noise"],
 )
 def test_large_spectra_are_as_exact_as_documented(
-    values: np.ndarray | None, first: float, top: float, rank: float, turned: bool, monkeypatch: pytest.MonkeyPatch
+    values: np.ndarray | None, first: float, top: float, rank: float, turned: bool
 ) -> None:
     noise = np.random.default_rng(0).standard_normal((900, 600)).astype(np.float32)
     array = noise if values is None else with_values(values, 900)
     true = scipy.linalg.svdvals(array.astype(np.float64))
-    monkeypatch.setattr(spectra, "WINDOW", 50_000)
-    found = stats(xr.DataArray(array.T if turned else array, dims=("a", "b")), spectrum=True).squeeze()
+    array = array.T if turned else array
+    found = stats(xr.DataArray(array, dims=("a", "b")), spectrum=True, window=50_000).squeeze()
     assert not found["spectrum_exact"]
     near = found["singular_values"].values / true[:16] - 1
     assert abs(near[0]) < first

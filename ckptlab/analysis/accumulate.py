@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ckptlab.analysis.partial import OCTAVES, Bins, Partial, of_octaves
 from ckptlab.errors import UnsupportedError
 
-BLOCK = 1 << 17  # elements whose float64 and exponents are held at a time
+BLOCK = 1 << 17  # elements whose float64 and exponents are held at a time, if not said
 _ROW = 4096  # elements that one dot product adds up: short enough for BLAS to stay on this thread
 _CANCELLED = 1e-4  # of a block's sum of squares: a variance below it is computed again around the mean
 
@@ -30,14 +30,14 @@ class Accumulator(Protocol):
     def result(self) -> Partial: ...
 
 
-def accumulator(dtype: np.dtype, bins: Bins | None = None) -> Accumulator:
+def accumulator(dtype: np.dtype, bins: Bins | None = None, block: int = BLOCK) -> Accumulator:
     """What accumulates elements of this dtype. UnsupportedError for complex numbers and what is no number."""
     dtype = np.dtype(dtype)
     if dtype.type is np.void or dtype.kind not in "fiubV":
         raise UnsupportedError(f"there are no statistics of elements of {dtype}")
     if dtype.itemsize <= 2:
-        return _Patterns(dtype, bins)
-    return _Values(dtype, bins)
+        return _Patterns(dtype, bins, block)
+    return _Values(dtype, bins, block)
 
 
 def partial(array: np.ndarray, bins: Bins | None = None) -> Partial:
@@ -53,15 +53,15 @@ def partial(array: np.ndarray, bins: Bins | None = None) -> Partial:
 class _Patterns:
     """Counts of every bit pattern."""
 
-    def __init__(self, dtype: np.dtype, bins: Bins | None) -> None:
-        self._dtype, self._bins = dtype, bins
+    def __init__(self, dtype: np.dtype, bins: Bins | None, block: int) -> None:
+        self._dtype, self._bins, self._block = dtype, bins, 4 * block
         self._unsigned = np.dtype(f"u{dtype.itemsize}")
         self._counts = np.zeros(1 << 8 * dtype.itemsize, np.int64)
         self._keys = np.empty(0, np.intp)
 
     def add(self, window: np.ndarray) -> None:
         patterns = window.view(self._unsigned)
-        size = min(4 * BLOCK, len(patterns))
+        size = min(self._block, len(patterns))
         if len(self._keys) < size:
             self._keys = np.empty(size, np.intp)
         for start in range(0, len(patterns), max(size, 1)):
@@ -108,8 +108,8 @@ class _Patterns:
 class _Values:
     """Sums in float64; octaves by the exponents in the bits, float32's own or the float64's."""
 
-    def __init__(self, dtype: np.dtype, bins: Bins | None) -> None:
-        self._bins = bins
+    def __init__(self, dtype: np.dtype, bins: Bins | None, block: int) -> None:
+        self._bins, self._size = bins, block
         self._single = dtype == np.float32
         self._octaves = bins is not None and bins.edges is None
         self._exponents = np.zeros(1 << (9 if self._single else 12), np.int64)
@@ -120,7 +120,7 @@ class _Values:
         self._wide, self._bits = np.empty(0), np.empty(0, np.uint32 if self._single else np.uint64)
 
     def add(self, window: np.ndarray) -> None:
-        size = min(BLOCK, len(window))
+        size = min(self._size, len(window))
         if len(self._wide) < size:
             self._wide, self._bits = np.empty(size), np.empty(size, self._bits.dtype)
         for start in range(0, len(window), max(size, 1)):

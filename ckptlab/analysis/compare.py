@@ -11,38 +11,45 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ckptlab import pool
+from ckptlab.analysis import bitwise
 from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Measure, Sums
 from ckptlab.analysis.renames import renamed
-from ckptlab.arrays import Reader, reader
+from ckptlab.analysis.windows import WINDOW, elements
+from ckptlab.arrays import Reader
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
+from ckptlab.pool import Workers
 from ckptlab.stored import Stored
-
-WORKERS = 2
-WINDOW = 1 << 20  # elements of each side that each worker compares at a time
-
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
 
 Source = Checkpoint | Catalog | str | os.PathLike[str]
 
 
-def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress: bool = False) -> Diff:
+def diff(
+    a: Source,
+    b: Source,
+    *,
+    states: Sequence[str] | None = None,
+    progress: bool = False,
+    workers: Workers = None,
+    window: int = WINDOW,
+) -> Diff:
     """Compare two checkpoints: every state that both have of every tensor that both have, bit for bit.
 
     a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar
-    on stderr. Averaged replicas are averaged first; vocabulary padding is no part of a tensor. NaN equals NaN of the
-    same bits. Of tensors that one side alone has, those of one shape and of the same or similar content are taken for
-    renamed.
+    on stderr. workers: how many threads (None: as many as there are cores), or a `concurrent.futures.Executor`. window:
+    elements of each side that a worker holds at a time. Averaged replicas are averaged first; vocabulary padding is no
+    part of a tensor. NaN equals NaN of the same bits. Of tensors that one side alone has, those of one shape and of the
+    same or similar content are taken for renamed.
 
     Raises CheckpointError where there is nothing to compare.
     """
@@ -61,20 +68,20 @@ def diff(a: Source, b: Source, *, states: Sequence[str] | None = None, progress:
             f"nothing to compare: {left.path} has {_told(left)}, {right.path} has {_told(right)}: no tensor has a "
             "state on both sides"
         )
-    tensors, elements, differ = Counter[str](), Counter[str](), Counter[str]()
+    tensors, numel, differ = Counter[str](), Counter[str](), Counter[str]()
     differences, measures = [], []
-    for (ta, _, state), (found, measure) in _compared(left, right, todo, progress):
+    for found, measure in _compared(left, right, todo, window, workers, progress):
         measures.append(measure)
-        tensors[state] += 1
-        elements[state] += math.prod(ta.shape)
+        tensors[measure.state] += 1
+        numel[measure.state] += measure.elements
         if found is not None:
             differences.append(found)
-            differ[state] += 1
+            differ[measure.state] += 1
     return Diff(
         left.path,
         right.path,
         len({ta.name for ta, _, _ in todo}),
-        tuple(Compared(s, tensors[s], elements[s], differ[s]) for s in left.states if s in tensors),
+        tuple(Compared(s, tensors[s], numel[s], differ[s]) for s in left.states if s in tensors),
         tuple(differences),
         only_a,
         only_b,
@@ -91,6 +98,16 @@ def _catalog(source: Source) -> Catalog:
     if isinstance(source, Catalog):
         return source
     return (source if isinstance(source, Checkpoint) else open_checkpoint(source)).catalog
+
+
+def _compared(
+    left: Catalog, right: Catalog, todo: Sequence[Todo], window: int, workers: Workers, progress: bool
+) -> Iterator[Found]:
+    """What was found of each state of each pair, in order."""
+    tasks = (_Task(reader(left, a.name, state), reader(right, b.name, state), a.shape, window) for a, b, state in todo)
+    total = sum(math.prod(t.shape) for t, _, _ in todo)
+    with pool.progress(total, "comparing", " elements", progress) as bar:
+        yield from pool.run(_compare, tasks, on=workers, size=lambda task: task.elements, bar=bar)
 
 
 def _wanted(a: Catalog, b: Catalog, states: Sequence[str] | None) -> Sequence[str]:
@@ -154,103 +171,48 @@ Todo = tuple[Tensor, Tensor, str]
 Found = tuple[Difference | None, Measure]
 
 
-def _compared(left: Catalog, right: Catalog, todo: Sequence[Todo], progress: bool) -> Iterator[tuple[Todo, Found]]:
-    """Each state of each pair with what was found, in order; two are compared at a time."""
-    from tqdm.auto import tqdm
+@dataclass(frozen=True)
+class _Task:
+    """One state of one tensor on both sides, to be gone through in windows of so many elements."""
 
-    total = sum(math.prod(t.shape) for t, _, _ in todo)
-    with tqdm(
-        total=total, unit=" elements", unit_scale=True, disable=not progress, desc="comparing", leave=False
-    ) as bar:
-        pool = ThreadPoolExecutor(WORKERS)
-        try:
-            results = pool.map(lambda one: _compare(left, right, *one), todo)
-            for one, found in zip(todo, results, strict=True):
-                bar.update(math.prod(one[0].shape))
-                yield one, found
-        finally:
-            pool.shutdown(cancel_futures=True)
+    a: Reader
+    b: Reader
+    shape: tuple[int, ...]
+    window: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
-def _compare(left: Catalog, right: Catalog, ta: Tensor, tb: Tensor, state: str) -> Found:
-    """What differs in one state of one tensor (None if nothing does), and how far apart it is."""
-    dtypes = np.dtype(ta.states[state]), np.dtype(tb.states[state])
-    of_a, of_b = reader(left, ta.name, state), reader(right, tb.name, state)
-    elements, count, worst_rel = math.prod(ta.shape), 0, 0.0
+def _compare(task: _Task) -> Found:
+    """What differs (None if nothing does), and how far apart it is."""
+    whole, name, state = Cut.whole(task.shape), task.a.name, task.a.state
+    count, worst_rel = 0, 0.0
     worst: tuple[float, int, float, float] | None = None
     sums = Sums()
-    for start in range(0, elements, WINDOW):
-        stop = min(start + WINDOW, elements)
-        a, b = _window(of_a, ta.shape, start, stop), _window(of_b, tb.shape, start, stop)
-        where = _unequal(a, b)
+    for start in range(0, task.elements, task.window):
+        stop = min(start + task.window, task.elements)
+        a, b = (elements(gather, whole, (), start, stop) for gather in (task.a, task.b))
+        where = bitwise.unequal(a, b)
         if not len(where):
             sums.equal(a)
             continue
         sums.other(a, b)
         count += len(where)
-        x, y = a[where].astype(np.float64), b[where].astype(np.float64)
-        apart = _distance(x, y)
-        worst_rel = max(worst_rel, float(_relative(apart, x, y).max()))
+        x, y = a[where], b[where]
+        apart = bitwise.apart(x, y)
+        worst_rel = max(worst_rel, float(bitwise.relative(apart, x, y).max()))
         i = int(apart.argmax())
         if worst is None or apart[i] > worst[0]:
-            worst = float(apart[i]), start + int(where[i]), float(x[i]), float(y[i])
-    measure = Measure(ta.name, state, elements, count, worst[0] if worst else 0.0, **vars(sums))
-    if worst is None and dtypes[0] == dtypes[1]:
-        return None, measure
-    named = str(dtypes[0]), str(dtypes[1])
+            worst = float(apart[i]), start + int(where[i]), float(x[i].real), float(y[i].real)
+    measure = Measure(name, state, task.elements, count, worst[0] if worst else 0.0, **vars(sums))
+    dtypes = str(task.a.dtype), str(task.b.dtype)
     if worst is None:
-        return Difference(ta.name, state, named, elements), measure
-    at = tuple(int(k) for k in np.unravel_index(worst[1], ta.shape))
-    apart_by = measure.relative, measure.cosine
-    found = Difference(ta.name, state, named, elements, count, worst[0], worst_rel, at, worst[2], worst[3], *apart_by)
-    return found, measure
-
-
-def _window(gather: Reader, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-    """Elements start … stop-1 of the flattened whole. Pieces come as they lie, so both sides' are joined first."""
-    pieces = gather.chunks(Cut.whole(shape), (), start, stop, stop - start)
-    joined, done = None, 0
-    for piece in pieces:
-        if len(piece) == stop - start:
-            return piece
-        if joined is None:
-            joined = np.empty(stop - start, piece.dtype)
-        joined[done : done + len(piece)] = piece
-        done += len(piece)
-    if joined is None or done != stop - start:
-        raise CheckpointError(
-            f"{gather.name}: {gather.state}: of elements {start} to {stop} of {shape} only {done} are stored"
-        )
-    return joined
-
-
-def _unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Indices at which two flat arrays differ: in their bits, or in value where their dtypes differ."""
-    if a.dtype != b.dtype:
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        return np.flatnonzero((x != y) & ~(np.isnan(x) & np.isnan(y)))
-    bits = _BITS.get(a.dtype.itemsize)
-    if bits is None:
-        raise CheckpointError(f"elements of {a.dtype} cannot be compared")
-    other = a.view(bits) != b.view(bits)
-    return np.flatnonzero(other) if other.any() else np.empty(0, np.int64)
-
-
-def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """|x - y|; inf where only one is NaN or they are different infinities, 0 where both are NaN."""
-    with np.errstate(invalid="ignore"):
-        apart = np.abs(x - y)
-    apart[np.isnan(apart)] = np.inf
-    apart[np.isnan(x) & np.isnan(y)] = 0.0
-    return apart
-
-
-def _relative(apart: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = apart / np.maximum(np.abs(x), np.abs(y))
-    ratio[apart == 0] = 0.0
-    ratio[np.isnan(ratio)] = np.inf
-    return ratio
+        return None if dtypes[0] == dtypes[1] else Difference(name, state, dtypes, task.elements), measure
+    at = tuple(int(k) for k in np.unravel_index(worst[1], task.shape))
+    figures = worst[0], worst_rel, at, worst[2], worst[3], measure.relative, measure.cosine
+    return Difference(name, state, dtypes, task.elements, count, *figures), measure
 
 
 def _settings(a: Catalog, b: Catalog, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Setting]:

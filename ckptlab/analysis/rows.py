@@ -20,7 +20,7 @@ from ckptlab.analysis.windows import Array, array_of
 from ckptlab.arrays import reader
 from ckptlab.arrays.lazy import Gathered
 from ckptlab.catalog import Catalog
-from ckptlab.catalog.stacks import stacks
+from ckptlab.catalog.stacks import places, without_number
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError
@@ -97,13 +97,9 @@ def _wanted(rows: list[Row], states: Sequence[str] | None) -> list[Row]:
 
 def _of_catalog(catalog: Catalog) -> Iterator[Row]:
     """Whole tensors, without the tree of them (which takes seconds for thousands)."""
-    places = {
-        tensor.name: (stack.name, -1 if stack.numbers is None else stack.numbers[i])
-        for stack in stacks(catalog.tensors.values())
-        for i, tensor in enumerate(stack.tensors)
-    }
+    place = places(catalog.tensors.values())
     for tensor in catalog.tensors.values():
-        stack, layer = places[tensor.name]
+        stack, layer = place[tensor.name]
         group = "" if tensor.group is None else str(catalog.groups[tensor.group].name or tensor.group)
         for state in catalog.states:
             if (tensor.name, state) in catalog.placements:
@@ -142,7 +138,7 @@ def _of_array(
             name,
             state,
             array_of(_without_padding(part).variable),
-            node or pattern.replace("{layer}.", ""),
+            node or without_number(*pattern.split("{layer}", 1)) if "{layer}" in pattern else node or pattern,
             layer,
             str(told.get("kind", "")),
             str(told.get("group", "")),

@@ -44,9 +44,9 @@ class Spectrum:
     effective_rank: float
 
 
-def spectrum_of(array: Array, top: int, norm: float) -> Spectrum | None:
+def spectrum_of(array: Array, top: int, norm: float, window: int = WINDOW) -> Spectrum | None:
     """The spectrum of a finite tensor of that norm with its `top` largest values; None for a vector or a scalar."""
-    matrix = _Matrix.of(array)
+    matrix = _Matrix.of(array, window)
     if matrix is None:
         return None
     rank = min(matrix.rows, matrix.columns)
@@ -65,18 +65,19 @@ class _Matrix:
     rows: int
     columns: int
     turned: bool
+    window: int
 
     @staticmethod
-    def of(array: Array) -> _Matrix | None:
+    def of(array: Array, window: int) -> _Matrix | None:
         if len(array.shape) < 2 or 0 in array.shape:
             return None
         first, others = array.shape[0], math.prod(array.shape[1:])
         turned = first < others and len(array.shape) == 2
-        return _Matrix(array, *((others, first) if turned else (first, others)), turned)
+        return _Matrix(array, *((others, first) if turned else (first, others)), turned, window)
 
     def blocks(self) -> Iterator[NDArray[np.float64]]:
         """Some rows after the other, in float64; about two windows of them."""
-        step = max(2 * WINDOW // self.columns, min(self.columns, 64), 1)
+        step = max(2 * self.window // self.columns, min(self.columns, 64), 1)
         for lo in range(0, self.rows, step):
             part = slice(lo, min(lo + step, self.rows))
             others = [slice(0, n) for n in self.array.shape[1:]]

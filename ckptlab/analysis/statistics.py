@@ -5,23 +5,23 @@ Tensor by tensor and window by window: memory stays near a window for each threa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from ckptlab import pool
 from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
 from ckptlab.analysis.accumulate import accumulator
 from ckptlab.analysis.partial import Bins, Partial, merged
 from ckptlab.analysis.rows import Row, View, rows_of
 from ckptlab.analysis.spectra import Spectrum, spectrum_of
-from ckptlab.analysis.windows import Span, spans
+from ckptlab.analysis.windows import WINDOW, Span, spans
 from ckptlab.catalog import MASTER, MODULE
 from ckptlab.errors import CheckpointError
+from ckptlab.pool import Workers
 
 TOP = 16  # singular values that are kept, if not said
 
@@ -61,13 +61,15 @@ def stats(
     histogram: bool | Sequence[float] = True,
     spectrum: bool | int = False,
     progress: bool = False,
-    workers: int | None = None,
+    workers: Workers = None,
+    window: int = WINDOW,
 ) -> xr.Dataset:
     """What the numbers of every tensor are like, as one Dataset with the dims (tensor, state).
 
     view: a checkpoint or its path, a view of one (`full()`, `shards()`: with a dim `tp` more), a node of it, an array,
     or a run (with a dim `step` more). Dask's arrays are taken block by block on dask's scheduler; everything else is
-    streamed here, on `workers` threads (None: as many as there are cores).
+    streamed, in windows of so many elements, on `workers`: a number of threads (None: as many as there are cores) or a
+    `concurrent.futures.Executor`; spectra always in this thread. The result is the same on all of them.
 
     by: what a row of `tensor` is. "tensor": one tensor, by the model's name, with the coordinates stack (the name that
     it shares with other layers), layer (its number, -1 where it stands alone), kind, group, pp, layout, shape (as text)
@@ -96,36 +98,48 @@ def stats(
         raise CheckpointError(f"by={by!r}: a row of several tensors has no spectrum: take by='tensor' or 'layer'")
     rows = rows_of(view, states)
     bins = _bins(histogram)
-    parts = partials(rows, bins, progress=progress, workers=workers)
+    parts = partials(rows, bins, progress=progress, workers=workers, window=window)
     table = _Table(rows, by)
     found = table.dataset(parts, bins)
     if spectrum:
         top = TOP if spectrum is True else int(spectrum)
-        found = found.assign(table.spectra(_spectra(rows, parts, top, progress), top))
+        found = found.assign(table.spectra(_spectra(rows, parts, top, window, progress), top))
     return found
 
 
+@dataclass(frozen=True)
+class _Task:
+    """Some of the elements of a row, the row's number, and what is to be found out."""
+
+    index: int
+    span: Span
+    dtype: np.dtype
+    bins: Bins | None
+
+    def run(self) -> tuple[int, Partial]:
+        taken = accumulator(self.dtype, self.bins)
+        for window in self.span.windows():
+            taken.add(window)
+        return self.index, taken.result()
+
+
 def partials(
-    rows: Sequence[Row], bins: Bins | None = None, *, progress: bool = False, workers: int | None = None
+    rows: Sequence[Row],
+    bins: Bins | None = None,
+    *,
+    progress: bool = False,
+    workers: Workers = None,
+    window: int = WINDOW,
 ) -> list[Partial]:
-    """The statistics of each row, all of them in one pass on some threads."""
+    """The statistics of each row, all of them in one pass."""
     dask_rows = {i for i, row in enumerate(rows) if getattr(row.array, "chunks", None)}
     found = dict(zip(sorted(dask_rows), _of_dask([rows[i] for i in sorted(dask_rows)], bins), strict=True))
-    tasks = [(i, span) for i, row in enumerate(rows) if i not in dask_rows for span in spans(row.array)]
+    own = [(i, row.array) for i, row in enumerate(rows) if i not in dask_rows]
+    tasks = (_Task(i, span, array.dtype, bins) for i, array in own for span in spans(array, window))
     parts: dict[int, list[Partial]] = {}
-    with _bar(sum(span.count for _, span in tasks), "statistics", progress) as bar:
-
-        def run(task: tuple[int, Span]) -> tuple[int, Partial]:
-            row = rows[task[0]]
-            taken = accumulator(row.array.dtype, bins)
-            for window in task[1].windows():
-                taken.add(window)
-                bar.update(len(window))
-            return task[0], taken.result()
-
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            for i, part in pool.map(run, tasks):
-                parts.setdefault(i, []).append(part)
+    with pool.progress(sum(rows[i].numel for i, _ in own), "statistics", " elements", progress) as bar:
+        for i, part in pool.run(_Task.run, tasks, on=workers, size=lambda task: task.span.count, bar=bar):
+            parts.setdefault(i, []).append(part)
     none = Partial(histogram=None if bins is None else np.zeros(bins.size, np.int64))
     return [found.get(i) or merged([none, *parts.get(i, ())]) for i in range(len(rows))]
 
@@ -154,21 +168,14 @@ def _bins(histogram: bool | Sequence[float]) -> Bins | None:
 
 
 def _spectra(
-    rows: Sequence[Row], parts: Sequence[Partial], top: int, progress: bool
+    rows: Sequence[Row], parts: Sequence[Partial], top: int, window: int, progress: bool
 ) -> Iterator[tuple[Row, Spectrum | None]]:
-    with _bar(sum(row.numel for row in rows), "spectra", progress) as bar:
+    with pool.progress(sum(row.numel for row in rows), "spectra", " elements", progress) as bar:
         for row, part in zip(rows, parts, strict=True):
             finite = part.finite == part.count > 0
-            yield row, spectrum_of(row.array, top, part.norm) if finite else None
-            bar.update(row.numel)
-
-
-@contextmanager
-def _bar(total: int, what: str, progress: bool) -> Iterator[Any]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, unit=" elements", unit_scale=True, disable=not progress, desc=what, leave=False) as bar:
-        yield bar
+            yield row, spectrum_of(row.array, top, part.norm, window) if finite else None
+            if bar is not None:
+                bar.update(row.numel)
 
 
 # -------------------------------------------------------------------------------- the Dataset

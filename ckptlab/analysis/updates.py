@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +20,22 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ckptlab import pool
 from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
 from ckptlab.analysis.accumulate import BLOCK
-from ckptlab.analysis.windows import SPAN
+from ckptlab.analysis.windows import elements
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, ParameterGroup, Tensor
-from ckptlab.catalog.stacks import stacks
+from ckptlab.catalog.stacks import places
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
+from ckptlab.pool import Workers
 from ckptlab.stored import Stored
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
+_SPAN = 128  # windows that a task goes through
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,13 @@ _FIGURES = {
 }
 
 
-def adam(ckpt: Checkpoint | Catalog | str | os.PathLike[str], *, progress: bool = False) -> xr.Dataset:
+def adam(
+    ckpt: Checkpoint | Catalog | str | os.PathLike[str],
+    *,
+    progress: bool = False,
+    workers: Workers = None,
+    window: int = BLOCK,
+) -> xr.Dataset:
     """What Adam last did to every tensor that it trains, as one Dataset with the dim `tensor`.
 
     Variables: elements, weight_norm, update_norm, update_ratio (about 1e-3 in a healthy run), update_rms (of the order
@@ -157,7 +165,9 @@ def adam(ckpt: Checkpoint | Catalog | str | os.PathLike[str], *, progress: bool 
 
     The learning rate is the one that was saved: DeepSpeed moves the schedule on before it saves, so it is the next
     step's. Without a learning rate, betas, eps or step, updates are NaN. For Adam's relatives that keep the same two
-    moments (AdamW, Lamb) it is what Adam would have done. Streams like `stats`, in float64.
+    moments (AdamW, Lamb) it is what Adam would have done. Streams like `stats`, in float64. workers: how many threads
+    (None: as many as there are cores), or a `concurrent.futures.Executor`. window: elements of each of the three states
+    that a worker holds at a time.
 
     CheckpointError where no tensor has both moments.
     """
@@ -169,7 +179,7 @@ def adam(ckpt: Checkpoint | Catalog | str | os.PathLike[str], *, progress: bool 
             "this was not trained with Adam, or holds weights alone"
         )
     settings = _settings(catalog)
-    found = _all_moved(catalog, trained, settings, progress)
+    found = _all_moved(catalog, trained, settings, window, workers, progress)
     return _dataset(catalog, trained, settings, found)
 
 
@@ -202,66 +212,50 @@ class _Task:
     lo: int
     hi: int
     settings: Settings
+    window: int
 
     def run(self) -> tuple[int, Moved]:
         total = Moved()
-        for start in range(self.lo, self.hi, BLOCK):
-            stop = min(start + BLOCK, self.hi)
-            weight, first, second = (joined(g, self.cut, self.at, start, stop) for g in self.gathers)
+        for start in range(self.lo, self.hi, self.window):
+            stop = min(start + self.window, self.hi)
+            weight, first, second = (elements(g, self.cut, self.at, start, stop) for g in self.gathers)
             total = total.merge(moved(weight, first, second, self.settings))
         return self.index, total
 
 
-def joined(gather: Reader, cut: Cut, at: tuple[int, ...], lo: int, hi: int) -> np.ndarray:
-    """Elements lo … hi-1 of a flattened shard as one piece: states need not lie in the same fragments."""
-    pieces = gather.chunks(cut, at, lo, hi, hi - lo)
-    first = next(pieces)
-    if len(first) == hi - lo:
-        return first
-    whole, done = np.empty(hi - lo, first.dtype), len(first)
-    whole[:done] = first
-    for piece in pieces:
-        whole[done : done + len(piece)] = piece
-        done += len(piece)
-    return whole
-
-
-def _tasks(catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings]) -> Iterator[_Task]:
+def _tasks(
+    catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings], window: int
+) -> Iterator[_Task]:
+    size = _SPAN * window
     for index, tensor in enumerate(trained):
         states = (_weight(tensor), FIRST, SECOND)
         gathers = tuple(reader(catalog, tensor.name, state) for state in states)
         for cut, at in gathers[0].unordered(Cut.whole(tensor.shape), ()):
             numel = math.prod(cut.shard_shape(at))
-            for lo in range(0, numel, SPAN):
-                yield _Task(index, gathers, cut, at, lo, min(lo + SPAN, numel), settings[tensor.group])
+            for lo in range(0, numel, size):
+                yield _Task(index, gathers, cut, at, lo, min(lo + size, numel), settings[tensor.group], window)
 
 
 def _all_moved(
-    catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings], progress: bool
+    catalog: Catalog,
+    trained: list[Tensor],
+    settings: Mapping[int | None, Settings],
+    window: int,
+    workers: Workers,
+    progress: bool,
 ) -> list[Moved]:
-    from tqdm.auto import tqdm
-
     found = [Moved() for _ in trained]
-    tasks = list(_tasks(catalog, trained, settings))
-    total = sum(task.hi - task.lo for task in tasks)
-    with (
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
-        tqdm(total=total, unit=" elements", unit_scale=True, disable=not progress, desc="updates", leave=False) as bar,
-    ):
-        for task, (index, part) in zip(tasks, pool.map(_Task.run, tasks), strict=True):
+    tasks = _tasks(catalog, trained, settings, window)
+    with pool.progress(sum(t.numel for t in trained), "updates", " elements", progress) as bar:
+        for index, part in pool.run(_Task.run, tasks, on=workers, size=lambda task: task.hi - task.lo, bar=bar):
             found[index] = found[index].merge(part)
-            bar.update(task.hi - task.lo)
     return found
 
 
 def _dataset(
     catalog: Catalog, trained: list[Tensor], settings: Mapping[int | None, Settings], found: list[Moved]
 ) -> xr.Dataset:
-    places = {
-        tensor.name: (stack.name, -1 if stack.numbers is None else stack.numbers[i])
-        for stack in stacks(catalog.tensors.values())
-        for i, tensor in enumerate(stack.tensors)
-    }
+    place = places(catalog.tensors.values())
     figures = {name: np.array([getattr(_Figures(one), name) for one in found]) for name in _FIGURES}
     variables: dict[str, Any] = {"elements": ("tensor", [one.elements for one in found])}
     variables |= {name: ("tensor", figures[name], {"long_name": meaning}) for name, meaning in _FIGURES.items()}
@@ -271,8 +265,8 @@ def _dataset(
     names: dict[int | None, str] = {i: str(group.name or i) for i, group in enumerate(catalog.groups)}
     coordinates: dict[str, Any] = {
         "tensor": [t.name for t in trained],
-        "stack": ("tensor", [places[t.name][0] for t in trained]),
-        "layer": ("tensor", [places[t.name][1] for t in trained]),
+        "stack": ("tensor", [place[t.name][0] for t in trained]),
+        "layer": ("tensor", [place[t.name][1] for t in trained]),
         "group": ("tensor", [names.get(t.group, "") for t in trained]),
         "pp": ("tensor", [t.stages[0] for t in trained]),
         "shape": ("tensor", [" × ".join(map(str, t.shape)) or "scalar" for t in trained]),

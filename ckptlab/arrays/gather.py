@@ -217,7 +217,14 @@ class Gather(Reader):
         if holder not in self._known_fragments:
             if self._catalog is None:
                 raise CheckpointError(f"{self.name}: {holder} was not among what this reader took along")
-            self._known_fragments[holder] = self._catalog.fragments(self.name, self.state, holder)
+            found = self._catalog.fragments(self.name, self.state, holder)
+            shape = self.placement.shape(holder)
+            if (stored := sum(f.count for f in found)) != math.prod(shape):  # the rest would be whatever memory held
+                raise CheckpointError(
+                    f"{self._catalog.path}: {self.name}: {self.state}: of the shard of {holder}, shape {shape}, only "
+                    f"{stored} elements are stored: the checkpoint is incomplete, see what `ckptlab check` says of it"
+                )
+            self._known_fragments[holder] = found
         return self._known_fragments[holder]
 
     def _count(self, holder: Holder, dp: int, nbytes: int) -> None:

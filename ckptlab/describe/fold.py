@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptlab.catalog import Tensor
+from ckptlab.catalog.stacks import is_number
 from ckptlab.draw.words import ranges
 
 
@@ -60,11 +61,11 @@ def fold(tensors: Iterable[Tensor]) -> list[Line]:
     groups: dict[tuple, list[tuple[Tensor, list[int]]]] = {}
     for tensor in tensors:
         parts = tensor.name.split(".")
-        numbers = [int(p) for p in parts if p.isdecimal()]
-        if not numbers:
+        numbers = [int(p) for p in parts if is_number(p)]
+        if not numbers or len(parts) == 1:
             groups[(tensor.name,),] = [(tensor, numbers)]  # like no other
             continue
-        pattern = tuple(["" if p.isdecimal() else p for p in parts])
+        pattern = tuple(["" if is_number(p) else p for p in parts])
         layout = tensor.layout
         alike = (layout.text, layout.padded, layout.sizes, layout.replicas, tensor.layout_known, tensor.kind)
         key = (pattern, tensor.shape, tuple(tensor.states.items()), *alike)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptlab.catalog import Catalog, Tensor
+from ckptlab.catalog.stacks import split
 from ckptlab.draw import Box, Drawing, pipeline
 from ckptlab.draw.blocks import blocks, span, told
 from ckptlab.draw.words import number_of, ranges
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 COLUMNS = 8  # stages that are drawn one by one
 BOXES = 12  # boxes of a stage that are drawn
-_NUMBER = re.compile(r"((?:[^.]*\.)*?)(\d+)\.(.+)", re.ASCII)
 
 
 def stages(model: Catalog | Checkpoint | Reshape) -> Drawing:
@@ -68,7 +67,10 @@ def _boxes(tensors: Iterable[Tensor], block: range) -> list[Box]:
         if len(tensor.stages) > 1:
             tied.append(tensor)
         else:
-            prefix, number, rest = _split(tensor.name)
+            prefix, number, rest = split(tensor.name)
+            if number is None:  # what is before the last dot
+                prefix, _, rest = tensor.name.rpartition(".")
+                prefix = prefix or tensor.name
             layers.setdefault((prefix, number), []).append((rest, tensor))
     keep = max(BOXES - len(tied), 2)
     runs: list[list[_Layer]] = []
@@ -96,21 +98,12 @@ def _alike(a: _Layer, b: _Layer) -> bool:
     return all(rest_a == rest_b and s.shape == t.shape for (rest_a, s), (rest_b, t) in pairs)
 
 
-def _split(name: str) -> tuple[str, int | None, str]:
-    """(before, number, after) the first number in a name; without one, what is before the last dot."""
-    found = _NUMBER.match(name)
-    if found:
-        return found[1].rstrip("."), int(found[2]), found[3]
-    before, _, after = name.rpartition(".")
-    return before or name, None, after
-
-
 def _box(run: Sequence[_Layer], pp: str) -> Box:
     (prefix, number), first = run[0]
     tensors = [t for _, members in run for _, t in members]
-    label, detail = prefix, number_of(len(first), "tensor")
+    label, detail = prefix.removesuffix("."), number_of(len(first), "tensor")
     if number is not None:
-        word = f"{prefix} " if prefix else "layer " if len(run) == 1 else "layers "
+        word = f"{label} " if label else "layer " if len(run) == 1 else "layers "
         label = f"{word}{ranges(n for (_, n), _ in run if n is not None)}"
     if len(run) > 1:
         detail += f" each, {len(run)} alike"

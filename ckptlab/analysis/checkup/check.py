@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from ckptlab.analysis.checkup import data as contents
-from ckptlab.analysis.checkup import partial, rows, verdicts
+from ckptlab.analysis.checkup import jobs, replicas, verdicts
 from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.files import Scan, mesh_of, places, scan
 from ckptlab.analysis.checkup.finding import Checked, Finding, Health, Where, ordered
@@ -20,6 +20,7 @@ from ckptlab.draw.words import number_of, some
 from ckptlab.errors import CkptlabError, UnsupportedError
 from ckptlab.formats.deepspeed.optimizer import scalar
 from ckptlab.formats.locate import locate
+from ckptlab.pool import Workers
 from ckptlab.strategy import Strategy
 
 
@@ -30,13 +31,16 @@ def health(
     checksums: bool = False,
     progress: bool = False,
     strategy: Strategy | str | None = None,
+    workers: Workers = None,
+    window: int = jobs.WINDOW,
 ) -> Health:
     """Check a checkpoint: its files, what they say of one another, and (unless data=False) every element once.
 
     path: what `ckptlab.open` takes, or a checkpoint that is open. It need not open: files that are missing, cut or
     foreign are findings, and what can be read is looked at all the same. checksums: also read every file once more and
-    compare it with the checksums that torch wrote into it. progress: show bars on stderr. strategy: see `open`. Memory
-    stays near 4 MB of windows, whatever the size. Files are only read.
+    compare it with the checksums that torch wrote into it. progress: show bars on stderr. strategy: see `open`.
+    workers: how many threads (None: as many as there are cores), or a `concurrent.futures.Executor`. window: bytes that
+    a worker holds at a time, whatever the size. Files are only read.
 
     Raises CheckpointError where there is no checkpoint at all.
     """
@@ -56,11 +60,11 @@ def health(
         findings += [*_noticed(catalog), *_without_states(catalog)]
     read, tensors = 0, len(catalog.tensors) if catalog else 0
     if data:
-        told, read, looked_at = _survey(catalog, found, progress)
+        told, read, looked_at = _survey(catalog, found, window, workers, progress)
         tensors = tensors or looked_at
         findings += told
     if checksums:
-        findings += against_checksums(found, progress)
+        findings += against_checksums(found, workers, progress)
     checked = Checked(len(found.contents) + len(found.findings), tensors, read, catalog is not None, data)
     said = str(catalog.mesh) if catalog and place.format == "deepspeed" else str(mesh) if mesh else None
     return Health(place.path, place.format, said, ordered(findings), checked)
@@ -140,16 +144,18 @@ def _without_states(catalog: Catalog) -> Iterator[Finding]:
         )
 
 
-def _survey(catalog: Catalog | None, found: Scan, progress: bool) -> tuple[list[Finding], int, int]:
+def _survey(
+    catalog: Catalog | None, found: Scan, window: int, workers: Workers, progress: bool
+) -> tuple[list[Finding], int, int]:
     """Findings on the data, the bytes that were read, and the tensors that were looked at."""
-    jobs = list(rows.jobs(catalog) if catalog is not None else rows.loose(found.contents))
-    gaps = list(rows.gaps(catalog)) if catalog is not None else []
-    told = contents.survey(jobs, gaps, progress)
+    todo = list(jobs.jobs(catalog, window) if catalog is not None else jobs.loose(found.contents, window))
+    gaps = list(jobs.gaps(catalog)) if catalog is not None else []
+    told = contents.survey(todo, gaps, window=window, workers=workers, progress=progress)
     if catalog is not None:
-        told.join(partial.survey(catalog))
-    read = sum(job.nbytes for job in jobs) + sum(gap.nbytes for gap in gaps)
+        told.join(replicas.survey(catalog))
+    read = sum(job.nbytes for job in todo) + sum(gap.nbytes for gap in gaps)
     if catalog is None:
-        return list(verdicts.loose_verdicts(told)), read, len({job.tensor for job in jobs})
+        return list(verdicts.loose_verdicts(told)), read, len({job.tensor for job in todo})
     alive = any(not zero for (_, state, _), zero in told.zero.items() if state not in (MASTER, MODULE))
     stepped = any((scalar(g.scalars.get("step")) or 0) > 0 for g in catalog.groups)
     return list(verdicts.verdicts(catalog, told, alive or stepped)), read, len(catalog.tensors)

@@ -10,39 +10,32 @@ import os
 import zipfile
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
+from ckptlab import pool
 from ckptlab.analysis.checkup.files import Scan
 from ckptlab.analysis.checkup.finding import Finding, Where
-from ckptlab.analysis.checkup.reading import WORKERS
-from ckptlab.analysis.checkup.rows import stored_in
+from ckptlab.analysis.checkup.jobs import stored_in
 from ckptlab.draw.words import number_of, some
+from ckptlab.pool import Workers
 
 _PIECE = 1 << 20  # bytes that are read at a time
 
 
-def checksums(found: Scan, progress: bool = False) -> Iterator[Finding]:
+def checksums(found: Scan, workers: Workers = None, progress: bool = False) -> Iterator[Finding]:
     """Findings on records whose bytes are not those that were written. (Safetensors have no checksums.)"""
-    from tqdm.auto import tqdm
-
     names = [n for n in found.contents if n in found.globals_seen]
-    total = sum(os.path.getsize(os.path.join(found.path, n)) for n in names)
-    pool = ThreadPoolExecutor(WORKERS)
-    bar = tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="checksums", leave=False)
-    try:
-        for name, (wrong, records) in zip(names, pool.map(lambda n: _wrong(found, n), names), strict=True):
-            bar.update(os.path.getsize(os.path.join(found.path, name)))
+    paths = [os.path.join(found.path, n) for n in names]
+    with pool.progress(sum(map(os.path.getsize, paths)), "checksums", "B", progress) as bar:
+        results = pool.run(_wrong, paths, on=workers, size=os.path.getsize, bar=bar)
+        for name, (wrong, records) in zip(names, results, strict=True):
             if wrong:
                 yield _without(name) if len(wrong) == records > 1 else _damaged(found, name, wrong)
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
 
 
-def _wrong(found: Scan, name: str) -> tuple[list[zipfile.ZipInfo], int]:
+def _wrong(path: str) -> tuple[list[zipfile.ZipInfo], int]:
     """The records of a file whose checksum is not that of their bytes, and how many records there are."""
     wrong = []
-    with zipfile.ZipFile(os.path.join(found.path, name)) as archive:
+    with zipfile.ZipFile(path) as archive:
         records = [info for info in archive.infolist() if info.file_size]
         for info in records:
             try:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from ckptlab.analysis.checkup import windows
-from ckptlab.analysis.checkup.reading import Reader, in_threads, window_of
-from ckptlab.analysis.checkup.rows import Gap, Job, Row
+from ckptlab import pool
+from ckptlab.analysis import bitwise
+from ckptlab.analysis.checkup.jobs import WINDOW, Gap, Job, Row
+from ckptlab.analysis.checkup.reading import Reader
 from ckptlab.catalog import MASTER, MODULE
+from ckptlab.pool import Workers
 
 Rank = tuple[int, int, int]  # (pp, tp, dp)
+_TOGETHER, _MANY = 64, 8  # jobs that one reader does at most, and windows from which on they are enough
 
 
 class Key(NamedTuple):
@@ -41,7 +44,7 @@ class Seen:
 
     def add(self, where: np.ndarray, start: int, a: np.ndarray, b: np.ndarray | None = None) -> None:
         """Note the elements `where` of a window that begins at element `start`."""
-        distances = np.zeros(1) if b is None else windows.apart(a[where], b[where])
+        distances = np.zeros(1) if b is None else bitwise.apart(a[where], b[where])
         i = int(distances.argmax())
         self.count += len(where)
         if distances[i] > self.worst:
@@ -76,24 +79,47 @@ class Told:
             self.zero[row] = self.zero.get(row, True) and zero
 
 
-def survey(jobs: Sequence[Job], gaps: Sequence[Gap], progress: bool) -> Told:
-    """Read everything once, and say what was seen."""
+def survey(
+    jobs: Sequence[Job], gaps: Sequence[Gap], *, window: int = WINDOW, workers: Workers = None, progress: bool = False
+) -> Told:
+    """Read everything once, in windows of so many bytes, and say what was seen."""
     told = Told()
-    for part in _with_bar([*jobs, *gaps], progress):
-        told.join(part)
+    todo: list[Job | Gap] = [*jobs, *gaps]
+    with pool.progress(sum(job.nbytes for job in todo), "checking", "B", progress) as bar:
+        for part in pool.run(_work, _tasks(todo, window), on=workers, size=lambda task: task.nbytes, bar=bar):
+            told.join(part)
     return told
 
 
-def _with_bar(todo: Sequence[Job | Gap], progress: bool) -> Iterator[Told]:
-    from tqdm.auto import tqdm
+@dataclass(frozen=True)
+class _Task:
+    """Jobs that one reader does: many of them may be small."""
 
-    total = sum(job.nbytes for job in todo)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="checking", leave=False) as bar:
-        yield from in_threads(_work, todo, lambda job: bar.update(job.nbytes))
+    jobs: tuple[Job | Gap, ...]
+    window: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
 
 
-def _work(reader: Reader, job: Job | Gap) -> Told:
-    return _padding(reader, job) if isinstance(job, Gap) else _rows(reader, job)
+def _tasks(todo: Sequence[Job | Gap], window: int) -> Iterator[_Task]:
+    jobs: list[Job | Gap] = []
+    for job in todo:
+        jobs.append(job)
+        if sum(job.nbytes for job in jobs) >= _MANY * window or len(jobs) == _TOGETHER:
+            yield _Task(tuple(jobs), window)
+            jobs = []
+    if jobs:
+        yield _Task(tuple(jobs), window)
+
+
+def _work(task: _Task) -> Told:
+    told = Told()
+    with Reader() as reader, np.errstate(all="ignore"):
+        for job in task.jobs:
+            told.join(_padding(reader, job) if isinstance(job, Gap) else _rows(reader, job, task.window))
+    return told
 
 
 def is_second_moment(state: str) -> bool:
@@ -101,8 +127,8 @@ def is_second_moment(state: str) -> bool:
     return state.endswith(("_sq", "square_avg"))
 
 
-def _rows(reader: Reader, job: Job) -> Told:
-    told, size = Told(), window_of(job.rows)
+def _rows(reader: Reader, job: Job, window_bytes: int) -> Told:
+    told, size = Told(), job.elements(window_bytes)
     rounds = {MASTER, MODULE} <= {row.state for row in job.rows}
     scratch = np.empty(min(size, job.hi - job.lo) if rounds else 0, np.uint32)
     for start in range(job.lo, job.hi, size):
@@ -122,11 +148,11 @@ def _rows(reader: Reader, job: Job) -> Told:
 
 def _values(told: Told, job: Job, row: Row, window: np.ndarray, start: int) -> None:
     squares = is_second_moment(row.state)
-    seen = windows.extremes(window, signed=squares)
+    seen = bitwise.extremes(window, signed=squares)
     place = (job.tensor, row.state, row.rank)
     told.zero[place] = told.zero.get(place, True) and seen.zero
     if not seen.finite:
-        told.note(Key("finite", *place), _noted(windows.unfinite(window), window, start))
+        told.note(Key("finite", *place), _noted(bitwise.unfinite(window), window, start))
     if squares and (seen.negative or not seen.finite):
         below = np.flatnonzero(window.astype(np.float32) < 0)
         if len(below):
@@ -142,7 +168,7 @@ def _noted(where: np.ndarray, a: np.ndarray, start: int, b: np.ndarray | None = 
 def _equal(told: Told, job: Job, row: Row, partner: Row, a: np.ndarray, b: np.ndarray, start: int) -> None:
     if a.dtype != b.dtype:
         return
-    where = windows.unequal(a, b)
+    where = bitwise.unequal(a, b)
     if len(where):
         told.note(Key("equal", job.tensor, row.state, row.rank, partner.rank), _noted(where, a, start, b))
 
@@ -154,7 +180,7 @@ def _rounding(
         master = by_place.get((MASTER, rank)) if state == MODULE else None
         if master is None:
             continue
-        where = windows.unrounded(master, weight, scratch)
+        where = bitwise.unrounded(master, weight, scratch)
         if len(where):
             told.note(Key("rounded", job.tensor, MASTER, rank), _noted(where, master, start, weight))
 
@@ -165,18 +191,8 @@ def _padding(reader: Reader, gap: Gap) -> Told:
         for at in range(start, start + count, 1 << 18):
             window = np.empty(min(start + count - at, 1 << 18), gap.stored.dtype)
             reader.elements(gap.stored, at, window)
-            if not windows.extremes(window).zero:
+            if not bitwise.extremes(window).zero:
                 name = gap.group.names[0] if gap.group.names else ""
                 key = Key("padding", f"group {gap.group.group}: {name}", gap.state, gap.rank)
                 told.note(key, _noted(np.flatnonzero(window.astype(np.float32) != 0), window, at))
     return told
-
-
-def elements_of(jobs: Iterable[Job]) -> dict[tuple[str, Rank], int]:
-    """(tensor, rank) → elements of its shard."""
-    sizes: dict[tuple[str, Rank], int] = {}
-    for job in jobs:
-        for row in job.rows:
-            place = (job.tensor, row.rank)
-            sizes[place] = max(sizes.get(place, 0), job.hi)
-    return sizes

@@ -1,35 +1,25 @@
 """One pass over the data: windows that fit the processor's cache, read into buffers that are used again.
 
-`pread` into a warm buffer is faster here than touching mapped pages, and holds no memory but the buffers. Two threads:
-numpy and the system call let go of the interpreter.
+`pread` into a warm buffer is faster here than touching mapped pages, and holds no memory but the buffers.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterable
 
 import numpy as np
 
-from ckptlab.analysis.checkup.rows import Row
+from ckptlab.analysis.checkup.jobs import Row
 from ckptlab.errors import CheckpointError
-from ckptlab.stored import Stored
+from ckptlab.stored import Stored, add_read
 
-WORKERS = 2
-WINDOW = 1 << 21  # bytes of all rows of a job that are held at a time, by each thread
-LEAST = 1 << 12  # elements of a window, however many rows there are
-_OPEN = 32  # files that a thread keeps open
-
-J = TypeVar("J")
-R = TypeVar("R")
+_OPEN = 32  # files that a reader keeps open
 
 
 class Reader:
-    """Reads elements of stored tensors into arrays of its own; each thread has one, with its own files and buffers."""
+    """Reads elements of stored tensors into arrays of its own. For one thread: its files and buffers are used again."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, int] = OrderedDict()
@@ -63,6 +53,7 @@ class Reader:
         """Elements from `start` on of a stored tensor, as many as `out` has."""
         if not stored.contiguous:
             np.copyto(out, stored.flat[start : start + len(out)])
+            add_read(out.nbytes)
             return
         at, raw = stored.offset + start * stored.dtype.itemsize, out.view(np.uint8)
         file, done = self._open(stored.path), 0
@@ -74,6 +65,7 @@ class Reader:
                     "was opened"
                 )
             done += got
+        add_read(done)
 
     def _open(self, path: str) -> int:
         if path in self._files:
@@ -84,35 +76,9 @@ class Reader:
         self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
 
-    def close(self) -> None:
-        """Close this thread's files."""
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
-
-
-def window_of(rows: Iterable[Row]) -> int:
-    """Elements of a window, so that those of all rows together stay in the cache."""
-    return max(WINDOW // max(sum(row.dtype.itemsize for row in rows), 1), LEAST)
-
-
-def in_threads(work: Callable[[Reader, J], R], todo: Iterable[J], done: Callable[[J], object]) -> Iterator[R]:
-    """The results of `work` on each job, in order; `done` is called as each has come."""
-    mine, readers = threading.local(), []
-
-    def one(job: J) -> R:
-        if not hasattr(mine, "reader"):
-            mine.reader = Reader()
-            readers.append(mine.reader)
-        with np.errstate(all="ignore"):
-            return work(mine.reader, job)
-
-    listed = list(todo)
-    pool = ThreadPoolExecutor(WORKERS)
-    try:
-        for job, result in zip(listed, pool.map(one, listed), strict=True):
-            done(job)
-            yield result
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for reader in readers:
-            reader.close()

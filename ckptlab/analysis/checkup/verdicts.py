@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ckptlab.analysis.checkup import windows
+from ckptlab.analysis.bitwise import unrounded
 from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
 from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.finding import Rank as NamedRank
@@ -136,7 +136,7 @@ class _Judge:
             weight = held[0].stored.flat[: len(master)] if held else master[:0]
             if (p, tp) == (stage, mine) or p != stage or len(weight) < len(master) or not len(master):
                 continue
-            if not len(windows.unrounded(master, weight, np.empty(len(master), np.uint32))):
+            if not len(unrounded(master, weight, np.empty(len(master), np.uint32))):
                 return _rank(self.catalog.mesh, (p, tp, 0))
         return None
 
@@ -323,8 +323,3 @@ def named(mesh: Mesh, rank: Rank) -> NamedRank:
 
 def _rank(mesh: Mesh, rank: Rank) -> str:
     return " · ".join(f"{axis} {k}" for axis, k in named(mesh, rank).items()) or "the first rank"
-
-
-def told_ranks(ranks: Sequence[Mapping[str, int]]) -> str:
-    """Ranks in words: `pp 0 · tp 1, pp 1 · tp 1`."""
-    return ", ".join(" · ".join(f"{axis} {k}" for axis, k in rank.items()) for rank in ranks if rank)

@@ -47,7 +47,10 @@ def unfinite(x: np.ndarray) -> np.ndarray:
 
 
 def unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Indices at which two windows of one dtype differ in their bits."""
+    """Indices at which two windows differ: in their bits, or in value where their dtypes differ (NaN equals NaN)."""
+    if a.dtype != b.dtype:
+        x, y = wide(a), wide(b)
+        return np.flatnonzero((x != y) & ~(np.isnan(x) & np.isnan(y)))
     bits = _BITS.get(a.dtype.itemsize)
     if bits is None:  # complex128
         return np.flatnonzero((a.view(np.uint64) != b.view(np.uint64)).reshape(-1, 2).any(axis=1))
@@ -79,11 +82,25 @@ def unrounded(master: np.ndarray, weight: np.ndarray, scratch: np.ndarray) -> np
     return suspects[(rounded != held) & ~(np.isnan(rounded) & np.isnan(held))]
 
 
+def wide(x: np.ndarray) -> np.ndarray:
+    """In float64, or complex128."""
+    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64, copy=False)
+
+
 def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b| in float64; inf where only one is NaN or they are different infinities."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
+    x, y = wide(a), wide(b)
     with np.errstate(invalid="ignore"):
         distance = np.abs(x - y)
     distance[np.isnan(distance)] = np.inf
     distance[(np.isnan(x) & np.isnan(y)) | (x == y)] = 0.0
     return distance
+
+
+def relative(distances: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """What is `apart`, as a share of the larger of |a| and |b|."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = distances / np.maximum(np.abs(wide(a)), np.abs(wide(b)))
+    ratio[distances == 0] = 0.0
+    ratio[np.isnan(ratio)] = np.inf
+    return ratio

@@ -18,7 +18,8 @@ from ckptlab.catalog import Catalog, FlatGroup, Fragment, Tensor
 from ckptlab.layout.cut import Coordinate
 from ckptlab.stored import Stored
 
-RUN = 1 << 22  # elements of a shard that one job goes through
+WINDOW = 1 << 21  # bytes of all rows of a job that a worker holds at a time, if not said
+_JOB = 2  # elements of a shard that one job goes through, for each byte of a window
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Job:
     @property
     def nbytes(self) -> int:
         return sum((self.hi - self.lo) * row.dtype.itemsize for row in self.rows)
+
+    def elements(self, window: int) -> int:
+        """Elements of a row in a window of so many bytes; not too few, however many rows there are."""
+        return max(window // max(sum(row.dtype.itemsize for row in self.rows), 1), window >> 9, 1)
 
     def compared_with(self, row: Row) -> Row | None:
         """The row that must hold the same as `row`: that of the first dp rank; of the canonical stage's same tp rank;
@@ -74,19 +79,19 @@ class Gap:
         return sum(n for _, n in self.spans) * self.stored.dtype.itemsize
 
 
-def jobs(catalog: Catalog) -> Iterator[Job]:
-    """Everything that a catalog has of tensors, once."""
+def jobs(catalog: Catalog, window: int = WINDOW) -> Iterator[Job]:
+    """Everything that a catalog has of tensors, once; in jobs of many windows of so many bytes."""
     for tensor in catalog.tensors.values():
         for at in tensor.cut.coordinates():
             rows = tuple(_rows(catalog, tensor, at))
             count = math.prod(tensor.cut.shard_shape(at))
             if rows and count:
-                yield from _split(tensor.name, tensor.kind, count, rows, tensor.layout.replicas != "mean")
+                yield from _split(tensor.name, tensor.kind, count, window, rows, tensor.layout.replicas != "mean")
 
 
-def _split(name: str, kind: str, count: int, rows: tuple[Row, ...], compared: bool) -> Iterator[Job]:
-    for lo in range(0, count, RUN):
-        yield Job(name, kind, lo, min(lo + RUN, count), rows, compared)
+def _split(name: str, kind: str, count: int, window: int, rows: tuple[Row, ...], compared: bool) -> Iterator[Job]:
+    for lo in range(0, count, _JOB * window):
+        yield Job(name, kind, lo, min(lo + _JOB * window, count), rows, compared)
 
 
 def _rows(catalog: Catalog, tensor: Tensor, at: Coordinate) -> Iterator[Row]:
@@ -118,7 +123,7 @@ def _between(held: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, i
         done = max(done, start + count)
 
 
-def loose(contents: Mapping[str, Any]) -> Iterator[Job]:
+def loose(contents: Mapping[str, Any], window: int = WINDOW) -> Iterator[Job]:
     """The tensors of files that could be read, each by itself: for a checkpoint that does not open. Views on the same
     bytes are taken once."""
     seen: dict[tuple[str, int], int] = {}
@@ -128,7 +133,7 @@ def loose(contents: Mapping[str, Any]) -> Iterator[Job]:
             if stored.numel and stored.contiguous and seen.get(place, 0) < stored.nbytes:
                 seen[place] = stored.nbytes
                 row = Row("", (0, 0, 0), stored.dtype, (Fragment(0, stored),))
-                yield from _split(f"{file}: {key}", "loose", stored.numel, (row,), False)
+                yield from _split(f"{file}: {key}", "loose", stored.numel, window, (row,), False)
 
 
 def stored_in(content: Any) -> Iterator[tuple[str, Stored]]:

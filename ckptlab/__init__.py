@@ -65,7 +65,6 @@ __all__ = [
     "Rules",
     "Run",
     "Strategy",
-    "Tensor",
     "UnsafeFileError",
     "UnsupportedError",
     "__version__",
@@ -76,7 +75,6 @@ __all__ = [
     "health",
     "merge",
     "merge_flat",
-    "open",
     "open_run",
     "paper_model",
     "playground",
@@ -132,4 +130,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "Tensor", "open"])  # these two are not starred: `open` is a builtin, Tensor torch's

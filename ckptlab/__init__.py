@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.flat_operations import merge_flat, split_flat
     from ckptlab.arrays.operations import ReplicaWarning, merge, reshape, split, to
-    from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
-    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, paper_model, save_weights
+    from ckptlab.catalog import Catalog, Notice, ParameterGroup
+    from ckptlab.catalog import Tensor as Tensor
+    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, paper_model, save_weights
+    from ckptlab.checkpoint import open as open
     from ckptlab.convert import Report
     from ckptlab.errors import (
         BackendError,

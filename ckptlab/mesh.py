@@ -44,7 +44,7 @@ class Mesh(Mapping[str, int]):
 
     @classmethod
     def from_device_mesh(cls, devices: Any) -> Mesh:
-        """The axes and degrees of a torch `DeviceMesh` or a `jax.sharding.Mesh`; ranks are numbered in our order of axes.
+        """The axes and degrees of a torch `DeviceMesh` or a `jax.sharding.Mesh`; ranks are numbered in our order.
 
         The other way is a line of theirs: `init_device_mesh("cuda", mesh.shape, mesh_dim_names=mesh.axes)`,
         `jax.make_mesh(mesh.shape, mesh.axes)`. MeshError where its axes have no names.
@@ -107,7 +107,10 @@ class Mesh(Mapping[str, int]):
 
     def get(self, axis: str, default: Any = None) -> Any:
         """The degree, or the default where there is no such axis."""
-        return self[axis] if axis in self else default
+        try:
+            return self[axis]
+        except MeshError:
+            return default
 
     def leaves(self, axis: str) -> tuple[str, ...]:
         """The axis itself, or all parts of an axis that was split, slowest first."""

@@ -1,4 +1,4 @@
-"""Layouts in jax's and torch's words: what their shards are is what our cuts say. Their devices are in processes of their own."""
+"""Layouts in jax's and torch's words: what their shards are is what our cuts say. Devices are in processes of their own."""
 
 from __future__ import annotations
 

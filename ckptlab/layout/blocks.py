@@ -1,4 +1,4 @@
-"""Layouts as jax's PartitionSpec and torch's placements can say them: axes cut a dim into equal blocks, from outside in.
+"""Layouts as jax's PartitionSpec and torch's placements can say them: axes cut a dim into equal blocks, outside in.
 
 `(tp out) in` can be said, and `(dp tp out)`; `(3 tp out)` cannot, nor can `(out tp)`, unequal parts or uneven widths.
 """
@@ -59,14 +59,14 @@ def dims_of_axes(layout: Layout, devices: Any) -> tuple[int | None, ...]:
     for dim, axes in zip(layout.dims, cuts, strict=True):
         if list(axes) != sorted(axes, key=order.index):
             raise LayoutError(
-                f"dim {dim!r} of {layout.text!r} is cut over {', '.join(axes)}, outside in, but the mesh has its axes as "
-                f"{', '.join(order)}: torch cuts a dim in the order of the mesh"
+                f"dim {dim!r} of {layout.text!r} is cut over {', '.join(axes)}, outside in, but the mesh has its axes "
+                f"as {', '.join(order)}: torch cuts a dim in the order of the mesh"
             )
     found = {axis: i for i, axes in enumerate(cuts) for axis in axes}
     if mesh["pp"] > 1 and not set(mesh.leaves("pp")) & found.keys():
         raise LayoutError(
-            f"{layout.text!r} on {mesh}: a tensor lives on its own pp stages, and placements cannot say which: give the "
-            'mesh of one stage, mesh.replace(pp=1) or device_mesh["dp", "tp"]'
+            f"{layout.text!r} on {mesh}: a tensor lives on its own pp stages, and placements cannot say which: give "
+            'the mesh of one stage, mesh.replace(pp=1) or device_mesh["dp", "tp"]'
         )
     return tuple(found.get(axis) for axis in order)
 

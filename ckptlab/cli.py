@@ -1,4 +1,4 @@
-"""The command line: info, ls, plan, convert, check, diff, stats, formats. Each command imports what it needs when it runs."""
+"""The command line, a function for each command, which imports what it needs when it runs."""
 
 from __future__ import annotations
 

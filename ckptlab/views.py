@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ckptlab.arrays import Gather, Partition, shard_gathers
+from ckptlab.arrays import operations as operations  # with the accessor of what is made here
 from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.lazy import Converted, Flat, Gathered, LazyArray, Padded, Stacked, variable
 from ckptlab.catalog import Catalog, FlatGroup, Tensor
@@ -152,7 +153,8 @@ class _View:
             dims, array = found[0]
             if stack.numbers is not None:
                 dims, array = ("layer", *dims), Stacked([a for _, a in found])
-            variables[state] = variable(dims, _converted(array, self.dtype), backend=self.backend)
+            told = {"layout": first.layout.text}
+            variables[state] = variable(dims, _converted(array, self.dtype), told, self.backend)
         coordinates = self.coordinates(first, {str(dim) for v in variables.values() for dim in v.dims})
         if stack.numbers is not None:
             coordinates["layer"] = list(stack.numbers)

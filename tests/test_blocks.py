@@ -1,4 +1,4 @@
-"""Layouts in jax's and torch's words: what their shards are is what our cuts say. Devices are in processes of their own."""
+"""Layouts in jax's and torch's words: what their shards are is what our cuts say (in processes with 8 devices)."""
 
 from __future__ import annotations
 

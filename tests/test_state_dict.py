@@ -122,7 +122,7 @@ def test_what_is_loaded_is_rounded_and_padded_as_the_module_wants(gpt: Any) -> N
 def test_what_does_not_fit_is_refused_before_anything_is_copied(gpt: Any) -> None:
     known = shapes(gpt)
     first, second, *_ = [n for n in known if len(known[n]) == 2 and not gpt[n].layout.padded]
-    wrong = {**known, "head.bias": (3,), first: known[first][::-1] + (1,)}
+    wrong = {**known, "head.bias": (3,), first: (*known[first][::-1], 1)}
     del wrong[second]
     module = Module(wrong)
     with pytest.raises(CheckpointError) as told:

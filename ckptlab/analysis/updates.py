@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
+from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import BLOCK
 from ckptlab.analysis.windows import SPAN
 from ckptlab.arrays import Gather

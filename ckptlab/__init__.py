@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.flat_operations import merge_flat, split_flat
     from ckptlab.arrays.operations import ReplicaWarning, merge, reshape, split, to
-    from ckptlab.catalog import Catalog, Notice, ParameterGroup, Tensor
-    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, open, paper_model, save_weights
+    from ckptlab.catalog import Catalog, Notice, ParameterGroup
+    from ckptlab.catalog import Tensor as Tensor
+    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, paper_model, save_weights
+    from ckptlab.checkpoint import open as open
     from ckptlab.convert import Report
     from ckptlab.errors import (
         BackendError,
@@ -66,7 +68,6 @@ __all__ = [
     "Rules",
     "Run",
     "Strategy",
-    "Tensor",
     "UnsafeFileError",
     "UnsupportedError",
     "__version__",
@@ -77,7 +78,6 @@ __all__ = [
     "health",
     "merge",
     "merge_flat",
-    "open",
     "open_run",
     "paper_model",
     "playground",
@@ -135,4 +135,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "Tensor", "open"])  # these two are not starred: `open` is a builtin, Tensor torch's

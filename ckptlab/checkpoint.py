@@ -7,19 +7,24 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ckptlab import convert, paper, strategy
 from ckptlab.catalog import MODULE, Catalog, Notice, Tensor, module_source
-from ckptlab.errors import CheckpointError, ReshapeError
+from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.formats import FORMATS, read
 from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Placement, Plan, compose
 from ckptlab.viewed import Viewed
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckptlab.state_dict import Loaded
 
 SHARD_BYTES = 5_000_000_000  # safetensors files are cut at this size, as Hugging Face's are
 
@@ -54,8 +59,13 @@ def _strategy(given: Any) -> strategy.Strategy | None:
     return strategy.resolve(given)
 
 
-class Checkpoint(Viewed):
-    """A checkpoint opened by `ckptlab.open`. Nothing is read until a view's values are asked for."""
+class Checkpoint(Viewed, Mapping[str, Tensor]):
+    """A checkpoint opened by `ckptlab.open`. Nothing is read until a view's values are asked for.
+
+    A Mapping of the model's names to what is known of each tensor; an alias is found, and not iterated over.
+    """
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = self.source = self.held = catalog
@@ -113,8 +123,34 @@ class Checkpoint(Viewed):
         """
         return Reshape.of(self.catalog, mesh, **options)
 
+    def state_dict(
+        self, state: str | None = None, backend: Any = "torch", dtype: Any = None, device: Any = None
+    ) -> dict[str, Any]:
+        """Name → whole tensor as an array of the library, under the model's own names: see `ckptlab.state_dict`."""
+        from ckptlab.state_dict import state_dict
+
+        return state_dict(self, state, backend, device, dtype)
+
+    def load_into(self, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Loaded:
+        """Copy whole tensors into a module's parameters and buffers of the same names: see `ckptlab.state_dict`."""
+        from ckptlab.state_dict import load_into
+
+        return load_into(self, module, strict, state)
+
     def __getitem__(self, name: str) -> Tensor:
-        return self.catalog[name]
+        try:
+            return self.catalog[name]
+        except CheckpointError as e:
+            raise UnknownNameError(str(e)) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
 
     def __repr__(self) -> str:
         from ckptlab.describe import summary_text

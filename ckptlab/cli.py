@@ -1,4 +1,4 @@
-"""The command line: info, plan, convert, check, diff, stats. Each command imports what it needs when it runs."""
+"""The command line, a function for each command, which imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -148,6 +148,7 @@ def main() -> None:
 
     \b
       ckptlab info run/global_step1000
+      ckptlab ls run "*.mlp.*"
       ckptlab plan run --tp 4 --pp 1
       ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1
       ckptlab check run
@@ -183,6 +184,33 @@ def info(path: str, everything: bool, strategy: str | None, as_json: bool) -> No
 
     click.echo(summary_text(ckpt, notices=False, everything=everything))
     _note(n.text for n in ckpt.notices)
+
+
+@main.command("ls", short_help="Its tensors, one a line.")
+@click.argument("path")
+@click.argument("pattern", required=False)
+@click.option("-E", "--regex", is_flag=True, help="PATTERN is a regular expression, found anywhere in a name.")
+@_strategy
+@_json
+def list_tensors(path: str, pattern: str | None, regex: bool, strategy: str | None, as_json: bool) -> None:
+    """The tensors of a checkpoint one a line: name, shape, layout, states with their dtypes.
+
+    PATTERN is a glob that takes the whole name, or text that stands somewhere in it. A layout that a checkpoint of tp 1
+    does not tell is a question mark.
+
+    \b
+      ckptlab ls run
+      ckptlab ls run "*.mlp.*.weight"
+      ckptlab ls run -E "^[0-3]\\." --json | jq -r .tensors[].name
+    """
+    from ckptlab.describe.listing import listed, listing
+
+    ckpt = _open(path, strategy)
+    found = listed(ckpt, pattern, regex)
+    if as_json:
+        _print({"path": ckpt.path, "tensors": found})
+    else:
+        click.echo(listing(found))
 
 
 @main.command(short_help="What a reshape to another mesh would do.")
@@ -350,6 +378,22 @@ def diff(
     else:
         click.echo(repr(found))
     ctx.exit(0 if found.equal else 1)
+
+
+@main.command(short_help="What is registered: formats, strategies, backends.")
+@_json
+def formats(as_json: bool) -> None:
+    """What is registered here: formats that open, strategies for layouts, array libraries. Packages may add to each."""
+    from ckptlab import strategy
+    from ckptlab.arrays import backends
+    from ckptlab.formats import FORMATS
+
+    found = {"formats": list(FORMATS), "strategies": list(strategy.names()), "backends": list(backends.names())}
+    if as_json:
+        _print(found)
+        return
+    width = max(map(len, found))
+    click.echo("\n".join(f"{what:<{width}}  {', '.join(names)}" for what, names in found.items()))
 
 
 # ------------------------------------------------------------------ what the commands share

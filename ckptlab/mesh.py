@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,24 +14,49 @@ from ckptlab.errors import MeshError
 
 STANDARD = ("pp", "dp", "tp")
 """The axes that every mesh has, slowest first: DeepSpeed's rank is (pp * DP + dp) * TP + tp."""
+_KNOWN = (*STANDARD, "ep", "cp")
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Mesh:
+class Mesh(Mapping[str, int]):
     """Named mesh axes with degrees; a rank is one coordinate, the last axis running fastest.
 
     `Mesh(pp=2, dp=4, tp=2)`: an axis that is not given has degree 1; axes other than pp, dp and tp come
-    before them, in the order given. `mesh["tp"]` is a degree; an axis that was split answers with the
-    product of its parts, in this and in all methods. Raises MeshError.
+    before them, in the order given. A Mapping of axis → degree: `mesh["tp"]`, `dict(mesh)`; an axis that was
+    split answers with the product of its parts, in this and in all methods. Raises MeshError.
     """
 
     _degrees: tuple[tuple[str, int], ...]
     _parts: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def __init__(self, **degrees: int) -> None:
+    def __init__(self, *unnamed: int, **degrees: int) -> None:
+        if unnamed:
+            raise MeshError(
+                f"Mesh({', '.join(map(repr, unnamed))}) does not say whose degrees: name the axes, Mesh(tp=4)"
+            )
+        for axis, degree in degrees.items():
+            meant = next((a for a in _KNOWN if axis not in _KNOWN and a in (axis.lower(), axis[::-1])), None)
+            if meant:
+                raise MeshError(f"Mesh has no axis {axis!r}: name the axes as notation does, Mesh({meant}={degree})")
         order = [axis for axis in degrees if axis not in STANDARD] + list(STANDARD)
         object.__setattr__(self, "_degrees", tuple((a, _degree(a, degrees.get(a, 1))) for a in order))
         object.__setattr__(self, "_parts", ())
+
+    @classmethod
+    def from_device_mesh(cls, devices: Any) -> Mesh:
+        """The axes and degrees of a torch `DeviceMesh` or a `jax.sharding.Mesh`; ranks are numbered in our order.
+
+        The other way is a line of theirs: `init_device_mesh("cuda", mesh.shape, mesh_dim_names=mesh.axes)`,
+        `jax.make_mesh(mesh.shape, mesh.axes)`. MeshError where its axes have no names.
+        """
+        names = getattr(devices, "axis_names", None) or getattr(devices, "mesh_dim_names", None)
+        if not names:
+            raise MeshError(
+                f"{type(devices).__name__} has no names of axes: give a jax.sharding.Mesh, or a DeviceMesh made with "
+                'init_device_mesh(…, mesh_dim_names=("dp", "tp"))'
+            )
+        shape = devices.shape.values() if isinstance(devices.shape, Mapping) else devices.shape
+        return cls(**dict(zip(names, shape, strict=True)))
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -75,6 +101,16 @@ class Mesh:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.axes)
+
+    def __len__(self) -> int:
+        return len(self._degrees)
+
+    def get(self, axis: str, default: Any = None) -> Any:
+        """The degree, or the default where there is no such axis."""
+        try:
+            return self[axis]
+        except MeshError:
+            return default
 
     def leaves(self, axis: str) -> tuple[str, ...]:
         """The axis itself, or all parts of an axis that was split, slowest first."""

@@ -1,9 +1,9 @@
-"""xarray's engine "deepspeed": the views of a checkpoint for those who live in xarray. An entry point names it."""
+"""xarray's engine "ckptlab" (and "deepspeed"): the views of a checkpoint for those who live in xarray."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import xarray as xr
@@ -19,22 +19,22 @@ from ckptlab.views import Flat, Full, Shards, View
 
 _TENSORS: dict[str, type[View]] = {"full": Full, "shards": Shards}
 VIEWS = (*_TENSORS, "buffers")
+OPTIONS = ("drop_variables", "group", "tensor", "view", "strategy", "dtype", "backend", "device")
+CONVENTIONS = (
+    *("mask_and_scale", "decode_times", "decode_timedelta", "use_cftime", "concat_characters"),
+    "decode_coords",
+)
 
 
-class DeepSpeedBackend(BackendEntrypoint):
-    """Opens the folders that `ckptlab.open` opens: `xarray.open_datatree(path, engine="deepspeed", view="shards")`."""
+class CkptlabBackend(BackendEntrypoint):
+    """Opens the folders that `ckptlab.open` opens: `xarray.open_datatree(path, engine="ckptlab", view="shards")`.
+
+    What xarray asks of files that follow the conventions of CF (`decode_times`, `mask_and_scale`, …) is taken and has
+    nothing to do here.
+    """
 
     description = "Checkpoints of 3D-parallel training runs (DeepSpeed's, universal, safetensors) with ckptlab"
-    open_dataset_parameters = (
-        "filename_or_obj",
-        "drop_variables",
-        "tensor",
-        "view",
-        "strategy",
-        "dtype",
-        "backend",
-        "device",
-    )
+    open_dataset_parameters = ("filename_or_obj", *OPTIONS, *CONVENTIONS)
     supports_groups = True
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
@@ -56,12 +56,18 @@ class DeepSpeedBackend(BackendEntrypoint):
         dtype: Any = None,
         backend: Any = None,
         device: Any = None,
+        group: str | None = None,
+        **conventions: Any,
     ) -> xr.DataTree:
-        """A whole view: "full", "shards" or "buffers".
+        """A whole view: "full", "shards" or "buffers"; of a `group`, the node of that name alone.
 
         drop_variables: states to leave out. strategy: as for `ckptlab.open`. dtype, backend, device: as for
         `Checkpoint.full`.
         """
+        _check(conventions)
+        if group is not None and group.strip("/"):
+            named = {"view": view, "strategy": strategy, "dtype": dtype, "backend": backend, "device": device}
+            return xr.DataTree(self.open_dataset(filename_or_obj, drop_variables=drop_variables, group=group, **named))
         source, on = _read(filename_or_obj, view, strategy), resolve(backend, device)
         if view == "buffers":
             dropped = _names(drop_variables)
@@ -81,23 +87,28 @@ class DeepSpeedBackend(BackendEntrypoint):
         filename_or_obj: Any,
         *,
         drop_variables: str | Iterable[str] | None = None,
+        group: str | None = None,
         tensor: str | None = None,
         view: str = "full",
         strategy: Any = None,
         dtype: Any = None,
         backend: Any = None,
         device: Any = None,
+        **conventions: Any,
     ) -> xr.Dataset:
         """One node of a view: a tensor by the model's name, a stack of layers or a flat buffer by its node's.
 
-        UnknownNameError, with the nearest names, if there is none.
+        group, tensor: its name (xarray's word for it, and ours). UnknownNameError, with the nearest names, if there is
+        none.
         """
+        _check(conventions)
         source = _read(filename_or_obj, view, strategy)
-        if tensor is None:
+        tensor = tensor if group is None else group.strip("/").replace("∕", "/")
+        if not tensor:
             first = ", ".join(list(source.tensors)[:3])
             raise UnknownNameError(
                 f"{source.path}: holds {len(source.tensors)} tensors ({first}, …), one Dataset holds one: give "
-                "tensor=, or use open_datatree for all"
+                "group= (or tensor=), or use open_datatree for all"
             )
         on = resolve(backend, device)
         if view == "buffers":
@@ -107,7 +118,16 @@ class DeepSpeedBackend(BackendEntrypoint):
         return found.drop_vars(_names(drop_variables), errors="ignore")
 
 
+def _check(conventions: Mapping[str, Any]) -> None:
+    """TypeError for an option that nobody knows."""
+    unknown = [name for name in conventions if name not in CONVENTIONS]
+    if unknown:
+        raise TypeError(f"engine 'ckptlab' has no option {unknown[0]!r}: it has {', '.join(OPTIONS)}")
+
+
 def _read(path: Any, view: str, strategy: Any) -> Catalog:
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"a checkpoint is opened by the path of its folder, not by {type(path).__name__}")
     if view not in VIEWS:
         raise CheckpointError(f"{os.fspath(path)}: no view {view!r}: expected one of {', '.join(VIEWS)}")
     return read(path, strategies.resolve(strategy))

@@ -191,7 +191,7 @@ def test_windows_of_any_size(case: Path) -> None:
 
 
 def test_the_table() -> None:
-    text = repr(adam(GPT).stats)
+    text = repr(adam(GPT).ckptlab.table)
     assert text.splitlines()[0].split()[:3] == ["tensor", "elements", "update/weight"]
-    assert "<table" in adam(GPT).stats._repr_html_()
-    assert adam(GPT).stats.to_dict()["rows"][0]["update_ratio"] > 0
+    assert "<table" in adam(GPT).ckptlab.table._repr_html_()
+    assert adam(GPT).ckptlab.table.to_dict()["rows"][0]["update_ratio"] > 0

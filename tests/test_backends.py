@@ -159,9 +159,9 @@ def test_selecting_reads_what_is_selected(backend: Backend) -> None:
 
 
 def test_xarrays_engine_takes_a_backend() -> None:
-    tree = xr.open_datatree(GPT, engine="deepspeed", backend="torch")
+    tree = xr.open_datatree(GPT, engine="ckptlab", backend="torch")
     assert isinstance(tree["6.weight"].fp32.data, Duck)
-    one = xr.open_dataset(GPT, engine="deepspeed", tensor="6.weight", backend="jax")
+    one = xr.open_dataset(GPT, engine="ckptlab", tensor="6.weight", backend="jax")
     assert one.fp32.values.tobytes() == tree["6.weight"].fp32.values.tobytes()
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -131,6 +132,54 @@ def test_info_takes_a_strategy(tmp_path: Path) -> None:
     about = json.loads(run("info", ZERO2, "--json", "--strategy", rules).stdout)
     assert {t["name"]: t["layout"] for t in about["tensors"]}["wte.weight"] == "(tp out) in"
     assert "no strategy is called 'megatorn'" in refused("info", ZERO2, "--strategy", "megatorn")
+
+
+# ls
+
+
+def test_ls_is_a_line_for_every_tensor() -> None:
+    lines = run("ls", GPT).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(read(GPT).tensors)
+    [line] = [line for line in lines if line.startswith("2.mlp.dense_h_to_4h.weight ")]
+    assert re.split(r"  +", line)[1:] == [
+        "64 × 16",
+        '"(tp out) in"',
+        "fp32 exp_avg exp_avg_sq: float32, module: bfloat16",
+    ]
+    [alone] = run("ls", ZERO2, "wte.weight").stdout.splitlines()
+    assert '  "' not in alone  # a checkpoint of tp 1 does not tell
+    assert run("ls", ZERO2, "lm_head*").stdout.startswith("wte.weight")  # by its alias
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (["*.mlp.*.weight"], r"\.mlp\..*\.weight$"),
+        (["[23].mlp*bias"], r"^[23]\.mlp.*bias$"),
+        (["dense_h_to"], "dense_h_to"),
+        (["-E", r"^[23]\..*bias$"], r"^[23]\..*bias$"),
+    ],
+    ids=str,
+)
+def test_ls_takes_a_pattern(pattern: list[str], expected: str) -> None:
+    wanted = [name for name in read(GPT).tensors if re.search(expected, name)]
+    found = json.loads(run("ls", GPT, *pattern, "--json").stdout)["tensors"]
+    assert [t["name"] for t in found] == wanted != []
+    assert set(found[0]) >= {"name", "shape", "layout", "states"}
+
+
+def test_ls_says_what_it_does_not_find() -> None:
+    assert "none of 52 tensors is called like 'mpl'" in refused("ls", GPT, "mpl")
+    assert "'(' is no regular expression" in refused("ls", GPT, "(", "-E")
+
+
+def test_formats_are_what_is_registered() -> None:
+    found = json.loads(run("formats", "--json").stdout)
+    assert found["formats"] == ["deepspeed", "universal", "safetensors"]
+    assert "megatron" in found["strategies"]
+    assert found["backends"][:3] == ["numpy", "torch", "jax"]
+    shown = run("formats").stdout.splitlines()
+    assert shown[0].split() == ["formats", "deepspeed,", "universal,", "safetensors"]
 
 
 # plan

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 import ckptlab
 from ckptlab import Finding, Health, Layout, Mesh, health
 from ckptlab.analysis.checkup import headers
-from ckptlab.analysis.checkup.jobs import gaps, jobs
+from ckptlab.analysis.checkup.jobs import gaps, jobs, stored_in
 from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read

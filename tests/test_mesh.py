@@ -1,6 +1,7 @@
 """Meshes: DeepSpeed's rank order, groups, sub-axes."""
 
 import pickle
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -108,3 +109,41 @@ def test_replace():
 def test_errors_spell_the_numbers(wrong, message):
     with pytest.raises(MeshError, match=message):
         wrong(Mesh(pp=2, dp=4, tp=2))
+
+
+def test_a_mapping_of_degrees():
+    """Once {'p': 'p', 'd': 'p', 't': 'p'}: pairs were made of the letters."""
+    mesh = Mesh(tp=2, cp=3)
+    assert dict(mesh) == {**mesh} == mesh.degrees == {"cp": 3, "pp": 1, "dp": 1, "tp": 2}
+    assert (list(mesh.items()), len(mesh), list(mesh)) == (list(mesh.degrees.items()), 4, list(mesh.axes))
+    parted = mesh.split("tp", kv=1, rep=2)
+    assert (parted["tp"], dict(parted)["rep"], parted.get("tp"), parted.get("ep", 1)) == (2, 2, 2, 1)
+    assert mesh != dict(mesh)  # a mesh has an order
+    assert len({mesh, Mesh(cp=3, tp=2)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Mesh(4, 1, 2), "Mesh(4, 1, 2) does not say whose degrees: name the axes, Mesh(tp=4)"),
+        (lambda: Mesh(pt=4), "Mesh(tp=4)"),
+        (lambda: Mesh(DP=2), "Mesh(dp=2)"),
+    ],
+)
+def test_what_is_not_named_right_is_said(make, says):
+    with pytest.raises(MeshError, match=re.escape(says)):
+        make()
+    assert Mesh(edp=2, x=3)["x"] == 3  # a checkpoint has whatever axes it has
+
+
+def test_a_mesh_of_devices():
+    class Theirs:
+        def __init__(self, **told):
+            vars(self).update(told)
+
+    torchs = Theirs(mesh_dim_names=("dp_shard", "cp", "tp"), shape=(4, 1, 2))
+    jaxs = Theirs(axis_names=("tp", "dp"), shape={"tp": 2, "dp": 4})
+    assert Mesh.from_device_mesh(torchs) == Mesh(dp_shard=4, cp=1, tp=2)
+    assert Mesh.from_device_mesh(jaxs) == Mesh(tp=2, dp=4)
+    with pytest.raises(MeshError, match="mesh_dim_names"):
+        Mesh.from_device_mesh(Theirs(mesh_dim_names=None, shape=(2,)))

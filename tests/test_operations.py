@@ -17,7 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptlab
-from ckptlab import Layout, LayoutError, Mesh, ReplicaWarning, merge, merge_flat, reshape, split, split_flat, to
+from ckptlab import (
+    Layout,
+    LayoutError,
+    Mesh,
+    MeshError,
+    ReplicaWarning,
+    merge,
+    merge_flat,
+    reshape,
+    split,
+    split_flat,
+    to,
+)
 from ckptlab.arrays.backends import resolve
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import moves
@@ -318,3 +330,32 @@ def test_flat_buffers_that_do_not_fit_are_refused() -> None:
         split_flat({"a": a}, flat)
     with pytest.raises(LayoutError, match=r"b: shards of \(5,\), the flat buffers have room for \[6\]"):
         split_flat({"a": a, "b": b}, flat)
+
+
+# ------------------------------------------------------------------------------------------------ on the array itself
+
+
+def test_the_accessor_does_what_the_functions_do() -> None:
+    ckpt = ckptlab.open(GPT)
+    shards = ckpt.shards("fp32")["mlp.dense_h_to_4h.weight"].fp32
+    assert shards.ckptlab.layout == Layout("(tp out) in")
+    whole = shards.ckptlab.merge()
+    assert whole.identical(merge(shards, "(tp out) in"))
+    assert whole.equals(ckpt.full("fp32")["mlp.dense_h_to_4h.weight"].fp32)
+    again = whole.ckptlab.split(mesh=Mesh(tp=4))
+    assert again.identical(split(whole, "(tp out) in", Mesh(tp=4)))
+    assert whole.ckptlab.split("out (tp in)", Mesh(tp=2)).sizes["in"] == whole.sizes["in"] // 2
+    moved = whole.ckptlab.to("torch")
+    assert moved.data.backend.name == "torch"
+    assert moved.identical(ckptlab.to(whole, "torch"))
+
+
+def test_the_accessor_says_what_it_lacks() -> None:
+    plain = xr.DataArray(np.zeros((4, 2)), dims=("a", "b"))
+    with pytest.raises(LayoutError, match="attrs tell no layout"):
+        plain.ckptlab.merge()
+    told = plain.assign_attrs(layout="(tp out) in")
+    with pytest.raises(LayoutError, match=r"has dims \('out', 'in'\), the array \('a', 'b'\)"):
+        _ = told.ckptlab.layout
+    with pytest.raises(MeshError, match="needs a mesh"):
+        told.ckptlab.split("(tp a) b")

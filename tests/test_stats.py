@@ -506,19 +506,19 @@ def test_a_matrix_of_zeros_has_rank_zero(shape: tuple[int, int]) -> None:
 
 def test_the_table_and_its_html() -> None:
     found = stats(GPT)
-    text = repr(found.stats)
+    text = repr(found.ckptlab.table)
     assert "6.bias" not in text, "60 rows of 208"
     assert "… and 148 more rows" in text
-    html = found.stats._repr_html_()
+    html = found.ckptlab.table._repr_html_()
     assert html.count("<svg") == 200
     assert "<script" not in html
-    deep = stats(GPT, by="layer").stats._repr_html_()
+    deep = stats(GPT, by="layer").ckptlab.table._repr_html_()
     assert "norm by layer" in deep
     assert "16 stacks, 4 layers" in deep
     assert "<td>-1</td>" not in deep
-    assert "1 kind, 2 tp ranks" in stats(ckptlab.open(GPT).shards(), by="kind").stats._repr_html_()
+    assert "1 kind, 2 tp ranks" in stats(ckptlab.open(GPT).shards(), by="kind").ckptlab.table._repr_html_()
     hostile = stats(xr.DataArray(np.ones(3, np.float32), dims="x", name="<b>w</b>"))
-    assert "<b>w" not in hostile.stats._repr_html_()
+    assert "<b>w" not in hostile.ckptlab.table._repr_html_()
 
 
 def test_the_command() -> None:
@@ -544,3 +544,24 @@ def test_accumulators_for_others() -> None:
     found = taken.result().merge(partial(np.array([6.0])))
     assert (found.count, found.nan, found.inf, found.finite, found.mean, found.low, found.high) == (6, 1, 1, 4, 3, 1, 6)
     assert found.std == np.std([1, 2, 3, 6])
+
+
+def test_the_worst_and_the_plots() -> None:
+    found = stats(GPT, states=["fp32", "exp_avg"])
+    worst = found.ckptlab.worst("max", 3)
+    sizes = abs(found["max"]).max("state")
+    assert worst["tensor"].values.tolist() == sizes.sortby(sizes, ascending=False)["tensor"].values[:3].tolist()
+    assert worst["norm"].equals(found["norm"].sel(tensor=worst["tensor"]))
+    assert repr(worst.ckptlab.table).splitlines()[1].startswith(str(worst["tensor"].values[0]))
+    assert stats(GPT, by="layer").ckptlab.worst("norm", 2).sizes["tensor"] == 2
+    updates = ckptlab.adam(GPT)
+    first = updates.ckptlab.worst("update_ratio")["update_ratio"]
+    assert first[0] == updates["update_ratio"].max()
+    with pytest.raises(CheckpointError, match="no figure 'dtype' of each tensor: there are elements"):
+        found.ckptlab.worst("dtype")
+    with pytest.raises(CheckpointError, match="it holds fp32"):
+        _ = xr.Dataset({"fp32": ("x", [1.0])}).ckptlab.table
+    pytest.importorskip("matplotlib")
+    assert found.ckptlab.plot("histograms").axes
+    with pytest.raises(CheckpointError, match="expected one of norms"):
+        found.ckptlab.plot("histogram")

@@ -478,27 +478,43 @@ def test_views_of_a_target_are_those_of_what_is_then_saved(
 
 
 def test_the_engine_opens_trees_and_single_tensors(gpt: Catalog) -> None:
-    tree = xr.open_datatree(GPT, engine="deepspeed", drop_variables="exp_avg")
+    tree = xr.open_datatree(GPT, engine="ckptlab", drop_variables="exp_avg")
     assert set(tree[QKV].data_vars) == {"fp32", "exp_avg_sq", "module"}
     assert xr.open_datatree(str(GPT)).children.keys() == tree.children.keys()  # the engine is guessed
-    shards = xr.open_datatree(GPT, engine="deepspeed", view="shards")
+    shards = xr.open_datatree(GPT, engine="ckptlab", view="shards")
     assert shards[EMBEDDING].fp32.dims == ("pp", "tp", "out", "in")
-    groups = xr.open_datatree(GPT, engine="deepspeed", view="buffers", drop_variables=["fp32"])
+    groups = xr.open_datatree(GPT, engine="ckptlab", view="buffers", drop_variables=["fp32"])
     assert "fp32" not in groups["pp1/group0"].data_vars
-    one = xr.open_dataset(GPT, engine="deepspeed", tensor=f"4.{QKV}")
+    one = xr.open_dataset(GPT, engine="ckptlab", tensor=f"4.{QKV}")
     assert one.fp32.shape == (48, 16)
     np.testing.assert_array_equal(one.fp32, tree[QKV].fp32.sel(layer=4))
-    several = xr.open_dataset(GPT, engine="deepspeed", tensor=QKV, view="shards", drop_variables=["fp32"])
+    several = xr.open_dataset(GPT, engine="ckptlab", tensor=QKV, view="shards", drop_variables=["fp32"])
     assert several.module.dims == ("layer", "tp", "out", "in")
     assert "fp32" not in several
-    assert xr.open_dataset(GPT, engine="deepspeed", tensor="pp0/group1", view="buffers").sizes["dp"] == 2
+    assert xr.open_dataset(GPT, engine="ckptlab", tensor="pp0/group1", view="buffers").sizes["dp"] == 2
+
+
+def test_the_engine_takes_xarrays_own_words() -> None:
+    """A group is a node; what is asked of files with CF conventions has nothing to do here."""
+    one = xr.open_dataset(GPT, engine="ckptlab", group=f"4.{QKV}")
+    assert one.identical(xr.open_dataset(GPT, engine="ckptlab", tensor=f"4.{QKV}"))
+    assert one.identical(xr.open_dataset(GPT, engine="deepspeed", group=f"/4.{QKV}"))
+    assert list(xr.open_datatree(GPT, engine="ckptlab", group=QKV).data_vars) == list(one.data_vars)
+    conventions = ("mask_and_scale", "decode_times", "decode_timedelta", "concat_characters", "decode_coords")
+    for options in ({"decode_cf": False}, {"decode_cf": True}, dict.fromkeys(conventions, False)):
+        assert xr.open_dataset(GPT, engine="ckptlab", group=f"4.{QKV}", **options).identical(one)
+    assert "fp32" in xr.open_groups(GPT, engine="ckptlab", decode_cf=False)[f"/{QKV}"]
+    with pytest.raises(TypeError, match="no option 'tensr': it has drop_variables, group"):
+        xr.open_dataset(GPT, engine="ckptlab", tensr=QKV)
+    with pytest.raises(CheckpointError, match="path of its folder, not by list"):
+        xr.open_dataset([GPT, GPT], engine="ckptlab", group=QKV)
 
 
 def test_the_engine_cuts_by_layers_for_dask() -> None:
     pytest.importorskip("dask")
-    opened = xr.open_dataset(GPT, engine="deepspeed", tensor=QKV, chunks={}, dtype="float32")
+    opened = xr.open_dataset(GPT, engine="ckptlab", tensor=QKV, chunks={}, dtype="float32")
     assert opened.module.chunks == ((1, 1, 1, 1), (48,), (16,))
-    np.testing.assert_array_equal(opened.module, xr.open_dataset(GPT, engine="deepspeed", tensor=QKV).module)
+    np.testing.assert_array_equal(opened.module, xr.open_dataset(GPT, engine="ckptlab", tensor=QKV).module)
 
 
 def test_the_engine_refuses_with_what_there_is(tmp_path: Path) -> None:
@@ -509,15 +525,15 @@ def test_the_engine_refuses_with_what_there_is(tmp_path: Path) -> None:
         ({"tensor": QKV, "view": "whole"}, "expected one of full, shards, buffers"),
     ]:
         with pytest.raises(CheckpointError, match=message):
-            xr.open_dataset(GPT, engine="deepspeed", **options)
+            xr.open_dataset(GPT, engine="ckptlab", **options)
     with pytest.raises(CheckpointError, match="no checkpoint here"):
-        xr.open_datatree(tmp_path, engine="deepspeed")
+        xr.open_datatree(tmp_path, engine="ckptlab")
 
 
 def test_the_engine_guesses_its_own_folders_alone(tmp_path: Path) -> None:
-    from ckptlab.xarray_backend import DeepSpeedBackend
+    from ckptlab.xarray_backend import CkptlabBackend
 
-    guess = DeepSpeedBackend().guess_can_open
+    guess = CkptlabBackend().guess_can_open
     assert all(guess(p) for p in (GPT, str(GPT), GPT / "global_step3", GPT / "universal"))
     (tmp_path / "latest").write_text("nowhere")
     (tmp_path / "zarr.zarr").mkdir()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import xarray as xr
 from ckptlab.arrays.lazy import Converted, Stacked, under, variable
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
-from ckptlab.errors import CheckpointError, LayoutError
+from ckptlab.errors import CheckpointError, LayoutError, UnknownNameError
 from ckptlab.views import Full
 
 if TYPE_CHECKING:
@@ -86,8 +86,10 @@ def _opened(folder: str, strategy: Any) -> tuple[list[tuple[str, Checkpoint]], l
     return opened, skipped
 
 
-class Run:
+class Run(Mapping[int, Checkpoint]):
     """The checkpoints of a run by step, opened by `ckptlab.open_run`. Nothing is read until values are asked for."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     def __init__(self, path: str, checkpoints: Mapping[int, Checkpoint], skipped: tuple[Skipped, ...] = ()) -> None:
         self.path, self.checkpoints, self.skipped = path, checkpoints, skipped
@@ -103,10 +105,19 @@ class Run:
         return tuple(dict.fromkeys(state for ckpt in self.checkpoints.values() for state in ckpt.states))
 
     def __getitem__(self, step: int) -> Checkpoint:
-        """The checkpoint of a step; CheckpointError, with those that there are, if there is none."""
+        """The checkpoint of a step; UnknownNameError, with those that there are, if there is none."""
         if step not in self.checkpoints:
-            raise CheckpointError(f"{self.path}: no step {step}: there are {', '.join(map(str, self.steps))}")
+            raise UnknownNameError(f"{self.path}: no step {step}: there are {', '.join(map(str, self.steps))}")
         return self.checkpoints[step]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.checkpoints)
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    def _ipython_key_completions_(self) -> list[int]:
+        return list(self)
 
     def full(self, state: str | Sequence[str] | None = None, *, dtype: Any = None) -> xr.DataTree:
         """Whole tensors over the steps, lazily: the nodes of `Checkpoint.full` with a dim `step` before all others.

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from ckptlab import pool
-from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
+from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import accumulator
 from ckptlab.analysis.partial import Bins, Partial, merged
 from ckptlab.analysis.rows import Row, View, rows_of
@@ -79,7 +79,7 @@ def stats(
     Variables: elements, and how many of them are nan, inf, zeros, subnormals (-1 where a tensor has no such state);
     norm, mean, std, min, max (of the finite elements: what is not finite is counted and left out; NaN where there is
     none); zero_share, subnormal_share (of all elements); dtype (text, "" where there is no such state). xarray has
-    methods called mean, std, min and max: take `found["std"]`. `found.stats` is a table, with plots in a notebook.
+    methods called mean, std, min and max: take `found["std"]`. `found.ckptlab` has a table, `worst` and `plot`.
 
     histogram: True for counts of the finite elements in octaves, the same ones for all (dims tensor, state, bin;
     coordinates bin, bin_low, bin_high; see `Bins`; without the octaves that are larger or smaller than any element);

@@ -21,7 +21,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ckptlab import pool
-from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
+from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import BLOCK
 from ckptlab.analysis.windows import elements
 from ckptlab.arrays import Reader, reader

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
@@ -26,7 +27,7 @@ broadcast_to can_cast column_stack compress concat concatenate copy copyto delet
 empty_like expand_dims extract flip fliplr flipud full_like hsplit hstack insert iscomplexobj isrealobj
 lib.stride_tricks.sliding_window_view matrix_transpose may_share_memory min_scalar_type moveaxis ndim ones_like pad
 permute_dims place put put_along_axis putmask ravel real repeat reshape resize result_type roll rollaxis rot90
-select shape shares_memory size sort split squeeze stack swapaxes take take_along_axis tile transpose tril triu
+select shape shares_memory size split squeeze stack swapaxes take take_along_axis tile transpose tril triu
 unstack vsplit vstack where zeros_like
 """
 _MOVES = frozenset(_MOVING.split())
@@ -43,10 +44,15 @@ _FLOATING = frozenset(  # what has fractions, of whole numbers too
         "quantile",
         "nanquantile",
         "linalg.norm",
+        "linalg.vector_norm",
+        "linalg.matrix_norm",
     )
 )
 _WHOLE = ("bool", "integral")
-_EXTREMES = frozenset(["amax", "amin", "max", "min", "nanmax", "nanmin"])  # one of the elements: exact in any dtype
+_PICKING = frozenset(  # elements, or what stands for those that are not finite: computed wide, they fit the dtype again
+    ["amax", "amin", "max", "min", "nanmax", "nanmin", "sort", "nan_to_num"]
+)
+_PLACING = frozenset(["argmax", "argmin", "nanargmax", "nanargmin"])
 _REDUCED = {  # what a ufunc's reduce and accumulate are called as functions
     **{"add.reduce": "sum", "multiply.reduce": "prod", "maximum.reduce": "max", "minimum.reduce": "min"},
     **{"logical_and.reduce": "all", "logical_or.reduce": "any", "add.accumulate": "cumsum"},
@@ -134,6 +140,15 @@ class Duck(NDArrayOperatorsMixin):
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
+    def __dlpack__(self, **options: Any) -> Any:
+        """The array's memory for another library: `torch.from_dlpack(array)`. BackendError where the dtype has no name
+        in DLPack."""
+        return self.backend.dlpack(self.array, **options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.array.__dlpack_device__()
+        return device
+
     def __bool__(self) -> bool:
         return bool(self.array)
 
@@ -171,6 +186,9 @@ class Duck(NDArrayOperatorsMixin):
             raise TypeError(f"{self.dtype} has no place for missing values or objects: .astype('float32') first")
         return duck(self.backend.cast(self.array, np.dtype(dtype)), self.backend)
 
+    def conj(self) -> Any:
+        return call(self.backend, "conj", (self,), {}) if self.dtype.kind == "c" else self
+
     def copy(self, order: Any = "C") -> Any:
         return call(self.backend, "copy", (self,), {})
 
@@ -190,10 +208,8 @@ class Duck(NDArrayOperatorsMixin):
         return lambda *args, **kwargs: call(self.backend, name, (self, *args), kwargs)
 
     def __dask_tokenize__(self) -> Any:
-        raise TypeError(
-            f"dask would bring arrays of {self.backend.name} back to numpy, and add up {self.dtype} in its own few "
-            'bits: open the view with backend="numpy", dtype="float32"'
-        )
+        refuse_dask(self.backend, self.dtype)
+        return self.__reduce__()
 
     # ---------------------------------------------------------------- computing
 
@@ -205,7 +221,11 @@ class Duck(NDArrayOperatorsMixin):
         if name is None:
             raise TypeError(f"{ufunc.__name__}.{method} has no place here: .to_numpy() first, or .astype('float32')")
         if "out" in kwargs:
-            raise TypeError(f"{ufunc.__name__} makes a new array here: out= has no place")
+            raise TypeError(
+                f"{ufunc.__name__} makes a new array here: out= has no place, nor has a += b: write a = a + b"
+            )
+        if method != "__call__" and isinstance(inputs[0], Duck) and inputs[0].ndim:
+            kwargs.setdefault("axis", 0)  # numpy's functions reduce all dims, its ufuncs the first
         return call(_shared(inputs), name, inputs, kwargs)
 
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
@@ -214,6 +234,14 @@ class Duck(NDArrayOperatorsMixin):
         if isinstance(kwargs.get("out"), Duck):
             raise TypeError(f"{name} makes a new array here: out= has no place")
         return call(self.backend, name, args, kwargs)
+
+
+def refuse_dask(backend: Backend, dtype: Any) -> None:
+    """TypeError for arrays that dask would bring back to numpy's, or add up in their own few bits."""
+    if not backend.takes_dask:
+        raise TypeError(f'dask works on numpy arrays, not {backend.name}\'s: open the view with backend="numpy"')
+    if is_narrow(dtype):
+        raise TypeError(f'dask would add up {dtype} in its own few bits: open the view with dtype="float32"')
 
 
 def duck(array: Any, backend: Backend) -> Any:
@@ -241,21 +269,28 @@ def _shared(values: Any) -> Backend:
 
 def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """numpy's function `name` on arrays of a backend, as this module's head says. TypeError where it has none."""
+    if name == "reciprocal" and is_kind(args[0].dtype, _WHOLE):
+        raise TypeError("reciprocal of whole numbers is a whole number in numpy, mostly 0: write 1 / array")
     function = backend.function(name)
     if function is None:
         raise TypeError(f'{name} is not to be had on {backend.name}: .to_numpy() first, or backend="numpy"')
     keeps = name in _MOVES or _is_elementwise(name)
     dtype = None if keeps else WIDE
     args = _promoted(name, args)
+    narrow = [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]
+    if name == "nan_to_num" and narrow:
+        largest = float(ml_dtypes.finfo(np.dtype(narrow[0])).max)
+        kwargs = {"posinf": largest, "neginf": -largest, **{k: v for k, v in kwargs.items() if v is not None}}
     refusals: tuple[type[Exception], ...] = (TypeError, RuntimeError, *backend.refusals)
     try:
         with backend.computing():
             result = function(*_plain(args, backend, dtype), **_plain(dict(kwargs), backend, dtype))
     except refusals as e:
-        narrow = [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]
         hint = '.astype("float32") first' if narrow else '.to_numpy() first, or backend="numpy"'
         raise TypeError(f"{name} on {backend.name}: {str(e).splitlines()[0]}; {hint}") from e
-    if name in _EXTREMES and (narrow := [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]):
+    if name in _PLACING and backend.is_array(result) and not result.ndim:
+        return backend.to_numpy(result)  # a place is no data; xarray takes it for an index only so
+    if name in _PICKING and narrow:
         result = backend.cast(_array(backend, result), np.dtype(narrow[0]))
     return _wrapped(result, backend)
 
@@ -285,7 +320,7 @@ def _promoted(name: str, args: Any) -> Any:
 
 def _is_elementwise(name: str) -> bool:
     function = getattr(np, name, None)
-    return (isinstance(function, np.ufunc) and function.signature is None) or name in ("clip", "round", "nan_to_num")
+    return (isinstance(function, np.ufunc) and function.signature is None) or name in ("clip", "round")
 
 
 def _ducks(values: Any) -> Iterator[Duck]:

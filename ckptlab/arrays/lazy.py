@@ -17,8 +17,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from ckptlab.arrays.backends import Backend, resolve
-from ckptlab.arrays.dtypes import is_narrow
-from ckptlab.arrays.duck import duck
+from ckptlab.arrays.duck import duck, refuse_dask
 from ckptlab.arrays.held import Partition
 from ckptlab.arrays.readers import Reader
 from ckptlab.layout import Cut
@@ -204,6 +203,9 @@ class Delivered(BackendArray):
 
         return self.backend.receive(read, shape, self.dtype)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("what a view shows is not read yet and cannot be written to: .load() or .copy() it first")
+
     def permuted(self, order: Sequence[int]) -> Delivered:
         return Delivered(_Permuted(self.array, order), self.backend)
 
@@ -217,12 +219,7 @@ class _Lazily(indexing.LazilyIndexedArray):
         """Slices alone come from dask, whose blocks would be plain arrays: refused where those add up wrongly, or would
         leave the device."""
         if all(isinstance(k, slice) for k in indexer.tuple):
-            if not self.array.backend.takes_dask:
-                raise TypeError('dask works on numpy arrays: open the view with backend="numpy" first')
-            if is_narrow(self.dtype):
-                raise TypeError(
-                    f'dask would add up {self.dtype} in its own few bits: open the view with dtype="float32" first'
-                )
+            refuse_dask(self.array.backend, self.dtype)
         return super()._oindex_get(indexer)
 
     def transpose(self, order: Sequence[int]) -> _Lazily:

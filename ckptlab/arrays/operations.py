@@ -20,7 +20,7 @@ import xarray as xr
 from ckptlab.arrays.backends import Backend, of, resolve
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import held_shape, moves
-from ckptlab.errors import LayoutError
+from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout import Cut, Layout, whole_shape
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
@@ -286,3 +286,45 @@ def _with_replicas(array: xr.DataArray, cut: Cut, layout: Layout) -> xr.DataArra
         if axis not in cut.axes:
             array = array.expand_dims({axis: list(range(cut.mesh[axis]))}, array.ndim - len(layout.dims))
     return array
+
+
+# ------------------------------------------------------------------------------------------------ on the array itself
+
+
+@xr.register_dataarray_accessor("ckptlab")
+class Accessor:
+    """`.ckptlab` of every DataArray: the operations above, the layout being the array's own where none is given."""
+
+    def __init__(self, array: xr.DataArray) -> None:
+        self._array = array
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that a view noted in `attrs["layout"]`: the notation, without widths, totals and padding.
+
+        LayoutError where there is none, or where the array's dims are called otherwise.
+        """
+        text = self._array.attrs.get("layout")
+        if text is None:
+            raise LayoutError(f'{self._array.name or "the array"}: attrs tell no layout: give one, "(tp out) in"')
+        found = Layout(text)
+        if not set(found.dims) <= set(self._array.dims):
+            raise LayoutError(
+                f"{self._array.name or 'the array'}: its layout {text!r} has dims {found.dims}, the array "
+                f"{self._array.dims}: give a layout whose dims are the array's, Layout({text!r}, dims=…)"
+            )
+        return found
+
+    def merge(self, layout: Layout | str | None = None, **options: Any) -> xr.DataArray:
+        """The whole that these shards make: `ckptlab.merge`, with its options."""
+        return merge(self._array, layout or self.layout, **options)
+
+    def split(self, layout: Layout | str | None = None, mesh: Mesh | None = None, **options: Any) -> xr.DataArray:
+        """The shards of this whole on a mesh: `ckptlab.split`, with its options. MeshError where none is given."""
+        if mesh is None:
+            raise MeshError("split needs a mesh to split over: mesh=Mesh(tp=4)")
+        return split(self._array, layout or self.layout, mesh, **options)
+
+    def to(self, backend: Backend | str | None = None, device: Any = None) -> xr.DataArray:
+        """The array on a backend and device: `ckptlab.to`."""
+        return to(self._array, backend, device)

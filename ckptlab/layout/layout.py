@@ -6,13 +6,19 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptlab.errors import LayoutError
+from ckptlab.layout.blocks import dims_of_axes, equal_blocks
 from ckptlab.layout.cut import Cut, DimCut
 from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, parse
 from ckptlab.layout.solve import RESERVED, Geometry
 from ckptlab.mesh import Mesh
+
+if TYPE_CHECKING:
+    from jax.sharding import PartitionSpec
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
 
 REPLICAS = ("equal", "mean", "first")
 
@@ -149,6 +155,28 @@ class Layout:
         whole = " ".join(_without(dim, absent) for dim in named)
         lengths = {n: size for n, size in geometry.lengths.items() if isinstance(size, int)}
         return f"{' '.join(cut.axes)} {shard} -> {whole}", lengths | {axis: mesh[axis] for axis in cut.axes}
+
+    def partition_spec(self, mesh: Mesh | None = None) -> PartitionSpec:
+        """The layout as jax says it: for each dim of the (padded) whole the mesh axes that cut it, or None.
+
+        mesh: ours; axes of degree 1 then cut nothing, and names that notation does not reserve (cp, edp) are known.
+        LayoutError for what blocks of equal size cannot say: uneven, fused or interleaved.
+        """
+        from jax.sharding import PartitionSpec
+
+        cuts = equal_blocks(self, mesh)
+        return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in cuts))
+
+    def placements(self, mesh: Mesh | DeviceMesh) -> tuple[Placement, ...]:
+        """The layout as torch's DTensor says it: `Shard(dim)` or `Replicate()` for each axis of the mesh, in its order.
+
+        mesh: ours, or a torch DeviceMesh with names. LayoutError as `partition_spec`, and for a mesh with several pp
+        stages, since a tensor is on its own.
+        """
+        from torch.distributed.tensor import Replicate, Shard
+
+        dims = dims_of_axes(self, mesh)
+        return tuple(Replicate() if dim is None else Shard(dim) for dim in dims)
 
     def __repr__(self) -> str:
         parts = [repr(self.text)]

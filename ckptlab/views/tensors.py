@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import xarray as xr
 
+from ckptlab.arrays import operations as operations  # with the accessor of what is made here
 from ckptlab.arrays import reader, shard_reader
 from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Padded, Stacked, nested, variable
@@ -197,7 +198,7 @@ def layered(stack: Stack, dims: tuple[str, ...], arrays: Sequence[LazyArray], vi
     array = arrays[0]
     if stack.numbers is not None:
         dims, array = ("layer", *dims), Stacked(arrays)
-    return variable(dims, converted(array, view.dtype), backend=view.backend)
+    return variable(dims, converted(array, view.dtype), {"layout": stack.tensors[0].layout.text}, view.backend)
 
 
 def converted(array: LazyArray, dtype: Any) -> LazyArray:

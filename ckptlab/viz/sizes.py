@@ -17,6 +17,8 @@ from ckptlab.layout import Cut
 from ckptlab.viz.model import catalog_of
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from ckptlab.checkpoint import Checkpoint, Reshape
 
 KINDS = ("module weights", "master weights", "moments", "other")
@@ -35,7 +37,7 @@ def memory(model: Model) -> Drawing:
     data-bytes, data-rank.
     """
     found, kinds, labels = table(model)
-    if isinstance(model, Mapping):
+    if _is_labelled(model):
         return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), [])
     mesh = catalog_of(model).mesh
     axes = Axes(mesh.axes, mesh.shape)
@@ -45,7 +47,7 @@ def memory(model: Model) -> Drawing:
 
 def table(model: Model) -> tuple[Table, Sequence[str], list[str]]:
     """(rank, kind) bytes, the kinds, and what each rank is called."""
-    if not isinstance(model, Mapping):
+    if not _is_labelled(model):
         found = memory_by_rank(catalog_of(model))
         return found, KINDS, [str(rank) for rank in range(len(found))]
     kinds = list(dict.fromkeys(kind for amounts in model.values() for kind in amounts))
@@ -53,6 +55,10 @@ def table(model: Model) -> tuple[Table, Sequence[str], list[str]]:
         kinds = [*KINDS, *(k for k in kinds if k not in KINDS)]
     rows = [[int(amounts.get(k, 0)) for k in kinds] for amounts in model.values()]
     return np.array(rows, np.int64).reshape(len(model), len(kinds)), kinds, list(model)
+
+
+def _is_labelled(model: Model) -> TypeIs[Mapping[str, Mapping[str, int]]]:
+    return isinstance(model, Mapping) and not hasattr(model, "tensors")  # a checkpoint is a mapping too
 
 
 def _drawn(found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], str], notes: list[str]) -> Drawing:

@@ -70,6 +70,10 @@ class Backend(ABC):
     def cast(self, array: Any, dtype: np.dtype) -> Any:
         """The array in another dtype, rounded to nearest even."""
 
+    def dlpack(self, array: Any, **options: Any) -> Any:
+        """DLPack's capsule of an array, with the protocol's options. BackendError for a dtype that it does not know."""
+        return array.__dlpack__(**options)
+
     def is_safe(self, array: Any) -> bool:
         """Whether xarray may hold the array as it is: it has numpy's protocols, and its numbers are right."""
         return False

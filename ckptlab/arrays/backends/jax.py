@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -78,6 +78,8 @@ class JaxBackend(Backend):
         return jax.enable_x64(True)
 
     def function(self, name: str) -> Callable[..., Any] | None:
+        if name in ("floor_divide", "divmod"):
+            return partial(_divided, getattr(jnp, name))
         try:
             return operator.attrgetter(name)(jnp)
         except AttributeError:
@@ -138,6 +140,14 @@ def _moving(moves: Moves) -> Callable[..., jax.Array]:
         return out
 
     return jax.jit(moved)
+
+
+def _divided(function: Callable[..., Any], a: Any, b: Any) -> Any:
+    """Quotients as numpy's: a whole number divided by 0 is 0 (jax: -1 and less)."""
+    found = function(a, b)
+    if not jnp.issubdtype(jnp.result_type(a, b), jnp.integer):
+        return found
+    return jax.tree.map(lambda one: jnp.where(jnp.asarray(b) == 0, 0, one).astype(one.dtype), found)
 
 
 Place = int | range  # of one dim: an index, or the indices of a slice

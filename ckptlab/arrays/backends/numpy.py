@@ -45,6 +45,14 @@ class NumpyBackend(Backend):
     def cast(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return array.astype(dtype)
 
+    def dlpack(self, array: np.ndarray, **options: Any) -> Any:
+        """numpy itself exports no dtype of ml_dtypes: torch does, on the same memory where that may be written to."""
+        if array.dtype.isbuiltin == 1:
+            return array.__dlpack__(**options)
+        from ckptlab.arrays.backends import resolve
+
+        return resolve("torch").from_numpy(array, owned=True).__dlpack__(**options)
+
     def is_safe(self, array: np.ndarray) -> bool:
         return not is_narrow(array.dtype)
 

@@ -98,7 +98,8 @@ class TorchBackend(Backend):
         array[self._key(array, key)] = value
 
     def _key(self, array: torch.Tensor, key: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The key without what torch lacks: steps backwards (indices instead), numpy's integers and arrays."""
+        """The key without what torch lacks: steps backwards (indices instead), numpy's integers and arrays; and without
+        what it takes otherwise: uint8 for a mask, an integer beside arrays for none of them."""
         known = sum(k is not None and k is not Ellipsis for k in key)
         filled: list[Any] = []
         for k in key:
@@ -107,10 +108,14 @@ class TorchBackend(Backend):
         for k in filled:
             if isinstance(k, slice) and k.step is not None and k.step < 0:
                 k = torch.tensor(range(*k.indices(array.shape[dim])), dtype=torch.int64, device=self._device)
-            elif isinstance(k, np.ndarray | np.generic):
+            elif isinstance(k, np.ndarray | np.generic | list):
                 k = torch.as_tensor(np.asarray(k), device=self._device)
+            if isinstance(k, torch.Tensor) and k.dtype not in (torch.bool, torch.int64):
+                k = k.to(torch.int64)
             found.append(k)
             dim += k is not None
+        if any(isinstance(k, torch.Tensor) and k.ndim for k in found):
+            found = [torch.as_tensor(k, device=self._device).reshape(1) if _is_place(k) else k for k in found]
         return tuple(found)
 
     def view(self, array: torch.Tensor, view: View) -> torch.Tensor:
@@ -158,6 +163,12 @@ class TorchBackend(Backend):
             shape=torch.Size(sharding.shape),
             stride=strides,
         )
+
+
+def _is_place(k: Any) -> bool:
+    """One place in a dim: numpy broadcasts it with the arrays of a key, whose dims come first where they are apart."""
+    whole = isinstance(k, torch.Tensor) and k.dtype == torch.int64 and not k.ndim
+    return whole or (isinstance(k, int) and not isinstance(k, bool))
 
 
 class Staging:

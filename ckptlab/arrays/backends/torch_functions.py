@@ -14,12 +14,12 @@ import torch
 # numpy's; torch has others of numpy's names that do something else (its median is the lower one of two).
 _NAMES = """
 abs acos acosh add all any argmax argmin argsort asin asinh atan atan2 atanh bitwise_and bitwise_invert bitwise_or
-bitwise_xor broadcast_arrays broadcast_to ceil clip concat cos cosh count_nonzero cumulative_sum diff divide einsum
+bitwise_xor broadcast_arrays broadcast_to ceil clip concat conj cos cosh count_nonzero cumulative_sum diff divide einsum
 empty_like equal exp expand_dims expm1 fabs flip floor floor_divide fmax fmin full_like greater greater_equal
 isfinite isin isinf isnan less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or
 logical_xor matmul max maximum mean min minimum moveaxis multiply nan_to_num negative not_equal ones_like
-permute_dims positive pow prod ravel reciprocal remainder repeat reshape roll round searchsorted sign signbit sin
-sinh sqrt square squeeze stack std subtract sum take tan tanh tensordot tile tril triu trunc unstack var vecdot
+permute_dims positive pow ravel reciprocal remainder repeat reshape roll round sign signbit sin
+sinh sqrt square squeeze stack std subtract take tan tanh tensordot tile tril triu trunc unstack var vecdot
 where zeros_like
 """
 _SAME = frozenset(_NAMES.split())
@@ -118,13 +118,41 @@ def _cumulated(function: Callable[..., torch.Tensor], array: torch.Tensor, axis:
     return function(array.ravel() if axis is None else array, 0 if axis is None else int(axis), dtype=dtype)
 
 
-def _nancumulated(filled: float, function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _cumulated(function, torch.where(array.isnan(), filled, array), *args, **kwargs)
+def _added(function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Sums and products; torch's of uint64 are int64, of the same bits."""
+    if array.dtype == torch.uint64 and kwargs.get("dtype") is None:
+        return function(array.view(torch.int64), *args, **kwargs).view(torch.uint64)
+    return function(array, *args, **kwargs)
 
 
-def _nanprod(array: torch.Tensor, axis: Any = None, dtype: Any = None) -> torch.Tensor:
-    filled = torch.where(array.isnan(), 1, array) if array.is_floating_point() else array
-    return xp.prod(filled, axis=axis, dtype=dtype)
+def _filled(value: float, function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What is not NaN, and a value in the place of what is."""
+    held = torch.where(array.isnan(), value, array) if array.is_floating_point() else array
+    return _added(function, held, *args, **kwargs)
+
+
+def _searchsorted(array: torch.Tensor, values: torch.Tensor, side: str = "left", sorter: Any = None) -> torch.Tensor:
+    """numpy's: NaN are behind all numbers and equal to one another (torch puts each behind the others)."""
+    values = torch.as_tensor(values, device=array.device)
+    found = torch.searchsorted(array, values, side=side, sorter=sorter)
+    if side == "left" and array.is_floating_point() and values.is_floating_point():
+        found = torch.where(values.isnan(), (~array.isnan()).sum(), found)
+    return found
+
+
+def _svd(array: torch.Tensor, full_matrices: bool = True, compute_uv: bool = True, hermitian: bool = False) -> Any:
+    return torch.linalg.svd(array, full_matrices) if compute_uv else torch.linalg.svdvals(array)
+
+
+def _lstsq(a: Any, b: Any, rcond: float | None = None) -> Any:
+    """numpy's: b may be a vector; solution, squared residuals, rank, singular values."""
+    device = next(t.device for t in (a, b) if isinstance(t, torch.Tensor))
+    a, b = torch.as_tensor(a, device=device), torch.as_tensor(b, device=device)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    columns = b if b.ndim > 1 else b[:, None]
+    found = torch.linalg.lstsq(a.to(dtype), columns.to(dtype), rcond=rcond, driver="gelsd")
+    solution = found.solution if b.ndim > 1 else found.solution[:, 0]
+    return solution, found.residuals, found.rank, found.singular_values
 
 
 def _quantile(ignore_nan: bool, array: torch.Tensor, q: Any, axis: Any = None, **options: Any) -> torch.Tensor:
@@ -160,7 +188,9 @@ _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "var": _var,
     "std": lambda *args, **options: _var(*args, **options).sqrt(),
     "lib.stride_tricks.sliding_window_view": _windows,
-    "nansum": partial(_reduced, torch.nansum),
+    "sum": partial(_added, xp.sum),
+    "prod": partial(_added, xp.prod),
+    "nansum": partial(_filled, 0.0, partial(_reduced, torch.sum)),
     "nanmean": partial(_reduced, torch.nanmean),
     "nanvar": _nanvar,
     "nanstd": lambda *args, **options: _nanvar(*args, **options).sqrt(),
@@ -168,11 +198,15 @@ _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "nanmin": _nanextreme(torch.amin, torch.inf),
     "nanargmax": _nanarg(torch.argmax, -torch.inf),
     "nanargmin": _nanarg(torch.argmin, torch.inf),
-    "nanprod": _nanprod,
-    "cumsum": partial(_cumulated, torch.cumsum),
-    "cumprod": partial(_cumulated, torch.cumprod),
-    "nancumsum": partial(_nancumulated, 0.0, torch.cumsum),
-    "nancumprod": partial(_nancumulated, 1.0, torch.cumprod),
+    "nanprod": partial(_filled, 1.0, xp.prod),
+    "cumsum": partial(_added, partial(_cumulated, torch.cumsum)),
+    "cumprod": partial(_added, partial(_cumulated, torch.cumprod)),
+    "nancumsum": partial(_filled, 0.0, partial(_cumulated, torch.cumsum)),
+    "nancumprod": partial(_filled, 1.0, partial(_cumulated, torch.cumprod)),
+    "searchsorted": _searchsorted,
+    "unravel_index": torch.unravel_index,
+    "linalg.svd": _svd,
+    "linalg.lstsq": _lstsq,
     "quantile": partial(_quantile, False),
     "nanquantile": partial(_quantile, True),
     "median": partial(_median, False),

@@ -1,0 +1,82 @@
+"""Layouts as jax's PartitionSpec and torch's placements can say them: axes cut a dim into equal blocks, outside in.
+
+`(tp out) in` can be said, and `(dp tp out)`; `(3 tp out)` cannot, nor can `(out tp)`, unequal parts or uneven widths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ckptlab.errors import LayoutError
+from ckptlab.layout.notation import Name, Number, Product, names
+from ckptlab.layout.solve import RESERVED
+from ckptlab.mesh import Mesh
+
+if TYPE_CHECKING:
+    from ckptlab.layout.layout import Layout
+
+
+def equal_blocks(layout: Layout, mesh: Mesh | None = None) -> tuple[tuple[str, ...], ...]:
+    """For each dim the mesh axes that cut it, slowest first; of a split axis its parts.
+
+    mesh: None takes the names that notation reserves for axes, whatever their degrees. LayoutError where blocks of
+    equal size do not say it.
+    """
+    uneven = {name for name, width in layout.sizes if isinstance(width, tuple) and len(set(width)) > 1}
+    cuts = []
+    for dim, node in zip(layout.dims, layout.tree, strict=True):
+        axes: tuple[str, ...] = ()
+        inside = False  # behind a length: an axis there cuts each of several parts on its own
+        for factor in node.factors if isinstance(node, Product) else (node,):
+            found = [leaf for name in names(factor) for leaf in _leaves(name, mesh)]
+            if isinstance(factor, Name) and found and not inside:
+                axes += tuple(found)
+            elif not (isinstance(factor, Name) and _is_axis(factor.text, mesh)) and factor != Number(1):
+                inside = True
+            if inside and found:
+                raise LayoutError(
+                    f"dim {dim!r} of {layout.text!r} is cut over {', '.join(found)} part by part, which no sharding "
+                    "into equal blocks says: take the dim apart first, or take shards, which have a dim for the axis"
+                )
+        if axes and uneven.intersection(names(node)):
+            raise LayoutError(
+                f"dim {dim!r} of {layout.text!r} is cut unevenly over {', '.join(axes)}, which no sharding into equal "
+                "blocks says: take shards, which have a dim for the axis"
+            )
+        cuts.append(axes)
+    return tuple(cuts)
+
+
+def dims_of_axes(layout: Layout, devices: Any) -> tuple[int | None, ...]:
+    """For each axis of a mesh, ours or torch's, the dim that it cuts (None: the tensor is replicated over it).
+
+    LayoutError as `equal_blocks`; where the axes cut a dim in another order than the mesh has them; and where the mesh
+    has several pp stages, of which the tensor lives on its own.
+    """
+    mesh = devices if isinstance(devices, Mesh) else Mesh.from_device_mesh(devices)
+    order = tuple(mesh.axes if devices is mesh else devices.mesh_dim_names)
+    cuts = equal_blocks(layout, mesh)
+    for dim, axes in zip(layout.dims, cuts, strict=True):
+        if list(axes) != sorted(axes, key=order.index):
+            raise LayoutError(
+                f"dim {dim!r} of {layout.text!r} is cut over {', '.join(axes)}, outside in, but the mesh has its axes "
+                f"as {', '.join(order)}: torch cuts a dim in the order of the mesh"
+            )
+    found = {axis: i for i, axes in enumerate(cuts) for axis in axes}
+    if mesh["pp"] > 1 and not set(mesh.leaves("pp")) & found.keys():
+        raise LayoutError(
+            f"{layout.text!r} on {mesh}: a tensor lives on its own pp stages, and placements cannot say which: give "
+            'the mesh of one stage, mesh.replace(pp=1) or device_mesh["dp", "tp"]'
+        )
+    return tuple(found.get(axis) for axis in order)
+
+
+def _is_axis(name: str, mesh: Mesh | None) -> bool:
+    return name in RESERVED or (mesh is not None and name in mesh)
+
+
+def _leaves(name: str, mesh: Mesh | None) -> list[str]:
+    """The axes of degree above 1 (without a mesh, all) that a name stands for; none for a length."""
+    if mesh is None:
+        return [name] if name in RESERVED else []
+    return [leaf for leaf in mesh.leaves(name) if mesh[leaf] > 1] if name in mesh else []

@@ -1,0 +1,137 @@
+"""Whole tensors as a program wants them: a dict of a library's own arrays, or put into a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ckptlab.catalog import MASTER, MODULE, Tensor
+from ckptlab.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckptlab.viewed import Viewed
+
+MANY = 5  # names that an error tells
+
+
+class Loaded(NamedTuple):
+    """What a module had no value for, and what it had no place for: named as torch's `load_state_dict` does."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def state_dict(
+    ckpt: Viewed, state: str | None = None, backend: Any = "torch", device: Any = None, dtype: Any = None
+) -> dict[str, Any]:
+    """Name → whole tensor, an array of the library, for every tensor that has the state; a tied tensor once, under each
+    of its names.
+
+    state: None takes the master weight, and the module's where there is none (frozen tensors, buffers). dtype, numpy's
+    or torch's: what floating-point tensors are rounded to (None: as stored). CheckpointError for a state that no tensor
+    has, BackendError for a library or dtype that is not there.
+    """
+    whole = _whole(ckpt, state, backend, device, dtype)
+    return {
+        name: array
+        for tensor, held in _held(ckpt, state)
+        for array in (_array(whole, tensor, held),)
+        for name in (tensor.name, *tensor.aliases)
+    }
+
+
+def load_into(ckpt: Viewed, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Loaded:
+    """Copy whole tensors into the parameters and buffers of a module that have their names, one after the other.
+
+    state: as for `state_dict`. Elements are rounded to the module's dtypes; of a vocabulary that the run padded the
+    module may have more rows, which become 0. Nothing is copied before all names and shapes are known to fit:
+    CheckpointError where shapes differ and, if `strict`, where names of the module are missing here or names here are
+    unknown to it.
+    """
+    import torch
+
+    targets = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+    held = list(_held(ckpt, state))
+    places = [(t, s, [targets[n] for n in (t.name, *t.aliases) if n in targets]) for t, s in held]
+    known = {name for tensor, _ in held for name in (tensor.name, *tensor.aliases)}
+    found = Loaded([n for n in targets if n not in known], [t.name for t, _, there in places if not there])
+    _check(ckpt.source.path, found if strict else Loaded([], []), places)
+    whole = _whole(ckpt, state, "torch", None, None)
+    with torch.no_grad():
+        for tensor, of_state, there in places:
+            value = _array(whole, tensor, of_state) if there else torch.empty(0)
+            for target in there:
+                if target.shape != tensor.shape:
+                    target.zero_()
+                target[tuple(slice(n) for n in tensor.shape)].copy_(value)
+    return found
+
+
+def _whole(ckpt: Viewed, state: str | None, backend: Any, device: Any, dtype: Any) -> Mapping[str, Any]:
+    named = None if dtype is None else np.dtype(str(dtype).removeprefix("torch.") if _is_torchs(dtype) else dtype)
+    by_name: Mapping[str, Any] = ckpt.full(state, stack=False, dtype=named, backend=backend, device=device)
+    return by_name
+
+
+def _is_torchs(dtype: Any) -> bool:
+    return type(dtype).__module__ == "torch"
+
+
+def _held(ckpt: Viewed, state: str | None) -> Iterator[tuple[Tensor, str]]:
+    """Every tensor that has the state, with it."""
+    choices = (MASTER, MODULE) if state is None else (state,)
+    for tensor in ckpt.source.tensors.values():
+        found = next((s for s in choices if s in tensor.states), None)
+        if found is not None:
+            yield tensor, found
+
+
+def _array(whole: Mapping[str, Any], tensor: Tensor, state: str) -> Any:
+    """The library's own array."""
+    found = whole[tensor.name]
+    data = (found[state] if state in getattr(found, "data_vars", ()) else found).data
+    return getattr(data, "array", data)
+
+
+def _check(path: str, names: Loaded, places: Iterable[tuple[Tensor, str, list[torch.Tensor]]]) -> None:
+    """CheckpointError, with everything that does not fit."""
+    wrong = []
+    for what, left in (
+        ("the module wants, and the checkpoint lacks, ", names.missing_keys),
+        ("the checkpoint holds, and the module lacks, ", names.unexpected_keys),
+    ):
+        if left:
+            wrong.append(f"{what}{_several(left)} (strict=False leaves them out)")
+    shapes = [
+        f"{tensor.name} is {_shape(tensor.shape)}, in the module {_shape(target.shape)}"
+        for tensor, _, there in places
+        for target in there
+        if not _fits(tensor, tuple(target.shape))
+    ]
+    wrong += [_several(shapes)] if shapes else []
+    unmade = [tensor.name for tensor, _, there in places if any(target.is_meta for target in there)]
+    if unmade:
+        wrong.append(f"{_several(unmade)} on the meta device: module.to_empty(device=…) first")
+    if wrong:
+        raise CheckpointError(f"{path}: does not fit the module: " + "; ".join(wrong))
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """The tensor's own shape; of padded dims longer ones too."""
+    padded = {i for i, _ in tensor.layout.padded}
+    return len(shape) == len(tensor.shape) and all(
+        n == m or (i in padded and n > m) for i, (n, m) in enumerate(zip(shape, tensor.shape, strict=True))
+    )
+
+
+def _several(texts: list[str]) -> str:
+    more = len(texts) - MANY
+    return ", ".join(texts[:MANY]) + (f", … and {more:,} more" if more > 0 else "")
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " × ".join(map(str, shape)) or "a scalar"

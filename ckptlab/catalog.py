@@ -158,6 +158,12 @@ class Catalog:
     notices: tuple[Notice, ...] = ()
     files: tuple[str, ...] = ()
 
+    @property
+    def step(self) -> int | None:
+        """The training step, where the checkpoint tells."""
+        step = self.client.get("iteration", self.native.model.get("global_steps") if self.native else None)
+        return int(step) if isinstance(step, int) else None
+
     @cached_property
     def _flat_index(self) -> dict[tuple[str, int], tuple[FlatGroup, int]]:
         return {(name, g.stage): (g, i) for g in self.flat_groups for i, name in enumerate(g.names)}

@@ -20,6 +20,7 @@ from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.paper import with_data
 from ckptlab.plan import Placement, Plan, compose
+from ckptlab.shown import Shown
 from ckptlab.viewed import Viewed
 
 SHARD_BYTES = 5_000_000_000  # safetensors files are cut at this size, as Hugging Face's are
@@ -55,7 +56,7 @@ def _strategy(given: Any) -> strategy.Strategy | None:
     return strategy.resolve(given)
 
 
-class Checkpoint(Viewed):
+class Checkpoint(Viewed, Shown):
     """A checkpoint opened by `ckptlab.open`. Nothing is read until a view's values are asked for."""
 
     def __init__(self, catalog: Catalog) -> None:
@@ -100,12 +101,10 @@ class Checkpoint(Viewed):
         """What the training program put in; objects of classes that are not imported are placeholders."""
         return self.catalog.client
 
-    @cached_property
+    @property
     def iteration(self) -> int | None:
         """The training step, where the checkpoint tells."""
-        native = self.catalog.native
-        step = self.client_state.get("iteration", native.model.get("global_steps") if native else None)
-        return int(step) if isinstance(step, int) else None
+        return self.catalog.step
 
     def reshape(self, mesh: Mesh | None = None, **options: Any) -> Reshape:
         """The same checkpoint on another mesh: nothing is read yet.
@@ -118,16 +117,6 @@ class Checkpoint(Viewed):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.catalog[name]
-
-    def __repr__(self) -> str:
-        from ckptlab.describe import summary_text
-
-        return summary_text(self)
-
-    def _repr_html_(self) -> str:
-        from ckptlab.describe import summary_html
-
-        return summary_html(self)
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ class Cost:
     largest_tensor: int
 
 
-class Reshape(Viewed):
+class Reshape(Viewed, Shown):
     """A checkpoint on another mesh, worked out from headers: check it, cost it, look at its views, save it."""
 
     def __init__(self, source: Catalog, target: Catalog, options: Any) -> None:
@@ -285,16 +274,6 @@ class Reshape(Viewed):
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
                     f"{(tensor.layout, tensor.cut)}: this is a fault of ckptlab; please report it"
                 )
-
-    def __repr__(self) -> str:
-        from ckptlab.describe import plan_text
-
-        return plan_text(self)
-
-    def _repr_html_(self) -> str:
-        from ckptlab.describe import plan_html
-
-        return plan_html(self)
 
 
 def save_weights(

@@ -177,11 +177,11 @@ def info(path: str, everything: bool, strategy: str | None, as_json: bool) -> No
     if as_json:
         from ckptlab.describe import summary
 
-        _print(summary(ckpt))
+        _print(summary(ckpt.catalog))
         return
     from ckptlab.describe import summary_text
 
-    click.echo(summary_text(ckpt, notices=False, everything=everything))
+    click.echo(summary_text(ckpt.catalog, notices=False, everything=everything))
     _note(n.text for n in ckpt.notices)
 
 
@@ -266,7 +266,7 @@ def convert(
     if as_json:
         _print({**vars(report), **said, "seconds": round(time.monotonic() - began, 3)})
         return
-    from ckptlab.draw.words import number_of, size
+    from ckptlab.words import number_of, size
 
     _note(n["text"] for n in said["notices"])
     resumed = f" ({report.resumed:,} of them before)" if report.resumed else ""
@@ -482,7 +482,7 @@ def stats(
         raise click.UsageError("--shards, --steps and --adam exclude each other")
     if updates and (states or spectrum or by != "tensor"):
         raise click.UsageError("--adam has a table of its own: it takes neither --by, --states nor --spectrum")
-    from ckptlab.describe.statistics import statistics_text, to_dict
+    from ckptlab.describe.statistics import statistics_text
 
     progress = sys.stderr.isatty() and not no_progress
     if updates:
@@ -499,6 +499,6 @@ def stats(
         view = view.shards() if by_rank else view
         found = statistics(view, by=by, states=wanted, spectrum=spectrum, histogram=as_json, progress=progress)
     if as_json:
-        _print(to_dict(found))
+        _print(found.stats.to_dict())
     else:
         click.echo(statistics_text(found, everything=everything))

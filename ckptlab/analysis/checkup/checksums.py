@@ -16,7 +16,7 @@ from ckptlab.analysis.checkup.files import Scan
 from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.reading import WORKERS
 from ckptlab.analysis.checkup.rows import stored_in
-from ckptlab.draw.words import number_of, some
+from ckptlab.words import number_of, some
 
 _PIECE = 1 << 20  # bytes that are read at a time
 

@@ -66,9 +66,9 @@ def main() -> None:
             viz.tensor(Layout("(head tp d) in", sizes={"head": 65536}), (1 << 20, 8), Mesh(tp=4)).svg
         ),
         "viz.flat, 10,000 tensors over dp 512": lambda: viz.flat(buffer).svg,
-        "viz.stages, 10,000 tensors": lambda: viz.stages(tree).svg,
-        "viz.memory, 512 ranks": lambda: viz.memory(large).svg,
-        "viz.plan, 8 → 512 ranks": lambda: viz.plan(large).svg,
+        "viz.stages, 10,000 tensors": lambda: viz.stages(tree.catalog).svg,
+        "viz.memory, 512 ranks": lambda: viz.memory(large.target).svg,
+        "viz.plan, 8 → 512 ranks": lambda: viz.plan(large.plan, large.source.mesh, large.mesh).svg,
     }
     print("| what | ms | kB |\n|---|---|---|")
     for what, work in measured.items():

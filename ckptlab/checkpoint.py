@@ -19,6 +19,7 @@ from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Placement, Plan, compose
+from ckptlab.shown import Shown
 from ckptlab.viewed import Viewed
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _strategy(given: Any) -> strategy.Strategy | None:
     return strategy.resolve(given)
 
 
-class Checkpoint(Viewed, Mapping[str, Tensor]):
+class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
     """A checkpoint opened by `ckptlab.open`. Nothing is read until a view's values are asked for.
 
     A Mapping of the model's names to what is known of each tensor; an alias is found, and not iterated over.
@@ -152,16 +153,6 @@ class Checkpoint(Viewed, Mapping[str, Tensor]):
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
 
-    def __repr__(self) -> str:
-        from ckptlab.describe import summary_text
-
-        return summary_text(self)
-
-    def _repr_html_(self) -> str:
-        from ckptlab.describe import summary_html
-
-        return summary_html(self)
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -178,7 +169,7 @@ class Cost:
     largest_tensor: int
 
 
-class Reshape(Viewed):
+class Reshape(Viewed, Shown):
     """A checkpoint on another mesh, worked out from headers: check it, cost it, look at its views, save it."""
 
     def __init__(self, source: Catalog, target: Catalog, options: Any) -> None:
@@ -319,16 +310,6 @@ class Reshape(Viewed):
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
                     f"{(tensor.layout, tensor.cut)}: this is a fault of ckptlab; please report it"
                 )
-
-    def __repr__(self) -> str:
-        from ckptlab.describe import plan_text
-
-        return plan_text(self)
-
-    def _repr_html_(self) -> str:
-        from ckptlab.describe import plan_html
-
-        return plan_html(self)
 
 
 def save_weights(

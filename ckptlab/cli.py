@@ -178,11 +178,11 @@ def info(path: str, everything: bool, strategy: str | None, as_json: bool) -> No
     if as_json:
         from ckptlab.describe import summary
 
-        _print(summary(ckpt))
+        _print(summary(ckpt.catalog))
         return
     from ckptlab.describe import summary_text
 
-    click.echo(summary_text(ckpt, notices=False, everything=everything))
+    click.echo(summary_text(ckpt.catalog, notices=False, everything=everything))
     _note(n.text for n in ckpt.notices)
 
 
@@ -294,7 +294,7 @@ def convert(
     if as_json:
         _print({**vars(report), **said, "seconds": round(time.monotonic() - began, 3)})
         return
-    from ckptlab.draw.words import number_of, size
+    from ckptlab.words import number_of, size
 
     _note(n["text"] for n in said["notices"])
     resumed = f" ({report.resumed:,} of them before)" if report.resumed else ""
@@ -384,11 +384,11 @@ def diff(
 @_json
 def formats(as_json: bool) -> None:
     """What is registered here: formats that open, strategies for layouts, array libraries. Packages may add to each."""
-    from ckptlab import strategy
-    from ckptlab.arrays import backends
+    from ckptlab.arrays.backends import BACKENDS
     from ckptlab.formats import FORMATS
+    from ckptlab.strategy import REGISTRY
 
-    found = {"formats": list(FORMATS), "strategies": list(strategy.names()), "backends": list(backends.names())}
+    found = {"formats": list(FORMATS), "strategies": list(REGISTRY.names()), "backends": list(BACKENDS.names())}
     if as_json:
         _print(found)
         return
@@ -449,9 +449,8 @@ def _write_weights(
     running: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Report]:
     """Write safetensors: what is to be said of them, and the report."""
-    from ckptlab.catalog import MASTER, MODULE
+    from ckptlab.catalog import DTYPES, MASTER, MODULE
     from ckptlab.checkpoint import SHARD_BYTES, save_weights
-    from ckptlab.formats.deepspeed.options import np_dtype
 
     named = [k for k, v in options.items() if v is not None and k != "dtype"]
     if named:
@@ -461,7 +460,7 @@ def _write_weights(
     report = save_weights(
         ckpt.catalog,
         destination,
-        dtype=np_dtype(dtype) if dtype else None,
+        dtype=DTYPES[dtype] if dtype else None,
         max_shard_bytes=max_shard_bytes or SHARD_BYTES,
         **running,
     )
@@ -526,7 +525,7 @@ def stats(
         raise click.UsageError("--shards, --steps and --adam exclude each other")
     if updates and (states or spectrum or by != "tensor"):
         raise click.UsageError("--adam has a table of its own: it takes neither --by, --states nor --spectrum")
-    from ckptlab.describe.statistics import statistics_text, to_dict
+    from ckptlab.describe.statistics import statistics_text
 
     progress = sys.stderr.isatty() and not no_progress
     if updates:
@@ -543,6 +542,6 @@ def stats(
         view = view.shards() if by_rank else view
         found = statistics(view, by=by, states=wanted, spectrum=spectrum, histogram=as_json, progress=progress)
     if as_json:
-        _print(to_dict(found))
+        _print(found.stats.to_dict())
     else:
         click.echo(statistics_text(found, everything=everything))

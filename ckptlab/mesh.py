@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ckptlab.errors import MeshError
+from ckptlab.shown import Shown
+from ckptlab.words import number_of, place_text
 
 STANDARD = ("pp", "dp", "tp")
 """The axes that every mesh has, slowest first: DeepSpeed's rank is (pp * DP + dp) * TP + tp."""
@@ -18,7 +20,7 @@ _KNOWN = (*STANDARD, "ep", "cp")
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Mesh(Mapping[str, int]):
+class Mesh(Shown, Mapping[str, int]):
     """Named mesh axes with degrees; a rank is one coordinate, the last axis running fastest.
 
     `Mesh(pp=2, dp=4, tp=2)`: an axis that is not given has degree 1; axes other than pp, dp and tp come
@@ -209,18 +211,21 @@ class Mesh(Mapping[str, int]):
             text += f".split({axis!r}, {', '.join(f'{part}={self[part]}' for part in parts)})"
         return text
 
-    def _repr_html_(self) -> str:
-        from ckptlab.draw import grid
-
-        return grid(self.degrees, *self.directions(), title=self.title())._repr_html_()
-
     def title(self) -> str:
         """`tp 2 · pp 2 · dp 2 (8 ranks)`."""
-        return f"{self} ({self.size:,} rank{'' if self.size == 1 else 's'})"
+        return f"{self} ({number_of(self.size, 'rank')})"
+
+    def place(self, rank: int) -> str:
+        """`tp 1 · pp 1 · dp 0`: where a rank stands, its axes in the order of `str(mesh)`."""
+        coordinate = self.coordinate(rank)
+        return place_text({axis: self.index(axis, coordinate) for axis in self._spoken()})
 
     def __str__(self) -> str:
-        others = [axis for axis in self.axes if axis not in ("tp", "pp", "dp")]
-        return " · ".join(f"{axis} {self[axis]}" for axis in ("tp", "pp", "dp", *others))
+        return place_text({axis: self[axis] for axis in self._spoken()})
+
+    def _spoken(self) -> tuple[str, ...]:
+        """The axes in the order in which people name them."""
+        return ("tp", "pp", "dp", *(axis for axis in self.axes if axis not in ("tp", "pp", "dp")))
 
 
 def _mesh(degrees: tuple[tuple[str, int], ...], parts: tuple[tuple[str, tuple[str, ...]], ...]) -> Mesh:

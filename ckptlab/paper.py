@@ -15,9 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Notice, ParameterGroup, Tensor, Training, placements_of
+from ckptlab.catalog import (
+    DTYPES,
+    MASTER,
+    MODULE,
+    Catalog,
+    FlatGroup,
+    Gradients,
+    Notice,
+    ParameterGroup,
+    Tensor,
+    Training,
+    placements_of,
+)
 from ckptlab.errors import LayoutError, ReshapeError
-from ckptlab.formats.deepspeed.options import DTYPES, np_dtype
 from ckptlab.formats.deepspeed.pipeline import balanced, stage_of
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
@@ -134,6 +145,7 @@ class PaperModel:
                 layer_stages={i: stage_of(1 + i, starts) for i in range(self.layers)},
                 heads=self.heads,
                 kv_heads=self.keys,
+                gradients=Gradients(DTYPES[self.dtype], cut=zero_stage >= 2, flat=zero_stage >= 2),
                 layouts_told=True,
                 numbers={f.name: getattr(self, f.name) for f in fields(self)},
             ),
@@ -166,7 +178,7 @@ class PaperModel:
         layout = layout.replace(stages=stages)
         if name in (EMBEDDING, HEAD) and shape[0] % mesh.tp:
             layout = layout.replace(padded={0: -(-shape[0] // mesh.tp) * mesh.tp})
-        states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {MODULE: np_dtype(self.dtype)}
+        states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {MODULE: DTYPES[self.dtype]}
         if zero_stage == 3:
             del states[MODULE]
         aliases = (HEAD,) if name == EMBEDDING and self.tied else ()

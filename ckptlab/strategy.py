@@ -12,11 +12,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 from ckptlab.errors import LayoutError
 from ckptlab.layout import Layout
+from ckptlab.registry import Registry
 
 Shape = tuple[int, ...]
 
@@ -98,12 +98,13 @@ class Megatron:
         return replicated(ndim)
 
 
-REGISTRY: dict[str, Strategy] = {"megatron": Megatron(), "megatron-swiglu": Megatron(swiglu=True)}
-
-
-def names() -> tuple[str, ...]:
-    """Registered strategies, those of installed packages (entry point group `ckptlab.strategies`) included."""
-    return tuple(sorted({*REGISTRY, *(e.name for e in entry_points(group="ckptlab.strategies"))}))
+REGISTRY = Registry[Strategy](
+    "strategy",
+    "ckptlab.strategies",
+    LayoutError,
+    {"megatron": Megatron(), "megatron-swiglu": Megatron(swiglu=True)},
+    hint=", or a .json file of pattern: notation",
+)
 
 
 def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Strategy | None:
@@ -112,17 +113,10 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
         return strategy
     if isinstance(strategy, Mapping):
         return Rules.of(strategy)
-    if strategy in REGISTRY:
-        return REGISTRY[strategy]
     if strategy.endswith(".json"):
         try:
             with open(strategy) as f:
                 return Rules.of(json.load(f), strategy)
         except (OSError, json.JSONDecodeError, AttributeError) as e:
             raise LayoutError(f"strategy file {strategy}: expected a JSON object of pattern: notation: {e}") from None
-    for entry in entry_points(group="ckptlab.strategies", name=strategy):
-        return entry.load()
-    raise LayoutError(
-        f"no strategy is called {strategy!r}: expected one of {', '.join(names())}, or a .json file of pattern: "
-        "notation"
-    )
+    return REGISTRY.get(strategy)

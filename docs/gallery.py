@@ -23,6 +23,7 @@ OUT = ROOT / "docs" / "pictures"
 PAGES = {"light": ("#ffffff", "#1f2328"), "dark": ("#0d1117", "#e6edf3")}
 QKV = Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 4096, "k": 1024, "v": 1024}, dims=("out", "in"))
 MQA = Layout("((tp q) + k + v) in", totals={"q": 4096, "k": 128, "v": 128}, dims=("out", "in"))
+BIG = Mesh(tp=4, pp=4, dp=32)
 EXPERTS = Mesh(tp=2, dp=4).split("dp", edp=2, ep=2)
 
 
@@ -71,10 +72,10 @@ PICTURES: dict[str, Callable[[], str]] = {
             FlatBuffer.contiguous([f"layers.{i}.weight" for i in range(9)], [700_000_003 + i for i in range(9)], 512)
         )
     ),
-    "stages": lambda: row(viz.stages(gpt()), viz.stages(zero3())),
-    "memory": lambda: column(viz.memory(gpt()), viz.memory(gpt().reshape(Mesh(tp=4, pp=2, dp=64)))),
-    "plan": lambda: column(viz.plan(gpt().reshape(Mesh(tp=4, dp=2)))),
-    "plan_512": lambda: column(viz.plan(gpt().reshape(Mesh(tp=4, pp=4, dp=32)))),
+    "stages": lambda: row(viz.stages(gpt().catalog), viz.stages(zero3().catalog)),
+    "memory": lambda: column(viz.memory(gpt().catalog), viz.memory(gpt().reshape(Mesh(tp=4, pp=2, dp=64)).target)),
+    "plan": lambda: column(viz.plan(gpt().reshape(Mesh(tp=4, dp=2)).plan)),
+    "plan_512": lambda: column(viz.plan(gpt().reshape(BIG).plan, gpt().mesh, BIG)),
     "layout": lambda: QKV._repr_html_(),
     "checkpoint": lambda: gpt()._repr_html_().replace("<details open><summary>52", "<details><summary>52"),
     "reshape": lambda: gpt().reshape(Mesh(tp=4, dp=2))._repr_html_(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import pickle
 import re
 import subprocess
@@ -19,8 +20,7 @@ from compare import GPT, ZERO2, ZERO3
 from helpers.arrays import OPERATIONS
 
 import ckptlab
-from ckptlab.arrays import backends
-from ckptlab.arrays.backends import Backend, resolve
+from ckptlab.arrays.backends import BACKENDS, Backend, base, resolve
 from ckptlab.arrays.backends.numpy import NumpyBackend
 from ckptlab.arrays.dtypes import is_narrow
 from ckptlab.arrays.duck import Duck, duck
@@ -80,9 +80,10 @@ def test_a_library_that_is_missing_is_named_with_how_to_get_it(monkeypatch: pyte
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name="torch")
 
-    monkeypatch.setattr(backends, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setattr(BACKENDS, "_own", {"torch": "ckptlab.arrays.backends.torch:TorchBackend"})
     with pytest.raises(BackendError, match=r"needs torch.*pip install 'ckptlab\[torch\]'"):
-        backends._class("torch")
+        resolve("torch", "meta")
 
 
 def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,11 +96,12 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
         def load(self) -> type:
             return Mine
 
-    monkeypatch.setattr(backends, "entry_points", lambda group, name=None: [Entry()] if name in (None, "mine") else [])
-    assert backends.names() == ("numpy", "torch", "jax", "mine")
+    entries = lambda group, name="mine": [Entry()] if (group, name) == ("ckptlab.backends", "mine") else []  # noqa: E731
+    monkeypatch.setattr(importlib.metadata, "entry_points", entries)
+    assert BACKENDS.names() == ("numpy", "torch", "jax", "mine")
     found = ckptlab.open(GPT).full("fp32", backend="mine")["6.weight"].fp32
     assert found.values.tobytes() == ckptlab.open(GPT).full("fp32")["6.weight"].fp32.values.tobytes()
-    backends._resolve.cache_clear()
+    base._resolve.cache_clear()
 
 
 def test_nothing_is_imported_before_it_is_asked_for() -> None:

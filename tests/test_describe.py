@@ -18,10 +18,10 @@ from ckptlab.checkpoint import Checkpoint, Reshape
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.describe import plan, plan_html, plan_text, summary, summary_html, summary_text
 from ckptlab.describe.fold import fold
-from ckptlab.draw.words import count, figure, ranges, shorten, size
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
+from ckptlab.words import count, figure, ranges, shorten, size
 
 STATES = {s: np.dtype(np.float32) for s in ("fp32", "exp_avg")}
 
@@ -151,21 +151,21 @@ def test_a_tensor_without_the_usual_states_is_told() -> None:
 def test_notices_come_last_or_not_at_all() -> None:
     ckpt = open_checkpoint(GPT)
     ckpt = Checkpoint(replace(ckpt.catalog, notices=(Notice("averaged", "replicas are averaged"),)))
-    assert summary_text(ckpt).endswith("notes     - replicas are averaged")
-    assert "averaged" not in summary_text(ckpt, notices=False)
+    assert summary_text(ckpt.catalog).endswith("notes     - replicas are averaged")
+    assert "averaged" not in summary_text(ckpt.catalog, notices=False)
 
 
 def test_a_folder_that_is_gone_can_still_be_shown() -> None:
     ckpt = open_checkpoint(GPT)
     gone = Checkpoint(replace(ckpt.catalog, path="/nowhere"))
     assert "24 files, not there any more" in repr(gone)
-    assert summary(gone)["files"] == {"count": 24, "bytes": None}
+    assert summary(gone.catalog)["files"] == {"count": 24, "bytes": None}
 
 
 def test_the_table_is_cut_and_says_so() -> None:
     ckpt = made_of(*(tensor(f"m.{chr(97 + i // 26)}{chr(97 + i % 26)}.w") for i in range(100)))
     assert "… and 60 more tensors" in repr(ckpt)
-    everything = summary_text(ckpt, everything=True)
+    everything = summary_text(ckpt.catalog, everything=True)
     assert "more tensors" not in everything
     assert everything.count("\nm.") == 100
 
@@ -178,8 +178,8 @@ def test_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stored, "map", read)
     for ckpt in opened:
         assert repr(ckpt)
-        assert summary_html(ckpt)
-        assert summary(ckpt)
+        assert summary_html(ckpt.catalog)
+        assert summary(ckpt.catalog)
         reshaped = ckpt.reshape(Mesh(dp=3, pp=1))
         assert plan_text(reshaped)
         assert plan_html(reshaped)
@@ -188,7 +188,7 @@ def test_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", [GPT, ZERO2, ZERO3, GPT / "universal"], ids=lambda p: p.name)
 def test_the_data_of_a_summary(path: Path) -> None:
     ckpt = open_checkpoint(path)
-    about = json.loads(json.dumps(summary(ckpt), allow_nan=False))
+    about = json.loads(json.dumps(summary(ckpt.catalog), allow_nan=False))
     assert about["mesh"] == ckpt.mesh.degrees
     assert [t["name"] for t in about["tensors"]] == list(ckpt.tensors)
     assert about["counts"]["parameters"] == sum(t["elements"] for t in about["tensors"] if t["kind"] != "buffer")
@@ -222,7 +222,7 @@ def test_whatever_comes_from_files_is_escaped() -> None:
         notices=(Notice("x", evil),),
         groups=(ParameterGroup({"name": evil, "lr": evil, evil: evil}, ("b",)),),
     )
-    page = summary_html(Checkpoint(catalog))
+    page = summary_html(catalog)
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 8
 
@@ -231,7 +231,7 @@ def test_whatever_comes_from_files_is_escaped() -> None:
 def test_html_of_ten_thousand_tensors_is_small(folds: bool) -> None:
     name = "model.layers.{}.w" if folds else "model.layer{}.w"
     ckpt = made_of(*(tensor(name.format(i)) for i in range(10_000)))
-    assert len(summary_html(ckpt)) < 100_000
+    assert len(summary_html(ckpt.catalog)) < 100_000
 
 
 # Plans
@@ -285,9 +285,9 @@ def test_the_moves_add_up_to_the_figures(mesh: Mesh) -> None:
 def test_many_ranks_are_a_list_of_those_that_receive_most() -> None:
     text = repr(reshaped(GPT, Mesh(tp=4, pp=4, dp=2)))
     assert "the target ranks that receive most (of 32)" in text
-    rows = re.findall(r"^ +(\d+)  pp (\d) dp (\d) tp (\d) ", text, re.MULTILINE)
+    rows = re.findall(r"^ +(\d+)  tp (\d) · pp (\d) · dp (\d) ", text, re.MULTILINE)
     assert len(rows) == 8
-    for rank, pp, dp, tp in rows:
+    for rank, tp, pp, dp in rows:
         assert int(rank) == (int(pp) * 2 + int(dp)) * 4 + int(tp)
 
 

@@ -73,7 +73,7 @@ def test_norms_over_steps_are_of_all_layers_together(tmp_path: Path) -> None:
     np.testing.assert_array_equal(line.get_xdata(), run.steps)
     whole = [np.sqrt(sum((np.float64(a) ** 2).sum() for a in _layers(run[step]))) for step in run.steps]
     np.testing.assert_allclose(line.get_ydata(), whole)
-    again = plots.norms(run.stats(by="layer"), over="step", tensors="fc1.weight", states=["exp_avg"]).axes[0]
+    again = plots.norms(ckptlab.stats(run, by="layer"), over="step", tensors="fc1.weight", states=["exp_avg"]).axes[0]
     np.testing.assert_allclose(again.get_lines()[0].get_ydata(), whole)
     assert plots.norms(found).get_suptitle() == "Norms by layer, step 5"
     with pytest.raises(CheckpointError, match="take a run"):

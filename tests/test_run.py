@@ -72,7 +72,7 @@ def test_states_and_dtypes_are_chosen() -> None:
 
 def test_statistics_have_a_step_dim() -> None:
     run = open_run(STEPS)
-    found = run.stats()
+    found = stats(run)
     assert found["norm"].dims == ("step", "tensor", "state")
     assert found["histogram"].dims == ("step", "tensor", "state", "bin")
     for step in run.steps:
@@ -84,7 +84,7 @@ def test_statistics_have_a_step_dim() -> None:
     view = stats(run.full("fp32"))
     same = found.sel(tensor=view["tensor"], state=["fp32"])
     np.testing.assert_allclose(view["norm"], same["norm"], rtol=1e-12)
-    assert run.stats(by="model", states=["fp32"])["norm"].shape == (3, 1, 1)
+    assert stats(run, by="model", states=["fp32"])["norm"].shape == (3, 1, 1)
 
 
 def test_an_incomplete_step_is_skipped_and_told(folder: Path) -> None:
@@ -107,7 +107,7 @@ def test_an_incomplete_step_is_skipped_and_told(folder: Path) -> None:
 
 
 def test_a_step_on_another_mesh_is_the_same_run(folder: Path) -> None:
-    before = open_run(folder).stats(histogram=False)
+    before = stats(open_run(folder), histogram=False)
     reshaped = ckptlab.open(folder / "global_step4").reshape(ckptlab.Mesh(dp=3))
     reshaped.save(folder / "new")
     shutil.rmtree(folder / "global_step4")
@@ -116,7 +116,7 @@ def test_a_step_on_another_mesh_is_the_same_run(folder: Path) -> None:
     assert run.steps == (2, 4, 5)
     assert {ckpt.mesh.dp for ckpt in run.checkpoints.values()} == {2, 3}
     assert repr(run).count("dp 3") == 1
-    after = run.stats(histogram=False)
+    after = stats(run, histogram=False)
     np.testing.assert_allclose(after["norm"], before["norm"], rtol=1e-12)
     np.testing.assert_array_equal(after["max"], before["max"])
 
@@ -153,7 +153,7 @@ def test_tensors_that_come_and_change(tmp_path: Path) -> None:
     state = next(iter(tree["d"].data_vars))
     assert tree["d"][state].dtype == np.float32
     np.testing.assert_array_equal(tree["d"][state][:, 0], [9, 10, 200])
-    found = run.stats(histogram=False).sel(state="fp32")
+    found = stats(run, histogram=False).sel(state="fp32")
     assert found["elements"].sel(tensor="late").values.tolist() == [-1, 2, 2]
     assert np.isnan(found["norm"].sel(tensor="late", step=9))
     assert found["elements"].sel(tensor="n").values.tolist() == [4, 5, 5]

@@ -351,7 +351,7 @@ def test_the_buffers_of_real_checkpoints(path: str) -> None:
 
 def test_layers_stand_on_their_stages_and_tied_tensors_on_both() -> None:
     ckpt = ckptlab.open(GPT)
-    drawing = viz.stages(ckpt)
+    drawing = viz.stages(ckpt.catalog)
     assert texts(drawing, "stage-label") == ["pp 0", "pp 1"]
     tied = cells(drawing, "tied")
     assert [(c.get("data-tensor"), c.get("data-pp")) for c in tied] == [
@@ -386,7 +386,7 @@ def test_many_stages_and_layers_are_few_columns_and_boxes() -> None:
 
 
 @pytest.mark.parametrize("path", [GPT, ZERO2], ids=lambda p: p.name)
-def test_memory_is_what_the_files_of_all_ranks_hold(path: str) -> None:
+def test_memory_is_what_the_files_of_all_ranks_hold_and_gradients(path: str) -> None:
     catalog = ckptlab.open(path).catalog
     by_rank = viz.memory_by_rank(catalog)
     flat = module = 0
@@ -401,18 +401,25 @@ def test_memory_is_what_the_files_of_all_ranks_hold(path: str) -> None:
             module += copies * sum(f.stored.nbytes for fragments in places.values() for f in fragments)
     assert by_rank[:, 1:3].sum() == flat
     assert by_rank[:, 0].sum() == module * catalog.mesh.dp
+    if path == GPT:  # BF16_Optimizer
+        kept = sum(4 * buffer.total * catalog.mesh.dp for group in catalog.flat_groups for buffer in group.flats)
+        assert viz.memory(catalog).svg.count("memory by rank, float32 gradients whole on each dp rank")
+    else:
+        kept = sum(2 * buffer.total for group in catalog.flat_groups for buffer in group.flats)
+        assert viz.memory(catalog).svg.count("memory by rank, bfloat16 gradients cut over dp")
+    assert by_rank[:, viz.KINDS.index("gradients")].sum() == kept
 
 
 def test_bars_are_as_long_as_their_bytes() -> None:
     reshaped = ckptlab.open(GPT).reshape(Mesh(tp=4, dp=2))
-    drawing = viz.memory(reshaped)
+    drawing = viz.memory(reshaped.target)
     amounts = cells(drawing, "amount")
     assert len({round(float(c.get("width", "")) / int(c.get("data-bytes", "")), 4) for c in amounts}) == 1
     found = viz.memory_by_rank(reshaped.target)
     for rank in range(8):
         mine = [int(c.get("data-bytes", "")) for c in amounts if c.get("data-rank") == str(rank)]
         assert sum(mine) == found[rank].sum()
-    assert texts(drawing, "legend") == ["module weights", "master weights", "moments"]
+    assert texts(drawing, "legend") == ["module weights", "master weights", "moments", "gradients"]
     assert not overlap(amounts)
 
 
@@ -453,7 +460,7 @@ def test_of_512_ranks_those_that_hold_alike_are_one_bar() -> None:
 
 def test_the_matrix_is_the_plan() -> None:
     reshaped = ckptlab.open(GPT).reshape(Mesh(tp=4, dp=2))
-    drawing = viz.plan(reshaped)
+    drawing = viz.plan(reshaped.plan)
     found = np.zeros((8, 8), np.int64)
     kept = 0
     for cell in cells(drawing, "move"):
@@ -481,7 +488,7 @@ def test_the_name_of_few_rows_stays_off_title_and_notes(rows: int) -> None:
 @pytest.mark.parametrize("mesh", [Mesh(tp=4, dp=32, pp=4), Mesh(tp=4, dp=128)], ids=str)
 def test_512_targets_are_stages_or_blocks_and_the_picture_says_so(mesh: Mesh) -> None:
     reshaped = ckptlab.open(GPT).reshape(mesh)
-    drawing = viz.plan(reshaped)
+    drawing = viz.plan(reshaped.plan, reshaped.source.mesh, mesh)
     moves = cells(drawing, "move")
     assert len(moves) == 8 * (4 if mesh.pp > 1 else 16)
     assert sum(int(c.get("data-bytes", "")) for c in moves) == reshaped.plan.sent
@@ -499,11 +506,11 @@ def test_512_targets_are_stages_or_blocks_and_the_picture_says_so(mesh: Mesh) ->
 def test_a_plot_has_every_rank() -> None:
     pytest.importorskip("matplotlib").use("Agg")
     reshaped = ckptlab.open(GPT).reshape(Mesh(tp=4, dp=2))
-    ax = viz.plot_memory(reshaped)
+    ax = viz.plot_memory(reshaped.target)
     found = viz.memory_by_rank(reshaped.target)
     heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
     assert np.array(heights).T.tolist() == found[:, found.any(axis=0)].tolist()
-    (image,) = viz.plot_plan(reshaped, viz.plot_memory({})).images
+    (image,) = viz.plot_plan(reshaped.plan, viz.plot_memory({})).images
     assert image.get_array().filled(0).tolist() == reshaped.plan.matrix().tolist()
 
 
@@ -579,7 +586,7 @@ def test_drawings_load_nothing_heavy() -> None:
 def test_draw_knows_nothing_of_the_rest() -> None:
     script = "import sys, ckptlab.draw; print(sorted(m for m in sys.modules if m.startswith('ckptlab.')))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert set(re.findall(r"ckptlab\.\w+", done.stdout)) == {"ckptlab.draw"}
+    assert set(re.findall(r"ckptlab\.\w+", done.stdout)) == {"ckptlab.draw", "ckptlab.words"}
 
 
 def test_drawings_are_values() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -15,12 +16,12 @@ import pytest
 from compare import GPT, ZERO3
 
 import ckptlab
-from ckptlab import Mesh
+from ckptlab import Mesh, viz
 from ckptlab.catalog import MODULE
 from ckptlab.formats import read
-from ckptlab.widgets import memory, page, steps
+from ckptlab.widgets import page, steps
 from ckptlab.widgets.cells import rank_of, told
-from ckptlab.widgets.held import inventory, pieces
+from ckptlab.widgets.held import inventory, pieces, sizes
 from ckptlab.widgets.subject import Refusal, Subject
 
 QKV = "2.self_attention.query_key_value.weight"
@@ -124,12 +125,35 @@ def test_the_line_is_the_python_that_does_the_same(subject: Subject) -> None:
 
 def test_memory_follows_the_zero_stage() -> None:
     """The figures of the ZeRO paper: 16 bytes a parameter, of which 12, 14 and all 16 are cut over dp."""
-    kept = [memory.fullest(ckptlab.paper_model(Mesh(dp=4), stage).catalog) for stage in range(4)]
+    kept = [viz.fullest(ckptlab.paper_model(Mesh(dp=4), stage).catalog) for stage in range(4)]
     n = sum(t.numel for t in ckptlab.paper_model().tensors.values())
-    assert list(kept[0].values()) == [2 * n, 2 * n, 12 * n]
-    wanted = [(2, 2, 12), (2, 2, 3), (2, 0.5, 3), (0.5, 0.5, 3)]
+    assert kept[0] == dict(zip(viz.KINDS, (2 * n, 4 * n, 8 * n, 2 * n, 0), strict=True))
+    wanted = [(2, 4, 8, 2, 0), (2, 1, 2, 2, 0), (2, 1, 2, 0.5, 0), (0.5, 1, 2, 0.5, 0)]
     for found, each in zip(kept, wanted, strict=True):
         assert list(found.values()) == pytest.approx([n * k for k in each], rel=0.001)
+
+
+@pytest.mark.parametrize("source", [GPT, ZERO3, None], ids=str)
+def test_both_pictures_of_memory_show_the_same_of_rank_0(source: Path | None) -> None:
+    ckpt = ckptlab.open(source) if source else ckptlab.paper_model(Mesh(tp=2, dp=2), 2)
+    subject = Subject.of_checkpoint(ckpt)
+    first = [bars_of_rank_0(page.static(subject, subject.start())), bars_of_rank_0(viz.memory(ckpt.catalog).svg)]
+    assert first[0] == first[1]
+    kinds = dict(zip(viz.KINDS, viz.memory_by_rank(ckpt.catalog)[0].tolist(), strict=True))
+    assert {kind: nbytes for kind, _, nbytes in first[0]} == {kind: n for kind, n in kinds.items() if n}
+    assert kinds["gradients"] > 0
+    assert f"fullest rank: {sizes({kind: n for kind, n in viz.fullest(ckpt.catalog).items() if n})}" in page.model(
+        subject
+    )
+
+
+def bars_of_rank_0(page: str) -> list[tuple[str, str, int]]:
+    """(kind, colour, bytes) of the cells that a picture of memory has for rank 0."""
+    bars = [
+        tag for tag in re.findall(r"<rect [^>]*class=\"cell amount[^>]*>", page) if re.search(r'data-rank="0[-"]', tag)
+    ]
+    said = ([re.search(f'{name}="([^"]*)"', tag) for name in ("data-kind", "fill", "data-bytes")] for tag in bars)
+    return [(kind[1], fill[1], int(nbytes[1])) for kind, fill, nbytes in said if kind and fill and nbytes]
 
 
 @pytest.mark.parametrize("source", [GPT, ZERO3, None], ids=str)

@@ -9,6 +9,9 @@ from typing import Any
 from ckptlab.analysis.measure import Measure, Summary, summed
 from ckptlab.analysis.renames import Renamed
 from ckptlab.errors import CheckpointError
+from ckptlab.plain import plain
+from ckptlab.shown import Shown, plot
+from ckptlab.words import number_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class Difference:
     b: float = 0.0
     relative: float = 0.0
     cosine: float = 1.0
+
+    @property
+    def reason(self) -> str:
+        """What is not the same: "values", "dtype", or "values and dtype"."""
+        if self.dtypes[0] == self.dtypes[1]:
+            return "values"
+        return "values and dtype" if self.count else "dtype"
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,8 @@ class Setting:
     b: Any
 
 
-@dataclass(frozen=True)
-class Diff:
+@dataclass(frozen=True, repr=False)
+class Diff(Shown):
     """What `diff` found. `a` and `b` are the paths, `tensors` how many were compared in some state; differences come in
     the order of the tensors of a.
 
@@ -95,15 +105,28 @@ class Diff:
 
     @property
     def verdict(self) -> str:
-        """One line: whether they are equal, and what is not."""
-        from ckptlab.describe.differences import verdict
-
-        return verdict(self)
+        """One line: `different: 3 tensors with other values, 1 setting with another value`."""
+        if self.equal:
+            states = ", ".join(self.states)
+            return f"equal: {number_of(self.tensors, 'tensor')}, bit for bit, in every state that both have ({states})"
+        counts = (
+            (len(self.changed), "tensor", "with other values"),
+            (len(self.only_a) + len(self.only_b), "tensor", "on one side only"),
+            (len(self.renamed), "tensor", "under another name"),
+            (len(self.shapes), "tensor", "of another shape"),
+            (len(self.settings), "setting", "with another value"),
+        )
+        return f"different: {', '.join(f'{number_of(n, thing)} {how}' for n, thing, how in counts if n)}"
 
     @property
     def states(self) -> tuple[str, ...]:
         """The states that were compared."""
         return tuple(c.state for c in self.compared)
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """The states in which some tensor differs."""
+        return tuple(c.state for c in self.compared if c.differ)
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -140,23 +163,32 @@ class Diff:
         state: default the first that was compared. ax: where to draw (default: a new figure). ImportError without
         matplotlib, which comes with `pip install ckptlab[widgets]`.
         """
-        from ckptlab.describe.depth import plot_depth
-
-        found = [m for m in self.measures if m.state == self._state(state)]
-        return plot_depth(found, self._state(state), ax)
+        return plot(self, self._state(state), ax)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `ckptlab diff --json` prints them."""
-        from ckptlab.describe.differences import to_dict
+        """Plain values, as `ckptlab diff --json` prints them; what is infinite or NaN is text.
 
-        return to_dict(self)
-
-    def __repr__(self) -> str:
-        from ckptlab.describe.differences import diff_text
-
-        return diff_text(self)
-
-    def _repr_html_(self) -> str:
-        from ckptlab.describe.differences import diff_html
-
-        return diff_html(self)
+        Keys: equal, a, b (paths), tensors (compared), compared [{state, tensors, elements, differ}], differences
+        [{name, state, dtypes, elements, count, max_abs, max_rel, at, a, b, relative, cosine, reason}], only_a, only_b
+        (names), renamed [{a, b, same, distance}], shapes [{name, a, b}], states_only_a, states_only_b [{state, tensors,
+        everywhere}], settings [{where, key, a, b}], unchanged (names), layers and kinds {state: [{label, tensors,
+        differ, max_abs, relative, cosine}]}, of states in which something differs.
+        """
+        return {
+            "equal": self.equal,
+            "a": self.a,
+            "b": self.b,
+            "tensors": self.tensors,
+            "compared": [vars(c) for c in self.compared],
+            "differences": [plain({**vars(d), "reason": d.reason}) for d in self.differences],
+            "only_a": list(self.only_a),
+            "only_b": list(self.only_b),
+            "shapes": [{"name": n, "a": list(a), "b": list(b)} for n, a, b in self.shapes],
+            "states_only_a": [plain(vars(s)) for s in self.states_only_a],
+            "states_only_b": [plain(vars(s)) for s in self.states_only_b],
+            "settings": [plain(vars(s)) for s in self.settings],
+            "renamed": [vars(r) for r in self.renamed],
+            "unchanged": list(self.unchanged),
+            "layers": {s: [plain(vars(x)) for x in self.by_layer(s)] for s in self.differing},
+            "kinds": {s: [plain(vars(x)) for x in self.by_kind(s)] for s in self.differing},
+        }

@@ -18,9 +18,9 @@ import xarray as xr
 from ckptlab.analysis.rows import View
 from ckptlab.analysis.statistics import stats
 from ckptlab.checkpoint import Checkpoint
-from ckptlab.draw.plotting import pyplot
-from ckptlab.draw.words import shorten
 from ckptlab.errors import CheckpointError
+from ckptlab.viz.pyplot import pyplot
+from ckptlab.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,22 +1,16 @@
-"""What statistics are of: the tensors of a checkpoint, a view, a node of one or a single array, one by one.
-
-A row is one state of one tensor, of one layer, tp rank and training step: what remains to be reduced are the tensor's
-own dims.
-"""
+"""The rows of a checkpoint, a view, a node of one or a single array, one by one: see row.py."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import xarray as xr
 
-from ckptlab.analysis.run import Run
-from ckptlab.analysis.windows import Array, array_of
+from ckptlab.analysis.row import Row
+from ckptlab.analysis.windows import array_of
 from ckptlab.arrays import reader
 from ckptlab.arrays.lazy import Gathered
 from ckptlab.catalog import Catalog
@@ -28,33 +22,16 @@ from ckptlab.layout import Cut
 
 BATCH = ("step", "layer", "pp", "tp", "dp")  # dims of a view that are no dims of a tensor
 
-View = Checkpoint | Catalog | Run | xr.DataTree | xr.Dataset | xr.DataArray | str | os.PathLike[str]
+
+@runtime_checkable
+class HasRows(Protocol):
+    """What lists its rows itself: a run, or anything else that holds tensors."""
+
+    def rows(self) -> list[Row]:
+        """What there is to take statistics of."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One state of one tensor: `array` with the tensor's own dims alone.
-
-    name: the model's own. stack: the name that it shares with the other layers; layer: its number among them, -1 where
-    it stands alone. pp: the stage that holds it, -1 where nothing says so. tp, step: None where the view has no such
-    dim. layout: the line of notation that says how it is cut, "" where nothing says so.
-    """
-
-    name: str
-    state: str
-    array: Array
-    stack: str
-    layer: int = -1
-    kind: str = ""
-    group: str = ""
-    pp: int = -1
-    tp: int | None = None
-    step: int | None = None
-    layout: str = ""
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.array.shape)
+View = HasRows | Checkpoint | Catalog | xr.DataTree | xr.Dataset | xr.DataArray | str | os.PathLike[str]
 
 
 def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
@@ -64,9 +41,7 @@ def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
     """
     if isinstance(view, str | os.PathLike):
         view = open_checkpoint(view)
-    if isinstance(view, Run):
-        found = view.rows()
-    elif isinstance(view, Checkpoint | Catalog):
+    if isinstance(view, Checkpoint | Catalog):
         found = list(_of_catalog(view if isinstance(view, Catalog) else view.catalog))
     elif isinstance(view, xr.DataTree):
         found = [row for node in view.subtree if node.data_vars for row in _of_dataset(node.to_dataset(), node.name)]
@@ -74,6 +49,8 @@ def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
         found = list(_of_dataset(view, None))
     elif isinstance(view, xr.DataArray):
         found = list(_of_array(view))
+    elif isinstance(view, HasRows):
+        found = view.rows()
     else:
         raise CheckpointError(
             f"statistics are of a checkpoint, a view of one (full, shards), a node of it or an array, not of "

@@ -9,22 +9,21 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from ckptlab.analysis.row import Row
+from ckptlab.analysis.rows import rows_of
 from ckptlab.arrays.lazy import Converted, Stacked, under, variable
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError, LayoutError, UnknownNameError
+from ckptlab.shown import Shown
 from ckptlab.views import Full
 
-if TYPE_CHECKING:
-    from ckptlab.analysis.rows import Row
-
-MANY = 8  # what is skipped, in a repr
+MANY = 8  # skipped folders that an error lists
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _opened(folder: str, strategy: Any) -> tuple[list[tuple[str, Checkpoint]], l
     return opened, skipped
 
 
-class Run(Mapping[int, Checkpoint]):
+class Run(Shown, Mapping[int, Checkpoint]):
     """The checkpoints of a run by step, opened by `ckptlab.open_run`. Nothing is read until values are asked for."""
 
     __eq__, __hash__ = object.__eq__, object.__hash__
@@ -143,31 +142,9 @@ class Run(Mapping[int, Checkpoint]):
                 nodes[name] = xr.DataTree(node)
         return xr.DataTree(xr.Dataset(attrs={"path": self.path}), nodes)
 
-    def stats(self, **options: Any) -> xr.Dataset:
-        """`ckptlab.stats` of all steps in one Dataset, with a dim `step` more."""
-        from ckptlab.analysis.statistics import stats
-
-        return stats(self, **options)
-
     def rows(self) -> list[Row]:
         """What there is to take statistics of: every state of every whole tensor at every step."""
-        from ckptlab.analysis.rows import rows_of
-
         return [replace(row, step=step) for step, ckpt in self.checkpoints.items() for row in rows_of(ckpt)]
-
-    @cached_property
-    def _summary(self) -> list[str]:
-        meshes: dict[str, list[int]] = {}
-        for step, ckpt in self.checkpoints.items():
-            meshes.setdefault(f"{ckpt.format}, {ckpt.mesh}", []).append(step)
-        lines = [f"Run of {len(self.steps)} checkpoints: {self.path}"]
-        lines += [f"  steps {', '.join(map(str, steps))}: {what}" for what, steps in meshes.items()]
-        lines += [f"  skipped {one}" for one in self.skipped[:MANY]]
-        more = len(self.skipped) - MANY
-        return lines + ([f"  … and {more:,} more skipped"] if more > 0 else [])
-
-    def __repr__(self) -> str:
-        return "\n".join(self._summary)
 
 
 def _known(ckpt: Checkpoint, wanted: tuple[str, ...] | None) -> tuple[str, ...] | None:

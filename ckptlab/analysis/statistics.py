@@ -16,12 +16,14 @@ from ckptlab import pool
 from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import accumulator
 from ckptlab.analysis.partial import Bins, Partial, merged
-from ckptlab.analysis.rows import Row, View, rows_of
+from ckptlab.analysis.row import Row
+from ckptlab.analysis.rows import View, rows_of
 from ckptlab.analysis.spectra import Spectrum, spectrum_of
 from ckptlab.analysis.windows import WINDOW, Span, spans
 from ckptlab.catalog import MASTER, MODULE
 from ckptlab.errors import CheckpointError
 from ckptlab.pool import Workers
+from ckptlab.words import shape_text
 
 TOP = 16  # singular values that are kept, if not said
 
@@ -256,7 +258,7 @@ class _Table:
             "kind": [row.kind for row in firsts],
             "group": [row.group for row in firsts],
             "layout": [row.layout for row in firsts],
-            "shape": [" × ".join(map(str, row.array.shape)) or "scalar" for row in firsts],
+            "shape": [shape_text(row.array.shape) for row in firsts],
             "numel": [row.numel for row in firsts],
         }
         if self._by == "tensor":

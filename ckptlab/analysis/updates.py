@@ -33,6 +33,7 @@ from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
 from ckptlab.pool import Workers
 from ckptlab.stored import Stored
+from ckptlab.words import shape_text
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 _SPAN = 128  # windows that a task goes through
@@ -269,7 +270,7 @@ def _dataset(
         "layer": ("tensor", [place[t.name][1] for t in trained]),
         "group": ("tensor", [names.get(t.group, "") for t in trained]),
         "pp": ("tensor", [t.stages[0] for t in trained]),
-        "shape": ("tensor", [" × ".join(map(str, t.shape)) or "scalar" for t in trained]),
+        "shape": ("tensor", [shape_text(t.shape) for t in trained]),
         "numel": ("tensor", [t.numel for t in trained]),
     }
     return xr.Dataset(variables, coordinates, {"by": "tensor", "path": catalog.path})

@@ -3,16 +3,18 @@
 from ckptlab.catalog.catalog import Catalog, Notice
 from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
 from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor, module_source
-from ckptlab.catalog.training import Training
+from ckptlab.catalog.training import DTYPES, Gradients, Training
 
 __all__ = [
     "ALONE",
+    "DTYPES",
     "MASTER",
     "MODULE",
     "Catalog",
     "Extents",
     "FlatGroup",
     "Fragment",
+    "Gradients",
     "Notice",
     "ParameterGroup",
     "Tensor",

@@ -27,7 +27,8 @@ from ckptlab.deepspeed.reshape_meg_2d import (
     partition_data,
     reshape_meg_2d_parallel,
 )
-from ckptlab.deepspeed.universal_checkpoint import SubparamShape, enable_universal_checkpoint
+from ckptlab.deepspeed.sub_parameters import SubparamShape
+from ckptlab.deepspeed.universal_checkpoint import enable_universal_checkpoint
 from ckptlab.deepspeed.zero_checkpoint import ZeROCheckpoint
 
 __all__ = [

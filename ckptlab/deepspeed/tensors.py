@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import torchfile
 from ckptlab.formats.pickles import Foreign, Global, Size
@@ -132,8 +133,6 @@ def _enum_number(loader: _Loader, value: Foreign) -> Any:
 
 
 def _sub_parameters(loader: _Loader, value: Foreign) -> Any:
-    from ckptlab.deepspeed.universal_checkpoint import SubparamShape
-
     fields = value.attributes
     return SubparamShape(**fields) if set(fields) == {"patterns", "shape", "partition_dim"} else value
 

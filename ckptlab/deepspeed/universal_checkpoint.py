@@ -28,6 +28,7 @@ from ckptlab.deepspeed.constants import (
     SUB_PARAM_SHAPE,
     VOCAB_TENSOR,
 )
+from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.deepspeed.tensors import as_torch, tensor_of
 from ckptlab.errors import LayoutError, UnsupportedError
 from ckptlab.formats import torchfile
@@ -41,19 +42,6 @@ if TYPE_CHECKING:
     import torch
 
 STEP = "step"
-
-
-@dataclass
-class SubparamShape:
-    """Parameters that hold several sub-parameters, each cut on its own.
-
-    patterns: regular expressions of their names. shape: the whole's shape, with a tuple of the sub-parameters' sizes
-    where they lie one after the other. partition_dim: the dim that tp cuts.
-    """
-
-    patterns: list[str]
-    shape: tuple[tuple[int, ...] | int, ...]
-    partition_dim: int
 
 
 @dataclass

@@ -1,67 +1,26 @@
-"""What `diff` found, as plain data, as text and as HTML."""
+"""What `diff` found, as text and as HTML."""
 
 from __future__ import annotations
 
 import math
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckptlab.describe.facts import plain
+from ckptlab.analysis.found import Diff, Difference, OnlyIn, Setting
+from ckptlab.analysis.measure import Summary
 from ckptlab.describe.html import page, table_html
 from ckptlab.describe.text import aligned, blocks
-from ckptlab.draw.words import number_of, some
-
-if TYPE_CHECKING:
-    from ckptlab.analysis import Diff, Difference, OnlyIn, Setting
-    from ckptlab.analysis.measure import Summary
+from ckptlab.shown import shows
+from ckptlab.viz.depth import plot_depth
+from ckptlab.words import number_of, shape_text, some
 
 ROWS = 20  # differences that are listed
-
-
-def to_dict(diff: Diff) -> dict[str, Any]:
-    """Plain values, as `ckptlab diff --json` prints them; what is infinite or NaN is text.
-
-    Keys: equal, a, b (paths), tensors (compared), compared [{state, tensors, elements, differ}], differences [{name,
-    state, dtypes, elements, count, max_abs, max_rel, at, a, b, relative, cosine, reason}], only_a, only_b (names),
-    renamed [{a, b, same, distance}], shapes [{name, a, b}], states_only_a, states_only_b [{state, tensors,
-    everywhere}], settings [{where, key, a, b}], unchanged (names), layers and kinds {state: [{label, tensors, differ,
-    max_abs, relative, cosine}]}, of states in which something differs.
-    """
-    return {
-        "equal": diff.equal,
-        "a": diff.a,
-        "b": diff.b,
-        "tensors": diff.tensors,
-        "compared": [vars(c) for c in diff.compared],
-        "differences": [plain({**vars(d), "reason": _reason(d)}) for d in diff.differences],
-        "only_a": list(diff.only_a),
-        "only_b": list(diff.only_b),
-        "shapes": [{"name": n, "a": list(a), "b": list(b)} for n, a, b in diff.shapes],
-        "states_only_a": [plain(vars(s)) for s in diff.states_only_a],
-        "states_only_b": [plain(vars(s)) for s in diff.states_only_b],
-        "settings": [plain(vars(s)) for s in diff.settings],
-        "renamed": [vars(r) for r in diff.renamed],
-        "unchanged": list(diff.unchanged),
-        "layers": {s: [plain(vars(x)) for x in diff.by_layer(s)] for s in _differing(diff)},
-        "kinds": {s: [plain(vars(x)) for x in diff.by_kind(s)] for s in _differing(diff)},
-    }
-
-
-def _differing(diff: Diff) -> list[str]:
-    """The states in which some tensor differs."""
-    return [c.state for c in diff.compared if c.differ]
-
-
-def _reason(difference: Difference) -> str:
-    if difference.dtypes[0] == difference.dtypes[1]:
-        return "values"
-    return "values and dtype" if difference.count else "dtype"
 
 
 def diff_text(diff: Diff) -> str:
     """The verdict, what was compared, and the largest differences."""
     found = [
-        ("", [verdict(diff)]),
+        ("", [diff.verdict]),
         ("A", [diff.a]),
         ("B", [diff.b]),
         ("states", aligned(_states(diff), "lrrl")),
@@ -70,20 +29,6 @@ def diff_text(diff: Diff) -> str:
         ("settings", aligned([[s.where, s.key, _values(s)] for s in diff.settings], "lll")),
     ]
     return "\n".join([*blocks(found), *_listed(diff), *_summaries(diff)])
-
-
-def verdict(diff: Diff) -> str:
-    """`different: 3 tensors with other values, 1 setting with another value`."""
-    if diff.equal:
-        states = ", ".join(c.state for c in diff.compared)
-        return f"equal: {number_of(diff.tensors, 'tensor')}, bit for bit, in every state that both have ({states})"
-    said = [f"{number_of(len(diff.changed), 'tensor')} with other values"] if diff.changed else []
-    missing = len(diff.only_a) + len(diff.only_b)
-    said += [f"{number_of(missing, 'tensor')} on one side only"] if missing else []
-    said += [f"{number_of(len(diff.renamed), 'tensor')} under another name"] if diff.renamed else []
-    said += [f"{number_of(len(diff.shapes), 'tensor')} of another shape"] if diff.shapes else []
-    said += [f"{number_of(len(diff.settings), 'setting')} with another value"] if diff.settings else []
-    return f"different: {', '.join(said)}"
 
 
 def _states(diff: Diff) -> list[list[str]]:
@@ -127,13 +72,9 @@ def _renamed(diff: Diff) -> list[str]:
 
 
 def _shapes(diff: Diff) -> list[str]:
-    rows = [[name, f"{_shape(a)} in A", f"{_shape(b)} in B"] for name, a, b in diff.shapes[:ROWS]]
+    rows = [[name, f"{shape_text(a)} in A", f"{shape_text(b)} in B"] for name, a, b in diff.shapes[:ROWS]]
     left = len(diff.shapes) - ROWS
     return [*aligned(rows, "lll"), *([f"… and {left:,} more"] if left > 0 else [])]
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) or "scalar"
 
 
 def _listed(diff: Diff) -> list[str]:
@@ -161,7 +102,7 @@ def _summaries(diff: Diff) -> list[str]:
 
 def _tables(diff: Diff) -> list[tuple[str, list[list[str]]]]:
     """(title, rows) by kind and by layer; nothing where one tensor alone was compared."""
-    states = _differing(diff)
+    states = diff.differing
     if not states or diff.tensors < 2:
         return []
     kinds = sorted(diff.by_kind(states[0]), key=lambda s: -s.relative)
@@ -182,7 +123,7 @@ def diff_html(diff: Diff) -> str:
         *[("same", text) for text in _unchanged(diff)],
         *[("tensors", text) for text in (*_only("A", diff.only_a), *_only("B", diff.only_b))],
         *[("renamed", f"{r.a} → {r.b}") for r in diff.renamed[:ROWS]],
-        *[("shape", f"{name}: {_shape(a)} in A, {_shape(b)} in B") for name, a, b in diff.shapes[:ROWS]],
+        *[("shape", f"{name}: {shape_text(a)} in A, {shape_text(b)} in B") for name, a, b in diff.shapes[:ROWS]],
         *[("setting", f"{s.where}: {s.key} {_values(s)}") for s in diff.settings],
     ]
     told = "".join(f"<dt>{key}</dt><dd>{escape(str(text))}</dd>" for key, text in facts)
@@ -192,7 +133,7 @@ def diff_html(diff: Diff) -> str:
     if most:
         title = f"largest of {number_of(len(most), 'difference')}"
         parts.append(_folded(title, _HEADER, [_row(d) for d in most[: 5 * ROWS]], _SIDES))
-    return page(verdict(diff), parts)
+    return page(diff.verdict, parts)
 
 
 def _folded(title: str, header: list[str], rows: list[list[str]], sides: str) -> str:
@@ -219,3 +160,10 @@ def _cosine(value: float) -> str:
 
 def _number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if math.isfinite(value) else str(value)
+
+
+def _plot(diff: Diff, state: str, ax: Any = None) -> Any:
+    return plot_depth([m for m in diff.measures if m.state == state], state, ax)
+
+
+shows(Diff, text=diff_text, html=diff_html, plot=_plot)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ckptlab.catalog import Catalog, Notice, Tensor
+from ckptlab.checkpoint import Reshape
 from ckptlab.formats.placeholders import Foreign
 from ckptlab.mesh import Mesh
-from ckptlab.stored import Stored
-
-if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.plain import plain
 
 MATRIX = 16  # the most ranks a side for which the plan shows who sends how much to whom
 _CLIENT_OBJECTS = 100_000  # of a client state, how many objects are looked at
 
 
-def summary(ckpt: Checkpoint) -> dict[str, Any]:
+def summary(catalog: Catalog) -> dict[str, Any]:
     """All that `ckptlab info` says, every tensor included.
 
     Keys: path, format, mesh {axis: degree}, ranks, trained_on (the run's mesh, also where a format holds whole
@@ -31,12 +29,12 @@ def summary(ckpt: Checkpoint) -> dict[str, Any]:
     bytes (on disk)}, notices [{code, text}], tensors [{name, shape, padded {dim: rows}, layout (None: not known),
     replicas, kind, group, stages, states {state: dtype}, elements, aliases}].
     """
-    return {**overview(ckpt), "tensors": [_tensor(t) for t in ckpt.tensors.values()]}
+    return {**overview(catalog), "tensors": [_tensor(t) for t in catalog.tensors.values()]}
 
 
-def overview(ckpt: Checkpoint) -> dict[str, Any]:
+def overview(catalog: Catalog) -> dict[str, Any]:
     """The summary without the list of tensors."""
-    catalog, training = ckpt.catalog, ckpt.catalog.training
+    training = catalog.training
     return {
         "path": catalog.path,
         "format": catalog.format,
@@ -46,7 +44,7 @@ def overview(ckpt: Checkpoint) -> dict[str, Any]:
         "zero_stage": catalog.zero_stage,
         "optimizer": training.wrapper,
         "dtype": training.dtype,
-        "step": ckpt.iteration,
+        "step": training.step,
         "counts": _counts(catalog),
         "states": _states(catalog),
         "groups": [_group(catalog, i) for i in range(len(catalog.groups))],
@@ -139,21 +137,6 @@ def _on_disk(catalog: Catalog) -> int | None:
 
 def _notices(notices: tuple[Notice, ...]) -> list[dict[str, str]]:
     return [{"code": n.code, "text": n.text} for n in notices]
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it; what it cannot hold becomes text (a number that was not read, a placeholder)."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Stored):
-        return f"tensor {value.shape} {value.dtype}, not read"
-    return repr(value)
 
 
 def plan(reshape: Reshape) -> dict[str, Any]:

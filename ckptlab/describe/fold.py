@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ckptlab.catalog import Tensor
 from ckptlab.catalog.stacks import is_number
-from ckptlab.draw.words import ranges
+from ckptlab.words import ranges, shape_text
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Line:
         """`101 × 16`; `101 (112) × 16` where 101 rows are padded to 112."""
         padded = dict(self.tensor.layout.padded)
         sizes = (f"{n} ({padded[i]})" if i in padded else str(n) for i, n in enumerate(self.tensor.shape))
-        return " × ".join(sizes) or "scalar"
+        return shape_text(sizes)
 
     @property
     def layout(self) -> str:

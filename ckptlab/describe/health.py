@@ -7,10 +7,10 @@ from collections import Counter
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.describe.facts import plain
 from ckptlab.describe.html import page
 from ckptlab.describe.text import WIDTH, aligned
-from ckptlab.draw.words import number_of, size, some
+from ckptlab.plain import plain
+from ckptlab.words import number_of, size, some
 
 if TYPE_CHECKING:
     from ckptlab.analysis.checkup import Finding, Health, Where

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptlab import viz
+from ckptlab.catalog import Catalog
+from ckptlab.checkpoint import Reshape
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold
 from ckptlab.draw import Drawing
-
-if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint, Reshape
 
 ROWS = 200  # lines of tensors in a summary
 PICTURED = 2000  # tensors whose way over the stages is drawn: naming the layers of more takes too long
@@ -42,9 +41,9 @@ STYLE = """
 """
 
 
-def summary_html(ckpt: Checkpoint) -> str:
+def summary_html(catalog: Catalog) -> str:
     """The summary, its table of tensors folded away if it is long."""
-    about = facts.overview(ckpt)
+    about = facts.overview(catalog)
     facts_ = [
         ("path", escape(about["path"])),
         ("training", escape(phrases.training(about))),
@@ -54,11 +53,11 @@ def summary_html(ckpt: Checkpoint) -> str:
         ("tied", "<br>".join(map(escape, phrases.ties(about)))),
         ("client", escape(phrases.client(about))),
     ]
-    lines, mesh = fold(ckpt.tensors.values()), ckpt.mesh
-    few = len(ckpt.tensors) <= PICTURED
-    pictures = _pictures(viz.mesh(mesh), viz.stages(ckpt) if mesh.pp > 1 and few else None, viz.memory(ckpt))
+    lines, mesh = fold(catalog.tensors.values()), catalog.mesh
+    few = len(catalog.tensors) <= PICTURED
+    pictures = _pictures(viz.mesh(mesh), viz.stages(catalog) if mesh.pp > 1 and few else None, viz.memory(catalog))
     shown = pictures if mesh.size > 1 else ""
-    return page(phrases.title(about), [_facts(facts_), _notes(about), shown, _tensors(lines, ckpt)])
+    return page(phrases.title(about), [_facts(facts_), _notes(about), shown, _tensors(lines, len(catalog.tensors))])
 
 
 def _groups(about: Mapping[str, Any]) -> str:
@@ -72,7 +71,7 @@ def _groups(about: Mapping[str, Any]) -> str:
     return f"{rows}<details><summary>hyperparameters</summary>{''.join(told)}</details>" if about["groups"] else ""
 
 
-def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
+def _tensors(lines: Sequence[Line], tensors: int) -> str:
     columns = phrases.columns(lines)
     header = [title for title, *_ in columns]
     rows = []
@@ -86,7 +85,7 @@ def _tensors(lines: Sequence[Line], ckpt: Checkpoint) -> str:
     if len(lines) > ROWS:
         said.insert(0, f"… and {sum(line.count for line in lines[ROWS:]):,} more tensors")
     shown = " open" if len(lines) <= 30 else ""
-    title = f"{len(ckpt.tensors):,} tensors"
+    title = f"{tensors:,} tensors"
     return f"<details{shown}><summary>{title}</summary><div class=scroll>{table}</div>{'<br>'.join(said)}</details>"
 
 
@@ -100,12 +99,13 @@ def plan_html(reshape: Reshape) -> str:
         ("changes", table_html([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
         ("cost", table_html([], phrases.costs(about), "lrl")),
     ]
-    memory = _pictures(viz.mesh(reshape.source.mesh), viz.mesh(reshape.mesh), viz.memory(reshape))
+    memory = _pictures(viz.mesh(reshape.source.mesh), viz.mesh(reshape.mesh), viz.memory(reshape.target))
     return page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about, reshape), memory])
 
 
 def _moves(about: Mapping[str, Any], reshape: Reshape) -> str:
-    picture = f"<details open><summary>moves</summary>{viz.plan(reshape)._repr_html_()}</details>"
+    moves = viz.plan(reshape.plan, reshape.source.mesh, reshape.target.mesh)
+    picture = f"<details open><summary>moves</summary>{moves._repr_html_()}</details>"
     if about["moves"]["matrix"] is not None:
         return picture
     header = ["rank", "", "from other ranks", "own", "sources"]

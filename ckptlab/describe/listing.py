@@ -21,7 +21,7 @@ def listed(ckpt: Checkpoint, pattern: str | None = None, regex: bool = False) ->
     pattern: of a glob (`*`, `?`, `[…]`) the whole name, any other text somewhere in it; with `regex` a regular
     expression that is found in it. UnknownNameError where it takes none, or is no regular expression.
     """
-    tensors: list[dict[str, Any]] = summary(ckpt)["tensors"]
+    tensors: list[dict[str, Any]] = summary(ckpt.catalog)["tensors"]
     if pattern is None:
         return tensors
     glob = pattern if re.search(r"[*?[]", pattern) else f"*{pattern}*"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckptlab.describe.fold import Line, usual_states
-from ckptlab.draw.words import count, elements, number_of, ranges, size, some
 from ckptlab.mesh import Mesh
+from ckptlab.words import count, elements, number_of, ranges, size, some
 
 About = Mapping[str, Any]
 AXES = re.compile(r"\b(tp|pp|dp|ep)\b")  # mesh axes within a line of notation
@@ -17,8 +17,7 @@ Column = tuple[str, str, Callable[[Line], str]]  # title, side ("l" or "r"), the
 
 def mesh(degrees: Mapping[str, int]) -> str:
     """`tp 2 · pp 2 · dp 2 (8 ranks)`."""
-    made = Mesh(**degrees)
-    return f"{made} ({number_of(made.size, 'rank')})"
+    return Mesh(**degrees).title()
 
 
 def title(about: About) -> str:
@@ -186,7 +185,7 @@ def receivers(about: About, limit: int) -> list[list[str]]:
     return [
         [
             str(m["rank"]),
-            " ".join(f"{axis} {k}" for axis, k in wanted.coordinate(m["rank"]).items()),
+            wanted.place(m["rank"]),
             size(m["received"]),
             size(m["own"]),
             f"{m['sources']:,}",

@@ -1,24 +1,24 @@
-"""What `stats` and `adam` found, as plain data, as text and as HTML with a small histogram in each row."""
+"""What `stats` and `adam` found, as text and as HTML with a small histogram in each row."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from ckptlab.describe.facts import plain
+from ckptlab.analysis.accessor import Table, by_row, row_count, row_keys, row_places
 from ckptlab.describe.html import page, table_html
 from ckptlab.describe.text import NAMES, WIDTH, aligned
-from ckptlab.draw.words import number_of, shorten
+from ckptlab.shown import shows
+from ckptlab.words import number_of, shorten
 
 ROWS = 200  # rows that a notebook shows
 TEXT_ROWS = 60  # rows that a terminal shows
-_INNER = ("bin", "rank")  # dims that are no key of a row
 _COLUMNS = {
     "elements": "elements",
     "norm": "norm",
@@ -43,36 +43,13 @@ _SHARES = {"zero_share", "subnormal_share", "dead_share"}
 _ONLY_IF_ANY = {"subnormal_share", "nan", "inf"}  # columns that are left out where all are 0
 
 
-def to_dict(found: xr.Dataset) -> dict[str, Any]:
-    """Plain values: {by, dims, rows: [{a key for each dim and coordinate, a key for each variable}]}; what is infinite
-    or NaN is text, histograms are lists of [low, high, count] of the bins that hold something."""
-    keys = _keys(found)
-    told = {str(name): found[name] for name in (*keys, *found.coords, *found.data_vars) if name not in _INNER}
-    scalars = {name: _by_row(found, value) for name, value in told.items() if not set(value.dims) & set(_INNER)}
-    bins = []
-    if "histogram" in found:
-        bins = list(zip(found["bin_low"].values.tolist(), found["bin_high"].values.tolist(), strict=True))
-    rows = []
-    for place in _places(found):
-        row: dict[str, Any] = {name: values[place].item() for name, values in scalars.items()}
-        at = dict(zip(keys, place, strict=True))
-        if "singular_values" in found:
-            top = found["singular_values"].isel(at).values
-            row["singular_values"] = top[~np.isnan(top)].tolist()
-        if "histogram" in found:
-            counts = found["histogram"].isel(at).values
-            row["histogram"] = [[*edges, n] for edges, n in zip(bins, counts.tolist(), strict=True) if n]
-        rows.append(plain(row))
-    return {"by": found.attrs.get("by", "tensor"), "dims": keys, "rows": rows}
-
-
 def statistics_text(found: xr.Dataset, *, everything: bool = False) -> str:
     """A table for a terminal. everything: all rows, no name cut."""
     header, rows, sides = _table(found, None if everything else TEXT_ROWS)
     if not everything and rows:
         others = sum(max(map(len, column)) + 2 for column in list(zip(header, *rows, strict=True))[1:])
         rows = [[shorten(name, max(NAMES, WIDTH - others)), *rest] for name, *rest in rows]
-    left = _held(found) - len(rows)
+    left = row_count(found) - len(rows)
     more = [f"… and {left:,} more rows"] if left > 0 else []
     return "\n".join([*aligned([header, *rows], sides), *more])
 
@@ -83,10 +60,10 @@ def statistics_html(found: xr.Dataset) -> str:
     cells = [[escape(cell) for cell in row] for row in rows]
     if "histogram" in found:
         header, sides = [*header, "histogram, by powers of two"], sides + "l"
-        counts = found["histogram"].transpose(*_keys(found), "bin").values
-        places = itertools.islice(_places(found), ROWS)
+        counts = found["histogram"].transpose(*row_keys(found), "bin").values
+        places = itertools.islice(row_places(found), ROWS)
         cells = [[*row, bars(counts[place])] for row, place in zip(cells, places, strict=True)]
-    left = _held(found) - len(rows)
+    left = row_count(found) - len(rows)
     more = f"<div>… and {left:,} more rows</div>" if left > 0 else ""
     curves = _curves(found)
     drawn = f"<details open><summary>norm by layer</summary>{curves}</details>" if curves else ""
@@ -96,7 +73,7 @@ def statistics_html(found: xr.Dataset) -> str:
 
 def _title(found: xr.Dataset) -> str:
     words = {"tensor": {"layer": "stack"}.get(by := str(found.attrs.get("by", "tensor")), by), "tp": "tp rank"}
-    counts = {dim: found.sizes[dim] for dim in _keys(found)}
+    counts = {dim: found.sizes[dim] for dim in row_keys(found)}
     if "layer" in counts:  # -1 is where tensors stand that are no layer's
         counts["layer"] = int((found["layer"] >= 0).sum())
     said = [number_of(count, words.get(dim, dim)) for dim, count in counts.items()]
@@ -109,39 +86,13 @@ def _title(found: xr.Dataset) -> str:
 # -------------------------------------------------------------------------------- rows
 
 
-def _keys(found: xr.Dataset) -> list[str]:
-    """The dims whose labels name a row, the tensor first."""
-    dims = [str(dim) for dim in found.sizes if dim not in _INNER]
-    return sorted(dims, key=lambda dim: dim != "tensor")
-
-
-def _places(found: xr.Dataset) -> Iterator[tuple[int, ...]]:
-    """Where there is something to show, along every key."""
-    return (tuple(map(int, at)) for at in np.argwhere(_by_row(found, _there(found))))
-
-
-def _by_row(found: xr.Dataset, values: xr.DataArray) -> np.ndarray:
-    """Values along every key, those that do not depend on one repeated over it."""
-    keys = _keys(found)
-    missing = {key: found.sizes[key] for key in keys if key not in values.dims}
-    return values.variable.set_dims({**missing, **values.sizes}).transpose(*keys).values
-
-
-def _there(found: xr.Dataset) -> xr.DataArray:
-    return found["elements"] >= 0
-
-
-def _held(found: xr.Dataset) -> int:
-    return int(_there(found).sum())
-
-
 def _table(found: xr.Dataset, limit: int | None) -> tuple[list[str], list[list[str]], str]:
     """Header, rows and sides ("l" or "r") of the table."""
-    keys = _keys(found)
+    keys = row_keys(found)
     shown = [name for name in _COLUMNS if name in found and not (name in _ONLY_IF_ANY and not (found[name] > 0).any())]
-    values = [_by_row(found, found[name]) for name in shown]
+    values = [by_row(found, found[name]) for name in shown]
     rows = []
-    for place in itertools.islice(_places(found), limit):
+    for place in itertools.islice(row_places(found), limit):
         labels = [_label(key, found[key].values[i]) for key, i in zip(keys, place, strict=True)]
         rows.append(labels + [_cell(name, column[place].item()) for name, column in zip(shown, values, strict=True)])
     return [*keys, *(_COLUMNS[name] for name in shown)], rows, "l" * len(keys) + "r" * len(shown)
@@ -216,3 +167,6 @@ def _curves(found: xr.Dataset) -> str:
             rows.append(cells)
     header = ["tensor", *map(str, found["state"].values)]
     return f"<div class=scroll>{table_html(header, rows, 'l' * len(header), escaped=True)}</div>" if rows else ""
+
+
+shows(Table, text=lambda of: statistics_text(of.dataset), html=lambda of: statistics_html(of.dataset))

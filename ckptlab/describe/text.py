@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ckptlab.catalog import Catalog
+from ckptlab.checkpoint import Reshape
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold, unfolded
-from ckptlab.draw.words import figure, shorten, unit_of
-
-if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.words import figure, shorten, unit_of
 
 WIDTH = 100
 ROWS = 40  # lines of tensors in a summary
@@ -20,9 +19,9 @@ RECEIVERS = 8  # target ranks that a large plan lists
 _KEY = 10  # the column of keys on the left
 
 
-def summary_text(ckpt: Checkpoint, *, notices: bool = True, everything: bool = False) -> str:
+def summary_text(catalog: Catalog, *, notices: bool = True, everything: bool = False) -> str:
     """The summary. notices: what the user must hear, at the end. everything: a line for every tensor, no name cut."""
-    about = facts.overview(ckpt)
+    about = facts.overview(catalog)
     found = [
         ("", [phrases.title(about)]),
         ("path", [about["path"]]),
@@ -34,7 +33,7 @@ def summary_text(ckpt: Checkpoint, *, notices: bool = True, everything: bool = F
         ("client", _wrapped(phrases.client(about))),
         ("notes", _listed(about["notices"] if notices else ())),
     ]
-    lines = (unfolded if everything else fold)(ckpt.tensors.values())
+    lines = (unfolded if everything else fold)(catalog.tensors.values())
     table = _tensors(lines, None if everything else ROWS)
     return "\n".join([*blocks(found[:-1]), "", *table, *_spaced(blocks(found[-1:]))])
 

@@ -2,7 +2,7 @@
 
 Nothing here knows what a mesh or a checkpoint is. Read svg.py and colours.py first; then one picture a module: grid.py
 (ranks), sheet.py with edge.py and shard.py (a tensor that is cut), strips.py (buffers), pipeline.py (stages), bars.py
-(amounts), matrix.py (who sends to whom). words.py writes numbers.
+(amounts), matrix.py (who sends to whom).
 """
 
 from ckptlab.draw.axes import Axes

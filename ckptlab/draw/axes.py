@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptlab.draw.words import ranges
+from ckptlab.words import ranges
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, swatch, text, width_of
-from ckptlab.draw.words import size
+from ckptlab.words import size
 
 _WIDTH, _HEIGHT, _STEP = 520.0, 20.0, 26.0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptlab.draw.colours import SHADE, strength
 from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of
-from ckptlab.draw.words import figure, size, unit_of
+from ckptlab.words import figure, size, unit_of
 
 _HEIGHT, _MARGIN = 26.0, 90.0
 

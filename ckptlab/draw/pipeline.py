@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, tail, text, width_of
-from ckptlab.draw.words import elements
+from ckptlab.words import elements
 
 _WIDTH, _HEIGHT, _GAP = 200.0, 42.0, 50.0
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from ckptlab.errors import LayoutError
 from ckptlab.layout.rows import Rows, checked, intersect, intervals, owners, positions, runs
 from ckptlab.mesh import Mesh
+from ckptlab.shown import Shown
 
 Coordinate = tuple[int, ...]
 
@@ -66,7 +67,7 @@ class DimCut:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Cut(Shown):
     """What every coordinate of a mesh holds of one tensor.
 
     `logical` is the true shape; rows address the whole of shape `shape`, which is larger where a dim is
@@ -186,12 +187,6 @@ class Cut:
         padded = f" padded to {self.shape}" if self.shape != self.logical else ""
         over = f"cut over {', '.join(self.axes)}" if self.axes else "whole"
         return f"<Cut of {self.logical}{padded}, {over}, {self.mesh!r}>"
-
-    def _repr_html_(self) -> str:
-        from ckptlab.layout.picture import picture
-
-        dims = [f"dim{i}" for i in range(len(self.dims))]
-        return picture(self, dims, [()] * len(dims), title=f"cut of {self.logical} on {self.mesh}")._repr_html_()
 
 
 def overlap(a: Cut, at_a: Coordinate, b: Cut, at_b: Coordinate, *, owned: bool = True) -> tuple[Rows, ...]:

@@ -14,6 +14,7 @@ from ckptlab.layout.cut import Cut, DimCut
 from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, parse
 from ckptlab.layout.solve import RESERVED, Geometry
 from ckptlab.mesh import Mesh
+from ckptlab.shown import Shown
 
 if TYPE_CHECKING:
     from jax.sharding import PartitionSpec
@@ -27,7 +28,7 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Layout:
+class Layout(Shown):
     """How the whole of a tensor is composed of what the ranks hold: `Layout("(tp out) in")`.
 
     - text: the notation; names that are axes of the mesh (and pp, dp, tp, ep always) are mesh axes, others
@@ -190,11 +191,6 @@ class Layout:
         if self.replicas != "equal":
             parts.append(f"replicas={self.replicas!r}")
         return f"Layout({', '.join(parts)})"
-
-    def _repr_html_(self) -> str:
-        from ckptlab.layout.picture import on_paper
-
-        return on_paper(self)._repr_html_()
 
 
 _FIELDS = ("text", "dims", "sizes", "totals", "units", "padded", "stages", "replicas")

@@ -19,6 +19,7 @@ from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.plan.boxes import Box, shared_boxes
 from ckptlab.plan.placement import Placement, Shard
+from ckptlab.shown import Shown
 
 Int64 = NDArray[np.int64]
 Columns = tuple[Int64, Int64, Int64]
@@ -88,7 +89,7 @@ def _concatenate(columns: list[Columns]) -> Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Shown):
     """Which rank sends how many elements of which tensor to which: one row each, columnar.
 
     `tensor` (index into `names`), `source` and `target` (ranks), `count` (elements) have one entry a row.
@@ -149,11 +150,6 @@ class Plan:
         figures = f"reads {self.read:,}, writes {self.written:,}, moves {self.moved:,} bytes"
         scale = f"{len(self.names):,} tensors, {self.sources:,} → {self.targets:,} ranks, {self.rows:,} rows"
         return f"<Plan of {scale}: {figures}>"
-
-    def _repr_html_(self) -> str:
-        from ckptlab.plan.picture import picture
-
-        return picture(self)._repr_html_()
 
 
 def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Plan:

@@ -11,13 +11,14 @@ from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
 from ckptlab.viz.moves import plan
 from ckptlab.viz.plots import plot_memory, plot_plan
-from ckptlab.viz.sizes import KINDS, memory, memory_by_rank
+from ckptlab.viz.sizes import KINDS, fullest, memory, memory_by_rank
 from ckptlab.viz.tensors import tensor
 
 __all__ = [
     "KINDS",
     "Drawing",
     "flat",
+    "fullest",
     "memory",
     "memory_by_rank",
     "mesh",

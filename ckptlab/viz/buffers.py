@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ckptlab.catalog import FlatGroup
 from ckptlab.draw import Bar, Drawing, Piece, strips
-from ckptlab.draw.words import number_of
 from ckptlab.plan import FlatBuffer, Holder
+from ckptlab.words import number_of
 
 CUTS = 64  # cuts that are drawn in the whole buffer; of more every second, third, …
 SHOWN = 8  # dp ranks that are drawn; of more the first and the last

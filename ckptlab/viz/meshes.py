@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ckptlab.draw import Drawing
 from ckptlab.draw import grid as draw_grid
 from ckptlab.mesh import Mesh
+from ckptlab.shown import shows
 
 
 def mesh(mesh: Mesh, *, highlight: Mapping[str, int] | int | None = None, group: str | None = None) -> Drawing:
@@ -26,3 +27,6 @@ def mesh(mesh: Mesh, *, highlight: Mapping[str, int] | int | None = None, group:
     return draw_grid(
         mesh.degrees, *mesh.directions(), marked=marked, groups=groups, along=group or "", title=mesh.title()
     )
+
+
+shows(Mesh, html=lambda shown: mesh(shown)._repr_html_())

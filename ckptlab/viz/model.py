@@ -5,28 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.catalog.stacks import split
 from ckptlab.draw import Box, Drawing, pipeline
 from ckptlab.draw.blocks import blocks, span, told
-from ckptlab.draw.words import number_of, ranges
-
-if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.words import number_of, ranges
 
 COLUMNS = 8  # stages that are drawn one by one
 BOXES = 12  # boxes of a stage that are drawn
 
 
-def stages(model: Catalog | Checkpoint | Reshape) -> Drawing:
-    """The layers of each pp stage, in order; like layers next to one another as one; of a reshape, the target's.
+def stages(catalog: Catalog) -> Drawing:
+    """The layers of each pp stage, in order; like layers next to one another as one.
 
     Tensors that live on several stages have a dashed box in each, joined by a line. The bar in a box is proportional to
     its elements. Cells: class `layer` (`tied`), data-pp, data-tensors, data-elements, data-tensor (the first's name).
     """
-    catalog = catalog_of(model)
     columns = []
     by_stages: dict[tuple[int, ...], list[Tensor]] = {}
     for tensor in catalog.tensors.values():
@@ -41,13 +36,6 @@ def stages(model: Catalog | Checkpoint | Reshape) -> Drawing:
         notes.append("dashed and joined: one tensor, of which each of these stages holds a copy")
     title = f"{number_of(len(catalog.tensors), 'tensor')} over {number_of(pp, 'pp stage')}"
     return pipeline(columns, title=title, notes=notes)
-
-
-def catalog_of(model: Catalog | Checkpoint | Reshape) -> Catalog:
-    """The catalog of what is drawn: a checkpoint's, of a reshape the target's."""
-    if isinstance(model, Catalog):
-        return model
-    return model.target if hasattr(model, "target") else model.catalog
 
 
 _Key = tuple[str, int | None]  # what comes before the first number in a name, and the number

@@ -1,34 +1,69 @@
-"""A plan: how many bytes go from which rank to which."""
+"""A plan: how many bytes go from which rank to which, its rows summed over blocks of ranks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from ckptlab.draw import Drawing, Side
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptlab.draw import Drawing, Side, matrix
+from ckptlab.draw.blocks import blocks, span
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Plan
-from ckptlab.plan.picture import RANKS, in_blocks, picture
+from ckptlab.shown import shows
+from ckptlab.words import size
 
-if TYPE_CHECKING:
-    from ckptlab.checkpoint import Reshape
+RANKS = 16  # rows or columns of the matrix
+
+Int64 = NDArray[np.int64]
 
 
-def plan(plan: Plan | Reshape) -> Drawing:
+def plan(plan: Plan, source: Mesh | None = None, target: Mesh | None = None) -> Drawing:
     """Who sends how much to whom: a matrix from source (down) to target (across) with the sums at its edges.
 
-    Of many ranks, each row or column is a pp stage if the mesh is known and has several, else a block of ranks; the
-    picture says which. Framed is what does not change rank. Cells: class `move` (`none` where nothing goes),
+    Of many ranks, each row or column is a pp stage if the mesh of that side is given and has several, else a block of
+    ranks; the picture says which. Framed is what does not change rank. Cells: class `move` (`none` where nothing goes),
     data-source, data-target (`3` or `0-7`), data-bytes, data-kept.
     """
-    if isinstance(plan, Plan):
-        return picture(plan)
-    return picture(plan.plan, _side("source", plan.source.mesh), _side("target", plan.target.mesh))
+    rows, columns = _side("source", plan.sources, source), _side("target", plan.targets, target)
+    table, kept = _summed(plan, rows, columns)
+    title = f"{plan.sources:,} → {plan.targets:,} ranks: {size(plan.sent)} read, {size(plan.moved)} change rank"
+    notes = []
+    for what, side, ranks in (("source", rows, plan.sources), ("target", columns, plan.targets)):
+        if len(side.labels) < ranks:
+            notes.append(f"{ranks:,} {what} ranks in {len(side.labels):,} {side.name.removeprefix(what).strip()}")
+    return matrix(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes)
 
 
-def _side(what: str, mesh: Mesh) -> Side:
-    """Ranks one by one, of many the pp stages (their ranks are neighbours, pp being slowest)."""
-    if mesh.size <= RANKS or not 1 < mesh.pp <= RANKS or mesh.axes[0] != "pp":
-        return in_blocks(what, mesh.size)
-    step = mesh.size // mesh.pp
-    ranks = [range(k * step, (k + 1) * step) for k in range(mesh.pp)]
-    return Side(f"{what} pp stages", [f"pp {k}" for k in range(mesh.pp)], ranks)
+def _side(what: str, ranks: int, mesh: Mesh | None) -> Side:
+    """Ranks one by one; of many the pp stages (their ranks are neighbours, pp being slowest), or blocks."""
+    if mesh is not None and ranks > RANKS and 1 < mesh.pp <= RANKS and mesh.axes[0] == "pp":
+        step = ranks // mesh.pp
+        stages = range(mesh.pp)
+        return Side(f"{what} pp stages", [f"pp {k}" for k in stages], [range(k * step, (k + 1) * step) for k in stages])
+    found = blocks(ranks, RANKS)
+    name = f"{what} rank" if len(found) == ranks else f"{what} blocks"
+    return Side(name, [span(b) for b in found], found)
+
+
+def _summed(plan: Plan, rows: Side, columns: Side) -> tuple[Int64, Int64]:
+    """(rows, columns) bytes from each to each, and those of them that do not change rank."""
+    i, j = _place(rows.ranks, plan.sources)[plan.source], _place(columns.ranks, plan.targets)[plan.target]
+    nbytes = plan.count * plan.read_size[plan.tensor]
+    table, kept = np.zeros((2, len(rows.ranks), len(columns.ranks)), np.int64)
+    np.add.at(table, (i, j), nbytes)
+    own = plan.source == plan.target
+    np.add.at(kept, (i[own], j[own]), nbytes[own])
+    return table, kept
+
+
+def _place(ranks: Sequence[range], count: int) -> Int64:
+    """Rank → the row or column in which it is."""
+    found = np.zeros(count, np.int64)
+    for k, block in enumerate(ranks):
+        found[block.start : block.stop] = k
+    return found
+
+
+shows(Plan, html=lambda shown: plan(shown)._repr_html_())

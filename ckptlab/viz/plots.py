@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab.draw.colours import colour
-from ckptlab.draw.plotting import pyplot
-from ckptlab.draw.words import size
 from ckptlab.plan import Plan
-from ckptlab.viz.sizes import Model, table
+from ckptlab.viz.pyplot import pyplot
+from ckptlab.viz.sizes import Model, table, title
+from ckptlab.words import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from ckptlab.checkpoint import Reshape
 
 
 def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
@@ -27,24 +25,23 @@ def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
         if found[:, k].any():
             ax.bar(np.arange(len(found)), found[:, k], 1.0, bottom, color=colour(k), label=kind)
             bottom += found[:, k]
-    ax.set(xlabel="rank", ylabel="bytes", title="memory by rank", xlim=(-0.5, max(len(found), 1) - 0.5))
+    ax.set(xlabel="rank", ylabel="bytes", title=title(model), xlim=(-0.5, max(len(found), 1) - 0.5))
     ax.yaxis.set_major_formatter(lambda value, _: size(value))
     if len(ax.containers):
         ax.legend(frameon=False)
     return ax
 
 
-def plot_plan(plan: Plan | Reshape, ax: Axes | None = None) -> Axes:
+def plot_plan(plan: Plan, ax: Axes | None = None) -> Axes:
     """Bytes from every source rank to every target rank, logarithmic; see `plan`. Needs matplotlib."""
     ax = _axes(ax)
     from matplotlib.colors import LogNorm
 
-    made = plan if isinstance(plan, Plan) else plan.plan
-    matrix = made.matrix()
+    matrix = plan.matrix()
     image = ax.imshow(
         np.ma.masked_equal(matrix, 0), cmap="cividis", norm=LogNorm(), aspect="auto", interpolation="nearest"
     )
-    ax.set(xlabel="target rank", ylabel="source rank", title=f"{size(made.sent)} read, {size(made.moved)} change rank")
+    ax.set(xlabel="target rank", ylabel="source rank", title=f"{size(plan.sent)} read, {size(plan.moved)} change rank")
     bar = ax.figure.colorbar(image, ax=ax, label="bytes")
     bar.ax.yaxis.set_major_formatter(lambda value, _: size(value))
     return ax

@@ -1,54 +1,55 @@
-"""Memory of each rank by kind: module weights, master weights, moments, others."""
+"""Memory of each rank by kind while it trains: module weights, master weights, moments, gradients, others."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
+from ckptlab.catalog import DTYPES, MASTER, MODULE, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
-from ckptlab.draw.words import ranges
 from ckptlab.layout import Cut
-from ckptlab.viz.model import catalog_of
+from ckptlab.words import ranges
 
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
-    from ckptlab.checkpoint import Checkpoint, Reshape
-
-KINDS = ("module weights", "master weights", "moments", "other")
+KINDS = ("module weights", "master weights", "moments", "gradients", "other")
+GRADIENTS = KINDS.index("gradients")
 RANKS = 16  # ranks that have a bar each
 BARS = 24  # bars that are drawn
+TITLE = "memory by rank"
 
 Table = NDArray[np.int64]
-Model: TypeAlias = "Catalog | Checkpoint | Reshape | Mapping[str, Mapping[str, int]]"
+Model: TypeAlias = Catalog | Mapping[str, Mapping[str, int]]
 
 
 def memory(model: Model) -> Drawing:
-    """Bytes on each rank, by kind, as stacked bars; of a reshape, on the target's ranks.
+    """Bytes on each rank, by kind, as stacked bars: see `memory_by_rank`.
 
-    model: a checkpoint, its catalog, a reshape, or any mapping from labels of ranks to {kind: bytes}. Of many ranks,
-    each bar is the fullest of its block. Lengths are proportional to bytes. Cells: class `amount`, data-kind,
-    data-bytes, data-rank.
+    model: a catalog, or any mapping from labels of ranks to {kind: bytes}. Of many ranks, each bar is the fullest of
+    its block. Lengths are proportional to bytes. Cells: class `amount`, data-kind, data-bytes, data-rank.
     """
     found, kinds, labels = table(model)
-    if _is_labelled(model):
-        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), [])
-    mesh = catalog_of(model).mesh
-    axes = Axes(mesh.axes, mesh.shape)
-    notes = ["what is stored of tensors and states, with flat padding; no gradients, no activations"]
-    return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", notes)
+    if isinstance(model, Mapping):
+        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [])
+    axes = Axes(model.mesh.axes, model.mesh.shape)
+    notes = ["padding of flat buffers is in it; activations and buffers of the communication are not"]
+    return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", title(model), notes)
+
+
+def title(model: Model) -> str:
+    """What the picture is called: of a run, with how it keeps its gradients."""
+    kept = None if isinstance(model, Mapping) else model.training.gradients
+    return TITLE if kept is None else f"{TITLE}, {kept}"
 
 
 def table(model: Model) -> tuple[Table, Sequence[str], list[str]]:
     """(rank, kind) bytes, the kinds, and what each rank is called."""
-    if not _is_labelled(model):
-        found = memory_by_rank(catalog_of(model))
+    if not isinstance(model, Mapping):
+        found = memory_by_rank(model)
         return found, KINDS, [str(rank) for rank in range(len(found))]
     kinds = list(dict.fromkeys(kind for amounts in model.values() for kind in amounts))
     if not set(kinds).isdisjoint(KINDS):  # then a kind has the colour that it has elsewhere
@@ -57,11 +58,9 @@ def table(model: Model) -> tuple[Table, Sequence[str], list[str]]:
     return np.array(rows, np.int64).reshape(len(model), len(kinds)), kinds, list(model)
 
 
-def _is_labelled(model: Model) -> TypeIs[Mapping[str, Mapping[str, int]]]:
-    return isinstance(model, Mapping) and not hasattr(model, "tensors")  # a checkpoint is a mapping too
-
-
-def _drawn(found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], str], notes: list[str]) -> Drawing:
+def _drawn(
+    found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], str], title: str, notes: list[str]
+) -> Drawing:
     """Bars for (rank, kind) bytes: a bar a rank; of many, one for those that are alike; of very many, of neighbours."""
     sets: list[list[int]] = [[r] for r in range(len(found))]
     if len(found) > RANKS:
@@ -79,35 +78,50 @@ def _drawn(found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], 
         amounts = dict(zip(kinds, found[fullest].tolist(), strict=True))
         many = f" ({len(ranks):,} ranks)" if len(ranks) > 1 else ""
         stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": ranges(ranks, to="-").replace(" ", "")}))
-    return bars(stacks, title="memory by rank", notes=notes)
+    return bars(stacks, title=title, notes=notes)
 
 
 def _ends(labels: Sequence[str], ranks: Sequence[int]) -> str:
     return labels[ranks[0]] if len(ranks) == 1 else f"{labels[ranks[0]]} … {labels[ranks[-1]]}"
 
 
-def memory_by_rank(catalog: Catalog) -> Table:
-    """(rank, kind) bytes, int64, kinds as KINDS: what training holds of the tensors and their states, from headers.
+def fullest(catalog: Catalog) -> dict[str, int]:
+    """Kind → bytes on the rank that keeps most."""
+    found = memory_by_rank(catalog)
+    return dict(zip(KINDS, found[found.sum(axis=1).argmax()].tolist(), strict=True))
 
-    Flat buffers with their padding, in equal parts over dp; module weights on every dp rank (ZeRO-3 cuts them).
+
+def memory_by_rank(catalog: Catalog) -> Table:
+    """(rank, kind) bytes, int64, kinds as KINDS: what a rank keeps of the model while it trains, from headers.
+
+    By ZeRO stage, master weights and moments (from 1), gradients (from 2) and module weights (at 3) are cut over dp
+    (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1), in equal parts with their padding: every dp rank keeps as
+    much as the first. Gradients are those of `gradients`. Of files of which no run is known, what is stored.
     """
-    mesh = catalog.mesh
+    mesh, kept = catalog.mesh, catalog.training.gradients
     found = np.zeros((mesh.size, len(KINDS)), np.int64)
     for group in catalog.flat_groups:
         for holder, flat in group.flats.items():
             ranks = mesh.ranks(**holder)
             for state, dtype in group.dtypes.items():
                 found[ranks, _kind(state)] += flat.size(0) * dtype.itemsize
-    for cut, stages, column, size, cut_over_dp, times in _outside(catalog):
+            if kept and kept.flat:
+                found[ranks, GRADIENTS] += (flat.size(0) if kept.cut else flat.total) * kept.dtype.itemsize
+
+    @cache
+    def ranks_at(stage: int, axes: tuple[str, ...], at: tuple[int, ...]) -> list[int]:
+        return mesh.ranks(pp=stage, **dict(zip(axes, at, strict=True)))
+
+    for cut, stages, column, size, cut_over_dp, times in _outside(catalog, kept):
         for at in cut.coordinates():
             held = math.prod(cut.shard_shape(at))
             nbytes = (-(-held // mesh.dp) if cut_over_dp else held) * size * times
             for stage in {min(s, mesh.pp - 1) for s in stages}:  # whole tensors on one rank know their run's stages
-                found[mesh.ranks(pp=stage, **dict(zip(cut.axes, at, strict=True))), column] += nbytes
+                found[ranks_at(stage, cut.axes, at), column] += nbytes
     return found
 
 
-def _outside(catalog: Catalog) -> Iterator[tuple[Cut, tuple[int, ...], int, int, bool, int]]:
+def _outside(catalog: Catalog, kept: Gradients | None) -> Iterator[tuple[Cut, tuple[int, ...], int, int, bool, int]]:
     """(cut, stages, kind, bytes an element, whether dp cuts it, how many) of what lies outside flat buffers."""
     flat = {name for group in catalog.flat_groups for name in group.names}
     alike: dict[tuple, list[Tensor]] = {}
@@ -115,11 +129,17 @@ def _outside(catalog: Catalog) -> Iterator[tuple[Cut, tuple[int, ...], int, int,
         key = (id(tensor.cut), tensor.stages, tensor.kind, tuple(tensor.states.items()), name in flat)
         alike.setdefault(key, []).append(tensor)
     for (_, stages, kind, states, is_flat), tensors in alike.items():
+        cut, times = tensors[0].cut, len(tensors)
+        cut_over_dp = catalog.zero_stage == 3 and kind != "buffer"
         for state, dtype in states:
             if state == MODULE or not is_flat:
                 column = KINDS.index("other") if kind == "buffer" else _kind(state)
-                cut_over_dp = catalog.zero_stage == 3 and kind != "buffer"
-                yield tensors[0].cut, stages, column, dtype.itemsize, cut_over_dp, len(tensors)
+                yield cut, stages, column, dtype.itemsize, cut_over_dp, times
+        if kept and kind == "parameter":
+            if MODULE not in dict(states):  # ZeRO-3 does not store what is the master weight, rounded
+                yield cut, stages, _kind(MODULE), DTYPES[catalog.training.dtype or "fp32"].itemsize, cut_over_dp, times
+            if not (kept.flat and catalog.flat_groups):
+                yield cut, stages, GRADIENTS, kept.dtype.itemsize, False, times
 
 
 def _kind(state: str) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from ckptlab.draw import Drawing
 from ckptlab.layout import Layout
-from ckptlab.layout.picture import picture
 from ckptlab.mesh import Mesh
+from ckptlab.viz.cuts import picture
 
 
 def tensor(

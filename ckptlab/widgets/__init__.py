@@ -1,6 +1,6 @@
 """Interaction: `explore` a checkpoint, `playground` for a model on paper. Needs the extra `widgets`.
 
-From the ground up: subject.py (what is explored and chosen), held.py, memory.py, steps.py, cells.py, page.py (pictures,
+From the ground up: subject.py (what is explored and chosen), held.py, steps.py, cells.py, page.py (pictures,
 tables and texts, all without a widget); picture.py (the two pieces of JavaScript), tabs.py, face.py.
 """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptlab.catalog import Catalog
-from ckptlab.draw.words import number_of, size
 from ckptlab.widgets.held import in_words, pieces
+from ckptlab.words import number_of, size
 
 Cell = Mapping[str, str]
 SHOWN = 3  # dp ranks whose pieces of a shard are listed

@@ -15,6 +15,7 @@ from ckptlab.widgets.picture import Tree, text
 from ckptlab.widgets.sliders import MeshSliders
 from ckptlab.widgets.subject import Subject
 from ckptlab.widgets.tabs import Change, Look, Steps, Tab
+from ckptlab.words import shape_text
 
 
 class Explorer(w.VBox):
@@ -60,7 +61,7 @@ class Explorer(w.VBox):
         tensors = subject.catalog.tensors.values()
         with self.tree.hold_sync():
             self.tree.names = [t.name for t in tensors]
-            self.tree.notes = [" × ".join(map(str, t.shape)) for t in tensors]
+            self.tree.notes = [shape_text(t.shape) for t in tensors]
             self.tree.chosen = tensor
         self._draw()
 

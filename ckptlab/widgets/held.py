@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckptlab.catalog import Catalog, Tensor
-from ckptlab.draw.words import size
 from ckptlab.layout.cut import Coordinate
 from ckptlab.stored import Stored
+from ckptlab.words import size
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,7 @@ def _span(start: int, count: int) -> str:
 
 def in_words(catalog: Catalog, rank: int) -> str:
     """`rank 5: tp 1 · pp 1 · dp 0`."""
-    at = catalog.mesh.coordinate(rank)
-    others = [axis for axis in at if axis not in ("tp", "pp", "dp")]
-    return f"rank {rank}: " + " · ".join(f"{axis} {at[axis]}" for axis in ("tp", "pp", "dp", *others))
+    return f"rank {rank}: {catalog.mesh.place(rank)}"
 
 
 def sizes(table: dict[str, int]) -> str:

@@ -11,7 +11,8 @@ from ckptlab.draw import Stack, bars
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
 from ckptlab.paper import STAGES, PaperModel
-from ckptlab.widgets import memory, page
+from ckptlab.viz import fullest
+from ckptlab.widgets import page
 from ckptlab.widgets.picture import Picture, text
 from ckptlab.widgets.sliders import MeshSliders
 from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
@@ -78,8 +79,8 @@ class Numbers:
     def draw(self, subject: Subject, choice: Choice) -> None:
         """The model's size, and what each ZeRO stage would keep on the fullest rank."""
         self.told.value = page.model(subject)
-        kept = [Stack(f"ZeRO-{s}", memory.fullest(subject.at_stage(s)), {}) for s in STAGES]
-        self.stages.svg = bars(kept, title="memory of the fullest rank, by ZeRO stage", notes=[]).svg
+        kept = [Stack(f"ZeRO-{s}", fullest(subject.at_stage(s)), {}) for s in STAGES]
+        self.stages.svg = bars(kept, title="memory of the fullest rank by ZeRO stage, gradients included", notes=[]).svg
 
     def _show(self, model: PaperModel) -> None:
         self._setting = True

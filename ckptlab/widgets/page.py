@@ -8,12 +8,11 @@ from html import escape
 from ckptlab import viz
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Cost, Reshape
-from ckptlab.draw.words import count, number_of, shorten, size
-from ckptlab.widgets import memory
 from ckptlab.widgets.held import in_words, inventory, sizes
 from ckptlab.widgets.pictures import buffer, layout
 from ckptlab.widgets.steps import TITLES, Step
 from ckptlab.widgets.subject import Choice, Refusal, Subject
+from ckptlab.words import count, number_of, shorten, size
 
 ROWS = 100  # of a rank's inventory
 MANY = 2_000  # tensors from which a plan takes seconds
@@ -54,7 +53,7 @@ def model(subject: Subject) -> str:
     """A model on paper in numbers, and what DeepSpeed would say to it."""
     catalog = subject.catalog
     parameters = sum(t.numel for t in catalog.tensors.values())
-    full = memory.fullest(catalog)
+    full = {kind: nbytes for kind, nbytes in viz.fullest(catalog).items() if nbytes}
     kept = f"{size(sum(full.values()))} on the fullest rank: {sizes(full)}"
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in catalog.notices)
     said = f"{count(parameters)} parameters in {number_of(len(catalog.tensors), 'tensor')} · {kept}"
@@ -98,7 +97,7 @@ def holdings(catalog: Catalog, rank: int) -> str:
 def figures(reshape: Reshape, cost: Cost | None) -> str:
     """The plan's cost (None: it is being worked out), the memory of the fullest rank before and after, and what the
     user must hear."""
-    kept = [size(memory.largest(c)) for c in (reshape.source, reshape.target) if c.zero_stage is not None]
+    kept = [size(sum(viz.fullest(c).values())) for c in (reshape.source, reshape.target) if c.zero_stage is not None]
     shown = [
         ("read", size(cost.read) if cost else "…"),
         ("written", size(cost.written) if cost else "…"),
@@ -145,12 +144,17 @@ def static(subject: Subject, choice: Choice) -> str:
         if changed:
             parts += [
                 figures(target, target.cost() if quick else None),
-                _row(layout(target.target, name, choice.state), viz.plan(target).svg if quick else ""),
+                _row(layout(target.target, name, choice.state), moves(target) if quick else ""),
             ]
-        parts.append(_row(viz.memory(memory.by_rank(target.target)).svg))
+        parts.append(_row(viz.memory(target.target).svg))
     parts.append(code(subject.line(choice)))
     quiet = "A picture of the widget as it was when the cell ran; with a kernel it answers to the mouse."
     return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))
+
+
+def moves(reshape: Reshape) -> str:
+    """Who sends how much to whom. SVG."""
+    return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh).svg
 
 
 def _row(*pictures: str) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from ckptlab import viz
 from ckptlab.catalog import MODULE, Catalog, Tensor
 from ckptlab.checkpoint import Reshape
-from ckptlab.draw.words import number_of, ranges
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
+from ckptlab.words import number_of, ranges, shape_text
 
 SOURCE, TARGET = "ckpt", "reshaped"  # what the code of a step calls the two
 
@@ -119,13 +119,9 @@ def _new_shards(reshape: Reshape, tensor: Tensor, wanted: Tensor) -> Step:
 def _each_shard(tensor: Tensor, mesh: Mesh) -> str:
     shapes = list(dict.fromkeys(tensor.cut.shard_shape(at) for at in tensor.cut.coordinates()))
     if not tensor.cut.axes or mesh.tp == 1:
-        return f"Each of the {number_of(mesh.tp, 'tp rank')} has all of it, {_shape(tensor.cut.shape)}."
-    sizes = " or ".join(map(_shape, shapes[:3]))
+        return f"Each of the {number_of(mesh.tp, 'tp rank')} has all of it, {shape_text(tensor.cut.shape)}."
+    sizes = " or ".join(map(shape_text, shapes[:3]))
     return f"Each of the {number_of(mesh.tp, 'tp rank')} has a shard of {sizes}."
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " × ".join(f"{n:,}" for n in shape) or "one element"
 
 
 def _on(tensor: Tensor) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from ckptlab import paper
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.checkpoint import Checkpoint, Reshape
-from ckptlab.draw.words import number_of
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
 
@@ -86,8 +85,7 @@ class Subject:
         """`gpt/global_step3 · tp 2 · pp 2 · dp 2 (8 ranks) · ZeRO-1`."""
         name = self.catalog.path if self.is_paper else "/".join(self.catalog.path.rstrip("/").split("/")[-2:])
         stage = "" if self.catalog.zero_stage is None else f" · ZeRO-{self.catalog.zero_stage}"
-        mesh = self.catalog.mesh
-        return f"{name} · {mesh} ({number_of(mesh.size, 'rank')}){stage}"
+        return f"{name} · {self.catalog.mesh.title()}{stage}"
 
     def start(self) -> Choice:
         """What is shown first: the first matrix that tp cuts, on rank 0; the target is the run's own mesh."""

@@ -11,7 +11,7 @@ from ckptlab import viz
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CkptlabError
-from ckptlab.widgets import memory, page, steps
+from ckptlab.widgets import page, steps
 from ckptlab.widgets.cells import rank_of, tensor_of, told
 from ckptlab.widgets.later import Later
 from ckptlab.widgets.picture import Picture, text
@@ -146,7 +146,7 @@ class Change:
     def _count(self, target: Reshape) -> None:
         """The plan and its cost; nobody hears of it if another target is shown by then."""
         try:
-            told, svg = page.figures(target, target.cost()), viz.plan(target).svg
+            told, svg = page.figures(target, target.cost()), page.moves(target)
         except CkptlabError as error:
             told, svg = page.refusal(Refusal(one_line(error))), ""
         if self._shown is target:
@@ -157,7 +157,7 @@ class Change:
         rank = min(choice.target_rank, mesh.size - 1)
         self.mesh.svg = viz.mesh(mesh, highlight=rank).svg
         self.tensor.svg = layout(target.target, choice.tensor, choice.state, rank)
-        self.memory.svg = viz.memory(memory.by_rank(target.target)).svg
+        self.memory.svg = viz.memory(target.target).svg
         self.hearing.of(target.target, choice)
         self.holdings.value = page.holdings(target.target, rank)
 

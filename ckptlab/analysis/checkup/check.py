@@ -16,12 +16,12 @@ from ckptlab.analysis.checkup.swaps import swapped
 from ckptlab.catalog import MASTER, MODULE, Catalog
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
-from ckptlab.draw.words import number_of, some
 from ckptlab.errors import CkptlabError, UnsupportedError
 from ckptlab.formats.deepspeed.optimizer import scalar
 from ckptlab.formats.locate import locate
 from ckptlab.pool import Workers
 from ckptlab.strategy import Strategy
+from ckptlab.words import number_of, some
 
 
 def health(

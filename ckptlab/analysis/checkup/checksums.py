@@ -15,8 +15,8 @@ from ckptlab import pool
 from ckptlab.analysis.checkup.files import Scan
 from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.jobs import stored_in
-from ckptlab.draw.words import number_of, some
 from ckptlab.pool import Workers
+from ckptlab.words import number_of, some
 
 _PIECE = 1 << 20  # bytes that are read at a time
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptlab.analysis.checkup.finding import Finding, Where
-from ckptlab.draw.words import number_of, some
 from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError, UnsupportedError
 from ckptlab.formats import safetensors, torchfile
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.mesh import Mesh
+from ckptlab.words import number_of, some
 
 _DIGITS = 6  # of a layer's number: more are none
 

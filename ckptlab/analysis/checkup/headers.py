@@ -10,11 +10,11 @@ from typing import Any
 
 from ckptlab.analysis.checkup.files import Scan, param_shapes
 from ckptlab.analysis.checkup.finding import Finding, Rank, Where
-from ckptlab.draw.words import number_of, some
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.formats.deepspeed.optimizer import scalar
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
+from ckptlab.words import number_of, some
 
 Files = Mapping[str, Mapping[str, Any]]  # name → content
 

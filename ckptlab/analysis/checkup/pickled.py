@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 from ckptlab.analysis.checkup.finding import Finding, Where
-from ckptlab.draw.words import some
 from ckptlab.formats.torchfile import KNOWN_GLOBALS
+from ckptlab.words import some
 
 _TORCH = re.compile(
     r"\w+Storage|Tensor|Size|device|(?:b?float|u?int|complex|q?u?int)\d+(?:_\w+)?|bool|float|half|double"

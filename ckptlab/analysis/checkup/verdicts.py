@@ -13,8 +13,8 @@ from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_momen
 from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.finding import Rank as NamedRank
 from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
-from ckptlab.draw.words import number_of, some
 from ckptlab.mesh import Mesh
+from ckptlab.words import number_of, some
 
 Group = Sequence[tuple[Key, Seen]]
 

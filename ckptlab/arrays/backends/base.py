@@ -1,15 +1,17 @@
-"""What a backend is: an array library on a device, with numpy's dtypes for names."""
+"""What a backend is, an array library on a device, with numpy's dtypes for names; and which there are."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ckptlab.errors import BackendError
+from ckptlab.registry import Registry
 
 if TYPE_CHECKING:
     from ckptlab.arrays.moves import Moves, View
@@ -147,8 +149,6 @@ class Backend(ABC):
         raise BackendError(f"{self.name} has no meshes of devices")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from ckptlab.arrays.backends import resolve
-
         return resolve, (self.name, self.device)
 
     def __repr__(self) -> str:
@@ -160,3 +160,56 @@ class Backend(ABC):
             f'{self.name} has no dtype {dtype}: open the view with dtype="float32", or with backend="numpy", '
             "which has them all"
         )
+
+
+BACKENDS = Registry[type[Backend]](
+    "backend",
+    "ckptlab.backends",
+    BackendError,
+    {
+        "numpy": "ckptlab.arrays.backends.numpy:NumpyBackend",
+        "torch": "ckptlab.arrays.backends.torch:TorchBackend",
+        "jax": "ckptlab.arrays.backends.jax:JaxBackend",
+    },
+)
+_LIBRARIES = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
+
+
+def resolve(backend: Backend | str | None = None, device: Any = None) -> Backend:
+    """A backend by its name (None: numpy) on a device (None: the library's default; for torch the cpu).
+
+    BackendError for a name that is not known, a library that is not installed, a device that is not there.
+    """
+    if isinstance(backend, Backend):
+        if device is not None and str(device) != backend.device:
+            raise BackendError(f"{backend!r} was given together with device {device!r}: give its name instead")
+        return backend
+    return _resolve(backend or "numpy", device if device is None else str(device))
+
+
+@lru_cache(maxsize=64)
+def _resolve(name: str, device: str | None) -> Backend:
+    made: Backend = _class(name)(device)
+    return made if made.device == device else _resolve(name, made.device)  # one of each, however it was asked for
+
+
+def _class(name: str) -> Any:
+    try:
+        return BACKENDS.get(name)
+    except ModuleNotFoundError as e:
+        if not BACKENDS.is_own(name):
+            raise
+        raise BackendError(
+            f"backend {name!r} needs {e.name}, which is not installed: pip install 'ckptlab[{name}]'"
+        ) from None
+
+
+def of(array: Any) -> Backend:
+    """The backend that an array belongs to, found by the name of its type's package: numpy's for all that are strange.
+
+    Nothing is imported for an array that is not the library's own.
+    """
+    if isinstance(known := getattr(array, "backend", None), Backend):
+        return known
+    name = _LIBRARIES.get(type(array).__module__.partition(".")[0], "numpy")
+    return _resolve(name, _class(name).device_of(array))

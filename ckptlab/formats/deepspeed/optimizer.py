@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MASTER, FlatGroup, Notice, ParameterGroup
+from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Gradients, Notice, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.plan import FlatBuffer, Holder
@@ -33,6 +33,18 @@ class Wrapper(Enum):
     BF16 = "BF16_Optimizer"  # fp32 and moments both padded, padding on the last dp rank
     ZERO12 = "ZeRO-1/2"  # fp32 without padding, moments with it
     ZERO3 = "ZeRO-3"  # every tensor cut by itself
+
+
+def gradients(wrapper: Wrapper, dtype: str, stage: int | None) -> Gradients:
+    """How DeepSpeed 0.19 keeps gradients. BF16_Optimizer adds them up in float32 in flat buffers that dp does not cut
+    (runtime/bf16_optimizer.py, `fp32_groups_gradients_flat`). Otherwise they have the weights' dtype, and dp cuts them
+    from ZeRO-2 on (runtime/zero/stage_1_and_2.py, `partition_grads`; stage3.py, `grad_partitions_flat_buffer`), unless
+    the run's config says `grad_accum_dtype`, which is not looked at.
+    """
+    if wrapper is Wrapper.BF16:
+        return Gradients(DTYPES["fp32"], cut=False, flat=True)
+    cut = (stage or 0) >= 2
+    return Gradients(DTYPES[dtype], cut=cut, flat=cut)
 
 
 @dataclass(frozen=True)

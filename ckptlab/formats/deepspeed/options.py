@@ -6,14 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
-from ckptlab.catalog import Catalog
+from ckptlab.catalog import DTYPES, Catalog
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.mesh import Mesh
-
-DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,3 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
             )
     if options.dtype is not None and options.dtype not in DTYPES:
         yield f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}"
-
-
-def np_dtype(name: str) -> np.dtype:
-    return np.dtype({"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[name])

@@ -16,7 +16,7 @@ from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
-from ckptlab.formats.deepspeed.optimizer import Wrapper, read_optimizer
+from ckptlab.formats.deepspeed.optimizer import Wrapper, gradients, read_optimizer
 from ckptlab.layout import Cut, Layout, on_degree, whole_shape
 from ckptlab.mesh import Mesh
 from ckptlab.strategy import Shape, Strategy, replicated
@@ -150,6 +150,7 @@ def training(native: Native, zero_stage: int | None, groups: tuple[ParameterGrou
         layer_stages=native.module.layer_stages,
         heads=heads,
         kv_heads=kv_heads,
+        gradients=gradients(native.wrapper, native.dtype, zero_stage),
         layouts_told=native.told,
     )
 

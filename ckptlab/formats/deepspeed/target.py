@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptlab.catalog import MODULE, Catalog, FlatGroup, Notice, ParameterGroup, Tensor
+from ckptlab.catalog import DTYPES, MODULE, Catalog, FlatGroup, Notice, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.formats.deepspeed.assemble import placements
-from ckptlab.formats.deepspeed.optimizer import Wrapper
-from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, np_dtype, problems
+from ckptlab.formats.deepspeed.optimizer import Wrapper, gradients
+from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, problems
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
@@ -102,6 +102,7 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             wrapper=wrapper.value,
             groups=_groups(catalog, options),
             layer_stages=layer_stages,
+            gradients=gradients(wrapper, dtype, stage),
         ),
         private=NativeTarget(wrapper, dtype, options, layer_stages),
         notices=tuple(notices),
@@ -201,7 +202,7 @@ def _retarget(
     if source_dtype is None or (
         _converts(catalog, dtype) and tensor.kind != "buffer" and source_dtype.kind not in "iub"
     ):
-        states[MODULE] = np_dtype(dtype)
+        states[MODULE] = DTYPES[dtype]
     else:
         states[MODULE] = source_dtype
     return replace(tensor, layout=layout, cut=cut, states=states, stages=stages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _SIZES = ("kB", "MB", "GB", "TB", "PB")
 _COUNTS = ("thousand", "million", "billion", "trillion")
@@ -64,6 +64,16 @@ def ranges(numbers: Iterable[int], to: str = "–") -> str:
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}{to}{b}" for a, b in runs)
+
+
+def shape_text(sizes: Iterable[object]) -> str:
+    """`101 × 16` of a shape; `scalar` of that of a single number."""
+    return " × ".join(map(str, sizes)) or "scalar"
+
+
+def place_text(coordinate: Mapping[str, int]) -> str:
+    """`tp 1 · pp 0 · dp 3`, in the order given: where a rank stands, or the degrees of a mesh."""
+    return " · ".join(f"{axis} {k}" for axis, k in coordinate.items())
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

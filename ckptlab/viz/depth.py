@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckptlab.draw.plotting import pyplot
-
-if TYPE_CHECKING:
-    from ckptlab.analysis.measure import Measure
+from ckptlab.analysis.measure import Measure
+from ckptlab.viz.pyplot import pyplot
 
 LINES = 10  # kinds that get a colour and a name: those that changed most
 

@@ -1,4 +1,4 @@
-"""What a cut looks like: its rows as plain numbers for `draw`, its parts by name."""
+"""What a cut looks like: its rows as plain numbers for `draw`, its parts by name; and a layout by itself."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from ckptlab.draw import Axes, Drawing, Edge, sheet
 from ckptlab.errors import LayoutError
-from ckptlab.layout.cut import Cut, DimCut
-from ckptlab.layout.example import example
-from ckptlab.layout.layout import Layout
+from ckptlab.layout import Cut, DimCut, Layout
 from ckptlab.layout.rows import intervals
 from ckptlab.mesh import Mesh
+from ckptlab.shown import shows
+from ckptlab.viz.example import example
 
 Parts = Sequence[tuple[str, int]]
 
@@ -41,6 +41,12 @@ def picture(
     return sheet(edges, title=title, notation=notation, copies=_copies(cut), marked=marked, shard=shard, notes=notes)
 
 
+def by_itself(cut: Cut) -> Drawing:
+    """A cut of which nothing else is known: its dims by number."""
+    dims = [f"dim{i}" for i in range(len(cut.dims))]
+    return picture(cut, dims, [()] * len(dims), title=f"cut of {cut.logical} on {cut.mesh}")
+
+
 def on_paper(layout: Layout) -> Drawing:
     """A layout by itself, on a small mesh and shape that it fits; of one that fits none of those, the notation."""
     full, shape, mesh = example(layout)
@@ -64,3 +70,7 @@ def _copies(cut: Cut) -> list[tuple[str, int]]:
     """The axes along which ranks hold the same, with their degrees. Of pp, the tensor's stages tell."""
     stages = cut.mesh.leaves("pp")
     return [(axis, n) for axis, n in cut.mesh.degrees.items() if n > 1 and axis not in (*cut.axes, *stages)]
+
+
+shows(Cut, html=lambda cut: by_itself(cut)._repr_html_())
+shows(Layout, html=lambda layout: on_paper(layout)._repr_html_())

@@ -1,0 +1,56 @@
+"""What goes by a name: formats, backends, strategies, families, ours and those of other people's packages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from ckptlab.errors import CkptlabError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name; what is needed for one is imported when it is asked for.
+
+    kind: what one is called ("backend"). group: the entry point group in which installed packages name theirs. error:
+    what is raised for a name that there is not; hint: how its text ends. own: ours, those to be imported as
+    "module:attribute". Of one name ours goes first.
+    """
+
+    def __init__(
+        self, kind: str, group: str, error: type[CkptlabError], own: Mapping[str, str | T], hint: str = ""
+    ) -> None:
+        self.kind, self.group, self.error, self.hint = kind, group, error, hint
+        self._own: dict[str, Any] = dict(own)
+
+    def register(self, name: str, value: T) -> None:
+        """Add one for as long as the process lives, or put it in the place of another."""
+        self._own[name] = value
+
+    def is_own(self, name: str) -> bool:
+        """Whether it is not an installed package that brings it."""
+        return name in self._own
+
+    def names(self) -> tuple[str, ...]:
+        """Ours in their order, then those of installed packages in alphabetical order."""
+        found = (entry.name for entry in importlib.metadata.entry_points(group=self.group))
+        return tuple(dict.fromkeys([*self._own, *sorted(found)]))
+
+    def get(self, name: str) -> T:
+        """What goes by that name; where nothing does, an error with the names that there are, the nearest first."""
+        if name in self._own:
+            value = self._own[name]
+            if isinstance(value, str):
+                module, _, attribute = value.partition(":")
+                value = self._own[name] = getattr(importlib.import_module(module), attribute)
+            return value
+        for entry in importlib.metadata.entry_points(group=self.group, name=name):
+            return entry.load()
+        known = self.names()
+        near = difflib.get_close_matches(name, known)
+        expected = ", ".join([*near, *(n for n in known if n not in near)])
+        raise self.error(f"no {self.kind} is called {name!r}: expected one of {expected}{self.hint}")

@@ -1,0 +1,120 @@
+"""The laws of the house, read from every import: those within functions and those for types alone count too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import ckptlab
+
+HOUSE = Path(ckptlab.__file__).parent
+
+CIRCLES = {
+    # findings import their renderer: they are to be registered as `ckptlab.shown` has it
+    frozenset(
+        f"ckptlab.{name}"
+        for name in (
+            "analysis.checkup",
+            "analysis.checkup.check",
+            "analysis.checkup.checksums",
+            "analysis.checkup.files",
+            "analysis.checkup.finding",
+            "analysis.checkup.headers",
+            "analysis.checkup.pickled",
+            "analysis.checkup.swaps",
+            "analysis.checkup.verdicts",
+            "describe.health",
+        )
+    )
+}
+"""Circles that there still are. Take out what is gone; put nothing in."""
+
+LOOKS_INTO = {
+    "deepspeed": """analysis.checkup.check analysis.checkup.files analysis.checkup.headers
+        checkpoint cli formats formats.locate formats.universal.read formats.universal.write paper viz.sizes""",
+    "universal": "checkpoint formats",
+}
+"""Which modules outside a format's folder still import from it. Take out what is gone; put nothing in."""
+
+
+def modules(house: Path) -> dict[str, Path]:
+    """Dotted name → file of every module of a package."""
+    found = {}
+    for path in house.rglob("*.py"):
+        name = ".".join(path.relative_to(house.parent).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(house: Path) -> dict[str, set[str]]:
+    """Module → the modules of the same package that it imports anywhere in its text."""
+    known = modules(house)
+    return {name: {m for m in _named(path) if m in known} - {name} for name, path in known.items()}
+
+
+def _named(path: Path) -> Iterator[str]:
+    """What import statements name: of `from a import b` a.b where that is a module, else a."""
+    known = path.parent
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{known}: relative imports are not used here"
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                yield inside if _is_module(inside) else str(node.module)
+
+
+def _is_module(name: str) -> bool:
+    path = HOUSE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Sets of modules each of which imports, by way of others, every other (strongly connected components)."""
+    reached = {name: _reached(graph, name) for name in graph}
+    together = (frozenset(m for m in reached[name] if name in reached[m]) for name in graph)
+    return {found for found in together if found}
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    left = list(graph[start])
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left.extend(graph[name])
+    return seen
+
+
+def test_the_reading_finds_a_circle_wherever_the_import_stands() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {frozenset("bc")}
+    found = imports(HOUSE)
+    assert "ckptlab.strategy" in found["ckptlab"]  # for types alone
+    assert "ckptlab.views" in found["ckptlab.viewed"]  # within a function
+    assert "ckptlab.errors" in found["ckptlab.mesh"]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    found = circles(imports(HOUSE))
+    assert found - CIRCLES == set()
+    assert CIRCLES - found == set(), "is gone: take it out of CIRCLES"
+
+
+def test_nobody_outside_a_formats_folder_imports_from_it() -> None:
+    formats = [path.name for path in (HOUSE / "formats").iterdir() if (path / "__init__.py").exists()]
+    graph = imports(HOUSE)
+    for name in formats:
+        inside = f"ckptlab.formats.{name}"
+        theirs = (inside, "ckptlab.deepspeed", "ckptlab.testing")
+        looks = {
+            module.removeprefix("ckptlab.")
+            for module, wanted in graph.items()
+            if not any(module == own or module.startswith(f"{own}.") for own in theirs)
+            and any(m == inside or m.startswith(f"{inside}.") for m in wanted)
+        }
+        allowed = set(LOOKS_INTO.get(name, "").split())
+        assert looks - allowed == set(), name
+        assert allowed - looks == set(), f"{name}: is gone: take it out of LOOKS_INTO"

@@ -1,0 +1,73 @@
+"""What goes by a name: ours and other people's, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+
+import pytest
+
+from ckptlab import strategy
+from ckptlab.errors import LayoutError
+from ckptlab.registry import Registry
+from ckptlab.strategy import Megatron
+
+GROUP = "ckptlab.tests"
+
+
+@pytest.fixture
+def made() -> Registry[object]:
+    return Registry("number", GROUP, LayoutError, {"pi": "math:pi", "one": 1})
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages that bring `tau`, a `pi` of their own, and one whose module is not there."""
+    found = [("tau", "math:tau"), ("pi", "math:tau"), ("broken", "no_such_module:x")]
+    entries = EntryPoints(EntryPoint(name, value, GROUP) for name, value in found)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
+
+
+def test_ours_are_imported_when_they_are_asked_for(made: Registry[object]) -> None:
+    assert made.names() == ("pi", "one")
+    assert (made.get("pi"), made.get("one")) == (pytest.approx(3.14159), 1)
+    code = (
+        "import sys; from ckptlab.arrays.backends import BACKENDS; BACKENDS.names(), BACKENDS.get('numpy')\n"
+        "assert not (loaded := {'torch', 'jax'} & set(sys.modules)), loaded\n"
+        "BACKENDS.get('torch'); assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("installed")
+def test_installed_packages_add_theirs_and_ours_go_first(made: Registry[object]) -> None:
+    assert made.names() == ("pi", "one", "broken", "tau")  # names alone load nothing
+    assert made.get("tau") == 2 * float(str(made.get("pi")))
+    assert made.is_own("pi")
+    assert not made.is_own("tau")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        made.get("broken")
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_unknown_name_is_refused_with_the_nearest_first(made: Registry[object]) -> None:
+    with pytest.raises(LayoutError, match=r"^no number is called 'taus': expected one of tau, pi, one, broken$"):
+        made.get("taus")
+
+
+def test_what_is_registered_is_found_and_may_take_anothers_place(made: Registry[object]) -> None:
+    made.register("two", 2)
+    made.register("one", "math:e")
+    assert made.names() == ("pi", "one", "two")
+    assert (made.get("two"), made.get("one")) == (2, pytest.approx(2.71828))
+
+
+def test_a_strategy_may_come_from_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = EntryPoints([EntryPoint("theirs", "ckptlab.strategy:Megatron", "ckptlab.strategies")])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
+    assert strategy.resolve("theirs") is Megatron
+    assert strategy.resolve("megatron-swiglu") == Megatron(swiglu=True)
+    with pytest.raises(LayoutError, match=r"expected one of megatron, .*theirs, or a \.json file"):
+        strategy.resolve("megatorn")

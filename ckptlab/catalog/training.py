@@ -38,10 +38,10 @@ class Training:
     """What a checkpoint says of the run that wrote it; None and empty: it does not say.
 
     `mesh`: the mesh that the run trained on (a catalog's own is 1 · 1 · 1 where tensors are stored whole). `dtype`:
-    what the model computes in, "bf16", "fp16" or "fp32". `wrapper`: the optimizer's, by its program's name. `groups`:
-    parameter groups, in the program's order. `layer_stages`: the pp stage of each layer of a pipeline. `heads`,
-    `kv_heads`: attention heads. `gradients`: how they are kept. `layouts_told`: the checkpoint itself says how its tensors are cut, and no strategy
-    overruled it. `numbers`: those that a model on paper is described by.
+    what the model computes in, a key of DTYPES. `wrapper`: the optimizer's, by its program's name. `groups`: parameter
+    groups, in the program's order. `layer_stages`: the pp stage of each layer of a pipeline. `heads`, `kv_heads`:
+    attention heads. `gradients`: how they are kept. `layouts_told`: the checkpoint itself says how its tensors are cut,
+    and no strategy overruled it. `numbers`: those that a model on paper is described by.
     """
 
     mesh: Mesh | None = None

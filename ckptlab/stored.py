@@ -9,7 +9,9 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -179,6 +181,54 @@ class _MappedFiles:
 _mapped_files = _MappedFiles(capacity=64)
 
 
+@dataclass
+class Reading:
+    """What was read since `reading` began: `bytes` of tensors, each as often as it was read."""
+
+    bytes: int = 0
+
+
+_reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
+
+
+@contextmanager
+def reading() -> Iterator[Reading]:
+    """Count what is read from tensors' files:
+
+        with ckptlab.reading() as read:
+            ckpt.full()["wte.weight"].load()
+        read.bytes
+
+    Counts what this thread reads, and the tasks that it has run (`stats`, `diff`, `health`, `adam`, wherever those
+    run); not what other threads of the program read meanwhile.
+    """
+    try:
+        with reading_apart() as mine:
+            yield mine
+    finally:
+        add_read(mine.bytes)
+
+
+@contextmanager
+def reading_apart() -> Iterator[Reading]:
+    """The same for a task, which may be run anywhere: what it reads is not counted for whoever counts around it."""
+    mine = Reading()
+    outer = _reading.set(mine)
+    try:
+        yield mine
+    finally:
+        _reading.reset(outer)
+
+
+def add_read(nbytes: int) -> None:
+    """Count bytes that were read, here or in a task."""
+    counted = _reading.get()
+    if counted is not None:
+        counted.bytes += nbytes
+
+
 def note_read(nbytes: int) -> None:
-    """Say that so many bytes of mapped files were read and are done with: keeps a long conversion's memory small."""
+    """Say that so many bytes of mapped files were read and are done with: they are counted, and a long conversion's
+    memory stays small."""
+    add_read(nbytes)
     _mapped_files.used(nbytes)

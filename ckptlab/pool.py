@@ -1,0 +1,114 @@
+"""Running tasks: on threads of our own, or on any `concurrent.futures.Executor`, of processes or of a cluster.
+
+What runs is a function of a module and a picklable value, and what comes back is a value: progress, journals and sums
+stand where results arrive, and know nothing of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ckptlab.stored import add_read, reading_apart
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Workers = int | Executor | None  # threads, or what runs tasks; None: as many threads as there are cores
+
+AHEAD = 8  # tasks for each worker that are begun, or done, and not yet asked for
+_UNKNOWN = 16  # workers of an executor that does not say how many it has (a cluster's may grow)
+
+
+def run(
+    work: Callable[[T], R],
+    tasks: Iterable[T],
+    *,
+    on: Workers = None,
+    size: Callable[[T], int] | None = None,
+    bar: tqdm[Any] | None = None,
+    ordered: bool = True,
+) -> Iterator[R]:
+    """The result of `work` on each task, as they arrive; in the order of the tasks if `ordered`.
+
+    work, tasks: a function of a module (or a `functools.partial` of one) and picklable values, so that any executor can
+    run them; `tasks` may be endless, few are taken at a time. on: how many threads (1: the caller's own), an executor,
+    which stays open, or None for as many threads as there are cores. bar: a tqdm that moves on by `size` of the task
+    (None: by one) as its result arrives. What tasks read from files counts for the caller's `reading`.
+
+    The first failure, an interrupt, or a caller that wants no more, cancels what has not begun and waits for what has.
+    If tasks fail, of ordered ones the first in order is raised.
+    """
+    with _executor(on) as (executor, ahead):
+        todo = iter(tasks)
+        held: dict[Future[tuple[R, int]], T] = {}
+        try:
+            while True:
+                for task in islice(todo, ahead - len(held)):
+                    held[executor.submit(_metered, work, task)] = task
+                if not held:
+                    return
+                arrived = [next(iter(held))] if ordered else wait(held, return_when=FIRST_COMPLETED).done
+                for future in arrived:
+                    result, nbytes = future.result()
+                    task = held.pop(future)
+                    add_read(nbytes)
+                    if bar is not None:
+                        bar.update(1 if size is None else size(task))
+                    yield result
+        finally:
+            wait([future for future in held if not future.cancel()])
+
+
+def _metered(work: Callable[[T], R], task: T) -> tuple[R, int]:
+    """The result, and the bytes that were read for it, which nobody else counts if this is another process."""
+    with reading_apart() as read:
+        result = work(task)
+    return result, read.bytes
+
+
+@contextmanager
+def _executor(on: Workers) -> Iterator[tuple[Executor, int]]:
+    """What runs the tasks, and how many it is given at a time."""
+    if isinstance(on, Executor):
+        yield on, AHEAD * (getattr(on, "_max_workers", None) or _UNKNOWN)
+        return
+    count = os.cpu_count() or 1 if on is None else on
+    if count < 1:
+        raise ValueError(f"workers={on}: expected how many threads, 1 at least, or a concurrent.futures.Executor")
+    if count == 1:
+        yield _Here(), 1
+        return
+    with ThreadPoolExecutor(count, "ckptlab") as threads:
+        yield threads, AHEAD * count
+
+
+class _Here(Executor):
+    """The caller's own thread: a task is run when it is handed in, and an interrupt is in the midst of it."""
+
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        future: Future[R] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextmanager
+def progress(total: int, what: str, unit: str, shown: bool) -> Iterator[tqdm[Any] | None]:
+    """A bar on stderr for `total` units (" elements", "B"), to be given to `run`; None if it is not to be shown."""
+    if not shown:
+        yield None
+        return
+    from tqdm.auto import tqdm  # slow to import
+
+    with tqdm(total=total, unit=unit, unit_scale=True, desc=what, leave=False) as bar:
+        yield bar

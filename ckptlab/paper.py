@@ -202,16 +202,6 @@ def with_data(catalog: Catalog) -> Catalog:
     return catalog
 
 
-def payload(catalog: Catalog) -> int:
-    """Bytes of all states of a catalog on paper, each as often as it would be stored."""
-    total = sum(f.total * d.itemsize for g in catalog.flat_groups for f in g.flats for d in g.dtypes.values())
-    for (name, state), by_rank in catalog.pieces.items():
-        tensor = catalog.tensors[name]
-        shards = (tensor.cut.shard_shape(tensor.cut.coordinate({"tp": tp})) for _, tp in by_rank)
-        total += sum(int(np.prod(s, dtype=np.int64)) for s in shards) * tensor.states[state].itemsize
-    return total
-
-
 def _flat_groups(tensors: Mapping[str, Tensor], mesh: Mesh, zero_stage: int) -> Iterator[FlatGroup]:
     for stage in range(mesh.pp):
         names = [t.name for t in tensors.values() if stage in t.stages]

@@ -17,7 +17,7 @@ from ckptlab.arrays import Gather, Tally
 from ckptlab.catalog import MODULE
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
-from ckptlab.formats import read, torchfile, universal
+from ckptlab.formats import fileplan, read, torchfile, universal
 from ckptlab.formats.deepspeed import write
 from ckptlab.formats.deepspeed.info import lists_from_layouts
 from ckptlab.layout import Layout
@@ -78,11 +78,10 @@ def test_the_plans_figures_are_what_happens(case: Path, mesh: Mesh, options: dic
     reshaped = Reshape.of(source, mesh, **options)
     cost = reshaped.cost()
     tally = Tally()
-    jobs = write.jobs(source, reshaped.target, tally)
     written = 0
-    for job in jobs:
-        job.write(str(tmp_path / job.name))
-        written += tensor_bytes(tmp_path / job.name)
+    for plan in write.files(source, reshaped.target, tally):
+        fileplan.write(plan, tmp_path / plan.name)
+        written += tensor_bytes(tmp_path / plan.name)
     read_by_pair: Counter[tuple[int, int]] = Counter()
     for ((pp, dp, tp), target), count in tally.read.items():
         read_by_pair[source.mesh.rank(pp=pp, dp=dp, tp=tp), target] += count

@@ -4,6 +4,6 @@
 """
 
 from ckptlab.arrays.gather import Gather, Tally
-from ckptlab.arrays.held import Partition, shard_gathers
+from ckptlab.arrays.held import Partition, Shard, shard_gathers
 
-__all__ = ["Gather", "Partition", "Tally", "shard_gathers"]
+__all__ = ["Gather", "Partition", "Shard", "Tally", "shard_gathers"]

@@ -36,6 +36,25 @@ def shard_gathers(
 
 
 @dataclass(frozen=True)
+class Shard:
+    """What one coordinate of a cut holds of a tensor, drawn by `gather`."""
+
+    gather: Gather
+    cut: Cut
+    at: tuple[int, ...]
+
+    @staticmethod
+    def whole(source: Catalog, name: str, state: str, dtype: np.dtype, tally: Tally | None = None) -> Shard:
+        """All of a tensor of a catalog, converted to `dtype`."""
+        return Shard(Gather(source, name, state, dtype=dtype, tally=tally), Cut.whole(source[name].shape), ())
+
+    def chunks(self, lo: int, hi: int) -> Iterator[np.ndarray]:
+        """Elements lo … hi-1 of the flattened shard, one-dimensional; a piece is valid until the next one is asked
+        for."""
+        yield from self.gather.chunks(self.cut, self.at, lo, hi)
+
+
+@dataclass(frozen=True)
 class _Part:
     """`count` elements from `start` of a flattened shard, which lie from `place` on in the partition."""
 

@@ -1,8 +1,7 @@
 """The native writer: a catalog on another mesh → the files that an ordinary `engine.load_checkpoint` there reads.
 
-Each output file is one `FileJob`; its tensors are drawn from the source while the file is written, so that no more than
-a chunk is in memory. What load needs, and what it ignores, was found by leaving out one key at a time (DeepSpeed
-0.19.8).
+Each output file is a `FilePlan`, whose tensors are drawn from the source when it is carried out. What load needs, and
+what it ignores, was found by leaving out one key at a time (DeepSpeed 0.19.8).
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Gather, Partition, Tally
+from ckptlab.arrays import Gather, Partition, Shard, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor, module_source
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.optimizer import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
-from ckptlab.formats.job import FileJob
+from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
 from ckptlab.formats.pickles import Size, foreign
 from ckptlab.formats.torchfile import Pending
 from ckptlab.stored import Stored
@@ -31,15 +29,16 @@ FRAGMENT = ("deepspeed.utils.tensor_fragment", "fragment_address")
 ZERO_STAGE = ("deepspeed.runtime.zero.config", "ZeroStageEnum")
 
 
-def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[FileJob]:
+def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
     """Every file of the native checkpoint for `target` (see `target.reshape`), drawn from `source`."""
-    return list(NativeWriter(source, target, tally).jobs())
+    return NativeWriter(source, target, tally).files()
 
 
-def payload(target: Catalog) -> int:
-    """Bytes of tensor data in all files of the native checkpoint for `target`: what `jobs` comes to, without making
-    them."""
-    wrapper: Wrapper = target.native.wrapper
+def payload(target: Catalog, wrapper: Wrapper | None) -> int:
+    """Bytes of tensors in all files of the native checkpoint for `target`: what its plans say, without making them.
+
+    wrapper: whose files they are; None for a model on paper, whose ranks keep everything that they hold.
+    """
     dp = target.mesh.dp
     total = 0
     for group in target.flat_groups:
@@ -56,23 +55,6 @@ def payload(target: Catalog) -> int:
     return total
 
 
-def torch_job(name: str, build: Callable[[], Any]) -> FileJob:
-    """A `.pt` file whose content `build` makes when it is written."""
-    return FileJob(name, lambda path: torchfile.write(path, build()), _pending_bytes(build(), set()))
-
-
-def _pending_bytes(content: Any, seen: set[int]) -> int:
-    """Bytes of the tensors that are drawn from the source, each once."""
-    if isinstance(content, Pending):
-        if id(content) in seen:
-            return 0
-        seen.add(id(content))
-        return math.prod(content.shape) * content.dtype.itemsize
-    if isinstance(content, Mapping):
-        return sum(_pending_bytes(v, seen) for v in content.values())
-    return sum(_pending_bytes(v, seen) for v in content) if isinstance(content, list) else 0
-
-
 class NativeWriter:
     """The files of one native checkpoint."""
 
@@ -84,7 +66,7 @@ class NativeWriter:
         self.config = info.adapt_config(source.native.config, target)
         self.prefix = "bf16" if self.native.dtype == "bf16" else ""
 
-    def jobs(self) -> Iterator[FileJob]:
+    def files(self) -> Iterator[FilePlan]:
         mesh = self.mesh
         zero3 = self.native.wrapper is Wrapper.ZERO3
         for p in range(mesh.pp):
@@ -92,13 +74,13 @@ class NativeWriter:
                 mp = p * mesh.tp + t
                 for d in range(mesh.dp if zero3 else 1):
                     name = names.zero3_model(d, mp) if zero3 else names.model(mp)
-                    yield torch_job(name, partial(self.model_file, p, t, d))
+                    yield torchfile.plan(name, self.model_file(p, t, d))
                 for d in range(mesh.dp):
-                    yield torch_job(names.optim(d, mp, self.prefix), partial(self.optim_file, p, t, d))
+                    yield torchfile.plan(names.optim(d, mp, self.prefix), self.optim_file(p, t, d))
         axis = self.folder.layer_axis or mesh.tp > 1
         for layer, prefix in self.source.native.module.layer_keys.items():
             for t in range(mesh.tp):
-                yield torch_job(names.layer(layer, t if axis else None), partial(self.layer_file, layer, prefix, t))
+                yield torchfile.plan(names.layer(layer, t if axis else None), self.layer_file(layer, prefix, t))
 
     # ---------------------------------------------------------------- tensors
 
@@ -112,12 +94,8 @@ class NativeWriter:
         state = module_source(self.source[name], tensor)
         at = self.coordinate(tensor, tp)
         shape = tensor.cut.shard_shape(at)
-        replica = self._replica(tensor, tp)
-        return Pending(
-            dtype,
-            shape,
-            lambda: self.gather(name, state, dtype, rank, replica).chunks(tensor.cut, at, 0, math.prod(shape)),
-        )
+        drawn = Shard(self.gather(name, state, dtype, rank, self._replica(tensor, tp)), tensor.cut, at)
+        return Pending(dtype, shape, (Elements(drawn, dtype, 0, math.prod(shape)),))
 
     def gather(self, name: str, state: str, dtype: np.dtype, rank: int, replica: int | None = None) -> Gather:
         """Reads a tensor of the source for a rank of the target."""
@@ -131,7 +109,7 @@ class NativeWriter:
     def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
         """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
         held = Partition(self.source, self.target, group, state, tp, dp, self.tally)
-        return Pending(held.dtype, (count,), lambda: held.chunks(0, count))
+        return Pending(held.dtype, (count,), (Elements(held, held.dtype, 0, count),))
 
     # ---------------------------------------------------------------- model files
 
@@ -202,12 +180,9 @@ class NativeWriter:
         part = -(-numel // self.mesh.dp)
         lo, hi = min(dp * part, numel), min((dp + 1) * part, numel)
         dtype = tensor.states[MODULE]
-
-        def chunks() -> Iterator[np.ndarray]:
-            yield from self.gather(tensor.name, MODULE, dtype, rank).chunks(tensor.cut, at, lo, hi)
-            yield np.zeros(part - (hi - lo), dtype)
-
-        return Pending(dtype, (part,), chunks)
+        drawn = Shard(self.gather(tensor.name, MODULE, dtype, rank), tensor.cut, at)
+        padding = Zeros((part - (hi - lo)) * dtype.itemsize)
+        return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
 
     def layer_file(self, layer: int, prefix: str, tp: int) -> OrderedDict[str, Any]:
         """The tensors of one layer, under their names within it."""

@@ -33,10 +33,12 @@ cost = reshaped.cost()
 began = said(f"cost ({cost.moved / 1e12:.2f} of {cost.read / 1e12:.2f} TB change rank)", began)
 ckpt._repr_html_()
 began = said("HTML repr", began)
-from ckptlab.formats.deepspeed import write
-job = next(j for j in write.jobs(reshaped.source, reshaped.target) if j.name.endswith("mp_rank_00_optim_states.pt"))
-job.write(sys.argv[2])
-said(f"write one optimizer file ({job.nbytes / 1e9:.1f} GB)", began)
+files = reshaped.files
+began = said(f"plans of all {len(files):,} files", began)
+from ckptlab.formats import fileplan
+one = next(f for f in files if f.name.endswith("mp_rank_00_optim_states.pt"))
+fileplan.write(one, sys.argv[2])
+said(f"write one optimizer file ({one.nbytes / 1e9:.1f} GB)", began)
 """
 
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import ml_dtypes
 import numpy as np
 
 from ckptlab.formats import torchfile
+from ckptlab.formats.fileplan import Zeros
 from ckptlab.formats.pickles import Size, foreign
-from ckptlab.formats.torchzip import RecordWriter
 
 TP, PP, DP = 4, 12, 8
 LAYERS, HIDDEN, VOCAB, PADDED = 70, 14336, 250680, 250880
@@ -73,29 +71,9 @@ INFO = {
 }
 
 
-class _HoleWriter(RecordWriter):
-    """Leaves a hole where an array repeats a single element (strides of 0). Its checksum in the file is wrong: no
-    reader of tensors looks at it, and that of terabytes would take hours."""
-
-    def write(self, name: str, arrays: Iterable[np.ndarray]) -> int:
-        arrays = list(arrays)
-        if not any(array.strides == (0,) for array in arrays):
-            return super().write(name, arrays)
-        info = zipfile.ZipInfo(f"archive/{name}")
-        info.header_offset = self._zip.start_dir
-        info.CRC, info.file_size = 0, sum(array.size * array.itemsize for array in arrays)
-        info.compress_size = info.file_size
-        self._file.write(info.FileHeader(zip64=True))
-        self._zip.start_dir = self._file.seek(info.file_size, 1)
-        self._zip.filelist.append(info)
-        self._zip.NameToInfo[info.filename] = info
-        return info.file_size
-
-
 def hole(shape: tuple[int, ...], dtype: np.dtype) -> torchfile.Pending:
     """A tensor of which nothing is written."""
-    whole = np.broadcast_to(np.zeros(1, dtype), (math.prod(shape),))
-    return torchfile.Pending(dtype, shape, lambda: [whole])
+    return torchfile.Pending(dtype, shape, (Zeros(math.prod(shape) * dtype.itemsize),))
 
 
 def _holes(shapes: Shapes) -> OrderedDict[str, torchfile.Pending]:
@@ -183,19 +161,18 @@ def _optimizer(groups: list[Shapes], dp: int) -> dict[str, Any]:
 def make(folder: Path) -> Path:
     """The checkpoint in `folder`, which must not exist yet."""
     folder.mkdir(parents=True)
-    with mock.patch.object(torchfile, "RecordWriter", _HoleWriter):
-        for tp in range(TP):
-            torchfile.write(folder / f"layer_01-model_{tp:02d}-model_states.pt", _holes(EMBED))
-            for layer in range(FIRST, FIRST + LAYERS):
-                torchfile.write(folder / f"layer_{layer:02d}-model_{tp:02d}-model_states.pt", _holes(BLOCK))
-            torchfile.write(folder / f"layer_{LAST:02d}-model_{tp:02d}-model_states.pt", _holes(NORM))
-        for stage in range(PP):
-            groups = _groups(stage)
-            for mp in range(stage * TP, (stage + 1) * TP):
-                torchfile.write(folder / f"mp_rank_{mp:02d}_model_states.pt", _model(groups))
-                for dp in range(DP):
-                    name = f"bf16_zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt"
-                    torchfile.write(folder / name, _optimizer(groups, dp))
+    for tp in range(TP):
+        torchfile.write(folder / f"layer_01-model_{tp:02d}-model_states.pt", _holes(EMBED))
+        for layer in range(FIRST, FIRST + LAYERS):
+            torchfile.write(folder / f"layer_{layer:02d}-model_{tp:02d}-model_states.pt", _holes(BLOCK))
+        torchfile.write(folder / f"layer_{LAST:02d}-model_{tp:02d}-model_states.pt", _holes(NORM))
+    for stage in range(PP):
+        groups = _groups(stage)
+        for mp in range(stage * TP, (stage + 1) * TP):
+            torchfile.write(folder / f"mp_rank_{mp:02d}_model_states.pt", _model(groups))
+            for dp in range(DP):
+                name = f"bf16_zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt"
+                torchfile.write(folder / name, _optimizer(groups, dp))
     return folder
 
 

@@ -15,10 +15,12 @@ from ckptlab import convert, paper, strategy
 from ckptlab.catalog import MODULE, Catalog, Notice, Tensor, module_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.formats import FORMATS, read
+from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Placement, Plan, compose
+from ckptlab.pool import Workers
 from ckptlab.shown import Shown
 from ckptlab.viewed import Viewed
 
@@ -236,49 +238,53 @@ class Reshape(Viewed, Shown):
             yield name, read_size, written_size, source, target
 
     @cached_property
-    def file_sizes(self) -> Mapping[str, int]:
-        """Name → bytes of tensor data of every file that writing a native checkpoint makes; on paper there are none."""
+    def files(self) -> tuple[FilePlan, ...]:
+        """Every file that writing a native checkpoint makes, as a plan; on paper there are none."""
         from ckptlab.formats.deepspeed import write
 
-        if self.source.format == paper.FORMAT:
-            return {}
-        return {job.name: job.nbytes for job in write.jobs(self.source, self.target)}
+        return () if self.source.format == paper.FORMAT else (*write.files(self.source, self.target),)
+
+    @property
+    def file_sizes(self) -> Mapping[str, int]:
+        """Name → bytes of tensors of the model of every file that writing a native checkpoint makes."""
+        return {plan.name: plan.nbytes for plan in self.files}
 
     def cost(self) -> Cost:
         """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
         from ckptlab.formats.deepspeed import write
 
-        payload = paper.payload if self.source.format == paper.FORMAT else write.payload
+        wrapper = None if self.source.format == paper.FORMAT else self.target.private.wrapper
         sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
-        return Cost(self.plan.sent, payload(self.target), self.plan.moved, max(sizes, default=0))
+        return Cost(self.plan.sent, write.payload(self.target, wrapper), self.plan.moved, max(sizes, default=0))
 
     def save(
         self,
         destination: str | os.PathLike[str],
         format: str = "deepspeed",
         *,
-        workers: int | None = None,
+        workers: Workers = None,
         progress: bool = False,
     ) -> convert.Report:
         """Write the target: `destination` is the step folder to make, `latest` (or `latest_universal`) is written
         beside it; beside the source itself, whose `latest` is not touched, none is.
 
-        format: "deepspeed", "universal" or "safetensors" (see `save_weights` for its options). The destination appears
+        format: "deepspeed", "universal" or "safetensors" (see `save_weights` for its options). workers: how many
+        threads, or a `concurrent.futures.Executor` whose workers see the same files. The destination appears
         when it is complete; a conversion that was interrupted goes on where it stopped when it is called again.
         DestinationError if the destination exists.
         """
-        from ckptlab.formats.deepspeed import write as native_files
-        from ckptlab.formats.universal import write as universal_files
+        from ckptlab.formats.universal import write
 
         _ = self.source.stored  # or an error, at once
         if format == "safetensors":
             return save_weights(self.source, destination, workers=workers, progress=progress)
         if format not in FORMATS:
             raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+        with_data(self.source)
         native = format == "deepspeed"
         pointer = self._latest(destination) if native else LATEST_UNIVERSAL
         return convert.run(
-            (native_files if native else universal_files).jobs(self.source, self.target),
+            self.files if native else (*write.files(self.source, self.target),),
             os.fspath(destination),
             {
                 "format": format,
@@ -318,7 +324,7 @@ def save_weights(
     *,
     dtype: np.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
-    workers: int | None = None,
+    workers: Workers = None,
     progress: bool = False,
 ) -> convert.Report:
     """Consolidated safetensors of every weight, frozen tensor and buffer, under the model's own names.
@@ -328,8 +334,8 @@ def save_weights(
     from ckptlab.formats import safetensors
 
     identity = {"format": "safetensors", "source": fingerprint(source), "dtype": str(dtype), "shard": max_shard_bytes}
-    jobs = safetensors.jobs(source, dtype, max_shard_bytes)
-    return convert.run(jobs, os.fspath(destination), identity, workers=workers, progress=progress)
+    files = (*safetensors.files(source, dtype, max_shard_bytes),)
+    return convert.run(files, os.fspath(destination), identity, workers=workers, progress=progress)
 
 
 def fingerprint(catalog: Catalog) -> str:

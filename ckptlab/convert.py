@@ -1,9 +1,9 @@
 """From files to files: a destination appears whole or not at all, and an interrupted conversion goes on where it
 stopped.
 
-A writer gives `FileJob`s. They are run into `DESTINATION.partial` beside the destination, each file under a temporary
-name until it is complete; a journal there says what the conversion is. When all are done the folder is synced and
-renamed.
+A format gives `FilePlan`s. They are carried out in `DESTINATION.partial` beside the destination, piece by piece by
+whatever workers there are, each file under a temporary name until it is complete; a journal there says what the
+conversion is. When all are done the folder is synced and renamed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptlab import pool
 from ckptlab.errors import DestinationError
-from ckptlab.formats.job import FileJob
+from ckptlab.formats import fileplan
+from ckptlab.formats.fileplan import Checksum, FilePlan, Piece, Sum
 
 JOURNAL = "ckptlab-journal.json"
+PIECE = 256 << 20  # bytes of a file from which on several workers write it
+_TEMPORARY = ".tmp"  # how a file's name ends until it is complete
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,6 @@ class _Journal:
         except BlockingIOError:
             self.file.close()
             raise DestinationError(f"{partial}: another process is writing this conversion") from None
-        self.lock = threading.Lock()
         self.file.seek(0)
         lines = self.file.read().splitlines()
         if lines[:1] != [said] and (lines or os.listdir(partial) != [JOURNAL]):
@@ -71,8 +73,7 @@ class _Journal:
         self.file.flush()
 
     def finished(self, name: str, size: int) -> None:
-        with self.lock:
-            self._append(json.dumps({"file": name, "size": size}))
+        self._append(json.dumps({"file": name, "size": size}))
 
     def has(self, partial: str, name: str) -> bool:
         """The file was finished and is still as long as it was."""
@@ -90,73 +91,92 @@ def _entries(lines: Iterable[str]) -> Iterator[tuple[str, int]]:
 
 
 def run(
-    jobs: Sequence[FileJob],
+    plans: Sequence[FilePlan],
     destination: str,
     identity: dict[str, Any],
     *,
     latest: str | None = None,
-    workers: int | None = None,
+    workers: pool.Workers = None,
     progress: bool = False,
     check: Callable[[str], None] | None = None,
 ) -> Report:
     """Write every file and let the destination appear.
 
     identity: what this conversion is (source, target, options); an interrupted one goes on only if it is the same.
-    latest: the name of the file beside the destination that is to hold its name. check: called with the finished folder
-    before it gets its name; what it raises stops the conversion. DestinationError if the destination exists or cannot
-    be made.
+    latest: the name of the file beside the destination that is to hold its name. workers: see `pool.run`; processes
+    must see the same folders. check: called with the finished folder before it gets its name; what it raises stops the
+    conversion. DestinationError if the destination exists or cannot be made.
     """
-    from tqdm.auto import tqdm  # slow to import
-
     destination = os.path.abspath(destination)
     partial = f"{destination}.partial"
     if os.path.lexists(destination):
         raise DestinationError(f"{destination} exists already: remove it, or name another destination")
     journal = _Journal(partial, identity)
     with journal.file:
-        todo = [j for j in jobs if not journal.has(partial, j.name)]
-        total, left = (sum(j.nbytes for j in some) for some in (jobs, todo))
-        with tqdm(total=total or None, unit="B", unit_scale=True, disable=not progress, desc="writing") as bar:
-            bar.update(total - left)
-
-            def one(job: FileJob) -> None:
-                path = os.path.join(partial, job.name)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                temporary = f"{path}.tmp"
-                job.write(temporary)
-                with open(temporary, "rb") as f:
-                    os.fsync(f.fileno())
-                os.replace(temporary, path)
-                journal.finished(job.name, os.path.getsize(path))
-                bar.update(job.nbytes)
-
-            _run_all(one, todo, workers or min(4, os.cpu_count() or 1))
+        todo = [plan for plan in plans if not journal.has(partial, plan.name)]
+        _remove_unfinished(partial)
+        total, left = (sum(plan.size for plan in some) for some in (plans, todo))
+        with pool.progress(total, "writing", "B", progress) as bar:
+            if bar is not None:
+                bar.update(total - left)
+            for name, size in _written(partial, todo, workers, bar):
+                journal.finished(name, size)
         if check is not None:
             check(partial)
         _finish(partial, destination, latest)
     pointer = latest and os.path.join(os.path.dirname(destination), latest)
-    return Report(destination, pointer, len(jobs), len(jobs) - len(todo), left)
+    return Report(destination, pointer, len(plans), len(plans) - len(todo), sum(plan.nbytes for plan in todo))
 
 
-def _run_all(one: Callable[[FileJob], None], jobs: Iterable[FileJob], workers: int) -> None:
-    """Run the jobs on threads (copying, checksums and writing release the interpreter); the first failure, or an
-    interrupt, stops those that have not begun."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(one, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _written(partial: str, plans: Sequence[FilePlan], workers: pool.Workers, bar: Any) -> Iterator[tuple[str, int]]:
+    """Write the files; gives the name and the bytes of each as it is complete."""
+    by_path = {os.path.join(partial, plan.name) + _TEMPORARY: plan for plan in plans}
+    for folder in {os.path.dirname(path) for path in by_path}:
+        os.makedirs(folder, exist_ok=True)
+    pieces = (piece for path, plan in by_path.items() for piece in plan.pieces(path, PIECE))
+    sums: defaultdict[str, list[Sum]] = defaultdict(list)
+    arrived: defaultdict[str, int] = defaultdict(int)
+    for path, nbytes, found in pool.run(_write, pieces, on=workers, size=_bytes, bar=bar, ordered=False):
+        plan = by_path[path]
+        sums[path] += found
+        arrived[path] += nbytes
+        if arrived[path] == plan.size:
+            if nbytes < plan.size:
+                _complete(path, plan.checksums, sums[path])
+            del sums[path]
+            yield plan.name, plan.size
+
+
+def _bytes(piece: Piece) -> int:
+    return piece.nbytes
+
+
+def _write(piece: Piece) -> tuple[str, int, list[Sum]]:
+    """Write a piece, and complete the file that it is all of: that may be done here, by many at a time."""
+    sums = piece.write()
+    if piece.nbytes == piece.size:
+        _complete(piece.path, piece.checksums, sums)
+    return piece.path, piece.nbytes, sums
+
+
+def _complete(path: str, checksums: Iterable[Checksum], sums: Iterable[Sum]) -> None:
+    """Give a file, all of whose pieces are written, its checksums and its name."""
+    fileplan.seal(path, checksums, sums)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(path, path.removesuffix(_TEMPORARY))
+
+
+def _remove_unfinished(partial: str) -> None:
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            if name.endswith(_TEMPORARY):
+                os.remove(os.path.join(folder, name))
 
 
 def _finish(partial: str, destination: str, latest: str | None) -> None:
     os.remove(os.path.join(partial, JOURNAL))
-    for folder, _, files in os.walk(partial):
-        for name in files:
-            if name.endswith(".tmp"):
-                os.remove(os.path.join(folder, name))
+    for folder, _, _ in os.walk(partial):
         _sync(folder)
     os.rename(partial, destination)
     parent = os.path.dirname(destination)

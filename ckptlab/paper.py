@@ -7,7 +7,6 @@ al. 2019, arXiv:1909.08053.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -195,17 +194,6 @@ def reshape(source: Catalog, mesh: Mesh, options: Any) -> Catalog:
     """The same model on another mesh; of the options only `zero_stage` means something. Raises ReshapeError."""
     stage = source.zero_stage if options.zero_stage is None else options.zero_stage
     return PaperModel(**source.training.numbers).on(mesh, stage or 0)
-
-
-def payload(catalog: Catalog) -> int:
-    """Bytes of all states of a catalog on paper, each as often as it would be stored."""
-    flats = ((f, d) for g in catalog.flat_groups for f in g.flats.values() for d in g.dtypes.values())
-    total = sum(flat.total * dtype.itemsize for flat, dtype in flats)
-    for (name, state), copies in catalog.placements.items():
-        whole = [p for p in copies if not p.flats]
-        count = sum(math.prod(p.shape(holder)) for p in whole for holder in p.holders)
-        total += count * catalog.tensors[name].states[state].itemsize
-    return total
 
 
 def _flat_groups(tensors: Mapping[str, Tensor], mesh: Mesh, zero_stage: int) -> Iterator[FlatGroup]:

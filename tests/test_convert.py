@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
-from compare import GPT, ZERO2, differences, digest
+from compare import DATA, GPT, ZERO2, ZERO3, differences, digest
 
 from ckptlab import convert
+from ckptlab.arrays import Partition
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CkptlabError, DestinationError
-from ckptlab.formats import read
+from ckptlab.formats import fileplan, read, safetensors, torchfile
+from ckptlab.formats.deepspeed import write as native
+from ckptlab.formats.fileplan import Elements, FilePlan, Literal
+from ckptlab.formats.universal import write as universal
 from ckptlab.mesh import Mesh
 
 
-def job(name: str, content: bytes = b"data", fails: bool = False) -> convert.FileJob:
-    def write(path: str) -> int:
-        Path(path).write_bytes(content)
-        if fails:
-            raise OSError("no space left on device")
-        return len(content)
+@dataclass(frozen=True)
+class Drawn:
+    """Gives bytes, and does something else first."""
 
-    return convert.FileJob(name, write, len(content))
+    content: bytes
+    first: Callable[[], object] = bool
+
+    def chunks(self, lo: int, hi: int) -> Iterator[np.ndarray]:
+        self.first()
+        yield np.frombuffer(self.content, np.uint8)[lo:hi]
+
+
+def no_space() -> None:
+    raise OSError("no space left on device")
+
+
+def planned(name: str, content: bytes = b"data", first: Callable[[], object] = bool) -> FilePlan:
+    drawn = Elements(Drawn(content, first), np.dtype(np.uint8), 0, len(content))
+    return FilePlan(name, (drawn,), nbytes=len(content))
 
 
 def test_all_files_then_the_name(tmp_path: Path) -> None:
-    report = convert.run([job("a"), job("deep/b", b"more")], str(tmp_path / "out"), {"of": "x"}, latest="latest")
+    report = convert.run(
+        [planned("a"), planned("deep/b", b"more")], str(tmp_path / "out"), {"of": "x"}, latest="latest"
+    )
     assert (report.files, report.resumed, report.bytes_written) == (2, 0, 8)
     assert digest(tmp_path).keys() == {"out/a", "out/deep/b", "latest"}
     assert (tmp_path / "latest").read_text() == "out"
@@ -40,10 +63,10 @@ def test_all_files_then_the_name(tmp_path: Path) -> None:
 def test_a_failure_leaves_no_destination_and_the_repeat_goes_on(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(OSError, match="no space"):
-        convert.run([job("a"), job("b", fails=True)], out, {"of": "x"}, workers=1)
+        convert.run([planned("a"), planned("b", first=no_space)], out, {"of": "x"}, workers=1)
     assert not os.path.exists(out)
     assert not (tmp_path / "out.partial" / "b").exists()
-    report = convert.run([job("a"), job("b")], out, {"of": "x"}, workers=1)
+    report = convert.run([planned("a"), planned("b")], out, {"of": "x"}, workers=1)
     assert report.resumed == 1
     assert digest(tmp_path).keys() == {"out/a", "out/b"}
 
@@ -51,27 +74,26 @@ def test_a_failure_leaves_no_destination_and_the_repeat_goes_on(tmp_path: Path) 
 def test_a_file_that_was_cut_since_is_written_again(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(OSError, match="no space"):
-        convert.run([job("a"), job("b", fails=True)], out, {"of": "x"}, workers=1)
+        convert.run([planned("a"), planned("b", first=no_space)], out, {"of": "x"}, workers=1)
     (tmp_path / "out.partial" / "a").write_bytes(b"d")
-    convert.run([job("a"), job("b")], out, {"of": "x"}, workers=1)
+    convert.run([planned("a"), planned("b")], out, {"of": "x"}, workers=1)
     assert (tmp_path / "out" / "a").read_bytes() == b"data"
 
 
 def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(OSError, match="no space"):
-        convert.run([job("a", fails=True)], out, {"of": "x"})
+        convert.run([planned("a", first=no_space)], out, {"of": "x"})
     with pytest.raises(DestinationError, match=r"out\.partial is left from another conversion"):
-        convert.run([job("a")], out, {"of": "y"})
+        convert.run([planned("a")], out, {"of": "y"})
 
 
 def test_two_processes_do_not_write_one_destination(tmp_path: Path) -> None:
-    def again(path: str) -> None:
-        Path(path).write_bytes(b"first")
+    def again() -> None:
         with pytest.raises(DestinationError, match="another process is writing"):
-            convert.run([job("a")], str(tmp_path / "out"), {"of": "x"})
+            convert.run([planned("a")], str(tmp_path / "out"), {"of": "x"})
 
-    convert.run([convert.FileJob("a", again)], str(tmp_path / "out"), {"of": "x"})
+    convert.run([planned("a", b"first", again)], str(tmp_path / "out"), {"of": "x"})
     assert (tmp_path / "out" / "a").read_bytes() == b"first"
 
 
@@ -79,7 +101,7 @@ def test_an_existing_destination_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(DestinationError, match="out exists already"):
-        convert.run([job("a")], str(tmp_path / "out"), {})
+        convert.run([planned("a")], str(tmp_path / "out"), {})
     assert digest(tmp_path).keys() == {"out/mine"}
 
 
@@ -100,22 +122,18 @@ def test_what_is_checked_and_found_wrong_does_not_appear(tmp_path: Path) -> None
         raise CkptlabError("it is wrong")
 
     with pytest.raises(CkptlabError, match="it is wrong"):
-        convert.run([job("a")], str(tmp_path / "out"), {}, check=check)
+        convert.run([planned("a")], str(tmp_path / "out"), {}, check=check)
     assert not (tmp_path / "out").exists()
 
 
 SLOW = """
 import sys, time
-from ckptlab import convert
 from ckptlab.checkpoint import Reshape
 from ckptlab.formats import read
+from ckptlab.formats.fileplan import Piece
 from ckptlab.mesh import Mesh
-run = convert.run
-def slowly(jobs, *args, **kwargs):
-    def wait(job):
-        return convert.FileJob(job.name, lambda path: (time.sleep(0.05), job.write(path))[1], job.nbytes)
-    return run([wait(j) for j in jobs], *args, **kwargs)
-convert.run = slowly
+write = Piece.write
+Piece.write = lambda piece: (time.sleep(0.05), write(piece))[1]
 Reshape.of(read(sys.argv[1]), Mesh(tp=4)).save(sys.argv[2], workers=1)
 """
 
@@ -146,3 +164,71 @@ def test_what_is_written_is_read_back_before_it_appears(tmp_path: Path, monkeypa
     with pytest.raises(CkptlabError):
         reshaped.save(tmp_path / "step")
     assert not (tmp_path / "step").exists()
+
+
+CASES = [GPT, DATA / "plain_zero1_dp2_steps" / "global_step2", ZERO2, ZERO3]
+FORMATS = ["deepspeed", "universal", "safetensors"]
+
+
+def plans_of(case: Path, form: str) -> list[FilePlan]:
+    source = read(case)
+    if form == "safetensors":
+        return list(safetensors.files(source, None, 10_000))
+    files = native.files if form == "deepspeed" else universal.files
+    return list(files(source, Reshape.of(source, Mesh(tp=2 if case == GPT else 1, dp=3)).target))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.relative_to(DATA)))
+def test_every_plan_travels_is_small_and_says_what_is_written(case: Path, form: str, tmp_path: Path) -> None:
+    for i, plan in enumerate(plans_of(case, form)):
+        travelled = pickle.dumps(plan)
+        drawn = [part.reader for part in plan.parts if isinstance(part, Elements)]
+        tensors = sum(len(r.group.names) if isinstance(r, Partition) else 1 for r in drawn)
+        literal = sum(part.nbytes for part in plan.parts if isinstance(part, Literal))
+        assert len(travelled) < literal + 4096 + 512 * tensors, plan.name
+        here, there = tmp_path / f"{i}", tmp_path / f"{i} again"
+        fileplan.write(plan, here)
+        fileplan.write(pickle.loads(travelled), there)
+        assert here.stat().st_size == plan.size
+        assert here.read_bytes() == there.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_whoever_writes_it_writes_the_same_bytes(
+    form: str, tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker writes files whole; the others write them in pieces, whose checksums are put together."""
+    made = {}
+    for label, workers in {"1": 1, "2": 2, "8": 8, "processes": processes}.items():
+        out = tmp_path / label
+        Reshape.of(read(GPT), Mesh(tp=2, dp=3)).save(out / "step", form, workers=workers)
+        made[label] = digest(out)
+        monkeypatch.setattr(convert, "PIECE", 4096)
+    assert made["1"] == made["2"] == made["8"] == made["processes"]
+
+
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_a_conversion_says_how_many_bytes_of_tensors_it_writes(form: str, tmp_path: Path) -> None:
+    reshaped = Reshape.of(read(GPT), Mesh(tp=2, dp=3))
+    report = reshaped.save(tmp_path / "step", form)
+    assert report.bytes_written == sum(plan.nbytes for plan in plans_of(GPT, form))
+    if form == "deepspeed":
+        assert report.bytes_written == reshaped.cost().written
+
+
+def test_the_content_of_a_file_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    plan = torchfile.plan
+    monkeypatch.setattr(torchfile, "plan", lambda name, content: (made.append(name), plan(name, content))[1])
+    reshaped = Reshape.of(read(ZERO2), Mesh(dp=3))
+    repr(reshaped)
+    assert reshaped.file_sizes.keys() == {plan.name for plan in reshaped.files}
+    report = reshaped.save(tmp_path / "step")
+    assert len(made) == len(set(made)) == report.files

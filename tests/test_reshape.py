@@ -16,7 +16,7 @@ from ckptlab.arrays import Tally, reader
 from ckptlab.catalog import MODULE
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
-from ckptlab.formats import read, torchfile, universal
+from ckptlab.formats import fileplan, read, torchfile, universal
 from ckptlab.formats.deepspeed import write
 from ckptlab.formats.deepspeed.info import lists_from_layouts
 from ckptlab.layout import Layout
@@ -77,11 +77,10 @@ def test_the_plans_figures_are_what_happens(case: Path, mesh: Mesh, options: dic
     reshaped = Reshape.of(source, mesh, **options)
     cost = reshaped.cost()
     tally = Tally()
-    jobs = write.jobs(source, reshaped.target, tally)
     written = 0
-    for job in jobs:
-        job.write(str(tmp_path / job.name))
-        written += tensor_bytes(tmp_path / job.name)
+    for plan in write.files(source, reshaped.target, tally):
+        fileplan.write(plan, tmp_path / plan.name)
+        written += tensor_bytes(tmp_path / plan.name)
     read_by_pair = tally.read
     assert cost.read == sum(read_by_pair.values())
     assert cost.moved == sum(n for (a, b), n in read_by_pair.items() if a != b)

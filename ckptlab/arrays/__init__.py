@@ -4,7 +4,7 @@ Readers (readers.py, gather.py) come first; `lazy` (xarray) and `dtypes` are loa
 """
 
 from ckptlab.arrays.gather import Gather, Tally, reader
-from ckptlab.arrays.held import Partition, shard_reader
+from ckptlab.arrays.held import Drawn, Partition, shard_reader
 from ckptlab.arrays.readers import Cast, Mean, Reader
 
-__all__ = ["Cast", "Gather", "Mean", "Partition", "Reader", "Tally", "reader", "shard_reader"]
+__all__ = ["Cast", "Drawn", "Gather", "Mean", "Partition", "Reader", "Tally", "reader", "shard_reader"]

@@ -44,6 +44,25 @@ def _own(source: Catalog, held: Catalog, name: str, state: str, holder: Holder) 
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What one coordinate of a cut holds of a tensor, drawn through a reader."""
+
+    reader: Reader
+    cut: Cut
+    at: Coordinate
+
+    @staticmethod
+    def whole(source: Catalog, name: str, state: str, dtype: np.dtype, tally: Tally | None = None) -> Drawn:
+        """All of a tensor of a catalog, converted to `dtype`."""
+        return Drawn(reader(source, name, state, dtype=dtype, tally=tally), Cut.whole(source[name].shape), ())
+
+    def chunks(self, lo: int, hi: int) -> Iterator[np.ndarray]:
+        """Elements lo … hi-1 of the flattened shard, one-dimensional; a piece is valid until the next one is asked
+        for."""
+        yield from self.reader.chunks(self.cut, self.at, lo, hi)
+
+
+@dataclass(frozen=True)
 class _Part:
     """`count` elements from `start` of a flattened shard, which lie from `place` on in the partition."""
 

@@ -64,7 +64,7 @@ class _Loader:
         if isinstance(value, Stored):
             return self._stored(value)
         if isinstance(value, Pending):
-            return _pending(value)
+            return tensor_of(value.load())
         if isinstance(value, np.ndarray):
             return tensor_of(value)
         if isinstance(value, Size):
@@ -102,15 +102,6 @@ class _Loader:
                 "cut or replaced since it was opened; copy it again"
             )
         return self._mapped[path]
-
-
-def _pending(pending: Pending) -> torch.Tensor:
-    out, done = np.empty(pending.shape, pending.dtype), 0
-    flat = out.reshape(-1)
-    for chunk in pending.chunks():
-        flat[done : done + chunk.size] = chunk
-        done += chunk.size
-    return tensor_of(out)
 
 
 def _namespace(loader: _Loader, value: Foreign) -> argparse.Namespace:

@@ -4,27 +4,23 @@ in a checkpoint. It also reads what that refuses: pipelines, tp > 1, BF16_Optimi
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import click
 import numpy as np
 
 from ckptlab import checkpoint, convert
-from ckptlab.arrays import reader
 from ckptlab.catalog import Catalog
 from ckptlab.cli import Size
 from ckptlab.errors import CkptlabError
-from ckptlab.formats.deepspeed.write import torch_job
-from ckptlab.formats.safetensors import entries
+from ckptlab.formats import torchfile
+from ckptlab.formats.fileplan import FilePlan
+from ckptlab.formats.safetensors import Entry, sharded
 from ckptlab.formats.torchfile import Pending
-from ckptlab.layout import Cut
 
 WEIGHTS = "pytorch_model.bin"
 
@@ -97,44 +93,12 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     if safe_serialization:
         return checkpoint.save_weights(source, output_dir, dtype=np.dtype(np.float32), max_shard_bytes=limit)
     identity = {"format": "pytorch_model.bin", "source": checkpoint.fingerprint(source), "shard": limit}
-    return convert.run(list(_torch_jobs(source, limit)), output_dir, identity)
+    plans = sharded(source, np.dtype(np.float32), limit, WEIGHTS, _plan)
+    return convert.run(list(plans), output_dir, identity)
 
 
-def _torch_jobs(source: Catalog, limit: int) -> Iterator[convert.FileJob]:
-    """`pytorch_model.bin`, or numbered files of at most `limit` bytes (a larger tensor has one of its own) and an
-    index."""
-    files: list[dict[str, Pending]] = [{}]
-    held = 0
-    for entry in entries(source, np.dtype(np.float32)):
-        if files[-1] and held + entry.nbytes > limit:
-            files.append({})
-            held = 0
-        files[-1][entry.name] = _pending(source, entry)
-        held += entry.nbytes
-    if len(files) == 1:
-        yield torch_job(WEIGHTS, partial(dict, files[0]))
-        return
-    names = [f"pytorch_model-{i + 1:05d}-of-{len(files):05d}.bin" for i in range(len(files))]
-    for name, tensors in zip(names, files, strict=True):
-        yield torch_job(name, partial(dict, tensors))
-    total = sum(math.prod(t.shape) * t.dtype.itemsize for tensors in files for t in tensors.values())
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {n: f for f, ts in zip(names, files, strict=True) for n in ts},
-    }
-    yield convert.FileJob(f"{WEIGHTS}.index.json", partial(_write_json, index))
-
-
-def _pending(source: Catalog, entry: Any) -> Pending:
-    cut = Cut.whole(entry.tensor.shape)
-    gather = reader(source, entry.tensor.name, entry.state, dtype=entry.dtype)
-    return Pending(entry.dtype, entry.tensor.shape, lambda: gather.chunks(cut, (), 0, entry.tensor.numel))
-
-
-def _write_json(content: Any, path: str) -> int:
-    with open(path, "w") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-    return 0
+def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:
+    return torchfile.plan(name, {e.name: Pending(e.dtype, e.tensor.shape, (e.elements(source),)) for e in shard})
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
         "vocabulary": _vocabulary(source, target),
         "bytes": {"read": cost.read, "written": cost.written, "moved": cost.moved},
         "largest_tensor": cost.largest_tensor,
-        "files": len(reshape.file_sizes),
+        "files": len(reshape.files),
         "moves": _moves(reshape),
         "notices": _notices(reshape.check()),
     }

@@ -10,17 +10,17 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ckptlab.arrays import Tally, reader
+from ckptlab.arrays import Drawn
 from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
-from ckptlab.formats.job import FileJob
+from ckptlab.formats.fileplan import Elements, FilePlan, Literal, merged
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored, row_major_strides
@@ -121,7 +121,7 @@ def _files(path: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One tensor to be written under `name`."""
 
     name: str
@@ -133,8 +133,13 @@ class _Entry:
     def nbytes(self) -> int:
         return self.tensor.numel * self.dtype.itemsize
 
+    def elements(self, source: Catalog) -> Elements:
+        """All of it, drawn from the source."""
+        drawn = Drawn.whole(source, self.tensor.name, self.state, self.dtype)
+        return Elements(drawn, self.dtype, 0, self.tensor.numel)
 
-def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
+
+def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[Entry]:
     """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
 
     dtype converts floating-point weights; None keeps the master's, buffers keep theirs. Aliases are written out under
@@ -150,41 +155,47 @@ def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[_Entry]:
         stored = np.dtype(tensor.states[state])
         convertible = tensor.kind != "buffer" and stored.kind not in "iub"
         for name in (tensor.name, *tensor.aliases):
-            yield _Entry(name, tensor, state, wanted if wanted is not None and convertible else stored)
+            yield Entry(name, tensor, state, wanted if wanted is not None and convertible else stored)
 
 
-def jobs(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int, tally: Tally | None = None) -> list[FileJob]:
+def files(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int) -> Iterator[FilePlan]:
     """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an
     index."""
-    shards: list[list[_Entry]] = [[]]
+    return sharded(source, dtype, max_shard_bytes, SINGLE, _plan)
+
+
+def sharded(
+    source: Catalog,
+    dtype: np.dtype | None,
+    limit: int,
+    single: str,
+    plan: Callable[[str, Catalog, Sequence[Entry]], FilePlan],
+) -> Iterator[FilePlan]:
+    """Whole tensors in the file `single`, or, where that would have more than `limit` bytes of them, in numbered ones
+    (a larger tensor has one of its own) and an index of them. plan: of a file of this name and these tensors."""
+    shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries(source, dtype):
-        if shards[-1] and filled + entry.nbytes > max_shard_bytes:
+        if shards[-1] and filled + entry.nbytes > limit:
             shards.append([])
             filled = 0
         shards[-1].append(entry)
         filled += entry.nbytes
     if len(shards) == 1:
-        return [_job(SINGLE, source, shards[0], tally)]
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
-    total = sum(e.nbytes for shard in shards for e in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    made = [_job(n, source, shard, tally) for n, shard in zip(names, shards, strict=True)]
-    return [*made, FileJob(INDEX, lambda path: _write_json(path, index))]
+        yield plan(single, source, shards[0])
+        return
+    stem, suffix = os.path.splitext(single)
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        yield plan(name, source, shard)
+    index = {
+        "metadata": {"total_size": sum(e.nbytes for shard in shards for e in shard)},
+        "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
+    }
+    yield FilePlan(f"{single}.index.json", (Literal(json.dumps(index, indent=2, sort_keys=True).encode()),))
 
 
-def _job(name: str, source: Catalog, shard: Sequence[_Entry], tally: Tally | None) -> FileJob:
-    return FileJob(name, lambda path: _write(path, source, shard, tally), sum(e.nbytes for e in shard))
-
-
-def _write_json(path: str, content: Mapping[str, Any]) -> int:
-    with open(path, "w") as f:
-        json.dump(content, f, indent=2)
-    return 0
-
-
-def _write(path: str, source: Catalog, shard: Sequence[_Entry], tally: Tally | None) -> int:
+def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for e in shard:
@@ -196,11 +207,5 @@ def _write(path: str, source: Catalog, shard: Sequence[_Entry], tally: Tally | N
         offset += e.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for e in shard:
-            cut = Cut.whole(e.tensor.shape)
-            gather = reader(source, e.tensor.name, e.state, dtype=e.dtype, tally=tally)
-            for chunk in gather.chunks(cut, (), 0, e.tensor.numel):
-                f.write(np.ascontiguousarray(chunk).view(np.uint8).data)
-    return offset
+    drawn = [e.elements(source) for e in shard]
+    return FilePlan(name, (*merged([Literal(struct.pack("<Q", len(text)) + text), *drawn]),), nbytes=offset)

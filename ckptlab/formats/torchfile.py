@@ -8,7 +8,7 @@ and for tensors `torch/_utils.py` (`_rebuild_tensor_v2` and others).
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, BinaryIO, ClassVar, NamedTuple
@@ -16,10 +16,11 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
-from ckptlab.formats import pickles
+from ckptlab.errors import UnsafeFileError, UnsupportedError
+from ckptlab.formats import fileplan, pickles
+from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
 from ckptlab.formats.pickles import Global, named
-from ckptlab.formats.torchzip import RecordReader, RecordWriter
+from ckptlab.formats.torchzip import RecordPlanner, RecordReader
 from ckptlab.stored import Stored, row_major_strides
 
 # The storage class that stands for a dtype.
@@ -62,14 +63,29 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """A tensor to be written that need not be in memory at once.
-
-    `chunks()` gives its elements in row-major order, as consecutive 1-D arrays of `dtype`.
-    """
+    """A tensor to be written that need not be in memory at once: `parts` hold its elements in row-major order."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[np.ndarray]]
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        planned = sum(part.nbytes for part in self.parts)
+        if planned != self.nbytes:
+            raise ValueError(f"a tensor of shape {self.shape}, {self.dtype}, has {self.nbytes} bytes, not {planned}")
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def load(self) -> np.ndarray:
+        """The tensor in memory."""
+        held, done = np.empty(self.nbytes, np.uint8), 0
+        for part in self.parts:
+            for chunk in part.bytes():
+                held[done : done + chunk.size] = chunk
+                done += chunk.size
+        return held.view(self.dtype).reshape(self.shape)
 
 
 Leaf = Stored | Pending | np.ndarray
@@ -218,24 +234,26 @@ KNOWN_GLOBALS = frozenset(_TensorUnpickler.known)
 """(module, name) of what becomes a plain value or a tensor; every other name becomes a placeholder."""
 
 
-def write(path_or_file: str | os.PathLike[str] | BinaryIO, obj: Any) -> int:
-    """Writes an object as torch.save would; returns the bytes of tensor data written.
+def plan(name: str, obj: Any) -> FilePlan:
+    """The file `name` that holds an object as torch.save would write it.
 
     Tensors are `Stored`, `np.ndarray` or `Pending`; all else is what `pickles.Pickler` writes. The same
-    object twice becomes one tensor, `Stored` that are equal share a storage. Data is streamed: memory stays
-    near one chunk. path_or_file: if a file, seekable, empty, open for writing. After an error it is empty.
+    object twice becomes one tensor, `Stored` that are equal share a storage. Of the model are those that are `Pending`.
     """
-    if isinstance(path_or_file, str | os.PathLike):
-        with open(path_or_file, "wb") as file:
-            return write(file, obj)
     leaves: dict[str, Leaf] = {}
     data = pickles.dumps(obj, lambda out: _TensorPickler(out, leaves))
-    with RecordWriter(path_or_file) as records:
-        records.write("data.pkl", [np.frombuffer(data, np.uint8)])
-        records.write("byteorder", [np.frombuffer(b"little", np.uint8)])
-        written = sum(records.write(f"data/{key}", _elements(leaf, key)) for key, leaf in leaves.items())
-        records.write("version", [np.frombuffer(b"3\n", np.uint8)])
-    return written
+    records = RecordPlanner()
+    records.add("data.pkl", [Literal(data)])
+    records.add("byteorder", [Literal(b"little")])
+    for key, leaf in leaves.items():
+        records.add(f"data/{key}", _parts(leaf))
+    records.add("version", [Literal(b"3\n")])
+    return records.plan(name, sum(leaf.nbytes for leaf in leaves.values() if isinstance(leaf, Pending)))
+
+
+def write(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write an object (see `plan`) as a file. Data is streamed. After an error the file is empty."""
+    fileplan.write(plan(os.path.basename(path), obj), path)
 
 
 class _Reference(NamedTuple):
@@ -290,21 +308,18 @@ class _TensorPickler(pickles.Pickler):
         return key
 
 
-def _elements(leaf: Leaf, key: str) -> Iterator[np.ndarray]:
-    """The elements of a tensor in row-major order, as 1-D arrays."""
+@dataclass(frozen=True)
+class _Flat:
+    """Draws a stored tensor's elements in row-major order."""
+
+    stored: Stored
+
+    def chunks(self, lo: int, hi: int) -> Iterator[np.ndarray]:
+        yield self.stored.flat[lo:hi]
+
+
+def _parts(leaf: Leaf) -> Sequence[Part]:
+    """The elements of a tensor in row-major order."""
     if isinstance(leaf, Stored):
-        yield leaf.flat
-    elif isinstance(leaf, np.ndarray):
-        yield leaf.reshape(-1)
-    else:
-        expected, given = math.prod(leaf.shape), 0
-        wanted = f"data/{key}, of shape {leaf.shape}, needs {expected} elements of {leaf.dtype} in 1-D chunks"
-        for chunk in leaf.chunks():
-            given += chunk.size
-            if chunk.ndim != 1 or chunk.dtype != leaf.dtype:
-                raise CheckpointError(f"{wanted}, but a chunk has shape {chunk.shape} and dtype {chunk.dtype}")
-            if given > expected:
-                raise CheckpointError(f"{wanted}, but its chunks hold more: at least {given}")
-            yield chunk
-        if given < expected:
-            raise CheckpointError(f"{wanted}, but its chunks hold only {given}")
+        return [Elements(_Flat(leaf), leaf.dtype, 0, leaf.numel)]
+    return [Literal(leaf.tobytes())] if isinstance(leaf, np.ndarray) else leaf.parts

@@ -8,18 +8,29 @@ import os
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
+from ckptlab.formats.fileplan import Checksum, FilePlan, Literal, Part, merged
 
 _ALIGNMENT = 64
-_PIECE = 1 << 20  # bytes that are checksummed and written at a time: they stay in the cache between the two
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-_ZIP64_EXTRA = 20  # bytes of it that Python's zipfile puts into a local header
+_CENTRAL_HEADER = struct.Struct("<4sBBBBHHHHIIIHHHHHII")
+_PADDING = struct.Struct("<2sH")
+_ZIP64_SIZES = struct.Struct("<HHQQ")
+_END = struct.Struct("<4sHHHHIIH")
+_END64 = struct.Struct("<4sQHHIIQQQQ")
+_END64_LOCATOR = struct.Struct("<4sIQI")
+_CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16  # bytes into the header
+_LIMIT = 0x7FFFFFFF  # from here on the directory has a zip64 field (in 32 bits without a sign, as Python's zipfile)
+_FULL = 0xFFFFFFFF  # says that the number stands in the zip64 field
+_MOST_RECORDS = 0xFFFF
+_VERSION = 45  # of the format: with zip64
+_UNIX, _MODE = 3, 0o600  # what made it; the mode of what is unpacked
+_DATE = 1 << 5 | 1  # the first of January 1980
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's number before the zip format
 
 
@@ -113,36 +124,80 @@ def _not_a_zip(path: str, file: BinaryIO, start: bytes) -> CheckpointError:
     return CheckpointError(f"{path} is not a file of torch.save: expected a zip, found {start!r} at its start")
 
 
-class RecordWriter:
-    """Writes records under the root `archive` to a seekable file, streamed; checksums are correct.
+class RecordPlanner:
+    """Lays out records under the root `archive`, one after the other: what is to stand where, checksums too.
 
     A `.format_version` is left out on purpose: it tells torch to compute where storages lie from the sizes,
     as its own zip writer would have placed them, in place of reading it from the headers.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED)
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._size = 0
+        self._entries: list[_Entry] = []
 
-    def write(self, name: str, arrays: Iterable[np.ndarray]) -> int:
-        """Writes a record: arrays (1-D, of any dtype), one after the other. Returns its bytes."""
-        info = zipfile.ZipInfo(f"archive/{name}")
-        header = self._zip.start_dir + _LOCAL_HEADER.size + len(info.filename) + 4 + _ZIP64_EXTRA
-        padding = -header % _ALIGNMENT
-        info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # as torch fills it
-        with self._zip.open(info, "w", force_zip64=True) as record:
-            for array in arrays:
-                data = np.ascontiguousarray(array).view(np.uint8)
-                for start in range(0, data.size, _PIECE):
-                    record.write(data[start : start + _PIECE].data)
-        info.extra = b""  # the directory needs no padding
-        return info.file_size
+    def add(self, name: str, content: Sequence[Part]) -> None:
+        """A record of these parts."""
+        known = all(isinstance(part, Literal) for part in content)
+        crc = zlib.crc32(b"".join(part.data for part in content if isinstance(part, Literal))) if known else None
+        size = sum(part.nbytes for part in content)
+        entry = _Entry(f"archive/{name}".encode(), self._size, size, crc)
+        self._parts += [Literal(entry.local_header()), *content]
+        self._entries.append(entry)
+        self._size = entry.start + size
 
-    def __enter__(self) -> "RecordWriter":
-        return self
+    def plan(self, name: str, nbytes: int) -> FilePlan:
+        """The file `name`, with the zip's directory at its end. nbytes: of the model's tensors among the records."""
+        directory, checksums = b"", []
+        for entry in self._entries:
+            if entry.crc is None:
+                places = (entry.offset + _CRC_IN_LOCAL, self._size + len(directory) + _CRC_IN_CENTRAL)
+                checksums.append(Checksum(entry.start, entry.start + entry.size, places))
+            directory += entry.central_header()
+        end = _end_of_directory(len(self._entries), len(directory), self._size)
+        return FilePlan(name, (*merged([*self._parts, Literal(directory + end)]),), tuple(checksums), nbytes)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Writes the directory, without which the file is no zip. After an error the file is left empty."""
-        self._zip.close()
-        if kind is not None:
-            self._file.truncate(0)
+
+class _Entry(NamedTuple):
+    """A record that is planned: its header's place, its bytes, its checksum unless that is known only when they are
+    drawn. Sizes stand in a zip64 field in every local header, and in the directory where Python's zipfile has them."""
+
+    name: bytes
+    offset: int
+    size: int
+    crc: int | None
+
+    @property
+    def padding(self) -> int:
+        return -(self.offset + _LOCAL_HEADER.size + len(self.name) + _PADDING.size + _ZIP64_SIZES.size) % _ALIGNMENT
+
+    @property
+    def start(self) -> int:
+        """Where its data begins."""
+        return self.offset + _LOCAL_HEADER.size + len(self.name) + len(self._extra())
+
+    def _extra(self) -> bytes:
+        padding = _PADDING.pack(b"FB", self.padding) + b"Z" * self.padding  # as torch fills it
+        return padding + _ZIP64_SIZES.pack(1, 16, self.size, self.size)
+
+    def local_header(self) -> bytes:
+        fields = (_VERSION, 0, 0, 0, _DATE, self.crc or 0, _FULL, _FULL, len(self.name), len(self._extra()))
+        return _LOCAL_HEADER.pack(b"PK\3\4", *fields) + self.name + self._extra()
+
+    def central_header(self) -> bytes:
+        large = [self.size] * 2 * (self.size > _LIMIT) + [self.offset] * (self.offset > _LIMIT)
+        extra = struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""
+        size, offset = (_FULL if n > _LIMIT else n for n in (self.size, self.offset))
+        versions = (_VERSION, _UNIX, _VERSION, 0)
+        lengths = (len(self.name), len(extra), 0)
+        fields = (*versions, 0, 0, 0, _DATE, self.crc or 0, size, size, *lengths, 0, 0, _MODE << 16, offset)
+        return _CENTRAL_HEADER.pack(b"PK\1\2", *fields) + self.name + extra
+
+
+def _end_of_directory(count: int, size: int, offset: int) -> bytes:
+    end = b""
+    if count > _MOST_RECORDS or offset > _LIMIT or size > _LIMIT:
+        end = _END64.pack(b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, size, offset)
+        end += _END64_LOCATOR.pack(b"PK\6\7", 0, offset + size, 1)
+    count = min(count, _MOST_RECORDS)
+    return end + _END.pack(b"PK\5\6", 0, 0, count, count, min(size, _FULL), min(offset, _FULL), 0)

@@ -1,8 +1,7 @@
 """The native writer: a catalog on another mesh → the files that an ordinary `engine.load_checkpoint` there reads.
 
-Each output file is one `FileJob`; its tensors are drawn from the source while the file is written, so that no more than
-a chunk is in memory. What load needs, and what it ignores, was found by leaving out one key at a time (DeepSpeed
-0.19.8).
+Each output file is a `FilePlan`, whose tensors are drawn from the source when it is carried out. What load needs, and
+what it ignores, was found by leaving out one key at a time (DeepSpeed 0.19.8).
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Partition, Reader, Tally, reader, shard_reader
+from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.optimizer import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
-from ckptlab.formats.job import FileJob
+from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
 from ckptlab.formats.pickles import Size, foreign
 from ckptlab.formats.torchfile import Pending
 from ckptlab.plan import Holder
@@ -32,46 +30,28 @@ FRAGMENT = ("deepspeed.utils.tensor_fragment", "fragment_address")
 ZERO_STAGE = ("deepspeed.runtime.zero.config", "ZeroStageEnum")
 
 
-def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[FileJob]:
+def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
     """Every file of the native checkpoint for `target` (see `target.reshape`), drawn from `source`."""
-    return list(NativeWriter(source, target, tally).jobs())
+    return NativeWriter(source, target, tally).files()
 
 
-def payload(target: Catalog) -> int:
-    """Bytes of tensor data in all files of the native checkpoint for `target`: what `jobs` comes to, without making
-    them."""
-    wrapper: Wrapper = target.private.wrapper
-    dp = target.mesh.dp
+def payload(target: Catalog, wrapper: Wrapper | None) -> int:
+    """Bytes of tensors in all files of the native checkpoint for `target`: what its plans say, without making them.
+
+    wrapper: whose files they are; None for a model on paper, whose ranks keep everything that they hold.
+    """
     total = 0
     for group in target.flat_groups:
         for flat in group.flats.values():
-            padding = sum(map(flat.padding, range(dp))) if wrapper is Wrapper.ZERO12 else 0  # the master has none
+            padding = sum(map(flat.padding, range(flat.dp))) if wrapper is Wrapper.ZERO12 else 0  # the master has none
             total += sum((flat.total - padding * (s == MASTER)) * dtype.itemsize for s, dtype in group.dtypes.items())
     for (name, state), copies in target.placements.items():
-        for placement in copies if state == MODULE else ():
+        for placement in () if target.is_flat(name, state) else copies:
             for holder in placement.holders:
-                count = math.prod(placement.shape(holder))
-                if placement.flats:  # ZeRO-3: frozen tensors in equal fragments
-                    count = placement.flats[holder][0].total
+                # ZeRO-3 keeps frozen tensors in equal fragments
+                count = placement.flats[holder][0].total if placement.flats else math.prod(placement.shape(holder))
                 total += count * target.tensors[name].states[state].itemsize
     return total
-
-
-def torch_job(name: str, build: Callable[[], Any]) -> FileJob:
-    """A `.pt` file whose content `build` makes when it is written."""
-    return FileJob(name, lambda path: torchfile.write(path, build()), _pending_bytes(build(), set()))
-
-
-def _pending_bytes(content: Any, seen: set[int]) -> int:
-    """Bytes of the tensors that are drawn from the source, each once."""
-    if isinstance(content, Pending):
-        if id(content) in seen:
-            return 0
-        seen.add(id(content))
-        return math.prod(content.shape) * content.dtype.itemsize
-    if isinstance(content, Mapping):
-        return sum(_pending_bytes(v, seen) for v in content.values())
-    return sum(_pending_bytes(v, seen) for v in content) if isinstance(content, list) else 0
 
 
 class NativeWriter:
@@ -85,7 +65,7 @@ class NativeWriter:
         self.config = info.adapt_config(source.private.config, target)
         self.prefix = "bf16" if self.native.dtype == "bf16" else ""
 
-    def jobs(self) -> Iterator[FileJob]:
+    def files(self) -> Iterator[FilePlan]:
         mesh = self.mesh
         zero3 = self.native.wrapper is Wrapper.ZERO3
         for p in range(mesh.pp):
@@ -93,13 +73,13 @@ class NativeWriter:
                 mp = p * mesh.tp + t
                 for d in range(mesh.dp if zero3 else 1):
                     name = names.zero3_model(d, mp) if zero3 else names.model(mp)
-                    yield torch_job(name, partial(self.model_file, p, t, d))
+                    yield torchfile.plan(name, self.model_file(p, t, d))
                 for d in range(mesh.dp):
-                    yield torch_job(names.optim(d, mp, self.prefix), partial(self.optim_file, p, t, d))
+                    yield torchfile.plan(names.optim(d, mp, self.prefix), self.optim_file(p, t, d))
         axis = self.folder.layer_axis or mesh.tp > 1
         for layer, prefix in self.source.private.module.layer_keys.items():
             for t in range(mesh.tp):
-                yield torch_job(names.layer(layer, t if axis else None), partial(self.layer_file, layer, prefix, t))
+                yield torchfile.plan(names.layer(layer, t if axis else None), self.layer_file(layer, prefix, t))
 
     # ---------------------------------------------------------------- tensors
 
@@ -113,12 +93,8 @@ class NativeWriter:
         at = self.coordinate(tensor, tp)
         shape = tensor.cut.shard_shape(at)
         tally = self.tally and self.tally.towards(rank)
-
-        def chunks() -> Iterator[np.ndarray]:
-            one = shard_reader(self.source, self.target, name, MODULE, Holder(pp=tensor.stages[0], tp=tp), tally)
-            return one.chunks(tensor.cut, at, 0, math.prod(shape))
-
-        return Pending(dtype, shape, chunks)
+        one = shard_reader(self.source, self.target, name, MODULE, Holder(pp=tensor.stages[0], tp=tp), tally)
+        return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, 0, math.prod(shape)),))
 
     def gather(self, name: str, state: str, dtype: np.dtype, rank: int) -> Reader:
         """Reads a tensor of the source for a rank of the target."""
@@ -127,7 +103,7 @@ class NativeWriter:
     def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
         """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
         held = Partition(self.source, self.target, group, state, group.at.with_(tp=tp), dp, self.tally)
-        return Pending(held.dtype, (count,), lambda: held.chunks(0, count))
+        return Pending(held.dtype, (count,), (Elements(held, held.dtype, 0, count),))
 
     # ---------------------------------------------------------------- model files
 
@@ -198,12 +174,9 @@ class NativeWriter:
         part = -(-numel // self.mesh.dp)
         lo, hi = min(dp * part, numel), min((dp + 1) * part, numel)
         dtype = tensor.states[MODULE]
-
-        def chunks() -> Iterator[np.ndarray]:
-            yield from self.gather(tensor.name, MODULE, dtype, rank).chunks(tensor.cut, at, lo, hi)
-            yield np.zeros(part - (hi - lo), dtype)
-
-        return Pending(dtype, (part,), chunks)
+        drawn = Drawn(self.gather(tensor.name, MODULE, dtype, rank), tensor.cut, at)
+        padding = Zeros((part - (hi - lo)) * dtype.itemsize)
+        return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
 
     def layer_file(self, layer: int, prefix: str, tp: int) -> OrderedDict[str, Any]:
         """The tensors of one layer, under their names within it."""

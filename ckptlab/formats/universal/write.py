@@ -2,80 +2,71 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Tally, reader
+from ckptlab.arrays import Drawn, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
+from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.optimizer import Wrapper
-from ckptlab.formats.deepspeed.write import NativeWriter, torch_job
-from ckptlab.formats.job import FileJob
+from ckptlab.formats.deepspeed.write import NativeWriter
+from ckptlab.formats.fileplan import Elements, FilePlan
 from ckptlab.formats.pickles import foreign
 from ckptlab.formats.torchfile import Pending
 from ckptlab.formats.universal.read import FOLDER, OPTIMIZER
-from ckptlab.layout import Cut, cut_dim, equal_parts, sub_parameters
+from ckptlab.layout import cut_dim, equal_parts, sub_parameters
 
 
-def jobs(source: Catalog, target: Catalog, tally: Tally | None = None) -> list[FileJob]:
+def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
     """Every file of the universal folder. `target` says for which mesh, stage and dtype the model files beside are
     made; tensors are whole, whatever the mesh."""
     writer = NativeWriter(source, target, tally)
-    made = [_state_job(source, target, t, s, tally) for t in source.tensors.values() for s in _written(t)]
     flat = target.private.wrapper is Wrapper.ZERO3
+    for tensor in source.tensors.values():
+        for state in _written(tensor):
+            yield _state_file(source, tensor, state, flat, tally)
     for group in target.groups:
         if "step" in group.scalars and not flat:
-            made += [torch_job(f"{FOLDER}/{n}/step.pt", partial(_same, group.scalars["step"])) for n in group.tensors]
+            for name in group.tensors:
+                yield torchfile.plan(f"{FOLDER}/{name}/step.pt", group.scalars["step"])
     for tensor in source.tensors.values():
         if not flat and MODULE in tensor.states and not source.private.is_pipeline:
-            names_ = tensor.aliases if tensor.kind == "parameter" else (tensor.name, *tensor.aliases)
-            made += [_whole_module(source, tensor, n, tally) for n in names_]
-    made.append(torch_job(f"{FOLDER}/{OPTIMIZER}", partial(_common, writer)))
+            for name in tensor.aliases if tensor.kind == "parameter" else (tensor.name, *tensor.aliases):
+                yield _whole_module(source, tensor, name, tally)
+    yield torchfile.plan(f"{FOLDER}/{OPTIMIZER}", _common(writer))
     for p in range(target.mesh.pp):
         for t in range(target.mesh.tp):
             for d in range(target.mesh.dp if flat else 1):
                 mp = p * target.mesh.tp + t
                 name = names.zero3_model(d, mp) if flat else names.model(mp)
-                made.append(torch_job(name, partial(writer.model_file, p, t, d)))
-    return made
-
-
-def _same(value: Any) -> Any:
-    return value
+                yield torchfile.plan(name, writer.model_file(p, t, d))
 
 
 def _written(tensor: Tensor) -> list[str]:
     return [s for s in tensor.states if s != MODULE] if tensor.kind == "parameter" else []
 
 
-def _state_job(source: Catalog, target: Catalog, tensor: Tensor, state: str, tally: Tally | None) -> FileJob:
-    dtype = tensor.states[state]
-    flat = target.private.wrapper is Wrapper.ZERO3
-    shape = (tensor.numel,) if flat else tensor.shape
-    leaf = _leaf(source, tensor, state, dtype, shape, tally)
-    build = (lambda: leaf) if flat else (lambda: {**loader_keys(source, tensor), "param": leaf})
-    return torch_job(f"{FOLDER}/{tensor.name}/{state}.pt", build)
+def _state_file(source: Catalog, tensor: Tensor, state: str, flat: bool, tally: Tally | None) -> FilePlan:
+    leaf = _leaf(source, tensor, state, tensor.states[state], (tensor.numel,) if flat else tensor.shape, tally)
+    content = leaf if flat else {**loader_keys(source, tensor), "param": leaf}
+    return torchfile.plan(f"{FOLDER}/{tensor.name}/{state}.pt", content)
 
 
-def _whole_module(source: Catalog, tensor: Tensor, name: str, tally: Tally | None) -> FileJob:
+def _whole_module(source: Catalog, tensor: Tensor, name: str, tally: Tally | None) -> FilePlan:
     """What DeepSpeed's converter writes of tensors that the optimizer does not know, and of aliases: fp32 alone."""
     state = MASTER if MASTER in tensor.states else MODULE
     leaf = _leaf(source, tensor, state, np.dtype(np.float32), tensor.shape, tally)
-    return torch_job(f"{FOLDER}/{name}/{MASTER}.pt", lambda: {"param": leaf})
+    return torchfile.plan(f"{FOLDER}/{name}/{MASTER}.pt", {"param": leaf})
 
 
 def _leaf(
     source: Catalog, tensor: Tensor, state: str, dtype: np.dtype, shape: tuple[int, ...], tally: Tally | None
 ) -> Pending:
-    return Pending(
-        dtype,
-        shape,
-        lambda: reader(source, tensor.name, state, dtype=dtype, tally=tally).chunks(
-            Cut.whole(tensor.shape), (), 0, tensor.numel
-        ),
-    )
+    drawn = Drawn.whole(source, tensor.name, state, dtype, tally)
+    return Pending(dtype, shape, (Elements(drawn, dtype, 0, tensor.numel),))
 
 
 def loader_keys(source: Catalog, tensor: Tensor) -> dict[str, Any]:

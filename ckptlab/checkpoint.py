@@ -280,7 +280,6 @@ class Reshape(Viewed, Shown):
             return save_weights(self.source, destination, workers=workers, progress=progress)
         if format not in FORMATS:
             raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-        with_data(self.source)
         native = format == "deepspeed"
         pointer = self._latest(destination) if native else LATEST_UNIVERSAL
         return convert.run(

@@ -84,7 +84,8 @@ def test_analysis_has_the_same_names() -> None:
 def test_every_public_name_is_there() -> None:
     for name in ckptlab.__all__:
         assert getattr(ckptlab, name) is not None
-    assert set(ckptlab.__all__) <= set(dir(ckptlab))
+    assert set(dir(ckptlab)) == {*ckptlab.__all__, "open", "Tensor"}
+    assert not {"open", "Tensor"} & set(ckptlab.__all__)  # `from ckptlab import *` shadows neither Python's nor torch's
     assert ckptlab.CheckpointError.__mro__[1] is ckptlab.CkptlabError
     with pytest.raises(AttributeError, match="no attribute 'opne'"):
         _ = ckptlab.opne

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.errors import CheckpointError
+from ckptlab.findings import Finding
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import FlatBuffer, Placement
@@ -23,17 +24,6 @@ from ckptlab.stored import Stored
 
 MASTER = "fp32"  # the state that holds the master weight
 MODULE = "module"  # the state that holds the weight as the model computes with it (16-bit, as a rule)
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that the user must hear: `code` is stable, `text` is for people."""
-
-    code: str
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True)
@@ -155,7 +145,7 @@ class Catalog:
     pieces: Mapping[tuple[str, str], Mapping[tuple[int, int], tuple[Fragment, ...]]] = field(default_factory=dict)
     client: Mapping[str, Any] = field(default_factory=dict)
     native: Any = None
-    notices: tuple[Notice, ...] = ()
+    findings: tuple[Finding, ...] = ()
     files: tuple[str, ...] = ()
 
     @cached_property

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Fragment, Notice, ParameterGroup, Tensor
+from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Fragment, ParameterGroup, Tensor
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
+from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed.options import DTYPES, np_dtype
 from ckptlab.formats.deepspeed.pipeline import balanced, stage_of
 from ckptlab.layout import Layout
@@ -126,7 +127,7 @@ class PaperModel:
             flat_groups=tuple(_flat_groups(tensors, mesh, zero_stage)) if zero_stage else (),
             pieces=_pieces(tensors, mesh, zero_stage),
             native=OnPaper(self, mesh, {i: stage_of(1 + i, starts) for i in range(self.layers)}),
-            notices=tuple(_notices(mesh, zero_stage)),
+            findings=tuple(_findings(mesh, zero_stage)),
         )
 
     def _problems(self, mesh: Mesh, zero_stage: int) -> Iterator[str]:
@@ -230,8 +231,7 @@ def _pieces(
     }
 
 
-def _notices(mesh: Mesh, zero_stage: int) -> Iterator[Notice]:
+def _findings(mesh: Mesh, zero_stage: int) -> Iterator[Finding]:
     if zero_stage >= 2 and mesh.pp > 1:
-        yield Notice(
-            "pipeline-zero", f"DeepSpeed's pipeline engine trains with ZeRO-1 only, not with ZeRO-{zero_stage}"
-        )
+        found = f"DeepSpeed's pipeline engine trains with ZeRO-1 only, not with ZeRO-{zero_stage}"
+        yield Finding("pipeline-zero", "warning", found=found, about="target")

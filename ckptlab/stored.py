@@ -182,3 +182,12 @@ _mapped_files = _MappedFiles(capacity=64)
 def note_read(nbytes: int) -> None:
     """Say that so many bytes of mapped files were read and are done with: keeps a long conversion's memory small."""
     _mapped_files.used(nbytes)
+
+
+def scalar(value: Any) -> float | None:
+    """A number, which may be stored as a tensor of one element, as optimizers' `step` is; None if it is none."""
+    if isinstance(value, Stored):
+        if value.numel != 1 or value.dtype.kind == "c":
+            return None
+        return float(np.asarray(value.map(), dtype=np.float64).reshape(-1)[0])
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1 << 62 else None

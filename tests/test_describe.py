@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from compare import GPT, ZERO2, ZERO3
 
-from ckptlab.catalog import Notice, ParameterGroup, Tensor
+from ckptlab.catalog import ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint, Reshape
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.describe import plan, plan_html, plan_text, summary, summary_html, summary_text
 from ckptlab.describe.fold import fold
 from ckptlab.draw.words import count, figure, ranges, shorten, size
+from ckptlab.findings import Finding
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
@@ -151,7 +152,7 @@ def test_a_tensor_without_the_usual_states_is_told() -> None:
 
 def test_notices_come_last_or_not_at_all() -> None:
     ckpt = open_checkpoint(GPT)
-    ckpt = Checkpoint(replace(ckpt.catalog, notices=(Notice("averaged", "replicas are averaged"),)))
+    ckpt = Checkpoint(replace(ckpt.catalog, findings=(Finding("averaged", "info", found="replicas are averaged"),)))
     assert summary_text(ckpt).endswith("notes     - replicas are averaged")
     assert "averaged" not in summary_text(ckpt, notices=False)
 
@@ -237,7 +238,7 @@ def test_whatever_comes_from_files_is_escaped() -> None:
         ckpt.catalog,
         path=f"/x/{evil}",
         client={evil: 1},
-        notices=(Notice("x", evil),),
+        findings=(Finding("x", "info", found=evil),),
         groups=(ParameterGroup({"name": evil, "lr": evil, evil: evil}, ("b",)),),
     )
     page = summary_html(Checkpoint(catalog))

@@ -68,7 +68,7 @@ def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, f
         n: (t.cut, t.layout.text) for n, t in source.tensors.items()
     }
     assert [(g.name, g.tensors) for g in back.groups] == [(g.name, g.tensors) for g in source.groups]
-    assert not [n for n in back.notices if n.code != "slice-mappings"]
+    assert not [n for n in back.findings if n.code != "slice-mappings"]
     assert digest(case) == before
 
 
@@ -218,7 +218,7 @@ def test_replicas_that_are_to_be_averaged_are_and_it_is_said(tmp_path: Path) -> 
         f.seek(fragment.stored.offset)
         f.write((whole(plain, name, "fp32") + 1).tobytes())  # tp rank 1 has drifted by 1
     averaged = read(tmp_path)
-    assert [n.code for n in averaged.notices] == ["averaged"]
+    assert [n.code for n in averaged.findings] == ["averaged"]
     np.testing.assert_allclose(whole(averaged, name, "fp32"), whole(plain, name, "fp32") + 0.5, rtol=1e-6)
 
 
@@ -227,7 +227,7 @@ class TestPipeline:
         target = Reshape.of(read(GPT), Mesh(pp=4)).target
         layers = {n.split(".")[0]: t.stages for n, t in target.tensors.items() if n[0].isdigit()}
         assert layers == {"2": (0,), "3": (1,), "4": (2,), "5": (3,), "6": (3,)}
-        assert [n.code for n in target.notices] == ["pipeline-inferred", "vocabulary-padding"]
+        assert [n.code for n in target.findings] == ["pipeline-inferred", "vocabulary-padding"]
         assert {t.stages for n, t in target.tensors.items() if n.startswith("tied_modules")} == {(0, 3)}
 
     def test_the_user_may_say_how(self) -> None:

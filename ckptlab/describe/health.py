@@ -13,7 +13,8 @@ from ckptlab.describe.text import WIDTH, aligned
 from ckptlab.draw.words import number_of, size, some
 
 if TYPE_CHECKING:
-    from ckptlab.analysis.checkup import Finding, Health, Where
+    from ckptlab.analysis.checkup import Health
+    from ckptlab.findings import Finding, Where
 
 NAMES = 4  # files and tensors that a finding lists
 _COLOURS = {"error": "#dc2626", "warning": "#d97706", "info": "#2563eb", "healthy": "#16a34a"}
@@ -23,7 +24,7 @@ def to_dict(health: Health) -> dict[str, Any]:
     """Plain values, as `ckptlab check --json` prints them; what is infinite or NaN is text.
 
     Keys: healthy, path, format, mesh, checked {files, tensors, bytes, opened, data}, findings [{code, severity, where
-    {files, tensors, states, ranks [{axis: coordinate}]}, expected, found, todo}].
+    {files, tensors, states, ranks [{axis: coordinate}]}, expected, found, todo, about}].
     """
     return {
         "healthy": health.healthy,
@@ -39,7 +40,8 @@ def _finding(finding: Finding) -> dict[str, Any]:
     where = {
         k: [dict(v) for v in values] if k == "ranks" else list(values) for k, values in vars(finding.where).items()
     }
-    return {**plain(vars(finding)), "where": where}
+    told = {k: v for k, v in vars(finding).items() if k != "message"}
+    return {**plain(told), "where": where}
 
 
 def finding_line(finding: Finding) -> str:

@@ -12,26 +12,26 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from ckptlab.analysis.checkup.files import Scan
-from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.reading import WORKERS
 from ckptlab.analysis.checkup.rows import stored_in
 from ckptlab.draw.words import number_of, some
+from ckptlab.findings import Collecting, Finding, Where
+from ckptlab.formats.torchfile import Contents
 
 _PIECE = 1 << 20  # bytes that are read at a time
 
 
-def checksums(found: Scan, progress: bool = False) -> Iterator[Finding]:
+def checksums(found: Collecting, progress: bool = False) -> Iterator[Finding]:
     """Findings on records whose bytes are not those that were written. (Safetensors have no checksums.)"""
     from tqdm.auto import tqdm
 
-    names = [n for n in found.contents if n in found.globals_seen]
-    total = sum(os.path.getsize(os.path.join(found.path, n)) for n in names)
+    names = [n for n, contents in found.files.items() if isinstance(contents, Contents)]
+    total = sum(os.path.getsize(os.path.join(found.folder, n)) for n in names)
     pool = ThreadPoolExecutor(WORKERS)
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc="checksums", leave=False)
     try:
         for name, (wrong, records) in zip(names, pool.map(lambda n: _wrong(found, n), names), strict=True):
-            bar.update(os.path.getsize(os.path.join(found.path, name)))
+            bar.update(os.path.getsize(os.path.join(found.folder, name)))
             if wrong:
                 yield _without(name) if len(wrong) == records > 1 else _damaged(found, name, wrong)
     finally:
@@ -39,10 +39,10 @@ def checksums(found: Scan, progress: bool = False) -> Iterator[Finding]:
         pool.shutdown(cancel_futures=True)
 
 
-def _wrong(found: Scan, name: str) -> tuple[list[zipfile.ZipInfo], int]:
+def _wrong(found: Collecting, name: str) -> tuple[list[zipfile.ZipInfo], int]:
     """The records of a file whose checksum is not that of their bytes, and how many records there are."""
     wrong = []
-    with zipfile.ZipFile(os.path.join(found.path, name)) as archive:
+    with zipfile.ZipFile(os.path.join(found.folder, name)) as archive:
         records = [info for info in archive.infolist() if info.file_size]
         for info in records:
             try:
@@ -54,16 +54,16 @@ def _wrong(found: Scan, name: str) -> tuple[list[zipfile.ZipInfo], int]:
     return wrong, len(records)
 
 
-def _starts(found: Scan, name: str) -> list[int]:
-    with zipfile.ZipFile(os.path.join(found.path, name)) as archive:
+def _starts(found: Collecting, name: str) -> list[int]:
+    with zipfile.ZipFile(os.path.join(found.folder, name)) as archive:
         return [info.header_offset for info in archive.infolist()]
 
 
-def _damaged(found: Scan, name: str, wrong: Sequence[zipfile.ZipInfo]) -> Finding:
+def _damaged(found: Collecting, name: str, wrong: Sequence[zipfile.ZipInfo]) -> Finding:
     starts = sorted(_starts(found, name))
     hit = {info.header_offset for info in wrong}
     # a tensor lies in the last record that begins before it
-    tensors = [k for k, s in stored_in(found.contents[name]) if starts[bisect(starts, s.offset) - 1] in hit]
+    tensors = [k for k, s in stored_in(found.files[name].value) if starts[bisect(starts, s.offset) - 1] in hit]
     said = some([info.filename.partition("/")[2] for info in wrong], 4)
     return Finding(
         "checksum",

@@ -104,11 +104,9 @@ def _rows(catalog: Catalog, tensor: Tensor, members: Sequence[int]) -> Iterator[
 
 def _other_buffers(catalog: Catalog, tensor: Tensor, stage: int, tp: int) -> Iterator[Row]:
     """At ZeRO-3 every dp rank writes the buffers that it has."""
-    folder = getattr(catalog.native, "folder", None)
-    files = folder.zero3_models.get((stage, tp), ()) if folder is not None and catalog.format == "deepspeed" else ()
-    for d, content in enumerate(files[1:], 1):
-        stored = (content.get("module") or {}).get(tensor.name)
-        if isinstance(stored, Stored) and stored.shape == tensor.shape:
+    for d in range(1, catalog.mesh.dp):
+        stored = catalog.native.copy_of(tensor.name, stage, tp, d)
+        if stored is not None and stored.shape == tensor.shape:
             yield Row(MODULE, (stage, tp, d), stored.dtype, (Fragment(0, stored, d),))
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from ckptlab.analysis.checkup import windows
 from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
-from ckptlab.analysis.checkup.finding import Finding, Where
-from ckptlab.analysis.checkup.finding import Rank as NamedRank
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.draw.words import number_of, some
+from ckptlab.findings import Finding, Where
+from ckptlab.findings import Rank as NamedRank
 from ckptlab.mesh import Mesh
 
 Group = Sequence[tuple[Key, Seen]]

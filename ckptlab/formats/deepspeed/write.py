@@ -20,7 +20,7 @@ from ckptlab.arrays import Gather, Partition, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor, module_source
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
-from ckptlab.formats.deepspeed.optimizer import Wrapper
+from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.job import FileJob
 from ckptlab.formats.pickles import Size, foreign

@@ -10,7 +10,7 @@ import numpy as np
 from ckptlab.arrays import Gather, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
-from ckptlab.formats.deepspeed.optimizer import Wrapper
+from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.write import NativeWriter, torch_job
 from ckptlab.formats.job import FileJob
 from ckptlab.formats.pickles import foreign

@@ -1,51 +1,12 @@
-"""What a check has to say: one `Finding` for each fault, and `Health`, all of them together."""
+"""What a check comes to: `Health`, every finding together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-SEVERITIES = ("error", "warning", "info")
-"""error: data is lost, wrong, or not this checkpoint's. warning: usable, but something will go wrong with it, or could
-not be checked. info: worth knowing, and harmless as far as the files tell; it does not make a checkpoint unhealthy."""
-
-Rank = Mapping[str, int]  # mesh axis → coordinate, as far as it is known: {"pp": 0, "tp": 1}
-
-
-@dataclass(frozen=True)
-class Where:
-    """What a finding is about: files (names in the folder), tensors, states, ranks. Empty where that says nothing.
-
-    Tensors come in the model's order: the first is where the fault begins in depth.
-    """
-
-    files: tuple[str, ...] = ()
-    tensors: tuple[str, ...] = ()
-    states: tuple[str, ...] = ()
-    ranks: tuple[Rank, ...] = ()
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fault: a stable `code`, its severity, where it is, what was expected, what was found, what to do."""
-
-    code: str
-    severity: str
-    where: Where
-    expected: str
-    found: str
-    todo: str
-
-    def __str__(self) -> str:
-        from ckptlab.describe.health import finding_line
-
-        return finding_line(self)
-
-    def _repr_html_(self) -> str:
-        from ckptlab.describe.health import finding_html
-
-        return finding_html(self)
+from ckptlab.findings import SEVERITIES, Finding
 
 
 @dataclass(frozen=True)
@@ -108,7 +69,7 @@ class Health:
         return health_html(self)
 
 
-def ordered(findings: list[Finding]) -> tuple[Finding, ...]:
+def ordered(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """The worst first, else as they were found; each once."""
     once = {repr(vars(f)): f for f in findings}
     return tuple(sorted(once.values(), key=lambda f: SEVERITIES.index(f.severity)))

@@ -19,7 +19,10 @@ from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
 from ckptlab.formats import read, torchfile, universal
 from ckptlab.formats.deepspeed import write
+from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.info import lists_from_layouts
+from ckptlab.formats.deepspeed.options import TargetOptions
+from ckptlab.formats.deepspeed.target import _sub_groups
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.strategy import Rules
@@ -306,3 +309,13 @@ def test_universal_files_are_as_deepspeeds_converter_writes_them(tmp_path: Path)
             continue
         assert {k: v for k, v in a.items() if k != "param"} == {k: v for k, v in b.items() if k != "param"}, name
         assert same_bits(a["param"].map(), b["param"].map()), name
+
+
+def test_sub_groups_are_closed_by_what_a_rank_holds_of_a_shard() -> None:
+    """ZeRO-3 counts the elements of its own shard, which tp has cut, not those of the whole."""
+    catalog, mesh = read(GPT), Mesh(tp=2, dp=2)
+    names = ["3.mlp.dense_h_to_4h.weight", "4.mlp.dense_h_to_4h.weight", "5.mlp.dense_h_to_4h.weight"]
+    held = catalog[names[0]].numel // (mesh.tp * mesh.dp)
+    options = TargetOptions(sub_group_size=2 * held)
+    groups = _sub_groups(names, catalog.tensors, mesh, Wrapper.ZERO3, options, catalog)
+    assert groups == [names[:2], names[2:]]

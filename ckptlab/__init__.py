@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptlab import analysis, viz
-    from ckptlab.analysis import Diff, Finding, Health, Run, adam, diff, health, open_run, plots, stats
+    from ckptlab.analysis import Diff, Health, Run, adam, diff, health, open_run, plots, stats
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.flat_operations import merge_flat, split_flat
     from ckptlab.arrays.operations import ReplicaWarning, merge, reshape, split, to
-    from ckptlab.catalog import Catalog, Notice, ParameterGroup
+    from ckptlab.catalog import Catalog, ParameterGroup
     from ckptlab.catalog import Tensor as Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, paper_model, save_weights
     from ckptlab.checkpoint import open as open
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         UnsafeFileError,
         UnsupportedError,
     )
+    from ckptlab.findings import Finding
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
     from ckptlab.stored import reading
@@ -59,7 +60,6 @@ __all__ = [
     "Mesh",
     "MeshError",
     "NotationError",
-    "Notice",
     "ParameterGroup",
     "ReplicaWarning",
     "Report",
@@ -93,11 +93,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "analysis": "Diff Finding Health Run adam diff health open_run plots stats",
+    "analysis": "Diff Health Run adam diff health open_run plots stats",
     "arrays.backends": "Backend",
     "arrays.flat_operations": "merge_flat split_flat",
     "arrays.operations": "ReplicaWarning merge reshape split to",
-    "catalog": "Catalog Notice ParameterGroup Tensor",
+    "catalog": "Catalog ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
     "convert": "Report",
     "deepspeed": "DeepSpeedCheckpoint SubparamShape ZeROCheckpoint constants enable_universal_checkpoint "
@@ -106,6 +106,7 @@ _HOMES = {
     "merge_state model_3d_desc partition_data reshape_meg_2d_parallel unflatten_dp_dimension",
     "errors": "BackendError CheckpointError CkptlabError DestinationError LayoutError MeshError NotationError "
     "ReshapeError UnsafeFileError UnsupportedError",
+    "findings": "Finding",
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "stored": "reading",

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab import convert, paper, strategy
-from ckptlab.catalog import MODULE, Catalog, Notice, Tensor, module_source
+from ckptlab.catalog import MODULE, Catalog, Tensor, module_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
+from ckptlab.findings import Finding
 from ckptlab.formats import FORMATS, read
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
@@ -103,9 +104,9 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
         return self.catalog.states
 
     @property
-    def notices(self) -> tuple[Notice, ...]:
-        """What the user must hear about this checkpoint."""
-        return self.catalog.notices
+    def findings(self) -> tuple[Finding, ...]:
+        """What the user must hear about this checkpoint, as far as its headers tell; `ckptlab.health` finds more."""
+        return self.catalog.findings
 
     @property
     def client_state(self) -> Mapping[str, Any]:
@@ -209,9 +210,9 @@ class Reshape(Viewed, Shown):
         """The target's ZeRO stage."""
         return self.target.zero_stage
 
-    def check(self) -> tuple[Notice, ...]:
+    def check(self) -> tuple[Finding, ...]:
         """What the user must hear before this is done: what was inferred, is averaged, padded or lost."""
-        return (*self.source.notices, *self.target.notices)
+        return (*self.source.findings, *self.target.findings)
 
     @cached_property
     def plan(self) -> Plan:
@@ -306,7 +307,7 @@ class Reshape(Viewed, Shown):
     def _check_native(self, folder: str) -> None:
         """Read what was written back: it must open, and say of every tensor what the target says."""
         told = self.source.training.layouts_told or self.mesh.tp == 1
-        found = read(folder, None if told else _LayoutsOf(self.target))
+        found = read(folder, None if told else LayoutsOf(self.target))
         for name, tensor in self.target.tensors.items():
             again = found.tensors.get(name)
             alike = again is not None and again.shape == tensor.shape and again.cut.dims == tensor.cut.dims
@@ -348,7 +349,7 @@ def _plain(options: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _LayoutsOf:
+class LayoutsOf:
     """The strategy that gives each tensor the layout it has in a catalog."""
 
     catalog: Catalog

@@ -183,7 +183,7 @@ def info(path: str, everything: bool, strategy: str | None, as_json: bool) -> No
     from ckptlab.describe import summary_text
 
     click.echo(summary_text(ckpt.catalog, notices=False, everything=everything))
-    _note(n.text for n in ckpt.notices)
+    _note(n.text for n in ckpt.findings)
 
 
 @main.command("ls", short_help="Its tensors, one a line.")
@@ -464,7 +464,7 @@ def _write_weights(
         max_shard_bytes=max_shard_bytes or SHARD_BYTES,
         **running,
     )
-    notices = [{"code": n.code, "text": n.text} for n in ckpt.notices]
+    notices = [{"code": n.code, "text": n.text} for n in ckpt.findings]
     lost = [s for s in ckpt.states if s not in (MASTER, MODULE)]
     if lost:
         notices.append({"code": "states-left-out", "text": f"safetensors hold weights: {', '.join(lost)} are left out"})

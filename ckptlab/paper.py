@@ -21,13 +21,13 @@ from ckptlab.catalog import (
     Catalog,
     FlatGroup,
     Gradients,
-    Notice,
     ParameterGroup,
     Tensor,
     Training,
     placements_of,
 )
 from ckptlab.errors import LayoutError, ReshapeError
+from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed.pipeline import balanced, stage_of
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
@@ -148,7 +148,7 @@ class PaperModel:
                 layouts_told=True,
                 numbers={f.name: getattr(self, f.name) for f in fields(self)},
             ),
-            notices=tuple(_notices(mesh, zero_stage)),
+            findings=tuple(_findings(mesh, zero_stage)),
         )
 
     def _problems(self, mesh: Mesh, zero_stage: int) -> Iterator[str]:
@@ -209,8 +209,7 @@ def _outside(tensors: Mapping[str, Tensor], zero_stage: int) -> dict[tuple[str, 
     return {(t.name, state): t.stages for t in tensors.values() for state in states}
 
 
-def _notices(mesh: Mesh, zero_stage: int) -> Iterator[Notice]:
+def _findings(mesh: Mesh, zero_stage: int) -> Iterator[Finding]:
     if zero_stage >= 2 and mesh.pp > 1:
-        yield Notice(
-            "pipeline-zero", f"DeepSpeed's pipeline engine trains with ZeRO-1 only, not with ZeRO-{zero_stage}"
-        )
+        found = f"DeepSpeed's pipeline engine trains with ZeRO-1 only, not with ZeRO-{zero_stage}"
+        yield Finding("pipeline-zero", "warning", found=found, about="target")

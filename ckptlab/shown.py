@@ -20,6 +20,8 @@ _ROOMS = {
     "ckptlab.checkpoint": "ckptlab.describe",
     "ckptlab.analysis.found": "ckptlab.describe.differences",
     "ckptlab.analysis.run": "ckptlab.describe.runs",
+    "ckptlab.analysis.checkup.health": "ckptlab.describe.health",
+    "ckptlab.findings": "ckptlab.describe.health",
     "ckptlab.analysis.accessor": "ckptlab.describe.statistics",
 }
 """The module of a type → the module that calls `shows` for it."""

@@ -232,3 +232,12 @@ def note_read(nbytes: int) -> None:
     memory stays small."""
     add_read(nbytes)
     _mapped_files.used(nbytes)
+
+
+def scalar(value: Any) -> float | None:
+    """A number, which may be stored as a tensor of one element, as optimizers' `step` is; None if it is none."""
+    if isinstance(value, Stored):
+        if value.numel != 1 or value.dtype.kind == "c":
+            return None
+        return float(np.asarray(value.map(), dtype=np.float64).reshape(-1)[0])
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1 << 62 else None

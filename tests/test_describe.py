@@ -13,11 +13,12 @@ import pytest
 from compare import GPT, ZERO2, ZERO3
 from helpers.html import assert_well_formed
 
-from ckptlab.catalog import Notice, ParameterGroup, Tensor
+from ckptlab.catalog import ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint, Reshape
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.describe import plan, plan_html, plan_text, summary, summary_html, summary_text
 from ckptlab.describe.fold import fold
+from ckptlab.findings import Finding
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
@@ -150,7 +151,7 @@ def test_a_tensor_without_the_usual_states_is_told() -> None:
 
 def test_notices_come_last_or_not_at_all() -> None:
     ckpt = open_checkpoint(GPT)
-    ckpt = Checkpoint(replace(ckpt.catalog, notices=(Notice("averaged", "replicas are averaged"),)))
+    ckpt = Checkpoint(replace(ckpt.catalog, findings=(Finding("averaged", "info", found="replicas are averaged"),)))
     assert summary_text(ckpt.catalog).endswith("notes     - replicas are averaged")
     assert "averaged" not in summary_text(ckpt.catalog, notices=False)
 
@@ -219,7 +220,7 @@ def test_whatever_comes_from_files_is_escaped() -> None:
         ckpt.catalog,
         path=f"/x/{evil}",
         client={evil: 1},
-        notices=(Notice("x", evil),),
+        findings=(Finding("x", "info", found=evil),),
         groups=(ParameterGroup({"name": evil, "lr": evil, evil: evil}, ("b",)),),
     )
     page = summary_html(catalog)

@@ -33,7 +33,7 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 def test_every_state_is_what_the_training_ranks_had(case: Path) -> None:
     catalog = read(case)
     assert differences_from_truth(catalog, case / "truth.safetensors") == []
-    assert catalog.notices == ()
+    assert catalog.findings == ()
 
 
 def test_the_3d_checkpoint_in_words() -> None:
@@ -71,7 +71,7 @@ def test_other_kinds_made_on_the_spot(case: str, tmp_path: Path) -> None:
     folder = make_case(case, tmp_path)
     catalog = read(folder)
     assert differences_from_truth(catalog, folder / "truth.safetensors") == []
-    assert [n.code for n in catalog.notices] == (["slice-mappings"] if "round_robin" in case else [])
+    assert [n.code for n in catalog.findings] == (["slice-mappings"] if "round_robin" in case else [])
 
 
 class TestWhereToLook:
@@ -165,7 +165,7 @@ class TestDamage:
     def test_extra_file_is_said_and_left_alone(self, copy_of: Callable[[Path], Path]) -> None:
         folder = copy_of(ZERO2)
         shutil.copy(folder / "mp_rank_00_model_states.pt", folder / "mp_rank_07_model_states.pt")
-        [notice] = read(folder).notices
+        [notice] = read(folder).findings
         assert notice.code == "extra-file"
         assert "mp_rank_07_model_states.pt" in notice.text
 
@@ -214,7 +214,7 @@ def test_wrong_mappings_are_said_and_not_believed(copy_of: Callable[[Path], Path
 
     edit(folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", scramble)
     catalog = read(folder)
-    assert [n.code for n in catalog.notices] == ["slice-mappings"]
+    assert [n.code for n in catalog.findings] == ["slice-mappings"]
     assert differences_from_truth(catalog, ZERO2 / "truth.safetensors") == []
 
 

@@ -18,7 +18,10 @@ from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
 from ckptlab.formats import fileplan, read, torchfile, universal
 from ckptlab.formats.deepspeed import write
+from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.info import lists_from_layouts
+from ckptlab.formats.deepspeed.options import TargetOptions
+from ckptlab.formats.deepspeed.target import _sub_groups
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.strategy import Rules
@@ -67,7 +70,7 @@ def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, f
         n: (t.cut, t.layout.text) for n, t in source.tensors.items()
     }
     assert [(g.name, g.tensors) for g in back.groups] == [(g.name, g.tensors) for g in source.groups]
-    assert not [n for n in back.notices if n.code != "slice-mappings"]
+    assert not [n for n in back.findings if n.code != "slice-mappings"]
     assert digest(case) == before
 
 
@@ -214,7 +217,7 @@ def test_replicas_that_are_to_be_averaged_are_and_it_is_said(tmp_path: Path) -> 
         f.seek(fragment.stored.offset)
         f.write((whole(plain, name, "fp32") + 1).tobytes())  # tp rank 1 has drifted by 1
     averaged = read(tmp_path)
-    assert [n.code for n in averaged.notices] == ["averaged"]
+    assert [n.code for n in averaged.findings] == ["averaged"]
     np.testing.assert_allclose(whole(averaged, name, "fp32"), whole(plain, name, "fp32") + 0.5, rtol=1e-6)
 
 
@@ -223,7 +226,7 @@ class TestPipeline:
         target = Reshape.of(read(GPT), Mesh(pp=4)).target
         layers = {n.split(".")[0]: t.stages for n, t in target.tensors.items() if n[0].isdigit()}
         assert layers == {"2": (0,), "3": (1,), "4": (2,), "5": (3,), "6": (3,)}
-        assert [n.code for n in target.notices] == ["pipeline-inferred", "vocabulary-padding"]
+        assert [n.code for n in target.findings] == ["pipeline-inferred", "vocabulary-padding"]
         assert {t.stages for n, t in target.tensors.items() if n.startswith("tied_modules")} == {(0, 3)}
 
     def test_the_user_may_say_how(self) -> None:
@@ -302,3 +305,13 @@ def test_universal_files_are_as_deepspeeds_converter_writes_them(tmp_path: Path)
             continue
         assert {k: v for k, v in a.items() if k != "param"} == {k: v for k, v in b.items() if k != "param"}, name
         assert same_bits(a["param"].map(), b["param"].map()), name
+
+
+def test_sub_groups_are_closed_by_what_a_rank_holds_of_a_shard() -> None:
+    """ZeRO-3 counts the elements of its own shard, which tp has cut, not those of the whole."""
+    catalog, mesh = read(GPT), Mesh(tp=2, dp=2)
+    names = ["3.mlp.dense_h_to_4h.weight", "4.mlp.dense_h_to_4h.weight", "5.mlp.dense_h_to_4h.weight"]
+    held = catalog[names[0]].numel // (mesh.tp * mesh.dp)
+    options = TargetOptions(sub_group_size=2 * held)
+    groups = _sub_groups(names, catalog.tensors, mesh, Wrapper.ZERO3, options, catalog)
+    assert groups == [names[:2], names[2:]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.analysis.checkup import Checked, Finding, Health, Where, health
+from ckptlab.analysis.checkup import Checked, Health, health
 from ckptlab.analysis.compare import diff
 from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Measure, Summary
@@ -26,7 +26,6 @@ __all__ = [
     "Compared",
     "Diff",
     "Difference",
-    "Finding",
     "Health",
     "Measure",
     "OnlyIn",
@@ -35,7 +34,6 @@ __all__ = [
     "Setting",
     "Skipped",
     "Summary",
-    "Where",
     "adam",
     "diff",
     "health",

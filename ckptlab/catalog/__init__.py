@@ -1,6 +1,6 @@
 """What headers tell of a checkpoint: read tensor.py, extents.py, training.py, catalog.py in this order."""
 
-from ckptlab.catalog.catalog import Catalog, Notice
+from ckptlab.catalog.catalog import Catalog
 from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
 from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor, module_source
 from ckptlab.catalog.training import DTYPES, Gradients, Training
@@ -15,7 +15,6 @@ __all__ = [
     "FlatGroup",
     "Fragment",
     "Gradients",
-    "Notice",
     "ParameterGroup",
     "Tensor",
     "Training",

@@ -17,19 +17,9 @@ from ckptlab.catalog.extents import Extents, FlatGroup, Fragment, Placements
 from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor
 from ckptlab.catalog.training import Training
 from ckptlab.errors import CheckpointError
+from ckptlab.findings import Finding
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that the user must hear: `code` is stable, `text` is for people."""
-
-    code: str
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True)
@@ -38,8 +28,8 @@ class Catalog:
 
     `mesh`: whose ranks the files are of. `placements[name, state]`: how that state lies on the mesh: once, or once for
     each of several copies. `flat_groups`: the flat buffers that placements refer to. `extents`: in which bytes elements
-    lie; None where nothing is stored. `client`: what the training program put in. `private`: what the format's own
-    writer must know; nobody else looks into it.
+    lie; None where nothing is stored. `findings`: what the user must hear. `client`: what the training program put in.
+    `private`: what the format's own writer must know; nobody else looks into it.
     """
 
     path: str
@@ -52,7 +42,7 @@ class Catalog:
     training: Training = field(default_factory=Training)
     client: Mapping[str, Any] = field(default_factory=dict)
     private: Any = None
-    notices: tuple[Notice, ...] = ()
+    findings: tuple[Finding, ...] = ()
     files: tuple[str, ...] = ()
 
     @property

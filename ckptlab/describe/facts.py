@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import Catalog, Notice, Tensor
+from ckptlab.catalog import Catalog, Tensor
 from ckptlab.checkpoint import Reshape
+from ckptlab.findings import Finding
 from ckptlab.formats.placeholders import Foreign
 from ckptlab.mesh import Mesh
 from ckptlab.plain import plain
@@ -51,7 +52,7 @@ def overview(catalog: Catalog) -> dict[str, Any]:
         "aliases": {alias: t.name for t in catalog.tensors.values() for alias in t.aliases},
         "client_state": {"keys": list(catalog.client), "not_imported": sorted(set(_foreign(catalog.client)))},
         "files": {"count": len(catalog.files), "bytes": _on_disk(catalog)},
-        "notices": _notices(catalog.notices),
+        "notices": _notices(catalog.findings),
     }
 
 
@@ -135,8 +136,8 @@ def _on_disk(catalog: Catalog) -> int | None:
         return None
 
 
-def _notices(notices: tuple[Notice, ...]) -> list[dict[str, str]]:
-    return [{"code": n.code, "text": n.text} for n in notices]
+def _notices(findings: tuple[Finding, ...]) -> list[dict[str, str]]:
+    return [{"code": n.code, "text": n.text} for n in findings]
 
 
 def plan(reshape: Reshape) -> dict[str, Any]:

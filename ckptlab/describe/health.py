@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from html import escape
-from typing import TYPE_CHECKING, Any
 
+from ckptlab.analysis.checkup.health import Health
 from ckptlab.describe.html import page
 from ckptlab.describe.text import WIDTH, aligned
-from ckptlab.plain import plain
-from ckptlab.words import number_of, size, some
-
-if TYPE_CHECKING:
-    from ckptlab.analysis.checkup import Finding, Health, Where
+from ckptlab.findings import Finding, Where
+from ckptlab.shown import shows
+from ckptlab.words import number_of, place_text, size, some
 
 NAMES = 4  # files and tensors that a finding lists
 _COLOURS = {"error": "#dc2626", "warning": "#d97706", "info": "#2563eb", "healthy": "#16a34a"}
-
-
-def to_dict(health: Health) -> dict[str, Any]:
-    """Plain values, as `ckptlab check --json` prints them; what is infinite or NaN is text.
-
-    Keys: healthy, path, format, mesh, checked {files, tensors, bytes, opened, data}, findings [{code, severity, where
-    {files, tensors, states, ranks [{axis: coordinate}]}, expected, found, todo}].
-    """
-    return {
-        "healthy": health.healthy,
-        "path": health.path,
-        "format": health.format,
-        "mesh": health.mesh,
-        "checked": vars(health.checked),
-        "findings": [_finding(f) for f in health.findings],
-    }
-
-
-def _finding(finding: Finding) -> dict[str, Any]:
-    where = {
-        k: [dict(v) for v in values] if k == "ranks" else list(values) for k, values in vars(finding.where).items()
-    }
-    return {**plain(vars(finding)), "where": where}
 
 
 def finding_line(finding: Finding) -> str:
@@ -50,7 +24,7 @@ def finding_line(finding: Finding) -> str:
 
 def health_text(health: Health) -> str:
     """The verdict, how far the check went, and a block for each finding."""
-    lines = [verdict(health), *aligned([["path", health.path], ["checked", _checked(health)]], "ll")]
+    lines = [health.verdict, *aligned([["path", health.path], ["checked", _checked(health)]], "ll")]
     for finding in health.findings:
         lines += ["", f"{finding.severity.upper()}  {finding.code}"]
         lines += [line for key, text in _parts(finding) for line in _block(key, text)]
@@ -75,7 +49,7 @@ def health_html(health: Health) -> str:
     told = "".join(f"<dt>{key}</dt><dd>{escape(text)}</dd>" for key, text in facts)
     cards = "".join(_card(f) for f in health.findings)
     colour = _COLOURS["healthy" if health.healthy else health.findings[0].severity]
-    said = f'<div style="color:{colour};font-weight:600;margin:.4em 0">{escape(verdict(health))}</div>'
+    said = f'<div style="color:{colour};font-weight:600;margin:.4em 0">{escape(health.verdict)}</div>'
     return page("health", [said, f"<dl>{told}</dl>", cards])
 
 
@@ -107,19 +81,9 @@ def _do(finding: Finding) -> str:
 
 def _about(where: Where) -> str:
     """Files, tensors, states and ranks, as far as there are any."""
-    ranks = [" · ".join(f"{axis} {k}" for axis, k in rank.items()) for rank in where.ranks if rank]
+    ranks = [place_text(rank) for rank in where.ranks if rank]
     said = [some(where.files, NAMES), some(where.tensors, NAMES), ", ".join(where.states), some(ranks, NAMES)]
     return "; ".join(text for text in said if text)
-
-
-def verdict(health: Health) -> str:
-    """`not healthy: 1 error, 1 remark`."""
-    counts = Counter(f.severity for f in health.findings)
-    words = {"error": "error", "warning": "warning", "info": "remark"}
-    told = ", ".join(number_of(counts[s], word) for s, word in words.items() if counts[s])
-    if health.healthy:
-        return "healthy" + (f", with {told}" if told else "")
-    return f"not healthy: {told}"
 
 
 def _checked(health: Health) -> str:
@@ -130,3 +94,7 @@ def _checked(health: Health) -> str:
         return f"{what}: the headers of {files}; no data was read"
     read = f"{what}: {files}, {number_of(done.tensors, 'tensor')}, {size(done.bytes)} of data"
     return read if done.opened else f"{read}, each file by itself: the checkpoint does not open"
+
+
+shows(Finding, text=finding_line, html=finding_html)
+shows(Health, text=health_text, html=health_html)

@@ -20,6 +20,7 @@ import numpy as np
 from ckptlab.arrays import Drawn
 from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
+from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal, merged
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
@@ -61,63 +62,90 @@ def read_header(path: str) -> dict[str, Stored]:
             )
         try:
             header = json.loads(f.read(length))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{path}: the header is not JSON ({e}): damaged, or no safetensors file") from None
-    found = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        shape, (lo, hi), dtype = tuple(entry["shape"]), entry["data_offsets"], _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise CheckpointError(f"{path}: {name}: dtype {entry['dtype']!r} is unknown to ckptlab")
-        expected = math.prod(shape) * dtype.itemsize
-        if not 0 <= lo <= hi <= size - 8 - length or hi - lo != expected:
-            raise CheckpointError(
-                f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - 8 - length:,} byte data part, expected "
-                f"{expected:,} bytes for "
-                f"{shape}: the file is truncated or damaged"
-            )
-        found[name] = Stored(path, 8 + length + lo, dtype, shape, row_major_strides(shape))
-    return found
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is a {type(header).__name__}: damaged, or no safetensors file")
+    return {
+        name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"
+    }
 
 
-def read_safetensors(path: str) -> Catalog:
-    """A file or folder of safetensors: whole tensors, no mesh, no optimizer; one state, fp32 or module by dtype."""
-    files = _files(path)
+def _entry(path: str, name: str, entry: Any, begin: int, size: int) -> Stored:
+    """Where a tensor lies by its entry in the header; the data part begins at `begin` of `size` bytes."""
+    match entry:
+        case {"shape": list(shape), "data_offsets": [int(lo), int(hi)], "dtype": str(kind)}:
+            pass
+        case _:
+            raise CheckpointError(f"{path}: {name}: expected shape, data_offsets and dtype: the header is damaged")
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise CheckpointError(f"{path}: {name}: shape {shape}: the header is damaged")
+    dtype = _DTYPES.get(kind)
+    if dtype is None:
+        raise CheckpointError(f"{path}: {name}: dtype {kind!r} is unknown to ckptlab")
+    expected = math.prod(shape) * dtype.itemsize
+    if not 0 <= lo <= hi <= size - begin or hi - lo != expected:
+        raise CheckpointError(
+            f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
+            f"for {tuple(shape)}: the file is truncated or damaged"
+        )
+    return Stored(path, begin + lo, dtype, tuple(shape), row_major_strides(tuple(shape)))
+
+
+def read_safetensors(path: str, faults: Faults) -> Catalog | None:
+    """A file or folder of safetensors: whole tensors, no mesh, no optimizer; one state, fp32 or module by dtype.
+
+    None where `faults` was told of files that are missing or damaged.
+    """
+    folder, names = (os.path.split(path)[0], [os.path.basename(path)]) if os.path.isfile(path) else (path, None)
+    if names is None:
+        names = _files(path, faults)
     tensors: dict[str, Tensor] = {}
     pieces = {}
-    for file in files:
-        for name, stored in read_header(file).items():
+    for file in names:
+        for name, stored in (faults.read(folder, file, read_header) or {}).items():
             layout = replicated(len(stored.shape))
             state = MASTER if stored.dtype == np.float32 else MODULE
             tensors[name] = Tensor(
                 name, stored.shape, layout, Cut.whole(stored.shape), "parameter", {state: stored.dtype}
             )
             pieces[name, state] = {ALONE: (Fragment(0, stored),)}
-    return Catalog(
-        path,
-        "safetensors",
-        Mesh(),
-        tensors,
-        whole_placements(tensors, pieces),
-        Extents(pieces),
-        files=tuple(map(os.path.basename, files)),
-    )
+    if faults.failed:
+        return None
+    placements = whole_placements(tensors, pieces)
+    return Catalog(path, "safetensors", Mesh(), tensors, placements, Extents(pieces), files=tuple(names))
 
 
-def _files(path: str) -> list[str]:
-    if os.path.isfile(path):
-        return [path]
-    index = os.path.join(path, INDEX)
-    if os.path.isfile(index):
-        with open(index) as f:
-            names = sorted(set(json.load(f)["weight_map"].values()))
-    else:
-        names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+def _files(path: str, faults: Faults) -> list[str]:
+    """The names of a folder's files: those in its index, or all."""
+    names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+    if os.path.isfile(os.path.join(path, INDEX)):
+        names = sorted(set(faults.read(path, INDEX, _indexed) or names))
     missing = [n for n in names if not os.path.isfile(os.path.join(path, n))]
     if missing or not names:
-        raise CheckpointError(f"{path}: {', '.join(missing) or 'no .safetensors file'} missing")
-    return [os.path.join(path, n) for n in names]
+        faults.report(_missing(path, missing))
+    return [n for n in names if n not in missing]
+
+
+def _indexed(path: str) -> list[str]:
+    """The files that an index names. CheckpointError if it is no index, or names a file elsewhere."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        try:
+            index = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise CheckpointError(f"{path}: not JSON ({e}): copy it again") from None
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
+        raise CheckpointError(f"{path}: no weight_map of tensor names to files in this folder: copy it again")
+    return list(files.values())
+
+
+def _missing(path: str, names: list[str]) -> Finding:
+    found = f"{', '.join(names) or 'no .safetensors file'} missing"
+    todo = "copy the missing files from where the others were written"
+    return Finding(
+        "missing-file", "error", Where(tuple(names)), f"the files of {INDEX}", found, todo, "files", f"{path}: {found}"
+    )
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def model(subject: Subject) -> str:
     parameters = sum(t.numel for t in catalog.tensors.values())
     full = {kind: nbytes for kind, nbytes in viz.fullest(catalog).items() if nbytes}
     kept = f"{size(sum(full.values()))} on the fullest rank: {sizes(full)}"
-    notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in catalog.notices)
+    notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in catalog.findings)
     said = f"{count(parameters)} parameters in {number_of(len(catalog.tensors), 'tensor')} · {kept}"
     return block(f"<p>{escape(said)}</p>{notes}")
 
@@ -104,7 +104,7 @@ def figures(reshape: Reshape, cost: Cost | None) -> str:
         ("changes rank", size(cost.moved) if cost else "…"),
         ("memory of the fullest rank", " → ".join(kept)),
     ]
-    notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.notices)
+    notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.findings)
     cells = "".join(f'<span><span class="quiet">{name}</span> <b>{value}</b></span>' for name, value in shown)
     ends = list(dict.fromkeys(map(_named, (reshape.source, reshape.target))))
     way = " → ".join(ends) if len(ends) > 1 else f'{ends[0]}, as it is <span class="quiet">(move a slider)</span>'

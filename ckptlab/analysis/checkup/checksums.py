@@ -12,19 +12,19 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 
 from ckptlab import pool
-from ckptlab.analysis.checkup.files import Scan
-from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.jobs import stored_in
+from ckptlab.findings import Collecting, Finding, Where
+from ckptlab.formats.torchfile import Contents
 from ckptlab.pool import Workers
 from ckptlab.words import number_of, some
 
 _PIECE = 1 << 20  # bytes that are read at a time
 
 
-def checksums(found: Scan, workers: Workers = None, progress: bool = False) -> Iterator[Finding]:
+def checksums(found: Collecting, workers: Workers = None, progress: bool = False) -> Iterator[Finding]:
     """Findings on records whose bytes are not those that were written. (Safetensors have no checksums.)"""
-    names = [n for n in found.contents if n in found.globals_seen]
-    paths = [os.path.join(found.path, n) for n in names]
+    names = [n for n, contents in found.files.items() if isinstance(contents, Contents)]
+    paths = [os.path.join(found.folder, n) for n in names]
     with pool.progress(sum(map(os.path.getsize, paths)), "checksums", "B", progress) as bar:
         results = pool.run(_wrong, paths, on=workers, size=os.path.getsize, bar=bar)
         for name, (wrong, records) in zip(names, results, strict=True):
@@ -47,16 +47,16 @@ def _wrong(path: str) -> tuple[list[zipfile.ZipInfo], int]:
     return wrong, len(records)
 
 
-def _starts(found: Scan, name: str) -> list[int]:
-    with zipfile.ZipFile(os.path.join(found.path, name)) as archive:
+def _starts(found: Collecting, name: str) -> list[int]:
+    with zipfile.ZipFile(os.path.join(found.folder, name)) as archive:
         return [info.header_offset for info in archive.infolist()]
 
 
-def _damaged(found: Scan, name: str, wrong: Sequence[zipfile.ZipInfo]) -> Finding:
+def _damaged(found: Collecting, name: str, wrong: Sequence[zipfile.ZipInfo]) -> Finding:
     starts = sorted(_starts(found, name))
     hit = {info.header_offset for info in wrong}
     # a tensor lies in the last record that begins before it
-    tensors = [k for k, s in stored_in(found.contents[name]) if starts[bisect(starts, s.offset) - 1] in hit]
+    tensors = [k for k, s in stored_in(found.files[name].value) if starts[bisect(starts, s.offset) - 1] in hit]
     said = some([info.filename.partition("/")[2] for info in wrong], 4)
     return Finding(
         "checksum",

@@ -10,9 +10,9 @@ import numpy as np
 
 from ckptlab.analysis.bitwise import unrounded
 from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
-from ckptlab.analysis.checkup.finding import Finding, Where
-from ckptlab.analysis.checkup.finding import Rank as NamedRank
 from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
+from ckptlab.findings import Finding, Where
+from ckptlab.findings import Rank as NamedRank
 from ckptlab.mesh import Mesh
 from ckptlab.words import number_of, some
 

@@ -4,191 +4,251 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from ckptlab.catalog import Notice
-from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats import torchfile
-from ckptlab.formats.deepspeed import names
+from ckptlab.formats.deepspeed import checks, names
+from ckptlab.formats.deepspeed.headers import Content, EngineConfig, ModelFile, OptimizerFile, Shape, layer_file
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.mesh import Mesh
+from ckptlab.stored import Stored
+from ckptlab.words import number_of, some
 
 Rank = tuple[int, int]  # (pp stage, tp rank)
-Content = Mapping[str, Any]
 
-_NEEDED = ("dp_world_size", "mp_world_size", "global_steps", "ds_config")
-_SAME_IN_MODELS = ("dp_world_size", "mp_world_size", "global_steps", "skipped_steps", "ds_version", "ds_config")
-_SAME_IN_ALL = ("ds_version", "ds_config")
+_DIGITS = 6  # of a layer's number: more are none
+_RANKS_A_FILE = 1000  # a mesh of more ranks for each file that is there is no mesh
+_PARSERS: Mapping[str, Any] = {
+    "model": ModelFile.of,
+    "zero3_model": ModelFile.of,
+    "optim": OptimizerFile.of,
+    "layer": layer_file,
+}
 
 
 @dataclass(frozen=True)
 class StepFolder:
     """What `engine.save_checkpoint` wrote for one step.
 
-    `models[pp, tp]` is the content of that rank's model file (at ZeRO-3 that of dp rank 0), `zero3_models[pp, tp][dp]`
-    and `optims[pp, tp][dp]` those of the partitioned files, `layers[layer][tp]` those of the pipeline engine's layer
-    files, whose names carry `-model_TT` if `layer_axis`. `prefix` is that of the optimizer files ("bf16" or "").
+    `heads[pp, tp]` are that rank's model files (at ZeRO-3 one for each dp rank, else one), `optims[pp, tp][dp]` the
+    optimizer files, `layers[layer][tp]` the tensors of the pipeline engine's layer files, whose names carry `-model_TT`
+    if `layer_axis`. `prefix` is that of the optimizer files ("bf16" or "").
     """
 
     path: str
     mesh: Mesh
-    models: Mapping[Rank, Content]
-    zero3_models: Mapping[Rank, tuple[Content, ...]] = field(default_factory=dict)
-    optims: Mapping[Rank, tuple[Content, ...]] = field(default_factory=dict)
-    layers: Mapping[int, tuple[Content, ...]] = field(default_factory=dict)
+    heads: Mapping[Rank, tuple[ModelFile, ...]]
+    optims: Mapping[Rank, tuple[OptimizerFile, ...]] = field(default_factory=dict)
+    layers: Mapping[int, tuple[Mapping[str, Stored], ...]] = field(default_factory=dict)
     layer_axis: bool = True
     prefix: str = ""
-    notices: tuple[Notice, ...] = ()
+    is_zero3: bool = False
     files: tuple[str, ...] = ()
+
+    @cached_property
+    def models(self) -> dict[Rank, Content]:
+        """The content of each rank's model file, at ZeRO-3 that of dp rank 0."""
+        return {rank: heads[0].content for rank, heads in self.heads.items()}
+
+    @property
+    def first(self) -> ModelFile:
+        """The first rank's model file."""
+        return self.heads[0, 0][0]
+
+    @property
+    def config(self) -> EngineConfig:
+        """The run's ds_config, as far as it concerns a checkpoint."""
+        return self.first.config
+
+    @cached_property
+    def trained(self) -> dict[Rank, dict[str, Shape]]:
+        """Shard shapes of the tensors that each rank's optimizer knows, in memory order."""
+        return {rank: heads[0].trained for rank, heads in self.heads.items()}
 
     @property
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine: no rank's model file holds the module, layer files do."""
-        return self.models[0, 0].get("module") is None
+        return self.first.module is None
+
+
+def read_step_folder(path: str, faults: Faults, *, optimizer: bool = True) -> StepFolder | None:
+    """Parse every file of the step folder, and see that they are all there and of one run.
+
+    With `optimizer=False` no optimizer files are expected (a universal folder keeps the model files alone). None if
+    that is not so, which `faults` is told of: files that are missing, unreadable or of another run, and as not read yet
+    experts and training without ZeRO.
+    """
+    found = _Found(path, faults, optimizer)
+    if "expert" in found.kinds:
+        faults.report(not_read_yet(f"{path}: has expert files (DeepSpeed-MoE), which ckptlab cannot open yet"))
+    found.parse()
+    mesh = found.mesh()
+    for finding in (
+        *found.stage_zero(),
+        *found.misplaced(mesh),
+        *checks.agreement(path, found.heads, found.optims, mesh),
+    ):
+        faults.report(finding)
+    return None if faults.failed else found.folder(mesh)
+
+
+class _Found:
+    """The files that are in a folder: `names` as they are called, `heads`, `optims` and `layers` what was parsed."""
+
+    def __init__(self, path: str, faults: Faults, optimizer: bool) -> None:
+        self.path, self.faults, self.optimizer = path, faults, optimizer
+        parsed = {e.name: n for e in os.scandir(path) if e.is_file() and (n := names.parse(e.name))}
+        # where two names mean the same rank, the one that DeepSpeed writes is the rank's
+        self.names = {parsed[name]: name for name in sorted(parsed, key=lambda n: (parsed[n].text == n, n))}
+        self.doubles = sorted(set(parsed) - set(self.names.values()))
+        self.kinds = {n.kind for n in self.names}
+        self.head = "zero3_model" if "zero3_model" in self.kinds else "model"
+        self.prefix = self._usual_prefix()
+        self.axis = any(n.prefix for n in self.names if n.kind == "layer")
+        self.heads: dict[FileName, ModelFile] = {}
+        self.optims: dict[FileName, OptimizerFile] = {}
+        self.layers: dict[FileName, Mapping[str, Stored]] = {}
+
+    def _usual_prefix(self) -> str:
+        counts = Counter(n.prefix for n in self.names if n.kind == "optim").most_common(1)
+        return counts[0][0] if counts else ""
+
+    def parse(self) -> None:
+        """Read every file; what cannot be read, or has another form, is a finding."""
+        kept: dict[str, dict[FileName, Any]] = {self.head: self.heads, "optim": self.optims, "layer": self.layers}
+        for name, file in sorted(self.names.items(), key=lambda item: item[1]):
+            contents = self.faults.read(self.path, file, torchfile.read_contents)
+            if contents is not None and name.kind in kept:
+                with self.faults.caught("odd-header", file):
+                    kept[name.kind][name] = _PARSERS[name.kind](os.path.join(self.path, file), contents.value)
+
+    def mesh(self) -> Mesh:
+        """The mesh that most of the model files name; where none can be read, the one that the file names span.
+
+        DeepSpeed before 0.16 did not record pp and tp; its layer files tell.
+        """
+        layers = max((n.mp + 1 for n in self.names if n.kind == "layer"), default=0)
+        said = Counter((h.world, h.dp, h.degrees) for h in self.heads.values())
+        ranks = [n for n in self.names if n.kind in (self.head, "optim")]
+        spanned = max((n.mp for n in ranks), default=0) + 1, max((n.dp for n in ranks), default=0) + 1, None
+        world, dp, degrees = said.most_common(1)[0][0] if said else spanned
+        tp = layers or world
+        pp, tp = degrees or (max(world // tp, 1), tp)
+        return Mesh(pp=pp, dp=dp, tp=tp)
+
+    def stage_zero(self) -> Iterator[Finding]:
+        inside = any(h.content.get("optimizer") is not None for h in self.heads.values())
+        if self.optimizer and "optim" not in self.kinds and inside:
+            yield not_read_yet(
+                f"{self.path}: trained without ZeRO (stage 0): the optimizer stands in the model files, which ckptlab "
+                "cannot read yet"
+            )
+
+    def misplaced(self, mesh: Mesh) -> Iterator[Finding]:
+        """Files of ranks that are missing, and files of ranks that the mesh does not have."""
+        if mesh.size > _RANKS_A_FILE * (len(self.names) + 1):
+            message = f"{self.path}: the model files say {mesh}, but there are {number_of(len(self.names), 'file')}"
+            yield Finding("odd-header", "error", Where(), "a mesh", message, _COPY, "headers", message)
+            return
+        wanted = self.wanted(mesh)
+        missing = {kind: [n for n in needed if n not in self.names] for kind, needed in wanted.items()}
+        message = self._complaint(mesh, [n.text for of_kind in missing.values() for n in of_kind])
+        for kind, absent in missing.items():
+            if absent:
+                yield Finding(
+                    "missing-file",
+                    "error",
+                    Where(files=tuple(n.text for n in absent)),
+                    f"{number_of(len(wanted[kind]), f'{kind} file')}, for {mesh}",
+                    f"{some([n.text for n in absent], 4)} {'is' if len(absent) == 1 else 'are'} not there",
+                    _COPY,
+                    "files",
+                    message,
+                )
+        known = {n for needed in wanted.values() for n in needed}
+        kinds = {"model", "zero3_model", "layer", *(("optim",) if self.optimizer else ())}
+        extra = [file for n, file in self.names.items() if n.kind in kinds and n not in known]
+        if extra := sorted([*extra, *self.doubles]):
+            yield Finding(
+                "extra-file",
+                "warning",
+                Where(files=tuple(extra)),
+                f"the files of {mesh} and no others",
+                f"{some(extra, 4)}: of no rank of that mesh. ckptlab leaves them alone; DeepSpeed's own tools count "
+                "files and take them for ranks",
+                "move them away: they are left from another run or mesh",
+                "files",
+                f"{self.path}: {some(extra, 4)}: not part of this checkpoint's mesh ({mesh}); left alone",
+            )
+
+    def wanted(self, mesh: Mesh) -> dict[str, list[FileName]]:
+        """The files that the ranks must have, by kind."""
+        world = range(mesh.pp * mesh.tp)
+        dp = range(mesh.dp)
+        wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in (dp if self.head != "model" else [0])]}
+        if self.optimizer and not any(self.stage_zero()):
+            wanted["optimizer"] = [FileName("optim", mp, d, prefix=self.prefix) for mp in world for d in dp]
+        numbers = {n.layer for n in self.names if n.kind == "layer"}
+        if self.optimizer and (numbers or self._is_pipeline):
+            numbers |= self._layers_named()
+        if numbers:
+            axis = self.axis or mesh.tp > 1
+            wanted["layer"] = [self.layer(i, t, axis) for i in sorted(numbers) for t in range(mesh.tp)]
+        return wanted
+
+    @staticmethod
+    def layer(number: int, tp: int, axis: bool) -> FileName:
+        return FileName("layer", mp=tp if axis else 0, layer=number, prefix="model" if axis else "")
 
     @property
-    def is_zero3(self) -> bool:
-        """Every dp rank wrote a model file of its own."""
-        return bool(self.zero3_models)
+    def _is_pipeline(self) -> bool:
+        return self.head == "model" and bool(self.heads) and all(h.module is None for h in self.heads.values())
 
-    def name_of(self, kind: str, rank: Rank, dp: int = 0) -> str:
-        """The path of a rank's "model" or "optim" file, for messages."""
-        mp = rank[0] * self.mesh.tp + rank[1]
-        if kind == "optim":
-            return os.path.join(self.path, names.optim(dp, mp, self.prefix))
-        return os.path.join(self.path, names.zero3_model(dp, mp) if self.is_zero3 else names.model(mp))
+    def _layers_named(self) -> set[int]:
+        """The layers whose tensors the model files list."""
+        firsts = {name.partition(".")[0] for head in self.heads.values() for name in head.trained}
+        return {int(first) for first in firsts if first.isascii() and first.isdecimal() and len(first) < _DIGITS}
 
-
-def read_step_folder(path: str, *, optimizer: bool = True) -> StepFolder:
-    """Parse every file of the step folder.
-
-    With `optimizer=False` no optimizer files are expected (a universal folder keeps the model files alone).
-    CheckpointError if a rank's file is missing or belongs to another run; UnsupportedError for experts and for training
-    without ZeRO.
-    """
-    found = {e.name: n for e in os.scandir(path) if e.is_file() and (n := names.parse(e.name))}
-    kinds = {n.kind for n in found.values()}
-    if "expert" in kinds:
-        raise UnsupportedError(f"{path}: has expert files (DeepSpeed-MoE), which ckptlab cannot open yet")
-    head = "zero3_model" if "zero3_model" in kinds else "model"
-    if head not in kinds:
-        raise CheckpointError(
-            f"{path}: no mp_rank_*_model_states.pt and no zero_pp_rank_*_model_states.pt: not a DeepSpeed step folder, "
-            "or its model files are missing"
+    def _complaint(self, mesh: Mesh, missing: list[str]) -> str:
+        if self.head not in self.kinds:
+            return (
+                f"{self.path}: no mp_rank_*_model_states.pt and no zero_pp_rank_*_model_states.pt: not a DeepSpeed "
+                "step folder, or its model files are missing"
+            )
+        model = mesh.pp * mesh.tp * (mesh.dp if self.head == "zero3_model" else 1)
+        needs = f"{model} model files" + (f" and {mesh.size} optimizer files" if self.optimizer else "")
+        return (
+            f"{self.path}: incomplete: {some(missing, 4)} missing. The other files say {mesh}, which needs {needs}: "
+            "copy the missing files from the run's storage"
         )
-    contents = {name: _read_dict(os.path.join(path, name)) for name in sorted(found)}
-    heads = {name: contents[name] for name in contents if found[name].kind == head}
-    mesh = _mesh(path, heads, [n for n in found.values() if n.kind == "layer"])
-    _same_run(path, heads, _SAME_IN_MODELS)
-    if optimizer and "optim" not in kinds and any(m.get("optimizer") is not None for m in heads.values()):
-        raise UnsupportedError(
-            f"{path}: trained without ZeRO (stage 0): the optimizer stands in the model files, which ckptlab cannot "
-            "read yet"
-        )
-    places = _Places(contents, {n: name for name, n in found.items()}, mesh, optimizer)
-    folder = places.folder(path)
-    _same_run(path, {n: c for n, c in contents.items() if found[n].kind in (head, "optim")}, _SAME_IN_ALL)
-    return folder
 
-
-class _Places:
-    """Takes each rank's file out of those that were found, and remembers which were missing."""
-
-    def __init__(
-        self, contents: Mapping[str, Content], found: Mapping[FileName, str], mesh: Mesh, optimizer: bool
-    ) -> None:
-        self.contents, self.left, self.mesh, self.optimizer = contents, dict(found), mesh, optimizer
-        self.missing: list[str] = []
-        self.prefix = next((n.prefix for n in found if n.kind == "optim"), "")
-        self.layer_axis = any(n.prefix for n in found if n.kind == "layer")
-        self.zero3 = any(n.kind == "zero3_model" for n in found)
-
-    def take(self, wanted: str) -> Content:
-        parsed = names.parse(wanted)
-        name = self.left.pop(parsed, None) if parsed else None
-        if name is None:
-            self.missing.append(wanted)
-            return {}
-        return self.contents[name]
-
-    def folder(self, path: str) -> StepFolder:
-        mesh = self.mesh
+    def folder(self, mesh: Mesh) -> StepFolder:
+        wanted = self.wanted(mesh)
         ranks = {(p, t): p * mesh.tp + t for p in range(mesh.pp) for t in range(mesh.tp)}
-        zero3_models: dict[Rank, tuple[Content, ...]] = {}
-        if self.zero3:
-            zero3_models = {
-                r: tuple(self.take(names.zero3_model(d, mp)) for d in range(mesh.dp)) for r, mp in ranks.items()
-            }
-            models = {r: by_dp[0] for r, by_dp in zero3_models.items()}
-        else:
-            models = {r: self.take(names.model(mp)) for r, mp in ranks.items()}
-        optims: dict[Rank, tuple[Content, ...]] = {}
+        dp = range(mesh.dp) if self.head == "zero3_model" else range(1)
+        numbers = sorted({n.layer for n in wanted.get("layer", ())})
+        axis = self.axis or mesh.tp > 1
+        optims = {}
         if self.optimizer:
             optims = {
-                r: tuple(self.take(names.optim(d, mp, self.prefix)) for d in range(mesh.dp)) for r, mp in ranks.items()
+                r: tuple(self.optims[FileName("optim", mp, d, prefix=self.prefix)] for d in range(mesh.dp))
+                for r, mp in ranks.items()
             }
-        numbers = sorted({n.layer for n in self.left if n.kind == "layer"})
-        layers = {i: tuple(self.take(self.layer(i, t)) for t in range(mesh.tp)) for i in numbers}
-        if self.missing:
-            raise CheckpointError(self.complaint(path))
-        extra = sorted(name for n, name in self.left.items() if self.optimizer or n.kind != "optim")
-        notices = tuple(
-            Notice("extra-file", f"{os.path.join(path, name)}: not part of this checkpoint's mesh ({mesh}); left alone")
-            for name in extra
-        )
-        used = tuple(sorted(set(self.contents) - set(self.left.values())))
-        return StepFolder(path, mesh, models, zero3_models, optims, layers, self.layer_axis, self.prefix, notices, used)
-
-    def layer(self, number: int, tp: int) -> str:
-        return names.layer(number, tp if self.layer_axis else None)
-
-    def complaint(self, path: str) -> str:
-        mesh = self.mesh
-        model = mesh.pp * mesh.tp * (mesh.dp if self.zero3 else 1)
-        needs = f"{model} model files" + (f" and {mesh.size} optimizer files" if self.optimizer else "")
-        more = f" and {len(self.missing) - 4} more" if len(self.missing) > 4 else ""
-        return (
-            f"{path}: incomplete: {', '.join(self.missing[:4])}{more} missing. The other files say {mesh}, which needs "
-            f"{needs}: copy the missing files from the run's storage"
+        return StepFolder(
+            self.path,
+            mesh,
+            {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()},
+            optims,
+            {i: tuple(self.layers[self.layer(i, t, axis)] for t in range(mesh.tp)) for i in numbers},
+            self.axis,
+            self.prefix,
+            self.head == "zero3_model",
+            tuple(sorted(self.names[n] for needed in wanted.values() for n in needed)),
         )
 
 
-def _read_dict(path: str) -> Content:
-    content = torchfile.read(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path}: expected a dictionary, found {type(content).__name__}: not written by DeepSpeed"
-        )
-    return content
-
-
-def _mesh(path: str, heads: Mapping[str, Content], layers: Iterable[FileName]) -> Mesh:
-    """Degrees from the files themselves; DeepSpeed before 0.16 did not record pp and tp, its layer files tell."""
-    name, first = next(iter(heads.items()))
-    for key in _NEEDED:
-        if key not in first:
-            raise CheckpointError(f"{os.path.join(path, name)}: no {key!r}: not a model file that DeepSpeed wrote")
-    world = int(first["mp_world_size"])
-    if degrees := first.get("checkpoint_parallel_dimensions"):
-        pp, tp = int(degrees["pp_degree"]), int(degrees["tp_degree"])
-    else:
-        tp = max((n.mp + 1 for n in layers), default=world)
-        pp = max(world // tp, 1)
-    return Mesh(pp=pp, dp=int(first["dp_world_size"]), tp=tp)
-
-
-def _same_run(path: str, files: Mapping[str, Content], keys: Iterable[str]) -> None:
-    """Refuse a file that disagrees with the majority in what every rank of a run says alike."""
-    for key in keys:
-        said = {name: repr(content[key]) for name, content in files.items() if key in content}
-        counts = Counter(said.values())
-        if len(counts) < 2:
-            continue
-        usual = counts.most_common(1)[0][0]
-        name = next(n for n, value in said.items() if value != usual)
-        shown = f"{key} is {said[name]}, the other files say {usual}" if len(usual) < 80 else f"its {key} is another"
-        raise CheckpointError(
-            f"{os.path.join(path, name)}: {shown}: it comes from another run or step. Put back this run's own file"
-        )
+_COPY = "copy the missing files from the storage of the nodes that wrote them"

@@ -8,11 +8,12 @@ sub-parameters, sub-parameters, row parallel, else column parallel. Patterns mat
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.errors import CheckpointError
+from ckptlab.formats.deepspeed.headers import Header
 from ckptlab.layout import Layout
 from ckptlab.strategy import Shape, column, cut, dim_names, replicated
 
@@ -46,23 +47,21 @@ class UniversalInfo:
     trusted: bool
 
     @staticmethod
-    def of(info: Mapping[str, Any], tp: int) -> UniversalInfo:
-        def patterns(key: str) -> tuple[str, ...]:
-            return tuple(info.get(f"{key}_patterns", info.get(key)) or ())
-
-        lists = patterns("tp_replicated_parameter"), patterns("parameter_with_row_parallelism")
-        vocab = info.get("original_vocab_size")
+    def of(info: Header, tp: int) -> UniversalInfo:
+        """CheckpointError for lists of another form, and for patterns that are no regular expressions."""
+        replicated = _patterns(info, "tp_replicated_parameter")
+        row = _patterns(info, "parameter_with_row_parallelism")
         return UniversalInfo(
-            replicated=lists[0],
-            averaged=patterns("parameter_to_average"),
-            row=lists[1],
-            two_sub=patterns("parameter_with_2_sub_params_cat_dim_0"),
-            sub=tuple(_sub_parameters(info)),
-            vocabulary=patterns("vocabulary_parameter"),
-            pipeline_replicated=patterns("pipeline_replicated_parameter"),
-            original_vocab_size=None if vocab is None else int(vocab),
-            has_affine_map=bool((info.get("affine_map") or {}).get("params")),
-            trusted=tp > 1 or any(lists),
+            replicated=replicated,
+            averaged=_patterns(info, "parameter_to_average"),
+            row=row,
+            two_sub=_patterns(info, "parameter_with_2_sub_params_cat_dim_0"),
+            sub=tuple(_sub_parameters(info, tp)),
+            vocabulary=_patterns(info, "vocabulary_parameter"),
+            pipeline_replicated=_patterns(info, "pipeline_replicated_parameter"),
+            original_vocab_size=info.integer("original_vocab_size", 1) if "original_vocab_size" in info else None,
+            has_affine_map="params" in info.inside("affine_map"),
+            trusted=tp > 1 or bool(replicated or row),
         )
 
     def names(self, name: str) -> bool:
@@ -94,6 +93,11 @@ class UniversalInfo:
             if _matches([entry.pattern], name):
                 return _sub_layout(name, entry, shards)
         if _matches(self.row, name):
+            if ndim < 2:
+                raise CheckpointError(
+                    f"{name}: parameter_with_row_parallelism lists it, but its shards have shape {shards[0]}: "
+                    "universal_checkpoint_info does not belong to this checkpoint"
+                )
             return column(shards, dim=1)
         return column(shards) if ndim and self.trusted else None
 
@@ -102,18 +106,38 @@ def _matches(patterns: Iterable[str], name: str) -> bool:
     return any(re.match(p, name) for p in patterns)
 
 
-def _sub_parameters(info: Mapping[str, Any]) -> Iterable[SubParameters]:
-    widths = info.get("sub_param_shard_widths") or {}
-    for entry in info.get("parameter_with_sub_params") or ():
-        fields = entry if isinstance(entry, Mapping) else entry.attributes
-        for pattern in fields["patterns"]:
-            recorded = widths.get(pattern)
-            yield SubParameters(
-                pattern,
-                tuple(tuple(d) if isinstance(d, (list, tuple)) else d for d in fields["shape"]),
-                int(fields["partition_dim"]),
-                None if recorded is None else tuple(tuple(int(w) for w in row) for row in recorded),
-            )
+def _patterns(info: Header, key: str) -> tuple[str, ...]:
+    key = f"{key}_patterns" if f"{key}_patterns" in info else key
+    return tuple(_pattern(info, key, p) for p in info.names(key))
+
+
+def _pattern(info: Header, key: str, pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as e:
+        raise CheckpointError(f"{info.path}: {info.at}.{key}: {pattern!r} is no regular expression: {e}") from None
+    return pattern
+
+
+def _sub_parameters(info: Header, tp: int) -> Iterable[SubParameters]:
+    key = "parameter_with_sub_params"
+    widths = info.inside("sub_param_shard_widths")
+    for entry in info.several(key):
+        fields = Header.of(info.path, getattr(entry, "attributes", entry), f"{info.at}.{key}")
+        shape = tuple(tuple(d) if isinstance(d, (list, tuple)) else d for d in fields.several("shape"))
+        dim = fields.integer("partition_dim")
+        for size in [n for d in shape for n in (d if isinstance(d, tuple) else (d,))]:
+            if not isinstance(size, int) or size < 1:
+                raise fields.odd("shape", "sizes, or tuples of them")
+        if dim >= len(shape):
+            raise fields.odd("partition_dim", f"a dim of {shape}")
+        for pattern in fields.names("patterns"):
+            rows = [
+                tuple(Header(info.path, {pattern: row}, widths.at).integers(pattern)) for row in widths.several(pattern)
+            ]
+            if any(len(row) != tp for row in rows):
+                raise widths.odd(pattern, f"widths on each of {tp} tp ranks")
+            yield SubParameters(_pattern(info, key, pattern), shape, dim, tuple(rows) or None)
 
 
 def _sub_layout(name: str, entry: SubParameters, shards: Sequence[Shape]) -> Layout:
@@ -149,7 +173,6 @@ def _sub_widths(name: str, entry: SubParameters, shards: Sequence[Shape]) -> tup
     if any(n % tp for n in wholes):
         raise CheckpointError(
             f"{name}: sub-parameters of {wholes} rows are not all divisible by tp {tp}, and "
-            "universal_checkpoint_info records no "
-            "sub_param_shard_widths: give its layout with a strategy"
+            "universal_checkpoint_info records no sub_param_shard_widths: give its layout with a strategy"
         )
     return tuple((n // tp,) * tp for n in wholes)

@@ -29,6 +29,25 @@ class FileName:
     layer: int = 0
     prefix: str = ""
 
+    @property
+    def text(self) -> str:
+        """The name as DeepSpeed writes it."""
+        match self.kind:
+            case "model":
+                return model(self.mp)
+            case "zero3_model":
+                return zero3_model(self.dp, self.mp)
+            case "optim":
+                return optim(self.dp, self.mp, self.prefix)
+        return layer(self.layer, self.mp if self.prefix else None)
+
+    def rank(self, tp: int) -> dict[str, int]:
+        """The coordinate that the name stands for, as far as it says one, in a mesh of that tp degree."""
+        if self.kind == "layer":
+            return {"tp": self.mp}
+        place = {"pp": self.mp // tp, "tp": self.mp % tp}
+        return place if self.kind == "model" else {**place, "dp": self.dp}
+
 
 def parse(name: str) -> FileName | None:
     """What a file of a step folder is, by its name; None if it is none of DeepSpeed's."""

@@ -1,38 +1,27 @@
 """What the optimizer files of a step folder hold: parameter groups, and where every tensor lies in their flat buffers.
 
-Three writers, told apart by their keys (see `Wrapper`). The order of tensors in memory is that of `param_shapes` in the
-model file; the stored `param_slice_mappings` are only checked against it, since DeepSpeed writes wrong ones under
-`round_robin_gradients`.
+The order of tensors in memory is that of `param_shapes` in the model file; the stored `param_slice_mappings` are only
+checked against it, since DeepSpeed writes wrong ones under `round_robin_gradients`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import Any
 
-import numpy as np
-
-from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Gradients, Notice, ParameterGroup
-from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Gradients, ParameterGroup
+from ckptlab.errors import CheckpointError
+from ckptlab.findings import Faults, Finding, Where, contradiction, not_read_yet
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
+from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wrapper
 from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
 
-Shapes = Mapping[str, tuple[int, ...]]
 Partitions = Mapping[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]]
-
-EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
-
-
-class Wrapper(Enum):
-    """Which of DeepSpeed's optimizer wrappers wrote the files."""
-
-    BF16 = "BF16_Optimizer"  # fp32 and moments both padded, padding on the last dp rank
-    ZERO12 = "ZeRO-1/2"  # fp32 without padding, moments with it
-    ZERO3 = "ZeRO-3"  # every tensor cut by itself
+Spans = Mapping[str, tuple[int, int]]  # tensor → (start, count) in a partition
 
 
 def gradients(wrapper: Wrapper, dtype: str, stage: int | None) -> Gradients:
@@ -63,185 +52,179 @@ class OptimizerFiles:
     elastic: bool
     round_robin: bool
     extras: Mapping[str, Any]
-    notices: tuple[Notice, ...]
 
 
-@dataclass(frozen=True)
-class _RankBuffers:
-    """One file's flat buffers: for each buffer its states, its scalars and its parameter group's index on the stage."""
-
-    states: tuple[Mapping[str, Stored], ...]
-    scalars: tuple[Mapping[str, Any], ...]
-    group_of: tuple[int, ...]
-    options: tuple[Mapping[str, Any] | None, ...]
-
-
-def read_optimizer(folder: StepFolder) -> OptimizerFiles:
-    """Parameter groups and flat buffers of every rank. CheckpointError where lengths contradict the shapes."""
-    first = folder.optims[0, 0][0]["optimizer_state_dict"]
-    wrapper = _wrapper(folder, first)
-    config = folder.models[0, 0].get("ds_config") or {}
-    zero_config = config.get("zero_optimization") or {}
-    stage = zero_config.get("stage", 1)
-    stage = (
-        3 if wrapper is Wrapper.ZERO3 else 1 if wrapper is Wrapper.BF16 else _stage_number(first["zero_stage"], stage)
-    )
-    elastic = isinstance(first.get("base_optimizer_state"), Sequence)
-    round_robin = wrapper is Wrapper.ZERO12 and bool(zero_config.get("round_robin_gradients")) and folder.mesh.dp > 1
-
-    buffers = {
-        rank: tuple(_rank_buffers(folder, rank, d, wrapper) for d in range(folder.mesh.dp)) for rank in folder.optims
-    }
-    shapes = {rank: _shapes(folder, rank) for rank in folder.models}
-    stages = [_stage_groups(folder, p, shapes[p, 0], buffers[p, 0][0]) for p in range(folder.mesh.pp)]
-    groups, index = match_groups(folder.path, stages)
+def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
+    """Parameter groups and flat buffers of every rank; None where `faults` was told that they contradict the shapes."""
+    first = folder.optims[0, 0][0]
+    round_robin = first.wrapper is Wrapper.ZERO12 and folder.config.round_robin and folder.mesh.dp > 1
+    for finding in _unlike(folder):
+        faults.report(finding)
+    if faults.failed:
+        return None
+    flats: dict[tuple[int, int, int], FlatBuffer] = {}
+    for (p, t), files in folder.optims.items():
+        for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
+            with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
+                flats[p, t, b] = flat = _flat_buffer(files, b, shapes)
+                for finding in _lengths_and_mappings(folder, (p, t), b, flat, round_robin):
+                    faults.report(finding)
+    groups: tuple[ParameterGroup, ...] = ()
+    with faults.caught():
+        groups, index = match_groups(folder.path, [_stage_groups(folder, p) for p in range(folder.mesh.pp)])
+    if faults.failed:
+        return None
+    scalars: dict[int, Mapping[str, Any]] = {}
     flat_groups: list[FlatGroup] = []
     partitions: dict[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]] = {}
-    notices: list[Notice] = []
-    scalars: dict[int, Mapping[str, Any]] = {}
     for p in range(folder.mesh.pp):
-        for b, local_group in enumerate(buffers[p, 0][0].group_of):
-            flats: dict[Holder, FlatBuffer] = {}
-            stored: dict[Holder, list[Mapping[str, Stored]]] = {}
-            for t in range(folder.mesh.tp):
-                holder = Holder(pp=p, tp=t)
-                stored[holder] = [rank.states[b] for rank in buffers[p, t]]
-                flats[holder] = _flat_buffer(folder, (p, t), b, wrapper, shapes[p, t][b], stored[holder])
-            first_rank = next(iter(stored.values()))[0]
-            number = index[p][local_group]
-            sub = sum(g.stage == p and g.group == number for g in flat_groups)
-            dtypes = {s: one.dtype for s, one in first_rank.items()}
-            group = FlatGroup(Holder(pp=p), number, flats, dtypes, sub)
-            flat_groups.append(group)
-            for s in dtypes:
-                partitions[group.key, s] = {h: tuple(one[s] for one in row) for h, row in stored.items()}
-            if wrapper is not Wrapper.ZERO3:
-                notices += _check_mappings(folder, p, b, list(flats.values()), round_robin)
-            scalars.setdefault(index[p][local_group], buffers[p, 0][0].scalars[b])
-    _same_step(folder, buffers)
+        leader = folder.optims[p, 0][0]
+        for b, local_group in enumerate(leader.group_of):
+            group = index[p][local_group]
+            by_holder = {Holder(pp=p, tp=t): flats[p, t, b] for t in range(folder.mesh.tp)}
+            sub = sum(g.stage == p and g.group == group for g in flat_groups)
+            dtypes = {state: stored.dtype for state, stored in leader.states[b].items()}
+            flat_groups.append(one := FlatGroup(Holder(pp=p), group, by_holder, dtypes, sub))
+            for state in dtypes:
+                partitions[one.key, state] = {
+                    holder: tuple(file.states[b][state] for file in folder.optims[p, holder["tp"]])
+                    for holder in by_holder
+                }
+            scalars.setdefault(group, leader.scalars[b])
+    stage = 3 if first.wrapper is Wrapper.ZERO3 else 1 if first.wrapper is Wrapper.BF16 else None
     return OptimizerFiles(
-        wrapper,
-        stage,
+        first.wrapper,
+        stage or first.stage or folder.config.stage or 1,
         tuple(replace(g, scalars=scalars.get(i, {})) for i, g in enumerate(groups)),
         tuple(flat_groups),
         partitions,
-        elastic,
+        first.elastic,
         round_robin,
-        {k: first[k] for k in EXTRAS if k in first},
-        tuple(dict.fromkeys(notices)),
+        {k: first.state_dict[k] for k in EXTRAS if k in first.state_dict},
     )
 
 
-def _wrapper(folder: StepFolder, state: Mapping[str, Any]) -> Wrapper:
-    if "fp32_flat_groups" in state:
-        return Wrapper.ZERO3
-    if "single_partition_of_fp32_groups" in state:
-        return Wrapper.ZERO12 if "zero_stage" in state else Wrapper.BF16
-    raise UnsupportedError(
-        f"{folder.name_of('optim', (0, 0))}: neither 'single_partition_of_fp32_groups' nor 'fp32_flat_groups': "
-        f"found {', '.join(map(str, state))}; ckptlab knows ZeRO-1, 2, 3 and BF16_Optimizer"
-    )
-
-
-def _stage_number(value: Any, default: int) -> int:
-    """ZeroStageEnum(n), as a placeholder or as a plain number."""
-    args = getattr(value, "args", None)
-    return int(args[0]) if args else int(value) if isinstance(value, int) else default
-
-
-def _shapes(folder: StepFolder, rank: Rank) -> list[Shapes]:
-    """Shapes of a rank's trainable tensors, one mapping a flat buffer, in memory order."""
-    stored = folder.models[rank].get("param_shapes")
-    if stored is None:
-        raise UnsupportedError(
-            f"{folder.name_of('model', rank)}: no param_shapes: ckptlab needs them to know the buffers"
-        )
-    stored = [stored] if isinstance(stored, Mapping) else stored
-    return [{name: tuple(int(n) for n in shape) for name, shape in group.items()} for group in stored]
-
-
-def _rank_buffers(folder: StepFolder, rank: Rank, d: int, wrapper: Wrapper) -> _RankBuffers:
-    where = folder.name_of("optim", rank, d)
-    state_dict = folder.optims[rank][d]["optimizer_state_dict"]
-    if wrapper is Wrapper.ZERO3:
-        base, masters = state_dict["optimizer_state_dict"], state_dict["fp32_flat_groups"]
-    else:
-        base, masters = state_dict["base_optimizer_state"], state_dict["single_partition_of_fp32_groups"]
-    options: list[Mapping[str, Any] | None]
-    if isinstance(base, Mapping):
-        by_id, param_groups = base["state"], base["param_groups"]
-        ids = [list(g["params"]) for g in param_groups]
-        options = [{k: v for k, v in g.items() if k != "params"} for g in param_groups]
-    else:  # elastic: a list of states, one a group, and no hyperparameters
-        by_id, ids, options = dict(enumerate(base)), [[i] for i in range(len(base))], [None] * len(base)
-    group_of = [g for g, members in enumerate(ids) for _ in members]
-    order = [i for members in ids for i in members]
-    if sorted(order) != list(range(len(masters))):
-        raise CheckpointError(
-            f"{where}: {len(masters)} fp32 buffers, but the parameter groups name buffers {order}: the file is "
-            "inconsistent"
-        )
-    shapes = _shapes(folder, rank)
-    if len(shapes) != len(masters):
-        raise CheckpointError(
-            f"{where}: {len(masters)} fp32 buffers where {folder.name_of('model', rank)} lists {len(shapes)} groups "
-            "of shapes: "
-            "they come from different runs"
-        )
-    states, scalars = [], []
-    for i, master in enumerate(masters):
-        arrays = {MASTER: master}
-        single: dict[str, Any] = {}
-        for key, value in by_id.get(i, {}).items():
-            if isinstance(value, Stored) and value.shape and value.numel >= master.numel:
-                arrays[key] = value
-            else:
-                single[key] = value
-        states.append(arrays)
-        scalars.append(single)
-    return _RankBuffers(
-        tuple(states), tuple(scalars), tuple(g for _, g in sorted(zip(order, group_of, strict=True))), tuple(options)
-    )
-
-
-def _flat_buffer(
-    folder: StepFolder, rank: Rank, b: int, wrapper: Wrapper, shapes: Shapes, per_dp: Sequence[Mapping[str, Stored]]
-) -> FlatBuffer:
-    """The geometry of buffer `b` on one (pp, tp) rank, checked against the lengths of what every dp rank stores."""
-    names, dp = tuple(shapes), folder.mesh.dp
-    counts = tuple(math.prod(s) for s in shapes.values())
-    if wrapper is Wrapper.ZERO3:
-        flat = FlatBuffer.per_tensor(names, counts, dp)
-    else:
-        state_dict = folder.optims[rank][0]["optimizer_state_dict"]
-        alignment = state_dict.get("param_alignment_paddings")
-        partition = per_dp[0][MASTER].numel
-        if wrapper is Wrapper.ZERO12:
-            partition += int(state_dict["group_paddings"][b])
-        flat = FlatBuffer.contiguous(names, counts, dp, alignment[b] if alignment else None, partition)
-    for d, states in enumerate(per_dp):
-        whole = flat.size(d)
-        filled = whole - (flat.padding(d) if flat.partition is not None else 0)
-        for state, stored in states.items():
-            if not filled <= stored.numel <= whole:
-                raise CheckpointError(
-                    f"{folder.name_of('optim', rank, d)}: {state} of group {b} ({names[0] if names else 'empty'} …) "
-                    "has "
-                    f"{stored.numel:,} elements, expected {filled:,}"
-                    + (f" to {whole:,}" if whole != filled else "")
-                    + f" from the shapes in {folder.name_of('model', rank)}: the two files do not belong together"
+def _unlike(folder: StepFolder) -> Iterator[Finding]:
+    """Files that cannot be put together: other numbers of buffers than groups of shapes, other states than beside."""
+    for rank, files in folder.optims.items():
+        head, leader = folder.heads[rank][0], folder.optims[rank[0], 0][0]
+        if head.shapes is None:
+            yield not_read_yet(f"{head.path}: no param_shapes: ckptlab needs them to know the buffers")
+            continue
+        for file in files:
+            if len(head.shapes) != len(file.states):
+                yield contradiction(
+                    file.path,
+                    f"{file.path}: {len(file.states)} fp32 buffers where {head.path} lists {len(head.shapes)} groups "
+                    "of shapes: they come from different runs",
                 )
-    return flat
+            elif file.group_of != leader.group_of or len(file.options) != len(leader.options):
+                yield contradiction(
+                    file.path, f"{file.path}: other parameter groups than {leader.path}: they come from different runs"
+                )
+            else:
+                for b, (states, wanted) in enumerate(zip(file.states, leader.states, strict=True)):
+                    if lacking := [s for s in wanted if s not in states]:
+                        yield contradiction(
+                            file.path,
+                            f"{file.path}: group {b} has no {', '.join(lacking)}, which {leader.path} has: the files "
+                            "do not belong together",
+                        )
 
 
-def _stage_groups(
-    folder: StepFolder, stage: int, shapes: Sequence[Shapes], buffers: _RankBuffers
-) -> list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]:
+def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> FlatBuffer:
+    """The geometry of buffer `b` on one (pp, tp) rank, of whose dp ranks these are the files."""
+    counts = tuple(math.prod(s) for s in shapes.values())
+    if files[0].wrapper is Wrapper.ZERO3:
+        return FlatBuffer.per_tensor(tuple(shapes), counts, len(files))
+    # ZeRO-1/2 keep the last rank's padding out of its masters. The longest is right even where files were swapped
+    held = max(f.states[b][MASTER].numel + (f.paddings[b] if b < len(f.paddings) else 0) for f in files)
+    alignment = files[0].alignment
+    return FlatBuffer.contiguous(tuple(shapes), counts, len(files), alignment[b] if b < len(alignment) else None, held)
+
+
+def _lengths_and_mappings(
+    folder: StepFolder, rank: Rank, b: int, flat: FlatBuffer, round_robin: bool
+) -> Iterator[Finding]:
+    """Compare what every dp rank stores of a buffer, and says where it lies, with the geometry."""
+    expected = [_spans(flat, d) for d in range(folder.mesh.dp)] if flat.partition is not None else []
+    for d, file in enumerate(folder.optims[rank]):
+        said = file.spans[b] if expected and b < len(file.spans) else {}
+        wrong = bool(said) and said != expected[d]
+        if wrong and said in expected:
+            yield _swapped(file, rank, d, expected.index(said))
+            continue
+        if wrong:
+            yield _contradicting_mappings(folder, round_robin)
+        yield from _lengths(folder, rank, d, b, flat)
+
+
+def _lengths(folder: StepFolder, rank: Rank, d: int, b: int, flat: FlatBuffer) -> Iterator[Finding]:
+    file, head = folder.optims[rank][d], folder.heads[rank][0]
+    whole = flat.size(d)
+    filled = whole - (flat.padding(d) if flat.partition is not None else 0)
+    for state, stored in file.states[b].items():
+        if not filled <= stored.numel <= whole:
+            needed = f"{filled:,} to {whole:,}" if whole != filled else f"{filled:,}"
+            yield contradiction(
+                file.path,
+                f"{file.path}: {state} of group {b} ({flat.names[0] if flat.names else 'empty'} …) has "
+                f"{stored.numel:,} elements, expected {needed} from the shapes in {head.path}: the two files do not "
+                "belong together",
+            )
+
+
+def _swapped(file: OptimizerFile, rank: Rank, mine: int, holder: int) -> Finding:
+    name = os.path.basename(file.path)
+    return Finding(
+        "swapped-file",
+        "error",
+        Where(files=(name,), ranks=({"pp": rank[0], "tp": rank[1], "dp": mine},)),
+        f"the partition of dp {mine}",
+        f"{name} holds the partition of dp {holder}",
+        "give the files back their own names: they were swapped when they were copied",
+        "headers",
+        f"{file.path}: holds the partition of dp rank {holder}, not of {mine}: the files were swapped or renamed. Put "
+        "them back under their own names",
+    )
+
+
+def _contradicting_mappings(folder: StepFolder, round_robin: bool) -> Finding:
+    reason = (
+        "as DeepSpeed writes them under round_robin_gradients. Its own ds_to_universal goes by them and scrambles the "
+        "weights"
+        if round_robin
+        else "for no reason that ckptlab knows"
+    )
+    found = (
+        f"param_slice_mappings contradict param_shapes, {reason}; ckptlab reads by param_shapes, the order in memory"
+    )
+    return Finding(
+        "slice-mappings",
+        "warning",
+        Where(tuple(os.path.basename(f.path) for files in folder.optims.values() for f in files)),
+        "param_slice_mappings that say where the tensors lie in memory",
+        found,
+        "convert it with ckptlab (or zero_to_fp32), never with ds_to_universal"
+        if round_robin
+        else "compare the weights with an earlier step's before you go on with them",
+        "headers",
+        f"{folder.path}: {found}",
+    )
+
+
+def _spans(flat: FlatBuffer, d: int) -> Spans:
+    """name → (start, count) in dp rank d's partition."""
+    return {flat.names[i]: (int(start), int(count)) for i, _, start, count in flat.within(d)}
+
+
+def _stage_groups(folder: StepFolder, stage: int) -> list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]:
     """(options, names) of each parameter group of a stage; at ZeRO-3 a group's sub-groups are joined."""
-    joined: list[list[str]] = [[] for _ in buffers.options]
-    for g, names in zip(buffers.group_of, shapes, strict=True):
+    leader = folder.optims[stage, 0][0]
+    joined: list[list[str]] = [[] for _ in leader.options]
+    for g, names in zip(leader.group_of, folder.heads[stage, 0][0].shapes or (), strict=True):
         joined[g] += names
-    return [(options, tuple(names)) for options, names in zip(buffers.options, joined, strict=True)]
+    return [(options, tuple(names)) for options, names in zip(leader.options, joined, strict=True)]
 
 
 def match_groups(
@@ -265,8 +248,7 @@ def match_groups(
                 if index and len(local) != len(index[0]):
                     raise CheckpointError(
                         f"{path}: pp stages have {len(index[0])} and {len(local)} parameter groups and no "
-                        "hyperparameters to "
-                        "match them by (elastic checkpoint): resave it without elastic_checkpoint"
+                        "hyperparameters to match them by (elastic checkpoint): resave it without elastic_checkpoint"
                     )
             shared = [i for i in free if set(names) & set(merged[i][2])]
             if not free:
@@ -285,64 +267,3 @@ def match_groups(
 
 def _key(options: Mapping[str, Any] | None) -> str:
     return repr(sorted((options or {}).items(), key=lambda kv: str(kv[0])))
-
-
-def _check_mappings(
-    folder: StepFolder, stage: int, b: int, flats: Sequence[FlatBuffer], round_robin: bool
-) -> Iterable[Notice]:
-    """Compare the stored slice mappings with the geometry."""
-    for t, flat in enumerate(flats):
-        expected = [_spans(flat, d) for d in range(folder.mesh.dp)]
-        for d in range(folder.mesh.dp):
-            stored = folder.optims[stage, t][d]["optimizer_state_dict"].get("param_slice_mappings")
-            if not stored or b >= len(stored):
-                continue
-            found = {n: (int(a.start), int(a.numel)) for n, a in stored[b].items() if int(a.numel) > 0}
-            if found == expected[d]:
-                continue
-            where = folder.name_of("optim", (stage, t), d)
-            if found in expected:
-                raise CheckpointError(
-                    f"{where}: holds the partition of dp rank {expected.index(found)}, not of {d}: the files were "
-                    "swapped or "
-                    "renamed. Put them back under their own names"
-                )
-            reason = (
-                "as DeepSpeed writes them under round_robin_gradients. Its own ds_to_universal goes by them and "
-                "scrambles the weights"
-                if round_robin
-                else "for no reason that ckptlab knows"
-            )
-            yield Notice(
-                "slice-mappings",
-                f"{folder.path}: param_slice_mappings contradict param_shapes, {reason}; "
-                "ckptlab reads by param_shapes, the order in memory",
-            )
-
-
-def _spans(flat: FlatBuffer, d: int) -> dict[str, tuple[int, int]]:
-    """name → (start, count) in dp rank d's partition."""
-    return {flat.names[i]: (int(start), int(count)) for i, _, start, count in flat.within(d)}
-
-
-def _same_step(folder: StepFolder, buffers: Mapping[Rank, tuple[_RankBuffers, ...]]) -> None:
-    """Every rank must have made the same number of steps."""
-    seen: dict[float, str] = {}
-    for rank, per_dp in buffers.items():
-        for d, one in enumerate(per_dp):
-            for scalars in one.scalars:
-                if (step := scalar(scalars.get("step"))) is not None:
-                    seen.setdefault(step, folder.name_of("optim", rank, d))
-    if len(seen) > 1:
-        (a, where_a), (b, where_b), *_ = seen.items()
-        raise CheckpointError(
-            f"{where_b}: optimizer step {b:g} where {where_a} has step {a:g}: one of them comes from another step. "
-            "Put back the file of this step"
-        )
-
-
-def scalar(value: Any) -> float | None:
-    """A step count, stored as a number or as a one-element tensor."""
-    if isinstance(value, Stored):
-        return float(np.asarray(value.map(), dtype=np.float64).reshape(-1)[0]) if value.numel == 1 else None
-    return float(value) if isinstance(value, (int, float)) else None

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MODULE, Catalog, Extents, FlatGroup, Notice, ParameterGroup, Tensor, Training
-from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
+from ckptlab.catalog import MODULE, Catalog, Extents, ParameterGroup, Tensor, Training
+from ckptlab.errors import CheckpointError, LayoutError
+from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
+from ckptlab.formats.deepspeed.headers import Header, Wrapper
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
-from ckptlab.formats.deepspeed.optimizer import Wrapper, gradients, read_optimizer
+from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
 from ckptlab.layout import Cut, Layout, on_degree, whole_shape
 from ckptlab.mesh import Mesh
 from ckptlab.strategy import Shape, Strategy, replicated
@@ -78,16 +80,13 @@ class Native:
     @property
     def config(self) -> Mapping[str, Any]:
         """The ds_config of the run."""
-        return self.model.get("ds_config") or {}
+        return self.model["ds_config"] or {}
 
     @property
     def dtype(self) -> str:
         """What the engine trains in: "bf16", "fp16" or "fp32". Where the configuration is silent file names tell."""
-        for dtype, keys in (("bf16", ("bf16", "bfloat16")), ("fp16", ("fp16",))):
-            if any((self.config.get(k) or {}).get("enabled") for k in keys):
-                return dtype
-        told = {"bf16", "bfloat16", "fp16"} & self.config.keys()
-        return "bf16" if not told and (self.folder.prefix == "bf16" or self.wrapper is Wrapper.BF16) else "fp32"
+        bf16 = self.folder.prefix == "bf16" or self.wrapper is Wrapper.BF16
+        return self.folder.config.dtype or ("bf16" if bf16 else "fp32")
 
     @property
     def is_pipeline(self) -> bool:
@@ -95,51 +94,60 @@ class Native:
         return self.folder.is_pipeline
 
 
-def read_native(path: str, strategy: Strategy | None = None) -> Catalog:
+def read_native(path: str, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
     """Open a step folder that `engine.save_checkpoint` wrote: ZeRO 1, 2, 3, BF16_Optimizer, with or without pipeline
     and tensor parallelism. Headers only; nothing in it is executed.
 
-    Raises CheckpointError where files are missing, damaged or contradict each other, UnsupportedError for kinds that
+    None where `faults` was told of an error: files that are missing, damaged or contradict each other, or kinds that
     are not read yet.
     """
-    folder = read_step_folder(path)
-    optimizer = read_optimizer(folder)
-    info = universal_info(folder)
-    _refuse_unsupported(folder, info, strategy)
-    trainable = trainable_shapes(folder)
-    module = read_module(folder, trainable)
-    tensors, notices = build_tensors(folder, info, strategy, trainable, module, optimizer.flat_groups)
-    group_of = {name: i for i, g in enumerate(optimizer.groups) for name in g.tensors}
-    tensors = {n: replace(t, group=group_of.get(n)) for n, t in tensors.items()}
+    folder = read_step_folder(path, faults)
+    if folder is None:
+        return None
+    info = universal_info(folder, faults)
+    for finding in _not_read_yet(folder, info, strategy):
+        faults.report(finding)
+    optimizer = read_optimizer(folder, faults)
+    module = read_module(folder, faults)
+    if optimizer is None or faults.failed:
+        return None
+    tensors = build_tensors(folder, info, strategy, module, optimizer, faults)
+    return None if faults.failed else _catalog(folder, info, strategy, module, optimizer, tensors, faults)
+
+
+def _catalog(
+    folder: StepFolder,
+    info: UniversalInfo | None,
+    strategy: Strategy | None,
+    module: ModuleWeights,
+    optimizer: OptimizerFiles,
+    tensors: Mapping[str, Tensor],
+    faults: Faults,
+) -> Catalog:
     outside = {(name, MODULE): by_holder for name, by_holder in module.pieces.items()}
     told = layouts_are_told(info, strategy)
     native = Native(folder, optimizer.wrapper, told, module, optimizer.extras, optimizer.elastic, optimizer.round_robin)
     return Catalog(
-        path=path,
+        path=folder.path,
         format="deepspeed",
         mesh=folder.mesh,
         tensors=tensors,
         placements=placements(tensors, optimizer.flat_groups, outside, folder.mesh, folder.is_zero3),
         extents=Extents(outside, optimizer.partitions),
         flat_groups=optimizer.flat_groups,
-        training=training(native, optimizer.zero_stage, optimizer.groups, path),
+        training=training(native, optimizer.zero_stage, optimizer.groups),
         client=client_state(folder),
         private=native,
-        notices=(*folder.notices, *optimizer.notices, *notices),
+        findings=tuple(faults.findings),
         files=folder.files,
     )
 
 
-def client_state(folder: StepFolder) -> dict[str, Any]:
-    """What the training program put into the first rank's model file."""
-    return {k: v for k, v in folder.models[0, 0].items() if k not in ENGINE_KEYS}
-
-
-def training(native: Native, zero_stage: int | None, groups: tuple[ParameterGroup, ...], path: str) -> Training:
+def training(native: Native, zero_stage: int | None, groups: tuple[ParameterGroup, ...]) -> Training:
     """What a run says of itself in its model files, and in a config.json beside the checkpoint."""
     client = client_state(native.folder)
     step = client.get("iteration", native.model.get("global_steps"))
-    heads, kv_heads = head_counts(client, path)
+    heads, kv_heads = head_counts(client, native.folder.path)
     return Training(
         mesh=native.mesh,
         step=int(step) if isinstance(step, int) else None,
@@ -174,19 +182,18 @@ def head_counts(client: Mapping[str, Any], path: str) -> tuple[int | None, int |
     return heads, kv_heads
 
 
-def universal_info(folder: StepFolder) -> UniversalInfo | None:
-    info = folder.models[0, 0].get("universal_checkpoint_info")
-    return UniversalInfo.of(info, folder.mesh.tp) if isinstance(info, Mapping) else None
+def client_state(folder: StepFolder) -> dict[str, Any]:
+    """What the training program put into the first model file."""
+    return {k: v for k, v in folder.models[0, 0].items() if k not in ENGINE_KEYS}
 
 
-def trainable_shapes(folder: StepFolder) -> dict[Rank, dict[str, Shape]]:
-    """Shard shapes of the tensors that each rank's optimizer knows, in memory order."""
-    shapes: dict[Rank, dict[str, Shape]] = {}
-    for rank, model in folder.models.items():
-        stored = model.get("param_shapes") or []
-        stored = [stored] if isinstance(stored, Mapping) else stored
-        shapes[rank] = {n: tuple(int(k) for k in s) for group in stored for n, s in group.items()}
-    return shapes
+def universal_info(folder: StepFolder, faults: Faults) -> UniversalInfo | None:
+    """The layouts that the training program told DeepSpeed; None if it told none."""
+    head = folder.first
+    if head.content.get("universal_checkpoint_info") is not None:
+        with faults.caught("odd-header", os.path.basename(head.path)):
+            return UniversalInfo.of(Header(head.path, head.content).inside("universal_checkpoint_info"), folder.mesh.tp)
+    return None
 
 
 def layouts_are_told(info: UniversalInfo | None, strategy: Strategy | None) -> bool:
@@ -194,22 +201,21 @@ def layouts_are_told(info: UniversalInfo | None, strategy: Strategy | None) -> b
     return info is not None and info.trusted and strategy is None
 
 
-def _refuse_unsupported(folder: StepFolder, info: UniversalInfo | None, strategy: Strategy | None) -> None:
-    if folder.models[0, 0].get("num_experts"):
-        raise UnsupportedError(f"{folder.path}: a mixture of experts (num_experts), which ckptlab cannot open yet")
+def _not_read_yet(folder: StepFolder, info: UniversalInfo | None, strategy: Strategy | None) -> Iterator[Finding]:
+    if folder.first.content.get("num_experts"):
+        yield not_read_yet(f"{folder.path}: a mixture of experts (num_experts), which ckptlab cannot open yet")
     if folder.mesh.tp == 1:
         return
     if info is not None and info.has_affine_map:
-        raise UnsupportedError(
+        yield not_read_yet(
             f"{folder.path}: AutoTP (universal_checkpoint_info has an affine_map), which ckptlab cannot open yet"
         )
     if folder.is_zero3:
-        raise UnsupportedError(f"{folder.path}: ZeRO-3 with tp {folder.mesh.tp}, which ckptlab cannot open yet")
+        yield not_read_yet(f"{folder.path}: ZeRO-3 with tp {folder.mesh.tp}, which ckptlab cannot open yet")
     if info is None and strategy is None:
-        raise UnsupportedError(
+        yield not_read_yet(
             f"{folder.path}: tp {folder.mesh.tp}, and no universal_checkpoint_info says how the tensors are cut. "
-            "Give a strategy: "
-            "a registered one (megatron), or {pattern: notation}"
+            "Give a strategy: a registered one (megatron), or {pattern: notation}"
         )
 
 
@@ -217,53 +223,76 @@ def build_tensors(
     folder: StepFolder,
     info: UniversalInfo | None,
     strategy: Strategy | None,
-    trainable: Mapping[Rank, Mapping[str, Shape]],
     module: ModuleWeights,
-    flat_groups: Sequence[FlatGroup],
-) -> tuple[dict[str, Tensor], list[Notice]]:
+    optimizer: OptimizerFiles,
+    faults: Faults,
+) -> dict[str, Tensor]:
     """Every tensor with its layout and whole shape, in the model's order (stage by stage)."""
-    mesh = folder.mesh
+    mesh, trained = folder.mesh, folder.trained
     states_of: dict[str, dict[str, np.dtype]] = {}
-    for group in flat_groups:
+    for group in optimizer.flat_groups:
         for name in group.names:
             states_of.setdefault(name, dict(group.dtypes))
     shapes: dict[str, dict[int, Shape]] = {}
     stages: dict[str, list[int]] = {}
-    for (p, t), of_rank in trainable.items():
+    for (p, t), of_rank in trained.items():
         for name, shape in of_rank.items():
-            known = shapes.setdefault(name, {}).setdefault(t, shape)
-            if known != shape:
-                raise CheckpointError(
-                    f"{folder.name_of('model', (p, t))}: {name} has shape {shape}, on an earlier pp stage {known}: a "
-                    "tied tensor "
-                    "must have one shape; the files do not belong together"
-                )
+            shapes.setdefault(name, {})[t] = shape
             held = stages.setdefault(name, [])
             if p not in held:
                 held.append(p)
     for name, by_tp in module.shapes.items():
         shapes.setdefault(name, by_tp)
         stages.setdefault(name, sorted({holder["pp"] for holder in module.pieces[name]}))
-    tensors, notices = {}, []
-    for name in _model_order(module, trainable, shapes):
-        shards = [shapes[name][t] for t in range(mesh.tp)]
-        kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
-        layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
-        layout = layout.replace(stages=tuple(stages[name]))
-        layout, shape, cut = whole(name, layout, shards, info, mesh)
-        states = dict(states_of.get(name, {}))
-        if name in module.pieces:
-            states[MODULE] = _module_dtype(module, name)
-        aliases = tuple(a for a, target in module.aliases.items() if target == name)
-        tensors[name] = Tensor(name, shape, layout, cut, kind, states, None, tuple(stages[name]), aliases, layout_known)
-        if layout.replicas == "mean" and mesh.tp > 1:
-            notices.append(
-                Notice(
-                    "averaged",
-                    f"{folder.path}: the tp replicas of tensors listed in parameter_to_average_patterns are averaged",
-                )
+    group_of = {name: i for i, g in enumerate(optimizer.groups) for name in g.tensors}
+    aliases: dict[str, list[str]] = {}
+    for alias, target in module.aliases.items():
+        aliases.setdefault(target, []).append(alias)
+    tensors = {}
+    for name in _model_order(module, trained, shapes):
+        with faults.caught():
+            shards = shards_of(folder, name, shapes[name])
+            kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
+            layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
+            layout = layout.replace(stages=tuple(stages[name]))
+            layout, shape, cut = whole(name, layout, shards, info, mesh)
+            states = dict(states_of.get(name, {}))
+            if name in module.pieces:
+                states[MODULE] = _module_dtype(module, name)
+            tensors[name] = Tensor(
+                name,
+                shape,
+                layout,
+                cut,
+                kind,
+                states,
+                group_of.get(name),
+                tuple(stages[name]),
+                tuple(aliases.get(name, ())),
+                layout_known,
             )
-    return tensors, list(dict.fromkeys(notices))
+    if mesh.tp > 1 and any(t.layout.replicas == "mean" for t in tensors.values()):
+        faults.report(_averaged(folder.path))
+    return tensors
+
+
+def shards_of(folder: StepFolder, name: str, shapes: Mapping[int, Shape]) -> list[Shape]:
+    """The shapes of a tensor's shards, tp rank by tp rank. CheckpointError where they have other numbers of dims."""
+    shards = [shapes[t] for t in range(folder.mesh.tp) if t in shapes]
+    if len(shards) != folder.mesh.tp or len({len(s) for s in shards}) > 1:
+        raise CheckpointError(
+            f"{folder.path}: {name}: expected a shard of as many dims on each of {folder.mesh.tp} tp ranks, found "
+            f"{', '.join(map(str, shards))}: the files do not belong together"
+        )
+    return shards
+
+
+def _averaged(path: str) -> Finding:
+    found = "the tp replicas of tensors listed in parameter_to_average_patterns are averaged"
+    todo = "nothing: DeepSpeed does so too; what a single rank held is in the views of shards"
+    return Finding(
+        "averaged", "info", Where(), "replicas that training averages", found, todo, "headers", f"{path}: {found}"
+    )
 
 
 def _module_dtype(module: ModuleWeights, name: str) -> np.dtype:
@@ -305,7 +334,7 @@ def whole(
     """
     try:
         shape = whole_shape(layout, shards)
-        if info is not None and info.is_vocabulary(name) and info.original_vocab_size is not None:
+        if shape and info is not None and info.is_vocabulary(name) and info.original_vocab_size is not None:
             shape = (min(info.original_vocab_size, shape[0]), *shape[1:])
             layout = layout.replace(padded={0: sum(s[0] for s in shards)})
         # at tp 1 nothing is cut yet: widths that a strategy says are those of the mesh that is to come

@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptlab.catalog import DTYPES, MODULE, Catalog, FlatGroup, Notice, ParameterGroup, Tensor
+from ckptlab.catalog import DTYPES, MODULE, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
+from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.formats.deepspeed.assemble import placements
-from ckptlab.formats.deepspeed.optimizer import Wrapper, gradients
+from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.optimizer import gradients
 from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, problems
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
@@ -68,17 +70,18 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.private
     stage = options.zero_stage or catalog.zero_stage
     dtype = options.dtype or source.dtype
-    notices: list[Notice] = []
+    findings: list[Finding] = []
     stages, layer_stages, said = _stages(catalog, mesh, options)
-    notices += said
+    findings += said
     padded, said = _padded_vocab(catalog, mesh, options)
-    notices += said
+    findings += said
     tensors = {name: _retarget(catalog, t, mesh, stages[name], padded, dtype) for name, t in catalog.tensors.items()}
     heads, _ = head_counts(catalog, options)
     if mesh.tp not in (1, source.folder.mesh.tp) and heads is None:
-        notices.append(
-            Notice(
+        findings.append(
+            _told(
                 "heads-unknown",
+                "warning",
                 f"{catalog.path}: the number of attention heads is unknown: whether tp {mesh.tp} divides it was not "
                 "checked; say heads=",
             )
@@ -105,13 +108,17 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             gradients=gradients(wrapper, dtype, stage),
         ),
         private=NativeTarget(wrapper, dtype, options, layer_stages),
-        notices=tuple(notices),
+        findings=tuple(findings),
     )
+
+
+def _told(code: str, severity: str, found: str) -> Finding:
+    return Finding(code, severity, found=found, about="target")
 
 
 def _stages(
     catalog: Catalog, mesh: Mesh, options: TargetOptions
-) -> tuple[dict[str, tuple[int, ...]], dict[int, int], list[Notice]]:
+) -> tuple[dict[str, tuple[int, ...]], dict[int, int], list[Finding]]:
     """Stages of each tensor, the stage of each layer file, and what was inferred."""
     module = catalog.private.module
     trained = catalog.private.folder.mesh
@@ -120,7 +127,7 @@ def _stages(
     if mesh.pp == trained.pp and options.pipeline is None:
         return {n: t.stages for n, t in catalog.tensors.items()}, dict(module.layer_stages), []
     layers = pipeline.describe(catalog)
-    notices = []
+    findings = []
     if isinstance(options.pipeline, tuple):
         starts = options.pipeline
         if len(starts) != mesh.pp or starts[0] != 0 or list(starts) != sorted(set(starts)):
@@ -131,9 +138,10 @@ def _stages(
         method = options.pipeline or layers.infer_method(trained.pp) or "blocks"
         starts = layers.starts(mesh.pp, method)
         if options.pipeline is None and mesh.pp > 1:
-            notices.append(
-                Notice(
+            findings.append(
+                _told(
                     "pipeline-inferred",
+                    "warning",
                     f"the checkpoint does not record how layers are dealt to stages; assumed {method!r} (it "
                     + (f"fits the {trained.pp} stages found" if trained.pp > 1 else "is Megatron's default")
                     + f"): stages begin at layers {', '.join(map(str, starts))}. Say pipeline= if the target deals "
@@ -146,10 +154,10 @@ def _stages(
         raise ReshapeError(
             f"{catalog.path}: pp stage {min(empty)} of {mesh.pp} would hold no tensor (stages begin at {starts})"
         )
-    return stages, {layer: pipeline.stage_of(layer, starts) for layer in module.layer_keys}, notices
+    return stages, {layer: pipeline.stage_of(layer, starts) for layer in module.layer_keys}, findings
 
 
-def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple[int | None, list[Notice]]:
+def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple[int | None, list[Finding]]:
     """Rows of the padded vocabulary on the target (None: nothing is padded), by Megatron's rule where recorded."""
     padded = {dict(t.layout.padded)[0]: t.shape[0] for t in catalog.tensors.values() if t.layout.padded}
     if not padded:
@@ -169,8 +177,9 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
         else:
             new = old if old % mesh.tp == 0 else -(-true // mesh.tp) * mesh.tp
             return new, [
-                Notice(
+                _told(
                     "vocabulary-rule",
+                    "warning",
                     f"{catalog.path}: the rule by which the vocabulary is padded is not recorded; assumed {new} "
                     "rows. Say padded_vocab= if the target's model has another number",
                 )
@@ -179,8 +188,9 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
         return new, []
     change = f"{new - old} rows of zeros are added" if new > old else f"the last {old - new} padding rows are cut off"
     return new, [
-        Notice(
+        _told(
             "vocabulary-padding",
+            "info",
             f"vocabulary padding follows tp: {old} → {new} rows, {change}; a model that does not mask padding in its "
             "loss will notice",
         )
@@ -279,9 +289,9 @@ def _sub_groups(
     """ZeRO-3 closes a sub-group when the elements a rank holds reach `sub_group_size`; others have one."""
     if wrapper is not Wrapper.ZERO3:
         return [names]
-    config = catalog.private.config.get("zero_optimization") or {}
-    limit = options.sub_group_size or int(config.get("sub_group_size") or 1_000_000_000)
-    sizes = [-(-tensors[n].numel // mesh.dp) for n in names]
+    limit = options.sub_group_size or catalog.private.folder.config.sub_group_size or 1_000_000_000
+    shards = (cut.shard_shape(next(iter(cut.coordinates()))) for cut in (tensors[n].cut for n in names))
+    sizes = [-(-math.prod(shard) // mesh.dp) for shard in shards]
     if sum(sizes) <= limit:
         return [names]
     groups: list[list[str]] = [[]]

@@ -18,7 +18,7 @@ from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
-from ckptlab.formats.deepspeed.optimizer import Wrapper
+from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
 from ckptlab.formats.pickles import Size, foreign

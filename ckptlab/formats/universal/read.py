@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, ParameterGroup, Tensor, whole_placements
-from ckptlab.errors import CheckpointError
+from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
+from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
+from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
-from ckptlab.formats.deepspeed.optimizer import EXTRAS, Wrapper, match_groups
+from ckptlab.formats.deepspeed.optimizer import match_groups
 from ckptlab.formats.deepspeed.read import (
     Native,
     choose_layout,
     client_state,
     layouts_are_told,
-    trainable_shapes,
+    shards_of,
     training,
     universal_info,
     whole,
@@ -34,197 +36,249 @@ FOLDER = "zero"
 OPTIMIZER = "optimizer_state.pt"
 
 
-def read_universal(path: str, strategy: Strategy | None = None) -> Catalog:
+def read_universal(path: str, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
     """Open a universal folder (the one that holds `zero/`): whole tensors, mesh 1 · 1 · 1.
 
-    The layouts, groups and pipeline layers that a reshape needs are taken from the model files beside. CheckpointError
-    where a state's shape contradicts them.
+    The layouts, groups and pipeline layers that a reshape needs are taken from the model files beside. None where
+    `faults` was told of an error, as that a state's shape contradicts them.
     """
-    folder = read_step_folder(path, optimizer=False)
-    trained, info = folder.mesh, universal_info(folder)
-    trainable = trainable_shapes(folder)
-    module = read_module(folder, trainable)
-    common = torchfile.read(os.path.join(path, FOLDER, OPTIMIZER)) if _has(path, FOLDER, OPTIMIZER) else {}
-    wrapper = _wrapper(common)
-    shards = {
-        n: [trainable[r][n] for r in trainable if n in trainable[r]][: trained.tp]
-        for by in trainable.values()
-        for n in by
-    }
-    stages = {n: tuple(dict.fromkeys(p for (p, _), by in trainable.items() if n in by)) for n in shards}
-    tensors: dict[str, Tensor] = {}
-    pieces: dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    found = dict(_state_files(path))
-    for name in dict.fromkeys([*shards, *found]):
-        if name in module.aliases or (name not in shards and name in module.kinds):
-            continue  # what is not trained is read from the model files, where it has its own dtype
-        if name not in found:
-            raise CheckpointError(
-                f"{os.path.join(path, FOLDER, name)}: missing: the model files list this tensor; convert again"
-            )
-        states, single = _read_states(found[name])
-        tensors[name] = _tensor(name, states, shards.get(name), stages.get(name, (0,)), folder, info, strategy)
-        scalars[name] = single
-        for state, stored in states.items():
-            pieces[name, state] = {ALONE: (Fragment(0, stored),)}
-    _add_module(folder, module, tensors, pieces)
-    groups = _groups(folder, common, trainable, scalars, wrapper)
+    folder = read_step_folder(path, faults, optimizer=False)
+    common = _common(path, faults)
+    stored = dict(_stored(path, faults))
+    if folder is None or common is None or faults.failed:
+        return None
+    info = universal_info(folder, faults)
+    module = read_module(folder, faults)
+    found = _Tensors(folder, info, strategy, module, faults)
+    found.add_trained(stored)
+    found.add_module()
+    groups = _groups(folder, common, {n: one.scalars for n, one in stored.items()}, faults)
+    if faults.failed:
+        return None
+    return _catalog(found, groups, common, tuple(f for one in stored.values() for f in one.files))
+
+
+def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Common, files: tuple[str, ...]) -> Catalog:
+    folder = found.folder
     group_of = {n: i for i, g in enumerate(groups) for n in g.tensors}
     native = Native(
         folder,
-        wrapper,
-        layouts_are_told(info, strategy),
-        _layers(folder, module, tensors),
-        {k: common[k] for k in EXTRAS if k in common},
-        not common.get("param_groups"),
-        _round_robin(folder, wrapper),
+        common.wrapper,
+        layouts_are_told(found.info, found.strategy),
+        _layers(folder, found.module, found.tensors),
+        {k: common.content[k] for k in EXTRAS if k in common.content},
+        not common.options,
+        common.wrapper is Wrapper.ZERO12 and folder.config.round_robin and folder.mesh.dp > 1,
     )
-    tensors = {n: replace(t, group=group_of.get(n)) for n, t in tensors.items()}
+    zero_stage = 3 if common.wrapper is Wrapper.ZERO3 or folder.is_zero3 else folder.config.stage or 1
+    tensors = {n: replace(t, group=group_of.get(n)) for n, t in found.tensors.items()}
     return Catalog(
-        path=path,
+        path=folder.path,
         format="universal",
         mesh=Mesh(),
         tensors=tensors,
-        placements=whole_placements(tensors, pieces),
-        extents=Extents(pieces),
-        training=training(native, _stage(folder, wrapper), groups, path),
+        placements=whole_placements(tensors, found.pieces),
+        extents=Extents(found.pieces),
+        training=training(native, zero_stage, groups),
         client=client_state(folder),
         private=native,
-        notices=folder.notices,
-        files=(*folder.files, *(os.path.relpath(f, path) for files in found.values() for f in files.values())),
+        findings=tuple(found.faults.findings),
+        files=(*folder.files, *files),
     )
 
 
-def _has(*parts: str) -> bool:
-    return os.path.isfile(os.path.join(*parts))
+@dataclass(frozen=True)
+class _Common:
+    """What all tensors have in common: the optimizer's parameter groups, each with the buffers in it, and its step."""
+
+    content: Mapping[str, Any] = field(default_factory=dict)
+    wrapper: Wrapper = Wrapper.BF16
+    options: tuple[Mapping[str, Any], ...] = ()
+    members: tuple[tuple[int, ...], ...] = ()
+    step: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: str, content: Any) -> _Common:
+        header = Header.of(path, content)
+        groups = header.dictionaries("param_groups")
+        # stage 3 stores no step beside the tensors; the optimizer's own state has it
+        state = header.inside("optimizer_state_dict").inside("state").values
+        steps = ({"step": one["step"]} for one in state.values() if isinstance(one, Mapping) and "step" in one)
+        zero3 = "fp32_flat_groups" in header.values or "optimizer_state_dict" in header.values
+        return cls(
+            header.values,
+            Wrapper.ZERO3 if zero3 else Wrapper.ZERO12 if "zero_stage" in header.values else Wrapper.BF16,
+            tuple({k: v for k, v in g.values.items() if k != "params"} for g in groups),
+            tuple(tuple(g.integers("params")) for g in groups),
+            next(steps, {}),
+        )
 
 
-def _wrapper(common: Mapping[str, Any]) -> Wrapper:
-    if "fp32_flat_groups" in common or "optimizer_state_dict" in common:
-        return Wrapper.ZERO3
-    return Wrapper.ZERO12 if "zero_stage" in common else Wrapper.BF16
+def _common(path: str, faults: Faults) -> _Common | None:
+    """What `optimizer_state.pt` says; None where it is damaged."""
+    name = os.path.join(FOLDER, OPTIMIZER)
+    if not os.path.isfile(os.path.join(path, name)):
+        return _Common()
+    contents = faults.read(path, name, torchfile.read_contents)
+    if contents is not None:
+        with faults.caught("odd-header", name):
+            return _Common.of(os.path.join(path, name), contents.value)
+    return None
 
 
-def _stage(folder: StepFolder, wrapper: Wrapper) -> int:
-    if wrapper is Wrapper.ZERO3 or folder.is_zero3:
-        return 3
-    config = folder.models[0, 0].get("ds_config") or {}
-    return int((config.get("zero_optimization") or {}).get("stage") or 1)
+@dataclass
+class _Stored:
+    """What the folder of a tensor holds: states, scalars, and the files that they are in (names in the checkpoint)."""
+
+    states: dict[str, Stored] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
 
 
-def _round_robin(folder: StepFolder, wrapper: Wrapper) -> bool:
-    zero = (folder.models[0, 0].get("ds_config") or {}).get("zero_optimization") or {}
-    return wrapper is Wrapper.ZERO12 and bool(zero.get("round_robin_gradients")) and folder.mesh.dp > 1
-
-
-def _state_files(path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(tensor name, {state: file}) of every folder under zero/ that holds states."""
+def _stored(path: str, faults: Faults) -> Iterator[tuple[str, _Stored]]:
+    """(tensor name, what is stored of it) of every folder under zero/ that holds states."""
     root = os.path.join(path, FOLDER)
-    for at, _, files in os.walk(root):
-        states = {f.removesuffix(".pt"): os.path.join(at, f) for f in sorted(files) if f.endswith(".pt") and at != root}
+    for at, folders, files in os.walk(root):
+        folders.sort()
+        states = sorted(f for f in files if f.endswith(".pt") and at != root)
         if states:
-            yield os.path.relpath(at, root).replace(os.sep, "/"), states
+            one = _Stored()
+            for file in states:
+                name = os.path.relpath(os.path.join(at, file), path)
+                contents = faults.read(path, name, torchfile.read_contents)
+                if contents is None:
+                    continue
+                content, state = contents.value, file.removesuffix(".pt")
+                value = content.get("param") if isinstance(content, Mapping) else content
+                if isinstance(value, Stored) and state != "step":
+                    one.states[state] = value
+                else:
+                    one.scalars[state] = value
+                one.files.append(name)
+            yield os.path.relpath(at, root).replace(os.sep, "/"), one
 
 
-def _read_states(files: Mapping[str, str]) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """(states as stored, scalars) of one tensor's folder."""
-    states, scalars = {}, {}
-    for state, file in files.items():
-        content = torchfile.read(file)
-        value = content.get("param") if isinstance(content, Mapping) else content
-        if state == "step" or not isinstance(value, Stored):
-            scalars[state] = value
-        else:
-            states[state] = value
-    return states, scalars
+@dataclass
+class _Tensors:
+    """The tensors of a universal folder, as they are found."""
 
+    folder: StepFolder
+    info: UniversalInfo | None
+    strategy: Strategy | None
+    module: ModuleWeights
+    faults: Faults
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    pieces: dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]] = field(default_factory=dict)
 
-def _tensor(
-    name: str,
-    states: Mapping[str, Stored],
-    shards: list[tuple[int, ...]] | None,
-    stages: tuple[int, ...],
-    folder: StepFolder,
-    info: Any,
-    strategy: Strategy | None,
-) -> Tensor:
-    stored = next(iter(states.values()))
-    if shards is None:  # not in the model files: what is stored is all there is to know
-        shards = [stored.shape]
-        info = None
-    layout, known = choose_layout(name, "parameter", shards, info, strategy, folder.path)
-    layout, shape, _ = whole(name, layout, shards, info, folder.mesh if len(shards) > 1 else Mesh())
-    for state, one in states.items():
-        if one.numel != math.prod(shape):
-            raise CheckpointError(
-                f"{one.path}: {name}: {state} has shape {one.shape}, the model files say {shape}: it comes from "
-                "another run"
-            )
-    dtypes = {s: one.dtype for s, one in states.items()}
-    ordered = {s: dtypes[s] for s in sorted(dtypes, key=lambda s: s != MASTER)}
-    return Tensor(
-        name, shape, layout.replace(stages=stages), Cut.whole(shape), "parameter", ordered, None, stages, (), known
-    )
+    def add_trained(self, stored: Mapping[str, _Stored]) -> None:
+        """Every tensor that the model files list, or that has a folder.
 
-
-def _add_module(
-    folder: StepFolder, module: ModuleWeights, tensors: dict[str, Tensor], pieces: dict[tuple[str, str], Any]
-) -> None:
-    """Frozen tensors, buffers and (at tp 1) module weights, from the model files."""
-    for name, by_rank in module.pieces.items():
-        aliases = tuple(a for a, target in module.aliases.items() if target == name)
-        if name in tensors:
-            tensors[name] = replace(tensors[name], aliases=aliases)
-            if folder.mesh.tp > 1:
+        What is not trained is read from the model files, where it has its own dtype.
+        """
+        shapes: dict[str, dict[int, tuple[int, ...]]] = {}
+        stages: dict[str, dict[int, None]] = {}
+        for (p, t), of_rank in self.folder.trained.items():
+            for name, shape in of_rank.items():
+                shapes.setdefault(name, {})[t] = shape
+                stages.setdefault(name, {})[p] = None
+        for name in dict.fromkeys([*shapes, *stored]):
+            if name in self.module.aliases or (name not in shapes and name in self.module.kinds):
                 continue
-            dtype = next(f.stored.dtype for fragments in by_rank.values() for f in fragments)
-            tensors[name] = replace(tensors[name], states={**tensors[name].states, MODULE: dtype})
-        else:
-            shape = module.shapes[name][0]
-            dtype = next(f.stored.dtype for f in next(iter(by_rank.values())))
-            layout, known = choose_layout(name, module.kinds[name], [shape], None, None, folder.path)
-            tensors[name] = Tensor(
-                name, shape, layout, Cut.whole(shape), module.kinds[name], {MODULE: dtype}, None, (0,), aliases, known
-            )
-        pieces[name, MODULE] = {ALONE: tuple(replace(f, dp=0) for f in next(iter(by_rank.values())))}
-    for alias, target in module.aliases.items():
-        if target in tensors and alias not in tensors[target].aliases:
-            tensors[target] = replace(tensors[target], aliases=(*tensors[target].aliases, alias))
+            one = stored.get(name)
+            if one is None or not one.states:
+                self.faults.report(_missing(self.folder.path, name))
+                continue
+            with self.faults.caught():
+                shards = shards_of(self.folder, name, shapes[name]) if name in shapes else None
+                tensor = self._trained(name, one.states, shards, tuple(stages.get(name, (0,))))
+                self.tensors[name] = tensor
+                for state, data in one.states.items():
+                    self.pieces[name, state] = {ALONE: (Fragment(0, data),)}
+
+    def _trained(
+        self, name: str, states: Mapping[str, Stored], shards: list[tuple[int, ...]] | None, stages: tuple[int, ...]
+    ) -> Tensor:
+        info = self.info
+        if shards is None:  # not in the model files: what is stored is all there is to know
+            shards, info = [next(iter(states.values())).shape], None
+        layout, known = choose_layout(name, "parameter", shards, info, self.strategy, self.folder.path)
+        layout, shape, _ = whole(name, layout, shards, info, self.folder.mesh if len(shards) > 1 else Mesh())
+        for state, one in states.items():
+            if one.numel != math.prod(shape):
+                message = (
+                    f"{one.path}: {name}: {state} has shape {one.shape}, the model files say {shape}: it comes from "
+                    "another run"
+                )
+                self.faults.report(contradiction(one.path, message, name))
+        ordered = {s: states[s].dtype for s in sorted(states, key=lambda s: s != MASTER)}
+        return Tensor(
+            name, shape, layout.replace(stages=stages), Cut.whole(shape), "parameter", ordered, None, stages, (), known
+        )
+
+    def add_module(self) -> None:
+        """Frozen tensors, buffers and (at tp 1) module weights, from the model files."""
+        aliases: dict[str, list[str]] = {}
+        for alias, target in self.module.aliases.items():
+            aliases.setdefault(target, []).append(alias)
+        for name, by_rank in self.module.pieces.items():
+            holder, fragments = next(iter(by_rank.items()))
+            dtype = fragments[0].stored.dtype
+            if name in self.tensors:
+                if self.folder.mesh.tp > 1:
+                    continue
+                self.tensors[name] = replace(self.tensors[name], states={**self.tensors[name].states, MODULE: dtype})
+            else:
+                shape, kind = self.module.shapes[name][holder["tp"]], self.module.kinds[name]
+                layout, known = choose_layout(name, kind, [shape], None, None, self.folder.path)
+                self.tensors[name] = Tensor(
+                    name, shape, layout, Cut.whole(shape), kind, {MODULE: dtype}, None, (0,), (), known
+                )
+            self.pieces[name, MODULE] = {ALONE: tuple(replace(f, dp=0) for f in fragments)}
+        for target in aliases.keys() & self.tensors.keys():
+            self.tensors[target] = replace(self.tensors[target], aliases=tuple(aliases[target]))
+
+
+def _missing(path: str, name: str) -> Finding:
+    file = f"{FOLDER}/{name}"
+    return Finding(
+        "missing-file",
+        "error",
+        Where((file,), (name,)),
+        "a folder of states for each tensor that the model files list",
+        f"{file} holds no state",
+        "convert again",
+        "files",
+        f"{os.path.join(path, FOLDER, name)}: missing: the model files list this tensor; convert again",
+    )
 
 
 def _groups(
-    folder: StepFolder,
-    common: Mapping[str, Any],
-    trainable: Mapping[tuple[int, int], Any],
-    scalars: Mapping[str, Any],
-    wrapper: Wrapper,
+    folder: StepFolder, common: _Common, scalars: Mapping[str, Mapping[str, Any]], faults: Faults
 ) -> tuple[ParameterGroup, ...]:
     """Parameter groups: tensors from the model files, hyperparameters from what the universal folder has of them."""
-    options = [{k: v for k, v in g.items() if k != "params"} for g in common.get("param_groups") or ()]
-    ids = [list(g["params"]) for g in common.get("param_groups") or ()]
     stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = []
     for p in range(folder.mesh.pp):
-        buffers = [list(g) for g in folder.models[p, 0].get("param_shapes") or ()]
-        if wrapper is Wrapper.ZERO3 and ids:
-            joined = [tuple(n for i in members for n in buffers[i]) for members in ids]
-        else:
-            joined = [tuple(b) for b in buffers]
-        if options and len(joined) != len(options):
-            raise CheckpointError(
-                f"{folder.path}: pp stage {p} has {len(joined)} parameter groups, {OPTIMIZER} has {len(options)}: "
-                "ckptlab cannot tell which are missing there"
+        joined = [tuple(names) for names in folder.heads[p, 0][0].shapes or ()]
+        if (
+            common.wrapper is Wrapper.ZERO3
+            and common.members
+            and all(i < len(joined) for m in common.members for i in m)
+        ):
+            joined = [tuple(n for i in members for n in joined[i]) for members in common.members]
+        if common.options and len(joined) != len(common.options):
+            message = (
+                f"{folder.path}: pp stage {p} has {len(joined)} parameter groups, {OPTIMIZER} has "
+                f"{len(common.options)}: ckptlab cannot tell which are missing there"
             )
-        stages.append(list(zip(options, joined, strict=True)) if options else [(None, names) for names in joined])
-    groups, _ = match_groups(folder.path, stages)
-    steps = _zero3_steps(common)
-    return tuple(replace(g, scalars=next((scalars[n] for n in g.tensors if scalars.get(n)), steps)) for g in groups)
-
-
-def _zero3_steps(common: Mapping[str, Any]) -> dict[str, Any]:
-    """Stage 3 stores no step beside the tensors; the optimizer's own state has it."""
-    state = (common.get("optimizer_state_dict") or {}).get("state") or {}
-    return next(({"step": s["step"]} for s in state.values() if "step" in s), {})
+            faults.report(contradiction(os.path.join(folder.path, FOLDER, OPTIMIZER), message))
+        options = common.options or (None,) * len(joined)
+        stages.append(list(zip(options, joined, strict=False)))
+    with faults.caught():
+        groups, _ = match_groups(folder.path, stages)
+        return tuple(
+            replace(g, scalars=next((scalars[n] for n in g.tensors if scalars.get(n)), common.step)) for g in groups
+        )
+    return ()
 
 
 def _layers(folder: StepFolder, module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeights:

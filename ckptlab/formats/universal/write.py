@@ -11,7 +11,7 @@ from ckptlab.arrays import Drawn, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import names
-from ckptlab.formats.deepspeed.optimizer import Wrapper
+from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.fileplan import Elements, FilePlan
 from ckptlab.formats.pickles import foreign

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
-from ckptlab.analysis.checkup.finding import Finding, Where
+from ckptlab.findings import Finding, Where
 from ckptlab.formats.torchfile import KNOWN_GLOBALS
 from ckptlab.words import some
 
@@ -76,6 +76,7 @@ def _code(name: str, files: list[str]) -> Finding:
         f"the pickle of {some(files, 3)} names {name}, which is no type of plain values: "
         "torch.load(weights_only=False) would have imported it, and called it if the pickle says so; ckptlab did not",
         "load these files with nothing but ckptlab or torch.load(weights_only=True) until you know who wrote them",
+        "code",
     )
 
 
@@ -88,4 +89,5 @@ def _foreign(name: str, files: list[str]) -> Finding:
         f"the pickle of {some(files, 3)} names {name}: a loader imports that module and runs what the class does when "
         "it is unpickled, and fails where the module is not installed. ckptlab keeps it as a name",
         "load it with DeepSpeed only where that code is installed and trusted",
+        "code",
     )

@@ -1,0 +1,345 @@
+"""What each file of a step folder says, in one form whatever DeepSpeed's version: parsed once, odd values refused.
+
+Every reader after this works on these values; nobody else takes the dictionaries apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import MASTER
+from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.stored import Stored, scalar
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+Content = Mapping[str, Any]
+
+EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
+_BIG = 1 << 62  # beyond any number of elements
+
+
+class Wrapper(Enum):
+    """Which of DeepSpeed's optimizer wrappers wrote the files."""
+
+    BF16 = "BF16_Optimizer"  # fp32 and moments both padded, padding on the last dp rank
+    ZERO12 = "ZeRO-1/2"  # fp32 without padding, moments with it
+    ZERO3 = "ZeRO-3"  # every tensor cut by itself
+
+
+@dataclass(frozen=True)
+class Header:
+    """A dictionary in a file, its values taken out by the form that DeepSpeed gives them.
+
+    `path` is the file's, `at` the keys that lead to the dictionary. Each method raises a CheckpointError that names
+    both where a value has another form.
+    """
+
+    path: str
+    values: Content
+    at: str = ""
+
+    @classmethod
+    def of(cls, path: str, value: Any, at: str = "") -> Header:
+        if not isinstance(value, Mapping):
+            raise CheckpointError(
+                f"{path}: {at + ': ' if at else ''}expected a dictionary, found {shown(value)}: {_ODD}"
+            )
+        return cls(path, value, at)
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def odd(self, key: str, expected: str) -> CheckpointError:
+        """The error on a value of another form."""
+        where = f"{self.at}.{key}" if self.at else key
+        return CheckpointError(
+            f"{self.path}: {where}: expected {expected}, found {shown(self.values.get(key))}: {_ODD}"
+        )
+
+    def integer(self, key: str, least: int = 0) -> int:
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < _BIG:
+            raise self.odd(key, f"an integer of at least {least}")
+        return int(value)
+
+    def inside(self, key: str) -> Header:
+        """The dictionary of a key; an empty one where there is none."""
+        value = self.values.get(key)
+        return Header.of(self.path, {} if value is None else value, f"{self.at}.{key}" if self.at else key)
+
+    def several(self, key: str) -> list[Any]:
+        """The list of a key; an empty one where there is none."""
+        value = self.values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, (list, tuple)):
+            raise self.odd(key, "a list")
+        return list(value)
+
+    def dictionaries(self, key: str) -> list[Header]:
+        return [Header.of(self.path, v, f"{self.at}.{key}" if self.at else key) for v in self.several(key)]
+
+    def integers(self, key: str, least: int = 0) -> list[int]:
+        return [Header(self.path, {key: v}, self.at).integer(key, least) for v in self.several(key)]
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self.values.get(key)
+        found = sorted(value) if isinstance(value, (set, frozenset)) else self.several(key)
+        if not all(isinstance(v, str) for v in found):
+            raise self.odd(key, "a list of names")
+        return tuple(found)
+
+    def aliases(self, key: str) -> dict[str, str]:
+        inside = self.inside(key).values
+        if not all(isinstance(k, str) and isinstance(v, str) for k, v in inside.items()):
+            raise self.odd(key, "names of names")
+        return dict(inside)
+
+    def stored(self, key: str) -> dict[str, Stored]:
+        """The tensors of a dictionary by name; what is no tensor is left out."""
+        return _tensors(self.inside(key))
+
+    def shapes(self, key: str) -> dict[str, Shape]:
+        return _shapes(self, key, self.inside(key).values)
+
+    def shape_groups(self, key: str) -> tuple[Shapes, ...] | None:
+        """Shapes, one mapping a group (DeepSpeed before 0.6 wrote one group as a bare mapping); None if there are
+        none."""
+        value = self.values.get(key)
+        groups = [value] if isinstance(value, Mapping) else value
+        if groups is None:
+            return None
+        if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
+            raise self.odd(key, "shapes by name, one dictionary a group")
+        return tuple(_shapes(self, key, g) for g in groups)
+
+
+_ODD = "not as DeepSpeed writes it. Put back this run's own file"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: its type, and what it is if that is short."""
+    plain = isinstance(value, (int, float, str, type(None))) and len(repr(value)) <= 40
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def _shapes(header: Header, key: str, group: Mapping[Any, Any]) -> dict[str, Shape]:
+    found = {}
+    for name, shape in group.items():
+        whole = isinstance(shape, (list, tuple)) and all(
+            isinstance(n, (int, np.integer)) and 0 <= n < _BIG for n in shape
+        )
+        if not isinstance(name, str) or not whole or math.prod(shape) >= _BIG:
+            raise header.odd(key, f"the shape of {name}" if isinstance(name, str) else "names")
+        found[name] = tuple(map(int, shape))
+    return found
+
+
+def _tensors(header: Header) -> dict[str, Stored]:
+    found = {k: v for k, v in header.values.items() if isinstance(v, Stored)}
+    if not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"{header.path}: {header.at}: a tensor without a name: {_ODD}")
+    return found
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the run's ds_config says that a reader or a target needs; None where it is silent."""
+
+    stage: int | None = None
+    round_robin: bool = False
+    sub_group_size: int | None = None
+    dtype: str | None = None
+
+    @classmethod
+    def of(cls, config: Header) -> EngineConfig:
+        zero = config.inside("zero_optimization")
+        enabled = {k: bool(config.inside(k).values.get("enabled")) for k in ("bf16", "bfloat16", "fp16") if k in config}
+        dtype = "fp32" if enabled else None
+        if any(enabled.values()):
+            dtype = "bf16" if enabled.get("bf16") or enabled.get("bfloat16") else "fp16"
+        size = zero.values.get("sub_group_size")
+        return cls(
+            zero.integer("stage") if "stage" in zero else None,
+            bool(zero.values.get("round_robin_gradients")),
+            int(size) if isinstance(size, (int, float)) and 1 <= size < _BIG else None,
+            dtype,
+        )
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file: its `content` as stored, and what of it a reader needs.
+
+    `degrees` is (pp, tp), which DeepSpeed before 0.16 did not record; `shapes` are the trained tensors', one mapping a
+    flat buffer, in memory order; `module` the tensors in it (None: the pipeline engine keeps them in layer files).
+    """
+
+    path: str
+    content: Content
+    world: int
+    dp: int
+    degrees: tuple[int, int] | None
+    config: EngineConfig
+    shapes: tuple[Shapes, ...] | None
+    module: Mapping[str, Stored] | None
+    buffers: frozenset[str]
+    shared: Mapping[str, str]
+    frozen: Shapes
+    frozen_fragments: Mapping[str, Stored]
+
+    @classmethod
+    def of(cls, path: str, content: Any) -> ModelFile:
+        header = Header.of(path, content)
+        for key in ("dp_world_size", "mp_world_size", "global_steps", "ds_config"):
+            if key not in header.values:
+                raise CheckpointError(f"{path}: no {key!r}: not a model file that DeepSpeed wrote")
+        degrees = header.inside("checkpoint_parallel_dimensions")
+        return cls(
+            path,
+            header.values,
+            header.integer("mp_world_size", 1),
+            header.integer("dp_world_size", 1),
+            (degrees.integer("pp_degree", 1), degrees.integer("tp_degree", 1)) if degrees.values else None,
+            EngineConfig.of(header.inside("ds_config")),
+            header.shape_groups("param_shapes"),
+            header.stored("module") if "module" in header else None,
+            frozenset(header.names("buffer_names")),
+            header.aliases("shared_params"),
+            header.shapes("frozen_param_shapes"),
+            header.stored("frozen_param_fragments"),
+        )
+
+    @property
+    def trained(self) -> dict[str, Shape]:
+        """Shard shapes of the tensors that the optimizer of this rank knows, in memory order."""
+        return {name: shape for group in self.shapes or () for name, shape in group.items()}
+
+
+def layer_file(path: str, content: Any) -> dict[str, Stored]:
+    """The tensors of a layer file."""
+    return _tensors(Header.of(path, content))
+
+
+@dataclass(frozen=True)
+class OptimizerFile:
+    """An optimizer file: its flat buffers, each with its states, its scalars, and its parameter group's index.
+
+    `options[group]`: hyperparameters (None in an elastic checkpoint, which has none). `spans[buffer]`: name → (start,
+    count) by `param_slice_mappings`, where they are written. `alignment` and `paddings` are DeepSpeed's
+    `param_alignment_paddings` and `group_paddings`.
+    """
+
+    path: str
+    content: Content
+    wrapper: Wrapper
+    stage: int | None
+    states: tuple[Mapping[str, Stored], ...]
+    scalars: tuple[Mapping[str, Any], ...]
+    group_of: tuple[int, ...]
+    options: tuple[Mapping[str, Any] | None, ...]
+    elastic: bool
+    alignment: tuple[tuple[int, ...], ...]
+    paddings: tuple[int, ...]
+    spans: tuple[Mapping[str, tuple[int, int]], ...]
+
+    @classmethod
+    def of(cls, path: str, content: Any) -> OptimizerFile:
+        whole = Header.of(path, content)
+        header = whole.inside("optimizer_state_dict")
+        wrapper = _wrapper(path, header)
+        zero3 = wrapper is Wrapper.ZERO3
+        masters = header.several("fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups")
+        if not all(isinstance(m, Stored) for m in masters):
+            raise header.odd("fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups", "a list of tensors")
+        by_id, ids, options = _base(header, "optimizer_state_dict" if zero3 else "base_optimizer_state")
+        order = [i for members in ids for i in members]
+        if sorted(order) != list(range(len(masters))):
+            raise CheckpointError(
+                f"{path}: {len(masters)} fp32 buffers, but the parameter groups name buffers {order[:20]}: the file is "
+                "inconsistent"
+            )
+        buffers = [_states(m, by_id.get(i, {})) for i, m in enumerate(masters)]
+        group_of = [g for g, members in enumerate(ids) for _ in members]
+        args = getattr(header.values.get("zero_stage"), "args", ())  # ZeroStageEnum(n) is a placeholder
+        stage = args[0] if isinstance(args, tuple) and args else header.values.get("zero_stage")
+        alignment = header.several("param_alignment_paddings")
+        return cls(
+            path,
+            whole.values,
+            wrapper,
+            stage if isinstance(stage, int) and stage in (1, 2, 3) else None,
+            tuple(arrays for arrays, _ in buffers),
+            tuple(single for _, single in buffers),
+            tuple(g for _, g in sorted(zip(order, group_of, strict=True))),
+            tuple(options),
+            isinstance(header.values.get("base_optimizer_state"), (list, tuple)),
+            tuple(tuple(Header(path, {"paddings": a}, header.at).integers("paddings")) for a in alignment),
+            tuple(header.integers("group_paddings")) if wrapper is Wrapper.ZERO12 else (),
+            () if zero3 else tuple(_spans(h) for h in header.dictionaries("param_slice_mappings")),
+        )
+
+    @property
+    def state_dict(self) -> Content:
+        """The optimizer's own part of the file."""
+        return self.content["optimizer_state_dict"]
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """The steps that its buffers name, each once; torch keeps a float."""
+        found = {s for one in self.scalars if (s := scalar(one.get("step"))) is not None}
+        return tuple(sorted(int(s) if s.is_integer() else s for s in found))
+
+
+def _wrapper(path: str, state: Header) -> Wrapper:
+    if "fp32_flat_groups" in state.values:
+        return Wrapper.ZERO3
+    if "single_partition_of_fp32_groups" in state.values:
+        return Wrapper.ZERO12 if "zero_stage" in state.values else Wrapper.BF16
+    raise UnsupportedError(
+        f"{path}: neither 'single_partition_of_fp32_groups' nor 'fp32_flat_groups': "
+        f"found {', '.join(map(str, state.values))}; ckptlab knows ZeRO-1, 2, 3 and BF16_Optimizer"
+    )
+
+
+def _base(header: Header, key: str) -> tuple[dict[Any, Content], list[list[int]], list[Mapping[str, Any] | None]]:
+    """The state of each buffer, and the buffers and hyperparameters of each parameter group."""
+    if isinstance(header.values.get(key), (list, tuple)):  # elastic: a state a group, and no hyperparameters
+        listed = [h.values for h in header.dictionaries(key)]
+        return dict(enumerate(listed)), [[i] for i in range(len(listed))], [None] * len(listed)
+    base = header.inside(key)
+    groups = base.dictionaries("param_groups")
+    state = base.inside("state")
+    by_id = {i: Header.of(header.path, v, f"{state.at}.{i}").values for i, v in state.values.items()}
+    options = [{k: v for k, v in g.values.items() if k != "params"} for g in groups]
+    return by_id, [g.integers("params") for g in groups], list(options)
+
+
+def _states(master: Stored, state: Content) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """(elementwise states, the rest) of a flat buffer: what has an element for each of the master's is elementwise."""
+    arrays, single = {MASTER: master}, {}
+    for key, value in state.items():
+        if isinstance(value, Stored) and value.shape and value.numel >= master.numel:
+            arrays[key] = value
+        else:
+            single[key] = value
+    return arrays, single
+
+
+def _spans(mapping: Header) -> dict[str, tuple[int, int]]:
+    """name → (start, count) of what a slice mapping says that the file holds."""
+    found = {}
+    for name, address in mapping.values.items():
+        start, count = getattr(address, "start", None), getattr(address, "numel", None)
+        if not isinstance(name, str) or not isinstance(start, int) or not isinstance(count, int):
+            raise mapping.odd(name, "a start and a number of elements")
+        if count > 0:
+            found[name] = (start, count)
+    return found

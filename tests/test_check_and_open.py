@@ -1,0 +1,332 @@
+"""`open` raises exactly where `check` has an error of files or headers, whatever was done to a checkpoint; and a check
+reads each file once."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import DATA, GPT, ZERO2, ZERO3
+from faults import copy, cut, edit, flip, poke, swap
+from safetensors.numpy import save_file
+from test_hostile_files import HOSTILE, forge
+
+from ckptlab import Health, health
+from ckptlab.errors import CheckpointError, CkptlabError
+from ckptlab.formats import read, torchfile
+from ckptlab.formats.placeholders import foreign
+
+OPTIM, MODEL = "bf16_zero_pp_rank_{}_mp_rank_{:02d}_optim_states.pt", "mp_rank_{:02d}_model_states.pt"
+LAYER = "layer_03-model_01-model_states.pt"
+UNIVERSAL = GPT / "universal" / "global_step3_universal"
+
+
+def law(folder: Path) -> Health:
+    """Hold `open` against `check`."""
+    error: CkptlabError | None = None
+    try:
+        read(folder)
+    except CkptlabError as caught:
+        error = caught
+    found = health(folder, data=False)
+    refusing = [f for f in found.findings if f.refuses]
+    assert (error is None) == (not refusing) == found.checked.opened, (error, found)
+    assert error is None or type(error) in {type(f.error) for f in refusing}, (error, found)
+    return found
+
+
+def put(**changes: Any) -> Callable[[dict], dict]:
+    return lambda content: {**content, **changes}
+
+
+def drop(*keys: str) -> Callable[[dict], dict]:
+    return lambda content: {k: v for k, v in content.items() if k not in keys}
+
+
+def all_models(folder: Path, change: Callable[[dict], Any]) -> None:
+    for file in folder.glob("mp_rank_*"):
+        edit(file, change)
+
+
+def mappings_swapped(content: dict) -> None:
+    mapping = content["optimizer_state_dict"]["param_slice_mappings"][0]
+    first, second, *_ = mapping
+    mapping[first], mapping[second] = mapping[second], mapping[first]
+
+
+def another_tensor(content: dict) -> None:
+    shapes = content["param_shapes"][0]
+    shapes["9.invented.weight"] = shapes.pop("3.mlp.dense_h_to_4h.weight")
+
+
+def another_shape(content: dict) -> None:
+    content["param_shapes"][0]["tied_modules.embed.word_embeddings.weight"] = (7, 16)
+
+
+GPT_FAULTS: dict[str, Callable[[Path], Any]] = {
+    "nothing": lambda f: None,
+    "optimizer file missing": lambda f: (f / OPTIM.format(1, 2)).unlink(),
+    "model file missing": lambda f: (f / MODEL.format(3)).unlink(),
+    "every model file missing": lambda f: [p.unlink() for p in f.glob("mp_rank_*")],
+    "every optimizer file missing": lambda f: [p.unlink() for p in f.glob("*_optim_states.pt")],
+    "layer file missing": lambda f: (f / LAYER).unlink(),
+    "layer missing": lambda f: [p.unlink() for p in f.glob("layer_03*")],
+    "every layer missing": lambda f: [p.unlink() for p in f.glob("layer_*")],
+    "extra file": lambda f: shutil.copy(f / OPTIM.format(1, 0), f / OPTIM.format(2, 0)),
+    "extra file that is cut": lambda f: (f / OPTIM.format(2, 0)).write_bytes(b"PK"),
+    "rank named twice": lambda f: shutil.copy(f / MODEL.format(0), f / "mp_rank_000_model_states.pt"),
+    "cut": lambda f: cut(f / LAYER, 0.5),
+    "empty": lambda f: cut(f / OPTIM.format(0, 0), 0),
+    "swapped dp": lambda f: swap(f / OPTIM.format(0, 3), f / OPTIM.format(1, 3)),
+    "swapped tp": lambda f: [swap(f / OPTIM.format(d, 0), f / OPTIM.format(d, 1)) for d in (0, 1)],
+    "swapped pp": lambda f: swap(f / OPTIM.format(0, 0), f / OPTIM.format(0, 2)),
+    "swapped layers": lambda f: swap(f / LAYER, f / "layer_05-model_01-model_states.pt"),
+    "another step": lambda f: edit(f / MODEL.format(3), put(global_steps=4)),
+    "another sample": lambda f: edit(f / MODEL.format(3), put(global_samples=4)),
+    "another mesh": lambda f: edit(f / MODEL.format(3), put(dp_world_size=4)),
+    "another version": lambda f: edit(f / OPTIM.format(1, 3), put(ds_version="0.1")),
+    "expert": lambda f: shutil.copy(f / MODEL.format(0), f / "layer_0_expert_0_mp_rank_00_model_states.pt"),
+    "experts": lambda f: all_models(f, put(num_experts=[4])),
+    "layouts untold": lambda f: all_models(f, drop("universal_checkpoint_info")),
+    "affine map": lambda f: all_models(
+        f, lambda c: put(universal_checkpoint_info={**c["universal_checkpoint_info"], "affine_map": {"params": [1]}})(c)
+    ),
+    "lists of another model": lambda f: all_models(
+        f, lambda c: put(universal_checkpoint_info={"original_vocab_size": 5000,
+                                                    "vocabulary_parameter_patterns": [".*"]})(c)
+    ),
+    "pattern that is none": lambda f: all_models(
+        f, put(universal_checkpoint_info={"tp_replicated_parameter_patterns": ["("]})
+    ),
+    "row of a vector": lambda f: all_models(
+        f, put(universal_checkpoint_info={"parameter_with_row_parallelism_patterns": [".*"]})
+    ),
+    "no shapes": lambda f: all_models(f, drop("param_shapes")),
+    "other tensors": lambda f: edit(f / MODEL.format(1), another_tensor),
+    "other shape": lambda f: edit(f / MODEL.format(2), another_shape),
+    "no ranks at all": lambda f: all_models(f, put(dp_world_size=1 << 50)),
+    "layer of nothing": lambda f: edit(f / LAYER, lambda c: {}),
+    "layer that is a list": lambda f: edit(f / LAYER, lambda c: [1]),
+    "flipped bit": lambda f: flip(f, "3.input_layernorm.weight", "fp32", 0, tp=1),
+    "not finite": lambda f: poke(f, "3.mlp.dense_h_to_4h.weight", "exp_avg", np.nan),
+}  # fmt: skip
+
+ZERO2_FAULTS: dict[str, Callable[[Path], Any]] = {
+    "swapped": lambda f: swap(f / OPTIM.format(0, 0), f / OPTIM.format(1, 0)),
+    "mappings": lambda f: edit(f / OPTIM.format(0, 0), mappings_swapped),
+    "stage 0": lambda f: [
+        [p.unlink() for p in f.glob("*optim*")],
+        edit(f / MODEL.format(0), put(optimizer={"state": {}})),
+    ],
+    "shapes in one mapping": lambda f: edit(f / MODEL.format(0), lambda c: put(param_shapes=c["param_shapes"][0])(c)),
+    "no module": lambda f: edit(f / MODEL.format(0), put(module=None)),
+    "module of another shape": lambda f: edit(
+        f / MODEL.format(0), lambda c: put(module={k: np.zeros((3, 3), np.float32) for k in c["module"]})(c)
+    ),
+    "a list": lambda f: edit(f / MODEL.format(0), lambda c: [1, 2]),
+    "nothing in it": lambda f: edit(f / MODEL.format(0), lambda c: {"nothing": 1}),
+    "no config": lambda f: edit(f / MODEL.format(0), drop("ds_config")),
+    "foreign class": lambda f: edit(f / MODEL.format(0), put(note=foreign("megatron.enums", "Kind", 1))),
+    "of torch before 1.6": lambda f: (f / MODEL.format(0)).write_bytes(pickle.dumps(1, 2) + pickle.dumps(2, 2)),
+}
+
+
+@pytest.mark.parametrize("fault", GPT_FAULTS)
+def test_faults_in_a_pipeline(tmp_path: Path, fault: str) -> None:
+    folder = copy(GPT, tmp_path)
+    GPT_FAULTS[fault](folder)
+    law(folder)
+
+
+@pytest.mark.parametrize("fault", ZERO2_FAULTS)
+def test_faults_in_zero2(tmp_path: Path, fault: str) -> None:
+    folder = copy(ZERO2, tmp_path)
+    ZERO2_FAULTS[fault](folder)
+    law(folder)
+
+
+@pytest.mark.parametrize("case", [ZERO3, DATA / "plain_zero2_dp2_round_robin", UNIVERSAL], ids=lambda p: p.name)
+def test_healthy_ones(case: Path) -> None:
+    assert law(case).checked.opened
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_pickles_that_would_run_a_command(tmp_path: Path, how: str) -> None:
+    folder = copy(ZERO2, tmp_path)
+    data = pickle.dumps(HOSTILE[how](f"touch {tmp_path / 'executed'}"), 2)
+    forge(folder / MODEL.format(0), data=data)
+    law(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_beside_a_whole_checkpoint_is_an_error_that_open_need_not_raise(tmp_path: Path) -> None:
+    folder = copy(ZERO2, tmp_path)
+    edit(folder / MODEL.format(0), put(note=foreign("posix", "system", "true")))
+    (one,) = law(folder)["executable-pickle"]
+    assert (one.severity, one.about) == ("error", "code")
+
+
+# Odd values: every key that DeepSpeed writes, with values of another form
+
+ODD: list[Any] = [None, 3, -1, 1 << 70, "text", [], {}, [7], [[7]], {"state": 3}, {3: {}}, {"a": [None]}, 0.5, True]
+_UNREAD = {"ds_config", "lr_scheduler", "args", "rng_states"}  # what is in them is not a header's
+
+
+def keys(content: Any, depth: int = 4) -> Iterator[tuple[Any, ...]]:
+    """The ways to every value in a header, down to some depth."""
+    if isinstance(content, Mapping) and depth:
+        for key, value in content.items():
+            yield (key,)
+            if key not in _UNREAD:
+                yield from ((key, *rest) for rest in keys(value, depth - 1))
+    elif isinstance(content, list) and depth and content:
+        yield from ((0, *rest) for rest in keys(content[0], depth - 1))
+
+
+def changed(content: Any, way: tuple[Any, ...], value: Any) -> Any:
+    first, *rest = way
+    inside = changed(content[first], tuple(rest), value) if rest else value
+    if isinstance(content, list):
+        return [inside, *content[1:]]
+    return {**content, first: inside}
+
+
+CASES = [
+    (ZERO2, MODEL.format(0)),
+    (ZERO2, OPTIM.format(1, 0)),
+    (GPT, MODEL.format(0)),
+    (GPT, LAYER),
+    (ZERO3, "zero_pp_rank_1_mp_rank_00_model_states.pt"),
+    (ZERO3, OPTIM.format(0, 0)),
+    (UNIVERSAL.parent, "zero/optimizer_state.pt"),
+    (UNIVERSAL.parent, "zero/3.input_layernorm.weight/exp_avg.pt"),
+]
+
+
+@pytest.mark.parametrize(("case", "name"), CASES, ids=lambda p: Path(p).name)
+def test_odd_headers_are_findings_and_errors_never_tracebacks(tmp_path: Path, case: Path, name: str) -> None:
+    folder = Path(shutil.copytree(UNIVERSAL, tmp_path / "run")) if case == UNIVERSAL.parent else copy(case, tmp_path)
+    file = folder / name
+    content, raw = torchfile.read(file), file.read_bytes()
+    chance = random.Random(name)
+    ways = list(keys(content)) + [
+        ("ds_config", key) for key in ("zero_optimization", "bf16", "fp16") if key in content.get("ds_config", ())
+    ]
+    told = 0
+    for way in chance.sample(ways, min(len(ways), 60)):
+        for value in chance.sample(ODD, 2):
+            (tmp_path / "old.pt").write_bytes(raw)
+            torchfile.write(file.with_suffix(".new"), changed(torchfile.read(tmp_path / "old.pt"), way, value))
+            file.with_suffix(".new").replace(file)
+            try:
+                told += not law(folder).healthy
+            except Exception as error:
+                raise AssertionError(f"{name}: {way} = {value!r}") from error
+    assert told, "some of them are no headers of DeepSpeed's"
+
+
+# Universal folders and safetensors
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda f: shutil.rmtree(f / "zero" / "3.input_layernorm.weight"),
+        lambda f: cut(f / "zero" / "3.input_layernorm.weight" / "exp_avg.pt", 0.5),
+        lambda f: (f / "zero" / "3.input_layernorm.weight" / "exp_avg.pt").unlink(),
+        lambda f: (f / "zero" / "optimizer_state.pt").write_bytes(b""),
+        lambda f: edit(f / "zero" / "3.input_layernorm.weight" / "fp32.pt", put(param=np.zeros(3, np.float32))),
+        lambda f: edit(f / "zero" / "optimizer_state.pt", lambda c: put(param_groups=c["param_groups"][:1])(c)),
+        lambda f: (f / MODEL.format(0)).unlink(),
+    ],
+    ids=["folder", "cut", "state", "optimizer", "shape", "groups", "model"],
+)
+def test_faults_in_a_universal_folder(tmp_path: Path, fault: Callable[[Path], Any]) -> None:
+    folder = Path(shutil.copytree(UNIVERSAL, tmp_path / "universal"))
+    fault(folder)
+    law(folder)
+
+
+def test_a_universal_folder_whose_shapes_are_in_one_mapping_has_one_group(tmp_path: Path) -> None:
+    """DeepSpeed's older form; its names were once counted as groups."""
+    folder = Path(shutil.copytree(UNIVERSAL, tmp_path / "universal"))
+    all_models(folder, lambda c: put(param_shapes={n: s for group in c["param_shapes"] for n, s in group.items()})(c))
+    edit(folder / "zero" / "optimizer_state.pt", lambda c: put(param_groups=c["param_groups"][:1])(c))
+    assert [len(g.tensors) for g in read(folder).groups] == [len(read(UNIVERSAL).tensors)]
+    law(folder)
+
+
+def _with_header(file: Path, header: Any) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1600]}},
+        {"w": {"dtype": "F33", "shape": [4], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": ["4"], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0]}},
+        {"w": 5},
+        [],
+        "x",
+    ],
+)
+def test_headers_of_safetensors(tmp_path: Path, header: Any) -> None:
+    _with_header(tmp_path / "model.safetensors", header)
+    law(tmp_path)
+
+
+INDICES: list[Any] = [
+    {},
+    [],
+    {"weight_map": 3},
+    {"weight_map": {"w": 3}},
+    {"weight_map": {"w": "b.safetensors"}},
+    {"weight_map": {"w": "../a.safetensors"}},
+    {"weight_map": {"w": "a.safetensors"}},
+]
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_indices_of_safetensors(tmp_path: Path, index: Any) -> None:
+    save_file({"w": np.zeros(3, np.float32)}, tmp_path / "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert law(tmp_path).healthy == (index is INDICES[-1])
+
+
+# Each file once
+
+
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3, UNIVERSAL], ids=lambda p: p.name)
+def test_a_check_reads_each_file_once(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    really = torchfile._TensorUnpickler.load
+
+    def counted(self: Any) -> Any:
+        seen.append(self.source)
+        return really(self)
+
+    monkeypatch.setattr(torchfile._TensorUnpickler, "load", counted)
+    found = health(case, data=False)
+    assert len(seen) == len(set(seen)) == found.checked.files > 2
+
+
+def test_a_file_that_may_not_be_read_is_an_error_of_ckptlabs(tmp_path: Path) -> None:
+    folder = copy(ZERO2, tmp_path)
+    (folder / MODEL.format(0)).unlink()
+    (folder / MODEL.format(0)).symlink_to(tmp_path)  # a folder: reading it is an OSError for whoever runs this
+    with pytest.raises(CheckpointError):
+        read(folder)
+    assert not law(folder).healthy

@@ -18,9 +18,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ckptlab.formats import torchfile
 from ckptlab.formats.fileplan import Zeros
-from ckptlab.formats.pickles import Size, foreign
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.pickles import Size, foreign
 
 TP, PP, DP = 4, 12, 8
 LAYERS, HIDDEN, VOCAB, PADDED = 70, 14336, 250680, 250880

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ckptlab.findings import Finding
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
+    from ckptlab.sharding.strategies import Megatron, Rules, Strategy
     from ckptlab.stored import reading
-    from ckptlab.strategy import Megatron, Rules, Strategy
     from ckptlab.widgets import explore, playground
 
     __version__: str
@@ -110,7 +110,7 @@ _HOMES = {
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "stored": "reading",
-    "strategy": "Megatron Rules Strategy",
+    "sharding.strategies": "Megatron Rules Strategy",
     "widgets": "explore playground",
 }
 _MODULES = ("analysis", "viz")

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ckptlab import convert, paper, strategy
-from ckptlab.catalog import MODULE, Catalog, Tensor, module_source
+from ckptlab import convert, formats
+from ckptlab.catalog import MODULE, Catalog, Tensor, Training, module_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.findings import Finding
-from ckptlab.formats import FORMATS, read
+from ckptlab.formats import Format
 from ckptlab.formats.fileplan import FilePlan
-from ckptlab.formats.locate import LATEST, LATEST_UNIVERSAL
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Placement, Plan, compose
 from ckptlab.pool import Workers
+from ckptlab.sharding.strategies import Strategy, resolve
+from ckptlab.sharding.transformer import PaperModel
 from ckptlab.shown import Shown
 from ckptlab.viewed import Viewed
 
@@ -30,11 +29,9 @@ if TYPE_CHECKING:
 
     from ckptlab.state_dict import Loaded
 
-SHARD_BYTES = 5_000_000_000  # safetensors files are cut at this size, as Hugging Face's are
-
 
 def open(
-    path: str | os.PathLike[str], strategy: strategy.Strategy | Mapping[str, str | Layout] | str | None = None
+    path: str | os.PathLike[str], strategy: Strategy | Mapping[str, str | Layout] | str | None = None
 ) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
 
@@ -46,21 +43,19 @@ def open(
     Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could
     execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
-    return Checkpoint(read(path, _strategy(strategy)))
+    return Checkpoint(formats.read(path, resolve(strategy)))
 
 
 def paper_model(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -> Checkpoint:
     """A model described by a few numbers, with no checkpoint at all: its layouts, flat buffers and plans.
 
-    numbers: see `ckptlab.paper.PaperModel` (layers, hidden, heads, kv_heads, ffn, vocab, tied, gated, dtype).
-    zero_stage: 0 to 3. Nothing is stored, so views of data are refused. Raises LayoutError where the numbers do not fit
-    each other, ReshapeError where the mesh does not fit them.
+    numbers: see `ckptlab.sharding.transformer.PaperModel` (layers, hidden, heads, kv_heads, ffn, vocab, tied, gated,
+    dtype). zero_stage: 0 to 3. Nothing is stored, so views of data are refused. Raises LayoutError where the numbers do
+    not fit each other, ReshapeError where the mesh does not fit them.
     """
-    return Checkpoint(paper.PaperModel(**numbers).on(mesh or Mesh(), zero_stage))
-
-
-def _strategy(given: Any) -> strategy.Strategy | None:
-    return strategy.resolve(given)
+    described = Training(mesh=Mesh(), numbers=asdict(PaperModel(**numbers)))
+    model = Catalog("a model on paper", "paper", Mesh(), {}, {}, training=described)
+    return Checkpoint(Reshape.of(model, mesh or Mesh(), zero_stage=zero_stage).target)
 
 
 class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
@@ -118,14 +113,25 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
         """The training step, where the checkpoint tells."""
         return self.catalog.training.step
 
-    def reshape(self, mesh: Mesh | None = None, **options: Any) -> Reshape:
+    def reshape(
+        self, mesh: Mesh | Mapping[str, int] | None = None, format: str | None = None, **options: Any
+    ) -> Reshape:
         """The same checkpoint on another mesh: nothing is read yet.
 
-        mesh: axes that are not named become 1; None keeps the run's. options: see TargetOptions (zero_stage, dtype,
-        pipeline, padded_vocab, heads, …). ReshapeError, with the reasons and the nearest meshes that
-        work, if it cannot be.
+        mesh: axes that are not named become 1; None keeps the run's. A degree by its axis, `reshape(tp=4)`, keeps those
+        of the other axes, as on the command line. format: what it is to be saved as (None: as such checkpoints are).
+        options: what that format takes; see TargetOptions for DeepSpeed's (zero_stage, dtype, pipeline, padded_vocab,
+        heads, …). ReshapeError, with the reasons and the nearest meshes that work, if it cannot be.
         """
-        return Reshape.of(self.catalog, mesh, **options)
+        trained = self.catalog.training.mesh or self.mesh
+        axes = {name: options.pop(name) for name in list(options) if name in trained}
+        if axes and mesh is not None:
+            raise ReshapeError(f"a mesh and {next(iter(axes))}= are both given: say the degree in one of them")
+        if mesh is not None and not isinstance(mesh, Mesh):
+            if not isinstance(mesh, Mapping):
+                raise ReshapeError(f"reshape takes a mesh, Mesh(tp=4), or degrees by axis, tp=4; not {mesh!r}")
+            mesh = Mesh(**mesh)
+        return Reshape.of(self.catalog, trained.replace(**axes) if axes else mesh, format, **options)
 
     def state_dict(
         self, state: str | None = None, backend: Any = "torch", dtype: Any = None, device: Any = None
@@ -180,25 +186,25 @@ class Reshape(Viewed, Shown):
         self.held = target
 
     @staticmethod
-    def of(source: Catalog, mesh: Mesh | None = None, **options: Any) -> Reshape:
-        from ckptlab.formats.deepspeed import target
-        from ckptlab.formats.deepspeed.options import TargetOptions
-
-        if source.training.mesh is None:
+    def of(source: Catalog, mesh: Mesh | None = None, format: str | None = None, **options: Any) -> Reshape:
+        """A source in a format (None: where checkpoints of its own go, `Format.home`) on a mesh (None: the run's)."""
+        if format is None and (format := formats.get(source.format).home) is None:
             raise ReshapeError(
                 f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: "
-                "there is nothing "
-                "to lay out on a mesh"
+                "there is nothing to lay out on a mesh"
             )
-        unknown = set(options) - {f.name for f in fields(TargetOptions)}
+        form = formats.get(format)
+        known = [field.name for field in fields(form.options)]
+        unknown = [name for name in options if name not in known]
         if unknown:
-            raise ReshapeError(
-                f"reshape has no option {sorted(unknown)[0]!r}: expected "
-                f"{', '.join(f.name for f in fields(TargetOptions))}"
-            )
-        given = TargetOptions(**options)
-        build = paper.reshape if source.format == paper.FORMAT else target.reshape
-        return Reshape(source, build(source, mesh or source.training.mesh, given), given)
+            raise ReshapeError(f"reshape has no option {unknown[0]!r}: expected {', '.join(known) or 'none'}")
+        given = form.options(**options)
+        return Reshape(source, form.target(source, mesh or source.training.mesh or source.mesh, given), given)
+
+    @property
+    def format(self) -> Format:
+        """The format that the target is of."""
+        return formats.get(self.target.format)
 
     @property
     def mesh(self) -> Mesh:
@@ -240,102 +246,79 @@ class Reshape(Viewed, Shown):
 
     @cached_property
     def files(self) -> tuple[FilePlan, ...]:
-        """Every file that writing a native checkpoint makes, as a plan; on paper there are none."""
-        from ckptlab.formats.deepspeed import write
-
-        return () if self.source.format == paper.FORMAT else (*write.files(self.source, self.target),)
+        """Every file that saving makes, as a plan; on paper there are none."""
+        return tuple(self.format.files(self.source, self.target))
 
     @property
     def file_sizes(self) -> Mapping[str, int]:
-        """Name → bytes of tensors of the model of every file that writing a native checkpoint makes."""
+        """Name → bytes of tensors of the model of every file that saving makes."""
         return {plan.name: plan.nbytes for plan in self.files}
 
     def cost(self) -> Cost:
-        """The bytes that writing a native checkpoint reads, writes and moves between ranks."""
-        from ckptlab.formats.deepspeed import write
-
-        wrapper = None if self.source.format == paper.FORMAT else self.target.private.wrapper
+        """The bytes that saving reads, writes and moves between ranks."""
         sizes = (t.numel * max(d.itemsize for d in t.states.values()) for t in self.source.tensors.values() if t.states)
-        return Cost(self.plan.sent, write.payload(self.target, wrapper), self.plan.moved, max(sizes, default=0))
+        written = self.format.payload(self.source, self.target)
+        return Cost(self.plan.sent, written, self.plan.moved, max(sizes, default=0))
 
     def save(
         self,
         destination: str | os.PathLike[str],
-        format: str = "deepspeed",
+        format: str | None = None,
         *,
         workers: Workers = None,
         progress: bool = False,
     ) -> convert.Report:
-        """Write the target: `destination` is the step folder to make, `latest` (or `latest_universal`) is written
-        beside it; beside the source itself, whose `latest` is not touched, none is.
+        """Write the target: `destination` is the folder to make; where the format has one, a pointer that names it
+        (`latest`) is written beside it, but not beside the source itself, whose own stays.
 
-        format: "deepspeed", "universal" or "safetensors" (see `save_weights` for its options). workers: how many
-        threads, or a `concurrent.futures.Executor` whose workers see the same files. The destination appears
-        when it is complete; a conversion that was interrupted goes on where it stopped when it is called again.
-        DestinationError if the destination exists.
+        format: that of the target, or another that takes the same options ("universal"), or whole weights
+        ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
+        whose workers see the same files. The destination appears when it is complete; a conversion that was interrupted
+        goes on where it stopped when it is called again. DestinationError if the destination exists.
         """
-        from ckptlab.formats.universal import write
-
         _ = self.source.stored  # or an error, at once
-        if format == "safetensors":
-            return save_weights(self.source, destination, workers=workers, progress=progress)
-        if format not in FORMATS:
-            raise ReshapeError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-        native = format == "deepspeed"
-        pointer = self._latest(destination) if native else LATEST_UNIVERSAL
+        if format is not None and format != self.target.format:
+            return self._in(format).save(destination, workers=workers, progress=progress)
         return convert.run(
-            self.files if native else (*write.files(self.source, self.target),),
+            self.files,
             os.fspath(destination),
             {
-                "format": format,
+                "format": self.target.format,
                 "source": fingerprint(self.source),
                 "mesh": str(self.mesh),
                 "options": _plain(self.options),
             },
-            latest=pointer,
+            latest=self.format.pointer(os.fspath(destination), self.source),
             workers=workers,
             progress=progress,
-            check=self._check_native if native else None,
+            check=lambda folder: self.format.verify(folder, self.source, self.target),
         )
 
-    def _latest(self, destination: str | os.PathLike[str]) -> str | None:
-        """The pointer to write beside a native destination; None in the source's own folder, whose `latest` stays."""
-        parent = os.path.dirname(os.path.abspath(destination))
-        is_sources = parent == os.path.dirname(self.source.path) and os.path.exists(os.path.join(parent, LATEST))
-        return None if is_sources else LATEST
-
-    def _check_native(self, folder: str) -> None:
-        """Read what was written back: it must open, and say of every tensor what the target says."""
-        told = self.source.training.layouts_told or self.mesh.tp == 1
-        found = read(folder, None if told else LayoutsOf(self.target))
-        for name, tensor in self.target.tensors.items():
-            again = found.tensors.get(name)
-            alike = again is not None and again.shape == tensor.shape and again.cut.dims == tensor.cut.dims
-            if not alike or (self.source.training.layouts_told and again and again.layout.text != tensor.layout.text):
-                raise CheckpointError(
-                    f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
-                    f"{(tensor.layout, tensor.cut)}: this is a fault of ckptlab; please report it"
-                )
+    def _in(self, format: str) -> Reshape:
+        """The same in another format, with those of the options that it knows."""
+        known = {field.name for field in fields(formats.get(format).options)}
+        given = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name in known}
+        return Reshape.of(self.source, self.mesh, format, **given)
 
 
 def save_weights(
-    source: Catalog,
+    source: Catalog | Checkpoint,
     destination: str | os.PathLike[str],
     *,
-    dtype: np.dtype | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
     workers: Workers = None,
     progress: bool = False,
 ) -> convert.Report:
     """Consolidated safetensors of every weight, frozen tensor and buffer, under the model's own names.
 
-    dtype: None keeps the master's (float32). Files are cut at `max_shard_bytes`, with an index.
+    dtype: "bf16", "fp16" or "fp32"; None keeps the master's (float32). Files are cut at `max_shard_bytes` (None: 5 GB),
+    with an index.
     """
-    from ckptlab.formats import safetensors
-
-    identity = {"format": "safetensors", "source": fingerprint(source), "dtype": str(dtype), "shard": max_shard_bytes}
-    files = (*safetensors.files(source, dtype, max_shard_bytes),)
-    return convert.run(files, os.fspath(destination), identity, workers=workers, progress=progress)
+    catalog = source.catalog if isinstance(source, Checkpoint) else source
+    given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    options = {name: value for name, value in given.items() if value is not None}
+    return Reshape.of(catalog, None, "safetensors", **options).save(destination, workers=workers, progress=progress)
 
 
 def fingerprint(catalog: Catalog) -> str:
@@ -346,14 +329,3 @@ def fingerprint(catalog: Catalog) -> str:
 
 def _plain(options: Any) -> dict[str, Any]:
     return {k: repr(v) for k, v in asdict(options).items() if v is not None}
-
-
-@dataclass(frozen=True)
-class LayoutsOf:
-    """The strategy that gives each tensor the layout it has in a catalog."""
-
-    catalog: Catalog
-
-    def layout(self, name: str, shards: Sequence[tuple[int, ...]]) -> Layout | None:
-        found = self.catalog.tensors.get(name)
-        return None if found is None or found.layout.padded else found.layout

@@ -247,9 +247,9 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
     "--to",
     "form",
     required=True,
-    type=click.Choice(["deepspeed", "universal", "safetensors"]),
+    metavar="FORMAT",
     help="deepspeed: files that a plain load_checkpoint on the new mesh reads. universal: DeepSpeed's universal "
-    "checkpoint. safetensors: the weights alone, whole.",
+    "checkpoint. safetensors: the weights alone, whole. `ckptlab formats` lists those that are registered.",
 )
 @_mesh
 @_target
@@ -285,6 +285,7 @@ def convert(
     began = time.monotonic()
     if max_shard_size is not None and form != "safetensors":
         raise click.UsageError(f"--max-shard-size goes with --to safetensors, not with {form}")
+    _writes(form)
     ckpt = _open(source, strategy)
     running = {"workers": workers, "progress": sys.stderr.isatty() and not no_progress}
     if form == "safetensors":
@@ -385,15 +386,21 @@ def diff(
 def formats(as_json: bool) -> None:
     """What is registered here: formats that open, strategies for layouts, array libraries. Packages may add to each."""
     from ckptlab.arrays.backends import BACKENDS
-    from ckptlab.formats import FORMATS
-    from ckptlab.strategy import REGISTRY
+    from ckptlab.formats import every
+    from ckptlab.sharding.strategies import REGISTRY
 
-    found = {"formats": list(FORMATS), "strategies": list(REGISTRY.names()), "backends": list(BACKENDS.names())}
+    known = every()
+    others = {"strategies": list(REGISTRY.names()), "backends": list(BACKENDS.names())}
     if as_json:
-        _print(found)
+        listed = [{"name": f.name, "title": f.title, "reads": f.reads, "writes": f.writes} for f in known]
+        _print({"formats": listed, **others})
         return
-    width = max(map(len, found))
-    click.echo("\n".join(f"{what:<{width}}  {', '.join(names)}" for what, names in found.items()))
+    width = max(len(format.name) for format in known)
+    for format in known:
+        does = [verb for verb, can in (("reads", format.reads), ("writes", format.writes)) if can]
+        click.echo(f"{format.name:<{width}}  {format.title} ({', '.join(does) or 'named, not read yet'})")
+    for what, names in others.items():
+        click.echo(f"{what:<{width}}  {', '.join(names)}")
 
 
 # ------------------------------------------------------------------ what the commands share
@@ -405,14 +412,21 @@ def _open(path: str, strategy: str | None) -> Checkpoint:
     return open_checkpoint(path, strategy)
 
 
-def _reshape(ckpt: Checkpoint, options: Mapping[str, Any]) -> Reshape:
+def _writes(form: str) -> None:
+    """Whether that is a format to write; a UsageError that lists those that are, if not."""
+    from ckptlab.formats import every
+
+    known = [format.name for format in every() if format.writes]
+    if form not in known:
+        raise click.UsageError(f"--to {form}: expected one of {', '.join(known)}")
+
+
+def _reshape(ckpt: Checkpoint, options: Mapping[str, Any], form: str | None = None) -> Reshape:
     """The target that the options say; axes that they do not name keep the degree that the run had."""
     given = {k: v for k, v in options.items() if v is not None}
-    axes = {a: given.pop(a) for a in ("tp", "pp", "dp") if a in given}
     if "param_groups" in given:
         given["param_groups"] = _param_groups(given["param_groups"])
-    trained = ckpt.catalog.training.mesh
-    return ckpt.reshape(trained.replace(**axes) if trained else None, **given)
+    return ckpt.reshape(format=form, **given)
 
 
 def _param_groups(path: str) -> tuple[Mapping[str, Any], ...]:
@@ -430,8 +444,8 @@ def _write_run(
     ckpt: Checkpoint, destination: str, form: str, options: Mapping[str, Any], running: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Report]:
     """Write a native or universal checkpoint: what is to be said of it, and the report."""
-    reshape = _reshape(ckpt, options)
-    report = reshape.save(destination, form, **running)
+    reshape = _reshape(ckpt, options, form)
+    report = reshape.save(destination, **running)
     notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
     if report.latest is None:
         tag = os.path.basename(report.destination)
@@ -449,21 +463,15 @@ def _write_weights(
     running: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Report]:
     """Write safetensors: what is to be said of them, and the report."""
-    from ckptlab.catalog import DTYPES, MASTER, MODULE
-    from ckptlab.checkpoint import SHARD_BYTES, save_weights
+    from ckptlab.catalog import MASTER, MODULE
+    from ckptlab.checkpoint import save_weights
 
     named = [k for k, v in options.items() if v is not None and k != "dtype"]
     if named:
         option = f"--{named[0].replace('_', '-')}"
         raise click.UsageError(f"{option} has no meaning with --to safetensors, which holds whole weights")
     dtype = options["dtype"]
-    report = save_weights(
-        ckpt.catalog,
-        destination,
-        dtype=DTYPES[dtype] if dtype else None,
-        max_shard_bytes=max_shard_bytes or SHARD_BYTES,
-        **running,
-    )
+    report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
     notices = [{"code": n.code, "text": n.text} for n in ckpt.findings]
     lost = [s for s in ckpt.states if s not in (MASTER, MODULE)]
     if lost:

@@ -9,12 +9,12 @@ from typing import Any
 import xarray as xr
 from xarray.backends import BackendEntrypoint
 
-from ckptlab import strategy as strategies
 from ckptlab.arrays.backends import resolve
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
 from ckptlab.formats.locate import at
+from ckptlab.sharding.strategies import resolve as resolve_strategy
 from ckptlab.views import Flat, Full, Shards, View
 
 _TENSORS: dict[str, type[View]] = {"full": Full, "shards": Shards}
@@ -42,7 +42,7 @@ class CkptlabBackend(BackendEntrypoint):
         if not isinstance(filename_or_obj, str | os.PathLike) or not os.path.isdir(filename_or_obj):
             return False
         try:
-            return at(os.path.abspath(filename_or_obj)) is not None
+            return bool(at(os.path.abspath(filename_or_obj)))
         except CheckpointError:
             return False
 
@@ -130,7 +130,7 @@ def _read(path: Any, view: str, strategy: Any) -> Catalog:
         raise CheckpointError(f"a checkpoint is opened by the path of its folder, not by {type(path).__name__}")
     if view not in VIEWS:
         raise CheckpointError(f"{os.fspath(path)}: no view {view!r}: expected one of {', '.join(VIEWS)}")
-    return read(path, strategies.resolve(strategy))
+    return read(path, resolve_strategy(strategy))
 
 
 def _names(names: str | Iterable[str] | None) -> list[str]:

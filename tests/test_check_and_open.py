@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import DATA, GPT, ZERO2, ZERO3
-from faults import copy, cut, edit, flip, poke, swap
+from helpers.files import copy, cut, edit, flip, poke, swap
 from safetensors.numpy import save_file
 from test_hostile_files import HOSTILE, forge
 
 from ckptlab import Health, health
 from ckptlab.errors import CheckpointError, CkptlabError
-from ckptlab.formats import read, torchfile
-from ckptlab.formats.placeholders import foreign
+from ckptlab.formats import read
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.placeholders import foreign
 
 OPTIM, MODEL = "bf16_zero_pp_rank_{}_mp_rank_{:02d}_optim_states.pt", "mp_rank_{:02d}_model_states.pt"
 LAYER = "layer_03-model_01-model_states.pt"

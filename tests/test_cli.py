@@ -27,8 +27,9 @@ from safetensors.numpy import load_file
 
 import ckptlab
 from ckptlab.cli import Size
-from ckptlab.formats import read, torchfile
-from ckptlab.formats.placeholders import foreign as made_by
+from ckptlab.formats import read
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.placeholders import foreign as made_by
 from ckptlab.mesh import Mesh
 
 HEAVY = ("torch", "xarray", "jax", "einx", "deepspeed", "pandas", "dask", "matplotlib")

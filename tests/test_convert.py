@@ -23,10 +23,11 @@ from ckptlab import convert
 from ckptlab.arrays import Partition
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CkptlabError, DestinationError
-from ckptlab.formats import fileplan, read, safetensors, torchfile
+from ckptlab.formats import fileplan, read, safetensors
 from ckptlab.formats.deepspeed import write as native
+from ckptlab.formats.deepspeed.universal import write as universal
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
-from ckptlab.formats.universal import write as universal
+from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 
 

@@ -148,7 +148,7 @@ def test_states_are_tensors_that_may_be_written_to(tmp_path: Path) -> None:
 def test_a_file_that_was_cut_since_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.pt"
     torch.save({"w": torch.ones(10_000)}, path)
-    content = ckptlab.formats.torchfile.read(path)
+    content = ckptlab.formats.torch.torchfile.read(path)
     os.truncate(path, 2_000)
     with pytest.raises(CheckpointError, match="was cut"):
         ckptlab.deepspeed.tensors.as_torch(content)
@@ -331,11 +331,11 @@ def test_sub_parameters_are_cut_each_on_its_own(tmp_path: Path) -> None:
     whole = torch.arange(48.0).view(8, 6)
     shape = ds.SubparamShape(patterns=["w"], shape=((4, 2, 2), 6), partition_dim=0)
     parts = whole.split((4, 2, 2))
-    ckptlab.formats.torchfile.write(
+    ckptlab.formats.torch.torchfile.write(
         tmp_path / "fp32.pt",
         {
             "param": whole.numpy(),
-            "sub_param_shape": ckptlab.formats.pickles.foreign(
+            "sub_param_shape": ckptlab.formats.torch.pickles.foreign(
                 "deepspeed.checkpoint.universal_checkpoint", "SubparamShape", state=vars(shape), new=True
             ),
         },

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import CheckpointError
-from ckptlab.formats import checksum, fileplan, torchfile
+from ckptlab.formats import checksum, fileplan
 from ckptlab.formats.fileplan import Elements, Zeros
-from ckptlab.formats.torchfile import Pending
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.torchfile import Pending
 
 
 @dataclass(frozen=True)

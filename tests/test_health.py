@@ -29,7 +29,7 @@ from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.formats.deepspeed import checks
-from ckptlab.formats.placeholders import foreign, named
+from ckptlab.formats.torch.placeholders import foreign, named
 
 ROUND_ROBIN = DATA / "plain_zero2_dp2_round_robin"
 UNTRAINED = "untrained-copy"  # of the GPT's position embeddings on the last stage: a remark, on the clean copy too

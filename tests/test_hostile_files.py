@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError, UnsupportedError
-from ckptlab.formats import pickles, torchfile
-from ckptlab.formats.pickles import Foreign, foreign, named
+from ckptlab.formats.torch import pickles, torchfile
+from ckptlab.formats.torch.pickles import Foreign, foreign, named
 from ckptlab.stored import Stored
 
 DATA = np.arange(8, dtype=np.float32).tobytes()

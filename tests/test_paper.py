@@ -11,8 +11,9 @@ import ckptlab
 from ckptlab import Mesh
 from ckptlab.catalog import MODULE
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
-from ckptlab.paper import OPTIMIZER, PaperModel
+from ckptlab.formats.paper.model import OPTIMIZER
 from ckptlab.plan import Holder
+from ckptlab.sharding.transformer import PaperModel
 
 MODELS: list[dict[str, Any]] = [{}, {"kv_heads": 2}, {"kv_heads": 1, "tied": False, "gated": True, "vocab": 1001}]
 

@@ -19,7 +19,7 @@ from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats import read
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.strategy import Rules, resolve
+from ckptlab.sharding.strategies import Rules, resolve
 
 STEP = "global_step3"
 

@@ -9,10 +9,10 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
-from ckptlab import strategy
 from ckptlab.errors import LayoutError
 from ckptlab.registry import Registry
-from ckptlab.strategy import Megatron
+from ckptlab.sharding import strategies as strategy
+from ckptlab.sharding.strategies import Megatron
 
 GROUP = "ckptlab.tests"
 
@@ -65,7 +65,7 @@ def test_what_is_registered_is_found_and_may_take_anothers_place(made: Registry[
 
 
 def test_a_strategy_may_come_from_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = EntryPoints([EntryPoint("theirs", "ckptlab.strategy:Megatron", "ckptlab.strategies")])
+    entries = EntryPoints([EntryPoint("theirs", "ckptlab.sharding.strategies:Megatron", "ckptlab.strategies")])
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
     assert strategy.resolve("theirs") is Megatron
     assert strategy.resolve("megatron-swiglu") == Megatron(swiglu=True)

@@ -16,15 +16,16 @@ from ckptlab.arrays import Tally, reader
 from ckptlab.catalog import MODULE
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
-from ckptlab.formats import fileplan, read, torchfile, universal
+from ckptlab.formats import fileplan, read, universal
 from ckptlab.formats.deepspeed import write
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.info import lists_from_layouts
 from ckptlab.formats.deepspeed.options import TargetOptions
 from ckptlab.formats.deepspeed.target import _sub_groups
+from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.strategy import Rules
+from ckptlab.sharding.strategies import Rules
 
 THERE = [
     (GPT, Mesh(tp=4), {}),

@@ -26,10 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import CheckpointError, LayoutError
-from ckptlab.formats import pickles, torchfile
 from ckptlab.formats.fileplan import Elements, Zeros
-from ckptlab.formats.pickles import Foreign, Size, foreign, named
-from ckptlab.formats.torchfile import Pending
+from ckptlab.formats.torch import pickles, torchfile
+from ckptlab.formats.torch.pickles import Foreign, Size, foreign, named
+from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.stored import Stored, row_major_strides
 
 DTYPES = [

@@ -3,13 +3,14 @@
 from ckptlab.catalog.catalog import Catalog
 from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
 from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor, module_source
-from ckptlab.catalog.training import DTYPES, Gradients, Training
+from ckptlab.catalog.training import DTYPES, ZERO_STAGES, Gradients, Training
 
 __all__ = [
     "ALONE",
     "DTYPES",
     "MASTER",
     "MODULE",
+    "ZERO_STAGES",
     "Catalog",
     "Extents",
     "FlatGroup",

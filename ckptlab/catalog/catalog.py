@@ -109,6 +109,16 @@ class Catalog:
         """Whether that state of a tensor lies in the flat buffers of a group, with others."""
         return any(state in group.dtypes for group, _ in self._flat_index.get(name, ()))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states, each as often as it is held, flat buffers with their padding."""
+        flats = ((flat, d) for g in self.flat_groups for flat in g.flats.values() for d in g.dtypes.values())
+        total = sum(flat.total * dtype.itemsize for flat, dtype in flats)
+        for (name, state), copies in self.placements.items():
+            for placement in () if self.is_flat(name, state) else copies:
+                total += placement.numel * self.tensors[name].states[state].itemsize
+        return total
+
     def fragments(self, name: str, state: str, holder: Holder) -> tuple[Fragment, ...]:
         """Where the shard of a holder lies, in the order of its flattened elements."""
         pieces = self.stored.pieces.get((name, state))

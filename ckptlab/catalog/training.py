@@ -20,6 +20,9 @@ DTYPES: Mapping[str, np.dtype] = {
 """What models compute in, as their programs call it."""
 
 
+ZERO_STAGES = (0, 1, 2, 3)
+
+
 @dataclass(frozen=True)
 class Gradients:
     """How a run keeps its gradients: in a dtype, `flat` in buffers as the optimizer's states or tensor by tensor, and

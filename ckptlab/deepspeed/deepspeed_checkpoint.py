@@ -32,13 +32,13 @@ from ckptlab.deepspeed.reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d
 from ckptlab.deepspeed.tensors import as_torch, load, tensor_of
 from ckptlab.deepspeed.zero_checkpoint import ZeROCheckpoint
 from ckptlab.errors import ArgumentError
-from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed.write import NativeWriter
+from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Cut, Layout, on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
+from ckptlab.sharding.strategies import Strategy
 from ckptlab.stored import Stored
-from ckptlab.strategy import Strategy
 
 EMBEDDING_LAYER_INDEX = 0
 FINAL_LAYER_NORM_INDEX = -1

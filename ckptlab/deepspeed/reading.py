@@ -16,11 +16,12 @@ from ckptlab.deepspeed.files import get_files, get_model_files
 from ckptlab.deepspeed.reshape_3d import model_3d_desc
 from ckptlab.deepspeed.tensors import tensor_of
 from ckptlab.errors import CheckpointError
-from ckptlab.formats import read, torchfile
+from ckptlab.formats import read
 from ckptlab.formats.deepspeed.write import NativeWriter
+from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.strategy import Strategy, replicated, resolve
+from ckptlab.sharding.strategies import Strategy, replicated, resolve
 
 if TYPE_CHECKING:
     import torch

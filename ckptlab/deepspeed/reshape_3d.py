@@ -19,7 +19,7 @@ from ckptlab.deepspeed.constants import (
 from ckptlab.deepspeed.files import get_files, get_files_with_prefix, get_model_files, get_zero_files
 from ckptlab.deepspeed.reshape_meg_2d import meg_2d_parallel_map, reshape_meg_2d_parallel, spread
 from ckptlab.errors import ArgumentError, DescriptorError
-from ckptlab.formats import torchfile
+from ckptlab.formats.torch import torchfile
 
 PP_DIM, TP_DIM, DP_DIM = "PP", "TP", "DP"
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.errors import CheckpointError
-from ckptlab.formats import torchfile
-from ckptlab.formats.pickles import Foreign, Global, Size
-from ckptlab.formats.torchfile import Pending
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.pickles import Foreign, Global, Size
+from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.stored import Stored
 
 if TYPE_CHECKING:

@@ -31,12 +31,12 @@ from ckptlab.deepspeed.constants import (
 from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.deepspeed.tensors import as_torch, tensor_of
 from ckptlab.errors import LayoutError, UnsupportedError
-from ckptlab.formats import torchfile
+from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import cut as cut_along
+from ckptlab.sharding.strategies import dim_names, replicated
 from ckptlab.stored import Stored
-from ckptlab.strategy import cut as cut_along
-from ckptlab.strategy import dim_names, replicated
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from ckptlab.deepspeed.reshape_3d import get_model_3d_descriptor, model_3d_desc
 from ckptlab.deepspeed.tensors import as_torch, load
 from ckptlab.errors import ArgumentError
 from ckptlab.layout import Layout
-from ckptlab.strategy import Strategy
+from ckptlab.sharding.strategies import Strategy
 
 
 class ZeROCheckpoint(ReshapedCheckpoint):

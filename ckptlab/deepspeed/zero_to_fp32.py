@@ -17,10 +17,10 @@ from ckptlab import checkpoint, convert
 from ckptlab.catalog import Catalog
 from ckptlab.cli import Size
 from ckptlab.errors import CkptlabError
-from ckptlab.formats import torchfile
 from ckptlab.formats.fileplan import FilePlan
-from ckptlab.formats.safetensors import Entry, sharded
-from ckptlab.formats.torchfile import Pending
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.torchfile import Pending
+from ckptlab.formats.weights import Entry, sharded
 
 WEIGHTS = "pytorch_model.bin"
 
@@ -91,7 +91,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         source = replace(source, tensors={n: t for n, t in source.tensors.items() if t.kind != "frozen"})
     limit = sys.maxsize if max_shard_size is None else Size().convert(max_shard_size, None, None)
     if safe_serialization:
-        return checkpoint.save_weights(source, output_dir, dtype=np.dtype(np.float32), max_shard_bytes=limit)
+        return checkpoint.save_weights(source, output_dir, dtype="fp32", max_shard_bytes=limit)
     identity = {"format": "pytorch_model.bin", "source": checkpoint.fingerprint(source), "shard": limit}
     plans = sharded(source, np.dtype(np.float32), limit, WEIGHTS, _plan)
     return convert.run(list(plans), output_dir, identity)

@@ -12,7 +12,7 @@ import numpy as np
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.checkpoint import Reshape
 from ckptlab.findings import Finding
-from ckptlab.formats.placeholders import Foreign
+from ckptlab.formats.torch.placeholders import Foreign
 from ckptlab.mesh import Mesh
 from ckptlab.plain import plain
 

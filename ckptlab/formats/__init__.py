@@ -1,4 +1,7 @@
-"""One module or folder a format, reader and writer. `read` opens whatever a path holds."""
+"""Formats: what is stored, read and written. One folder each; read format.py first, then registered.py.
+
+`torch` is what several of them are written in: pickles and zips, read without torch and without executing anything.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import os
 
 from ckptlab.catalog import Catalog
 from ckptlab.findings import Faults, Strict
-from ckptlab.formats.locate import Location, locate
-from ckptlab.strategy import Strategy
+from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.formats.locate import locate
+from ckptlab.formats.registered import FORMATS, every, get
+from ckptlab.sharding.strategies import Strategy
 
-FORMATS = ("deepspeed", "universal", "safetensors")
+__all__ = ["FORMATS", "Format", "Listing", "Match", "every", "get", "locate", "read", "read_at"]
 
 
 def read(path: str | os.PathLike[str], strategy: Strategy | None = None) -> Catalog:
@@ -22,16 +27,6 @@ def read(path: str | os.PathLike[str], strategy: Strategy | None = None) -> Cata
     return catalog
 
 
-def read_at(place: Location, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
-    """The catalog of what was found at a place; None where `faults` was told of an error."""
-    if place.format == "deepspeed":
-        from ckptlab.formats.deepspeed.read import read_native
-
-        return read_native(place.path, faults, strategy)
-    if place.format == "universal":
-        from ckptlab.formats.universal import read_universal
-
-        return read_universal(place.path, faults, strategy)
-    from ckptlab.formats.safetensors import read_safetensors
-
-    return read_safetensors(place.path, faults)
+def read_at(match: Match, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
+    """The catalog of what a format matched; None where `faults` was told of an error."""
+    return get(match.format).read(match.path, faults, strategy)

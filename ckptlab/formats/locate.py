@@ -1,100 +1,68 @@
-"""What kind of checkpoint a path holds, and which folder of it to open."""
+"""Which checkpoint a path means: every format is asked, here, then below."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ckptlab.errors import CheckpointError
-from ckptlab.formats.deepspeed import names
+from ckptlab.formats.format import Listing, Match
+from ckptlab.formats.registered import every
 
-LATEST = "latest"
-LATEST_UNIVERSAL = "latest_universal"
 _DEPTH = 4  # how far below a folder checkpoints are looked for
 
 
-@dataclass(frozen=True)
-class Location:
-    """A folder (or file) that a reader opens; `format` is "deepspeed", "universal" or "safetensors"."""
+def locate(path: str | os.PathLike[str]) -> Match:
+    """Find the checkpoint that a user means: what a format recognises at the path itself, else the one that is below.
 
-    path: str
-    format: str
-
-    def __str__(self) -> str:
-        return f"{self.path} ({self.format})"
-
-
-def locate(path: str | os.PathLike[str]) -> Location:
-    """Find the checkpoint that a user means.
-
-    A step folder, the folder that holds `latest` (or `latest_universal`), a universal folder, a folder or file of
-    safetensors, or a folder with exactly one of these somewhere below it. CheckpointError lists what was found
-    otherwise.
+    Weights alone are taken if no training checkpoint stands below them. CheckpointError lists what was found otherwise.
     """
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    if os.path.isfile(path):
-        if path.endswith(".safetensors"):
-            return Location(path, "safetensors")
-        raise CheckpointError(f"{path}: a single file: give the folder that holds the checkpoint")
-    if not os.path.isdir(path):
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or folder")
     here = at(path)
-    if here is not None:
-        return here
-    below = list(dict.fromkeys(_below(path, _DEPTH)))
-    if len(below) == 1:
-        return below[0]
-    if not below:
-        raise CheckpointError(
-            f"{path}: no checkpoint here: neither a DeepSpeed step folder, `latest`, `zero/` nor safetensors in it "
-            "or below"
-        )
-    listed = "\n".join(f"  {found}" for found in below[:20])
-    raise CheckpointError(f"{path}: holds {len(below)} checkpoints: open one of them:\n{listed}")
+    found = [match for match in here if not match.weights_only]
+    broken: list[CheckpointError] = []
+    if not found and os.path.isdir(path):
+        below = list(dict.fromkeys(_below(path, _DEPTH, broken)))
+        found = [*here, *(match for match in below if not (here and match.weights_only))]
+    found = found or here
+    if len(found) == 1:
+        return found[0]
+    if broken and not found:
+        raise broken[0]
+    if not found and os.path.isfile(path):
+        raise CheckpointError(f"{path}: a single file that no format knows: give the folder that holds the checkpoint")
+    if not found:
+        known = ", ".join(format.name for format in every() if format.reads)
+        raise CheckpointError(f"{path}: no checkpoint here or below: no format that ckptlab reads ({known}) knows it")
+    listed = "\n".join(f"  {match}" for match in found[:20])
+    raise CheckpointError(f"{path}: holds {len(found)} checkpoints: open one of them:\n{listed}")
 
 
-def at(path: str) -> Location | None:
-    """The checkpoint that is this very folder, or that a `latest` in it points to."""
-    content = set(os.listdir(path))
-    if any((n := names.parse(c)) and n.kind in ("optim", "layer") for c in content):
-        return Location(path, "deepspeed")
-    if "zero" in content and os.path.isdir(os.path.join(path, "zero")):
-        return Location(path, "universal")
-    if any((n := names.parse(c)) and n.kind in ("model", "zero3_model") for c in content):
-        return Location(path, "deepspeed")
-    for pointer, kind in ((LATEST, "deepspeed"), (LATEST_UNIVERSAL, "universal")):
-        if pointer in content:
-            return Location(_follow(path, pointer, content), kind)
-    if any(c.endswith(".safetensors") for c in content):
-        return Location(path, "safetensors")
-    return None
+def at(path: str) -> list[Match]:
+    """What the formats recognise at this very path."""
+    listing = Listing(path)
+    return [match for format in every() if (match := format.recognise(listing)) is not None]
 
 
-def _follow(path: str, pointer: str, content: set[str]) -> str:
-    file = os.path.join(path, pointer)
-    with open(file, encoding="utf-8", errors="replace") as f:
-        tag = f.read(4096).strip()
-    target = os.path.join(path, tag)
-    if not tag or os.path.isabs(tag) or not os.path.isdir(target):
-        tags = sorted((c for c in content if os.path.isdir(os.path.join(path, c))), key=_natural)
-        there = f"there {'is' if len(tags) == 1 else 'are'} {', '.join(tags)}" if tags else "there are no folders"
-        raise CheckpointError(f"{file}: names {tag!r}, which is no folder in {path}; {there}: open one of them")
-    return target
-
-
-def _below(path: str, depth: int) -> Iterator[Location]:
-    for entry in sorted((e for e in os.scandir(path) if e.is_dir()), key=lambda e: _natural(e.name)):
+def _below(path: str, depth: int, broken: list[CheckpointError]) -> Iterator[Match]:
+    with os.scandir(path) as entries:
+        folders = sorted((e for e in entries if e.is_dir()), key=lambda e: natural(e.name))
+    for entry in folders:
         try:
             found = at(entry.path)
-        except (CheckpointError, PermissionError):
+        except PermissionError:
             continue
-        if found is not None:
-            yield found
-        elif depth > 1:
-            yield from _below(entry.path, depth - 1)
+        except CheckpointError as error:
+            broken.append(error)
+            continue
+        yield from found
+        if not found and depth > 1:
+            yield from _below(entry.path, depth - 1, broken)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts step9 before step10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -140,6 +140,13 @@ class Placement:
         """The ranks that have a holder's shard together, or a copy each: in dp order."""
         return self._grid.ranks(holder)
 
+    @property
+    def numel(self) -> int:
+        """Elements that all holders have together, the padding of flat buffers included."""
+        if self.flats:
+            return sum(flat.total for flat, _ in self.flats.values())
+        return sum(math.prod(self.shape(holder)) for holder in self.holders)
+
     def shards(self, stages: tuple[int, ...]) -> dict[Coordinate, list[Shard]]:
         """The cut's coordinate → the shards of all holders that have it, on the given stages in turn."""
         found: dict[Coordinate, list[Shard]] = {}

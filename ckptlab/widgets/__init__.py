@@ -39,7 +39,7 @@ def playground(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) ->
     ipywidgets or anywidget is not installed.
     """
     _require()
-    from ckptlab.paper import PaperModel
+    from ckptlab.sharding.transformer import PaperModel
     from ckptlab.widgets.face import Playground
 
     return Playground(PaperModel(**numbers), mesh or Mesh(tp=2, pp=2, dp=2), zero_stage)

@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as w
 
 from ckptlab.mesh import Mesh
-from ckptlab.paper import PaperModel
+from ckptlab.sharding.transformer import PaperModel
 from ckptlab.widgets import page
 from ckptlab.widgets.numbers import MOST, Numbers
 from ckptlab.widgets.picture import Tree, text

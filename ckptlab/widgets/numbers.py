@@ -7,10 +7,11 @@ from typing import Any
 
 import ipywidgets as w
 
+from ckptlab.catalog import ZERO_STAGES
 from ckptlab.draw import Stack, bars
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
-from ckptlab.paper import STAGES, PaperModel
+from ckptlab.sharding.transformer import PaperModel
 from ckptlab.viz import fullest
 from ckptlab.widgets import page
 from ckptlab.widgets.picture import Picture, text
@@ -54,7 +55,7 @@ class Numbers:
             field.description = field.description or name
             field.layout, field.style.description_width = w.Layout(width="210px"), "70px"
             field.observe(self._pick if field is self.preset else self._edited, "value")
-        self.sliders = MeshSliders(mesh, STAGES, stage, MOST)
+        self.sliders = MeshSliders(mesh, ZERO_STAGES, stage, MOST)
         self.sliders.on_move(lambda mesh, stage: self._edited())
         self.told, self.stages = text(), Picture()
         grid = w.Layout(grid_template_columns="repeat(auto-fill, 220px)", grid_gap="2px 12px")
@@ -79,7 +80,7 @@ class Numbers:
     def draw(self, subject: Subject, choice: Choice) -> None:
         """The model's size, and what each ZeRO stage would keep on the fullest rank."""
         self.told.value = page.model(subject)
-        kept = [Stack(f"ZeRO-{s}", fullest(subject.at_stage(s)), {}) for s in STAGES]
+        kept = [Stack(f"ZeRO-{s}", fullest(subject.at_stage(s)), {}) for s in ZERO_STAGES]
         self.stages.svg = bars(kept, title="memory of the fullest rank by ZeRO stage, gradients included", notes=[]).svg
 
     def _show(self, model: PaperModel) -> None:

@@ -7,15 +7,15 @@ of the widgets is a function of the two.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from ckptlab import paper
-from ckptlab.catalog import Catalog, Tensor
-from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.catalog import ZERO_STAGES, Catalog, Tensor
+from ckptlab.checkpoint import Checkpoint, Reshape, paper_model
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.transformer import PaperModel
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Subject:
     @staticmethod
     def of_checkpoint(ckpt: Checkpoint) -> Subject:
         if numbers := ckpt.catalog.training.numbers:
-            return Subject.on_paper(paper.PaperModel(**numbers), ckpt.mesh, ckpt.zero_stage or 0)
+            return Subject.on_paper(PaperModel(**numbers), ckpt.mesh, ckpt.zero_stage or 0)
         path = min(ckpt.path, os.path.relpath(ckpt.path), key=len)
         return Subject(ckpt.catalog, f"ckptlab.open({path!r})")
 
     @staticmethod
-    def on_paper(numbers: paper.PaperModel, mesh: Mesh, zero_stage: int) -> Subject:
+    def on_paper(numbers: PaperModel, mesh: Mesh, zero_stage: int) -> Subject:
         """CkptlabError where the numbers, mesh and stage do not fit each other."""
         code = f"ckptlab.paper_model({mesh_code(mesh)}, zero_stage={zero_stage}, {numbers})"
-        return Subject(numbers.on(mesh, zero_stage), code)
+        return Subject(paper_model(mesh, zero_stage, **asdict(numbers)).catalog, code)
 
     @property
     def is_paper(self) -> bool:
-        return self.catalog.format == paper.FORMAT
+        return bool(self.catalog.training.numbers)
 
     @property
     def stages(self) -> tuple[int, ...]:
         """The ZeRO stages that a target may have."""
-        return paper.STAGES if self.is_paper else (1, 2, 3)
+        return ZERO_STAGES if self.is_paper else (1, 2, 3)
 
     def at_stage(self, zero_stage: int) -> Catalog:
         """Of a model on paper: the same on the same mesh under another ZeRO stage."""
-        return paper.PaperModel(**self.catalog.training.numbers).on(self.catalog.mesh, zero_stage)
+        return paper_model(self.catalog.mesh, zero_stage, **self.catalog.training.numbers).catalog
 
     @property
     def trained_on(self) -> Mesh:

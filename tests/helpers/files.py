@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ckptlab.catalog import Catalog
-from ckptlab.formats import read, torchfile
+from ckptlab.formats import read
+from ckptlab.formats.torch import torchfile
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 

@@ -10,15 +10,16 @@ from ckptlab.analysis.checkup import jobs, replicas, verdicts
 from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.health import Checked, Health, ordered
 from ckptlab.catalog import MASTER, MODULE, Catalog
-from ckptlab.checkpoint import Checkpoint, LayoutsOf
+from ckptlab.checkpoint import Checkpoint
 from ckptlab.findings import Collecting, Finding, Where
+from ckptlab.formats import get as format_of
 from ckptlab.formats import read_at
-from ckptlab.formats.foreign_code import classes
 from ckptlab.formats.locate import locate
-from ckptlab.formats.torchfile import Contents
+from ckptlab.formats.torch.foreign_code import classes
+from ckptlab.formats.torch.torchfile import Contents
 from ckptlab.pool import Workers
+from ckptlab.sharding.strategies import LayoutsOf, Strategy, resolve
 from ckptlab.stored import scalar
-from ckptlab.strategy import Strategy, resolve
 from ckptlab.words import number_of, some
 
 
@@ -44,7 +45,8 @@ def health(
     """
     given = path if isinstance(path, Checkpoint) else None
     place = locate(given.path if given else path)  # type: ignore[arg-type]
-    layouts = LayoutsOf(given.catalog) if given and strategy is None else resolve(strategy)
+    known = {name: t.layout for name, t in given.tensors.items()} if given else {}
+    layouts = LayoutsOf(known) if given and strategy is None else resolve(strategy)
     faults = Collecting(os.path.dirname(place.path) if os.path.isfile(place.path) else place.path)
     catalog = read_at(place, faults, layouts)
     catalog = given.catalog if given else catalog
@@ -73,7 +75,7 @@ def _without_states(catalog: Catalog) -> Iterator[Finding]:
     for tensor in trained:
         mine = frozenset(tensor.states) - {MODULE}
         more = next((states for states in kept if states > mine), mine)
-        needs_weight = bool(weights) or (catalog.format == "deepspeed" and catalog.zero_stage != 3)
+        needs_weight = bool(weights) or (format_of(catalog.format).sharded and catalog.zero_stage != 3)
         for state in sorted(more - mine) + [MODULE] * (needs_weight and MODULE not in tensor.states):
             lacking.setdefault(state, []).append(tensor.name)
     for state, names in lacking.items():

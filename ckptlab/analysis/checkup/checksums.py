@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from ckptlab import pool
 from ckptlab.analysis.checkup.jobs import stored_in
 from ckptlab.findings import Collecting, Finding, Where
-from ckptlab.formats.torchfile import Contents
+from ckptlab.formats.torch.torchfile import Contents
 from ckptlab.pool import Workers
 from ckptlab.words import number_of, some
 

@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
-from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import checks, names
 from ckptlab.formats.deepspeed.headers import Content, EngineConfig, ModelFile, OptimizerFile, Shape, layer_file
 from ckptlab.formats.deepspeed.names import FileName
+from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 from ckptlab.words import number_of, some

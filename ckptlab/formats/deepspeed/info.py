@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.formats.deepspeed.target import NativeTarget
-from ckptlab.formats.pickles import Foreign, foreign
+from ckptlab.formats.torch.pickles import Foreign, foreign
 from ckptlab.layout import cut_dim
 
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"

@@ -1,21 +1,19 @@
 """How the pipeline engine deals layers to stages, and which stages a tensor lives on.
 
 Neither the partition method nor the number of layer specs is in a checkpoint. The method is inferred: the first that
-deals the source's layers to the stages they were found on. Sources: DeepSpeed 0.19.8,
-`PipelineModule._partition_layers`, `runtime.utils.partition_balanced` and `partition_uniform`.
+deals the source's layers to the stages they were found on. Source: DeepSpeed 0.19.8,
+`PipelineModule._partition_layers`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.errors import ReshapeError
+from ckptlab.sharding.stages import balanced, stage_of, uniform
 
 METHODS = ("blocks", "parameters", "uniform")
 
@@ -36,7 +34,7 @@ class Pipeline:
     def starts(self, pp: int, method: str) -> tuple[int, ...]:
         """The first layer of each of `pp` stages. ReshapeError for an unknown method or too few layers."""
         if method == "uniform":
-            return _uniform(len(self.counts), pp)
+            return uniform(len(self.counts), pp)
         if method == "parameters":
             return balanced(self.counts, pp)
         if method == "blocks":
@@ -60,11 +58,6 @@ class Pipeline:
             if all(stage_of(i, starts) == self.stages[i] for i in with_parameters):
                 return method
         return None
-
-
-def stage_of(layer: int, starts: Sequence[int]) -> int:
-    """The stage that layer is on, given the first layer of each stage."""
-    return int(np.searchsorted(np.asarray(starts), layer, side="right")) - 1
 
 
 def describe(catalog: Catalog) -> Pipeline:
@@ -116,37 +109,3 @@ def tensor_stages(catalog: Catalog, starts: Sequence[int]) -> dict[str, tuple[in
                 "ckptlab cannot tell which layer that is; keep the number of pp stages"
             )
     return found
-
-
-def _uniform(layers: int, pp: int) -> tuple[int, ...]:
-    """As even as possible, the longer stages first."""
-    size, rest = divmod(layers, pp)
-    return tuple(p * size + min(p, rest) for p in range(pp))
-
-
-def balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
-    """The contiguous partition with the least spread between its heaviest and lightest part; of equal ones the latest
-    cut.
-
-    A dynamic programme over (layers dealt, stages used), as DeepSpeed's: it keeps for each cell the cheapest way and
-    that way's extremes.
-    """
-    n = len(weights)
-    if n <= pp:
-        return _uniform(n, pp)
-    prefix = np.r_[0.0, np.cumsum(weights, dtype=np.float64)]
-    high = np.full((n + 1, pp + 1), math.inf)
-    low, cost = high.copy(), high.copy()
-    high[0, 0] = cost[0, 0] = 0.0
-    cut = np.zeros((n + 1, pp + 1), np.int64)
-    for i in range(1, n + 1):
-        part = prefix[i] - prefix[:i]
-        for j in range(1, min(i, pp) + 1):
-            highest, lowest = np.maximum(high[:i, j - 1], part), np.minimum(low[:i, j - 1], part)
-            spread = np.where(np.isfinite(highest), highest - lowest, math.inf)
-            k = i - 1 - int(np.argmin(spread[::-1]))
-            cost[i, j], high[i, j], low[i, j], cut[i, j] = spread[k], highest[k], lowest[k], k
-    ends = [n]
-    for j in range(pp, 0, -1):
-        ends.append(int(cut[ends[-1], j]))
-    return tuple(reversed(ends[1:]))

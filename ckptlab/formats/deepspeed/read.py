@@ -21,7 +21,7 @@ from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
 from ckptlab.layout import Cut, Layout, on_degree, whole_shape
 from ckptlab.mesh import Mesh
-from ckptlab.strategy import Shape, Strategy, replicated
+from ckptlab.sharding.strategies import Shape, Strategy, replicated
 
 # what DeepSpeed itself puts into a model file; everything else there is the training program's
 ENGINE_KEYS = frozenset(

@@ -16,13 +16,13 @@ import numpy as np
 
 from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
-from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
-from ckptlab.formats.pickles import Size, foreign
-from ckptlab.formats.torchfile import Pending
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.pickles import Size, foreign
+from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
@@ -35,23 +35,13 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
     return NativeWriter(source, target, tally).files()
 
 
-def payload(target: Catalog, wrapper: Wrapper | None) -> int:
-    """Bytes of tensors in all files of the native checkpoint for `target`: what its plans say, without making them.
-
-    wrapper: whose files they are; None for a model on paper, whose ranks keep everything that they hold.
-    """
-    total = 0
-    for group in target.flat_groups:
-        for flat in group.flats.values():
-            padding = sum(map(flat.padding, range(flat.dp))) if wrapper is Wrapper.ZERO12 else 0  # the master has none
-            total += sum((flat.total - padding * (s == MASTER)) * dtype.itemsize for s, dtype in group.dtypes.items())
-    for (name, state), copies in target.placements.items():
-        for placement in () if target.is_flat(name, state) else copies:
-            for holder in placement.holders:
-                # ZeRO-3 keeps frozen tensors in equal fragments
-                count = placement.flats[holder][0].total if placement.flats else math.prod(placement.shape(holder))
-                total += count * target.tensors[name].states[state].itemsize
-    return total
+def payload(target: Catalog) -> int:
+    """Bytes of tensors in all files of the native checkpoint for `target`: what its plans say, without making them."""
+    if target.private.wrapper is not Wrapper.ZERO12:
+        return target.nbytes
+    flats = [(group, flat) for group in target.flat_groups for flat in group.flats.values() if MASTER in group.dtypes]
+    padding = (sum(map(flat.padding, range(flat.dp))) * group.dtypes[MASTER].itemsize for group, flat in flats)
+    return target.nbytes - sum(padding)  # the master is stored without it
 
 
 class NativeWriter:

@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from ckptlab.errors import UnsafeFileError, UnsupportedError
-from ckptlab.formats import fileplan, pickles
+from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
-from ckptlab.formats.pickles import Global, named
-from ckptlab.formats.torchzip import RecordPlanner, RecordReader
+from ckptlab.formats.torch import pickles
+from ckptlab.formats.torch.pickles import Global, named
+from ckptlab.formats.torch.torchzip import RecordPlanner, RecordReader
 from ckptlab.stored import Stored, row_major_strides
 
 # The storage class that stands for a dtype.

@@ -15,7 +15,7 @@ from types import FunctionType, MappingProxyType
 from typing import Any, BinaryIO, ClassVar
 
 from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError
-from ckptlab.formats.placeholders import Foreign, Global, foreign, named
+from ckptlab.formats.torch.placeholders import Foreign, Global, foreign, named
 
 __all__ = [
     "PLAIN_VALUES",
@@ -223,7 +223,7 @@ class Pickler(_PythonPickler):
         if id(obj) not in _WRITABLE:
             raise TypeError(
                 f"cannot write {obj!r} or what is made from it: only plain values, tensors and placeholders "
-                f"(ckptlab.formats.pickles.foreign, named) go into a checkpoint file"
+                f"(ckptlab.formats.torch.pickles.foreign, named) go into a checkpoint file"
             )
         super().save_global(obj, name)
 

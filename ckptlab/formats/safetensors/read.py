@@ -1,7 +1,6 @@
-"""Consolidated safetensors: whole tensors under the model's own names, sharded with an index when large.
+"""Safetensors → a catalog of whole tensors.
 
-The format: eight bytes of length, a JSON header, then the data (https://github.com/huggingface/safetensors). The header
-is written here because tensors are streamed into the file, never held; reading goes by the same header.
+The format: eight bytes of length, a JSON header, then the data (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -10,25 +9,20 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ckptlab.arrays import Drawn
 from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where
-from ckptlab.formats.fileplan import Elements, FilePlan, Literal, merged
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import replicated
 from ckptlab.stored import Stored, row_major_strides
-from ckptlab.strategy import replicated
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -47,7 +41,7 @@ _DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read_header(path: str) -> dict[str, Stored]:
@@ -146,94 +140,3 @@ def _missing(path: str, names: list[str]) -> Finding:
     return Finding(
         "missing-file", "error", Where(tuple(names)), f"the files of {INDEX}", found, todo, "files", f"{path}: {found}"
     )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor to be written under `name`."""
-
-    name: str
-    tensor: Tensor
-    state: str
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.numel * self.dtype.itemsize
-
-    def elements(self, source: Catalog) -> Elements:
-        """All of it, drawn from the source."""
-        drawn = Drawn.whole(source, self.tensor.name, self.state, self.dtype)
-        return Elements(drawn, self.dtype, 0, self.tensor.numel)
-
-
-def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[Entry]:
-    """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
-
-    dtype converts floating-point weights; None keeps the master's, buffers keep theirs. Aliases are written out under
-    their own names, so that a strict load finds them.
-    """
-    for tensor in source.tensors.values():
-        wanted = dtype
-        state = MASTER if MASTER in tensor.states else MODULE
-        if wanted is not None and tensor.states.get(MODULE) == wanted:
-            state = MODULE  # the weight as the model had it
-        if state not in tensor.states:
-            continue
-        stored = np.dtype(tensor.states[state])
-        convertible = tensor.kind != "buffer" and stored.kind not in "iub"
-        for name in (tensor.name, *tensor.aliases):
-            yield Entry(name, tensor, state, wanted if wanted is not None and convertible else stored)
-
-
-def files(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int) -> Iterator[FilePlan]:
-    """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an
-    index."""
-    return sharded(source, dtype, max_shard_bytes, SINGLE, _plan)
-
-
-def sharded(
-    source: Catalog,
-    dtype: np.dtype | None,
-    limit: int,
-    single: str,
-    plan: Callable[[str, Catalog, Sequence[Entry]], FilePlan],
-) -> Iterator[FilePlan]:
-    """Whole tensors in the file `single`, or, where that would have more than `limit` bytes of them, in numbered ones
-    (a larger tensor has one of its own) and an index of them. plan: of a file of this name and these tensors."""
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries(source, dtype):
-        if shards[-1] and filled + entry.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += entry.nbytes
-    if len(shards) == 1:
-        yield plan(single, source, shards[0])
-        return
-    stem, suffix = os.path.splitext(single)
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        yield plan(name, source, shard)
-    index = {
-        "metadata": {"total_size": sum(e.nbytes for shard in shards for e in shard)},
-        "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
-    }
-    yield FilePlan(f"{single}.index.json", (Literal(json.dumps(index, indent=2, sort_keys=True).encode()),))
-
-
-def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for e in shard:
-        header[e.name] = {
-            "dtype": _NAMES[e.dtype],
-            "shape": e.tensor.shape,
-            "data_offsets": [offset, offset + e.nbytes],
-        }
-        offset += e.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    drawn = [e.elements(source) for e in shard]
-    return FilePlan(name, (*merged([Literal(struct.pack("<Q", len(text)) + text), *drawn]),), nbytes=offset)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 from ckptlab.findings import Finding, Where
-from ckptlab.formats.torchfile import KNOWN_GLOBALS
+from ckptlab.formats.torch.torchfile import KNOWN_GLOBALS
 from ckptlab.words import some
 
 _TORCH = re.compile(

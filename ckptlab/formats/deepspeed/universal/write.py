@@ -9,14 +9,14 @@ import numpy as np
 
 from ckptlab.arrays import Drawn, Tally
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
-from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.universal.read import FOLDER, OPTIMIZER
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.fileplan import Elements, FilePlan
-from ckptlab.formats.pickles import foreign
-from ckptlab.formats.torchfile import Pending
-from ckptlab.formats.universal.read import FOLDER, OPTIMIZER
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.pickles import foreign
+from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.layout import cut_dim, equal_parts, sub_parameters
 
 

@@ -120,3 +120,15 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
         except (OSError, json.JSONDecodeError, AttributeError) as e:
             raise LayoutError(f"strategy file {strategy}: expected a JSON object of pattern: notation: {e}") from None
     return REGISTRY.get(strategy)
+
+
+@dataclass(frozen=True)
+class LayoutsOf:
+    """The strategy that gives each tensor the layout that it is known to have; one that is padded says it by its
+    checkpoint's own word."""
+
+    layouts: Mapping[str, Layout]
+
+    def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
+        found = self.layouts.get(name)
+        return None if found is None or found.padded else found

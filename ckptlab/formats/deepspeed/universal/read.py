@@ -10,7 +10,6 @@ from typing import Any
 
 from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, ParameterGroup, Tensor, whole_placements
 from ckptlab.findings import Faults, Finding, Where, contradiction
-from ckptlab.formats import torchfile
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
@@ -26,11 +25,12 @@ from ckptlab.formats.deepspeed.read import (
     universal_info,
     whole,
 )
+from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
+from ckptlab.sharding.strategies import Strategy
 from ckptlab.stored import Stored
-from ckptlab.strategy import Strategy
 
 FOLDER = "zero"
 OPTIMIZER = "optimizer_state.pt"

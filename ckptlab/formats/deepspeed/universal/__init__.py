@@ -5,6 +5,6 @@ stores a bare flat tensor. Source: what DeepSpeed 0.19.8's `ds_to_universal` wro
 need.
 """
 
-from ckptlab.formats.universal.read import FOLDER, OPTIMIZER, read_universal
+from ckptlab.formats.deepspeed.universal.read import FOLDER, OPTIMIZER, read_universal
 
 __all__ = ["FOLDER", "OPTIMIZER", "read_universal"]

@@ -1,0 +1,111 @@
+"""DeepSpeed's two formats: step folders, and universal ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ckptlab.arrays import Tally
+from ckptlab.catalog import Catalog
+from ckptlab.errors import CheckpointError
+from ckptlab.findings import Faults, Strict
+from ckptlab.formats.deepspeed import names
+from ckptlab.formats.deepspeed.options import TargetOptions
+from ckptlab.formats.fileplan import FilePlan
+from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import LayoutsOf, Strategy
+
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
+ZERO = "zero"  # the folder of a universal checkpoint that holds the tensors
+
+
+class DeepSpeed(Format):
+    name = "deepspeed"
+    title = "a step folder that DeepSpeed's engine saved"
+    options = TargetOptions
+    home = "deepspeed"
+    writes = True
+
+    def recognise(self, folder: Listing) -> Match | None:
+        kinds = {n.kind for name in folder.names if (n := names.parse(name)) is not None}
+        heads = kinds & {"model", "zero3_model"}
+        if kinds & {"optim", "layer", "expert"} or (heads and ZERO not in folder.folders):
+            return Match(folder.path, self.name)
+        pointed = folder.pointed(LATEST) if not heads else None
+        return None if pointed is None else self.recognise(Listing(pointed)) or Match(pointed, self.name)
+
+    def read(self, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        from ckptlab.formats.deepspeed.read import read_native
+
+        return read_native(path, faults, strategy)
+
+    def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
+        from ckptlab.formats.deepspeed.target import reshape
+
+        return reshape(source, mesh, options)
+
+    def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
+        from ckptlab.formats.deepspeed.write import files
+
+        return files(source, target, tally)
+
+    def payload(self, source: Catalog, target: Catalog) -> int:
+        from ckptlab.formats.deepspeed.write import payload
+
+        return payload(target)
+
+    def verify(self, folder: str, source: Catalog, target: Catalog) -> None:
+        """The folder must open, and say of every tensor what the target says."""
+        told = source.training.layouts_told
+        layouts = LayoutsOf({name: tensor.layout for name, tensor in target.tensors.items()})
+        found = self.read(folder, Strict(), None if told or target.mesh.tp == 1 else layouts)
+        for name, tensor in target.tensors.items():
+            again = found.tensors.get(name) if found else None
+            alike = again is not None and again.shape == tensor.shape and again.cut.dims == tensor.cut.dims
+            if not alike or (told and again and again.layout.text != tensor.layout.text):
+                raise CheckpointError(
+                    f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
+                    f"{(tensor.layout, tensor.cut)}: this is a fault of ckptlab; please report it"
+                )
+
+    def pointer(self, destination: str, source: Catalog) -> str | None:
+        """`latest`; none in the source's own folder, whose `latest` stays."""
+        parent = os.path.dirname(os.path.abspath(destination))
+        is_sources = parent == os.path.dirname(source.path) and os.path.exists(os.path.join(parent, LATEST))
+        return None if is_sources else LATEST
+
+
+class Universal(DeepSpeed):
+    name = "universal"
+    title = "a universal folder of DeepSpeed's: whole tensors and states"
+    sharded = False
+
+    def recognise(self, folder: Listing) -> Match | None:
+        kinds = {n.kind for name in folder.names if (n := names.parse(name)) is not None}
+        if ZERO in folder.folders and not kinds & {"optim", "layer", "expert"}:
+            return Match(folder.path, self.name)
+        if kinds or LATEST in folder.names:
+            return None
+        pointed = folder.pointed(LATEST_UNIVERSAL)
+        return None if pointed is None else Match(pointed, self.name)
+
+    def read(self, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        from ckptlab.formats.deepspeed.universal.read import read_universal
+
+        return read_universal(path, faults, strategy)
+
+    def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
+        from ckptlab.formats.deepspeed.universal.write import files
+
+        return files(source, target, tally)
+
+    def payload(self, source: Catalog, target: Catalog) -> int:
+        return sum(plan.nbytes for plan in self.files(source, target))
+
+    def verify(self, folder: str, source: Catalog, target: Catalog) -> None:
+        """Its model files are those of a step folder; its tensors are read back by whoever opens it."""
+
+    def pointer(self, destination: str, source: Catalog) -> str | None:
+        return LATEST_UNIVERSAL

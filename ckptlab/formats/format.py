@@ -1,0 +1,137 @@
+"""What a format is: how its folders are told, what reads them, and how its files are planned.
+
+A format is one folder and one registration: an entry point in the group `ckptlab.formats` names a subclass of `Format`.
+Nobody outside a format's folder imports from it.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from ckptlab.arrays import Tally
+from ckptlab.catalog import Catalog
+from ckptlab.errors import CheckpointError, ReshapeError
+from ckptlab.findings import Faults, not_read_yet
+from ckptlab.formats.fileplan import FilePlan
+from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A folder (or a single file) as a format looks at it to tell whether it is its own: names, and no contents."""
+
+    path: str
+
+    @cached_property
+    def is_file(self) -> bool:
+        return os.path.isfile(self.path)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The entries of the folder; nothing of a file."""
+        return frozenset() if self.is_file else frozenset(os.listdir(self.path))
+
+    @cached_property
+    def folders(self) -> frozenset[str]:
+        """Those entries that are folders, or links to some."""
+        return frozenset(name for name in self.names if os.path.isdir(os.path.join(self.path, name)))
+
+    def below(self, name: str) -> Listing:
+        """An entry of the folder."""
+        return Listing(os.path.join(self.path, name))
+
+    def head(self, count: int) -> bytes:
+        """The first bytes of a file."""
+        with open(self.path, "rb") as file:
+            return file.read(count)
+
+    def pointed(self, pointer: str) -> str | None:
+        """The folder here that the text of a file (or a link) of that name says; None where there is no such file.
+        CheckpointError where it says something else."""
+        if pointer not in self.names:
+            return None
+        file = os.path.join(self.path, pointer)
+        if os.path.isdir(file):
+            return os.path.realpath(file)
+        with open(file, encoding="utf-8", errors="replace") as f:
+            tag = f.read(4096).strip()
+        target = os.path.join(self.path, tag)
+        if not tag or os.path.isabs(tag) or not os.path.isdir(target):
+            tags = sorted(self.folders)
+            there = f"there {'is' if len(tags) == 1 else 'are'} {', '.join(tags)}" if tags else "there are no folders"
+            raise CheckpointError(
+                f"{file}: names {tag!r}, which is no folder in {self.path}; {there}: open one of them"
+            )
+        return target
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a format found: the folder (or file) that it opens. `weights_only`: it holds weights and no training state,
+    so that a training checkpoint nearby is not passed over in silence."""
+
+    path: str
+    format: str
+    weights_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.format})"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a target of this format a user may say nothing."""
+
+
+class Format(ABC):
+    """One kind of checkpoint. What a format does not do (reading, writing) it leaves as it is here.
+
+    `name` is what users call it, `title` a line about it; `options` the frozen dataclass of what a user may say of a
+    target (see `Checkpoint.reshape`); `home`: the format that its checkpoints are reshaped to where none is said
+    (None: they say too little of a run to be laid out on a mesh); `sharded`: its files are those of a mesh's ranks.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    options: ClassVar[type] = NoOptions
+    home: ClassVar[str | None] = None
+    reads: ClassVar[bool] = True
+    writes: ClassVar[bool] = False
+    sharded: ClassVar[bool] = True
+
+    @abstractmethod
+    def recognise(self, folder: Listing) -> Match | None:
+        """What it would open there. None where its markers are absent; where they are there and something is wrong it
+        raises an error: a broken checkpoint is never another format's."""
+
+    def read(self, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        """The catalog of what `recognise` matched: from headers only, executing nothing. What is wrong is reported to
+        `faults`, which raises it or goes on; None where there was an error."""
+        faults.report(not_read_yet(f"{path}: this is {self.title}, which ckptlab cannot open yet"))
+        return None
+
+    def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
+        """What this format would hold of a source on a mesh, nothing stored behind it. ReshapeError with every reason,
+        and the nearest that works, where it cannot be."""
+        raise ReshapeError(f"{source.path}: ckptlab does not write {self.name} checkpoints")
+
+    def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
+        """Every file of the target, drawn from the source. `tally` counts what is then read."""
+        return iter(())
+
+    def payload(self, source: Catalog, target: Catalog) -> int:
+        """Bytes of tensors in all files of a target, padding included."""
+        return target.nbytes
+
+    def verify(self, folder: str, source: Catalog, target: Catalog) -> None:  # noqa: B027 (not every format has to)
+        """Read what was written back. CheckpointError where it does not say what the target says."""
+
+    def pointer(self, destination: str, source: Catalog) -> str | None:
+        """The name of the file beside a destination that is to name it; None: there is none to write."""
+        return None

@@ -1,0 +1,35 @@
+"""The formats there are: ours, and those of installed packages."""
+
+from __future__ import annotations
+
+from ckptlab.errors import CheckpointError
+from ckptlab.formats.format import Format
+from ckptlab.registry import Registry
+
+FORMATS: Registry[type[Format]] = Registry(
+    "format",
+    "ckptlab.formats",
+    CheckpointError,
+    {
+        "deepspeed": "ckptlab.formats.deepspeed.format:DeepSpeed",
+        "universal": "ckptlab.formats.deepspeed.format:Universal",
+        "safetensors": "ckptlab.formats.safetensors.format:Safetensors",
+        "paper": "ckptlab.formats.paper.format:Paper",
+        "dcp": "ckptlab.formats.known:TorchDCP",
+        "megatron": "ckptlab.formats.known:Megatron",
+        "fsdp": "ckptlab.formats.known:FSDP",
+        "nanotron": "ckptlab.formats.known:Nanotron",
+        "orbax": "ckptlab.formats.known:Orbax",
+        "torchscript": "ckptlab.formats.known:TorchScript",
+    },
+)
+
+
+def get(name: str) -> Format:
+    """The format of that name. CheckpointError, with the names there are, if there is none."""
+    return FORMATS.get(name)()
+
+
+def every() -> list[Format]:
+    """All of them."""
+    return [get(name) for name in FORMATS.names()]

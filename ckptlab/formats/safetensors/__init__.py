@@ -1,0 +1,1 @@
+"""Safetensors: whole tensors, one file or several with an index."""

@@ -1,0 +1,42 @@
+"""Whole tensors → safetensors: one file, or numbered ones with an index.
+
+The header is written here, not by the library, because tensors are streamed into the file, never held.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import Catalog
+from ckptlab.formats.fileplan import FilePlan, Literal, merged
+from ckptlab.formats.safetensors.read import NAMES
+from ckptlab.formats.weights import Entry, sharded
+
+SINGLE = "model.safetensors"
+
+
+def files(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int) -> Iterator[FilePlan]:
+    """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an
+    index."""
+    return sharded(source, dtype, max_shard_bytes, SINGLE, _plan)
+
+
+def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for e in shard:
+        header[e.name] = {
+            "dtype": NAMES[e.dtype],
+            "shape": e.tensor.shape,
+            "data_offsets": [offset, offset + e.nbytes],
+        }
+        offset += e.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    drawn = [e.elements(source) for e in shard]
+    return FilePlan(name, (*merged([Literal(struct.pack("<Q", len(text)) + text), *drawn]),), nbytes=offset)

@@ -1,0 +1,50 @@
+"""How layers are dealt to pipeline stages: evenly, or so that the stages weigh alike.
+
+Sources: DeepSpeed 0.19.8, `runtime.utils.partition_balanced` and `partition_uniform`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def stage_of(layer: int, starts: Sequence[int]) -> int:
+    """The stage that layer is on, given the first layer of each stage."""
+    return int(np.searchsorted(np.asarray(starts), layer, side="right")) - 1
+
+
+def uniform(layers: int, pp: int) -> tuple[int, ...]:
+    """As even as possible, the longer stages first."""
+    size, rest = divmod(layers, pp)
+    return tuple(p * size + min(p, rest) for p in range(pp))
+
+
+def balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
+    """The contiguous partition with the least spread between its heaviest and lightest part; of equal ones the latest
+    cut.
+
+    A dynamic programme over (layers dealt, stages used), as DeepSpeed's: it keeps for each cell the cheapest way and
+    that way's extremes.
+    """
+    n = len(weights)
+    if n <= pp:
+        return uniform(n, pp)
+    prefix = np.r_[0.0, np.cumsum(weights, dtype=np.float64)]
+    high = np.full((n + 1, pp + 1), math.inf)
+    low, cost = high.copy(), high.copy()
+    high[0, 0] = cost[0, 0] = 0.0
+    cut = np.zeros((n + 1, pp + 1), np.int64)
+    for i in range(1, n + 1):
+        part = prefix[i] - prefix[:i]
+        for j in range(1, min(i, pp) + 1):
+            highest, lowest = np.maximum(high[:i, j - 1], part), np.minimum(low[:i, j - 1], part)
+            spread = np.where(np.isfinite(highest), highest - lowest, math.inf)
+            k = i - 1 - int(np.argmin(spread[::-1]))
+            cost[i, j], high[i, j], low[i, j], cut[i, j] = spread[k], highest[k], lowest[k], k
+    ends = [n]
+    for j in range(pp, 0, -1):
+        ends.append(int(cut[ends[-1], j]))
+    return tuple(reversed(ends[1:]))

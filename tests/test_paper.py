@@ -11,7 +11,6 @@ import ckptlab
 from ckptlab import Mesh
 from ckptlab.catalog import MODULE
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
-from ckptlab.formats.paper.model import OPTIMIZER
 from ckptlab.plan import Holder
 from ckptlab.sharding.transformer import PaperModel
 
@@ -41,7 +40,7 @@ def test_a_mesh_that_stays_moves_nothing() -> None:
 
 def test_zero_stages_say_where_things_lie() -> None:
     model, mesh = PaperModel(), Mesh(tp=2, dp=4)
-    by_stage = [model.on(mesh, stage) for stage in range(4)]
+    by_stage = [laid_out(model, mesh, stage) for stage in range(4)]
     assert [len(c.flat_groups) for c in by_stage] == [0, 1, 1, 1]
     outside = [{state for name, state in c.placements if not c.is_flat(name, state)} for c in by_stage]
     assert outside[:2] == [{*OPTIMIZER, MODULE}, {MODULE}]
@@ -52,15 +51,15 @@ def test_zero_stages_say_where_things_lie() -> None:
 
 def test_layouts_follow_the_heads() -> None:
     name = "layers.0.self_attention.query_key_value.weight"
-    layouts = [PaperModel(kv_heads=n).on(Mesh(tp=2)).tensors[name].layout.text for n in (8, 2, 1)]
+    layouts = [laid_out(PaperModel(kv_heads=n), Mesh(tp=2)).tensors[name].layout.text for n in (8, 2, 1)]
     assert layouts == ["(tp head qkv out) in", "((tp q) + (tp k) + (tp v)) in", "((tp q) + k + v) in"]
-    assert PaperModel(gated=True).on(Mesh(tp=2)).tensors["layers.0.mlp.dense_h_to_4h.weight"].layout.text == (
+    assert laid_out(PaperModel(gated=True), Mesh(tp=2)).tensors["layers.0.mlp.dense_h_to_4h.weight"].layout.text == (
         "(2 tp out) in"
     )
 
 
 def test_the_tied_embedding_is_on_both_ends_and_padded_to_tp() -> None:
-    embedding = PaperModel(vocab=1001).on(Mesh(tp=4, pp=2)).tensors["word_embeddings.weight"]
+    embedding = laid_out(PaperModel(vocab=1001), Mesh(tp=4, pp=2)).tensors["word_embeddings.weight"]
     assert (embedding.stages, embedding.aliases) == ((0, 1), ("lm_head.weight",))
     assert (embedding.shape[0], embedding.cut.shape[0]) == (1001, 1004)
 

@@ -32,7 +32,7 @@ def test_masters_under_the_models_own_names(case: Path, tmp_path: Path) -> None:
 
 def test_sixteen_bits_are_the_models_own_and_buffers_keep_their_dtype(tmp_path: Path) -> None:
     source = read(ZERO2)
-    save_weights(source, tmp_path / "out", dtype=BF16)
+    save_weights(source, tmp_path / "out", dtype="bf16")
     for name, array in load_file(tmp_path / "out" / "model.safetensors").items():
         assert array.dtype == source[name].states[MODULE]
         assert array.tobytes() == whole(source, name, MODULE).tobytes()
@@ -40,7 +40,7 @@ def test_sixteen_bits_are_the_models_own_and_buffers_keep_their_dtype(tmp_path: 
 
 def test_zero3_rounds_its_masters(tmp_path: Path) -> None:
     source = read(ZERO3)
-    save_weights(source, tmp_path / "out", dtype=BF16)
+    save_weights(source, tmp_path / "out", dtype="bf16")
     found = load_file(tmp_path / "out" / "model.safetensors")
     for tensor in source.tensors.values():
         if tensor.kind == "parameter":

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ckptlab import pool
 from ckptlab.analysis import statistics_accessor  # noqa: F401  (what the Dataset shows in a notebook)
 from ckptlab.analysis.accumulate import BLOCK
-from ckptlab.analysis.windows import elements
+from ckptlab.analysis.elements import joined
 from ckptlab.arrays import Gather
 from ckptlab.catalog import MASTER, MODULE, Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
@@ -218,7 +218,7 @@ class _Task:
         total = Moved()
         for start in range(self.lo, self.hi, self.window):
             stop = min(start + self.window, self.hi)
-            weight, first, second = (elements(g, self.cut, self.at, start, stop) for g in self.gathers)
+            weight, first, second = (joined(g, self.cut, self.at, start, stop) for g in self.gathers)
             total = total.merge(moved(weight, first, second, self.settings))
         return self.index, total
 

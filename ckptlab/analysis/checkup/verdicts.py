@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ckptlab.analysis.bitwise import unrounded
 from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
 from ckptlab.analysis.checkup.finding import Finding, Where
 from ckptlab.analysis.checkup.finding import Rank as NamedRank
+from ckptlab.analysis.elements import unrounded
 from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
 from ckptlab.draw.words import number_of, some
 from ckptlab.mesh import Mesh

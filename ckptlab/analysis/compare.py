@@ -1,8 +1,8 @@
 """What checkpoints have in common and where they differ, whatever format and mesh each of them has.
 
-`diff` goes tensor by tensor and window by window: memory stays near two windows for each worker, not near the
-largest tensor, and both checkpoints are read once. How far apart they are is summed up on the way (`measure`); tensors that have another name on
-the other side are found first, by samples (`renames`).
+`diff` goes tensor by tensor and window by window: memory stays near two windows for each worker, not near the largest
+tensor, and both checkpoints are read once. How far apart they are is summed up on the way (`measure`); tensors that
+have another name on the other side are found first, by samples (`renames`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 import ckptlab
 from ckptlab import diff
-from ckptlab.analysis import Compared, OnlyIn, Setting, compare
+from ckptlab.analysis import Compared, OnlyIn, Setting, elements
 from ckptlab.arrays import Reader
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
@@ -375,13 +375,13 @@ def test_a_plot_of_change_over_depth(tmp_path: Path) -> None:
 
 def test_both_checkpoints_are_read_once(poked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: Counter[tuple[str, str, int]] = Counter()
-    really = compare.elements
+    really = elements.joined
 
     def noted(gather: Reader, cut: Cut, at: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         taken.update((gather.name, gather.state, element) for element in range(start, stop))
         return really(gather, cut, at, start, stop)
 
-    monkeypatch.setattr(compare, "elements", noted)
+    monkeypatch.setattr(elements, "joined", noted)
     found = diff(GPT, poked, window=300, workers=1)
     assert set(taken.values()) == {2}, "each element once of each side"
     assert len(taken) == sum(m.elements for m in found.measures)

@@ -11,6 +11,7 @@ import ckptlab
 from ckptlab import Mesh
 from ckptlab.catalog import MODULE
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
+from ckptlab.formats.paper.model import OPTIMIZER, laid_out
 from ckptlab.plan import Holder
 from ckptlab.sharding.transformer import PaperModel
 

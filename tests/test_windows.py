@@ -15,10 +15,10 @@ from test_gather import store
 
 import ckptlab
 from ckptlab.analysis.accumulate import partial
-from ckptlab.analysis.bitwise import apart, relative, unequal
+from ckptlab.analysis.elements import apart, joined, relative, unequal
 from ckptlab.analysis.updates import Settings
 from ckptlab.analysis.updates import _Task as Update
-from ckptlab.analysis.windows import elements, spans
+from ckptlab.analysis.windows import spans
 from ckptlab.arrays import reader
 from ckptlab.arrays.lazy import Gathered
 from ckptlab.catalog import Catalog, Fragment, ParameterGroup
@@ -107,7 +107,7 @@ ONLY = r"w: exp_avg: of elements 0 to 5 of its shard of shape \(5,\) only 3 are 
 
 def test_a_window_that_is_not_all_stored_is_no_window() -> None:
     with pytest.raises(CheckpointError, match=ONLY):
-        elements(SHORT, Cut.whole((5,)), (), 0, 5)
+        joined(SHORT, Cut.whole((5,)), (), 0, 5)
 
 
 def test_updates_are_not_made_of_memory_that_nobody_wrote() -> None:

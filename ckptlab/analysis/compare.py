@@ -1,8 +1,8 @@
 """What checkpoints have in common and where they differ, whatever format and mesh each of them has.
 
-`diff` goes tensor by tensor and window by window: memory stays near two windows, not near the largest tensor, and both
-checkpoints are read once. How far apart they are is summed up on the way (`measure`); tensors that have another name on
-the other side are found first, by samples (`renames`).
+`diff` goes tensor by tensor and window by window: memory stays near two windows for each worker, not near the largest
+tensor, and both checkpoints are read once. How far apart they are is summed up on the way (`measure`); tensors that
+have another name on the other side are found first, by samples (`renames`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from ckptlab import pool
-from ckptlab.analysis import bitwise
+from ckptlab.analysis import elements
 from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Measure, Sums
 from ckptlab.analysis.renames import renamed
-from ckptlab.analysis.windows import WINDOW, elements
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
@@ -41,7 +40,7 @@ def diff(
     states: Sequence[str] | None = None,
     progress: bool = False,
     workers: Workers = None,
-    window: int = WINDOW,
+    window: int = elements.WINDOW,
 ) -> Diff:
     """Compare two checkpoints: every state that both have of every tensor that both have, bit for bit.
 
@@ -193,16 +192,16 @@ def _compare(task: _Task) -> Found:
     sums = Sums()
     for start in range(0, task.elements, task.window):
         stop = min(start + task.window, task.elements)
-        a, b = (elements(gather, whole, (), start, stop) for gather in (task.a, task.b))
-        where = bitwise.unequal(a, b)
+        a, b = (elements.joined(gather, whole, (), start, stop) for gather in (task.a, task.b))
+        where = elements.unequal(a, b)
         if not len(where):
             sums.equal(a)
             continue
         sums.other(a, b)
         count += len(where)
         x, y = a[where], b[where]
-        apart = bitwise.apart(x, y)
-        worst_rel = max(worst_rel, float(bitwise.relative(apart, x, y).max()))
+        apart = elements.apart(x, y)
+        worst_rel = max(worst_rel, float(elements.relative(apart, x, y).max()))
         i = int(apart.argmax())
         if worst is None or apart[i] > worst[0]:
             worst = float(apart[i]), start + int(where[i]), float(x[i].real), float(y[i].real)

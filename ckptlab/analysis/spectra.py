@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.analysis.windows import WINDOW, Array, read
+from ckptlab.analysis.elements import WINDOW
+from ckptlab.analysis.windows import Array, read
 
 EXACT = 512  # the shorter side of a matrix whose singular values are all computed
 OVERSAMPLED = 16

@@ -15,11 +15,12 @@ import xarray as xr
 from ckptlab import pool
 from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import accumulator
+from ckptlab.analysis.elements import WINDOW
 from ckptlab.analysis.partial import Bins, Partial, merged
 from ckptlab.analysis.row import Row
 from ckptlab.analysis.rows import View, rows_of
 from ckptlab.analysis.spectra import Spectrum, spectrum_of
-from ckptlab.analysis.windows import WINDOW, Span, spans
+from ckptlab.analysis.windows import Span, spans
 from ckptlab.catalog import MASTER, MODULE
 from ckptlab.errors import CheckpointError
 from ckptlab.pool import Workers

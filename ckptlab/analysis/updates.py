@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ckptlab import pool
 from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import BLOCK
-from ckptlab.analysis.windows import elements
+from ckptlab.analysis.elements import joined
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import MASTER, MODULE, Catalog, ParameterGroup, Tensor
 from ckptlab.catalog.stacks import places
@@ -219,7 +219,7 @@ class _Task:
         total = Moved()
         for start in range(self.lo, self.hi, self.window):
             stop = min(start + self.window, self.hi)
-            weight, first, second = (elements(g, self.cut, self.at, start, stop) for g in self.gathers)
+            weight, first, second = (joined(g, self.cut, self.at, start, stop) for g in self.gathers)
             total = total.merge(moved(weight, first, second, self.settings))
         return self.index, total
 

@@ -1,6 +1,4 @@
-"""The elements of a tensor, window by window: all of them, or an error that says which are not stored.
-
-`spans` and `read` take any array, `elements` what a `Gather` reads; only `elements` says in which order they come.
+"""The elements of a lazy or any other array, window by window, for what does not ask in which order they come.
 
 What is stored is read straight from the mapped files where it can be, each byte once; memory stays near a window
 whatever the size of the tensor. Arrays of dask come block by block.
@@ -16,13 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
+from ckptlab.analysis.elements import WINDOW, pieces
 from ckptlab.arrays import Reader
 from ckptlab.arrays.boxes import flat_boxes
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, under
-from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
 
-WINDOW = 1 << 20  # elements that a window has at most, if not said
 _SPAN = 16  # windows that a task goes through
 
 Array = LazyArray | xr.Variable
@@ -37,27 +34,6 @@ class Span(Protocol):
     def windows(self) -> Iterator[np.ndarray]:
         """One-dimensional pieces, each valid until the next one is asked for."""
         ...
-
-
-def elements(gather: Reader, cut: Cut, at: tuple[int, ...], lo: int, hi: int) -> np.ndarray:
-    """Elements lo … hi-1 of shard `at` of `cut`, flattened, as one piece: states need not lie in the same fragments.
-
-    CheckpointError, with the tensor's name, where some are not stored.
-    """
-    found = list(_pieces(gather, cut, at, lo, hi, hi - lo))
-    return found[0] if len(found) == 1 else np.concatenate(found)
-
-
-def _pieces(gather: Reader, cut: Cut, at: tuple[int, ...], lo: int, hi: int, window: int) -> Iterator[np.ndarray]:
-    done = 0
-    for piece in gather.chunks(cut, at, lo, hi, window):
-        yield piece
-        done += len(piece)
-    if done != hi - lo:
-        raise CheckpointError(
-            f"{gather.name}: {gather.state}: of elements {lo} to {hi} of its shard of shape {cut.shard_shape(at)} only "
-            f"{done} are stored: the checkpoint is incomplete, see what `ckptlab check` says of it"
-        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +53,7 @@ class _Stored:
         return self.hi - self.lo
 
     def windows(self) -> Iterator[np.ndarray]:
-        for piece in _pieces(self.gather, self.cut, self.at, self.lo, self.hi, self.window):
+        for piece in pieces(self.gather, self.cut, self.at, self.lo, self.hi, self.window):
             yield piece.astype(self.dtype, copy=False)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ckptlab import pool
-from ckptlab.analysis import bitwise
+from ckptlab.analysis import elements
 from ckptlab.analysis.checkup.jobs import WINDOW, Gap, Job, Row
 from ckptlab.analysis.checkup.reading import Reader
 from ckptlab.catalog import MASTER, MODULE
@@ -44,7 +44,7 @@ class Seen:
 
     def add(self, where: np.ndarray, start: int, a: np.ndarray, b: np.ndarray | None = None) -> None:
         """Note the elements `where` of a window that begins at element `start`."""
-        distances = np.zeros(1) if b is None else bitwise.apart(a[where], b[where])
+        distances = np.zeros(1) if b is None else elements.apart(a[where], b[where])
         i = int(distances.argmax())
         self.count += len(where)
         if distances[i] > self.worst:
@@ -148,11 +148,11 @@ def _rows(reader: Reader, job: Job, window_bytes: int) -> Told:
 
 def _values(told: Told, job: Job, row: Row, window: np.ndarray, start: int) -> None:
     squares = is_second_moment(row.state)
-    seen = bitwise.extremes(window, signed=squares)
+    seen = elements.extremes(window, signed=squares)
     place = (job.tensor, row.state, row.rank)
     told.zero[place] = told.zero.get(place, True) and seen.zero
     if not seen.finite:
-        told.note(Key("finite", *place), _noted(bitwise.unfinite(window), window, start))
+        told.note(Key("finite", *place), _noted(elements.unfinite(window), window, start))
     if squares and (seen.negative or not seen.finite):
         below = np.flatnonzero(window.astype(np.float32) < 0)
         if len(below):
@@ -168,7 +168,7 @@ def _noted(where: np.ndarray, a: np.ndarray, start: int, b: np.ndarray | None = 
 def _equal(told: Told, job: Job, row: Row, partner: Row, a: np.ndarray, b: np.ndarray, start: int) -> None:
     if a.dtype != b.dtype:
         return
-    where = bitwise.unequal(a, b)
+    where = elements.unequal(a, b)
     if len(where):
         told.note(Key("equal", job.tensor, row.state, row.rank, partner.rank), _noted(where, a, start, b))
 
@@ -180,7 +180,7 @@ def _rounding(
         master = by_place.get((MASTER, rank)) if state == MODULE else None
         if master is None:
             continue
-        where = bitwise.unrounded(master, weight, scratch)
+        where = elements.unrounded(master, weight, scratch)
         if len(where):
             told.note(Key("rounded", job.tensor, MASTER, rank), _noted(where, master, start, weight))
 
@@ -191,7 +191,7 @@ def _padding(reader: Reader, gap: Gap) -> Told:
         for at in range(start, start + count, 1 << 18):
             window = np.empty(min(start + count - at, 1 << 18), gap.stored.dtype)
             reader.elements(gap.stored, at, window)
-            if not bitwise.extremes(window).zero:
+            if not elements.extremes(window).zero:
                 name = gap.group.names[0] if gap.group.names else ""
                 key = Key("padding", f"group {gap.group.group}: {name}", gap.state, gap.rank)
                 told.note(key, _noted(np.flatnonzero(window.astype(np.float32) != 0), window, at))

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ckptlab.analysis.bitwise import unequal
 from ckptlab.analysis.checkup.data import Key, Seen, Told
+from ckptlab.analysis.elements import unequal
 from ckptlab.arrays import reader
 from ckptlab.catalog import Catalog, Tensor
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ckptlab.analysis.bitwise import unrounded
 from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
+from ckptlab.analysis.elements import unrounded
 from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
 from ckptlab.findings import Finding, Where
 from ckptlab.findings import Rank as NamedRank

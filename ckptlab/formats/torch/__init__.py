@@ -1,5 +1,5 @@
 """torch's files without torch: zips of pickles and records, read without executing anything, and planned.
 
-placeholders.py and pickles.py (what is pickled), torchzip.py (records), torchfile.py (whole files), foreign_code.py (what
-other programs would run).
+Read placeholders.py and pickles.py (what is pickled), torchzip.py (records), torchfile.py (whole files) in this order;
+foreign_code.py says what other programs would run.
 """

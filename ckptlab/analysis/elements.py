@@ -1,4 +1,5 @@
-"""What is asked of a window of elements while it is in the processor's cache: finite? zero? rounded? equal?
+"""Windows of elements: all that were asked for, or an error, and what is asked of them while they are in the
+processor's cache: finite? zero? rounded? equal, and if not, how far apart?
 
 Two reductions answer most of it: the least and the greatest element are NaN or infinite if any is, and say whether
 something is negative or all is zero. 16-bit numbers are looked at as integers, which numpy reduces many times faster.
@@ -7,15 +8,44 @@ something is negative or all is zero. 16-bit numbers are looked at as integers, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from ckptlab.arrays import Reader
+from ckptlab.errors import CheckpointError
+from ckptlab.layout import Cut
+
+WINDOW = 1 << 20  # elements that a window has at most, if not said
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _INFINITY = {BFLOAT16: 0x7F80, np.dtype(np.float16): 0x7C00}  # the magnitude bits of infinity
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _HALF_UNIT = 0x8000  # half a unit in the last place of a bfloat16, in the bits of a float32
+
+
+def joined(gather: Reader, cut: Cut, at: tuple[int, ...], lo: int, hi: int) -> np.ndarray:
+    """Elements lo … hi-1 of shard `at` of `cut`, flattened, as one piece: states need not lie in the same fragments.
+
+    CheckpointError, with the tensor's name, where some are not stored.
+    """
+    found = list(pieces(gather, cut, at, lo, hi, hi - lo))
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def pieces(gather: Reader, cut: Cut, at: tuple[int, ...], lo: int, hi: int, window: int) -> Iterator[np.ndarray]:
+    """`Gather.chunks`, each of at most `window` elements; CheckpointError after the last where some are not stored."""
+    done = 0
+    for piece in gather.chunks(cut, at, lo, hi, window):
+        yield piece
+        done += len(piece)
+    if done != hi - lo:
+        raise CheckpointError(
+            f"{gather.name}: {gather.state}: of elements {lo} to {hi} of its shard of shape {cut.shard_shape(at)} only "
+            f"{done} are stored: the checkpoint is incomplete, see what `ckptlab check` says of it"
+        )
 
 
 class Extremes(NamedTuple):

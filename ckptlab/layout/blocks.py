@@ -5,18 +5,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ckptlab.errors import LayoutError
-from ckptlab.layout.notation import Name, Number, Product, names
+from ckptlab.layout.notation import Name, Node, Number, Product, names
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
 
-if TYPE_CHECKING:
-    from ckptlab.layout.layout import Layout
+
+class Said(Protocol):
+    """What is asked of a Layout here; see there."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def dims(self) -> tuple[str, ...]: ...
+    @property
+    def tree(self) -> tuple[Node, ...]: ...
+    @property
+    def sizes(self) -> tuple[tuple[str, int | tuple[int, ...]], ...]: ...
 
 
-def equal_blocks(layout: Layout, mesh: Mesh | None = None) -> tuple[tuple[str, ...], ...]:
+def equal_blocks(layout: Said, mesh: Mesh | None = None) -> tuple[tuple[str, ...], ...]:
     """For each dim the mesh axes that cut it, slowest first; of a split axis its parts.
 
     mesh: None takes the names that notation reserves for axes, whatever their degrees. LayoutError where blocks of
@@ -47,7 +57,7 @@ def equal_blocks(layout: Layout, mesh: Mesh | None = None) -> tuple[tuple[str, .
     return tuple(cuts)
 
 
-def dims_of_axes(layout: Layout, devices: Any) -> tuple[int | None, ...]:
+def dims_of_axes(layout: Said, devices: Any) -> tuple[int | None, ...]:
     """For each axis of a mesh, ours or torch's, the dim that it cuts (None: the tensor is replicated over it).
 
     LayoutError as `equal_blocks`; where the axes cut a dim in another order than the mesh has them; and where the mesh

@@ -44,7 +44,7 @@ def cases(elements: int) -> dict[str, tuple[Moves, Moves]]:
         found[name] = moves(cut, whole), moves(whole, cut)
     flat = FlatBuffer.contiguous(["w"], [side * side], 8)
     shapes = ((side * side,),)
-    found["ZeRO flat, dp 8"] = flat_merge((flat,), 0, flat.size(0), shapes), flat_split((flat,), (shapes,))
+    found["ZeRO flat, dp 8"] = flat_merge((flat,), (1,), 0, flat.size(0), shapes), flat_split((flat,), (1,), (shapes,))
     return found
 
 

@@ -136,7 +136,7 @@ def changed(catalog: Catalog, scalars: dict[str, Any] | None = None, **options: 
         replace(g, options={**g.options, **options}, scalars=g.scalars if scalars is None else scalars)
         for g in catalog.groups
     )
-    return replace(catalog, groups=groups)
+    return replace(catalog, training=replace(catalog.training, groups=groups))
 
 
 def test_without_its_own_step_a_group_has_the_checkpoints() -> None:

@@ -31,6 +31,7 @@ from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.placeholders import foreign as made_by
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 
 HEAVY = ("torch", "xarray", "jax", "einx", "deepspeed", "pandas", "dask", "matplotlib")
 
@@ -334,7 +335,7 @@ def test_diff_names_the_state_that_only_one_has() -> None:
 
 def test_diff_exit_status(gpt: Path) -> None:
     (file,) = (gpt / "global_step3").glob("bf16_zero_pp_rank_1_mp_rank_03*")
-    stored = read(gpt).fragments("5.mlp.dense_4h_to_h.weight", "exp_avg", 1, 1)[-1].stored
+    stored = read(gpt).fragments("5.mlp.dense_4h_to_h.weight", "exp_avg", Holder(pp=1, tp=1))[-1].stored
     assert stored.path == str(file)
     content = bytearray(file.read_bytes())
     content[stored.offset] ^= 1

@@ -36,7 +36,8 @@ def made_of(*tensors: Tensor) -> Checkpoint:
     """The GPT checkpoint, with these tensors in place of its own."""
     found = {t.name: t for t in tensors}
     groups = (ParameterGroup({"lr": 0.1}, tuple(found)),)
-    return Checkpoint(replace(open_checkpoint(GPT).catalog, tensors=found, groups=groups))
+    catalog = open_checkpoint(GPT).catalog
+    return Checkpoint(replace(catalog, tensors=found, training=replace(catalog.training, groups=groups)))
 
 
 # Words
@@ -221,7 +222,9 @@ def test_whatever_comes_from_files_is_escaped() -> None:
         path=f"/x/{evil}",
         client={evil: 1},
         findings=(Finding("x", "info", found=evil),),
-        groups=(ParameterGroup({"name": evil, "lr": evil, evil: evil}, ("b",)),),
+        training=replace(
+            ckpt.catalog.training, groups=(ParameterGroup({"name": evil, "lr": evil, evil: evil}, ("b",)),)
+        ),
     )
     page = summary_html(catalog)
     assert "<script" not in page

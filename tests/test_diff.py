@@ -176,11 +176,11 @@ def test_hyperparameters_and_steps_are_compared() -> None:
     catalog = read(GPT)
     first, second = catalog.groups
     changed = replace(first, options={**first.options, "lr": 0.5, "betas": [0.9, 0.95]}, scalars={"step": 4})
-    found = diff(catalog, replace(catalog, groups=(changed, second)))
+    found = diff(catalog, replace(catalog, training=replace(catalog.training, groups=(changed, second))))
     assert found.settings == (Setting("decay", "step", 3.0, 4), Setting("decay", "lr", 0.01, 0.5))
     assert not found.equal
     assert "lr" in repr(found)
-    later = replace(catalog, client={**catalog.client, "iteration": 7})
+    later = replace(catalog, training=replace(catalog.training, step=7))
     assert diff(catalog, later).settings == (Setting("training", "step", 3, 7),)
 
 

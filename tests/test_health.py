@@ -486,7 +486,12 @@ def test_replicas_inside_of_shards_that_are_otherwise_cut(gpt: Path) -> None:
     name = "3.self_attention.query_key_value.weight"
     layout = Layout("((tp q) + k) in", totals={"q": 16, "k": 16})
     tensor = replace(catalog[name], shape=(32, 16), layout=layout, cut=layout.resolve((32, 16), catalog.mesh))
-    told = replace(catalog, tensors={**catalog.tensors, name: tensor})
+    lies = {
+        key: tuple(replace(placement, cut=tensor.cut) for placement in copies)
+        for key, copies in catalog.placements.items()
+        if key[0] == name
+    }
+    told = replace(catalog, tensors={**catalog.tensors, name: tensor}, placements={**catalog.placements, **lies})
     for state in ("exp_avg", "exp_avg_sq", "module", "fp32"):  # rows 8 to 23 of each shard are k
         for tp in (0, 1):
             for element in range(8 * 16, 24 * 16):
@@ -559,7 +564,7 @@ def test_each_stored_byte_is_read_once(case: Path, monkeypatch: pytest.MonkeyPat
         assert path_a != path_b or start >= end, "no byte twice"
     assert sum(end - start for _, start, end in taken) == found.checked.bytes
     if case != ZERO3:  # whose padding need not be read
-        assert found.checked.bytes == sum(stored.nbytes for _, _, stored in read(case).extents())
+        assert found.checked.bytes == sum(stored.nbytes for stored in read(case).stored)
 
 
 @pytest.mark.parametrize("window", [1 << 6, 1 << 9, 1 << 14])
@@ -602,7 +607,7 @@ def test_gaps_and_tensors_make_up_the_partitions() -> None:
     catalog = read(ZERO2)
     padding = list(gaps(catalog))
     covered = sum(job.nbytes for job in jobs(catalog)) + sum(gap.nbytes for gap in padding)
-    assert covered == sum(stored.nbytes for _, _, stored in catalog.extents())
+    assert covered == sum(stored.nbytes for stored in catalog.stored)
 
 
 # What is shown

@@ -25,6 +25,7 @@ from ckptlab.formats.deepspeed.target import _sub_groups
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 from ckptlab.sharding.strategies import Rules
 
 THERE = [
@@ -213,7 +214,7 @@ def test_replicas_that_are_to_be_averaged_are_and_it_is_said(tmp_path: Path) -> 
         torchfile.write(tmp_path / "new", content)
         (tmp_path / "new").replace(file)
     plain = read(GPT)
-    [fragment] = plain.fragments(name, "fp32", 0, 1)
+    [fragment] = plain.fragments(name, "fp32", Holder(pp=0, tp=1))
     with open(fragment.stored.path.replace(str(GPT / "global_step3"), str(tmp_path / "step")), "r+b") as f:
         f.seek(fragment.stored.offset)
         f.write((whole(plain, name, "fp32") + 1).tobytes())  # tp rank 1 has drifted by 1

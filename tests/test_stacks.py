@@ -17,7 +17,7 @@ import ckptlab
 from ckptlab import viz
 from ckptlab.analysis.measure import Measure
 from ckptlab.analysis.rows import rows_of
-from ckptlab.catalog import Catalog, Tensor
+from ckptlab.catalog import Catalog, Tensor, Training
 from ckptlab.catalog.stacks import kind_and_layer, places, split, stacks
 from ckptlab.describe.fold import fold
 from ckptlab.layout import Layout
@@ -120,7 +120,11 @@ def test_views_and_tables_of_a_checkpoint_have_its_stacks(case: Path) -> None:
 def test_the_picture_of_the_stages_says_the_same_layers() -> None:
     names = ("emb.weight", "h.0.weight", "h.1.weight", "h.01.weight", "blocks.0", "blocks.1", "norm")
     catalog: Catalog = replace(
-        ckptlab.open(GPT).catalog, mesh=Mesh(), tensors={n: tensor(n) for n in names}, flat_groups=(), groups=()
+        ckptlab.open(GPT).catalog,
+        mesh=Mesh(),
+        tensors={n: tensor(n) for n in names},
+        flat_groups=(),
+        training=Training(),
     )
     drawn = viz.stages(catalog).svg
     for label in ("h 0–1", "blocks 0–1", "h.01", "norm"):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import ckptlab
-from ckptlab import Layout, Mesh, ParameterGroup, stats, views
+from ckptlab import Layout, Mesh, stats, views
 from ckptlab.analysis.accumulate import accumulator, partial
 from ckptlab.analysis.partial import Bins, Partial, merged
 from ckptlab.analysis.rows import rows_of
@@ -327,7 +327,7 @@ def test_shards_have_a_dim_more_and_copies_a_row_each() -> None:
 def test_shards_of_unequal_width_are_taken_as_wide_as_they_are(tmp_path: Path) -> None:
     uneven = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
     whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
-    catalog = replace(store(tmp_path, uneven, whole, False, 1), groups=(ParameterGroup({}, ("w",)),))
+    catalog = store(tmp_path, uneven, whole, False, 1)
     node = views.Shards(catalog).tree()["w"].to_dataset()
     for view in (node, node.load(), node[["fp32"]].isel(out=slice(None, None, -1)).isel(out=slice(None, None, -1))):
         found = stats(view).squeeze()
@@ -374,7 +374,6 @@ def test_every_element_once_however_the_tensor_is_cut(source: Cut, zero3: bool, 
     whole = (np.arange(math.prod(source.shape)) % 113).reshape(source.shape).astype(dtype)
     with tempfile.TemporaryDirectory() as folder:
         catalog = store(Path(folder), replace(source, logical=logical), whole, zero3, before)
-        catalog = replace(catalog, groups=(ParameterGroup({}, ("w",)),))
         found = stats(catalog).squeeze()
         assert_is(found, whole[: logical[0]])
         rows = rows_of(views.Shards(catalog).tree())

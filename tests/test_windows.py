@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ckptlab.analysis.updates import _Task as Update
 from ckptlab.analysis.windows import spans
 from ckptlab.arrays import reader
 from ckptlab.arrays.lazy import Gathered
-from ckptlab.catalog import Catalog, Fragment, ParameterGroup
+from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
@@ -32,8 +32,7 @@ DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.floa
 
 def stored(folder: Path, layout: str, whole: np.ndarray, mesh: Mesh, before: int = 0) -> Catalog:
     """A catalog of one tensor "w" in flat buffers."""
-    catalog = store(folder, Layout(layout).resolve(whole.shape, mesh), whole, True, before)
-    return replace(catalog, groups=(ParameterGroup({}, ("w",)),))
+    return store(folder, Layout(layout).resolve(whole.shape, mesh), whole, True, before)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, np.complex64, np.complex128], ids=lambda d: np.dtype(d).name)
@@ -128,7 +127,7 @@ def test_a_checkpoint_that_lacks_elements_is_refused_by_whoever_reads(layout: st
     catalog = stored(tmp_path, layout, whole, Mesh(tp=2, dp=2))
     lacking = Lacking(**{f.name: getattr(catalog, f.name) for f in fields(catalog)})
     count = 4 if layout == "out in" else 2
-    refused = f"w: fp32: of tp rank \\d's shard of shape .* only {count} elements are stored"
+    refused = f"w: fp32: of the shard of pp 0 · tp \\d, shape .*, only {count} elements are stored"
     with pytest.raises(CheckpointError, match=refused):
         ckptlab.stats(lacking)
     with pytest.raises(CheckpointError, match=refused):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
-from faults import poke
+from helpers.files import poke
 
 import ckptlab
 

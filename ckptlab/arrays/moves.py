@@ -68,40 +68,47 @@ def moves(source: Cut, target: Cut) -> Moves:
     return Moves(steps, sources, shape, reached < math.prod(shape))
 
 
-Shapes = tuple[tuple[int, ...], ...]  # of one tensor's shards, by tp rank
+Shapes = tuple[tuple[int, ...], ...]  # of one tensor's shards, by holder
 
 
 @lru_cache(maxsize=1024)
-def flat_merge(flats: tuple[FlatBuffer, ...], index: int, longest: int, shapes: Shapes) -> Moves:
-    """Tensor `index` out of flat buffers: (tp, dp, longest) → (tp, *widest shard)."""
-    steps = tuple((shard, 0, flat) for shard, flat in _fragments(flats, index, shapes))
-    source = (len(flats), flats[0].dp, longest)
-    return Moves(steps, (source,), _stacked(shapes), len(set(shapes)) > 1)
+def flat_merge(
+    flats: tuple[FlatBuffer, ...], degrees: tuple[int, ...], index: int, longest: int, shapes: Shapes
+) -> Moves:
+    """Tensor `index` out of flat buffers, one for each place of a grid of holders: (*degrees, dp, longest) →
+    (*degrees, *widest shard)."""
+    steps = tuple((shard, 0, flat) for shard, flat in _fragments(flats, degrees, index, shapes))
+    source = (*degrees, flats[0].dp, longest)
+    return Moves(steps, (source,), (*degrees, *_widest(shapes)), len(set(shapes)) > 1)
 
 
 @lru_cache(maxsize=256)
-def flat_split(flats: tuple[FlatBuffer, ...], shapes: tuple[Shapes, ...]) -> Moves:
-    """All tensors into flat buffers: one source a tensor, (tp, *widest shard) → (tp, dp, flat)."""
-    steps = tuple((flat, i, shard) for i, own in enumerate(shapes) for shard, flat in _fragments(flats, i, own))
-    target = (len(flats), flats[0].dp, max(flat.size(0) for flat in flats))
+def flat_split(flats: tuple[FlatBuffer, ...], degrees: tuple[int, ...], shapes: tuple[Shapes, ...]) -> Moves:
+    """All tensors into flat buffers: one source a tensor, (*degrees, *widest shard) → (*degrees, dp, flat)."""
+    places = ((i, *views) for i, own in enumerate(shapes) for views in _fragments(flats, degrees, i, own))
+    steps = tuple((flat, i, shard) for i, shard, flat in places)
+    target = (*degrees, flats[0].dp, max(flat.size(0) for flat in flats))
     used = sum(sum(flat.counts) for flat in flats)
-    return Moves(steps, tuple(_stacked(own) for own in shapes), target, used < math.prod(target))
+    return Moves(steps, tuple((*degrees, *_widest(own)) for own in shapes), target, used < math.prod(target))
 
 
-def _fragments(flats: tuple[FlatBuffer, ...], index: int, shapes: Shapes) -> Iterator[tuple[View, View]]:
+def _fragments(
+    flats: tuple[FlatBuffer, ...], degrees: tuple[int, ...], index: int, shapes: Shapes
+) -> Iterator[tuple[View, View]]:
     """(view of the array of shards, view of the array of buffers) of each box of each fragment of a tensor."""
-    for tp, (flat, shape) in enumerate(zip(flats, shapes, strict=True)):
+    holders = itertools.product(*map(range, degrees))
+    for holder, flat, shape in zip(holders, flats, shapes, strict=True):
         for d, start, place, count in flat.fragments(index).tolist():
             done = place
             for starts, sizes in flat_boxes(shape, start, start + count):
-                key = (tp, *(slice(at, at + n) for at, n in zip(starts, sizes, strict=True)))
+                key = (*holder, *(slice(at, at + n) for at, n in zip(starts, sizes, strict=True)))
                 number = math.prod(sizes)
-                yield View(key), View((tp, d, slice(done, done + number)), tuple(sizes))
+                yield View(key), View((*holder, d, slice(done, done + number)), tuple(sizes))
                 done += number
 
 
-def _stacked(shapes: Shapes) -> tuple[int, ...]:
-    return (len(shapes), *(max(sizes) for sizes in zip(*shapes, strict=True)))
+def _widest(shapes: Shapes) -> tuple[int, ...]:
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
 
 
 def held_shape(cut: Cut) -> tuple[int, ...]:

@@ -20,9 +20,9 @@ from pathlib import Path
 INSIDE = """
 import resource, sys, time
 import ckptlab
-from ckptlab.analysis import health
+from ckptlab.analysis import check
 began, used = time.perf_counter(), time.process_time()
-found = health(sys.argv[1])
+found = check(sys.argv[1])
 took = time.perf_counter() - began, time.process_time() - used
 print(*took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, found.checked.bytes, found.codes)
 """

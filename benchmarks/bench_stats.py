@@ -28,7 +28,7 @@ MEASURED = """
 import resource, sys, time
 import numpy, xarray
 import ckptlab
-from ckptlab import adam, stats
+from ckptlab import stats, updates
 stats(xarray.DataArray(numpy.zeros(1)))  # xarray loads dask and scipy when it is first used
 ckpt = ckptlab.open(sys.argv[1])
 cpu, began = time.process_time(), time.monotonic()
@@ -41,7 +41,7 @@ PASSES = {
     "stats, one thread": "stats(ckpt, workers=1)",
     "stats, no histograms": "stats(ckpt, histogram=False)",
     "stats of tp shards": "stats(ckpt.shards())",
-    "adam": "adam(ckpt)",
+    "adam": "updates(ckpt)",
 }
 
 

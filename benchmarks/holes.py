@@ -94,7 +94,7 @@ def _groups(stage: int) -> list[Shapes]:
 
 def _model(groups: list[Shapes]) -> dict[str, Any]:
     return {
-        "module": None,
+        "param": None,
         "buffer_names": [],
         "optimizer": None,
         "param_shapes": [OrderedDict((n, Size(s)) for n, s in group.items()) for group in groups],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptlab import analysis, viz
-    from ckptlab.analysis import Diff, Health, Run, adam, diff, health, open_run, plots, stats
+    from ckptlab.analysis import Diff, Health, Run, check, diff, open_run, plots, stats, updates
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.flat_operations import merge_flat, split_flat
     from ckptlab.arrays.operations import ReplicaWarning, merge, reshape, split, to
@@ -71,11 +71,10 @@ __all__ = [
     "UnsafeFileError",
     "UnsupportedError",
     "__version__",
-    "adam",
     "analysis",
+    "check",
     "diff",
     "explore",
-    "health",
     "merge",
     "merge_flat",
     "open_run",
@@ -89,11 +88,12 @@ __all__ = [
     "split_flat",
     "stats",
     "to",
+    "updates",
     "viz",
 ]
 
 _HOMES = {
-    "analysis": "Diff Health Run adam diff health open_run plots stats",
+    "analysis": "Diff Health Run check diff open_run plots stats updates",
     "arrays.backends": "Backend",
     "arrays.flat_operations": "merge_flat split_flat",
     "arrays.operations": "ReplicaWarning merge reshape split to",

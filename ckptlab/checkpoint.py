@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptlab import convert, formats
-from ckptlab.catalog import MODULE, Catalog, Tensor, Training, module_source
+from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.findings import Finding
 from ckptlab.formats import Format
@@ -100,7 +100,7 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the user must hear about this checkpoint, as far as its headers tell; `ckptlab.health` finds more."""
+        """What the user must hear about this checkpoint, as far as its headers tell; `ckptlab.check` finds more."""
         return self.catalog.findings
 
     @property
@@ -229,13 +229,13 @@ class Reshape(Viewed, Shown):
         """What `compose` takes: states that lie alike together, the module weight by itself."""
         for name, tensor in self.target.tensors.items():
             held = self.source[name].states
-            flat = [s for s in tensor.states if s != MODULE]
+            flat = [s for s in tensor.states if s != PARAM]
             if flat:
                 sizes = (sum(t[s].itemsize for s in flat) for t in (held, tensor.states))
                 yield from self._moves(name, flat[0], flat[0], *sizes)
-            if (name, MODULE) in self.target.placements:
-                state = module_source(self.source[name], tensor)
-                yield from self._moves(name, state, MODULE, held[state].itemsize, tensor.states[MODULE].itemsize)
+            if (name, PARAM) in self.target.placements:
+                state = param_source(self.source[name], tensor)
+                yield from self._moves(name, state, PARAM, held[state].itemsize, tensor.states[PARAM].itemsize)
 
     def _moves(
         self, name: str, state: str, becomes: str, read_size: int, written_size: int

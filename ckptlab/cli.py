@@ -336,10 +336,10 @@ def check(
       ckptlab check run/global_step1000
       ckptlab check run --no-data --json | jq '.findings[].code'
     """
-    from ckptlab.analysis import health
+    from ckptlab.analysis import check as check_all
 
     progress = sys.stderr.isatty() and not no_progress
-    found = health(path, data=not no_data, checksums=checksums, progress=progress, strategy=strategy)
+    found = check_all(path, data=not no_data, checksums=checksums, progress=progress, strategy=strategy)
     if as_json:
         _print(found.to_dict())
     else:
@@ -463,7 +463,7 @@ def _write_weights(
     running: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Report]:
     """Write safetensors: what is to be said of them, and the report."""
-    from ckptlab.catalog import MASTER, MODULE
+    from ckptlab.catalog import MASTER, PARAM
     from ckptlab.checkpoint import save_weights
 
     named = [k for k, v in options.items() if v is not None and k != "dtype"]
@@ -473,7 +473,7 @@ def _write_weights(
     dtype = options["dtype"]
     report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
     notices = [{"code": n.code, "text": n.text} for n in ckpt.findings]
-    lost = [s for s in ckpt.states if s not in (MASTER, MODULE)]
+    lost = [s for s in ckpt.states if s not in (MASTER, PARAM)]
     if lost:
         notices.append({"code": "states-left-out", "text": f"safetensors hold weights: {', '.join(lost)} are left out"})
     return {"format": "safetensors", "dtype": dtype, "latest": None, "notices": notices}, report
@@ -499,7 +499,7 @@ def _note(texts: Iterable[str]) -> None:
 @click.option("--states", metavar="fp32,exp_avg,…", help="These states alone.")
 @click.option("--shards", "by_rank", is_flag=True, help="Each tp rank's shard by itself, instead of whole tensors.")
 @click.option("--steps", "whole_run", is_flag=True, help="Every step of the run whose step folders stand in PATH.")
-@click.option("--adam", "updates", is_flag=True, help="Instead: how large Adam's last update was, beside the weight.")
+@click.option("--updates", "updates", is_flag=True, help="Instead: how large Adam's last update was.")
 @click.option("--spectrum", is_flag=True, help="Effective and stable rank of every matrix too (slower).")
 @click.option("--all", "everything", is_flag=True, help="Every row, no name cut.")
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
@@ -527,19 +527,19 @@ def stats(
       ckptlab stats run/global_step1000
       ckptlab stats run --by stack --states fp32,exp_avg_sq
       ckptlab stats run --steps --by model
-      ckptlab stats run --adam
+      ckptlab stats run --updates
     """
     if sum((by_rank, whole_run, updates)) > 1:
-        raise click.UsageError("--shards, --steps and --adam exclude each other")
+        raise click.UsageError("--shards, --steps and --updates exclude each other")
     if updates and (states or spectrum or by != "tensor"):
-        raise click.UsageError("--adam has a table of its own: it takes neither --by, --states nor --spectrum")
+        raise click.UsageError("--updates has a table of its own: it takes neither --by, --states nor --spectrum")
     from ckptlab.describe.statistics import statistics_text
 
     progress = sys.stderr.isatty() and not no_progress
     if updates:
-        from ckptlab.analysis import adam
+        from ckptlab.analysis import updates as next_update
 
-        found = adam(_open(path, strategy), progress=progress)
+        found = next_update(_open(path, strategy), progress=progress)
     else:
         from ckptlab.analysis import open_run
         from ckptlab.analysis import stats as statistics

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ckptlab.catalog import MASTER, MODULE, Tensor
+from ckptlab.catalog import MASTER, PARAM, Tensor
 from ckptlab.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _is_torchs(dtype: Any) -> bool:
 
 def _held(ckpt: Viewed, state: str | None) -> Iterator[tuple[Tensor, str]]:
     """Every tensor that has the state, with it."""
-    choices = (MASTER, MODULE) if state is None else (state,)
+    choices = (MASTER, PARAM) if state is None else (state,)
     for tensor in ckpt.source.tensors.values():
         found = next((s for s in choices if s in tensor.states), None)
         if found is not None:

@@ -199,7 +199,7 @@ def reading() -> Iterator[Reading]:
             ckpt.full()["wte.weight"].load()
         read.bytes
 
-    Counts what this thread reads, and the tasks that it has run (`stats`, `diff`, `health`, `adam`, wherever those
+    Counts what this thread reads, and the tasks that it has run (`stats`, `diff`, `check`, `updates`, wherever those
     run); not what other threads of the program read meanwhile.
     """
     try:

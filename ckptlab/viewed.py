@@ -113,7 +113,7 @@ class Viewed:
         view: View = Shards(*fields) if mesh is None else Placed(*fields, devices=mesh)
         return view.tree() if stack else view.by_name(_state(state, self.held))
 
-    def buffers(self, *, dtype: Any = None, backend: Any = None, device: Any = None) -> xr.DataTree:
+    def flat(self, *, dtype: Any = None, backend: Any = None, device: Any = None) -> xr.DataTree:
         """The optimizer's flat buffers as the files hold them, or as the target's will: /pp0/group0 with dims
         (tp, dp, flat) and true lengths beside."""
         from ckptlab.arrays.backends import resolve

@@ -18,7 +18,7 @@ from ckptlab.sharding.strategies import resolve as resolve_strategy
 from ckptlab.views import Flat, Full, Shards, View
 
 _TENSORS: dict[str, type[View]] = {"full": Full, "shards": Shards}
-VIEWS = (*_TENSORS, "buffers")
+VIEWS = (*_TENSORS, "flat")
 OPTIONS = ("drop_variables", "group", "tensor", "view", "strategy", "dtype", "backend", "device")
 CONVENTIONS = (
     *("mask_and_scale", "decode_times", "decode_timedelta", "use_cftime", "concat_characters"),
@@ -59,7 +59,7 @@ class CkptlabBackend(BackendEntrypoint):
         group: str | None = None,
         **conventions: Any,
     ) -> xr.DataTree:
-        """A whole view: "full", "shards" or "buffers"; of a `group`, the node of that name alone.
+        """A whole view: "full", "shards" or "flat"; of a `group`, the node of that name alone.
 
         drop_variables: states to leave out. strategy: as for `ckptlab.open`. dtype, backend, device: as for
         `Checkpoint.full`.
@@ -69,7 +69,7 @@ class CkptlabBackend(BackendEntrypoint):
             named = {"view": view, "strategy": strategy, "dtype": dtype, "backend": backend, "device": device}
             return xr.DataTree(self.open_dataset(filename_or_obj, drop_variables=drop_variables, group=group, **named))
         source, on = _read(filename_or_obj, view, strategy), resolve(backend, device)
-        if view == "buffers":
+        if view == "flat":
             dropped = _names(drop_variables)
             return (
                 Flat(source, None, dtype, on)
@@ -111,7 +111,7 @@ class CkptlabBackend(BackendEntrypoint):
                 "group= (or tensor=), or use open_datatree for all"
             )
         on = resolve(backend, device)
-        if view == "buffers":
+        if view == "flat":
             found = Flat(source, None, dtype, on).node(tensor)
         else:
             found = _TENSORS[view](source, None, _kept(source, drop_variables), dtype, on).node(tensor)

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ckptlab.arrays import reader
-from ckptlab.catalog import MODULE, Catalog
+from ckptlab.catalog import PARAM, Catalog
 from ckptlab.layout import Cut
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -29,8 +29,8 @@ def differences_from_truth(catalog: Catalog, truth: Path) -> list[str]:
     wrong = []
     for key, expected in load_file(truth).items():
         state, name = key.split("/", 1)
-        state = MODULE if state in _KEPT_IN_MODULE else state
-        if state == MODULE and catalog.zero_stage == 3 and catalog[name].kind == "parameter":
+        state = PARAM if state in _KEPT_IN_MODULE else state
+        if state == PARAM and catalog.zero_stage == 3 and catalog[name].kind == "parameter":
             continue  # ZeRO-3 stores no module weights
         if state not in catalog[name].states or not same_bits(whole(catalog, name, state), expected):
             wrong.append(key)

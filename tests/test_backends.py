@@ -99,8 +99,8 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
     entries = lambda group, name="mine": [Entry()] if (group, name) == ("ckptlab.backends", "mine") else []  # noqa: E731
     monkeypatch.setattr(importlib.metadata, "entry_points", entries)
     assert BACKENDS.names() == ("numpy", "torch", "jax", "mine")
-    found = ckptlab.open(GPT).full("fp32", backend="mine")["6.weight"].fp32
-    assert found.values.tobytes() == ckptlab.open(GPT).full("fp32")["6.weight"].fp32.values.tobytes()
+    found = ckptlab.open(GPT).full("master", backend="mine")["6.weight"].master
+    assert found.values.tobytes() == ckptlab.open(GPT).full("master")["6.weight"].master.values.tobytes()
     base._resolve.cache_clear()
 
 
@@ -108,7 +108,7 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
     code = (
         "import sys, ckptlab\n"
         f"tree = ckptlab.open({str(GPT)!r}).full()\n"
-        "tree['6.weight'].fp32.load()\n"
+        "tree['6.weight'].master.load()\n"
         "assert not (loaded := {'torch', 'jax', 'einx'} & set(sys.modules)), loaded\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -162,13 +162,13 @@ def test_selecting_reads_what_is_selected(backend: Backend) -> None:
 
 def test_xarrays_engine_takes_a_backend() -> None:
     tree = xr.open_datatree(GPT, engine="ckptlab", backend="torch")
-    assert isinstance(tree["6.weight"].fp32.data, Duck)
+    assert isinstance(tree["6.weight"].master.data, Duck)
     one = xr.open_dataset(GPT, engine="ckptlab", tensor="6.weight", backend="jax")
-    assert one.fp32.values.tobytes() == tree["6.weight"].fp32.values.tobytes()
+    assert one.master.values.tobytes() == tree["6.weight"].master.values.tobytes()
 
 
 def test_views_travel(backend: Backend) -> None:
-    lazy = ckptlab.open(GPT).full(backend=backend)["6.weight"].module
+    lazy = ckptlab.open(GPT).full(backend=backend)["6.weight"].param
     again = pickle.loads(pickle.dumps(lazy))
     assert again.data.device == backend.device
     assert pickle.loads(pickle.dumps(again.load())).values.tobytes() == lazy.values.tobytes()
@@ -344,7 +344,7 @@ def test_medians_are_numpys() -> None:
 class TestErrorsSayWhatToDo:
     def test_dask(self, name: str) -> None:
         pytest.importorskip("dask")
-        lazy = ckptlab.open(GPT).full(backend=name)["6.weight"].fp32
+        lazy = ckptlab.open(GPT).full(backend=name)["6.weight"].master
         with pytest.raises(TypeError, match='backend="numpy"'):
             lazy.chunk({"out": 4}).compute()
         with pytest.raises(TypeError, match='backend="numpy"'):
@@ -479,7 +479,7 @@ def test_the_python_of_the_page_on_backends(monkeypatch: pytest.MonkeyPatch) -> 
         ("layer", "tp", "out", "in"),
         {"layer": 4, "tp": 4, "out": 12, "in": 16},
     )
-    assert names["whole"].values.tobytes() == names["ckpt"].full("module")[names["name"]].module.values.tobytes()
+    assert names["whole"].values.tobytes() == names["ckpt"].full("param")[names["name"]].param.values.tobytes()
 
 
 def test_bfloat16_takes_fillings_that_are_said(backend: Backend) -> None:

@@ -18,7 +18,7 @@ from helpers.files import copy, cut, edit, flip, poke, swap
 from safetensors.numpy import save_file
 from test_hostile_files import HOSTILE, forge
 
-from ckptlab import Health, health
+from ckptlab import Health, check
 from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
@@ -36,7 +36,7 @@ def law(folder: Path) -> Health:
         read(folder)
     except CkptlabError as caught:
         error = caught
-    found = health(folder, data=False)
+    found = check(folder, data=False)
     refusing = [f for f in found.findings if f.refuses]
     assert (error is None) == (not refusing) == found.checked.opened, (error, found)
     assert error is None or type(error) in {type(f.error) for f in refusing}, (error, found)
@@ -115,7 +115,7 @@ GPT_FAULTS: dict[str, Callable[[Path], Any]] = {
     "no ranks at all": lambda f: all_models(f, put(dp_world_size=1 << 50)),
     "layer of nothing": lambda f: edit(f / LAYER, lambda c: {}),
     "layer that is a list": lambda f: edit(f / LAYER, lambda c: [1]),
-    "flipped bit": lambda f: flip(f, "3.input_layernorm.weight", "fp32", 0, tp=1),
+    "flipped bit": lambda f: flip(f, "3.input_layernorm.weight", "master", 0, tp=1),
     "not finite": lambda f: poke(f, "3.mlp.dense_h_to_4h.weight", "exp_avg", np.nan),
 }  # fmt: skip
 
@@ -320,7 +320,7 @@ def test_a_check_reads_each_file_once(case: Path, monkeypatch: pytest.MonkeyPatc
         return really(self)
 
     monkeypatch.setattr(torchfile._TensorUnpickler, "load", counted)
-    found = health(case, data=False)
+    found = check(case, data=False)
     assert len(seen) == len(set(seen)) == found.checked.files > 2
 
 

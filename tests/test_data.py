@@ -22,7 +22,7 @@ def of_state(truth: dict[str, np.ndarray], state: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("case", CASES)
 def test_master_weights_round_to_the_module_weights(case: str) -> None:
     truth = load_file(DATA / case / "truth.safetensors")
-    masters, modules = of_state(truth, "fp32"), of_state(truth, "module")
+    masters, modules = of_state(truth, "master"), of_state(truth, "param")
     assert masters.keys() == modules.keys() == of_state(truth, "exp_avg").keys() == of_state(truth, "exp_avg_sq").keys()
     for name, module in modules.items():
         np.testing.assert_array_equal(masters[name].astype(module.dtype), module, err_msg=name)
@@ -33,8 +33,8 @@ def test_deepspeeds_own_conversion_agrees_with_the_truth() -> None:
     case = DATA / "gpt_tp2_pp2_dp2"
     truth = load_file(case / "truth.safetensors")
     step = case / "universal" / (case / "universal" / "latest_universal").read_text()
-    assert {path.parent.name for path in step.glob("zero/*/fp32.pt")} == of_state(truth, "fp32").keys()
-    for state in ("fp32", "exp_avg", "exp_avg_sq"):
+    assert {path.parent.name for path in step.glob("zero/*/fp32.pt")} == of_state(truth, "master").keys()
+    for state in ("master", "exp_avg", "exp_avg_sq"):
         for name, array in of_state(truth, state).items():
             stored = torch.load(step / "zero" / name / f"{state}.pt", weights_only=False)["param"].detach()
             np.testing.assert_array_equal(stored.numpy(), array, err_msg=f"{state} of {name}")

@@ -224,7 +224,7 @@ class Holder(torch.nn.Module):
 
 
 def holder(case: Path, **changes: Any) -> Holder:
-    shapes = {k.removeprefix("fp32/"): tuple(v.shape) for k, v in truth(case).items() if k.startswith("fp32/")}
+    shapes = {k.removeprefix("master/"): tuple(v.shape) for k, v in truth(case).items() if k.startswith("master/")}
     return Holder(shapes | changes.pop("shapes", {}), **changes)
 
 
@@ -234,7 +234,7 @@ def test_load_gives_a_module_the_master_weights(make: Any) -> None:
     assert make(GPT).load(module) == ([], [])
     wanted = truth(DATA / "gpt_tp2_pp2_dp2")
     for name, value in module.state_dict().items():
-        assert torch.equal(value, wanted[f"fp32/{name}"])
+        assert torch.equal(value, wanted[f"master/{name}"])
 
 
 def test_load_another_state_and_another_dtype() -> None:
@@ -244,7 +244,7 @@ def test_load_another_state_and_another_dtype() -> None:
     ds.DeepSpeedCheckpoint(GPT).load(rounded)
     for name, value in rounded.state_dict().items():
         assert torch.equal(moments.state_dict()[name], wanted[f"exp_avg/{name}"])
-        assert torch.equal(value, wanted[f"module/{name}"])
+        assert torch.equal(value, wanted[f"param/{name}"])
     with pytest.raises(CheckpointError, match=r"no state 'velocity': there are fp32, exp_avg"):
         ds.ZeROCheckpoint(GPT).load(moments, state="velocity")
 
@@ -258,7 +258,7 @@ def test_load_says_which_keys_are_missing_or_unexpected() -> None:
     assert missing == ["added.weight"]
     assert "2.mlp.dense_h_to_4h.weight" in unexpected
     weight = module.state_dict()[first]
-    assert torch.equal(weight[:101], truth(DATA / "gpt_tp2_pp2_dp2")[f"fp32/{first}"])  # the padding of tp 2 below
+    assert torch.equal(weight[:101], truth(DATA / "gpt_tp2_pp2_dp2")[f"master/{first}"])  # the padding of tp 2 below
 
 
 def test_zero3_too_has_its_degrees_and_its_states() -> None:
@@ -302,7 +302,7 @@ def shard_of(name: str, tp: int, rank: int, state: str) -> torch.Tensor:
 )
 def test_a_parameter_loads_its_shard_from_a_universal_folder(name: str, tp: int) -> None:
     for rank in range(tp):
-        expected = shard_of(name, tp, rank, "fp32")
+        expected = shard_of(name, tp, rank, "master")
         module = Holder({"w": tuple(expected.shape)})
         ds.enable_universal_checkpoint(module)
         step = module.w.load_hp_checkpoint_state(str(UNIVERSAL / "zero" / name), rank, tp)
@@ -315,7 +315,7 @@ def test_a_parameter_loads_its_shard_from_a_universal_folder(name: str, tp: int)
 
 def test_a_fragment_goes_where_the_engine_says() -> None:
     name, start, count = "2.self_attention.dense.weight", 37, 64
-    shard = shard_of(name, 2, 1, "fp32")
+    shard = shard_of(name, 2, 1, "master")
     parameter: Any = torch.nn.Parameter(torch.zeros_like(shard))
     memory = torch.zeros(count)
     parameter._hp_mapping = SimpleNamespace(
@@ -412,7 +412,7 @@ def test_zero_to_fp32_writes_one_file_or_several(flags: list[str], tmp_path: Pat
         assert torch.equal(read(tmp_path / "many" / file)[tensor], one[tensor])
     for key, value in truth(ZERO2).items():
         state, tensor = key.split("/")
-        if state == "fp32":
+        if state == "master":
             assert torch.equal(one[tensor], value)
         if state == "frozen":
             assert torch.equal(one[tensor], value.float())

@@ -324,7 +324,7 @@ def test_sub_parameters_are_merged_right_where_deepspeed_is_wrong(
     assert len(layers) == 4
     for layer, a, b in zip(layers, theirs.get_transformer_state(0, 0), ours.get_transformer_state(0, 0), strict=True):
         for name, value in b.items():
-            expected = truth[f"module/{int(layer.removeprefix('layer_'))}.{name}"]
+            expected = truth[f"param/{int(layer.removeprefix('layer_'))}.{name}"]
             assert torch.equal(value, expected)
             assert torch.equal(a[name], expected) == (name not in wrong)
 
@@ -349,9 +349,9 @@ def test_parameters_load_the_same_from_a_universal_folder(real: ModuleType) -> N
                 )
                 module.enable_universal_checkpoint([parameter])
                 step = parameter.load_hp_checkpoint_state(str(zero / name), rank, tp)
-                loaded.append({"step": step, "fp32": memory, **parameter._hp_mapping.optim_fragment})
+                loaded.append({"step": step, "master": memory, **parameter._hp_mapping.optim_fragment})
             assert differences(*loaded) == []
-            assert loaded[1]["fp32"].any()
+            assert loaded[1]["master"].any()
 
 
 @pytest.mark.parametrize("case", ["plain_zero2_dp2", "plain_zero3_dp2"])

@@ -24,7 +24,7 @@ from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 from ckptlab.words import count, figure, ranges, shorten, size
 
-STATES = {s: np.dtype(np.float32) for s in ("fp32", "exp_avg")}
+STATES = {s: np.dtype(np.float32) for s in ("master", "exp_avg")}
 
 
 def tensor(name: str, shape: tuple[int, ...] = (8, 4), layout: str = "(tp out) in", stage: int = 0) -> Tensor:
@@ -144,7 +144,7 @@ def test_unknown_layouts_are_marked() -> None:
 
 
 def test_a_tensor_without_the_usual_states_is_told() -> None:
-    odd = replace(tensor("c"), states={"fp32": np.dtype(np.float32)})
+    odd = replace(tensor("c"), states={"master": np.dtype(np.float32)})
     text = repr(made_of(tensor("a"), tensor("b"), odd))
     assert re.search(r"^c .* parameter: fp32 ", text, re.MULTILINE)
     assert re.search(r"^a .* parameter +32$", text, re.MULTILINE)

@@ -41,15 +41,15 @@ def test_a_checkpoint_and_itself() -> None:
     found = diff(GPT, GPT)
     assert found.equal
     assert found.tensors == 52
-    assert found.compared == tuple(Compared(s, 52, 14_960, 0) for s in ("fp32", "exp_avg", "exp_avg_sq", "module"))
+    assert found.compared == tuple(Compared(s, 52, 14_960, 0) for s in ("master", "exp_avg", "exp_avg_sq", "param"))
 
 
 def test_native_and_universal_are_equal_in_what_both_have() -> None:
     found = diff(GPT, GPT / "universal")
     assert found.equal
-    assert [c.state for c in found.compared] == ["fp32", "exp_avg", "exp_avg_sq"]
+    assert [c.state for c in found.compared] == ["master", "exp_avg", "exp_avg_sq"]
     (missing,) = found.states_only_a
-    assert (missing.state, len(missing.tensors), missing.everywhere) == ("module", 52, True)
+    assert (missing.state, len(missing.tensors), missing.everywhere) == ("param", 52, True)
     assert found.states_only_b == ()
     assert "only in A" in repr(found)
     (other_way,) = diff(GPT / "universal", GPT).states_only_b
@@ -73,8 +73,8 @@ def test_one_changed_element_is_found_and_located(poked: Path, other: Path, wind
 
 def test_all_other_states_are_still_equal(poked: Path) -> None:
     found = diff(GPT, poked)
-    assert {c.state: c.differ for c in found.compared} == {"fp32": 0, "exp_avg": 0, "exp_avg_sq": 1, "module": 0}
-    assert diff(GPT, poked, states=["fp32", "exp_avg", "module"]).equal
+    assert {c.state: c.differ for c in found.compared} == {"master": 0, "exp_avg": 0, "exp_avg_sq": 1, "param": 0}
+    assert diff(GPT, poked, states=["master", "exp_avg", "param"]).equal
 
 
 def test_across_meshes_too(poked: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_across_meshes_too(poked: Path, tmp_path: Path) -> None:
 def test_the_largest_difference_is_the_one_that_is_located(window: int, tmp_path: Path) -> None:
     folder = copy(ZERO2, tmp_path)
     for element, value in ((3, 1.0), (500, -9.0), (700, 2.0)):
-        poke(folder, "wte.weight", "fp32", value, element=element)
+        poke(folder, "wte.weight", "master", value, element=element)
     (one,) = diff(ZERO2, folder, window=window).differences
     assert (one.count, one.at, one.b) == (3, np.unravel_index(500, (61, 15)), -9.0)
 
@@ -115,7 +115,7 @@ def test_exported_weights_are_equal_under_every_alias(tmp_path: Path) -> None:
         save_weights(read(case), out)
         found = diff(case, out)
         assert found.equal
-        assert found.compared[0].state == "fp32"
+        assert found.compared[0].state == "master"
         assert found.compared[0].tensors == 42 + 1  # and the head, which is tied
         assert (found.only_a, found.only_b) == ((), ())
         assert {m.state for m in found.states_only_a} >= {"exp_avg", "exp_avg_sq"}
@@ -128,12 +128,12 @@ def test_tied_tensors_may_be_called_by_either_name() -> None:
     pieces = {("lm_head.weight" if n == "wte.weight" else n, s): p for (n, s), p in catalog.stored.pieces.items()}
     extents = replace(catalog.stored, pieces=pieces)
     held = {n: p for (n, _), p in catalog.placements.items() if n == "wte.weight"}
-    placements = {**catalog.placements, ("lm_head.weight", "module"): held["wte.weight"]}
-    only_module = replace(renamed, states={"module": renamed.states["module"]})
+    placements = {**catalog.placements, ("lm_head.weight", "param"): held["wte.weight"]}
+    only_module = replace(renamed, states={"param": renamed.states["param"]})
     other = replace(catalog, tensors={**tensors, "lm_head.weight": only_module}, placements=placements, extents=extents)
     for found in (diff(catalog, other), diff(other, catalog)):
         assert found.equal
-        assert {c.state: c.tensors for c in found.compared}["module"] == 45
+        assert {c.state: c.tensors for c in found.compared}["param"] == 45
 
 
 def test_a_state_that_some_tensors_lack_is_told_with_their_names(tmp_path: Path) -> None:
@@ -234,8 +234,8 @@ def test_equal_tensors_are_measured_too() -> None:
     found = diff(GPT, GPT)
     assert len(found.measures) == 4 * 52
     assert {(m.relative, m.cosine, m.count) for m in found.measures} == {(0.0, 1.0, 0)}
-    whole = ckptlab.open(GPT).full("fp32", stack=False)[DENSE].values
-    (one,) = [m for m in found.measures if (m.name, m.state) == (DENSE, "fp32")]
+    whole = ckptlab.open(GPT).full("master", stack=False)[DENSE].values
+    (one,) = [m for m in found.measures if (m.name, m.state) == (DENSE, "master")]
     assert one.squares_a == pytest.approx(float((whole.astype(np.float64) ** 2).sum()))
 
 
@@ -266,7 +266,7 @@ def test_changes_are_summed_up_by_layer_and_kind(poked: Path) -> None:
     assert kinds["self_attention.dense.weight"].differ == 1
     assert kinds["self_attention.dense.weight"].tensors == 4
     assert kinds["self_attention.dense.weight"].relative > 0 == kinds["mlp.dense_h_to_4h.weight"].relative
-    assert all(s.relative == 0 for s in found.by_layer("fp32"))
+    assert all(s.relative == 0 for s in found.by_layer("master"))
     text, html = repr(found), found._repr_html_()
     for word in ("kind (exp_avg_sq)", "layer (exp_avg_sq)", "self_attention.dense.weight"):
         assert word in text
@@ -308,7 +308,7 @@ def exported(case: Path, to: Path, rename: Callable[[str], str], change: float =
     """The weights of a case as safetensors, under other names and a little changed."""
     rng = np.random.default_rng(1)
     tensors = {}
-    for name, array in ckptlab.open(case).full("fp32", stack=False).items():
+    for name, array in ckptlab.open(case).full("master", stack=False).items():
         values = array.values.astype(np.float32)
         tensors[rename(name)] = values + change * values.std() * rng.standard_normal(values.shape).astype(np.float32)
     save_file(tensors, to)
@@ -368,7 +368,7 @@ def test_a_plot_of_change_over_depth(tmp_path: Path) -> None:
     drawn = named["mlp.dense_h_to_4h.bias"]
     assert list(drawn.get_xdata()) == [2, 3, 4, 5]
     assert list(drawn.get_ydata()) == [
-        m.relative for m in found.measures if m.kind == "mlp.dense_h_to_4h.bias" and m.state == "fp32"
+        m.relative for m in found.measures if m.kind == "mlp.dense_h_to_4h.bias" and m.state == "master"
     ]
     assert diff(GPT, GPT).plot("exp_avg", ax=axes) is axes
 

@@ -32,11 +32,11 @@ def node(folder: Path, values: np.ndarray, dtype: str | None = "float32") -> xr.
         file = folder / f"{i}.bin"
         file.write_bytes(np.ascontiguousarray(layer).tobytes())
         stored = Stored(str(file), 0, layer.dtype, layer.shape, row_major_strides(layer.shape))
-        states = {"module": layer.dtype}
+        states = {"param": layer.dtype}
         tensors[f"{i}.w"] = Tensor(f"{i}.w", layer.shape, layout, layout.resolve(layer.shape, Mesh()), "frozen", states)
-        pieces[f"{i}.w", "module"] = {ALONE: (Fragment(0, stored),)}
+        pieces[f"{i}.w", "param"] = {ALONE: (Fragment(0, stored),)}
     catalog = Catalog("", "test", Mesh(), tensors, whole_placements(tensors, pieces), Extents(pieces))
-    return views.Full(catalog, dtype=dtype).tree()["w"].module
+    return views.Full(catalog, dtype=dtype).tree()["w"].param
 
 
 @pytest.fixture(params=NARROW, ids=lambda d: np.dtype(d).name)
@@ -114,9 +114,9 @@ class TestInTheStoredDtype:
 
     def test_a_tree_leaves_them_out_of_its_statistics(self, tmp_path: Path) -> None:
         tree = views.Full(read(GPT)).tree().std(["out", "in"])  # xarray takes bfloat16 for no number
-        assert set(tree["mlp.dense_h_to_4h.weight"].data_vars) == {"fp32", "exp_avg", "exp_avg_sq"}
+        assert set(tree["mlp.dense_h_to_4h.weight"].data_vars) == {"master", "exp_avg", "exp_avg_sq"}
         wide = views.Full(read(GPT), dtype="float32").tree().std(["out", "in"])
-        assert "module" in wide["mlp.dense_h_to_4h.weight"].data_vars
+        assert "param" in wide["mlp.dense_h_to_4h.weight"].data_vars
 
 
 def test_the_sum_of_a_million_ones(tmp_path: Path) -> None:

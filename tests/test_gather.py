@@ -37,7 +37,7 @@ def test_any_cut_out_of_any_other(
     with tempfile.TemporaryDirectory() as folder:
         catalog = store(Path(folder), source, whole, zero3, before)
         tally = Tally()
-        gather = reader(catalog, "w", "fp32", tally=tally)
+        gather = reader(catalog, "w", "master", tally=tally)
         assert gather.shard(target, at).tobytes() == shard.tobytes()
         held_by_both = (
             math.prod(n if i else min(n, rows) for i, n in enumerate(target.shape)) if not target.axes else None
@@ -65,8 +65,8 @@ def test_tensors_of_no_dims_and_of_no_elements(shape: tuple[int, ...], tmp_path:
     cut = Cut.whole(shape)
     whole = np.ones(shape, np.float32)
     catalog = store(tmp_path, cut, whole, False, 3)
-    assert reader(catalog, "w", "fp32").shard(cut, ()).tobytes() == whole.tobytes()
-    assert sum(len(c) for c in reader(catalog, "w", "fp32").chunks(cut, (), 0, whole.size)) == whole.size
+    assert reader(catalog, "w", "master").shard(cut, ()).tobytes() == whole.tobytes()
+    assert sum(len(c) for c in reader(catalog, "w", "master").chunks(cut, (), 0, whole.size)) == whole.size
 
 
 def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
@@ -75,6 +75,6 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
     values[0, :4] = [1 + 2**-8, 1 + 3 * 2**-8, 3e38, -0.0]
     catalog = store(tmp_path, Cut.whole(SHAPE), values, False, 0)
     for dtype, name in ((ml_dtypes.bfloat16, "bfloat16"), (np.float16, "float16")):
-        found = reader(catalog, "w", "fp32", dtype=np.dtype(dtype)).shard(Cut.whole(SHAPE), ())
+        found = reader(catalog, "w", "master", dtype=np.dtype(dtype)).shard(Cut.whole(SHAPE), ())
         expected = torch.from_numpy(values).to(getattr(torch, name)).view(torch.uint16).numpy()
         np.testing.assert_array_equal(found.view(np.uint16), expected)

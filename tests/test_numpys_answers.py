@@ -165,7 +165,7 @@ def test_what_one_asks_of_layers(idiom: str, backend: Backend) -> None:  # noqa:
 # ------------------------------------------------------------------------------------------------ to other libraries
 
 
-@pytest.mark.parametrize("state", ["module", "fp32"])
+@pytest.mark.parametrize("state", ["param", "master"])
 def test_other_libraries_take_our_arrays(state: str, backend: Backend) -> None:  # noqa: F811
     import jax.numpy as jnp
     import torch
@@ -177,14 +177,14 @@ def test_other_libraries_take_our_arrays(state: str, backend: Backend) -> None: 
         found = take(array.data)
         assert (tuple(found.shape), found.dtype) == (
             array.shape,
-            torch.bfloat16 if state == "module" else torch.float32,
+            torch.bfloat16 if state == "param" else torch.float32,
         )
         assert found.cpu().view(torch.uint8).numpy().tobytes() == expected
     for take in (jnp.from_dlpack, jnp.asarray):
         assert np.asarray(take(array.data)).tobytes() == expected
     if backend.name == "torch":
         assert torch.from_dlpack(array.data).data_ptr() == array.data.array.data_ptr()  # not copied
-    if state == "fp32":
+    if state == "master":
         assert np.from_dlpack(array.data).tobytes() == expected
 
 
@@ -192,7 +192,7 @@ def test_other_libraries_take_our_arrays(state: str, backend: Backend) -> None: 
 
 
 def test_what_is_lazy_cannot_be_written_to(backend: Backend) -> None:  # noqa: F811
-    lazy = ckptlab.open(GPT).full("fp32", backend=backend)["6.weight"].fp32
+    lazy = ckptlab.open(GPT).full("master", backend=backend)["6.weight"].master
     with pytest.raises(TypeError, match=r"\.load\(\) or \.copy\(\) it first"):
         lazy[0] = 5
 
@@ -201,9 +201,9 @@ def test_dask_is_refused_with_the_one_thing_to_change() -> None:
     pytest.importorskip("dask")
     ckpt = ckptlab.open(GPT)
     with pytest.raises(TypeError, match='not torch.s: open the view with backend="numpy"$'):
-        ckpt.full("fp32", backend="torch")["6.weight"].fp32.load().chunk({"out": 4})
+        ckpt.full("master", backend="torch")["6.weight"].master.load().chunk({"out": 4})
     with pytest.raises(TypeError, match='bfloat16 in its own few bits: open the view with dtype="float32"$'):
-        ckpt.full("module")["mlp.dense_h_to_4h.weight"].module.load().chunk({"layer": 1})
+        ckpt.full("param")["mlp.dense_h_to_4h.weight"].param.load().chunk({"layer": 1})
 
 
 def test_in_place_says_what_to_write() -> None:

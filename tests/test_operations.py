@@ -278,7 +278,7 @@ def test_from_buffers_to_other_buffers_by_hand(case: Any, name: str) -> None:
     ckpt = ckptlab.open(case)
     to = ckpt.reshape(Mesh(tp=1, dp=3) if ckpt.mesh.tp > 1 else Mesh(dp=3))
     whole: dict[str, xr.DataArray] = {}
-    for group, node in nodes(ckpt.catalog, ckpt.buffers(backend=name)):
+    for group, node in nodes(ckpt.catalog, ckpt.flat(backend=name)):
         shards = merge_flat(node.exp_avg, group, ckpt.tensors)
         assert set(shards) == set(group.names)
         known = ckpt.shards("exp_avg", stack=False)
@@ -288,7 +288,7 @@ def test_from_buffers_to_other_buffers_by_hand(case: Any, name: str) -> None:
             assert array.values.tobytes() == expected.values.tobytes(), tensor
             t = ckpt.tensors[tensor]
             whole.setdefault(tensor, merge(array, t.layout, shape=t.shape))
-    for group, node in nodes(to.target, to.buffers()):
+    for group, node in nodes(to.target, to.flat()):
         shards = {n: split(whole[n], to.target.tensors[n].layout, to.mesh) for n in group.names}
         assert split_flat(shards, group).values.tobytes() == node.exp_avg.values.tobytes()
 
@@ -337,11 +337,11 @@ def test_flat_buffers_that_do_not_fit_are_refused() -> None:
 
 def test_the_accessor_does_what_the_functions_do() -> None:
     ckpt = ckptlab.open(GPT)
-    shards = ckpt.shards("fp32")["mlp.dense_h_to_4h.weight"].fp32
+    shards = ckpt.shards("master")["mlp.dense_h_to_4h.weight"].master
     assert shards.ckptlab.layout == Layout("(tp out) in")
     whole = shards.ckptlab.merge()
     assert whole.identical(merge(shards, "(tp out) in"))
-    assert whole.equals(ckpt.full("fp32")["mlp.dense_h_to_4h.weight"].fp32)
+    assert whole.equals(ckpt.full("master")["mlp.dense_h_to_4h.weight"].master)
     again = whole.ckptlab.split(mesh=Mesh(tp=4))
     assert again.identical(split(whole, "(tp out) in", Mesh(tp=4)))
     assert whole.ckptlab.split("out (tp in)", Mesh(tp=2)).sizes["in"] == whole.sizes["in"] // 2

@@ -9,7 +9,7 @@ import pytest
 
 import ckptlab
 from ckptlab import Mesh
-from ckptlab.catalog import MODULE
+from ckptlab.catalog import PARAM
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
 from ckptlab.formats.paper.model import OPTIMIZER, laid_out
 from ckptlab.plan import Holder
@@ -44,7 +44,7 @@ def test_zero_stages_say_where_things_lie() -> None:
     by_stage = [laid_out(model, mesh, stage) for stage in range(4)]
     assert [len(c.flat_groups) for c in by_stage] == [0, 1, 1, 1]
     outside = [{state for name, state in c.placements if not c.is_flat(name, state)} for c in by_stage]
-    assert outside[:2] == [{*OPTIMIZER, MODULE}, {MODULE}]
+    assert outside[:2] == [{*OPTIMIZER, PARAM}, {PARAM}]
     assert by_stage[1].flat_groups[0].flats[Holder(pp=0, tp=0)].partition is not None
     assert by_stage[3].flat_groups[0].flats[Holder(pp=0, tp=0)].partition is None
     assert outside[3] == set()

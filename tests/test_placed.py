@@ -121,14 +121,14 @@ def test_torch_dtensors_hold_what_the_ranks_held(tmp_path: Path) -> None:
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
         ckpt = ckptlab.open(GPT).reshape(ckptlab.Mesh(tp=2, dp=1))
         tp = mesh.get_coordinate()[1]
-        tree, held = ckpt.shards("module", backend="torch", mesh=mesh), ckpt.shards("module")
+        tree, held = ckpt.shards("param", backend="torch", mesh=mesh), ckpt.shards("param")
         for name in ("mlp.dense_4h_to_h.weight", "self_attention.query_key_value.weight", "input_layernorm.bias"):
-            placed, expected = tree[name].module, held[name].module
+            placed, expected = tree[name].param, held[name].param
             local = placed.data.array.to_local()
             assert local.dtype == torch.bfloat16
             mine = local.view(torch.uint16).numpy().tobytes()
             assert mine == expected.sel(tp=tp).values.tobytes(), name
-            assert placed.values.tobytes() == ckptlab.open(GPT).full("module")[name].module.values.tobytes()
+            assert placed.values.tobytes() == ckptlab.open(GPT).full("param")[name].param.values.tobytes()
         dist.destroy_process_group()
         """,
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

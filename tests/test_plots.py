@@ -41,7 +41,7 @@ def drawn(figure: matplotlib.figure.Figure, path: Path) -> list[matplotlib.axes.
 def test_norms_by_layer(tmp_path: Path) -> None:
     figure = plots.norms(ckptlab.open(GPT))
     axes = drawn(figure, tmp_path)
-    assert [axis.get_title() for axis in axes] == ["fp32", "exp_avg", "exp_avg_sq", "module"]
+    assert [axis.get_title() for axis in axes] == ["master", "exp_avg", "exp_avg_sq", "param"]
     assert {(axis.get_xlabel(), axis.get_ylabel(), axis.get_yscale()) for axis in axes} == {("layer", "norm", "log")}
     lines = {line.get_label(): line for line in axes[1].get_lines()}
     assert len(lines) == plots.LINES
@@ -57,17 +57,19 @@ def test_norms_by_layer(tmp_path: Path) -> None:
 
 def test_norms_of_a_run_are_the_last_steps(tmp_path: Path) -> None:
     run = ckptlab.open_run(STEPS)
-    figure = plots.norms(run, states=["fp32"], tensors="fc1.weight")
+    figure = plots.norms(run, states=["master"], tensors="fc1.weight")
     drawn(figure, tmp_path)
     assert figure.get_suptitle().endswith("step 5")
-    expected = ckptlab.stats(run[5], by="layer")["norm"].sel(tensor="blocks.fc1.weight", state="fp32", layer=[0, 1, 2])
+    expected = ckptlab.stats(run[5], by="layer")["norm"].sel(
+        tensor="blocks.fc1.weight", state="master", layer=[0, 1, 2]
+    )
     np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_ydata(), expected)
 
 
 def test_norms_over_steps_are_of_all_layers_together(tmp_path: Path) -> None:
     run = ckptlab.open_run(STEPS)
     found = ckptlab.stats(run)  # with histograms, whose coordinates are no norms'
-    axes = drawn(plots.norms(found, over="step", tensors="fc1.weight", states=["fp32", "exp_avg"]), tmp_path)
+    axes = drawn(plots.norms(found, over="step", tensors="fc1.weight", states=["master", "exp_avg"]), tmp_path)
     [line] = axes[1].get_lines()
     assert (line.get_label(), axes[1].get_xlabel()) == ("blocks.fc1.weight", "step")
     np.testing.assert_array_equal(line.get_xdata(), run.steps)
@@ -118,10 +120,10 @@ def test_sparse_octaves_around_zero_are_one_bin(tmp_path: Path) -> None:
 
 
 def test_histograms_between_given_edges(tmp_path: Path) -> None:
-    found = ckptlab.stats(GPT, histogram=np.linspace(-0.1, 0.1, 41), states=["fp32"])
+    found = ckptlab.stats(GPT, histogram=np.linspace(-0.1, 0.1, 41), states=["master"])
     [axis] = drawn(plots.histograms(found, tensors="dense_h_to_4h.weight"), tmp_path)
     share = axis.patches[0].get_data().values
-    counts = found["histogram"].sel(state="fp32")
+    counts = found["histogram"].sel(state="master")
     counts = counts[[("dense_h_to_4h.weight" in n) for n in counts["tensor"].values]].sum("tensor")
     np.testing.assert_allclose(share, counts / counts.sum())
     with pytest.raises(CheckpointError, match="no 'histogram'"):
@@ -134,7 +136,7 @@ def test_drift_over_tp(tmp_path: Path) -> None:
     ckpt = ckptlab.open(GPT)
     figure = plots.drift(ckpt)
     axis = drawn(figure, tmp_path)[0]
-    found = ckptlab.stats(ckpt.shards("fp32"))["norm"].sel(state="fp32")
+    found = ckptlab.stats(ckpt.shards("master"))["norm"].sel(state="master")
     image = axis.get_images()[0].get_array()
     names = [label.get_text() for label in axis.get_yticklabels()]
     row = names.index("2.self_attention.query_key_value.bias")
@@ -173,7 +175,7 @@ def test_drift_over_steps(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_holds_nothing_stands_out(tmp_path: Path) -> None:
-    node = xr.Dataset({"fp32": (("tp", "x"), np.array([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]]))}, {"tp": [0, 1, 2]})
+    node = xr.Dataset({"master": (("tp", "x"), np.array([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]]))}, {"tp": [0, 1, 2]})
     axis = drawn(plots.drift(node), tmp_path)[0]
     np.testing.assert_array_equal(axis.get_images()[0].get_array(), [[0, 0, -plots.FARTHEST]])
 
@@ -183,7 +185,7 @@ def test_spectrum(tmp_path: Path) -> None:
     [axis] = drawn(figure, tmp_path)
     assert len(axis.get_lines()) == 4
     found = ckptlab.stats(GPT, spectrum=64)
-    top = found["singular_values"].sel(tensor=f"2.{QKV}", state="fp32").dropna("rank")
+    top = found["singular_values"].sel(tensor=f"2.{QKV}", state="master").dropna("rank")
     line = next(one for one in axis.get_lines() if one.get_label() == plots.shorten(f"2.{QKV}", 36))
     np.testing.assert_allclose(line.get_ydata(), top / top[0])
     assert len(plots.spectrum(found).axes[0].get_lines()) == plots.LINES

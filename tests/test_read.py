@@ -39,7 +39,7 @@ def test_every_state_is_what_the_training_ranks_had(case: Path) -> None:
 def test_the_3d_checkpoint_in_words() -> None:
     catalog = read(GPT)
     assert catalog.mesh == Mesh(tp=2, pp=2, dp=2)
-    assert catalog.states == ("fp32", "exp_avg", "exp_avg_sq", "module")
+    assert catalog.states == ("master", "exp_avg", "exp_avg_sq", "param")
     assert [(g.name, len(g.tensors)) for g in catalog.groups] == [("decay", 18), ("no_decay", 34)]
     embedding = catalog["tied_modules.embed.word_embeddings.weight"]
     assert (embedding.shape, embedding.cut.shape, embedding.stages) == ((101, 16), (112, 16), (0, 1))
@@ -60,7 +60,7 @@ def test_deepspeeds_own_conversion_is_the_same_checkpoint() -> None:
     native, universal = read(GPT), read(GPT / "universal")
     assert universal.format == "universal"
     assert differences(native, universal) == []
-    assert {s for t in universal.tensors.values() for s in t.states} == {"fp32", "exp_avg", "exp_avg_sq"}
+    assert {s for t in universal.tensors.values() for s in t.states} == {"master", "exp_avg", "exp_avg_sq"}
 
 
 @requires_deepspeed
@@ -201,7 +201,7 @@ class TestLayoutsThatAreNotTold:
         found, told = read(untold, own), read(GPT)
         for name in told.tensors:
             if "word_embeddings" not in name:
-                assert whole(found, name, "fp32").tobytes() == whole(told, name, "fp32").tobytes(), name
+                assert whole(found, name, "master").tobytes() == whole(told, name, "master").tobytes(), name
 
 
 def test_wrong_mappings_are_said_and_not_believed(copy_of: Callable[[Path], Path]) -> None:
@@ -234,19 +234,19 @@ class TestOtherOptimizers:
         folder = copy_of(ZERO2)
         self.rewrite(folder, lambda s: {"momentum_buffer": s["exp_avg"]})
         catalog, adam = read(folder), read(ZERO2)
-        assert catalog.states == ("fp32", "momentum_buffer", "module")
+        assert catalog.states == ("master", "momentum_buffer", "param")
         name = next(n for n, t in adam.tensors.items() if t.kind == "parameter")
         assert whole(catalog, name, "momentum_buffer").tobytes() == whole(adam, name, "exp_avg").tobytes()
         Reshape.of(catalog, Mesh(dp=3)).save(tmp_path / "out" / "step", form)
         again = read(tmp_path / "out")
-        assert again[name].states.keys() >= {"fp32", "momentum_buffer"}
+        assert again[name].states.keys() >= {"master", "momentum_buffer"}
         assert differences(catalog, again) == []
 
     def test_no_moment(self, copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
         folder = copy_of(GPT)
         self.rewrite(folder, lambda s: {})
         catalog = read(folder)
-        assert catalog.states == ("fp32", "module")
+        assert catalog.states == ("master", "param")
         Reshape.of(catalog, Mesh(tp=4)).save(tmp_path / "out" / "step")
         assert differences(catalog, read(tmp_path / "out")) == []
 

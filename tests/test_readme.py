@@ -28,11 +28,11 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert names["run"].steps == (2, 4, 5)
     assert names["cut"].shard_shape((0,)) == (16, 32)
     assert names["cut"].rows((1,))[0][:, [0, 2]].tolist() == [[8, 8], [36, 4], [52, 4]]
-    gathered = names["reshaped"].shards()["mlp.dense_h_to_4h.weight"].fp32
+    gathered = names["reshaped"].shards()["mlp.dense_h_to_4h.weight"].master
     assert [type(array.data).__name__ for array in names["wider"].values()] == ["ndarray", "Duck", "Duck"]
     for array in names["wider"].values():
         assert (array.dims, array.values.tobytes()) == (gathered.dims, gathered.values.tobytes())
-    curve = names["full"].std(["out", "in"])["mlp.dense_h_to_4h.weight"].fp32
-    layers = [names["ckpt"].full("fp32", stack=False)[f"{i}.mlp.dense_h_to_4h.weight"].values for i in range(2, 6)]
+    curve = names["full"].std(["out", "in"])["mlp.dense_h_to_4h.weight"].master
+    layers = [names["ckpt"].full("master", stack=False)[f"{i}.mlp.dense_h_to_4h.weight"].values for i in range(2, 6)]
     np.testing.assert_allclose(curve, [layer.std() for layer in layers], rtol=1e-5)
     assert (tmp_path / "latest").read_text() == "global_step3"

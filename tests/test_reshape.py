@@ -13,11 +13,11 @@ from compare import GPT, ZERO2, ZERO3, differences, digest, same_bits, whole
 from real_deepspeed import make_case, requires_deepspeed
 
 from ckptlab.arrays import Tally, reader
-from ckptlab.catalog import MODULE
+from ckptlab.catalog import PARAM
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
-from ckptlab.formats import fileplan, read, universal
-from ckptlab.formats.deepspeed import write
+from ckptlab.formats import fileplan, read
+from ckptlab.formats.deepspeed import universal, write
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.info import lists_from_layouts
 from ckptlab.formats.deepspeed.options import TargetOptions
@@ -178,8 +178,8 @@ def test_padding_rows_that_both_meshes_have_are_kept() -> None:
     target = Reshape.of(source, Mesh(tp=4)).target
     name = "tied_modules.embed.word_embeddings.weight"
     assert target[name].cut.shape == (128, 16)  # 101 rows, a multiple of 8 · tp
-    shards = [reader(source, name, "fp32").shard(target[name].cut, (t,)) for t in range(4)]
-    held = [reader(source, name, "fp32").shard(source[name].cut, (t,)) for t in range(2)]
+    shards = [reader(source, name, "master").shard(target[name].cut, (t,)) for t in range(4)]
+    held = [reader(source, name, "master").shard(source[name].cut, (t,)) for t in range(2)]
     np.testing.assert_array_equal(np.concatenate(shards)[:112], np.concatenate(held))
     assert not np.concatenate(shards)[112:].any()
     assert np.concatenate(held)[101:].any()
@@ -191,12 +191,12 @@ def test_a_change_of_dtype_rounds_the_master(tmp_path: Path) -> None:
     found = read(tmp_path)
     for name, tensor in found.tensors.items():
         if tensor.kind == "parameter":
-            expected = whole(source, name, "fp32").astype(np.float16)
-            assert same_bits(whole(found, name, MODULE), expected), name
+            expected = whole(source, name, "master").astype(np.float16)
+            assert same_bits(whole(found, name, PARAM), expected), name
     assert not list((tmp_path / "step").glob("bf16_*"))
     Reshape.of(found, dtype="bf16").save(tmp_path / "again")
     assert all(
-        t.states[MODULE] == ml_dtypes.bfloat16
+        t.states[PARAM] == ml_dtypes.bfloat16
         for t in read(tmp_path / "again").tensors.values()
         if t.kind == "parameter"
     )
@@ -214,13 +214,13 @@ def test_replicas_that_are_to_be_averaged_are_and_it_is_said(tmp_path: Path) -> 
         torchfile.write(tmp_path / "new", content)
         (tmp_path / "new").replace(file)
     plain = read(GPT)
-    [fragment] = plain.fragments(name, "fp32", Holder(pp=0, tp=1))
+    [fragment] = plain.fragments(name, "master", Holder(pp=0, tp=1))
     with open(fragment.stored.path.replace(str(GPT / "global_step3"), str(tmp_path / "step")), "r+b") as f:
         f.seek(fragment.stored.offset)
-        f.write((whole(plain, name, "fp32") + 1).tobytes())  # tp rank 1 has drifted by 1
+        f.write((whole(plain, name, "master") + 1).tobytes())  # tp rank 1 has drifted by 1
     averaged = read(tmp_path)
     assert [n.code for n in averaged.findings] == ["averaged"]
-    np.testing.assert_allclose(whole(averaged, name, "fp32"), whole(plain, name, "fp32") + 0.5, rtol=1e-6)
+    np.testing.assert_allclose(whole(averaged, name, "master"), whole(plain, name, "master") + 0.5, rtol=1e-6)
 
 
 class TestPipeline:

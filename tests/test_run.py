@@ -34,14 +34,14 @@ def test_a_run_over_its_steps() -> None:
     assert run[4].path.endswith("global_step4")
     tree = run.full()
     node = tree["blocks.fc1.weight"]
-    assert node.fp32.dims == ("step", "layer", "out", "in")
+    assert node.master.dims == ("step", "layer", "out", "in")
     assert node["step"].values.tolist() == [2, 4, 5]
-    assert node.module.dtype == ml_dtypes.bfloat16
+    assert node.param.dtype == ml_dtypes.bfloat16
     for step in run.steps:
         alone = run[step].full()["blocks.fc1.weight"]
-        for state in ("fp32", "exp_avg", "module"):
+        for state in ("master", "exp_avg", "param"):
             assert node[state].sel(step=step).values.tobytes() == alone[state].values.tobytes()
-    moved = (node.fp32.sel(step=5) - node.fp32.sel(step=2)).values
+    moved = (node.master.sel(step=5) - node.master.sel(step=2)).values
     assert np.abs(moved).max() > 0
     assert set(tree.children) == set(run[5].full().children)
 
@@ -53,7 +53,7 @@ def test_opening_and_selecting_read_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError(f"{self.path} is read")
 
     monkeypatch.setattr(Stored, "map", refuse)
-    part = run.full()["blocks.fc1.weight"].fp32.sel(step=[2, 5], layer=1).transpose("out", ...)
+    part = run.full()["blocks.fc1.weight"].master.sel(step=[2, 5], layer=1).transpose("out", ...)
     assert part.dims == ("out", "step", "in")
     assert "global_step" not in repr(part)
     with pytest.raises(AssertionError, match="is read"):
@@ -63,7 +63,7 @@ def test_opening_and_selecting_read_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_states_and_dtypes_are_chosen() -> None:
     run = open_run(STEPS)
     assert set(run.full("exp_avg")["wte.weight"].data_vars) == {"exp_avg"}
-    assert run.full(["module"], dtype="float32")["wte.weight"].module.dtype == np.float32
+    assert run.full(["param"], dtype="float32")["wte.weight"].param.dtype == np.float32
     with pytest.raises(CheckpointError, match="no state 'fp23'"):
         run.full("fp23")
     with pytest.raises(CheckpointError, match="no step 3: there are 2, 4, 5"):
@@ -81,10 +81,10 @@ def test_statistics_have_a_step_dim() -> None:
             np.testing.assert_allclose(found[name].sel(step=step), alone[name], rtol=1e-12, err_msg=name)
         bins = found["histogram"].sel(step=step, bin=alone["bin"])
         np.testing.assert_array_equal(bins, alone["histogram"])
-    view = stats(run.full("fp32"))
-    same = found.sel(tensor=view["tensor"], state=["fp32"])
+    view = stats(run.full("master"))
+    same = found.sel(tensor=view["tensor"], state=["master"])
     np.testing.assert_allclose(view["norm"], same["norm"], rtol=1e-12)
-    assert stats(run, by="model", states=["fp32"])["norm"].shape == (3, 1, 1)
+    assert stats(run, by="model", states=["master"])["norm"].shape == (3, 1, 1)
 
 
 def test_an_incomplete_step_is_skipped_and_told(folder: Path) -> None:
@@ -153,7 +153,7 @@ def test_tensors_that_come_and_change(tmp_path: Path) -> None:
     state = next(iter(tree["d"].data_vars))
     assert tree["d"][state].dtype == np.float32
     np.testing.assert_array_equal(tree["d"][state][:, 0], [9, 10, 200])
-    found = stats(run, histogram=False).sel(state="fp32")
+    found = stats(run, histogram=False).sel(state="master")
     assert found["elements"].sel(tensor="late").values.tolist() == [-1, 2, 2]
     assert np.isnan(found["norm"].sel(tensor="late", step=9))
     assert found["elements"].sel(tensor="n").values.tolist() == [4, 5, 5]
@@ -163,5 +163,5 @@ def test_a_run_is_what_its_checkpoints_are() -> None:
     first = ckptlab.open(STEPS / "global_step2")
     run = Run("here", {2: first})
     xr.testing.assert_equal(
-        run.full("fp32")["wte.weight"].fp32.isel(step=0, drop=True), first.full()["wte.weight"].fp32
+        run.full("master")["wte.weight"].master.isel(step=0, drop=True), first.full()["wte.weight"].master
     )

@@ -11,7 +11,7 @@ import pytest
 from compare import GPT, ZERO2, ZERO3, differences, whole
 from safetensors.numpy import load_file
 
-from ckptlab.catalog import MODULE
+from ckptlab.catalog import PARAM
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
@@ -26,7 +26,7 @@ def test_masters_under_the_models_own_names(case: Path, tmp_path: Path) -> None:
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert set(found) == {n for t in source.tensors.values() for n in (t.name, *t.aliases)}
     for name, array in found.items():
-        state = "fp32" if "fp32" in source[name].states else MODULE
+        state = "master" if "master" in source[name].states else PARAM
         np.testing.assert_array_equal(array, whole(source, name, state), err_msg=name)
 
 
@@ -34,8 +34,8 @@ def test_sixteen_bits_are_the_models_own_and_buffers_keep_their_dtype(tmp_path: 
     source = read(ZERO2)
     save_weights(source, tmp_path / "out", dtype="bf16")
     for name, array in load_file(tmp_path / "out" / "model.safetensors").items():
-        assert array.dtype == source[name].states[MODULE]
-        assert array.tobytes() == whole(source, name, MODULE).tobytes()
+        assert array.dtype == source[name].states[PARAM]
+        assert array.tobytes() == whole(source, name, PARAM).tobytes()
 
 
 def test_zero3_rounds_its_masters(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_zero3_rounds_its_masters(tmp_path: Path) -> None:
     found = load_file(tmp_path / "out" / "model.safetensors")
     for tensor in source.tensors.values():
         if tensor.kind == "parameter":
-            assert found[tensor.name].tobytes() == whole(source, tensor.name, "fp32").astype(BF16).tobytes()
+            assert found[tensor.name].tobytes() == whole(source, tensor.name, "master").astype(BF16).tobytes()
 
 
 def test_large_ones_are_sharded_with_an_index(tmp_path: Path) -> None:

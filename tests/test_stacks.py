@@ -57,7 +57,7 @@ def test_a_split_name_can_be_put_together_again(name: str) -> None:
 
 def tensor(name: str, shape: tuple[int, ...] = (4, 2)) -> Tensor:
     layout = Layout("out in")
-    states = {"fp32": np.dtype(np.float32)}
+    states = {"master": np.dtype(np.float32)}
     return Tensor(name, shape, layout, layout.resolve(shape, Mesh()), "parameter", states)
 
 
@@ -83,7 +83,7 @@ def test_the_stack_of_a_tensor_is_the_same_for_all(tensors: Sequence[Tensor]) ->
             continue
         assert [found[name] for name in names] == [(stack.name, n) for n in stack.numbers]
         assert names == [stack.pattern.replace("{layer}", str(n)) for n in stack.numbers]
-        kinds = {(m.kind, m.layer) for m in (Measure(name, "fp32", 1) for name in names)}  # of `diff`
+        kinds = {(m.kind, m.layer) for m in (Measure(name, "master", 1) for name in names)}  # of `diff`
         assert kinds == {(re.sub(r"\[\d+…\]$", "", stack.name), n) for n in stack.numbers}
         of_line = [_members(line.name, tensors) for line in lines]
         assert sum(set(names) <= members for members in of_line) == 1, "a line of `info` holds whole stacks"
@@ -112,7 +112,7 @@ def test_views_and_tables_of_a_checkpoint_have_its_stacks(case: Path) -> None:
     of_files = {row.name: (row.stack, row.layer) for row in rows_of(ckpt)}
     assert of_files == {name: place for name, place in found.items() if ckpt[name].states}
     assert of_tree == of_nodes == of_files
-    table = ckptlab.adam(ckpt)
+    table = ckptlab.updates(ckpt)
     told = zip(table["tensor"].values, table["stack"].values, table["layer"].values, strict=True)
     assert all(found[name] == (stack, layer) for name, stack, layer in told)
 

@@ -57,7 +57,7 @@ def test_a_state_dict_holds_what_is_stored(case: Path, backend: str) -> None:
     found = ckpt.state_dict(backend=backend)
     assert set(found) == {name for t in ckpt.values() for name in (t.name, *t.aliases)}
     for tensor in ckpt.values():
-        state = "fp32" if "fp32" in tensor.states else "module"
+        state = "master" if "master" in tensor.states else "param"
         array = found[tensor.name]
         assert of.is_array(array)
         assert of.to_numpy(array).tobytes() == whole(ckpt.catalog, tensor.name, state).tobytes(), tensor.name
@@ -104,7 +104,7 @@ def test_a_module_is_loaded(case: Any) -> None:
     module = Module(shapes(ckpt))
     assert ckpt.load_into(module) == ([], [])
     for name, value in module.state_dict().items():
-        state = "fp32" if "fp32" in ckpt[name].states else "module"
+        state = "master" if "master" in ckpt[name].states else "param"
         np.testing.assert_array_equal(value.numpy(), whole(ckpt.catalog, name, state).astype(np.float32))
 
 
@@ -114,7 +114,7 @@ def test_what_is_loaded_is_rounded_and_padded_as_the_module_wants(gpt: Any) -> N
     module = Module(wanted, torch.bfloat16)
     gpt.load_into(module)
     rows = module.state_dict()[padded.name]
-    stored = whole(gpt.catalog, padded.name, "fp32").astype(ml_dtypes.bfloat16)
+    stored = whole(gpt.catalog, padded.name, "master").astype(ml_dtypes.bfloat16)
     assert rows[: padded.shape[0]].view(torch.uint16).numpy().tobytes() == stored.tobytes()
     assert (rows[padded.shape[0] :] == 0).all()
 

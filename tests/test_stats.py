@@ -215,7 +215,7 @@ def test_windows_of_any_size(window: int) -> None:
     tensor = "2.self_attention.dense.weight"
     truth = load_file(GPT / "truth.safetensors")
     found = stats(ckptlab.open(GPT).full(stack=False)[tensor], window=window).sel(tensor=tensor)
-    for state in ("fp32", "exp_avg_sq", "module"):
+    for state in ("master", "exp_avg_sq", "param"):
         assert_is(found.sel(state=state), truth[f"{state}/{tensor}"])
 
 
@@ -240,7 +240,7 @@ def test_real_checkpoints_tensor_by_tensor(case: Path) -> None:
     checked = 0
     for key, array in load_file(case / "truth.safetensors").items():
         state, name = key.split("/", 1)
-        state = "module" if state in ("frozen", "buffer") else state
+        state = "param" if state in ("frozen", "buffer") else state
         if state in ckpt[name].states:
             assert_is(found.sel(tensor=name, state=state), array)
             checked += 1
@@ -254,11 +254,11 @@ def test_frozen_tensors_and_buffers_have_a_state_alone() -> None:
     found = stats(ZERO2)
     buffer = found.sel(tensor="seen")
     assert buffer["kind"] == "buffer"
-    assert buffer["elements"].sel(state=["fp32", "exp_avg", "module"]).values.tolist() == [-1, -1, 3]
+    assert buffer["elements"].sel(state=["master", "exp_avg", "param"]).values.tolist() == [-1, -1, 3]
     frozen = found.isel(tensor=found["kind"].values == "frozen")
     assert frozen.sizes["tensor"] > 0
     assert (frozen["elements"].sel(state="exp_avg") == -1).all()
-    assert frozen["norm"].sel(state="module").notnull().all()
+    assert frozen["norm"].sel(state="param").notnull().all()
 
 
 def test_coordinates_tell_where_a_tensor_stands() -> None:
@@ -276,7 +276,7 @@ def test_coordinates_tell_where_a_tensor_stands() -> None:
         "layout": "(tp out) in",
     }
     assert found.sel(tensor="6.weight")["layer"] == -1
-    curve = found["norm"].sel(state="fp32").where(found["stack"] == QKV, drop=True)
+    curve = found["norm"].sel(state="master").where(found["stack"] == QKV, drop=True)
     assert curve.sizes == {"tensor": 4}
 
 
@@ -284,7 +284,7 @@ def test_a_view_a_node_and_a_checkpoint_say_the_same() -> None:
     ckpt = ckptlab.open(GPT)
     whole = stats(ckpt)
     node = ckpt.full()[QKV].to_dataset()
-    for view in (ckpt.full(), node, node.chunk({"layer": 1})[["fp32", "exp_avg"]], node.load()):
+    for view in (ckpt.full(), node, node.chunk({"layer": 1})[["master", "exp_avg"]], node.load()):
         found = stats(view)
         same = whole.sel(tensor=found["tensor"], state=found["state"])
         for name in ("elements", "norm", "mean", "std", "min", "max"):
@@ -318,8 +318,8 @@ def test_shards_have_a_dim_more_and_copies_a_row_each() -> None:
     found = stats(shards)
     assert found["norm"].dims == ("tensor", "tp", "state")
     for tp in range(2):
-        array = np.asarray(shards[QKV].module.sel(layer=5, tp=tp).data)
-        assert_is(found.sel(tensor=f"5.{QKV}", state="module", tp=tp), array)
+        array = np.asarray(shards[QKV].param.sel(layer=5, tp=tp).data)
+        assert_is(found.sel(tensor=f"5.{QKV}", state="param", tp=tp), array)
     copies = [name for name in found["tensor"].values if "(pp 1)" in name]
     assert len(copies) == 2
 
@@ -329,7 +329,7 @@ def test_shards_of_unequal_width_are_taken_as_wide_as_they_are(tmp_path: Path) -
     whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
     catalog = store(tmp_path, uneven, whole, False, 1)
     node = views.Shards(catalog).tree()["w"].to_dataset()
-    for view in (node, node.load(), node[["fp32"]].isel(out=slice(None, None, -1)).isel(out=slice(None, None, -1))):
+    for view in (node, node.load(), node[["master"]].isel(out=slice(None, None, -1)).isel(out=slice(None, None, -1))):
         found = stats(view).squeeze()
         assert found["elements"].values.tolist() == [12, 8]
         assert found["max"].values.tolist() == [12, 20]
@@ -363,7 +363,7 @@ def test_states_are_chosen_and_what_there_is_not_is_named() -> None:
     with pytest.raises(CheckpointError, match="ascending"):
         stats(GPT, histogram=[1.0, 0.0])
     with pytest.raises(CheckpointError, match="flat buffers hold many tensors"):
-        stats(ckptlab.open(GPT).buffers())
+        stats(ckptlab.open(GPT).flat())
 
 
 @settings(max_examples=40)
@@ -413,7 +413,7 @@ def test_dask_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         found = stats(node.chunk({"layer": 2, "out": 5}))
     assert called
     xr.testing.assert_allclose(found.drop_vars("dtype"), stats(node).drop_vars("dtype"))
-    narrow = ckptlab.open(GPT).full("module")[QKV].to_dataset()
+    narrow = ckptlab.open(GPT).full("param")[QKV].to_dataset()
     xr.testing.assert_allclose(stats(narrow.chunk({"layer": 1}))["mean"], stats(narrow)["mean"], rtol=1e-12)
 
 
@@ -483,7 +483,7 @@ def test_large_spectra_are_as_exact_as_documented(
 def test_spectra_of_a_checkpoint() -> None:
     truth = load_file(GPT / "truth.safetensors")
     found = stats(GPT, spectrum=4, histogram=False)
-    for state in ("fp32", "module"):
+    for state in ("master", "param"):
         array = truth[f"{state}/4.{QKV}"].astype(np.float64)
         top = found["singular_values"].sel(tensor=f"4.{QKV}", state=state)
         np.testing.assert_allclose(top, scipy.linalg.svdvals(array)[:4], rtol=1e-10)
@@ -530,8 +530,8 @@ def test_the_command() -> None:
     first = told["rows"][0]
     assert sum(count for _, _, count in first["histogram"]) == first["elements"] == 896
     assert len(run("stats", STEPS, "--steps", "--by", "model").stdout.splitlines()) == 1 + 3 * 4
-    assert "update/weight" in run("stats", GPT, "--adam").stdout
-    assert run("stats", GPT, "--adam", "--shards").exit_code == 2
+    assert "update/weight" in run("stats", GPT, "--updates").stdout
+    assert run("stats", GPT, "--updates", "--shards").exit_code == 2
     assert "no state 'fp23'" in refused("stats", GPT, "--states", "fp23")
 
 
@@ -546,20 +546,20 @@ def test_accumulators_for_others() -> None:
 
 
 def test_the_worst_and_the_plots() -> None:
-    found = stats(GPT, states=["fp32", "exp_avg"])
+    found = stats(GPT, states=["master", "exp_avg"])
     worst = found.ckptlab.worst("max", 3)
     sizes = abs(found["max"]).max("state")
     assert worst["tensor"].values.tolist() == sizes.sortby(sizes, ascending=False)["tensor"].values[:3].tolist()
     assert worst["norm"].equals(found["norm"].sel(tensor=worst["tensor"]))
     assert repr(worst.ckptlab.table).splitlines()[1].startswith(str(worst["tensor"].values[0]))
     assert stats(GPT, by="layer").ckptlab.worst("norm", 2).sizes["tensor"] == 2
-    updates = ckptlab.adam(GPT)
+    updates = ckptlab.updates(GPT)
     first = updates.ckptlab.worst("update_ratio")["update_ratio"]
     assert first[0] == updates["update_ratio"].max()
     with pytest.raises(CheckpointError, match="no figure 'dtype' of each tensor: there are elements"):
         found.ckptlab.worst("dtype")
     with pytest.raises(CheckpointError, match="it holds fp32"):
-        _ = xr.Dataset({"fp32": ("x", [1.0])}).ckptlab.table
+        _ = xr.Dataset({"master": ("x", [1.0])}).ckptlab.table
     pytest.importorskip("matplotlib")
     assert found.ckptlab.plot("histograms").axes
     with pytest.raises(CheckpointError, match="expected one of norms"):

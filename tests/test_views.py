@@ -100,10 +100,10 @@ def test_by_name_every_state_is_the_truth(case: Path) -> None:
     checked = 0
     for key, expected in load_file(case / "truth.safetensors").items():
         state, name = key.split("/", 1)
-        state = "module" if state in ("frozen", "buffer") else state
+        state = "param" if state in ("frozen", "buffer") else state
         if name not in found.get(state, ()):
             assert case == ZERO3  # which stores no module weights of its parameters
-            assert state == "module"
+            assert state == "param"
             continue
         array = found[state][name]
         assert (array.shape, bits(array)) == (expected.shape, expected.tobytes()), key
@@ -129,12 +129,12 @@ def test_layers_stand_in_one_node_with_their_stages(gpt: Catalog, truth: dict[st
     for layer in range(2, 6):
         for state in gpt.states:
             assert bits(node[state].sel(layer=layer)) == truth[f"{state}/{layer}.{QKV}"].tobytes()
-    assert tree[EMBEDDING].fp32.shape == (101, 16)
+    assert tree[EMBEDDING].master.shape == (101, 16)
 
 
 def test_a_curve_over_depth_in_one_line(gpt: Catalog, truth: dict[str, np.ndarray]) -> None:
-    curve = views.Full(gpt, None, ["fp32", "module"], "float32").tree().std(["out", "in"])[QKV]
-    for state in ("fp32", "module"):
+    curve = views.Full(gpt, None, ["master", "param"], "float32").tree().std(["out", "in"])[QKV]
+    for state in ("master", "param"):
         expected = [truth[f"{state}/{layer}.{QKV}"].astype(float).std() for layer in range(2, 6)]
         np.testing.assert_allclose(curve[state], expected, rtol=1e-5)
 
@@ -142,7 +142,7 @@ def test_a_curve_over_depth_in_one_line(gpt: Catalog, truth: dict[str, np.ndarra
 def test_states_are_chosen_and_aliases_found(gpt: Catalog) -> None:
     assert set(views.Full(gpt, None, ["exp_avg"]).tree()[QKV].data_vars) == {"exp_avg"}
     tied = read(ZERO2)
-    by_name = views.Full(tied).by_name("fp32")
+    by_name = views.Full(tied).by_name("master")
     assert by_name["lm_head.weight"].identical(by_name["wte.weight"])
     assert "lm_head.weight" in by_name
     assert by_name.get("nothing") is None
@@ -152,13 +152,13 @@ def test_states_are_chosen_and_aliases_found(gpt: Catalog) -> None:
     assert frozen not in by_name
     with pytest.raises(KeyError, match="it has module"):
         by_name[frozen]
-    assert list(views.Full(tied).by_name()[frozen].data_vars) == ["module"]
+    assert list(views.Full(tied).by_name()[frozen].data_vars) == ["param"]
 
 
 def test_stacks_keep_apart_what_is_not_alike() -> None:
     def tensor(name: str, shape: tuple[int, ...] = (4, 2), **fields: Any) -> Tensor:
         layout = Layout("out in")
-        states = {"fp32": np.dtype(np.float32)}
+        states = {"master": np.dtype(np.float32)}
         return replace(Tensor(name, shape, layout, layout.resolve(shape, Mesh()), "parameter", states, 0), **fields)
 
     found = stacks(
@@ -210,20 +210,20 @@ def test_opening_selecting_and_drawing_read_nothing(gpt: Catalog, no_reading: No
 
 def test_a_layer_and_rows_are_read_alone(gpt: Catalog, boxes: list[Any]) -> None:
     node = views.Full(gpt).tree()[QKV]
-    node.fp32.sel(layer=3).load()
+    node.master.sel(layer=3).load()
     assert boxes == [(f"3.{QKV}", (48, 16))]
     boxes.clear()
-    node.fp32.isel(layer=[3, 0], out=slice(5, 9)).transpose("in", "out", "layer").load()
+    node.master.isel(layer=[3, 0], out=slice(5, 9)).transpose("in", "out", "layer").load()
     assert sorted(boxes) == [(f"2.{QKV}", (4, 16)), (f"5.{QKV}", (4, 16))]
     boxes.clear()
-    views.Shards(gpt).tree()[QKV].fp32.sel(tp=1, layer=4, drop=True).load()
+    views.Shards(gpt).tree()[QKV].master.sel(tp=1, layer=4, drop=True).load()
     assert boxes == [(f"4.{QKV}", (24, 16))]
 
 
 def test_pickles_hold_paths_not_catalogs_nor_data(gpt: Catalog) -> None:
     for view in (views.Full(gpt).tree(), views.Shards(gpt).tree(), views.Flat(gpt).tree()):
         assert b"Catalog" not in pickle.dumps(view)
-    whole = views.Full(gpt).by_name("fp32")[EMBEDDING]
+    whole = views.Full(gpt).by_name("master")[EMBEDDING]
     before = len(pickle.dumps(whole))
     again = pickle.loads(pickle.dumps(whole))
     assert bits(again) == bits(whole)
@@ -239,25 +239,25 @@ def test_dask_reads_a_layer_at_a_time(gpt: Catalog, boxes: list[Any]) -> None:
     pytest.importorskip("dask")
     node = views.Full(gpt, dtype="float32").tree()[QKV].to_dataset()
     chunked = node.chunk({"layer": 1})
-    assert chunked.module.chunks == ((1, 1, 1, 1), (48,), (16,))
+    assert chunked.param.chunks == ((1, 1, 1, 1), (48,), (16,))
     assert boxes == []
-    assert len(pickle.dumps(chunked.module.data.dask)) < 10_000
-    total = chunked.module.isel(layer=[1, 2]).sum(["out", "in"]).compute(scheduler="synchronous")
+    assert len(pickle.dumps(chunked.param.data.dask)) < 10_000
+    total = chunked.param.isel(layer=[1, 2]).sum(["out", "in"]).compute(scheduler="synchronous")
     assert sorted(name for name, _ in boxes) == [f"3.{QKV}", f"4.{QKV}"]
-    np.testing.assert_allclose(total, node.module.isel(layer=[1, 2]).sum(["out", "in"]), rtol=1e-6)
+    np.testing.assert_allclose(total, node.param.isel(layer=[1, 2]).sum(["out", "in"]), rtol=1e-6)
 
 
 def test_ten_thousand_tensors_by_name_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, states = Layout("(tp out) in"), {"fp32": np.dtype(np.float32)}
+    layout, states = Layout("(tp out) in"), {"master": np.dtype(np.float32)}
     cut = layout.resolve((8, 2), Mesh(tp=2))
     names = [f"{i}.{j}.weight" for i in range(1000) for j in "abcdefghij"]
-    pieces = {(n, "fp32"): {Holder(pp=0, tp=tp): () for tp in range(2)} for n in names}
+    pieces = {(n, "master"): {Holder(pp=0, tp=tp): () for tp in range(2)} for n in names}
     tensors = {n: Tensor(n, (8, 2), layout, cut, "parameter", states) for n in names}
     outside = dict.fromkeys(pieces, (0,))
     catalog = Catalog("", "test", Mesh(tp=2), tensors, placements_of(tensors, [], outside), Extents(pieces))
     made = []
     monkeypatch.setattr(views.tensors, "reader", lambda *a: made.append(a) or reader(*a))
-    by_name = views.Full(catalog).by_name("fp32")
+    by_name = views.Full(catalog).by_name("master")
     assert (len(by_name), list(by_name) == names, made) == (10_000, True, [])
     assert by_name["999.j.weight"].shape == (8, 2)
     assert len(made) == 1
@@ -276,8 +276,8 @@ def test_any_index_of_any_view_is_that_of_the_whole(
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         patched.setattr(gather, "MAPPED", 1 if mapped else gather.MAPPED)  # bytes: whatever lies in one piece is mapped
         catalog = store(Path(folder), layout, whole, zero3, 3)
-        full = views.Full(catalog).by_name("fp32")["w"]
-        shards = views.Shards(catalog).by_name("fp32")["w"]
+        full = views.Full(catalog).by_name("master")["w"]
+        shards = views.Shards(catalog).by_name("master")["w"]
         rows, columns = layout.logical
         for lazy, expected in (
             (full, whole[:rows, :columns]),
@@ -312,7 +312,7 @@ def _padded_shards(layout: Cut, whole: np.ndarray) -> np.ndarray:
 
 
 def test_vectorised_and_boolean_selection(gpt: Catalog) -> None:
-    lazy = views.Full(gpt).tree()[QKV].fp32
+    lazy = views.Full(gpt).tree()[QKV].master
     loaded = lazy.copy(data=lazy.values)
     points = {"layer": xr.DataArray([0, 3, 3], dims="p"), "in": xr.DataArray([1, 0, 15], dims="p")}
     np.testing.assert_array_equal(lazy.isel(points), loaded.isel(points))
@@ -365,7 +365,7 @@ def test_shards_are_what_each_rank_stored(gpt: Catalog, truth: dict[str, np.ndar
 
 
 def test_vocabulary_padding_is_shown_in_shards_alone(gpt: Catalog) -> None:
-    padded = views.Shards(gpt).tree()[EMBEDDING].fp32
+    padded = views.Shards(gpt).tree()[EMBEDDING].master
     assert padded.shape == (2, 2, 56, 16)
     assert (padded.sel(pp=0, tp=1)[45:] != 0).any()  # DeepSpeed trains it too
 
@@ -374,12 +374,12 @@ def test_stages_that_hold_copies_have_a_dim(gpt: Catalog) -> None:
     node = views.Shards(gpt).tree()[POSITIONS].to_dataset()
     assert node["pp"].values.tolist() == [0, 1]
     assert node.exp_avg.dims == ("pp", "tp", "out", "in")
-    assert node.module.dims == ("tp", "out", "in")  # stored by the first stage alone
+    assert node.param.dims == ("tp", "out", "in")  # stored by the first stage alone
     assert not node.exp_avg.sel(pp=0).equals(node.exp_avg.sel(pp=1))  # the last stage does not train its copy
     for stage in (0, 1):
         own = np.concatenate([f.stored.flat for f in gpt.fragments(POSITIONS, "exp_avg", Holder(pp=stage, tp=1))])
         assert bits(node.exp_avg.sel(pp=stage, tp=1)) == own.tobytes()
-    first = views.Shards(gpt, None, ["module"]).tree()[POSITIONS]
+    first = views.Shards(gpt, None, ["param"]).tree()[POSITIONS]
     assert int(first["pp"]) == 0
 
 
@@ -399,10 +399,10 @@ def test_each_rank_shows_its_own_copy(text: str, tmp_path: Path) -> None:
     layout = Layout(text, totals={"k": 12} if "k" in text else {})
     cut = layout.resolve((24, 6), Mesh(tp=2))
     catalog = store(tmp_path, cut, np.ones(cut.shape, np.float32), False, 0)
-    file = Path(catalog.fragments("w", "fp32", Holder(pp=0, tp=1))[0].stored.path)
+    file = Path(catalog.fragments("w", "master", Holder(pp=0, tp=1))[0].stored.path)
     size = file.stat().st_size - 4
     file.write_bytes(b"head" + np.full(size // 4, 2, np.float32).tobytes())
-    held = views.Shards(catalog).by_name("fp32")["w"]
+    held = views.Shards(catalog).by_name("master")["w"]
     assert held.sel(tp=0).values.tolist() == np.ones(held.shape[1:]).tolist()
     assert held.sel(tp=1).values.tolist() == np.full(held.shape[1:], 2).tolist()
 
@@ -411,7 +411,7 @@ def test_shards_of_unequal_width_say_their_extents(tmp_path: Path) -> None:
     cut = Layout("(tp out) in", sizes={"out": (3, 2)}).resolve((5, 4), Mesh(tp=2))
     whole = np.arange(1, 21, dtype=np.float32).reshape(5, 4)
     catalog = store(tmp_path, cut, whole, False, 1)
-    held = views.Shards(catalog).by_name("fp32")["w"]
+    held = views.Shards(catalog).by_name("master")["w"]
     assert held["out_extent"].values.tolist() == [3, 2]
     assert "in_extent" not in held.coords
     np.testing.assert_array_equal(held.sel(tp=1), np.vstack([whole[3:], np.zeros((1, 4))]))
@@ -443,7 +443,7 @@ def test_buffers_are_what_the_files_hold(case: Path) -> None:
                     np.testing.assert_array_equal(middle, stored.flat[stored.numel // 3 :: 2])
     if case == ZERO2:  # whose last partition is stored without its padding
         lengths = tree["pp0/group0"].to_dataset()
-        assert int(lengths.fp32_numel.min()) < lengths.sizes["flat"]
+        assert int(lengths.master_numel.min()) < lengths.sizes["flat"]
 
 
 TARGETS = [
@@ -479,19 +479,19 @@ def test_views_of_a_target_are_those_of_what_is_then_saved(
 
 def test_the_engine_opens_trees_and_single_tensors(gpt: Catalog) -> None:
     tree = xr.open_datatree(GPT, engine="ckptlab", drop_variables="exp_avg")
-    assert set(tree[QKV].data_vars) == {"fp32", "exp_avg_sq", "module"}
+    assert set(tree[QKV].data_vars) == {"master", "exp_avg_sq", "param"}
     assert xr.open_datatree(str(GPT)).children.keys() == tree.children.keys()  # the engine is guessed
     shards = xr.open_datatree(GPT, engine="ckptlab", view="shards")
-    assert shards[EMBEDDING].fp32.dims == ("pp", "tp", "out", "in")
-    groups = xr.open_datatree(GPT, engine="ckptlab", view="buffers", drop_variables=["fp32"])
-    assert "fp32" not in groups["pp1/group0"].data_vars
+    assert shards[EMBEDDING].master.dims == ("pp", "tp", "out", "in")
+    groups = xr.open_datatree(GPT, engine="ckptlab", view="flat", drop_variables=["master"])
+    assert "master" not in groups["pp1/group0"].data_vars
     one = xr.open_dataset(GPT, engine="ckptlab", tensor=f"4.{QKV}")
-    assert one.fp32.shape == (48, 16)
-    np.testing.assert_array_equal(one.fp32, tree[QKV].fp32.sel(layer=4))
-    several = xr.open_dataset(GPT, engine="ckptlab", tensor=QKV, view="shards", drop_variables=["fp32"])
-    assert several.module.dims == ("layer", "tp", "out", "in")
-    assert "fp32" not in several
-    assert xr.open_dataset(GPT, engine="ckptlab", tensor="pp0/group1", view="buffers").sizes["dp"] == 2
+    assert one.master.shape == (48, 16)
+    np.testing.assert_array_equal(one.master, tree[QKV].master.sel(layer=4))
+    several = xr.open_dataset(GPT, engine="ckptlab", tensor=QKV, view="shards", drop_variables=["master"])
+    assert several.param.dims == ("layer", "tp", "out", "in")
+    assert "master" not in several
+    assert xr.open_dataset(GPT, engine="ckptlab", tensor="pp0/group1", view="flat").sizes["dp"] == 2
 
 
 def test_the_engine_takes_xarrays_own_words() -> None:
@@ -503,7 +503,7 @@ def test_the_engine_takes_xarrays_own_words() -> None:
     conventions = ("mask_and_scale", "decode_times", "decode_timedelta", "concat_characters", "decode_coords")
     for options in ({"decode_cf": False}, {"decode_cf": True}, dict.fromkeys(conventions, False)):
         assert xr.open_dataset(GPT, engine="ckptlab", group=f"4.{QKV}", **options).identical(one)
-    assert "fp32" in xr.open_groups(GPT, engine="ckptlab", decode_cf=False)[f"/{QKV}"]
+    assert "master" in xr.open_groups(GPT, engine="ckptlab", decode_cf=False)[f"/{QKV}"]
     with pytest.raises(TypeError, match="no option 'tensr': it has drop_variables, group"):
         xr.open_dataset(GPT, engine="ckptlab", tensr=QKV)
     with pytest.raises(CheckpointError, match="path of its folder, not by list"):
@@ -513,8 +513,8 @@ def test_the_engine_takes_xarrays_own_words() -> None:
 def test_the_engine_cuts_by_layers_for_dask() -> None:
     pytest.importorskip("dask")
     opened = xr.open_dataset(GPT, engine="ckptlab", tensor=QKV, chunks={}, dtype="float32")
-    assert opened.module.chunks == ((1, 1, 1, 1), (48,), (16,))
-    np.testing.assert_array_equal(opened.module, xr.open_dataset(GPT, engine="ckptlab", tensor=QKV).module)
+    assert opened.param.chunks == ((1, 1, 1, 1), (48,), (16,))
+    np.testing.assert_array_equal(opened.param, xr.open_dataset(GPT, engine="ckptlab", tensor=QKV).param)
 
 
 def test_the_engine_refuses_with_what_there_is(tmp_path: Path) -> None:
@@ -542,6 +542,6 @@ def test_the_engine_guesses_its_own_folders_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_outside_flat_buffers_is_pickled_too(gpt: Catalog) -> None:
-    assert isinstance(gpt.fragments(QKV.join(["3.", ""]), "module", Holder(pp=0, tp=0))[0], Fragment)
-    held = views.Shards(gpt).by_name("module")[f"3.{QKV}"]
+    assert isinstance(gpt.fragments(QKV.join(["3.", ""]), "param", Holder(pp=0, tp=0))[0], Fragment)
+    held = views.Shards(gpt).by_name("param")[f"3.{QKV}"]
     assert bits(pickle.loads(pickle.dumps(held))) == bits(held)

@@ -395,7 +395,7 @@ def test_memory_is_what_the_files_of_all_ranks_hold_and_gradients(path: str) -> 
         flat += sum(buffer.total for buffer in group.flats.values()) * width
     for (name, state), places in catalog.stored.pieces.items():
         tensor = catalog.tensors[name]
-        if state == "module" and tensor.kind != "buffer":
+        if state == "param" and tensor.kind != "buffer":
             # a tied tensor is listed where it is canonical; all its stages hold it
             copies = len(tensor.stages) // len({holder["pp"] for holder in places})
             module += copies * sum(f.stored.nbytes for fragments in places.values() for f in fragments)

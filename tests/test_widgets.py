@@ -17,7 +17,7 @@ from compare import GPT, ZERO3
 
 import ckptlab
 from ckptlab import Mesh, viz
-from ckptlab.catalog import MODULE
+from ckptlab.catalog import PARAM
 from ckptlab.formats import read
 from ckptlab.widgets import page, steps
 from ckptlab.widgets.cells import rank_of, told
@@ -60,18 +60,18 @@ def test_the_pieces_of_all_ranks_are_the_tensor(case: Path) -> None:
 def test_an_inventory_is_all_that_is_in_the_ranks_files() -> None:
     catalog = read(GPT)
     held = [inventory(catalog, rank) for rank in range(8)]
-    optimizer = sum(n for i in held for state, n in i.kinds.items() if state != MODULE)
+    optimizer = sum(n for i in held for state, n in i.kinds.items() if state != PARAM)
     stored = sum(s.nbytes for rows in catalog.stored.partitions.values() for row in rows.values() for s in row)
     assert optimizer == stored
-    assert held[5].files["bf16_zero_pp_rank_0_mp_rank_03_optim_states.pt"] == held[5].nbytes - held[5].kinds[MODULE]
+    assert held[5].files["bf16_zero_pp_rank_0_mp_rank_03_optim_states.pt"] == held[5].nbytes - held[5].kinds[PARAM]
     assert {name for name, *_ in held[0].rows} == {t.name for t in catalog.tensors.values() if 0 in t.stages} - {
         t.name for t in catalog.tensors.values() if not any(pieces(catalog, t.name, s, 0) for s in t.states)
     }
 
 
 def test_hovering_tells_rank_file_bytes_and_indices(subject: Subject) -> None:
-    (line,) = told({"rank": "3"}, subject.catalog, DENSE, "fp32")
-    (piece,) = pieces(subject.catalog, DENSE, "fp32", 3)
+    (line,) = told({"rank": "3"}, subject.catalog, DENSE, "master")
+    (piece,) = pieces(subject.catalog, DENSE, "master", 3)
     assert line.startswith(
         "rank 3: tp 1 · pp 0 · dp 1 · elements 480–511 of the shard's 512 · indices [62, 0] to [63, 15]"
     )
@@ -80,10 +80,10 @@ def test_hovering_tells_rank_file_bytes_and_indices(subject: Subject) -> None:
     assert line.endswith(
         f"fp32: bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes {piece.stored.offset:,}–{last:,}"
     )
-    (nothing,) = told({"rank": "4"}, subject.catalog, DENSE, "fp32")
+    (nothing,) = told({"rank": "4"}, subject.catalog, DENSE, "master")
     assert "holds nothing of fp32" in nothing
-    assert len(told({"tp": "1"}, subject.catalog, DENSE, "fp32")) == 2  # a piece of the picture: both dp ranks
-    assert told({}, subject.catalog, DENSE, "fp32") == []
+    assert len(told({"tp": "1"}, subject.catalog, DENSE, "master")) == 2  # a piece of the picture: both dp ranks
+    assert told({}, subject.catalog, DENSE, "master") == []
 
 
 def test_cells_that_stand_for_several_give_the_first(subject: Subject) -> None:
@@ -284,7 +284,7 @@ def test_the_tree_and_a_fragment_choose_a_tensor(explorer: Any) -> None:
     explorer.look.flat._handle_custom_msg({"event": "click", "cell": {"tensor": QKV, "dp": "1", "tp": "0"}}, [])
     assert (explorer.choice.tensor, explorer.tree.chosen) == (QKV, QKV)
     assert explorer.subject.catalog.mesh.coordinate(explorer.choice.rank)["dp"] == 1
-    explorer.look.state.value = MODULE
+    explorer.look.state.value = PARAM
     assert explorer.look.flat.svg == ""
 
 

@@ -15,9 +15,9 @@ from test_gather import store
 
 import ckptlab
 from ckptlab.analysis.accumulate import partial
+from ckptlab.analysis.adam import Settings
+from ckptlab.analysis.adam import _Task as Update
 from ckptlab.analysis.elements import apart, joined, relative, unequal
-from ckptlab.analysis.updates import Settings
-from ckptlab.analysis.updates import _Task as Update
 from ckptlab.analysis.windows import spans
 from ckptlab.arrays import reader
 from ckptlab.arrays.lazy import Gathered
@@ -133,14 +133,14 @@ def test_a_checkpoint_that_lacks_elements_is_refused_by_whoever_reads(layout: st
     with pytest.raises(CheckpointError, match=refused):
         ckptlab.diff(lacking, catalog)
     with pytest.raises(CheckpointError, match=refused):
-        reader(lacking, "w", "fp32").shard(Cut.whole((4, 2)), ())
+        reader(lacking, "w", "master").shard(Cut.whole((4, 2)), ())
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_spans_hold_every_element_once(window: int, tmp_path: Path) -> None:
     whole = np.arange(40, dtype=np.float32).reshape(8, 5)
     catalog = stored(tmp_path, "(tp out) in", whole, Mesh(tp=2, dp=3), 3)
-    array = Gathered(reader(catalog, "w", "fp32"), Cut.whole((8, 5)))
+    array = Gathered(reader(catalog, "w", "master"), Cut.whole((8, 5)))
     windows = [np.array(w) for span in spans(array, window) for w in span.windows()]
     assert max(map(len, windows)) <= window
     assert np.sort(np.concatenate(windows)).tolist() == list(range(40))

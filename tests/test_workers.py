@@ -34,9 +34,9 @@ def test_stats_are_the_same_on_all_workers(case: Path, processes: Executor) -> N
 
 @CASES
 def test_updates_are_the_same_on_all_workers(case: Path, processes: Executor) -> None:
-    one = ckptlab.adam(case, workers=1, window=1)
+    one = ckptlab.updates(case, workers=1, window=1)
     for workers in (2, processes):
-        xr.testing.assert_identical(ckptlab.adam(case, workers=workers, window=1), one)
+        xr.testing.assert_identical(ckptlab.updates(case, workers=workers, window=1), one)
 
 
 @CASES
@@ -52,10 +52,10 @@ def test_findings_are_the_same_on_all_workers(tmp_path: Path, processes: Executo
     folder = Path(shutil.copytree(GPT / "global_step3", tmp_path / "global_step3"))
     poke(folder, "3.self_attention.dense.weight", "exp_avg", float("inf"), tp=1, element=3)
     (folder / "layer_03-model_00-model_states.pt").write_bytes(b"")
-    one = ckptlab.health(folder, workers=1, window=256, checksums=True)
+    one = ckptlab.check(folder, workers=1, window=256, checksums=True)
     assert not one.healthy
     for workers in (2, processes):
-        assert ckptlab.health(folder, workers=workers, window=256, checksums=True) == one
+        assert ckptlab.check(folder, workers=workers, window=256, checksums=True) == one
 
 
 def test_what_processes_read_is_counted_here(processes: Executor) -> None:
@@ -69,7 +69,7 @@ def test_what_processes_read_is_counted_here(processes: Executor) -> None:
 
 def test_a_view_is_counted_as_it_is_read() -> None:
     with ckptlab.reading() as read:
-        array = ckptlab.open(GPT).full("fp32", stack=False)["3.self_attention.dense.weight"]
+        array = ckptlab.open(GPT).full("master", stack=False)["3.self_attention.dense.weight"]
         assert read.bytes == 0
         assert array.values.nbytes == 1024
     assert read.bytes == 1024

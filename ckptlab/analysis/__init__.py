@@ -1,7 +1,7 @@
 """What a person asks of a checkpoint's numbers: what they are like, whether it is healthy, what changed.
 
-`health` and `diff` need numpy alone. What needs xarray (`stats`, `adam`, `open_run`) or draws (`plots`) is loaded when
-it is first used.
+`check` and `diff` need numpy alone. What needs xarray (`stats`, `updates`, `open_run`) or draws (`plots`) is loaded
+when it is first used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.analysis.checkup import Checked, Health, health
+from ckptlab.analysis.checkup import Checked, Health, check
 from ckptlab.analysis.compare import diff
 from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Measure, Summary
@@ -17,9 +17,9 @@ from ckptlab.analysis.renames import Renamed
 
 if TYPE_CHECKING:
     from ckptlab.analysis import plots
+    from ckptlab.analysis.adam import updates
     from ckptlab.analysis.run import Run, Skipped, open_run
     from ckptlab.analysis.statistics import stats
-    from ckptlab.analysis.updates import adam
 
 __all__ = [
     "Checked",
@@ -34,15 +34,15 @@ __all__ = [
     "Setting",
     "Skipped",
     "Summary",
-    "adam",
+    "check",
     "diff",
-    "health",
     "open_run",
     "plots",
     "stats",
+    "updates",
 ]
 
-_HOME_OF = {"Run": "run", "Skipped": "run", "adam": "updates", "open_run": "run", "stats": "statistics"}
+_HOME_OF = {"Run": "run", "Skipped": "run", "updates": "adam", "open_run": "run", "stats": "statistics"}
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ class Table(Shown):
 
 @xr.register_dataset_accessor("ckptlab")
 class Statistics:
-    """`.ckptlab` of a Dataset that `ckptlab.stats` or `ckptlab.adam` made. CheckpointError on any other."""
+    """`.ckptlab` of a Dataset that `ckptlab.stats` or `ckptlab.updates` made. CheckpointError on any other."""
 
     def __init__(self, dataset: xr.Dataset) -> None:
         self._dataset = dataset

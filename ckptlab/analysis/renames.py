@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptlab.arrays import reader
-from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
+from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.layout import Cut
 
 SAMPLE = 1024  # elements that a tensor is recognised by
@@ -46,7 +46,7 @@ def renamed(a: Catalog, b: Catalog, only_a: Iterable[str], only_b: Iterable[str]
 
 
 def _state(tensor: Tensor) -> str | None:
-    return next((s for s in (MASTER, MODULE, *tensor.states) if s in tensor.states), None)
+    return next((s for s in (MASTER, PARAM, *tensor.states) if s in tensor.states), None)
 
 
 def _matched(a: Catalog, b: Catalog, left: list[str], right: list[str], state: str) -> Iterator[Renamed]:

@@ -21,7 +21,7 @@ from ckptlab.analysis.row import Row
 from ckptlab.analysis.rows import View, rows_of
 from ckptlab.analysis.spectra import Spectrum, spectrum_of
 from ckptlab.analysis.windows import Span, spans
-from ckptlab.catalog import MASTER, MODULE
+from ckptlab.catalog import MASTER, PARAM
 from ckptlab.errors import CheckpointError
 from ckptlab.pool import Workers
 from ckptlab.words import shape_text
@@ -199,7 +199,7 @@ class _Table:
         """Dim → its labels, in the order of the dims."""
         steps, ranks = ({getattr(row, dim) for row in self._rows} - {None} for dim in ("step", "tp"))
         layers = {row.layer for row in self._rows} if self._by == "layer" else set()
-        rank = {MASTER: 0, MODULE: 2}
+        rank = {MASTER: 0, PARAM: 2}
         states = dict.fromkeys(row.state for row in self._rows)
         found: dict[str, list[Any]] = {
             "step": sorted(steps),

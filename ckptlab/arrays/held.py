@@ -13,7 +13,7 @@ import numpy as np
 
 from ckptlab.arrays.gather import Tally, reader
 from ckptlab.arrays.readers import Coordinate, Reader
-from ckptlab.catalog import MODULE, Catalog, FlatGroup, module_source
+from ckptlab.catalog import PARAM, Catalog, FlatGroup, param_source
 from ckptlab.layout import Cut
 from ckptlab.plan import Holder
 
@@ -29,7 +29,7 @@ def shard_reader(
     if held is source:
         return reader(source, name, state, holder=holder, tally=tally)
     tensor = held.tensors[name]
-    drawn = module_source(source[name], tensor) if state == MODULE else state
+    drawn = param_source(source[name], tensor) if state == PARAM else state
     own = _own(source, held, name, drawn, holder) if tensor.kind == "buffer" else None
     return reader(source, name, drawn, dtype=tensor.states[state], holder=own, tally=tally)
 

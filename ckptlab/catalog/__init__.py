@@ -2,14 +2,14 @@
 
 from ckptlab.catalog.catalog import Catalog
 from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
-from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor, module_source
+from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor, param_source
 from ckptlab.catalog.training import DTYPES, ZERO_STAGES, Gradients, Training
 
 __all__ = [
     "ALONE",
     "DTYPES",
     "MASTER",
-    "MODULE",
+    "PARAM",
     "ZERO_STAGES",
     "Catalog",
     "Extents",
@@ -19,7 +19,7 @@ __all__ = [
     "ParameterGroup",
     "Tensor",
     "Training",
-    "module_source",
+    "param_source",
     "placements_of",
     "whole_placements",
 ]

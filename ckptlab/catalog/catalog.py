@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab.catalog.extents import Extents, FlatGroup, Fragment, Placements
-from ckptlab.catalog.tensor import MASTER, MODULE, ParameterGroup, Tensor
+from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor
 from ckptlab.catalog.training import Training
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding
@@ -79,7 +79,7 @@ class Catalog:
     def states(self) -> tuple[str, ...]:
         """Every state that some tensor has: the master first, the module weight last."""
         seen = dict.fromkeys(s for t in self.tensors.values() for s in t.states)
-        rank = {MASTER: 0, MODULE: 2}
+        rank = {MASTER: 0, PARAM: 2}
         return tuple(sorted(seen, key=lambda s: rank.get(s, 1)))
 
     def held(self, name: str) -> tuple[str, ...]:

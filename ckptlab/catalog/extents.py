@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ckptlab.catalog.tensor import MODULE, Tensor
+from ckptlab.catalog.tensor import PARAM, Tensor
 from ckptlab.mesh import Mesh
 from ckptlab.plan import FlatBuffer, Holder, Placement, holders_of
 from ckptlab.stored import Stored
@@ -100,7 +100,7 @@ class FlatGroup:
             if counts not in made:
                 made[counts] = make(tuple(names), counts, len(placements[0].ranks(holder)))
             flats[holder] = made[counts]
-        dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != MODULE}
+        dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != PARAM}
         data = placements[0].data
         return cls(at, group, flats, dtypes, sub, data[0] if data != mesh.leaves("dp") and len(data) == 1 else "dp")
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ckptlab.layout import Cut, Layout
 
-MASTER = "fp32"  # the state that holds the master weight
-MODULE = "module"  # the state that holds the weight as the model computes with it (16-bit, as a rule)
+MASTER = "master"  # the state that holds the weight that the optimizer steps
+PARAM = "param"  # the state that holds the weight as the model computes with it (16-bit, as a rule)
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Tensor:
         return self.layout.names
 
 
-def module_source(source: Tensor, target: Tensor) -> str:
-    """The state that a target's module weight is drawn from: the stored one if the dtype stays, else the master,
+def param_source(source: Tensor, target: Tensor) -> str:
+    """The state that a target's param is drawn from: the stored one if the dtype stays, else the master,
     rounded."""
-    keeps = source.states.get(MODULE) == target.states[MODULE]
-    return MODULE if keeps or MASTER not in source.states else MASTER
+    keeps = source.states.get(PARAM) == target.states[PARAM]
+    return PARAM if keeps or MASTER not in source.states else MASTER
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab.arrays import reader
-from ckptlab.catalog import MODULE, Catalog, Tensor
+from ckptlab.catalog import PARAM, Catalog, Tensor
 from ckptlab.deepspeed.constants import (
     AUTOEP_LAYERS_KEY,
     AUTOEP_LAYERS_KEY_LEGACY,
@@ -292,9 +292,9 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         """A tensor on a tp rank of the target; of replicas the first that the rank is made of."""
         cut = self._target_cut(tensor)
         first = tp_index * self.zero_checkpoint.get_src_tp_degree() // self.tp_degree
-        stage = self.catalog.placement(tensor.name, MODULE).stages[0]
+        stage = self.catalog.placement(tensor.name, PARAM).stages[0]
         one = None if tensor.cut.axes else Holder(pp=stage, tp=first)
-        shard = reader(self.catalog, tensor.name, MODULE, holder=one).shard(cut, cut.coordinate({"tp": tp_index}))
+        shard = reader(self.catalog, tensor.name, PARAM, holder=one).shard(cut, cut.coordinate({"tp": tp_index}))
         return tensor_of(shard)
 
     def _target_cut(self, tensor: Tensor) -> Cut:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptlab.arrays import reader
-from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
+from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.checkpoint import Reshape
 from ckptlab.convert import Report
 from ckptlab.deepspeed.constants import UNIVERSAL_CHECKPOINT_INFO
@@ -109,7 +109,7 @@ def _state_of(catalog: Catalog, tensor: Tensor, state: str | None) -> str | None
     """The state of the tensor to load; None if it has no such one. CheckpointError if no tensor has it."""
     if state is not None and state not in catalog.states:
         raise CheckpointError(f"{catalog.path}: no state {state!r}: there are {', '.join(catalog.states)}")
-    choices = (MASTER, MODULE) if state is None else (state,)
+    choices = (MASTER, PARAM) if state is None else (state,)
     return next((s for s in choices if s in tensor.states), None)
 
 

@@ -1,4 +1,4 @@
-"""What `health` found, as plain data, as text and as HTML."""
+"""What `check` found, as plain data, as text and as HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `stats` and `adam` found, as text and as HTML with a small histogram in each row."""
+"""What `stats` and `updates` found, as text and as HTML with a small histogram in each row."""
 
 from __future__ import annotations
 

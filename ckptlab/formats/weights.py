@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptlab.arrays import Drawn
-from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
+from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 
 SHARD_BYTES = 5_000_000_000  # files are cut at this size, as Hugging Face's are
@@ -43,9 +43,9 @@ def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[Entry]:
     """
     for tensor in source.tensors.values():
         wanted = dtype
-        state = MASTER if MASTER in tensor.states else MODULE
-        if wanted is not None and tensor.states.get(MODULE) == wanted:
-            state = MODULE  # the weight as the model had it
+        state = MASTER if MASTER in tensor.states else PARAM
+        if wanted is not None and tensor.states.get(PARAM) == wanted:
+            state = PARAM  # the weight as the model had it
         if state not in tensor.states:
             continue
         stored = np.dtype(tensor.states[state])

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.catalog import DTYPES, MASTER, MODULE, Catalog, Gradients, Tensor
+from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
 from ckptlab.layout import Cut
@@ -132,15 +132,15 @@ def _outside(catalog: Catalog, kept: Gradients | None) -> Iterator[tuple[Cut, tu
         cut, times = tensors[0].cut, len(tensors)
         cut_over_dp = catalog.zero_stage == 3 and kind != "buffer"
         for state, dtype in states:
-            if state == MODULE or not is_flat:
+            if state == PARAM or not is_flat:
                 column = KINDS.index("other") if kind == "buffer" else _kind(state)
                 yield cut, stages, column, dtype.itemsize, cut_over_dp, times
         if kept and kind == "parameter":
-            if MODULE not in dict(states):  # ZeRO-3 does not store what is the master weight, rounded
-                yield cut, stages, _kind(MODULE), DTYPES[catalog.training.dtype or "fp32"].itemsize, cut_over_dp, times
+            if PARAM not in dict(states):  # ZeRO-3 does not store what is the master weight, rounded
+                yield cut, stages, _kind(PARAM), DTYPES[catalog.training.dtype or "fp32"].itemsize, cut_over_dp, times
             if not (kept.flat and catalog.flat_groups):
                 yield cut, stages, GRADIENTS, kept.dtype.itemsize, False, times
 
 
 def _kind(state: str) -> int:
-    return 0 if state == MODULE else 1 if state == MASTER else 2
+    return 0 if state == PARAM else 1 if state == MASTER else 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckptlab import viz
-from ckptlab.catalog import MODULE, Catalog, Tensor
+from ckptlab.catalog import PARAM, Catalog, Tensor
 from ckptlab.checkpoint import Reshape
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
@@ -48,7 +48,7 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
     """The flat buffer of the tensor on its first stage and tp rank 0."""
     title = TITLES[0] if what == SOURCE else TITLES[-1]
     stage, dp = tensor.stages[0], catalog.mesh.dp
-    state = next((s for s in tensor.states if s != MODULE), None)
+    state = next((s for s in tensor.states if s != PARAM), None)
     if state is None or not catalog.is_flat(tensor.name, state):
         text = f"No flat buffer holds {tensor.name}: every one of the {number_of(dp, 'dp rank')} has its whole shard."
         return Step(title, text, (viz.mesh(catalog.mesh).svg,))

@@ -1,6 +1,6 @@
 """The truth about a checkpoint: whole tensors, gathered inside the training ranks, and their comparison.
 
-Tensors go by `state/name`: the states `fp32`, `exp_avg`, `exp_avg_sq` and `module` (in the training dtype) of
+Tensors go by `state/name`: the states `master`, `exp_avg`, `exp_avg_sq` and `param` (in the training dtype) of
 each trained tensor, `frozen` and `buffer` for the rest. Vocabularies are cut to their true size.
 `truth.safetensors` beside a checkpoint holds them, and `truth.json` all else that was true.
 """
@@ -89,7 +89,7 @@ def _over_dp(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         states, settings[name] = masters[id(parameter)]
         tensors |= {f"{state}/{name}": flat.reshape(weight.shape) for state, flat in states.items()}
-        tensors[f"module/{name}"] = weight
+        tensors[f"param/{name}"] = weight
     saved = {} if run.case.parallel else module.state_dict()
     tensors |= {f"buffer/{name}": b.clone() for name, b in module.named_buffers() if name in saved}
     return tensors, settings
@@ -113,7 +113,7 @@ def _masters(run: Run) -> Iterator[tuple[nn.Parameter, dict[str, Tensor], str]]:
         lost = torch.full_like(master, torch.nan)
         states = {m: kept[m] if m in kept and kept[m].shape == master.shape else lost for m in MOMENTS}
         process_group = optimizer.real_dp_process_group[group]
-        flat = {state: _all_gather(t, process_group) for state, t in ({"fp32": master} | states).items()}
+        flat = {state: _all_gather(t, process_group) for state, t in ({"master": master} | states).items()}
         for parameter, start in zip(parameters, offsets, strict=True):
             mine = {state: t[start : start + parameter.numel()].clone() for state, t in flat.items()}
             yield parameter, mine, _setting(kept, settings)
@@ -125,7 +125,7 @@ def _sharded_masters(run: Run) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]
     for parameter in run.engine.module.parameters():
         if not parameter.requires_grad:
             continue
-        states = {"fp32": optimizer.get_full_hp_param(parameter)}
+        states = {"master": optimizer.get_full_hp_param(parameter)}
         states |= {moment: optimizer.get_full_hp_param(parameter, moment) for moment in MOMENTS}
         sub_group = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
         kept = optimizer.optimizer.state[optimizer.fp32_partitioned_groups_flat[sub_group]]
@@ -213,8 +213,8 @@ def in_dtype(truth: Truth, dtype: torch.dtype) -> Truth:
     tensors = dict(truth.tensors)
     for key, tensor in truth.tensors.items():
         state, name = key.split("/", 1)
-        if state == "module":
-            tensors[key] = truth.tensors[f"fp32/{name}"].to(dtype)
+        if state == "param":
+            tensors[key] = truth.tensors[f"master/{name}"].to(dtype)
         elif state in ("frozen", "buffer") and tensor.is_floating_point():
             tensors[key] = tensor.to(dtype)
     return Truth(tensors, truth.settings, truth.copies_differ)

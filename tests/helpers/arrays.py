@@ -70,10 +70,10 @@ def store(folder: Path, cut: Cut, whole: np.ndarray, zero3: bool, before: int) -
             row.append(Stored(str(file), 4, whole.dtype, buffer.shape, (1,)))
         holder = Holder(pp=0, tp=tp)
         flats[holder], partitions[holder] = flat, tuple(row)
-    states = {"fp32": whole.dtype}
+    states = {"master": whole.dtype}
     tensor = Tensor("w", cut.logical, Layout("out in"), cut, "parameter", states, 0)
     group = FlatGroup(Holder(pp=0), 0, flats, states)
-    extents = Extents(partitions={(group.key, "fp32"): partitions})
+    extents = Extents(partitions={(group.key, "master"): partitions})
     tensors, training = {"w": tensor}, Training(mesh, groups=(ParameterGroup({}, ("w",)),))
     return Catalog("", "test", mesh, tensors, placements_of(tensors, [group], {}), extents, (group,), training)
 

@@ -13,7 +13,7 @@ from ckptlab import pool
 from ckptlab.analysis import elements
 from ckptlab.analysis.checkup.jobs import WINDOW, Gap, Job, Row
 from ckptlab.analysis.checkup.reading import Reader
-from ckptlab.catalog import MASTER, MODULE
+from ckptlab.catalog import MASTER, PARAM
 from ckptlab.pool import Workers
 
 Rank = tuple[int, int, int]  # (pp, tp, dp)
@@ -129,7 +129,7 @@ def is_second_moment(state: str) -> bool:
 
 def _rows(reader: Reader, job: Job, window_bytes: int) -> Told:
     told, size = Told(), job.elements(window_bytes)
-    rounds = {MASTER, MODULE} <= {row.state for row in job.rows}
+    rounds = {MASTER, PARAM} <= {row.state for row in job.rows}
     scratch = np.empty(min(size, job.hi - job.lo) if rounds else 0, np.uint32)
     for start in range(job.lo, job.hi, size):
         stop = min(start + size, job.hi)
@@ -177,7 +177,7 @@ def _rounding(
     told: Told, job: Job, by_place: dict[tuple[str, Rank], np.ndarray], start: int, scratch: np.ndarray
 ) -> None:
     for (state, rank), weight in by_place.items():
-        master = by_place.get((MASTER, rank)) if state == MODULE else None
+        master = by_place.get((MASTER, rank)) if state == PARAM else None
         if master is None:
             continue
         where = elements.unrounded(master, weight, scratch)

@@ -26,7 +26,7 @@ class Checked:
 
 @dataclass(frozen=True, repr=False)
 class Health(Shown):
-    """What `health` found in the checkpoint at `path`, the worst first."""
+    """What `check` found in the checkpoint at `path`, the worst first."""
 
     path: str
     format: str

@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
 from ckptlab.analysis.elements import unrounded
-from ckptlab.catalog import MASTER, MODULE, Catalog, Fragment, Tensor
+from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
 from ckptlab.findings import Finding, Where
 from ckptlab.findings import Rank as NamedRank
 from ckptlab.mesh import Mesh
@@ -111,7 +111,7 @@ class _Judge:
         return Finding(
             "master-weight",
             "error",
-            self._where(group, states=(MASTER, MODULE)),
+            self._where(group, states=(MASTER, PARAM)),
             "fp32 masters that round to the weights that the model computed with",
             told,
             f"{hint}DeepSpeed resumes from the masters, inference from the weights",
@@ -130,7 +130,7 @@ class _Judge:
         stage, mine, _ = key.rank
         fragments = self._fragments(key.tensor, MASTER, key.rank)
         master = fragments[0].stored.flat[:_SAMPLE] if fragments else np.empty(0, np.float32)
-        pieces = self.catalog.stored.pieces.get((key.tensor, MODULE), {})
+        pieces = self.catalog.stored.pieces.get((key.tensor, PARAM), {})
         for holder, held in pieces.items():
             p, tp = holder["pp"], holder["tp"]
             weight = held[0].stored.flat[: len(master)] if held else master[:0]
@@ -238,7 +238,7 @@ class _Judge:
         for key, seen in group[:20]:
             for rank in (key.rank, key.other):
                 if rank is not None and key.what != "padding" and not rank[2]:
-                    for state in (key.state, MODULE) if key.what == "rounded" else (key.state,):
+                    for state in (key.state, PARAM) if key.what == "rounded" else (key.state,):
                         for f in self._fragments(key.tensor, state, rank):
                             if f.start <= seen.at < f.start + f.count:
                                 found[os.path.basename(f.stored.path)] = None
@@ -249,7 +249,7 @@ def _untrained(catalog: Catalog, told: Told) -> set[tuple[str, int]]:
     """(tensor, stage) of copies on later stages whose moments are zero, where the canonical stage's are not."""
     found = set()
     for tensor in catalog.tensors.values():
-        moments = [s for s in tensor.states if s not in (MASTER, MODULE)]
+        moments = [s for s in tensor.states if s not in (MASTER, PARAM)]
         if len(tensor.stages) < 2 or not moments:
             continue
         first, *later = tensor.stages
@@ -273,7 +273,7 @@ def _moments(catalog: Catalog, told: Told, trained: bool) -> Iterator[Finding]:
     stopped: list[str] = []
     for tensor in catalog.tensors.values():
         moments = {
-            s: zero[tensor.name, s] for s in tensor.states if s not in (MASTER, MODULE) and (tensor.name, s) in zero
+            s: zero[tensor.name, s] for s in tensor.states if s not in (MASTER, PARAM) and (tensor.name, s) in zero
         }
         if not moments:
             continue

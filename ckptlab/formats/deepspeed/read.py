@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import MODULE, Catalog, Extents, ParameterGroup, Tensor, Training
+from ckptlab.catalog import PARAM, Catalog, Extents, ParameterGroup, Tensor, Training
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed.assemble import placements
@@ -124,7 +124,7 @@ def _catalog(
     tensors: Mapping[str, Tensor],
     faults: Faults,
 ) -> Catalog:
-    outside = {(name, MODULE): by_holder for name, by_holder in module.pieces.items()}
+    outside = {(name, PARAM): by_holder for name, by_holder in module.pieces.items()}
     told = layouts_are_told(info, strategy)
     native = Native(folder, optimizer.wrapper, told, module, optimizer.extras, optimizer.elastic, optimizer.round_robin)
     return Catalog(
@@ -258,7 +258,7 @@ def build_tensors(
             layout, shape, cut = whole(name, layout, shards, info, mesh)
             states = dict(states_of.get(name, {}))
             if name in module.pieces:
-                states[MODULE] = _module_dtype(module, name)
+                states[PARAM] = _module_dtype(module, name)
             tensors[name] = Tensor(
                 name,
                 shape,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptlab.catalog import DTYPES, MODULE, Catalog, FlatGroup, ParameterGroup, Tensor
+from ckptlab.catalog import DTYPES, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import pipeline
@@ -207,14 +207,14 @@ def _retarget(
         cut = layout.resolve(tensor.shape, mesh)
     except LayoutError as e:
         raise LayoutError(f"{tensor.name}: {e}") from None
-    states = {s: d for s, d in tensor.states.items() if s != MODULE}
-    source_dtype = tensor.states.get(MODULE)
+    states = {s: d for s, d in tensor.states.items() if s != PARAM}
+    source_dtype = tensor.states.get(PARAM)
     if source_dtype is None or (
         _converts(catalog, dtype) and tensor.kind != "buffer" and source_dtype.kind not in "iub"
     ):
-        states[MODULE] = DTYPES[dtype]
+        states[PARAM] = DTYPES[dtype]
     else:
-        states[MODULE] = source_dtype
+        states[PARAM] = source_dtype
     return replace(tensor, layout=layout, cut=cut, states=states, stages=stages)
 
 
@@ -325,9 +325,9 @@ def _outside(tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper) -> dic
     zero3 = wrapper is Wrapper.ZERO3
     found: dict[tuple[str, str], list[Holder]] = {}
     for name, tensor in tensors.items():
-        if tensor.states.get(MODULE) is None or (zero3 and tensor.kind == "parameter"):
+        if tensor.states.get(PARAM) is None or (zero3 and tensor.kind == "parameter"):
             continue
         holders = Placement(tensor.cut, tensor.stages[:1]).holders
         every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
-        found[name, MODULE] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
+        found[name, PARAM] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
-from ckptlab.catalog import MASTER, MODULE, Catalog, FlatGroup, Tensor
+from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
@@ -79,11 +79,11 @@ class NativeWriter:
     def module_weight(self, name: str, tp: int, rank: int) -> Pending:
         """A tensor's module weight on a tp rank: as it was stored, or the master rounded to the target's dtype."""
         tensor = self.target.tensors[name]
-        dtype = tensor.states[MODULE]
+        dtype = tensor.states[PARAM]
         at = self.coordinate(tensor, tp)
         shape = tensor.cut.shard_shape(at)
         tally = self.tally and self.tally.towards(rank)
-        one = shard_reader(self.source, self.target, name, MODULE, Holder(pp=tensor.stages[0], tp=tp), tally)
+        one = shard_reader(self.source, self.target, name, PARAM, Holder(pp=tensor.stages[0], tp=tp), tally)
         return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, 0, math.prod(shape)),))
 
     def gather(self, name: str, state: str, dtype: np.dtype, rank: int) -> Reader:
@@ -150,7 +150,7 @@ class NativeWriter:
                 continue
             tensor = self.target[key]
             if zero3 and tensor.kind != "buffer":
-                module[key] = np.empty(0, tensor.states[MODULE])
+                module[key] = np.empty(0, tensor.states[PARAM])
                 continue
             if tensor.name not in made:
                 made[tensor.name] = self.module_weight(tensor.name, tp, rank)
@@ -163,8 +163,8 @@ class NativeWriter:
         numel = math.prod(tensor.cut.shard_shape(at))
         part = -(-numel // self.mesh.dp)
         lo, hi = min(dp * part, numel), min((dp + 1) * part, numel)
-        dtype = tensor.states[MODULE]
-        drawn = Drawn(self.gather(tensor.name, MODULE, dtype, rank), tensor.cut, at)
+        dtype = tensor.states[PARAM]
+        drawn = Drawn(self.gather(tensor.name, PARAM, dtype, rank), tensor.cut, at)
         padding = Zeros((part - (hi - lo)) * dtype.itemsize)
         return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
 

@@ -14,7 +14,7 @@ import numpy as np
 from ckptlab.catalog import (
     DTYPES,
     MASTER,
-    MODULE,
+    PARAM,
     ZERO_STAGES,
     Catalog,
     FlatGroup,
@@ -96,9 +96,9 @@ def _tensor(model: PaperModel, name: str, stages: tuple[int, ...], mesh: Mesh, z
     layout = layout.replace(stages=stages)
     if name in (EMBEDDING, HEAD) and shape[0] % mesh.tp:
         layout = layout.replace(padded={0: -(-shape[0] // mesh.tp) * mesh.tp})
-    states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {MODULE: DTYPES[model.dtype]}
+    states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {PARAM: DTYPES[model.dtype]}
     if zero_stage == 3:
-        del states[MODULE]
+        del states[PARAM]
     aliases = (HEAD,) if name == EMBEDDING and model.tied else ()
     return Tensor(name, shape, layout, layout.resolve(shape, mesh), "parameter", states, 0, stages, aliases)
 
@@ -112,7 +112,7 @@ def _flat_groups(tensors: Mapping[str, Tensor], mesh: Mesh, zero_stage: int) -> 
 def _outside(tensors: Mapping[str, Tensor], zero_stage: int) -> dict[tuple[str, str], tuple[int, ...]]:
     """The stages of what lies outside flat buffers: at stage 0 everything, at 1 and 2 the module weights, at 3
     nothing."""
-    states = () if zero_stage == 3 else (MODULE,) if zero_stage else (*OPTIMIZER, MODULE)
+    states = () if zero_stage == 3 else (PARAM,) if zero_stage else (*OPTIMIZER, PARAM)
     return {(t.name, state): t.stages for t in tensors.values() for state in states}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, Tensor, whole_placements
+from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.layout import Cut
@@ -99,7 +99,7 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
     for file in names:
         for name, stored in (faults.read(folder, file, read_header) or {}).items():
             layout = replicated(len(stored.shape))
-            state = MASTER if stored.dtype == np.float32 else MODULE
+            state = MASTER if stored.dtype == np.float32 else PARAM
             tensors[name] = Tensor(
                 name, stored.shape, layout, Cut.whole(stored.shape), "parameter", {state: stored.dtype}
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckptlab.catalog import ALONE, MASTER, MODULE, Catalog, Extents, Fragment, ParameterGroup, Tensor, whole_placements
+from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, ParameterGroup, Tensor, whole_placements
 from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
@@ -34,6 +34,17 @@ from ckptlab.stored import Stored
 
 FOLDER = "zero"
 OPTIMIZER = "optimizer_state.pt"
+_FILES = {MASTER: "fp32"}  # what DeepSpeed calls a state's file, where that is not its name
+
+
+def file_of(state: str) -> str:
+    """The name of a state's file, without `.pt`."""
+    return _FILES.get(state, state)
+
+
+def state_of(file: str) -> str:
+    """The state that is in a file of that name."""
+    return next((state for state, name in _FILES.items() if name == file), file)
 
 
 def read_universal(path: str, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
@@ -148,7 +159,7 @@ def _stored(path: str, faults: Faults) -> Iterator[tuple[str, _Stored]]:
                 contents = faults.read(path, name, torchfile.read_contents)
                 if contents is None:
                     continue
-                content, state = contents.value, file.removesuffix(".pt")
+                content, state = contents.value, state_of(file.removesuffix(".pt"))
                 value = content.get("param") if isinstance(content, Mapping) else content
                 if isinstance(value, Stored) and state != "step":
                     one.states[state] = value
@@ -226,14 +237,14 @@ class _Tensors:
             if name in self.tensors:
                 if self.folder.mesh.tp > 1:
                     continue
-                self.tensors[name] = replace(self.tensors[name], states={**self.tensors[name].states, MODULE: dtype})
+                self.tensors[name] = replace(self.tensors[name], states={**self.tensors[name].states, PARAM: dtype})
             else:
                 shape, kind = self.module.shapes[name][holder["tp"]], self.module.kinds[name]
                 layout, known = choose_layout(name, kind, [shape], None, None, self.folder.path)
                 self.tensors[name] = Tensor(
-                    name, shape, layout, Cut.whole(shape), kind, {MODULE: dtype}, None, (0,), (), known
+                    name, shape, layout, Cut.whole(shape), kind, {PARAM: dtype}, None, (0,), (), known
                 )
-            self.pieces[name, MODULE] = {ALONE: tuple(replace(f, dp=0) for f in fragments)}
+            self.pieces[name, PARAM] = {ALONE: tuple(replace(f, dp=0) for f in fragments)}
         for target in aliases.keys() & self.tensors.keys():
             self.tensors[target] = replace(self.tensors[target], aliases=tuple(aliases[target]))
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays import Drawn, Tally
-from ckptlab.catalog import MASTER, MODULE, Catalog, Tensor
+from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.headers import Wrapper
-from ckptlab.formats.deepspeed.universal.read import FOLDER, OPTIMIZER
+from ckptlab.formats.deepspeed.universal.read import FOLDER, OPTIMIZER, file_of
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.fileplan import Elements, FilePlan
 from ckptlab.formats.torch import torchfile
@@ -33,7 +33,7 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
             for name in group.tensors:
                 yield torchfile.plan(f"{FOLDER}/{name}/step.pt", group.scalars["step"])
     for tensor in source.tensors.values():
-        if not flat and MODULE in tensor.states and not source.private.is_pipeline:
+        if not flat and PARAM in tensor.states and not source.private.is_pipeline:
             for name in tensor.aliases if tensor.kind == "parameter" else (tensor.name, *tensor.aliases):
                 yield _whole_module(source, tensor, name, tally)
     yield torchfile.plan(f"{FOLDER}/{OPTIMIZER}", _common(writer))
@@ -46,20 +46,20 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
 
 
 def _written(tensor: Tensor) -> list[str]:
-    return [s for s in tensor.states if s != MODULE] if tensor.kind == "parameter" else []
+    return [s for s in tensor.states if s != PARAM] if tensor.kind == "parameter" else []
 
 
 def _state_file(source: Catalog, tensor: Tensor, state: str, flat: bool, tally: Tally | None) -> FilePlan:
     leaf = _leaf(source, tensor, state, tensor.states[state], (tensor.numel,) if flat else tensor.shape, tally)
     content = leaf if flat else {**loader_keys(source, tensor), "param": leaf}
-    return torchfile.plan(f"{FOLDER}/{tensor.name}/{state}.pt", content)
+    return torchfile.plan(f"{FOLDER}/{tensor.name}/{file_of(state)}.pt", content)
 
 
 def _whole_module(source: Catalog, tensor: Tensor, name: str, tally: Tally | None) -> FilePlan:
     """What DeepSpeed's converter writes of tensors that the optimizer does not know, and of aliases: fp32 alone."""
-    state = MASTER if MASTER in tensor.states else MODULE
+    state = MASTER if MASTER in tensor.states else PARAM
     leaf = _leaf(source, tensor, state, np.dtype(np.float32), tensor.shape, tally)
-    return torchfile.plan(f"{FOLDER}/{name}/{MASTER}.pt", {"param": leaf})
+    return torchfile.plan(f"{FOLDER}/{name}/{file_of(MASTER)}.pt", {"param": leaf})
 
 
 def _leaf(

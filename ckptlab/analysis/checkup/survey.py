@@ -1,4 +1,4 @@
-"""`health`: one reading of the files, in which their headers are compared, then one pass over the data."""
+"""`check`: one reading of the files, in which their headers are compared, then one pass over the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ckptlab.analysis.checkup import data as contents
 from ckptlab.analysis.checkup import jobs, replicas, verdicts
 from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.health import Checked, Health, ordered
-from ckptlab.catalog import MASTER, MODULE, Catalog
+from ckptlab.catalog import MASTER, PARAM, Catalog
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.findings import Collecting, Finding, Where
 from ckptlab.formats import get as format_of
@@ -23,7 +23,7 @@ from ckptlab.stored import scalar
 from ckptlab.words import number_of, some
 
 
-def health(
+def check(
     path: str | os.PathLike[str] | Checkpoint,
     *,
     data: bool = True,
@@ -69,14 +69,14 @@ def health(
 def _without_states(catalog: Catalog) -> Iterator[Finding]:
     """Trained tensors that lack a state which the format, or another tensor that has all of theirs, has."""
     trained = [t for t in catalog.tensors.values() if t.group is not None]
-    kept = {frozenset(t.states) - {MODULE} for t in trained}
-    weights = [t for t in trained if MODULE in t.states]
+    kept = {frozenset(t.states) - {PARAM} for t in trained}
+    weights = [t for t in trained if PARAM in t.states]
     lacking: dict[str, list[str]] = {}
     for tensor in trained:
-        mine = frozenset(tensor.states) - {MODULE}
+        mine = frozenset(tensor.states) - {PARAM}
         more = next((states for states in kept if states > mine), mine)
         needs_weight = bool(weights) or (format_of(catalog.format).sharded and catalog.zero_stage != 3)
-        for state in sorted(more - mine) + [MODULE] * (needs_weight and MODULE not in tensor.states):
+        for state in sorted(more - mine) + [PARAM] * (needs_weight and PARAM not in tensor.states):
             lacking.setdefault(state, []).append(tensor.name)
     for state, names in lacking.items():
         yield Finding(
@@ -102,6 +102,6 @@ def _survey(
     read = sum(job.nbytes for job in todo) + sum(gap.nbytes for gap in gaps)
     if catalog is None:
         return list(verdicts.loose_verdicts(told)), read, len({job.tensor for job in todo})
-    alive = any(not zero for (_, state, _), zero in told.zero.items() if state not in (MASTER, MODULE))
+    alive = any(not zero for (_, state, _), zero in told.zero.items() if state not in (MASTER, PARAM))
     stepped = any((scalar(g.scalars.get("step")) or 0) > 0 for g in catalog.groups)
     return list(verdicts.verdicts(catalog, told, alive or stepped)), read, len(catalog.tensors)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import ckptlab
-from ckptlab import adam
-from ckptlab.analysis.updates import Moved, Settings, moved, update
+from ckptlab import updates
+from ckptlab.analysis.adam import Moved, Settings, moved, update
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
@@ -48,15 +48,15 @@ def test_the_update_is_torchs(steps: int, eps: float) -> None:
 
 def test_real_deepspeed_moved_its_weights_so() -> None:
     """Steps 4 and 5 follow each other: masters moved by the update and by decoupled weight decay, at a constant lr."""
-    before = ckptlab.open(STEPS / "global_step4").full("fp32", stack=False)
+    before = ckptlab.open(STEPS / "global_step4").full("master", stack=False)
     after = ckptlab.open(STEPS / "global_step5")
-    now = {s: after.full(s, stack=False) for s in ("fp32", "exp_avg", "exp_avg_sq")}
-    found = adam(after)
+    now = {s: after.full(s, stack=False) for s in ("master", "exp_avg", "exp_avg_sq")}
+    found = updates(after)
     assert found.sizes["tensor"] == 42
     moved_more_than_rounding = 0
     for name in found["tensor"].values:
         told = found.sel(tensor=name)
-        old, new = (view[name].values.astype(np.float64) for view in (before, now["fp32"]))
+        old, new = (view[name].values.astype(np.float64) for view in (before, now["master"]))
         step = old * (1 - told["lr"].item() * told["weight_decay"].item()) - new
         given_ = Settings(*(told[k].item() for k in ("step", "lr", "beta1", "beta2", "eps", "weight_decay")))
         formula = update(now["exp_avg"][name].values, now["exp_avg_sq"][name].values, given_)
@@ -72,14 +72,14 @@ def test_real_deepspeed_moved_its_weights_so() -> None:
 
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3, STEPS, GPT / "universal"], ids=lambda c: c.name)
 def test_figures_are_those_of_whole_tensors(case: Path) -> None:
-    found = adam(case)
+    found = updates(case)
     truth = load_file((GPT if case.name == "universal" else case) / "truth.safetensors")
     trained = [key.split("/", 1)[1] for key in truth if key.startswith("exp_avg/")]
     assert set(found["tensor"].values) == set(trained)
     step = {GPT: 3, STEPS: 5}.get(case, 3)
     for name in trained:
         told = found.sel(tensor=name)
-        w, m, v = (truth[f"{state}/{name}"].astype(np.float64) for state in ("fp32", "exp_avg", "exp_avg_sq"))
+        w, m, v = (truth[f"{state}/{name}"].astype(np.float64) for state in ("master", "exp_avg", "exp_avg_sq"))
         size = 0.01 * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
         expected = {
             "elements": w.size,
@@ -100,10 +100,10 @@ def test_figures_are_those_of_whole_tensors(case: Path) -> None:
 
 
 def test_coordinates_are_those_of_stats() -> None:
-    found, stats = adam(GPT), ckptlab.stats(GPT, states=["fp32"])
+    found, stats = updates(GPT), ckptlab.stats(GPT, states=["master"])
     for name in ("stack", "layer", "group", "pp", "shape", "numel"):
         np.testing.assert_array_equal(found[name], stats[name], err_msg=name)
-    ratio_over_norm = found["update_norm"] / stats["norm"].sel(state="fp32")
+    ratio_over_norm = found["update_norm"] / stats["norm"].sel(state="master")
     np.testing.assert_allclose(ratio_over_norm, found["update_ratio"])
 
 
@@ -112,7 +112,7 @@ def test_dead_parameters_are_counted(tmp_path: Path) -> None:
     for element in (3, 500, 700):
         poke(folder, "wte.weight", "exp_avg_sq", 0.0, element=element)
         poke(folder, "wte.weight", "exp_avg", 0.0, element=element)
-    found, before = adam(folder).sel(tensor="wte.weight"), adam(ZERO2).sel(tensor="wte.weight")
+    found, before = updates(folder).sel(tensor="wte.weight"), updates(ZERO2).sel(tensor="wte.weight")
     assert (found["dead"], before["dead"]) == (3, 0)
     assert found["dead_share"] == 3 / 915
     assert np.isfinite(found["update_norm"]), "0 / (0 + eps) is no update"
@@ -122,7 +122,7 @@ def test_dead_parameters_are_counted(tmp_path: Path) -> None:
 def test_a_moment_that_is_not_finite_shows(tmp_path: Path) -> None:
     folder = copy(ZERO2, tmp_path)
     poke(folder, "wte.weight", "exp_avg", math.nan, element=4)
-    found = adam(folder)
+    found = updates(folder)
     assert found["update_norm"].sel(tensor="wte.weight").isnull()
     assert found["update_max"].sel(tensor="wte.weight").isnull()
     assert found["update_norm"].notnull().sum() == 41
@@ -141,20 +141,20 @@ def changed(catalog: Catalog, scalars: dict[str, Any] | None = None, **options: 
 
 def test_without_its_own_step_a_group_has_the_checkpoints() -> None:
     catalog = read(ZERO2)
-    np.testing.assert_array_equal(adam(changed(catalog, {}))["step"], 3)
-    np.testing.assert_array_equal(adam(changed(catalog, {"step": 8}))["step"], 8)
+    np.testing.assert_array_equal(updates(changed(catalog, {}))["step"], 3)
+    np.testing.assert_array_equal(updates(changed(catalog, {"step": 8}))["step"], 8)
 
 
 @pytest.mark.parametrize("missing", ["lr", "betas", "eps"])
 def test_without_hyperparameters_there_is_no_update(missing: str) -> None:
-    found = adam(changed(read(ZERO2), **{missing: None}))
+    found = updates(changed(read(ZERO2), **{missing: None}))
     assert found["update_norm"].isnull().all()
     assert found["weight_norm"].notnull().all()
     assert (found["dead"] == 0).all()
 
 
 def test_without_bias_correction() -> None:
-    plain, without = adam(read(ZERO2)), adam(changed(read(ZERO2), bias_correction=False))
+    plain, without = updates(read(ZERO2)), updates(changed(read(ZERO2), bias_correction=False))
     factor = np.sqrt(1 - 0.95**3) / (1 - 0.9**3)
     ratio = (plain["update_norm"] / without["update_norm"]).drop_sel(tensor="gains")  # whose gradients are below eps
     np.testing.assert_allclose(ratio, factor, rtol=1e-2)
@@ -163,7 +163,7 @@ def test_without_bias_correction() -> None:
 def test_what_adam_did_not_train_is_refused(tmp_path: Path) -> None:
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="no tensor has both exp_avg and exp_avg_sq"):
-        adam(tmp_path / "a.safetensors")
+        updates(tmp_path / "a.safetensors")
 
 
 # -------------------------------------------------------------------------------- laws
@@ -184,14 +184,14 @@ def test_merged_parts_are_the_whole(values: list[float], at: int) -> None:
 
 @pytest.mark.parametrize("case", [GPT, ZERO3], ids=lambda c: c.name)
 def test_windows_of_any_size(case: Path) -> None:
-    expected = adam(case)
-    found = adam(case, window=1)
+    expected = updates(case)
+    found = updates(case, window=1)
     for name in ("update_norm", "weight_norm", "update_max", "dead", "second_moment_low"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, err_msg=name)
 
 
 def test_the_table() -> None:
-    text = repr(adam(GPT).ckptlab.table)
+    text = repr(updates(GPT).ckptlab.table)
     assert text.splitlines()[0].split()[:3] == ["tensor", "elements", "update/weight"]
-    assert "<table" in adam(GPT).ckptlab.table._repr_html_()
-    assert adam(GPT).ckptlab.table.to_dict()["rows"][0]["update_ratio"] > 0
+    assert "<table" in updates(GPT).ckptlab.table._repr_html_()
+    assert updates(GPT).ckptlab.table.to_dict()["rows"][0]["update_ratio"] > 0

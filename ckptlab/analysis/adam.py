@@ -25,7 +25,7 @@ from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say o
 from ckptlab.analysis.accumulate import BLOCK
 from ckptlab.analysis.elements import joined
 from ckptlab.arrays import Reader, reader
-from ckptlab.catalog import MASTER, MODULE, Catalog, ParameterGroup, Tensor
+from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup, Tensor
 from ckptlab.catalog.stacks import places
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
@@ -151,7 +151,7 @@ _FIGURES = {
 }
 
 
-def adam(
+def updates(
     ckpt: Checkpoint | Catalog | str | os.PathLike[str],
     *,
     progress: bool = False,
@@ -189,7 +189,7 @@ def _opened(ckpt: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
 
 
 def _weight(tensor: Tensor) -> str:
-    return MASTER if MASTER in tensor.states else MODULE
+    return MASTER if MASTER in tensor.states else PARAM
 
 
 def _is_adams(catalog: Catalog, tensor: Tensor) -> bool:

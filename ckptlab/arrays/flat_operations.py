@@ -54,7 +54,7 @@ def merge_flat(
         one = xr.DataArray(moved, dims=(*grid.shown, *(tensor.dims if tensor else ("element",))), name=name)
         if tensor is not None:
             places = {axis: list(range(n)) for axis, n in zip(grid.shown, grid.shown_degrees, strict=True)}
-            one = one.assign_coords(**places, **extents(tensor.cut, tensor.layout))
+            one = one.assign_coords({**places, **extents(tensor.cut, tensor.layout)})
         found[name] = one
     return found
 

@@ -550,6 +550,6 @@ def stats(
         view = view.shards() if by_rank else view
         found = statistics(view, by=by, states=wanted, spectrum=spectrum, histogram=as_json, progress=progress)
     if as_json:
-        _print(found.ckptlab.to_dict())
+        _print(found.ckptlab.table.to_dict())
     else:
         click.echo(statistics_text(found, everything=everything))

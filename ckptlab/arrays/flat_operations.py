@@ -53,8 +53,8 @@ def merge_flat(
         moved = duck(moved.reshape((*grid.shown_degrees, *shapes[0])) if even else moved, place)
         one = xr.DataArray(moved, dims=(*grid.shown, *(tensor.dims if tensor else ("element",))), name=name)
         if tensor is not None:
-            places: dict[str, Any] = {a: list(range(n)) for a, n in zip(grid.shown, grid.shown_degrees, strict=True)}
-            one = one.assign_coords(**places, **extents(tensor.cut, tensor.layout))
+            places = {axis: list(range(n)) for axis, n in zip(grid.shown, grid.shown_degrees, strict=True)}
+            one = one.assign_coords({**places, **extents(tensor.cut, tensor.layout)})
         found[name] = one
     return found
 

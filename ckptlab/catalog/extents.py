@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from ckptlab.catalog.tensor import PARAM, Tensor
+from ckptlab.errors import LayoutError
 from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer, Holder, Placement, holders_of
+from ckptlab.plan import FlatBuffer, Holder, Placement
 from ckptlab.stored import Stored
 
 
@@ -95,13 +96,18 @@ class FlatGroup:
         made: dict[tuple[int, ...], FlatBuffer] = {}
         flats: dict[Holder, FlatBuffer] = {}
         placements = [Placement(tensors[name].cut, (at["pp"],), at=at.without("pp")) for name in names]
-        for holder in holders_of(mesh, at):
+        data = placements[0].data
+        apart = next((n for n, p in zip(names, placements, strict=True) if p.data != data), None)
+        if apart is not None:
+            raise LayoutError(
+                f"{names[0]} is shared by ranks along {data}, {apart} is not: they are not in one flat buffer"
+            )
+        for holder in placements[0].on(at["pp"]):
             counts = tuple(int(np.prod(p.shape(holder), dtype=np.int64)) for p in placements)
             if counts not in made:
                 made[counts] = make(tuple(names), counts, len(placements[0].ranks(holder)))
             flats[holder] = made[counts]
         dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != PARAM}
-        data = placements[0].data
         return cls(at, group, flats, dtypes, sub, data[0] if data != mesh.leaves("dp") and len(data) == 1 else "dp")
 
 

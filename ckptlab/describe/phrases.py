@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckptlab.describe.fold import Line, usual_states
-from ckptlab.mesh import Mesh
-from ckptlab.words import count, elements, number_of, ranges, size, some
+from ckptlab.words import count, elements, number_of, place_text, ranges, size, some
 
 About = Mapping[str, Any]
 AXES = re.compile(r"\b(tp|pp|dp|ep)\b")  # mesh axes within a line of notation
@@ -17,7 +17,21 @@ Column = tuple[str, str, Callable[[Line], str]]  # title, side ("l" or "r"), the
 
 def mesh(degrees: Mapping[str, int]) -> str:
     """`tp 2 · pp 2 · dp 2 (8 ranks)`."""
-    return Mesh(**degrees).title()
+    return f"{_on_axes(degrees)} ({number_of(math.prod(degrees.values()), 'rank')})"
+
+
+def _on_axes(places: Mapping[str, int]) -> str:
+    """`tp 1 · pp 1 · dp 0`: degrees or a coordinate, its axes in the order in which people name them."""
+    order = dict.fromkeys((*(axis for axis in ("tp", "pp", "dp") if axis in places), *places))
+    return place_text({axis: places[axis] for axis in order})
+
+
+def _place(rank: int, degrees: Mapping[str, int]) -> str:
+    """Where a rank stands on a mesh of these degrees, slowest first."""
+    found: dict[str, int] = {}
+    for axis, degree in reversed(list(degrees.items())):
+        rank, found[axis] = divmod(rank, degree)
+    return _on_axes({axis: found[axis] for axis in degrees})
 
 
 def title(about: About) -> str:
@@ -129,9 +143,9 @@ def legend(shown_columns: Sequence[Column], lines: Sequence[Line]) -> list[str]:
 
 
 def plan_title(about: About) -> str:
-    source, target = Mesh(**about["source"]["mesh"]), Mesh(**about["target"]["mesh"])
-    ranks = f"{source.size:,} → {number_of(target.size, 'rank')}"
-    return f"ckptlab · plan · {source}  →  {target} ({ranks})"
+    source, target = about["source"]["mesh"], about["target"]["mesh"]
+    ranks = f"{math.prod(source.values()):,} → {number_of(math.prod(target.values()), 'rank')}"
+    return f"ckptlab · plan · {_on_axes(source)}  →  {_on_axes(target)} ({ranks})"
 
 
 def target(about: About) -> str:
@@ -144,8 +158,9 @@ def changes(about: About) -> list[list[str]]:
     rows = []
     before, after = source["mesh"], wanted["mesh"]
     if before != after:
-        axes = [f"{a} {before[a]} → {after[a]}" for a in ("tp", "pp", "dp") if before[a] != after[a]]
-        rows.append(["mesh", ", ".join(axes)])
+        axes = dict.fromkeys(("tp", "pp", "dp", *before, *after))
+        degrees = [(axis, before.get(axis, 1), after.get(axis, 1)) for axis in axes]
+        rows.append(["mesh", ", ".join(f"{axis} {a} → {b}" for axis, a, b in degrees if a != b)])
     if stage(source) != stage(wanted):
         rows.append(["training", f"{stage(source)} → {stage(wanted)}"])
     layers = about["layers"]
@@ -180,12 +195,12 @@ def costs(about: About) -> list[list[str]]:
 
 def receivers(about: About, limit: int) -> list[list[str]]:
     """Rows (rank, coordinate, received, own, number of source ranks), those that receive most first."""
-    wanted = Mesh(**about["target"]["mesh"])
+    degrees = about["target"]["mesh"]
     most = sorted(about["moves"]["by_target"], key=lambda m: -m["received"])[:limit]
     return [
         [
             str(m["rank"]),
-            wanted.place(m["rank"]),
+            _place(m["rank"], degrees),
             size(m["received"]),
             size(m["own"]),
             f"{m['sources']:,}",

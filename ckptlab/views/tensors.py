@@ -181,12 +181,7 @@ class Shards(View):
     def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, Any]:
         placement = self.held.placement(tensor.name, self.shown(tensor)[0])
         degrees = tuple(placement.mesh[axis] for axis in placement.axes)
-        shapes = np.array([placement.shape(h) for h in placement.on(placement.stages[0])])
-        extents = {
-            f"{dim}_extent": (placement.axes, widths.reshape(degrees))
-            for dim, widths in zip(tensor.dims, shapes.T, strict=True)
-            if len(set(widths)) > 1
-        }
+        extents = operations.extents(placement.cut, tensor.layout)
         places = {axis: list(range(n)) for axis, n in zip(placement.axes, degrees, strict=True)}
         stages = list(tensor.stages) if "pp" in dims else tensor.stages[0]
         alone = len(self.held.placements[tensor.name, self.shown(tensor)[0]]) == 1

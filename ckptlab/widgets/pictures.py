@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from ckptlab import viz
 from ckptlab.catalog import Catalog
-from ckptlab.mesh import Mesh
 
 
 def layout(catalog: Catalog, name: str, state: str, rank: int | None = None) -> str:
-    """The tensor as tp cuts it; copies on the dp ranks are shown where the state is not cut over dp. SVG."""
-    tensor = catalog[name]
-    mesh = Mesh(tp=catalog.mesh.tp) if catalog.is_flat(tensor.name, state) else catalog.mesh
-    at = None if rank is None else {axis: k for axis, k in catalog.mesh.coordinate(rank).items() if mesh[axis] > 1}
+    """The tensor as its holders have it; copies on the dp ranks are shown where the state is not cut over dp. SVG."""
+    tensor, mesh = catalog[name], catalog.mesh
+    if catalog.is_flat(tensor.name, state):
+        placement = catalog.placement(tensor.name, state)
+        mesh = mesh.replace(**dict.fromkeys((*mesh.leaves("pp"), *placement.data, *placement.at), 1))
+    place = {} if rank is None else catalog.mesh.coordinate(rank)
+    at = {axis: k for axis, k in place.items() if mesh.get(axis, 1) > 1}
     return viz.tensor(tensor.layout, tensor.shape, mesh, rank=at or None, name=tensor.name).svg
 
 

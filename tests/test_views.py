@@ -531,7 +531,7 @@ def test_the_engine_refuses_with_what_there_is(tmp_path: Path) -> None:
 
 
 def test_the_engine_guesses_its_own_folders_alone(tmp_path: Path) -> None:
-    from ckptlab.xarray_backend import CkptlabBackend
+    from ckptlab.views.engine import CkptlabBackend
 
     guess = CkptlabBackend().guess_can_open
     assert all(guess(p) for p in (GPT, str(GPT), GPT / "global_step3", GPT / "universal"))

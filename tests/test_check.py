@@ -374,7 +374,7 @@ def test_drift_is_told_from_the_layer_on_in_which_it_begins(gpt: Path) -> None:
         flip(gpt, f"{layer}.input_layernorm.bias", "master", 0, tp=1)
     one = only(check(gpt), "replicas-differ")
     assert one.where.tensors == ("4.input_layernorm.bias", "5.input_layernorm.bias")
-    assert "2 elements of 2 tensors (fp32), from 4.input_layernorm.bias on" in one.found
+    assert "2 elements of 2 tensors (master), from 4.input_layernorm.bias on" in one.found
 
 
 def test_a_replicated_weight_that_drifted(gpt: Path) -> None:
@@ -719,5 +719,5 @@ def test_what_is_nested_without_end_has_a_text_and_no_tensors() -> None:
 @pytest.mark.parametrize("value", [None, 3, [], {}, [7], {"state": 3}, "text"])
 def test_strange_optimizer_headers_too(zero2: Path, key: str, value: object) -> None:
     edit(zero2 / OPTIM.format(1, 0), lambda c: {**c, "optimizer_state_dict": {**c["optimizer_state_dict"], key: value}})
-    not_read = key == "group_paddings" or (key == "param_slice_mappings" and not value)
-    assert check(zero2).healthy is not_read
+    absent = key in ("group_paddings", "param_slice_mappings") and value in (None, [])  # older DeepSpeed writes none
+    assert check(zero2).healthy is absent

@@ -14,9 +14,9 @@ from ckptlab.analysis import elements
 from ckptlab.analysis.checkup.jobs import WINDOW, Gap, Job, Row
 from ckptlab.analysis.checkup.reading import Reader
 from ckptlab.catalog import MASTER, PARAM
+from ckptlab.plan import Holder
 from ckptlab.pool import Workers
 
-Rank = tuple[int, int, int]  # (pp, tp, dp)
 _TOGETHER, _MANY = 64, 8  # jobs that one reader does at most, and windows from which on they are enough
 
 
@@ -27,8 +27,8 @@ class Key(NamedTuple):
     what: str
     tensor: str
     state: str
-    rank: Rank
-    other: Rank | None = None
+    rank: Holder
+    other: Holder | None = None
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Told:
     """What the data of a checkpoint says: faults by key, and which rows (tensor, state, rank) are zero throughout."""
 
     seen: dict[Key, Seen] = field(default_factory=dict)
-    zero: dict[tuple[str, str, Rank], bool] = field(default_factory=dict)
+    zero: dict[tuple[str, str, Holder], bool] = field(default_factory=dict)
 
     def note(self, key: Key, seen: Seen) -> None:
         if key in self.seen:
@@ -174,7 +174,7 @@ def _equal(told: Told, job: Job, row: Row, partner: Row, a: np.ndarray, b: np.nd
 
 
 def _rounding(
-    told: Told, job: Job, by_place: dict[tuple[str, Rank], np.ndarray], start: int, scratch: np.ndarray
+    told: Told, job: Job, by_place: dict[tuple[str, Holder], np.ndarray], start: int, scratch: np.ndarray
 ) -> None:
     for (state, rank), weight in by_place.items():
         master = by_place.get((MASTER, rank)) if state == PARAM else None

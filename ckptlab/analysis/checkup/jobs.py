@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import Catalog, FlatGroup, Fragment, Tensor
+from ckptlab.catalog import ALONE, Catalog, FlatGroup, Fragment, Tensor
 from ckptlab.layout.cut import Coordinate
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 WINDOW = 1 << 21  # bytes of all rows of a job that a worker holds at a time, if not said
@@ -24,10 +25,10 @@ _JOB = 2  # elements of a shard that one job goes through, for each byte of a wi
 
 @dataclass(frozen=True)
 class Row:
-    """A state of a shard as the rank (pp, tp, dp) stores it; dp is 0 where all dp ranks together store one copy."""
+    """A state of a shard as `rank` stores it: a holder, with its dp coordinate where each dp rank has a copy."""
 
     state: str
-    rank: tuple[int, int, int]
+    rank: Holder
     dtype: np.dtype
     fragments: tuple[Fragment, ...]
 
@@ -52,16 +53,15 @@ class Job:
         return max(window // max(sum(row.dtype.itemsize for row in self.rows), 1), window >> 9, 1)
 
     def compared_with(self, row: Row) -> Row | None:
-        """The row that must hold the same as `row`: that of the first dp rank; of the canonical stage's same tp rank;
-        of the first tp rank. None for the first of all, and where copies may differ."""
-        stage, tp, dp = row.rank
+        """The row that must hold the same as `row`: that of the first dp rank; of the same holder on the canonical
+        stage; of the first holder there. None for the first of all, and where copies may differ."""
         alike = {r.rank: r for r in self.rows if r.state == row.state}
-        first, _, _ = next(iter(alike))
-        wanted = (stage, tp, 0) if dp else (first, tp, 0) if stage != first else (first, 0, 0)
-        tp_alone = not dp and stage == first
-        if wanted == row.rank or (tp_alone and not self.compared):
-            return None
-        return alike.get(wanted)
+        first = next(iter(alike))
+        if row.rank.get("dp"):
+            return alike.get(row.rank.with_(dp=0))
+        if row.rank["pp"] != first["pp"]:
+            return alike.get(row.rank.with_(pp=first["pp"]))
+        return alike[first] if row.rank != first and self.compared else None
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Gap:
 
     group: FlatGroup
     state: str
-    rank: tuple[int, int, int]
+    rank: Holder
     stored: Stored
     spans: tuple[tuple[int, int], ...]
 
@@ -100,8 +100,7 @@ def _rows(catalog: Catalog, tensor: Tensor, at: Coordinate) -> Iterator[Row]:
         for placement in catalog.placements.get((tensor.name, state), ()):
             for holder in placement.holders:
                 if placement.coordinate(holder) == at:
-                    rank = (holder["pp"], holder["tp"], holder.get("dp", 0))
-                    yield Row(state, rank, np.dtype(dtype), catalog.fragments(tensor.name, state, holder))
+                    yield Row(state, holder, np.dtype(dtype), catalog.fragments(tensor.name, state, holder))
 
 
 def gaps(catalog: Catalog) -> Iterator[Gap]:
@@ -112,7 +111,7 @@ def gaps(catalog: Catalog) -> Iterator[Gap]:
             for d, stored in enumerate(partitions) if flat.partition is not None else ():
                 spans = tuple(_between([(int(at), int(n)) for _, _, at, n in flat.within(d)], stored.numel))
                 if spans:
-                    yield Gap(group, state, (holder["pp"], holder["tp"], d), stored, spans)
+                    yield Gap(group, state, holder.with_(**{group.over: d}), stored, spans)
 
 
 def _between(held: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
@@ -132,7 +131,7 @@ def loose(contents: Mapping[str, Any], window: int = WINDOW) -> Iterator[Job]:
             place = (stored.path, stored.offset)
             if stored.numel and stored.contiguous and seen.get(place, 0) < stored.nbytes:
                 seen[place] = stored.nbytes
-                row = Row("", (0, 0, 0), stored.dtype, (Fragment(0, stored),))
+                row = Row("", ALONE, stored.dtype, (Fragment(0, stored),))
                 yield from _split(f"{file}: {key}", "loose", stored.numel, window, (row,), False)
 
 

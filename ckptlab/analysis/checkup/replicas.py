@@ -50,8 +50,8 @@ def _compared(catalog: Catalog, tensor: Tensor, state: str, stage: int) -> Itera
     )
     first = next(shards)
     positions = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(places[0]), strict=True)]
-    for tp, shard in enumerate(shards, 1):
-        here = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(places[tp]), strict=True)]
+    for holder, place, shard in zip(holders[1:], places[1:], shards, strict=True):
+        here = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(place), strict=True)]
         both = [np.intersect1d(a, b, return_indices=True)[1:] for a, b in zip(here, positions, strict=True)]
         mine, other = shard[np.ix_(*(a for a, _ in both))], first[np.ix_(*(b for _, b in both))]
         where = unequal(mine.reshape(-1), other.reshape(-1))
@@ -60,4 +60,4 @@ def _compared(catalog: Catalog, tensor: Tensor, state: str, stage: int) -> Itera
             seen.add(where, 0, mine.reshape(-1), other.reshape(-1))
             at = [int(a[i]) for (a, _), i in zip(both, np.unravel_index(seen.at, mine.shape), strict=True)]
             seen.at = int(np.ravel_multi_index(at, shard.shape)) if math.prod(shard.shape) else 0
-            yield Key("equal", tensor.name, state, (stage, tp, 0), (stage, 0, 0)), seen
+            yield Key("equal", tensor.name, state, holder, holders[0]), seen

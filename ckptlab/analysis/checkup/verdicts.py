@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ckptlab.analysis.checkup.data import Key, Rank, Seen, Told, is_second_moment
+from ckptlab.analysis.checkup.data import Key, Seen, Told, is_second_moment
 from ckptlab.analysis.elements import unrounded
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
 from ckptlab.findings import Finding, Where
 from ckptlab.findings import Rank as NamedRank
 from ckptlab.mesh import Mesh
-from ckptlab.words import number_of, some
+from ckptlab.plan import Holder
+from ckptlab.words import number_of, place_text, some
 
 Group = Sequence[tuple[Key, Seen]]
 
@@ -55,9 +56,9 @@ def _together(catalog: Catalog, key: Key, untrained: set[tuple[str, int]]) -> tu
     assert key.other is not None
     if catalog.tensors[key.tensor].kind == "buffer":
         return "buffers_differ", None
-    if key.rank[0] != key.other[0]:
-        return ("untrained_copy" if (key.tensor, key.rank[0]) in untrained else "tied_differ"), key.rank[0]
-    return "replicas_differ", key.rank[0]
+    if key.rank["pp"] != key.other["pp"]:
+        return ("untrained_copy" if (key.tensor, key.rank["pp"]) in untrained else "tied_differ"), key.rank["pp"]
+    return "replicas_differ", key.rank["pp"]
 
 
 class _Judge:
@@ -117,27 +118,25 @@ class _Judge:
             f"{hint}DeepSpeed resumes from the masters, inference from the weights",
         )
 
-    def _fragments(self, tensor: str, state: str, rank: Rank) -> tuple[Fragment, ...]:
+    def _fragments(self, tensor: str, state: str, rank: Holder) -> tuple[Fragment, ...]:
         """Where a rank's shard lies; nothing where it holds none."""
         for placement in self.catalog.placements.get((tensor, state), ()):
             for holder in placement.holders:
-                if (holder["pp"], holder["tp"], holder.get("dp", rank[2])) == rank:
+                if rank.within(holder):
                     return self.catalog.fragments(tensor, state, holder)
         return ()
 
     def _twin(self, key: Key) -> str | None:
         """The other tp rank of the stage to whose weights a master does round, as far as a sample says."""
-        stage, mine, _ = key.rank
         fragments = self._fragments(key.tensor, MASTER, key.rank)
         master = fragments[0].stored.flat[:_SAMPLE] if fragments else np.empty(0, np.float32)
         pieces = self.catalog.stored.pieces.get((key.tensor, PARAM), {})
         for holder, held in pieces.items():
-            p, tp = holder["pp"], holder["tp"]
             weight = held[0].stored.flat[: len(master)] if held else master[:0]
-            if (p, tp) == (stage, mine) or p != stage or len(weight) < len(master) or not len(master):
+            if holder == key.rank or holder["pp"] != key.rank["pp"] or len(weight) < len(master) or not len(master):
                 continue
             if not len(unrounded(master, weight, np.empty(len(master), np.uint32))):
-                return _rank(self.catalog.mesh, (p, tp, 0))
+                return _rank(self.catalog.mesh, holder)
         return None
 
     def replicas_differ(self, group: Group) -> Finding:
@@ -193,7 +192,7 @@ class _Judge:
         first = group[0][0].tensor
         since = f", from {first} on" if len({k.tensor for k, _ in group}) > 1 else ""
         others = list(dict.fromkeys(k.rank for k, _ in group))
-        all_but_one = mesh.tp > 2 and key.rank[0] == key.other[0] and len(others) == mesh.tp - 1
+        all_but_one = mesh.tp > 2 and key.rank["pp"] == key.other["pp"] and len(others) == mesh.tp - 1
         return (
             f"{some([_rank(mesh, r) for r in others], 4)} against {_rank(mesh, key.other)}"
             f"{', which may be the one that is wrong' if all_but_one else ''}: {self._spread(group)}{since}; worst "
@@ -215,8 +214,8 @@ class _Judge:
         on = f" on {_rank(self.catalog.mesh, key.rank)}" if rank and self.catalog.mesh.size > 1 else ""
         return f"{key.state} of {key.tensor}[{at}]{on}"
 
-    def _shard(self, tensor: Tensor, rank: Rank) -> tuple[int, ...]:
-        return tensor.cut.shard_shape(tensor.cut.coordinate({"tp": rank[1]}))
+    def _shard(self, tensor: Tensor, rank: Holder) -> tuple[int, ...]:
+        return tensor.cut.shard_shape(tensor.cut.coordinate(rank))
 
     def _elements(self, key: Key) -> int:
         return max(math.prod(self._shard(self.catalog.tensors[key.tensor], key.rank)), 1)
@@ -237,7 +236,7 @@ class _Judge:
         found: dict[str, None] = {}
         for key, seen in group[:20]:
             for rank in (key.rank, key.other):
-                if rank is not None and key.what != "padding" and not rank[2]:
+                if rank is not None and key.what != "padding" and not rank.get("dp"):
                     for state in (key.state, PARAM) if key.what == "rounded" else (key.state,):
                         for f in self._fragments(key.tensor, state, rank):
                             if f.start <= seen.at < f.start + f.count:
@@ -262,7 +261,7 @@ def _untrained(catalog: Catalog, told: Told) -> set[tuple[str, int]]:
 
 def _zero(told: Told, name: str, state: str, stage: int) -> bool:
     """The state of the tensor is zero on every rank of a stage that was looked at."""
-    seen = [zero for (n, s, rank), zero in told.zero.items() if n == name and s == state and rank[0] == stage]
+    seen = [zero for (n, s, rank), zero in told.zero.items() if n == name and s == state and rank["pp"] == stage]
     return bool(seen) and all(seen)
 
 
@@ -315,11 +314,12 @@ def _unfinite(seen: Seen) -> str:
     return f"{'NaN' if math.isnan(seen.a) else seen.a} ({number_of(seen.count, 'element')})"
 
 
-def named(mesh: Mesh, rank: Rank) -> NamedRank:
+def named(mesh: Mesh, rank: Holder) -> NamedRank:
     """A rank with its axes; those of degree 1 are left out."""
-    place = {"pp": rank[0], "dp": rank[2], "tp": rank[1]}
-    return {axis: place[axis] for axis in ("tp", "pp", "dp") if mesh[axis] > 1 and (axis != "dp" or rank[2])}
+    spoken = dict.fromkeys((*(axis for axis in ("tp", "pp") if axis in rank), *rank))
+    data = (*mesh.leaves("dp"), "dp")  # the first dp rank speaks for all
+    return {axis: rank[axis] for axis in spoken if mesh[axis] > 1 and (axis not in data or rank[axis])}
 
 
-def _rank(mesh: Mesh, rank: Rank) -> str:
-    return " · ".join(f"{axis} {k}" for axis, k in named(mesh, rank).items()) or "the first rank"
+def _rank(mesh: Mesh, rank: Holder) -> str:
+    return place_text(named(mesh, rank)) or "the first rank"

@@ -107,9 +107,9 @@ def test_a_mesh_whose_dp_is_split(zero_stage: int) -> None:
     assert np.array_equal(model.reshape(there).plan.matrix(), same.reshape(there).plan.matrix())
     assert "<svg" in viz.plan(model.reshape(there).plan).svg
     assert "tp 2 · pp 2 · edp 2 · ep 2 (16 ranks)" in repr(model)
-    to_one = model.reshape(mesh.replace(ep=1))
-    assert "ep 2 → 1" in repr(to_one)
-    assert re.search(r"tp [01] · pp [01] · edp [01] · ep 0<", to_one._repr_html_())
+    assert "edp 2 → 16" in repr(model.reshape(mesh.replace(edp=16)))
+    wide = model.reshape(Mesh(dp=64, tp=4).split("dp", edp=32, ep=2))
+    assert re.search(r"tp \d · pp 0 · edp \d+ · ep [01]<", wide._repr_html_())
 
 
 def test_the_explorer_shows_a_mesh_whose_dp_is_split() -> None:

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,12 @@ class Mesh(Shown, Mapping[str, int]):
         """Axis → degree, slowest first."""
         return dict(self._degrees)
 
+    @cached_property
+    def _known(self) -> dict[str, int]:
+        """Every axis, those that were split too, and its degree: asked for very often."""
+        whole = {axis: math.prod(self.degrees[leaf] for leaf in self.leaves(axis)) for axis, _ in self._parts}
+        return {**self.degrees, **whole}
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The degrees alone, slowest first."""
@@ -96,10 +103,12 @@ class Mesh(Shown, Mapping[str, int]):
         return self["tp"]
 
     def __getitem__(self, axis: str) -> int:
-        return math.prod(self.degrees[leaf] for leaf in self.leaves(axis))
+        if axis not in self._known:
+            self.leaves(axis)  # an error that says which there are
+        return self._known[axis]
 
     def __contains__(self, axis: object) -> bool:
-        return axis in self.degrees or axis in dict(self._parts)
+        return axis in self._known
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.axes)

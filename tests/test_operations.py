@@ -33,9 +33,9 @@ from ckptlab import (
 from ckptlab.arrays.backends import resolve
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import moves
-from ckptlab.catalog import Catalog, FlatGroup
+from ckptlab.catalog import Catalog, FlatGroup, Tensor
 from ckptlab.layout import Cut
-from ckptlab.plan import FlatBuffer
+from ckptlab.plan import FlatBuffer, Holder
 
 pytest.importorskip("torch")
 pytest.importorskip("jax")
@@ -319,6 +319,80 @@ def test_flat_laws(counts: list[int], dp: int, zero3: bool, name: str, dtype: ty
             assert buffers.values[d, place : place + count].tobytes() == mine.tobytes()
     again = merge_flat(buffers, flat)
     assert all(again[n].values.tobytes() == shards[n].values.tobytes() for n in names)
+
+
+@st.composite
+def spread(draw: st.DrawFn) -> tuple[Mesh, list[Layout], list[tuple[int, ...]]]:
+    """A mesh whose dp is split into edp and ep, layouts that ep and tp cut, one of them unevenly, and whole shapes."""
+    edp, ep, tp = (draw(st.integers(1, 3)) for _ in range(3))
+    mesh = Mesh(dp=edp * ep, tp=tp).split("dp", edp=edp, ep=ep)
+    layouts, shapes = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        widths = tuple(draw(st.integers(1, 4)) for _ in range(tp))
+        text = draw(st.sampled_from(["(ep expert) (tp out) in", "(ep tp out) in", "(tp out) (ep in)"]))
+        sizes = {"out": widths} if text != "(ep tp out) in" and draw(st.booleans()) else {}
+        out = sum(widths) if sizes else tp * draw(st.integers(1, 3)) * (ep if text == "(ep tp out) in" else 1)
+        rest = draw(st.integers(1, 3))
+        shape = {
+            "(ep expert) (tp out) in": (ep * rest, out, 2),
+            "(ep tp out) in": (out, rest),
+            "(tp out) (ep in)": (out, ep * rest),
+        }[text]
+        layouts.append(Layout(text, sizes=sizes))
+        shapes.append(shape)
+    return mesh, layouts, shapes
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25)
+@given(spread(), st.booleans())
+def test_flat_laws_where_experts_are_spread(name: str, case: Any, zero3: bool) -> None:
+    """Holders differ on ep and tp, edp cuts the buffers: each holds what the cut says, and merging undoes splitting."""
+    mesh, layouts, shapes = case
+    tensors, wholes, shards = {}, {}, {}
+    for i, (layout, shape) in enumerate(zip(layouts, shapes, strict=True)):
+        states = {"fp32": np.dtype(np.float32)}
+        cut = layout.resolve(shape, mesh)
+        tensors[f"w{i}"] = Tensor(f"w{i}", shape, layout, cut, "parameter", states, 0)
+        whole = 100 * (i + 1) + np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+        wholes[f"w{i}"] = whole
+        shards[f"w{i}"] = split(xr.DataArray(whole, dims=layout.dims), layout, mesh, backend=name)
+    group = FlatGroup.laid_out(Holder(pp=0), 0, list(tensors), tensors, mesh, 3 if zero3 else 1)
+    assert (group.axes, group.over) == (("ep", "tp"), "edp")
+    buffers = split_flat(shards, group)
+    assert buffers.dims == ("ep", "tp", "edp", "flat")
+    for holder, flat in group.flats.items():
+        for d in range(flat.dp):
+            expected = np.zeros(flat.size(d), np.float32)
+            for index, start, place, count in flat.within(d).tolist():
+                cut = tensors[flat.names[index]].cut
+                mine = cut.take(wholes[flat.names[index]], cut.coordinate(holder)).reshape(-1)
+                expected[place : place + count] = mine[start : start + count]
+            found = buffers.isel(ep=holder["ep"], tp=holder["tp"], edp=d).values[: flat.size(d)]
+            assert found.tobytes() == expected.tobytes()
+    again = merge_flat(buffers, group, tensors)
+    for tensor, array in shards.items():
+        assert again[tensor].dims == array.dims
+        assert set(again[tensor].coords) == set(array.coords)
+        assert again[tensor].values.tobytes() == array.values.tobytes()
+        whole = merge(again[tensor], tensors[tensor].layout, shape=tensors[tensor].shape, on=mesh)
+        assert whole.values.tobytes() == wholes[tensor].tobytes()
+
+
+def test_flat_buffers_of_other_degrees_are_refused() -> None:
+    mesh = Mesh(dp=8, tp=2).split("dp", edp=2, ep=4)
+    layout = Layout("(ep tp out)")
+    cut = layout.resolve((16,), mesh)
+    tensors = {"w": Tensor("w", (16,), layout, cut, "parameter", {"fp32": np.dtype(np.float32)}, 0)}
+    group = FlatGroup.laid_out(Holder(pp=0), 0, ["w"], tensors, mesh, 1)
+    shards = split(xr.DataArray(np.arange(16), dims=layout.dims), layout, mesh)
+    turned = shards.rename(ep="tp", tp="ep")
+    with pytest.raises(LayoutError, match=r"w: shards of .*the flat buffers have room"):
+        split_flat({"w": turned}, group)
+    with pytest.raises(LayoutError, match=r"\(ep, tp, edp, flat\) \(2, 4, 2, 2\).*\(4, 2, 2, 2\)"):
+        merge_flat(split_flat({"w": shards}, group).rename(ep="tp", tp="ep"), group, tensors)
+    with pytest.raises(LayoutError, match=r"\(1, 2, 2, 2\)"):
+        merge_flat(split_flat({"w": shards}, group).isel(ep=0), group, tensors)
 
 
 def test_flat_buffers_that_do_not_fit_are_refused() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ckptlab
-from ckptlab import Mesh
+from ckptlab import Mesh, viz
 from ckptlab.catalog import PARAM
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError
 from ckptlab.formats.paper.model import OPTIMIZER, laid_out
@@ -88,3 +90,35 @@ def test_it_is_described_as_what_it_is() -> None:
     assert "paper model (layers=6, hidden=64, heads=8, vocab=1000)" in repr(model)
     assert "ZeRO-1 only" in model._repr_html_()
     assert "tp 1 → 2" in repr(model.reshape(Mesh(tp=2)))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_mesh_whose_dp_is_split(zero_stage: int) -> None:
+    """Shown and planned as the same mesh unsplit, its axes called by their parts."""
+    plain = Mesh(pp=2, dp=4, tp=2)
+    mesh = plain.split("dp", edp=2, ep=2)
+    model, same = (ckptlab.paper_model(m, zero_stage) for m in (mesh, plain))
+    assert np.array_equal(viz.memory_by_rank(model.catalog), viz.memory_by_rank(same.catalog))
+    assert viz.stages(model.catalog).svg == viz.stages(same.catalog).svg
+    assert viz.memory(model.catalog).svg.count("<rect") == viz.memory(same.catalog).svg.count("<rect")
+    for group, alike in zip(model.catalog.flat_groups, same.catalog.flat_groups, strict=True):
+        assert viz.flat(group, tp=1).svg == viz.flat(alike, tp=1).svg
+    there = Mesh(dp=2, tp=4)
+    assert model.reshape(there).cost() == same.reshape(there).cost()
+    assert np.array_equal(model.reshape(there).plan.matrix(), same.reshape(there).plan.matrix())
+    assert "<svg" in viz.plan(model.reshape(there).plan).svg
+    assert "tp 2 · pp 2 · edp 2 · ep 2 (16 ranks)" in repr(model)
+    assert "edp 2 → 16" in repr(model.reshape(mesh.replace(edp=16)))
+    wide = model.reshape(Mesh(dp=64, tp=4).split("dp", edp=32, ep=2))
+    assert re.search(r"tp \d · pp 0 · edp \d+ · ep [01]<", wide._repr_html_())
+
+
+def test_the_explorer_shows_a_mesh_whose_dp_is_split() -> None:
+    pytest.importorskip("ipywidgets")
+    model = ckptlab.paper_model(Mesh(pp=2, dp=4, tp=2).split("dp", edp=2, ep=2), 1)
+    explorer = ckptlab.explore(model)
+    explorer.choose(rank=13, tensor="layers.3.mlp.dense_4h_to_h.weight", state="exp_avg")
+    for i, tab in enumerate(explorer.tabs.values()):
+        explorer.pages.selected_index = i
+        assert tab.box.children
+    assert "pp 1 · tp 1" in explorer.look.flat.svg

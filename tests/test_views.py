@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
-from helpers.arrays import cut, store
+from helpers.arrays import EXPERTS, cut, mixture, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -29,7 +29,7 @@ from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Holder
+from ckptlab.plan import Holder, Placement
 from ckptlab.stored import Stored
 
 EMBEDDING = "tied_modules.embed.word_embeddings.weight"
@@ -444,6 +444,69 @@ def test_buffers_are_what_the_files_hold(case: Path) -> None:
     if case == ZERO2:  # whose last partition is stored without its padding
         lengths = tree["pp0/group0"].to_dataset()
         assert int(lengths.master_numel.min()) < lengths.sizes["flat"]
+
+
+# -------------------------------------------------------------------------------- other axes than pp, dp and tp
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_experts_have_a_dim_ep_and_are_cut_over_edp(zero_stage: int, tmp_path: Path) -> None:
+    catalog, wholes = mixture(tmp_path, zero_stage=zero_stage, apart=0.5)
+    full = views.Full(catalog).tree()
+    assert all(np.array_equal(full[name].fp32, whole) for name, whole in wholes.items())
+
+    shards = views.Shards(catalog).tree()
+    assert {n: shards[n].fp32.dims for n in wholes} == {
+        "gate": ("tp", "out", "in"),
+        "expert.1": ("tp", "out", "in"),
+        "experts": ("ep", "tp", *catalog["experts"].dims),
+    }
+    assert shards["expert.1"].fp32.coords["ep"] == 1
+    for tp in range(2):
+        assert np.array_equal(shards["gate"].fp32.sel(tp=tp), wholes["gate"][4 * tp :][:4])
+        assert np.array_equal(shards["expert.1"].fp32.sel(tp=tp), wholes["expert.1"][:, 3 * tp :][:, :3])
+        for ep in range(2):  # each tp rank's copy is its own
+            mine = shards["experts"].fp32.sel(ep=ep, tp=tp)
+            assert np.array_equal(mine, wholes["experts"][2 * ep :][:2] + 0.5 * tp)
+
+    buffers = views.Flat(catalog).tree()
+    paths = {"gate": "pp0/group0", "expert.1": "pp0/group1/ep1", "experts": "pp0/group2"}
+    assert {name: buffers[path].fp32.shape[:-1] for name, path in paths.items()} == {
+        "gate": (2, 4),
+        "expert.1": (2, 2),
+        "experts": (2, 2, 2),
+    }
+    assert [buffers[path].fp32.dims for path in paths.values()] == [
+        ("tp", "dp", "flat"),
+        ("tp", "edp", "flat"),
+        ("ep", "tp", "edp", "flat"),
+    ]
+    for group, path in zip(catalog.flat_groups, paths.values(), strict=True):
+        for holder, row in catalog.stored.partitions[group.key, "fp32"].items():
+            for d, stored in enumerate(row):
+                at = {axis: holder[axis] for axis in group.axes}
+                assert bits(buffers[path].fp32.sel({**at, group.over: d})) == stored.flat.tobytes()
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_experts_on_another_mesh_are_gathered_from_here(zero_stage: int, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    source, _ = mixture(tmp_path / "here")
+    mesh = Mesh(dp=12, tp=1).split("dp", edp=3, ep=4)
+    there, _ = mixture(tmp_path / "there", mesh, zero_stage=zero_stage)
+    target = replace(there, extents=None)
+    for view in (views.Shards, views.Flat):
+        xr.testing.assert_identical(view(source, target).tree().load(), view(there).tree().load())
+
+
+def test_who_reads_a_rank_of_a_split_axis() -> None:
+    """A flat buffer that all of dp share is cut over its parts run together; one of experts over edp alone."""
+    catalog = Catalog("", "", EXPERTS, {}, {})
+    gate = Placement(Cut.whole((8,), catalog.mesh))
+    assert [p.tolist() for p in map(gate.ranks, gate.holders)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    expert = Placement(Cut.whole((8,), catalog.mesh), at={"ep": 1})
+    assert [p.tolist() for p in map(expert.ranks, expert.holders)] == [[2, 6], [3, 7]]
 
 
 TARGETS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,7 +104,7 @@ class FlatGroup:
                 f"{names[0]} is shared by ranks along {data}, {apart} is not: they are not in one flat buffer"
             )
         for holder in placements[0].on(at["pp"]):
-            counts = tuple(int(np.prod(p.shape(holder), dtype=np.int64)) for p in placements)
+            counts = tuple(math.prod(p.shape(holder)) for p in placements)
             if counts not in made:
                 made[counts] = make(tuple(names), counts, len(placements[0].ranks(holder)))
             flats[holder] = made[counts]

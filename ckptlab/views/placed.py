@@ -69,6 +69,11 @@ class Placed(View):
                 nodes[path if stage is None else f"/pp{stage}{path}"] = self.dataset(stack)
         return xr.DataTree.from_dict(nodes)
 
+    def dataset(self, stack: Stack) -> xr.Dataset:
+        """See View; layers of one stage have it in common."""
+        found, stages = super().dataset(stack), {t.stages[0] for t in stack.tensors}
+        return found.assign_coords(pp=stages.pop()) if len(stages) == 1 else found
+
     def by_name(self, state: str | None = None) -> Mapping[str, Any]:
         self._degrees()
         return super().by_name(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,46 @@ def store(folder: Path, cut: Cut, whole: np.ndarray, zero3: bool, before: int) -
     extents = Extents(partitions={(group.key, "master"): partitions})
     tensors, training = {"w": tensor}, Training(mesh, groups=(ParameterGroup({}, ("w",)),))
     return Catalog("", "test", mesh, tensors, placements_of(tensors, [group], {}), extents, (group,), training)
+
+
+EXPERTS = Mesh(dp=4, tp=2).split("dp", edp=2, ep=2)
+MIXTURE: dict[str, tuple[str, tuple[int, ...], Holder]] = {
+    "gate": ("(tp out) in", (8, 3), Holder(pp=0)),  # every dp rank has a part of it
+    "expert.1": ("out (tp in)", (5, 6), Holder(pp=0, ep=1)),  # those of ep rank 1 do
+    "experts": ("(ep expert) out in", (4, 3, 5), Holder(pp=0)),
+}
+
+
+def mixture(
+    folder: Path, mesh: Mesh = EXPERTS, *, zero_stage: int = 1, apart: float = 0
+) -> tuple[Catalog, dict[str, np.ndarray]]:
+    """A catalog of the tensors of MIXTURE, each in flat buffers of its own, and the wholes. tp ranks' copies of what
+    is replicated are `apart` from each other."""
+    states = {"fp32": np.dtype(np.float32)}
+    wholes, tensors, groups, partitions = {}, {}, [], {}
+    for i, (name, (text, shape, at)) in enumerate(MIXTURE.items()):
+        layout = Layout(text)
+        cut = layout.resolve(shape, mesh)
+        whole = wholes[name] = 1000 * (i + 1) + np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
+        tensors[name] = Tensor(name, shape, layout, cut, "parameter", states, i)
+        group = FlatGroup.laid_out(at, i, [name], tensors, mesh, zero_stage)
+        groups.append(group)
+        rows = {}
+        for holder, flat in group.flats.items():
+            shard = cut.take(whole, cut.coordinate(holder)).reshape(-1)
+            shard = shard if "tp" in cut.axes else shard + apart * holder["tp"]
+            for d in range(flat.dp):
+                buffer = np.zeros(flat.size(d), np.float32)
+                for _, start, place, count in flat.within(d).tolist():
+                    buffer[place : place + count] = shard[start : start + count]
+                file = folder / f"{name} {holder} {d}.bin"
+                file.write_bytes(buffer.tobytes())
+                rows.setdefault(holder, []).append(Stored(str(file), 0, buffer.dtype, buffer.shape, (1,)))
+        partitions[group.key, "fp32"] = {holder: tuple(row) for holder, row in rows.items()}
+    training = Training(mesh, groups=tuple(ParameterGroup({}, (name,)) for name in MIXTURE))
+    lies = placements_of(tensors, groups, {})
+    extents = Extents(partitions=partitions)
+    return Catalog("", "test", mesh, tensors, lies, extents, tuple(groups), training), wholes
 
 
 _REDUCTIONS = ["sum", "mean", "std", "var", "min", "max", "median", "prod", "cumsum", "count"]

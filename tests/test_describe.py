@@ -112,7 +112,7 @@ def test_the_summary_of_a_pipeline() -> None:
     for line in (
         r"training +step 3 · ZeRO-1 \(BF16_Optimizer\) · bf16",
         r"size +14,960 parameters in 52 tensors · 24 files, \d+ kB on disk",
-        r"states +fp32 +float32 +59.8 kB +52 tensors",
+        r"states +master +float32 +59.8 kB +52 tensors",
         r" +module +bfloat16 +29.9 kB +52 tensors",
         r"groups +decay +lr 0.01 +weight decay 0.1 +18 tensors +14,096 elements",
         r".*not imported: argparse.Namespace.*",
@@ -146,7 +146,7 @@ def test_unknown_layouts_are_marked() -> None:
 def test_a_tensor_without_the_usual_states_is_told() -> None:
     odd = replace(tensor("c"), states={"master": np.dtype(np.float32)})
     text = repr(made_of(tensor("a"), tensor("b"), odd))
-    assert re.search(r"^c .* parameter: fp32 ", text, re.MULTILINE)
+    assert re.search(r"^c .* parameter: master ", text, re.MULTILINE)
     assert re.search(r"^a .* parameter +32$", text, re.MULTILINE)
 
 

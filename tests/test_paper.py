@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused_with_its_reasons() -> None:
 
 def test_there_is_nothing_to_read_or_save(tmp_path: Any) -> None:
     model = ckptlab.paper_model()
-    for attempt in (model.full, model.buffers, lambda: model.reshape(Mesh(tp=2)).save(tmp_path / "x")):
+    for attempt in (model.full, model.flat, lambda: model.reshape(Mesh(tp=2)).save(tmp_path / "x")):
         with pytest.raises(CheckpointError, match="paper model .*: nothing is stored of it"):
             attempt()
 

@@ -584,8 +584,8 @@ def test_the_engine_refuses_with_what_there_is(tmp_path: Path) -> None:
     for options, message in [
         ({}, "holds 52 tensors"),
         ({"tensor": f"4.{QKV}s"}, "did you mean"),
-        ({"tensor": "pp7/group0", "view": "buffers"}, "pp0/group0, pp0/group1"),
-        ({"tensor": QKV, "view": "whole"}, "expected one of full, shards, buffers"),
+        ({"tensor": "pp7/group0", "view": "flat"}, "pp0/group0, pp0/group1"),
+        ({"tensor": QKV, "view": "whole"}, "expected one of full, shards, flat"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             xr.open_dataset(GPT, engine="ckptlab", **options)

@@ -20,6 +20,7 @@ from ckptlab.arrays.lazy import Converted, Stacked, under, variable
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError, LayoutError, UnknownNameError
+from ckptlab.formats import get as format_of
 from ckptlab.shown import Shown
 from ckptlab.views import Full
 
@@ -51,7 +52,7 @@ def open_run(path: str | os.PathLike[str], strategy: Any = None) -> Run:
         raise CheckpointError(f"{folder}: no such folder: give the one that the step folders stand in")
     opened, skipped = _opened(folder, strategy)
     found: dict[int, Checkpoint] = {}
-    for place, ckpt in sorted(opened, key=lambda one: one[1].format != "deepspeed"):
+    for place, ckpt in sorted(opened, key=lambda one: not format_of(one[1].format).sharded):
         step = step_of(ckpt, os.path.basename(place))
         if step is None:
             skipped.append(Skipped(place, "neither the checkpoint nor the name of its folder tells the step"))

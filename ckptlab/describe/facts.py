@@ -12,6 +12,7 @@ import numpy as np
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.checkpoint import Reshape
 from ckptlab.findings import Finding
+from ckptlab.formats import get as format_of
 from ckptlab.formats.torch.placeholders import Foreign
 from ckptlab.mesh import Mesh
 from ckptlab.plain import plain
@@ -23,12 +24,12 @@ _CLIENT_OBJECTS = 100_000  # of a client state, how many objects are looked at
 def summary(catalog: Catalog) -> dict[str, Any]:
     """All that `ckptlab info` says, every tensor included.
 
-    Keys: path, format, mesh {axis: degree}, ranks, trained_on (the run's mesh, also where a format holds whole
-    tensors; None: not known), zero_stage, optimizer (DeepSpeed's wrapper), dtype (what is trained in), step, counts
-    {tensors, trained, frozen, buffers, parameters (elements)}, states [{name, dtypes, tensors, bytes}], groups
-    [{name, tensors, elements, options}], aliases {alias: name}, client_state {keys, not_imported}, files {count,
-    bytes (on disk)}, notices [{code, text}], tensors [{name, shape, padded {dim: rows}, layout (None: not known),
-    replicas, kind, group, stages, states {state: dtype}, elements, aliases}].
+    Keys: path, format, sharded (its files are those of a mesh's ranks), mesh {axis: degree}, ranks, trained_on (the
+    run's mesh, also where a format holds whole tensors; None: not known), zero_stage, optimizer (DeepSpeed's wrapper),
+    dtype (what is trained in), step, counts {tensors, trained, frozen, buffers, parameters (elements)}, states [{name,
+    dtypes, tensors, bytes}], groups [{name, tensors, elements, options}], aliases {alias: name}, client_state {keys,
+    not_imported}, files {count, bytes (on disk)}, notices [{code, text}], tensors [{name, shape, padded {dim: rows},
+    layout (None: not known), replicas, kind, group, stages, states {state: dtype}, elements, aliases}].
     """
     return {**overview(catalog), "tensors": [_tensor(t) for t in catalog.tensors.values()]}
 
@@ -39,6 +40,7 @@ def overview(catalog: Catalog) -> dict[str, Any]:
     return {
         "path": catalog.path,
         "format": catalog.format,
+        "sharded": format_of(catalog.format).sharded,
         "mesh": catalog.mesh.degrees,
         "ranks": catalog.mesh.size,
         "trained_on": training.mesh.degrees if training.mesh else None,

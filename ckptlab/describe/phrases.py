@@ -35,7 +35,7 @@ def _place(rank: int, degrees: Mapping[str, int]) -> str:
 
 
 def title(about: About) -> str:
-    if about["ranks"] > 1 or about["format"] == "deepspeed":
+    if about["ranks"] > 1 or about["sharded"]:
         return f"ckptlab · {about['format']} checkpoint · {mesh(about['mesh'])}"
     trained = f", from {mesh(about['trained_on'])}" if about["trained_on"] else ""
     return f"ckptlab · {about['format']} checkpoint · whole tensors{trained}"
@@ -51,8 +51,8 @@ def stage(side: About) -> str:
 def training(about: About) -> str:
     if about["zero_stage"] is None:
         return ""
-    if about["format"] == "paper":
-        return stage(about)
+    if not about["files"]["count"]:
+        return stage(about)  # a model on paper has no step
     step = f"step {about['step']:,}" if about["step"] is not None else "step unknown"
     return f"{step} · {stage(about)}"
 
@@ -61,7 +61,7 @@ def extent(about: About) -> str:
     counts, files = about["counts"], about["files"]
     others = [
         *([f"{counts['frozen']:,} frozen"] if counts["frozen"] else []),
-        *([number_of(counts["flat"], "buffer")] if counts["flat"] else []),
+        *([number_of(counts["buffers"], "buffer")] if counts["buffers"] else []),
     ]
     apart = f" ({', '.join(others)})" if others else ""
     held = "not there any more" if files["bytes"] is None else f"{size(files['bytes'])} on disk"

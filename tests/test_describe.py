@@ -113,7 +113,7 @@ def test_the_summary_of_a_pipeline() -> None:
         r"training +step 3 · ZeRO-1 \(BF16_Optimizer\) · bf16",
         r"size +14,960 parameters in 52 tensors · 24 files, \d+ kB on disk",
         r"states +master +float32 +59.8 kB +52 tensors",
-        r" +module +bfloat16 +29.9 kB +52 tensors",
+        r" +param +bfloat16 +29.9 kB +52 tensors",
         r"groups +decay +lr 0.01 +weight decay 0.1 +18 tensors +14,096 elements",
         r".*not imported: argparse.Namespace.*",
         r"\{2\.\.5\}\.mlp\.dense_h_to_4h\.weight +64 × 16 +\(tp out\) in +0–1 +4 × +4,096",

@@ -78,7 +78,7 @@ def test_hovering_tells_rank_file_bytes_and_indices(subject: Subject) -> None:
     assert piece.stored is not None
     last = piece.stored.offset + piece.nbytes - 1
     assert line.endswith(
-        f"fp32: bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes {piece.stored.offset:,}–{last:,}"
+        f"master: bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes {piece.stored.offset:,}–{last:,}"
     )
     (nothing,) = told({"rank": "4"}, subject.catalog, DENSE, "master")
     assert "holds nothing of fp32" in nothing

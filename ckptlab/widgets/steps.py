@@ -69,7 +69,7 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
     )
     alike = [g for g in catalog.flat_groups if (g.stage, g.group) == (stage, group.group)]
     sub = f"/sub{alike.index(group)}" if len(alike) > 1 else ""
-    return Step(title, text, (viz.flat(group, **holder).svg,), f'{what}.buffers()["pp{stage}/group{group.group}{sub}"]')
+    return Step(title, text, (viz.flat(group, **holder).svg,), f'{what}.flat()["pp{stage}/group{group.group}{sub}"]')
 
 
 def _shards(catalog: Catalog, tensor: Tensor) -> Step:

@@ -81,7 +81,7 @@ def test_hovering_tells_rank_file_bytes_and_indices(subject: Subject) -> None:
         f"master: bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes {piece.stored.offset:,}–{last:,}"
     )
     (nothing,) = told({"rank": "4"}, subject.catalog, DENSE, "master")
-    assert "holds nothing of fp32" in nothing
+    assert "holds nothing of master" in nothing
     assert len(told({"tp": "1"}, subject.catalog, DENSE, "master")) == 2  # a piece of the picture: both dp ranks
     assert told({}, subject.catalog, DENSE, "master") == []
 

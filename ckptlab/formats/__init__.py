@@ -22,6 +22,10 @@ def read(path: str | os.PathLike[str], strategy: Strategy | None = None) -> Cata
         from ckptlab.formats.universal import read_universal
 
         return read_universal(found.path, strategy)
+    if found.format == "dcp":
+        from ckptlab.formats.dcp.format import DCP
+
+        return DCP().read(found.path, strategy)
     from ckptlab.formats.safetensors import read_safetensors
 
     return read_safetensors(found.path)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckptlab.errors import CheckpointError
+from ckptlab.formats.dcp.format import DCP
 from ckptlab.formats.deepspeed import names
 
 LATEST = "latest"
@@ -17,7 +18,7 @@ _DEPTH = 4  # how far below a folder checkpoints are looked for
 
 @dataclass(frozen=True)
 class Location:
-    """A folder (or file) that a reader opens; `format` is "deepspeed", "universal" or "safetensors"."""
+    """A folder (or file) that a reader opens; `format` is "deepspeed", "universal", "dcp" or "safetensors"."""
 
     path: str
     format: str
@@ -48,7 +49,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
         return below[0]
     if not below:
         raise CheckpointError(
-            f"{path}: no checkpoint here: neither a DeepSpeed step folder, `latest`, `zero/` nor safetensors in it "
+            f"{path}: no checkpoint here: neither a DeepSpeed step folder, `latest`, `zero/`, a DCP folder nor safetensors in it "
             "or below"
         )
     listed = "\n".join(f"  {found}" for found in below[:20])
@@ -67,6 +68,9 @@ def at(path: str) -> Location | None:
     for pointer, kind in ((LATEST, "deepspeed"), (LATEST_UNIVERSAL, "universal")):
         if pointer in content:
             return Location(_follow(path, pointer, content), kind)
+    shards = DCP().recognise(path)
+    if shards is not None:
+        return Location(shards, "dcp")
     if any(c.endswith(".safetensors") for c in content):
         return Location(path, "safetensors")
     return None

@@ -24,7 +24,7 @@ from ckptlab.plan import Holder
 from ckptlab.strategy import dim_names
 
 NEUTRAL = "shard"
-_SAMPLE = 256  # cells whose ranks are compared with where a way of cutting puts them
+_SAMPLE = 64  # cells whose ranks are compared with where a way of cutting puts them
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ def _candidates(grid: Grid, axes: Axes, parts: tuple[int, ...]) -> Iterable[Ways
     options: list[list[DimAxes]] = []
     for d, (size, edges) in enumerate(zip(grid.shape, grid.edges, strict=True)):
         starts = tuple(edges[:-1].tolist())
-        mine = [DimAxes()] if len(starts) == 1 and not grid.hollow[d] else []
+        mine = [DimAxes((), p) for p in (1, *parts) if not grid.hollow[d] and _starts(size, (), p) == starts][:1]
+        mine = mine or ([DimAxes()] if not size else [])
         if len(starts) > 1 or grid.hollow[d]:
             for count in range(1, len(axes) + 1):
                 for chosen in itertools.permutations(axes, count):
@@ -211,13 +212,14 @@ def _agreement(grid: Grid, mesh: Mesh, ways: Ways) -> float:
     for cell in cells:
         at = mesh.coordinate(int(grid.ranks[tuple(cell)]) % mesh.size)
         right += all(
-            int(grid.edges[d][k]) in {start for start, _ in _pieces(grid.shape[d], way, mesh, at)}
+            int(grid.edges[d][k]) in {start for start, _ in pieces_of(grid.shape[d], way, mesh, at)}
             for d, (k, way) in enumerate(zip(cell, ways, strict=True))
         )
     return right / len(cells)
 
 
-def _pieces(size: int, way: DimAxes, mesh: Mesh, at: Mapping[str, int]) -> list[Span]:
+def pieces_of(size: int, way: DimAxes, mesh: Mesh, at: Mapping[str, int]) -> list[Span]:
+    """The intervals of a dim that a coordinate has."""
     degrees = tuple(mesh[axis] for axis in way.axes)
     return _split(size, degrees, way.parts)[tuple(at[axis] for axis in way.axes)]
 

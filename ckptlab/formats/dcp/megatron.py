@@ -26,6 +26,7 @@ from ckptlab.formats.dcp.items import EntryItems, object_at
 from ckptlab.formats.dcp.metadata import Entry, Metadata
 from ckptlab.formats.dcp.said import Said
 from ckptlab.mesh import Mesh
+from ckptlab.stored import Stored
 
 ABOUT = "metadata.json"
 COMMON = "common.pt"
@@ -154,12 +155,16 @@ def _groups(optimizer: Any, found: Found) -> tuple[ParameterGroup, ...]:
     """The parameter groups of `common.pt`, which does not say whose they are: by Megatron's own rule, expert tensors
     apart, and biases and tensors of one dim where weight decay is multiplied by 0."""
     several = isinstance(optimizer, dict) and any(type(key) is int for key in optimizer)
-    made = []
+    made: list[dict[str, Any]] = []
+    step = None
     for one in optimizer.values() if several else (optimizer,):
         inner = one.get("optimizer", one) if isinstance(one, dict) else {}
         for options in (inner.get("param_groups") or ()) if isinstance(inner, dict) else ():
             if isinstance(options, dict):
                 made.append({k: v for k, v in options.items() if k != "params"})
+        state = inner.get("state") if isinstance(inner, dict) else None
+        common = state.get("common_step") if isinstance(state, dict) else None
+        step = np.array(common.map()).item() if isinstance(common, Stored) and common.numel == 1 else step
     keys = [(bool(g.get("is_expert_parallel")), g.get("wd_mult") == 0) for g in made]
     apart = len(set(keys)) == len(keys)
     found_groups = []
@@ -170,7 +175,7 @@ def _groups(optimizer: Any, found: Found) -> tuple[ParameterGroup, ...]:
             if ("local_experts" in name if len({k for k, _ in keys}) > 1 else False) == key[0]
             and (_undecayed(name, found.weights[name]) == key[1] or len({d for e, d in keys if e == key[0]}) == 1)
         )
-        scalars = {k: options[k] for k in ("step",) if k in options}
+        scalars = {k: v for k, v in (("step", options.get("step", step)),) if v is not None}
         found_groups.append(ParameterGroup({k: v for k, v in options.items() if k not in scalars}, names, scalars))
     return tuple(found_groups)
 

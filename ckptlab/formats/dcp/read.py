@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
-from ckptlab.formats.dcp import megatron
+from ckptlab.formats.dcp import hugging, megatron, ranks
 from ckptlab.formats.dcp.assemble import Client, Found, assemble
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
@@ -36,6 +36,11 @@ def read_dcp(
     `ckptlab.open` does.
     """
     said = said or Said()
+    names = set(os.listdir(path))
+    if not metadata_files(names) and hugging.shards(names):
+        return assemble(hugging.find(path, said), said, strategy, mesh)
+    if "model" in ranks.files_of(names):
+        return assemble(ranks.find(path, said), said, strategy, mesh)
     folders = _folders(path)
     read = [read_folder(os.path.join(path, folder), said) for folder in folders]
     files = tuple(

@@ -49,8 +49,8 @@ def locate(path: str | os.PathLike[str]) -> Location:
         return below[0]
     if not below:
         raise CheckpointError(
-            f"{path}: no checkpoint here: neither a DeepSpeed step folder, `latest`, `zero/`, a DCP folder nor safetensors in it "
-            "or below"
+            f"{path}: no checkpoint here: neither a DeepSpeed step folder, `latest`, `zero/`, DCP nor safetensors "
+            "in it or below"
         )
     listed = "\n".join(f"  {found}" for found in below[:20])
     raise CheckpointError(f"{path}: holds {len(below)} checkpoints: open one of them:\n{listed}")

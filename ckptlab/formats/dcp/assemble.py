@@ -69,8 +69,8 @@ class Found:
 
 
 class Held(Mapping[Holder, tuple[Fragment, ...]]):
-    """Where the shards of one state lie, looked up when one is asked for. Iterates over one holder of each shard: chunks
-    that several ranks held were stored once."""
+    """Where the shards of one state lie, looked up when one is asked for. Iterates over one holder of each shard:
+    chunks that several ranks held were stored once."""
 
     def __init__(self, grid: Grid, laid: Laid, placement: Placement) -> None:
         self.grid, self.laid, self.placement = grid, laid, placement
@@ -213,7 +213,11 @@ def _shards(grid: Grid) -> list[tuple[int, ...]]:
 
 
 def _mesh(
-    found: Found, grids: Mapping[str, Grid], layouts: Mapping[str, Layout], strategy: Strategy | None, given: Mesh | None
+    found: Found,
+    grids: Mapping[str, Grid],
+    layouts: Mapping[str, Layout],
+    strategy: Strategy | None,
+    given: Mesh | None,
 ) -> tuple[Mesh, Axes, bool]:
     """(mesh, axes that may cut tensors, whether these are neutral)."""
     known = given or found.mesh
@@ -251,11 +255,10 @@ def _say_axes(path: str, tensors: Mapping[str, Tensor], neutral: bool, axes: Axe
     which = ", ".join(f"{name} ({n})" for name, n in axes) if neutral else "of its own"
     said.notice(
         "dcp-axes",
-        f"{path}: {len(unnamed)} tensors are cut ({unnamed[0]}, …); the files do not say over which mesh axes: they are "
-        f"called {which}. Name them with a mesh (mesh=Mesh(dp=2, tp=2)), or with layouts "
+        f"{path}: {len(unnamed)} tensors are cut ({unnamed[0]}, …); the files do not say over which mesh axes: they "
+        f"are called {which}. Name them with a mesh (mesh=Mesh(dp=2, tp=2)), or with layouts "
         '(strategy={".*wq.*": "(tp dp out) in"})',
     )
-
 
 
 Lazy = Callable[[], Any]

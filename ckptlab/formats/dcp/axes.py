@@ -41,8 +41,8 @@ Axes = tuple[tuple[str, int], ...]  # name and degree, the slowest first
 
 @dataclass(frozen=True)
 class Laid:
-    """A grid on mesh axes: its layout and cut, and for each dim which of its intervals each coordinate holds (None: each
-    holds the one of its number)."""
+    """A grid on mesh axes: its layout and cut, and for each dim which of its intervals each coordinate holds (None:
+    each holds the one of its number)."""
 
     layout: Layout
     cut: Cut
@@ -102,9 +102,11 @@ def lay_as(grid: Grid, mesh: Mesh, layout: Layout, name: str) -> Laid:
                 f"{_some(grid.edges[d][:-1].tolist())}: say another layout, or another mesh"
             )
     made = _laid(grid, mesh, ways)
-    return Laid(layout.replace(sizes={**dict(made.layout.sizes), **dict(layout.sizes)}), made.cut, ways) if (
-        {n for n, _ in made.layout.sizes} <= {n for node in layout.tree for n in names(node)}
-    ) else made
+    return (
+        Laid(layout.replace(sizes={**dict(made.layout.sizes), **dict(layout.sizes)}), made.cut, ways)
+        if ({n for n, _ in made.layout.sizes} <= {n for node in layout.tree for n in names(node)})
+        else made
+    )
 
 
 def lay_alone(grid: Grid) -> Laid:
@@ -149,7 +151,9 @@ def degrees_of(layouts: Mapping[str, Layout], grids: Mapping[str, Grid], known: 
     for name, layout in layouts.items():
         for d, node in enumerate(layout.tree):
             cutting = _axes_named(node)
-            parts = next((f.value for f in node.factors if isinstance(f, Number)), 1) if isinstance(node, Product) else 1
+            parts = (
+                next((f.value for f in node.factors if isinstance(f, Number)), 1) if isinstance(node, Product) else 1
+            )
             if cutting and d < len(grids[name].counts):
                 axes.update(dict.fromkeys(cutting))
                 told.append((cutting, max(grids[name].counts[d] // parts, 1)))
@@ -183,12 +187,11 @@ def _best(grid: Grid, mesh: Mesh, axes: Axes, parts: tuple[int, ...]) -> Ways | 
 
 
 def _candidates(grid: Grid, axes: Axes, parts: tuple[int, ...]) -> Iterable[Ways]:
-    """The ways that explain every interval of every dim, those of few axes first."""
+    """The ways that explain every interval of every dim, those of few axes first; last that one rank has several."""
     options: list[list[DimAxes]] = []
     for d, (size, edges) in enumerate(zip(grid.shape, grid.edges, strict=True)):
         starts = tuple(edges[:-1].tolist())
-        mine = [DimAxes((), p) for p in (1, *parts) if not grid.hollow[d] and _starts(size, (), p) == starts][:1]
-        mine = mine or ([DimAxes()] if not size else [])
+        mine = [DimAxes()] if (len(starts) == 1 and not grid.hollow[d]) or not size else []
         if len(starts) > 1 or grid.hollow[d]:
             for count in range(1, len(axes) + 1):
                 for chosen in itertools.permutations(axes, count):
@@ -196,6 +199,7 @@ def _candidates(grid: Grid, axes: Axes, parts: tuple[int, ...]) -> Iterable[Ways
                         degrees = tuple(n for _, n in chosen)
                         if math.prod(degrees) * p >= len(starts) and _starts(size, degrees, p) == starts:
                             mine.append(DimAxes(tuple(axis for axis, _ in chosen), p))
+            mine += [DimAxes((), p) for p in parts if p > 1 and _starts(size, (), p) == starts]
         options.append(mine)
     for ways in itertools.product(*options):
         used = [axis for way in ways for axis in way.axes]
@@ -206,7 +210,7 @@ def _candidates(grid: Grid, axes: Axes, parts: tuple[int, ...]) -> Iterable[Ways
 def _agreement(grid: Grid, mesh: Mesh, ways: Ways) -> float:
     """How many of the cells were stored by a rank that a way of cutting gives them to."""
     cells = np.argwhere(grid.ranks >= 0)[:_SAMPLE].tolist() if grid.cells.size else []
-    if not cells or not any(way.axes for way in ways):
+    if not cells:
         return 1
     right = 0
     for cell in cells:
@@ -231,17 +235,21 @@ def _split(size: int, degrees: tuple[int, ...], parts: int) -> dict[tuple[int, .
     if size % parts:
         return {}
     for part in range(parts):
-        spans = {(): (part * (size // parts), size // parts)}
+        spans: dict[tuple[int, ...], Span] = {(): (part * (size // parts), size // parts)}
         for n in degrees:
-            spans = {
-                (*at, k): (start + min(k * -(-length // n), length), max(0, min(-(-length // n), length - k * -(-length // n))))
-                for at, (start, length) in spans.items()
-                for k in range(n)
-            }
+            spans = {(*at, k): _chunk(span, n, k) for at, span in spans.items() for k in range(n)}
         for at, span in spans.items():
             if span[1]:
                 found[at].append(span)
     return found
+
+
+def _chunk(span: Span, count: int, k: int) -> Span:
+    """What `torch.chunk` gives the k-th of `count`: it may be less than the others have, or nothing."""
+    start, length = span
+    piece = -(-length // count)
+    done = min(k * piece, length)
+    return start + done, min(piece, length - done)
 
 
 @lru_cache(maxsize=4096)

@@ -54,7 +54,7 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Grid:
-    """Boxes as a grid: dim d is cut at `edges[d]`, and cell [i, j, …] is box `cells[i, j, …]`, stored by `ranks[i, j, …]`.
+    """Boxes as a grid: dim d is cut at `edges[d]`, cell [i, j, …] is box `cells[i, j, …]`, stored by `ranks[i, j, …]`.
 
     `hollow[d]`: an empty box was stored too, by a rank for which nothing of that dim was left. `flat`: cell → (start,
     box) of the pieces of its flattened elements, where a cell is not one box.
@@ -136,8 +136,8 @@ class Grid:
 
 
 def grid_of(boxes: Boxes) -> Grid:
-    """The grid that boxes make up; where they are none, the finest one that cuts no cell in two: its cells are then parts
-    of boxes. CheckpointError, saying where, if boxes overlap or leave a gap."""
+    """The grid that boxes make up; where they are none, the coarsest in which each box is several cells, which are then
+    parts of it. CheckpointError, saying where, if boxes overlap or leave a gap."""
     ndim = len(boxes.shape)
     held = (boxes.sizes > 0).all(axis=1) if ndim else np.ones(len(boxes.starts), bool)
     kept = np.flatnonzero(held)
@@ -179,9 +179,7 @@ def grid_of(boxes: Boxes) -> Grid:
     high = np.stack([e[place[:, d] + 1] for d, e in enumerate(edges)], 1)
     of = made.reshape(-1)
     items = Window(boxes.items, of, low - boxes.starts[of], high - low)
-    return Grid(
-        boxes.shape, boxes.dtype, edges, np.arange(of.size).reshape(counts), ranks, hollow, items
-    )
+    return Grid(boxes.shape, boxes.dtype, edges, np.arange(of.size).reshape(counts), ranks, hollow, items)
 
 
 def _wrong(how: str, edges: tuple[Int64, ...], cell: Any) -> CheckpointError:

@@ -34,7 +34,7 @@ def read_folder(folder: str, said: Said) -> Metadata:
     if metadata.lost:
         said.error(
             "dcp-no-place",
-            f"{folder}: .metadata lists {_some(metadata.lost)} and does not say where: it is cut or forged; copy it again",
+            f"{folder}: .metadata lists {_some(metadata.lost)} and not where it lies: it is cut or forged; copy it again",
         )
     ends = _ends(metadata)
     for i, name in enumerate(metadata.files):
@@ -46,8 +46,8 @@ def read_folder(folder: str, said: Said) -> Metadata:
         if size < ends[i]:
             said.error(
                 "dcp-short-file",
-                f"{path}: has {size:,} bytes, .metadata says that its items end at byte {ends[i]:,}: it was cut, or is of "
-                "another save; copy it again",
+                f"{path}: has {size:,} bytes, .metadata says that its items end at byte {ends[i]:,}: it was cut, or "
+                "is of another save; copy it again",
             )
         elif size > ends[i] and _is_zip(path) and DATA.fullmatch(name):
             said.notice(

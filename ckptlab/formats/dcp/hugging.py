@@ -51,13 +51,13 @@ def find(path: str, said: Said) -> Found:
     found = Found(path, files=tuple(names))
     for name, chunks in pieces.items():
         starts = sorted(chunks)
-        stored = [chunks[start][1] for start in starts]
+        boxes = [chunks[start][1] for start in starts]
         at = np.array(starts, np.int64).reshape(len(starts), -1)
-        sizes = np.array([one.shape for one in stored], np.int64).reshape(at.shape)
+        sizes = np.array([one.shape for one in boxes], np.int64).reshape(at.shape)
         shape = tuple((at + sizes).max(axis=0).tolist())
         who = np.array([chunks[start][0] for start in starts], np.int64)
         with said.caught("dcp-chunks", f"{path}: {name}"):
-            found.weights[name] = grid_of(Boxes(shape, stored[0].dtype, at, sizes, who, Known(stored)))
+            found.weights[name] = grid_of(Boxes(shape, boxes[0].dtype, at, sizes, who, Known(boxes)))
     return found
 
 

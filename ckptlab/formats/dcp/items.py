@@ -45,7 +45,7 @@ class EntryItems:
         if stored.shape != shape or stored.dtype != entry.dtype:
             raise CheckpointError(
                 f"{path}: {entry.key}: the item at byte {offset} holds {stored.dtype} of shape {stored.shape}, "
-                f".metadata says {entry.dtype} of {shape}: the file is of another save, or damaged; put back this save's"
+                f".metadata says {entry.dtype} of {shape}: the file is damaged, or of another save; put back this one"
             )
         return stored
 

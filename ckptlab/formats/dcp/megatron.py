@@ -84,7 +84,11 @@ def _grids(metadata: Metadata, entry: Entry, key: str) -> dict[str, Grid]:
     names, count = _names(key, entry.shape if whole is None else tuple(whole))
     if whole is None:
         boxes = boxes_of(metadata, entry)
-        return {names(place): grid_of(one) for place, one in boxes.slices(count).items()} if count else {key: grid_of(boxes)}
+        return (
+            {names(place): grid_of(one) for place, one in boxes.slices(count).items()}
+            if count
+            else {key: grid_of(boxes)}
+        )
     return {names(place): grid for place, grid in _flattened(metadata, entry, tuple(whole), count).items()}
 
 
@@ -102,11 +106,9 @@ def _names(key: str, shape: tuple[int, ...]) -> tuple[Any, int]:
     return name, int(stacked) + int(experts)
 
 
-def _flattened(
-    metadata: Metadata, entry: Entry, whole: tuple[int, ...], count: int
-) -> dict[tuple[int, ...], Grid]:
-    """What 0.12's `fully_sharded_model_space` makes of a tensor: a grid of equal pieces, each flattened, and a dp rank's
-    range of it a chunk: dims (*grid, elements of a piece)."""
+def _flattened(metadata: Metadata, entry: Entry, whole: tuple[int, ...], count: int) -> dict[tuple[int, ...], Grid]:
+    """What 0.12's `fully_sharded_model_space` makes of a tensor: a grid of equal pieces, each flattened, and a dp
+    rank's range of it a chunk: dims (*grid, elements of a piece)."""
     grid, numel = entry.shape[:-1], entry.shape[-1]
     if len(grid) != len(whole) or any(n % k for n, k in zip(whole, grid, strict=True)) or 0 in grid:
         raise CheckpointError(f"a grid of {grid} pieces does not divide a tensor of {whole}: the file is damaged")
@@ -129,9 +131,7 @@ def _flattened(
             if [start for start, _, _ in ranges] != ends[:-1] or ends[-1] != numel:
                 raise CheckpointError(f"the ranges of piece {(*place, *cell)} do not make up its {numel} elements")
             flat[cell] = [(start, i) for start, _, i in ranges]
-        made[place] = Grid(
-            whole[count:], entry.dtype, edges, nobody, nobody, (False,) * len(edges), items, flat
-        )
+        made[place] = Grid(whole[count:], entry.dtype, edges, nobody, nobody, (False,) * len(edges), items, flat)
     return made
 
 

@@ -41,7 +41,7 @@ _DTYPES = {
 class _Record:
     """What an object of a class of torch's is kept as: those of its attributes that are ours to know."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
     def __init__(self, *given: Any) -> None:
         if given:
@@ -55,18 +55,29 @@ class _Record:
 
 class _Chunk(_Record):
     __slots__ = ("offsets", "sizes")
+    offsets: Any
+    sizes: Any
 
 
 class _Index(_Record):
     __slots__ = ("fqn", "offset")
+    fqn: Any
+    offset: Any
 
 
 class _Info(_Record):
     __slots__ = ("length", "offset", "relative_path", "transform_descriptors")
+    length: Any
+    offset: Any
+    relative_path: Any
+    transform_descriptors: Any
 
 
 class _Tensor(_Record):
     __slots__ = ("chunks", "properties", "size")
+    chunks: Any
+    properties: Any
+    size: Any
 
 
 class _Bytes(_Record):
@@ -121,7 +132,9 @@ class _Unpickler(pickles.Unpickler):
         """In a thread whose stack is deep enough to hash a tuple of all the tuples there are, nested in one another."""
         stack = 1 << 23 | (tuple_opcodes_at_most(self._data) * _STACK_OF_TUPLE + 4095 & ~4095)
         if stack > _MOST_STACK:
-            raise UnsafeFileError(f"it makes more tuples than a stack of {_MOST_STACK:,} bytes could hold; do not use it")
+            raise UnsafeFileError(
+                f"it makes more tuples than a stack of {_MOST_STACK:,} bytes could hold; do not use it"
+            )
         found: Future[Any] = Future()
 
         def run() -> None:
@@ -293,7 +306,9 @@ class _Columns:
         if type(shape) is not tuple or len(shape) > _MOST_DIMS or not all(map(_natural, shape)):
             raise CheckpointError(f"{key}: its size is {shape!r}, expected lengths of dims")
         if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in _DTYPES:
-            raise CheckpointError(f"{key}: its dtype is {dtype!r}, which has no equal in numpy: convert it and save again")
+            raise CheckpointError(
+                f"{key}: its dtype is {dtype!r}, which has no equal in numpy: convert it and save again"
+            )
         known = self.tensors.setdefault(key, (path, shape, _DTYPES[dtype.name], {}))
         if known[1] != shape or known[2] != _DTYPES[dtype.name]:
             raise CheckpointError(
@@ -338,8 +353,8 @@ def _entry_of(
     if outside.any():
         row = int(np.argwhere(outside)[0][0])
         raise CheckpointError(
-            f"{key}: a chunk at {tuple(starts[row].tolist())} of {tuple(sizes[row].tolist())} reaches out of the tensor, "
-            f"whose shape is {shape}"
+            f"{key}: a chunk at {tuple(starts[row].tolist())} of {tuple(sizes[row].tolist())} reaches out of the "
+            f"tensor, whose shape is {shape}"
         )
     file, offset, length = (np.ascontiguousarray(columns[:, i]) for i in (-3, -2, -1))
     return Entry(key, path, shape, dtype, starts, sizes, file, offset, length)
@@ -359,5 +374,3 @@ def _said(value: Any) -> str:
     if isinstance(value, Foreign):
         return f"a {value.module}.{value.name}"
     return f"a {type(value).__name__}"
-
-

@@ -20,7 +20,7 @@ from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats import torchfile
 from ckptlab.formats.dcp.assemble import Client, Found
-from ckptlab.formats.dcp.axes import DimAxes, NEUTRAL, pieces_of
+from ckptlab.formats.dcp.axes import NEUTRAL, DimAxes, pieces_of
 from ckptlab.formats.dcp.boxes import Boxes, Grid, grid_of
 from ckptlab.formats.dcp.items import Known
 from ckptlab.formats.dcp.said import Said
@@ -44,7 +44,7 @@ class Sharded:
 
 
 def files_of(names: frozenset[str] | set[str]) -> dict[str, dict[int, str]]:
-    """"model", "optim" or "extra_state" → rank → file."""
+    """ "model", "optim" or "extra_state" → rank → file."""
     found: dict[str, dict[int, str]] = {}
     for name in names:
         match = FILE.fullmatch(name)
@@ -65,8 +65,8 @@ def find(path: str, said: Said) -> Found:
         if missing and kind != "extra_state":
             said.error(
                 "dcp-missing-file",
-                f"{path}: {kind}_world_size_{world}_rank_{missing[0]}.pt is missing: what that rank had cannot be found; "
-                "copy it again",
+                f"{path}: {kind}_world_size_{world}_rank_{missing[0]}.pt is missing: what that rank had cannot be "
+                "found; copy it again",
             )
     read = {
         kind: {rank: torchfile.read(os.path.join(path, name)) for rank, name in sorted(by_rank.items())}
@@ -106,8 +106,11 @@ def _optimizer(
     said: Said,
 ) -> None:
     """The states and groups of the optimizer's files, keyed by names, or by the number of the parameter."""
-    states = {rank: one.get("state") for rank, one in optimizers.items() if isinstance(one, dict)}
-    states = {rank: state for rank, state in states.items() if isinstance(state, dict)}
+    states: dict[int, Any] = {
+        rank: one["state"]
+        for rank, one in optimizers.items()
+        if isinstance(one, dict) and isinstance(one.get("state"), dict)
+    }
     if not states:
         return
     found.optimizer = True
@@ -149,10 +152,11 @@ def _by_number(keys: list[int], states: Mapping[int, Any], found: Found) -> dict
     """Number → name, where the tensors of the model, in its order, have the shapes of the numbered states."""
     one = next(iter(states.values()))
     shapes = {key: _shape(value) for key in keys for value in one.get(key, {}).values() if _shape(value) != ()}
-    names = list(found.weights)
-    if len(keys) != len(names) or any(shapes.get(key, found.weights[n].shape) != found.weights[n].shape for key, n in zip(sorted(keys), names, strict=True)):
-        return None
-    return dict(zip(sorted(keys), names, strict=True))
+    names = dict(zip(sorted(keys), found.weights, strict=False))
+    fits = len(keys) == len(found.weights) and all(
+        shapes.get(key, found.weights[name].shape) == found.weights[name].shape for key, name in names.items()
+    )
+    return names if fits else None
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -186,13 +190,14 @@ def _grid(
         mesh = Mesh(**dict(sharded.axes))
         meshes.setdefault(sharded.axes)
         spans = [
-            pieces_of(n, way, mesh, mesh.coordinate(rank % mesh.size)) for n, way in zip(shape, sharded.ways, strict=True)
+            pieces_of(n, way, mesh, mesh.coordinate(rank % mesh.size))
+            for n, way in zip(shape, sharded.ways, strict=True)
         ]
         sizes = tuple(sum(length for _, length in dim) for dim in spans)
         if sizes != sharded.local.shape:
             raise CheckpointError(
-                f"rank {rank} has shape {sharded.local.shape}, by its placements it would have {sizes}: damaged, or cut "
-                "in a way that ckptlab does not know"
+                f"rank {rank} has shape {sharded.local.shape}, by its placements it would have {sizes}: damaged, or "
+                "cut in a way that ckptlab does not know"
             )
         start = tuple(dim[0][0] if dim else n for dim, n in zip(spans, shape, strict=True))
         boxes.setdefault(start, (sizes, rank, sharded.local))
@@ -255,13 +260,17 @@ def _ways(
         if kind == "Replicate":
             continue
         if kind not in ("Shard", "_StridedShard"):
-            raise UnsupportedError(f"it is placed as {kind} on {names[axis]}, which says nothing of where its elements are")
+            raise UnsupportedError(
+                f"it is placed as {kind} on {names[axis]}, which says nothing of where its elements are"
+            )
         dim = told["dim"] % max(len(shape), 1)
         after, factor = 0, told.get("split_factor", 1) if kind == "_StridedShard" else 1
         while factor > 1 and after < len(order[dim]) and factor % degrees[order[dim][after]] == 0:
             factor //= degrees[order[dim][after]]
             after += 1
         if factor != 1:
-            raise UnsupportedError(f"{names[axis]} cuts dim {dim} strided by {told['split_factor']}, which no other axis does")
+            raise UnsupportedError(
+                f"{names[axis]} cuts dim {dim} strided by {told['split_factor']}, which no other axis does"
+            )
         order[dim].insert(after, axis)
     return tuple(DimAxes(tuple(names[axis] for axis in axes)) for axes in order)

@@ -69,7 +69,9 @@ def _folders(path: str) -> list[str]:
     models = sorted(n for n in names if n.startswith(MODEL_FOLDER))
     optimizers = sorted(n for n in names if n.startswith(OPTIMIZER_FOLDER) and n[len(OPTIMIZER_FOLDER) :].isdigit())
     if len(models) > 1 or len(optimizers) > 1:
-        raise UnsupportedError(f"{path}: holds {len(models)} models: open the folder of one of them: {', '.join(models)}")
+        raise UnsupportedError(
+            f"{path}: holds {len(models)} models: open the folder of one of them: {', '.join(models)}"
+        )
     found = [n for n in (*models, *optimizers) if metadata_files(set(os.listdir(os.path.join(path, n))))]
     if not found:
         raise CheckpointError(
@@ -183,5 +185,3 @@ def _step(found: Found) -> int | None:
             return int(state["step"])
     steps = [group.scalars["step"] for group in found.groups if isinstance(group.scalars.get("step"), int | float)]
     return int(max(steps)) if steps else None
-
-

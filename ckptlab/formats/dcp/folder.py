@@ -9,10 +9,9 @@ import numpy as np
 
 from ckptlab.formats.dcp.boxes import Boxes
 from ckptlab.formats.dcp.items import EntryItems
-from ckptlab.formats.dcp.metadata import Entry, Int64, Metadata, read_metadata
+from ckptlab.formats.dcp.metadata import METADATA, Entry, Int64, Metadata, read_metadata
 from ckptlab.formats.dcp.said import Said
 
-METADATA = ".metadata"
 OF_RANK = re.compile(r"__(\d+)\.metadata")
 DATA = re.compile(r"__(\d+)_(\d+)\.distcp")
 
@@ -34,7 +33,7 @@ def read_folder(folder: str, said: Said) -> Metadata:
     if metadata.lost:
         said.error(
             "dcp-no-place",
-            f"{folder}: .metadata lists {_some(metadata.lost)} and not where it lies: it is cut or forged; copy it again",
+            f"{folder}: .metadata does not say where {_some(metadata.lost)} lies: it is cut or forged; copy it again",
         )
     ends = _ends(metadata)
     for i, name in enumerate(metadata.files):

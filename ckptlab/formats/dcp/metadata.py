@@ -25,6 +25,7 @@ from ckptlab.formats.pickles import Foreign, Global, tuple_opcodes_at_most
 
 Int64 = NDArray[np.int64]
 
+METADATA = ".metadata"
 _MOST_DIMS = 32
 _STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
 _MOST_STACK = 1 << 33  # of address space: what is not touched takes no memory
@@ -226,7 +227,10 @@ def read_metadata(folder: str, names: Iterable[str]) -> Metadata:
                 "damaged or forged; copy it again"
             ) from None
         made.seen |= seen
-    return made.metadata()
+    try:
+        return made.metadata()
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.path.join(folder, METADATA)}: {error}") from None
 
 
 def _load(data: bytes, source: str) -> tuple[Any, set[tuple[str, str]]]:

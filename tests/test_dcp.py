@@ -1,4 +1,4 @@
-"""torch Distributed Checkpoints: written by torch on the spot, or by hand as several ranks would, and read without it."""
+"""torch Distributed Checkpoints, by torch on the spot or by hand as several ranks write them, read without it."""
 
 from __future__ import annotations
 
@@ -627,3 +627,15 @@ def test_an_item_that_claims_more_than_its_window_is_refused(tmp_path: Path) -> 
     folder.files["__0_0.distcp"] = bytearray(grown) + bytes(1 << 21)
     with pytest.raises(CheckpointError, match=r"model.w"):
         whole(read_dcp(folder.write()), "w", MASTER)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_was_stored_with_strides(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"model": {"w": torch.arange(12.0).view(3, 4).t()}}, checkpoint_id=str(tmp_path), no_dist=True)
+    found = read_dcp(str(tmp_path))
+    ((fragment,),) = found.stored.pieces["w", MASTER].values()
+    assert fragment.stored.strides == (1, 4)
+    same(found, "w", MASTER, np.ascontiguousarray(np.arange(12, dtype=np.float32).reshape(3, 4).T))

@@ -214,12 +214,17 @@ def _agreement(grid: Grid, mesh: Mesh, ways: Ways) -> float:
         return 1
     right = 0
     for cell in cells:
-        at = mesh.coordinate(int(grid.ranks[tuple(cell)]) % mesh.size)
+        at = _coordinate(mesh, int(grid.ranks[tuple(cell)]) % mesh.size)
         right += all(
             int(grid.edges[d][k]) in {start for start, _ in pieces_of(grid.shape[d], way, mesh, at)}
             for d, (k, way) in enumerate(zip(cell, ways, strict=True))
         )
     return right / len(cells)
+
+
+@lru_cache(maxsize=1 << 16)
+def _coordinate(mesh: Mesh, rank: int) -> dict[str, int]:
+    return mesh.coordinate(rank)
 
 
 def pieces_of(size: int, way: DimAxes, mesh: Mesh, at: Mapping[str, int]) -> list[Span]:
@@ -303,6 +308,7 @@ def _laid(grid: Grid, mesh: Mesh, ways: Ways) -> Laid:
     return Laid(Layout(" ".join(text), dims=labels, sizes=_uneven(sizes)), Cut(grid.shape, mesh, dims), ways)
 
 
+@lru_cache(maxsize=4096)
 def _inner_widths(size: int, way: DimAxes, mesh: Mesh) -> tuple[int, ...] | None:
     """The widths on the innermost axis, where they are the same for every coordinate on the others."""
     if not way.axes:
@@ -310,7 +316,8 @@ def _inner_widths(size: int, way: DimAxes, mesh: Mesh) -> tuple[int, ...] | None
     degrees = tuple(mesh[axis] for axis in way.axes)
     split = _split(size, degrees, way.parts)
     widths = {
-        at[:-1]: tuple(sum(n for _, n in split[(*at[:-1], k)]) // way.parts for k in range(degrees[-1])) for at in split
+        outer: tuple(sum(n for _, n in split[(*outer, k)]) // way.parts for k in range(degrees[-1]))
+        for outer in itertools.product(*map(range, degrees[:-1]))
     }
     return next(iter(widths.values())) if len(set(widths.values())) == 1 else None
 

@@ -9,11 +9,10 @@ import numpy as np
 
 from ckptlab.formats.dcp.boxes import Boxes
 from ckptlab.formats.dcp.items import EntryItems
-from ckptlab.formats.dcp.metadata import METADATA, Entry, Int64, Metadata, read_metadata
+from ckptlab.formats.dcp.metadata import DATA, METADATA, Entry, Metadata, read_metadata
 from ckptlab.formats.dcp.said import Said
 
 OF_RANK = re.compile(r"__(\d+)\.metadata")
-DATA = re.compile(r"__(\d+)_(\d+)\.distcp")
 
 
 def metadata_files(names: frozenset[str] | set[str]) -> list[str]:
@@ -54,7 +53,7 @@ def read_folder(folder: str, said: Said) -> Metadata:
                 f"{path}: has {size - ends[i]:,} bytes behind the last item that .metadata knows: the file may be of "
                 "another save than .metadata",
             )
-    strangers = sorted(n for n in names if DATA.fullmatch(n) and n not in set(metadata.files) and _size(folder, n))
+    strangers = sorted(n for n in names - set(metadata.files) if DATA.fullmatch(n) and _size(folder, n))
     if strangers:
         said.notice(
             "dcp-extra-file", f"{folder}: {_some(strangers)} hold nothing that .metadata names: left from another save"
@@ -64,14 +63,8 @@ def read_folder(folder: str, said: Said) -> Metadata:
 
 def boxes_of(metadata: Metadata, entry: Entry) -> Boxes:
     """The chunks of an entry."""
-    ranks = ranks_of(metadata)[entry.file] if len(entry.file) else entry.file
+    ranks = metadata.ranks[entry.file] if len(entry.file) else entry.file
     return Boxes(entry.shape, entry.dtype, entry.starts, entry.sizes, ranks, EntryItems(metadata, entry))
-
-
-def ranks_of(metadata: Metadata) -> Int64:
-    """The rank that wrote each file, by its name; -1 where that does not say."""
-    found = (DATA.fullmatch(os.path.basename(name)) for name in metadata.files)
-    return np.array([int(match[1]) if match else -1 for match in found], np.int64)
 
 
 def _all_ranks(folder: str, names: set[str], said: Said) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from ckptlab.catalog import Catalog
 from ckptlab.formats.dcp import hugging, megatron, ranks
-from ckptlab.formats.dcp.folder import DATA, OF_RANK
-from ckptlab.formats.dcp.metadata import METADATA
+from ckptlab.formats.dcp.folder import OF_RANK
+from ckptlab.formats.dcp.metadata import DATA, METADATA
 from ckptlab.formats.dcp.read import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp
 from ckptlab.strategy import Strategy
 

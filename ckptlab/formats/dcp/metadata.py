@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import ml_dtypes
@@ -26,6 +28,7 @@ from ckptlab.formats.pickles import Foreign, Global, tuple_opcodes_at_most
 Int64 = NDArray[np.int64]
 
 METADATA = ".metadata"
+DATA = re.compile(r"__(\d{1,9})_(\d+)\.distcp")
 _MOST_DIMS = 32
 _STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
 _MOST_STACK = 1 << 33  # of address space: what is not touched takes no memory
@@ -201,6 +204,12 @@ class Metadata:
     extra: Mapping[str, Any] = field(default_factory=dict)
     globals_seen: frozenset[tuple[str, str]] = frozenset()
     lost: tuple[str, ...] = ()
+
+    @cached_property
+    def ranks(self) -> Int64:
+        """The rank that wrote each file, by its name; -1 where that does not say."""
+        found = (DATA.fullmatch(os.path.basename(name)) for name in self.files)
+        return np.array([int(match[1]) if match else -1 for match in found], np.int64)
 
     def path(self, file: int) -> str:
         """The file of that index."""

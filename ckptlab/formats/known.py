@@ -28,12 +28,6 @@ class _ByNames(_Known):
         return all(any(re.fullmatch(marker, name) for name in folder.names) for marker in self.markers)
 
 
-class TorchDCP(_ByNames):
-    name = "dcp"
-    title = "a torch DCP checkpoint (.metadata beside *.distcp)"
-    markers = (r"\.metadata|__\d+\.metadata|metadata\.json", r".*\.distcp")
-
-
 class Megatron(_ByNames):
     name = "megatron"
     title = "a Megatron-LM checkpoint (mp_rank_* folders with model_optim_rng.pt, or latest_checkpointed_iteration.txt)"
@@ -46,12 +40,6 @@ class Megatron(_ByNames):
             re.fullmatch(self.markers[0], name) and folder.below(name).names & {"model_optim_rng.pt", "model_rng.pt"}
             for name in folder.folders
         )
-
-
-class FSDP(_ByNames):
-    name = "fsdp"
-    title = "FSDP's files of each rank (model_world_size_*_rank_*.pt)"
-    markers = (r"model_world_size_\d+_rank_\d+\.pt",)
 
 
 class Nanotron(_ByNames):

@@ -169,7 +169,7 @@ class Shards(View):
         arrays: list[LazyArray] = [
             Gathered(
                 shard_reader(self.source, self.held, tensor.name, state, holder),
-                tensor.cut,
+                placement.cut,
                 placement.coordinate(holder),
             )
             for holder in placement.on(stage)

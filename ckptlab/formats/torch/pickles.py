@@ -118,12 +118,15 @@ class Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         raise UnsafeFileError(f"it refers to {pid!r}, something outside its pickle, where no such thing is")
 
+    def _load(self) -> Any:
+        if tuple_opcodes_at_most(self._data) > DEEPEST_TUPLE:
+            _Rehearsal(io.BytesIO(self._data), encoding="utf-8").load()
+        return super().load()
+
     def load(self) -> Any:
         """The object in the pickle. Raises UnsafeFileError or CheckpointError, whatever the pickle does."""
         try:
-            if _tuple_opcodes_at_most(self._data) > DEEPEST_TUPLE:
-                _Rehearsal(io.BytesIO(self._data), encoding="utf-8").load()
-            return super().load()
+            return self._load()
         except CkptlabError as error:
             raise type(error)(f"{self.source}: {error}") from None
         except Exception as error:  # a hostile or cut pickle may raise anything
@@ -139,7 +142,8 @@ def loads(data: bytes, source: str) -> Any:
     return Unpickler(data, source).load()
 
 
-def _tuple_opcodes_at_most(data: bytes) -> int:
+def tuple_opcodes_at_most(data: bytes) -> int:
+    """A number that the tuples which a pickle makes do not exceed."""
     return sum(map(data.count, (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3))) + min(data.count(b"("), data.count(b"t"))
 
 

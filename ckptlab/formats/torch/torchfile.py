@@ -109,11 +109,14 @@ def read(path: str | os.PathLike[str]) -> Any:
     return read_contents(path).value
 
 
-def read_contents(path: str | os.PathLike[str]) -> Contents:
-    """As `read`, and which classes and functions a normal loader would have imported, and may have called."""
+def read_contents(path: str | os.PathLike[str], base: int = 0, length: int | None = None) -> Contents:
+    """As `read`, and which classes and functions a normal loader would have imported, and may have called.
+
+    base, length: the bytes of the file that are such a `.pt` file, where it is a part of another.
+    """
     path = os.fspath(path)
     with open(path, "rb") as file:
-        records = RecordReader(path, file)
+        records = RecordReader(path, file, base, length)
         if "byteorder" in records and records.bytes_of("byteorder") != b"little":
             raise UnsupportedError(f"{path}: its numbers are not little-endian; load it with torch and save it again")
         unpickler = _TensorUnpickler(records)

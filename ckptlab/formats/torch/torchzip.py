@@ -4,6 +4,7 @@ The format of the headers is in PKWARE's APPNOTE (4.3.7 local header, 4.5.3 zip6
 in `caffe2/serialize/inline_container.cc`.
 """
 
+import io
 import os
 import struct
 import tarfile
@@ -11,7 +12,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats.fileplan import Checksum, FilePlan, Literal, Part, merged
@@ -41,16 +42,46 @@ class Record(NamedTuple):
     size: int
 
 
+class Window(io.RawIOBase):
+    """`length` bytes of an open file, from byte `base` on, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, base: int, length: int) -> None:
+        self._file, self._base, self._length, self._at = file, base, length, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError(f"there is no byte {start + offset}")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self._length - self._at, 0)
+        count = left if size is None or size < 0 else min(size, left)
+        data = os.pread(self._file.fileno(), count, self._base + self._at)
+        self._at += len(data)
+        return data
+
+
 class RecordReader:
-    """The records of an open `.pt` file. Reads the zip's directory and no data.
+    """The records of an open `.pt` file, or of one that lies in a file from byte `base` on, `length` bytes long. Reads
+    the zip's directory and no data.
 
     Raises UnsafeFileError, UnsupportedError or CheckpointError where it is no such zip, or an ambiguous one.
     """
 
-    def __init__(self, path: str, file: BinaryIO) -> None:
+    def __init__(self, path: str, file: BinaryIO, base: int = 0, length: int | None = None) -> None:
         self.path = path
         self._file = file
-        self._directory = _directory(path, file)
+        self._base = base
+        window: Any = file if length is None else Window(file, base, length)
+        self._directory = _directory(path, window)
         names = [info.filename for info in self._directory.infolist()]
         if len(set(names)) < len(names):
             double = Counter(names).most_common(1)[0][0]
@@ -68,7 +99,7 @@ class RecordReader:
         return f"{self._root}/{name}" in self._directory.NameToInfo
 
     def extent(self, name: str) -> Record:
-        """Where the data of record `name` (without the root) lies."""
+        """Where the data of record `name` (without the root) lies in the file."""
         info = self._directory.NameToInfo.get(f"{self._root}/{name}")
         if info is None:
             raise CheckpointError(f"{self.path} has no record {name!r}: it is incomplete, or no file of torch.save")
@@ -88,15 +119,15 @@ class RecordReader:
                 f"{self.path}: record {name!r} is said to end at byte {offset + info.file_size}, but the "
                 f"records end at {self._directory.start_dir}; the file is cut or forged, get it again"
             )
-        return Record(offset, info.file_size)
+        return Record(self._base + offset, info.file_size)
 
     def bytes_of(self, name: str) -> bytes:
         """The data of a (small) record."""
         offset, size = self.extent(name)
-        return self._at(offset, size)
+        return self._at(offset - self._base, size)
 
     def _at(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, offset) if offset >= 0 else b""
+        return os.pread(self._file.fileno(), size, self._base + offset) if offset >= 0 else b""
 
 
 def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:

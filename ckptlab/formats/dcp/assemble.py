@@ -1,0 +1,294 @@
+"""Grids of chunks, by tensor and state → `Catalog`: the same for whatever wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import (
+    DTYPES,
+    MASTER,
+    PARAM,
+    Catalog,
+    Extents,
+    Fragment,
+    ParameterGroup,
+    Tensor,
+    Training,
+)
+from ckptlab.errors import LayoutError
+from ckptlab.formats.dcp.axes import (
+    Axes,
+    Laid,
+    canonical,
+    degrees_of,
+    lay,
+    lay_alone,
+    lay_as,
+    neutral_axes,
+)
+from ckptlab.formats.dcp.boxes import Grid
+from ckptlab.formats.dcp.said import Said
+from ckptlab.layout import Layout
+from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder, Placement
+from ckptlab.sharding.strategies import Strategy
+
+MASTERS = ("master_param", "fp32_param", "main_param", "master", "master_weight", "master_weights", "fp32_master")
+"""What optimizers that keep a weight of their own call it."""
+
+
+@dataclass
+class Found:
+    """What a reader found. `weights`: name → grid. `states`: name → state → grid, of the weight's shape or not.
+
+    `axes`: the mesh axes that may cut tensors, where that is known (then `mesh` is the run's); `parts`: in how many
+    equal parts a dim may be cut first. `stages`: the pp stage of a tensor. `layouts`: how tensors are said to be cut by
+    the files themselves. `told`: these layouts are exact.
+    """
+
+    path: str
+    weights: dict[str, Grid] = field(default_factory=dict)
+    states: dict[str, dict[str, Grid]] = field(default_factory=dict)
+    groups: tuple[ParameterGroup, ...] = ()
+    client: Mapping[str, Any] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    axes: Axes | None = None
+    parts: tuple[int, ...] = (1,)
+    stages: Mapping[str, int] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    step: int | None = None
+    files: tuple[str, ...] = ()
+    private: Any = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    optimizer: bool = False
+
+
+class Held(Mapping[Holder, tuple[Fragment, ...]]):
+    """Where the shards of one state lie, looked up when one is asked for. Iterates over one holder of each shard:
+    chunks that several ranks held were stored once."""
+
+    def __init__(self, grid: Grid, laid: Laid, placement: Placement) -> None:
+        self.grid, self.laid, self.placement = grid, laid, placement
+
+    def __getitem__(self, holder: Holder) -> tuple[Fragment, ...]:
+        try:
+            spans = self.laid.spans(self.grid, holder)
+        except LayoutError:
+            raise KeyError(holder) from None
+        return self.grid.fragments(spans)
+
+    def __iter__(self) -> Iterator[Holder]:
+        return iter(canonical(self.placement.holders, self.placement.cut).values())
+
+    def __len__(self) -> int:
+        return len(canonical(self.placement.holders, self.placement.cut))
+
+
+def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | None, format: str = "dcp") -> Catalog:
+    """The catalog of what was found.
+
+    The weight is the state "module" where the optimizer keeps another (a master), where it is of 16 bits, and where the
+    optimizer does not step it (frozen tensors and buffers); else what the optimizer steps is the weight itself, and it
+    is the master: float32 weights, also where no optimizer was stored.
+    """
+    states = _states(found, said)
+    grids = {name: next(iter(by_state.values())) for name, by_state in states.items()}
+    layouts = _layouts(grids, strategy) or dict(found.layouts)
+    mesh, axes, neutral = _mesh(found, grids, layouts, strategy, mesh)
+    tensors: dict[str, Tensor] = {}
+    placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    pieces: dict[tuple[str, str], Held] = {}
+    group_of = {name: i for i, group in enumerate(found.groups) for name in group.tensors}
+    for name, by_state in states.items():
+        stage = found.stages.get(name, 0)
+        first: Laid | None = None
+        known = True
+        for state, grid in by_state.items():
+            layout = layouts.get(name)
+            laid = lay_as(grid, mesh, layout, f"{found.path}: {name}") if layout else lay(grid, mesh, axes, found.parts)
+            if laid is None:
+                laid = lay_alone(grid)
+                known = False
+            first = first or laid
+            own = laid.cut.mesh == mesh
+            placement = Placement(laid.cut, (stage if own and stage < mesh.pp else 0,))
+            placements[name, state] = (placement,)
+            pieces[name, state] = Held(grid, laid, placement)
+        assert first is not None
+        tensors[name] = Tensor(
+            name,
+            first.cut.logical,
+            first.layout.replace(stages=(stage,)) if mesh.pp > 1 else first.layout,
+            first.cut,
+            _kind(name, found, grids[name].dtype, group_of),
+            {state: grid.dtype for state, grid in by_state.items()},
+            group_of.get(name),
+            (stage if stage < mesh.pp else 0,),
+            (),
+            known and not (neutral and first.cut.axes),
+        )
+    _say_axes(found.path, tensors, neutral, axes, said)
+    return Catalog(
+        found.path,
+        format,
+        mesh,
+        tensors,
+        placements,
+        Extents(pieces),
+        (),
+        Training(
+            mesh=None if neutral else mesh,
+            step=found.step,
+            dtype=_dtype(states),
+            groups=found.groups,
+            heads=found.heads,
+            kv_heads=found.kv_heads,
+            layouts_told=bool(found.layouts) and strategy is None,
+        ),
+        found.client,
+        found.private,
+        tuple(said.faults.findings),
+        found.files,
+    )
+
+
+def _states(found: Found, said: Said) -> dict[str, dict[str, Grid]]:
+    """Name → state → grid, the master first and the module weight last; a state of another shape is a tensor of its
+    own."""
+    states: dict[str, dict[str, Grid]] = {}
+    odd: dict[str, Grid] = {}
+    for name in dict.fromkeys([*found.weights, *found.states]):
+        weight, its = found.weights.get(name), dict(found.states.get(name, {}))
+        shape = weight.shape if weight is not None else next(iter(its.values())).shape
+        odd |= {f"{name}.{state}": grid for state, grid in its.items() if grid.shape != shape}
+        its = {state: grid for state, grid in its.items() if grid.shape == shape}
+        master = next((state for state in its if state in MASTERS), None)
+        made: dict[str, Grid] = {} if master is None else {MASTER: its.pop(master)}
+        stepped = bool(its) or not found.optimizer or _in_group(name, found)
+        if weight is not None and not made and weight.dtype == np.float32 and stepped:
+            made[MASTER] = weight
+            weight = None
+        made |= its
+        if weight is not None:
+            made[PARAM] = weight
+        states[name] = made
+    for name, grid in odd.items():
+        states.setdefault(name, {PARAM: grid})
+    return states
+
+
+def _in_group(name: str, found: Found) -> bool:
+    return any(name in group.tensors for group in found.groups) or _is_part(name, found)
+
+
+def _is_part(name: str, found: Found) -> bool:
+    """Whether the optimizer knows a weight as a part of a fused one: `….qkv_linear.wq.weight` beside the moments of
+    `….qkv_linear.wqkv.weight`."""
+    parent = name.rsplit(".", 2)[0]
+    return any(known not in found.weights and known.rsplit(".", 2)[0] == parent for known in found.states)
+
+
+def _kind(name: str, found: Found, dtype: np.dtype, group_of: Mapping[str, int]) -> str:
+    if not found.optimizer or name in found.states or name in group_of or _is_part(name, found):
+        return "buffer" if dtype.kind in "iub" else "parameter"
+    return "buffer" if dtype.kind in "iub" else "frozen"
+
+
+def _layouts(grids: Mapping[str, Grid], strategy: Strategy | None) -> dict[str, Layout]:
+    if strategy is None:
+        return {}
+    found = {name: strategy.layout(name, _shards(grid)) for name, grid in grids.items()}
+    return {name: layout for name, layout in found.items() if layout is not None}
+
+
+def _shards(grid: Grid) -> list[tuple[int, ...]]:
+    """The shapes of a tensor's chunks."""
+    lengths = [[length for _, length in grid.spans(d)] for d in range(len(grid.shape))]
+    return [tuple(lengths[d][k] for d, k in enumerate(cell)) for cell in np.ndindex(*grid.counts)]
+
+
+def _mesh(
+    found: Found,
+    grids: Mapping[str, Grid],
+    layouts: Mapping[str, Layout],
+    strategy: Strategy | None,
+    given: Mesh | None,
+) -> tuple[Mesh, Axes, bool]:
+    """(mesh, axes that may cut tensors, whether these are neutral)."""
+    known = given or found.mesh
+    if known is None and layouts and strategy is not None:
+        try:
+            known = Mesh(**degrees_of(layouts, grids, {}))
+        except LayoutError as error:
+            raise LayoutError(f"{found.path}: {error}") from None
+    if known is not None:
+        axes = found.axes if given is None and found.axes is not None else _axes(known)
+        return known, axes, False
+    axes = neutral_axes(grids.values())
+    return Mesh(**dict(axes)), axes, True
+
+
+def _axes(mesh: Mesh) -> Axes:
+    return tuple((axis, n) for axis, n in mesh.degrees.items() if n > 1 and axis not in mesh.leaves("pp"))
+
+
+def _dtype(states: Mapping[str, Mapping[str, Grid]]) -> str | None:
+    """What the model computes in: the dtype of most of its floating-point weights."""
+    found: dict[str, int] = {}
+    for by_state in states.values():
+        grid = by_state.get(PARAM) or by_state.get(MASTER)
+        name = next((n for n, d in DTYPES.items() if grid is not None and d == grid.dtype), None)
+        if name is not None and grid is not None:
+            found[name] = found.get(name, 0) + int(np.prod(grid.shape, dtype=np.int64))
+    return max(found, key=lambda name: found[name]) if found else None
+
+
+def _say_axes(path: str, tensors: Mapping[str, Tensor], neutral: bool, axes: Axes, said: Said) -> None:
+    unnamed = [t.name for t in tensors.values() if not t.layout_known]
+    if not unnamed:
+        return
+    which = ", ".join(f"{name} ({n})" for name, n in axes) if neutral else "of its own"
+    said.notice(
+        "dcp-axes",
+        f"{path}: {len(unnamed)} tensors are cut ({unnamed[0]}, …); the files do not say over which mesh axes: they "
+        f"are called {which}. Name them with a mesh (mesh=Mesh(dp=2, tp=2)), or with layouts "
+        '(strategy={".*wq.*": "(tp dp out) in"})',
+    )
+
+
+Lazy = Callable[[], Any]
+
+
+class Client(Mapping[str, Any]):
+    """What the program put in, nested as it was, read when it is asked for."""
+
+    def __init__(self, entries: Mapping[tuple[str | int, ...], Lazy]) -> None:
+        self._roots: dict[str, dict[tuple[str | int, ...], Lazy]] = {}
+        for path, read in entries.items():
+            self._roots.setdefault(str(path[0]), {})[path[1:]] = read
+        self._known: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._known:
+            self._known[key] = _nested(self._roots[key])
+        return self._known[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roots)
+
+    def __len__(self) -> int:
+        return len(self._roots)
+
+
+def _nested(entries: Mapping[tuple[str | int, ...], Lazy]) -> Any:
+    if () in entries:
+        return entries[()]()
+    below: dict[str | int, dict[tuple[str | int, ...], Lazy]] = {}
+    for path, read in entries.items():
+        below.setdefault(path[0], {})[path[1:]] = read
+    return {key: _nested(inner) for key, inner in below.items()}

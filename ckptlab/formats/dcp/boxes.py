@@ -1,0 +1,188 @@
+"""The chunks of a tensor as boxes of it, and the grid that they make up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import Fragment
+from ckptlab.errors import CheckpointError
+from ckptlab.formats.dcp.items import Items, Window, window
+from ckptlab.formats.dcp.metadata import Int64
+from ckptlab.stored import Stored
+
+_MOST_CELLS = 1 << 22  # of a grid that boxes which are no grid are cut into
+
+Cell = tuple[int, ...]
+Span = tuple[int, int]  # where an interval of a dim begins, and its length
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """What is stored of one state of one tensor: box i begins at `starts[i]`, has `sizes[i]` (both int64, (n, dims)),
+    was stored by rank `ranks[i]` (-1: not known) and is `items(i)`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    starts: Int64
+    sizes: Int64
+    ranks: Int64
+    items: Items
+
+    def slices(self, count: int) -> dict[tuple[int, ...], Boxes]:
+        """The tensors that are stacked along the first `count` dims, by their place there."""
+        found = {}
+        ends = self.starts + self.sizes
+        for place in itertools.product(*(range(n) for n in self.shape[:count])):
+            at = np.array(place, np.int64)
+            mine = np.flatnonzero(((self.starts[:, :count] <= at) & (at < ends[:, :count])).all(axis=1))
+            inside = np.zeros_like(self.starts[mine])
+            inside[:, :count] = at - self.starts[mine, :count]
+            sizes = self.sizes[mine].copy()
+            sizes[:, :count] = 1
+            items = Window(self.items, mine, inside, sizes, count)
+            starts = np.ascontiguousarray(self.starts[mine, count:])
+            sizes = np.ascontiguousarray(sizes[:, count:])
+            found[place] = Boxes(self.shape[count:], self.dtype, starts, sizes, self.ranks[mine], items)
+        return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Boxes as a grid: dim d is cut at `edges[d]`, cell [i, j, …] is box `cells[i, j, …]`, stored by `ranks[i, j, …]`.
+
+    `hollow[d]`: an empty box was stored too, by a rank for which nothing of that dim was left. `flat`: cell → (start,
+    box) of the pieces of its flattened elements, where a cell is not one box.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    edges: tuple[Int64, ...]
+    cells: Int64
+    ranks: Int64
+    hollow: tuple[bool, ...]
+    items: Items
+    flat: Mapping[Cell, list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Into how many intervals each dim is cut."""
+        return tuple(len(edges) - 1 for edges in self.edges)
+
+    def spans(self, dim: int) -> list[Span]:
+        """The intervals of a dim, in order."""
+        edges = self.edges[dim].tolist()
+        return [(a, b - a) for a, b in itertools.pairwise(edges)]
+
+    def fragments(self, spans: list[list[Span]]) -> tuple[Fragment, ...]:
+        """Where a shard lies that is composed of these intervals of each dim, in the order of its elements."""
+        widths = [sum(length for _, length in dim) for dim in spans]
+        if not math.prod(widths):
+            return ()
+        places = [
+            np.searchsorted(edges, [start for start, _ in dim]).tolist()
+            for edges, dim in zip(self.edges, spans, strict=True)
+        ]
+        several = [d for d, dim in enumerate(places) if len(dim) > 1]
+        if not several:
+            return self._cell(tuple(dim[0] for dim in places), 0)
+        split = several[-1]
+        if math.prod(widths[:split]) == 1:
+            return self._one_after_another(places, split)
+        return self._by_rows(places, spans, split)
+
+    def _cell(self, cell: Cell, start: int) -> tuple[Fragment, ...]:
+        if self.flat:
+            return tuple(Fragment(start + at, self.items(box)) for at, box in self.flat[cell])
+        return (Fragment(start, self.items(int(self.cells[cell]))),)
+
+    def _one_after_another(self, places: list[list[int]], split: int) -> tuple[Fragment, ...]:
+        found: list[Fragment] = []
+        for place in places[split]:
+            cell = tuple(place if d == split else dim[0] for d, dim in enumerate(places))
+            found += self._cell(cell, sum(f.count for f in found))
+        return tuple(found)
+
+    def _by_rows(self, places: list[list[int]], spans: list[list[Span]], split: int) -> tuple[Fragment, ...]:
+        """Of cells side by side: their rows in turn."""
+        if self.flat:
+            raise CheckpointError("flattened pieces lie side by side in one shard, which no writer is known to do")
+        outer = [
+            [(place, k) for place, (_, length) in zip(places[d], spans[d], strict=True) for k in range(length)]
+            for d in range(split)
+        ]
+        found: list[Fragment] = []
+        done = 0
+        for above in itertools.product(*outer):
+            for place in places[split]:
+                cell = (*(at for at, _ in above), place, *(dim[0] for dim in places[split + 1 :]))
+                stored = self.items(int(self.cells[cell]))
+                starts = [*(k for _, k in above), *(0 for _ in stored.shape[split:])]
+                one = window(stored, starts, [*(1 for _ in above), *stored.shape[split:]])
+                found.append(Fragment(done, one))
+                done += one.numel
+        return tuple(found)
+
+    def all(self) -> list[Stored]:
+        """Everything that is stored of it."""
+        if self.flat:
+            return [self.items(box) for pieces in self.flat.values() for _, box in pieces]
+        return [self.items(int(box)) for box in self.cells.ravel().tolist()] if math.prod(self.shape) else []
+
+
+def grid_of(boxes: Boxes) -> Grid:
+    """The grid that boxes make up; where they are none, the coarsest in which each box is several cells, which are then
+    parts of it. CheckpointError, saying where, if boxes overlap or leave a gap."""
+    ndim = len(boxes.shape)
+    held = (boxes.sizes > 0).all(axis=1) if ndim else np.ones(len(boxes.starts), bool)
+    kept = np.flatnonzero(held)
+    starts, sizes = boxes.starts[kept], boxes.sizes[kept]
+    empty = ~held
+    hollow = tuple(bool((empty & (boxes.sizes[:, d] == 0)).any()) and boxes.shape[d] > 0 for d in range(ndim))
+    if not math.prod(boxes.shape):
+        edges = tuple(np.array([0, n], np.int64) for n in boxes.shape)
+        nothing = np.full((1,) * ndim, -1, np.int64)
+        return Grid(boxes.shape, boxes.dtype, edges, nothing, nothing, hollow, boxes.items)
+    edges = tuple(
+        np.unique(np.concatenate([starts[:, d], starts[:, d] + sizes[:, d], [0, n]])) for d, n in enumerate(boxes.shape)
+    )
+    counts = tuple(len(e) - 1 for e in edges)
+    if math.prod(counts) > max(_MOST_CELLS, len(kept)):
+        raise CheckpointError(f"{len(kept)} chunks would make a grid of {math.prod(counts):,} cells")
+    first = np.stack([np.searchsorted(e, starts[:, d]) for d, e in enumerate(edges)], 1) if ndim else starts
+    last = np.stack([np.searchsorted(e, starts[:, d] + sizes[:, d]) for d, e in enumerate(edges)], 1) if ndim else sizes
+    cells = np.full(counts, -1, np.int64)
+    if (last - first == 1).all():
+        flat = np.ravel_multi_index(tuple(first.T), counts) if ndim else np.zeros(len(kept), np.int64)
+        twice = np.bincount(flat, minlength=math.prod(counts)) > 1
+        if twice.any():
+            raise _wrong("held by two chunks", edges, np.unravel_index(int(np.argmax(twice)), counts))
+        cells.reshape(-1)[flat] = np.arange(len(kept))
+    else:
+        for i, (a, b) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+            region = tuple(slice(lo, hi) for lo, hi in zip(a, b, strict=True))
+            if (cells[region] >= 0).any():
+                raise _wrong("held by two chunks", edges, tuple(a))
+            cells[region] = i
+    if (cells < 0).any():
+        raise _wrong("held by no chunk", edges, np.unravel_index(int(np.argmax(cells.reshape(-1) < 0)), counts))
+    ranks, made = boxes.ranks[kept][cells], kept[cells]
+    if (last - first == 1).all():
+        return Grid(boxes.shape, boxes.dtype, edges, made, ranks, hollow, boxes.items)
+    place = np.indices(counts).reshape(ndim, -1).T
+    low = np.stack([e[place[:, d]] for d, e in enumerate(edges)], 1)
+    high = np.stack([e[place[:, d] + 1] for d, e in enumerate(edges)], 1)
+    of = made.reshape(-1)
+    items = Window(boxes.items, of, low - boxes.starts[of], high - low)
+    return Grid(boxes.shape, boxes.dtype, edges, np.arange(of.size).reshape(counts), ranks, hollow, items)
+
+
+def _wrong(how: str, edges: tuple[Int64, ...], cell: Any) -> CheckpointError:
+    start = tuple(int(e[k]) for e, k in zip(edges, cell, strict=True))
+    size = tuple(int(e[k + 1] - e[k]) for e, k in zip(edges, cell, strict=True))
+    return CheckpointError(f"the {size} elements at {start} are {how}")

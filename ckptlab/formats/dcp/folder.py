@@ -1,0 +1,110 @@
+"""A folder of DCP's files: `.metadata` and the files that it names, seen to be there and long enough."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import numpy as np
+
+from ckptlab.formats.dcp.boxes import Boxes
+from ckptlab.formats.dcp.items import EntryItems
+from ckptlab.formats.dcp.metadata import DATA, METADATA, Entry, Metadata, read_metadata
+from ckptlab.formats.dcp.said import Said
+
+OF_RANK = re.compile(r"__(\d+)\.metadata")
+
+
+def metadata_files(names: frozenset[str] | set[str]) -> list[str]:
+    """Which files of a folder say what is in it: `.metadata`, else one of each rank, in their order."""
+    if METADATA in names:
+        return [METADATA]
+    ranks = sorted((int(match[1]), name) for name in names if (match := OF_RANK.fullmatch(name)))
+    return [name for _, name in ranks]
+
+
+def read_folder(folder: str, said: Said) -> Metadata:
+    """What `.metadata` says of a folder, and whether its files are there. What is wrong is said."""
+    names = set(os.listdir(folder))
+    metadata = read_metadata(folder, metadata_files(names))
+    if METADATA not in names:
+        _all_ranks(folder, names, said)
+    if metadata.lost:
+        said.error(
+            "dcp-no-place",
+            f"{folder}: .metadata does not say where {_some(metadata.lost)} lies: it is cut or forged; copy it again",
+        )
+    ends = _ends(metadata)
+    for i, name in enumerate(metadata.files):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            said.error("dcp-missing-file", f"{path}: missing: .metadata says that {_first_in(metadata, i)} lies in it")
+            continue
+        size = os.path.getsize(path)
+        if size < ends[i]:
+            said.error(
+                "dcp-short-file",
+                f"{path}: has {size:,} bytes, .metadata says that its items end at byte {ends[i]:,}: it was cut, or "
+                "is of another save; copy it again",
+            )
+        elif size > ends[i] and _is_zip(path) and DATA.fullmatch(name):
+            said.notice(
+                "dcp-longer-file",
+                f"{path}: has {size - ends[i]:,} bytes behind the last item that .metadata knows: the file may be of "
+                "another save than .metadata",
+            )
+    strangers = sorted(n for n in names - set(metadata.files) if DATA.fullmatch(n) and _size(folder, n))
+    if strangers:
+        said.notice(
+            "dcp-extra-file", f"{folder}: {_some(strangers)} hold nothing that .metadata names: left from another save"
+        )
+    return metadata
+
+
+def boxes_of(metadata: Metadata, entry: Entry) -> Boxes:
+    """The chunks of an entry."""
+    ranks = metadata.ranks[entry.file] if len(entry.file) else entry.file
+    return Boxes(entry.shape, entry.dtype, entry.starts, entry.sizes, ranks, EntryItems(metadata, entry))
+
+
+def _all_ranks(folder: str, names: set[str], said: Said) -> None:
+    ranks = {int(match[1]) for name in names if (match := OF_RANK.fullmatch(name))}
+    written = {int(match[1]) for name in names if (match := DATA.fullmatch(name))}
+    missing = sorted((written | set(range(max(ranks) + 1))) - ranks)
+    if missing:
+        said.error(
+            "dcp-missing-file",
+            f"{folder}: the metadata of {'rank' if len(missing) == 1 else 'ranks'} {_some(missing)} is missing "
+            f"(__{missing[0]}.metadata): what they stored cannot be found; copy it again",
+        )
+
+
+def _ends(metadata: Metadata) -> list[int]:
+    """Where the last item of each file ends."""
+    ends = np.zeros(len(metadata.files), np.int64)
+    for entry in metadata.tensors.values():
+        np.maximum.at(ends, entry.file, entry.offset + entry.length)
+    for blob in metadata.blobs.values():
+        ends[blob.file] = max(ends[blob.file], blob.offset + blob.length)
+    return [int(n) for n in ends]
+
+
+def _first_in(metadata: Metadata, file: int) -> str:
+    for entry in metadata.tensors.values():
+        if file in entry.file:
+            return entry.key
+    return next((blob.key for blob in metadata.blobs.values() if blob.file == file), "nothing")
+
+
+def _is_zip(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+def _size(folder: str, name: str) -> int:
+    return os.path.getsize(os.path.join(folder, name))
+
+
+def _some(what: object) -> str:
+    listed = list(map(str, what)) if isinstance(what, list | tuple) else [str(what)]
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

@@ -1,0 +1,58 @@
+"""The format "dcp": torch Distributed Checkpoint, whichever library wrote it."""
+
+from __future__ import annotations
+
+import re
+
+from ckptlab.catalog import Catalog
+from ckptlab.findings import Faults
+from ckptlab.formats.dcp import hugging, megatron, ranks
+from ckptlab.formats.dcp.folder import OF_RANK
+from ckptlab.formats.dcp.metadata import DATA, METADATA
+from ckptlab.formats.dcp.read import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp
+from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.sharding.strategies import Strategy
+
+_LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's
+_MODULE = b"torch.distributed.checkpoint"
+_PAIR = re.compile(rf"({MODEL_FOLDER}|{OPTIMIZER_FOLDER})\d+")
+
+
+class DCP(Format):
+    """`.metadata` and `.distcp` files (FSDP2, torchtitan, accelerate, Lightning), Megatron-core's `torch_dist`, torch's
+    safetensors shards, and FSDP's files of each rank."""
+
+    name = "dcp"
+    title = "torch Distributed Checkpoint (FSDP, torchtitan, accelerate, Megatron-core)"
+    home = "deepspeed"
+
+    def recognise(self, folder: Listing) -> Match | None:
+        """This folder, or the one that Megatron's latest_checkpointed_iteration.txt names. Files without `.metadata`
+        are its own too: reading says what is missing."""
+        if _marked(folder) or any(_marked(folder.below(name)) for name in folder.folders if _PAIR.fullmatch(name)):
+            return Match(folder.path, self.name)
+        if _LATEST in folder.names:
+            step = folder.below(_LATEST).head(64).decode("utf-8", "replace").strip()
+            name = f"iter_{int(step):07d}" if step.isdecimal() else step
+            if name in folder.folders and _marked(folder.below(name)):
+                return Match(folder.below(name).path, self.name)
+        return None
+
+    def read(self, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        """See `read_dcp`."""
+        with faults.caught():
+            catalog = read_dcp(path, strategy, faults)
+            return None if faults.failed else catalog
+        return None
+
+
+def _marked(folder: Listing) -> bool:
+    """Whether a folder has one of the files that tell the format."""
+    names = folder.names
+    if any(DATA.fullmatch(name) or OF_RANK.fullmatch(name) for name in names) or hugging.shards(names):
+        return True
+    if METADATA in names and folder.below(METADATA).head(512).find(_MODULE) >= 0:
+        return True
+    if megatron.ABOUT in names and b'"sharded_backend"' in folder.below(megatron.ABOUT).head(512):
+        return True
+    return "model" in ranks.files_of(names)

@@ -1,0 +1,177 @@
+"""Items of `.distcp` files: a tensor or an object each, at a place that `.metadata` tells. Headers only.
+
+An item is what torch.save writes, a whole zip at any offset; or the file is one of safetensors, its tensors by key.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.formats.dcp.metadata import Blob, Entry, Metadata
+from ckptlab.formats.safetensors.read import read_header
+from ckptlab.formats.torch import torchfile
+from ckptlab.stored import Stored, row_major_strides
+
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_SMALL = 4096  # bytes of an item that are kept, for objects that many items repeat
+
+
+class Items(Protocol):
+    """The stored boxes of one tensor, by number."""
+
+    def __call__(self, index: int) -> Stored:
+        """Box `index`, as it lies in its file: of the box's shape, with the strides that it was stored with."""
+
+
+class EntryItems:
+    """The items of an entry of `.metadata`, each looked up when it is asked for."""
+
+    def __init__(self, metadata: Metadata, entry: Entry) -> None:
+        self.metadata, self.entry = metadata, entry
+
+    def __call__(self, index: int) -> Stored:
+        entry = self.entry
+        file, shape = int(entry.file[index]), tuple(entry.sizes[index].tolist())
+        path, offset, length = self.metadata.path(file), int(entry.offset[index]), int(entry.length[index])
+        refuse_transforms(self.metadata, file, entry.key)
+        stored = tensor_at(path, offset, length, entry.key, shape)
+        if stored.shape != shape or stored.dtype != entry.dtype:
+            raise CheckpointError(
+                f"{path}: {entry.key}: the item at byte {offset} holds {stored.dtype} of shape {stored.shape}, "
+                f".metadata says {entry.dtype} of {shape}: the file is damaged, or of another save; put back this one"
+            )
+        return stored
+
+
+def refuse_transforms(metadata: Metadata, file: int, key: str) -> None:
+    """UnsupportedError for a file whose streams were compressed."""
+    if file in metadata.transforms:
+        raise UnsupportedError(
+            f"{metadata.path(file)}: {key}: its items went through {metadata.transforms[file]}, which ckptlab does not "
+            "read: load it with torch and save it again without extensions"
+        )
+
+
+def tensor_at(path: str, offset: int, length: int, key: str, shape: tuple[int, ...]) -> Stored:
+    """The tensor that a place in a file holds. CheckpointError, naming file and key, where it holds none."""
+    try:
+        if _is_safetensors(path, os.stat(path).st_mtime_ns):
+            return _in_safetensors(path, key, shape)
+        found = torchfile.read_contents(path, offset, length).value
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing: {key} lies in it") from None
+    except CheckpointError as error:
+        raise type(error)(f"{_said(path, offset, length, key)}: {error}") from None
+    if type(found) is not Stored:
+        raise CheckpointError(
+            f"{path}: {key}: the item at byte {offset} is a {type(found).__name__}, expected a tensor: the file is of "
+            "another save, or damaged; put back this save's"
+        )
+    return found
+
+
+def object_at(metadata: Metadata, blob: Blob) -> Any:
+    """The object of a bytes entry: plain values, and placeholders of what is not imported."""
+    path = metadata.path(blob.file)
+    refuse_transforms(metadata, blob.file, blob.key)
+    try:
+        if blob.length > _SMALL:
+            return torchfile.read_contents(path, blob.offset, blob.length).value
+        with open(path, "rb") as file:
+            raw = os.pread(file.fileno(), blob.length, blob.offset)
+        if raw in _objects:
+            return _objects[raw]
+        found = torchfile.read_contents(path, blob.offset, blob.length).value
+        if type(found) in (bool, int, float, str, type(None)) and len(_objects) < _SMALL:
+            _objects[raw] = found  # equal objects are equal bytes: thousands of parameters have one learning rate
+        return found
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing: {blob.key} lies in it") from None
+    except CheckpointError as error:
+        raise type(error)(f"{_said(path, blob.offset, blob.length, blob.key)}: {error}") from None
+
+
+_objects: dict[bytes, Any] = {}
+
+
+def _said(path: str, offset: int, length: int, key: str) -> str:
+    with open(path, "rb") as file:
+        start = os.pread(file.fileno(), 4, offset)
+    if start == _ZSTD:
+        return f"{key}: a stream of zstd, which is not read: save again without extensions"
+    size = os.path.getsize(path)
+    if offset + length > size:
+        return f"{key}: the item is said to end at byte {offset + length:,}, the file has {size:,}"
+    return f"{key}: the item of {length:,} bytes at byte {offset:,}"
+
+
+@lru_cache(maxsize=4096)
+def _is_safetensors(path: str, _version: int) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < os.path.getsize(path)
+
+
+@lru_cache(maxsize=256)
+def _header(path: str, _version: int) -> dict[str, Stored]:
+    return read_header(path)
+
+
+def _in_safetensors(path: str, key: str, shape: tuple[int, ...]) -> Stored:
+    header = _header(path, os.stat(path).st_mtime_ns)
+    found = header.get(key)
+    if found is None:
+        raise CheckpointError(f"has no tensor {key!r}: it is of another save; put back this save's")
+    return found
+
+
+class Window:
+    """A part of every box of other items: of box `boxes[i]` the elements from `starts[i]` on, `sizes[i]` many, and
+    without the dims `dropped`, on which it is one element long."""
+
+    def __init__(self, items: Items, boxes: Any, starts: Any, sizes: Any, dropped: int = 0) -> None:
+        self.items, self.boxes, self.starts, self.sizes, self.dropped = items, boxes, starts, sizes, dropped
+
+    def __call__(self, index: int) -> Stored:
+        stored = self.items(int(self.boxes[index]))
+        return window(stored, self.starts[index].tolist(), self.sizes[index].tolist(), self.dropped)
+
+
+class Known:
+    """Boxes that were found when headers were read."""
+
+    def __init__(self, stored: list[Stored]) -> None:
+        self.stored = stored
+
+    def __call__(self, index: int) -> Stored:
+        return self.stored[index]
+
+
+def window(stored: Stored, starts: list[int], sizes: list[int], dropped: int = 0) -> Stored:
+    """A box of a stored tensor, without its first `dropped` dims, where it is not larger than 1."""
+    first = sum(start * stride for start, stride in zip(starts, stored.strides, strict=True))
+    if not math.prod(sizes):
+        first = 0
+    strides = stored.strides
+    shape = tuple(sizes)[dropped:]
+    plain = row_major_strides(shape)
+    kept = tuple(p if n == 1 else s for n, s, p in zip(shape, strides[dropped:], plain, strict=True))
+    return Stored(stored.path, stored.offset + first * stored.dtype.itemsize, stored.dtype, shape, kept)
+
+
+class Scalar:
+    """A tensor of one element that is read when it is asked for: an optimizer's `step`."""
+
+    def __init__(self, items: Items) -> None:
+        self.items = items
+
+    @cached_property
+    def value(self) -> Any:
+        return np.array(self.items(0).map()).reshape(()).item()

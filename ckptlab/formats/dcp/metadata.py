@@ -1,0 +1,389 @@
+"""`.metadata`: what torch.distributed.checkpoint says of a folder, read without torch and kept in columns.
+
+One pickle of `Metadata` (torch/distributed/checkpoint/metadata.py). The classes in it that come by the hundred thousand
+become small records here, known by their exact names in torch 2.1 to 2.13; everything else is a placeholder.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptlab.errors import CheckpointError, UnsafeFileError
+from ckptlab.formats.torch import pickles
+from ckptlab.formats.torch.pickles import Foreign, Global, tuple_opcodes_at_most
+
+Int64 = NDArray[np.int64]
+
+METADATA = ".metadata"
+DATA = re.compile(r"__(\d{1,9})_(\d+)\.distcp")
+_MOST_DIMS = 32
+_STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
+_MOST_STACK = 1 << 33  # of address space: what is not touched takes no memory
+_DTYPES = {
+    **{n: np.dtype(n) for n in ("float32", "float64", "float16", "complex64", "complex128", "bool")},
+    **{n: np.dtype(n) for n in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
+    **{
+        n: np.dtype(getattr(ml_dtypes, n))
+        for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    },
+}
+
+
+class _Record:
+    """What an object of a class of torch's is kept as: those of its attributes that are ours to know."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __init__(self, *given: Any) -> None:
+        if given:
+            raise CheckpointError(f"its pickle makes a {type(self).__name__} of {len(given)} arguments, expected none")
+
+    def __setstate__(self, state: Any) -> None:
+        for name in self.__slots__:
+            setattr(self, name, state.get(name))
+        state.clear()  # the unpickler keeps it to its end: three of them a chunk
+
+
+class _Chunk(_Record):
+    __slots__ = ("offsets", "sizes")
+    offsets: Any
+    sizes: Any
+
+
+class _Index(_Record):
+    __slots__ = ("fqn", "offset")
+    fqn: Any
+    offset: Any
+
+
+class _Info(_Record):
+    __slots__ = ("length", "offset", "relative_path", "transform_descriptors")
+    length: Any
+    offset: Any
+    relative_path: Any
+    transform_descriptors: Any
+
+
+class _Tensor(_Record):
+    __slots__ = ("chunks", "properties", "size")
+    chunks: Any
+    properties: Any
+    size: Any
+
+
+class _Bytes(_Record):
+    __slots__ = ()
+
+
+class _Properties(_Record):
+    """`TensorProperties`, whose state is (dtype, layout, requires_grad, memory format, pinned)."""
+
+    __slots__ = ("dtype",)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = state[0] if isinstance(state, tuple) else state.get("dtype")
+
+
+def _size(*args: Any) -> Any:
+    """`torch.Size`, as the tuple that it is made of: nothing is copied."""
+    fits = len(args) == 1 and type(args[0]) is tuple and len(args[0]) <= _MOST_DIMS
+    return args[0] if fits else NotImplemented
+
+
+def _path(*parts: Any) -> Any:
+    return os.path.join(*parts) if parts and all(type(part) is str for part in parts) else NotImplemented
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_OLD = "torch.distributed._shard.sharded_tensor.metadata"
+_KNOWN: dict[tuple[str, str], Any] = {
+    (_METADATA, "ChunkStorageMetadata"): _Chunk,
+    (_METADATA, "MetadataIndex"): _Index,
+    (_METADATA, "TensorStorageMetadata"): _Tensor,
+    (_METADATA, "BytesStorageMetadata"): _Bytes,
+    (_METADATA, "TensorProperties"): _Properties,
+    (_OLD, "TensorProperties"): _Properties,  # torch 2.1
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Info,
+    ("torch", "Size"): Global("torch", "Size", _size),
+    ("collections", "OrderedDict"): pickles.PLAIN_VALUES["collections", "OrderedDict"],
+    **{
+        (module, name): Global(module, name, _path)
+        for module in ("pathlib", "pathlib._local")  # the second from Python 3.13 on
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
+}
+
+
+class _Unpickler(pickles.Unpickler):
+    """Reads a `.metadata` of millions of tuples, which Python's slow unpickler would take minutes to rehearse."""
+
+    known: ClassVar[Mapping[tuple[str, str], Any]] = _KNOWN
+
+    def _load(self) -> Any:
+        """In a thread whose stack is deep enough to hash a tuple of all the tuples there are, nested in one another."""
+        stack = 1 << 23 | (tuple_opcodes_at_most(self._data) * _STACK_OF_TUPLE + 4095 & ~4095)
+        if stack > _MOST_STACK:
+            raise UnsafeFileError(
+                f"it makes more tuples than a stack of {_MOST_STACK:,} bytes could hold; do not use it"
+            )
+        found: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                found.set_result(pickle.Unpickler.load(self))
+            except BaseException as error:  # to be raised where it is waited for
+                found.set_exception(error)
+
+        before = threading.stack_size(stack)
+        try:
+            thread = threading.Thread(target=run)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+        thread.join()
+        return found.result()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of `.metadata`: its chunks, one a row, sorted by where they begin.
+
+    `path`: the key in parts, as the program nested it; None where that is not said. `starts`, `sizes`: (chunks, dims).
+    `file`: index into `Metadata.files`; `offset`, `length`: bytes of the item in that file.
+    """
+
+    key: str
+    path: tuple[str | int, ...] | None
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    starts: Int64
+    sizes: Int64
+    file: Int64
+    offset: Int64
+    length: Int64
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One entry of `.metadata` that is a pickled object, not a tensor."""
+
+    key: str
+    path: tuple[str | int, ...] | None
+    file: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What one or several `.metadata` files say together.
+
+    `folder`: relative paths of `files` begin there. `transforms`: file index → what its streams went through. `saves`:
+    the ids of the saves. `extra`: what Megatron-core adds (`mcore_data`; `ranks`, how many planned).
+    """
+
+    folder: str
+    tensors: Mapping[str, Entry]
+    blobs: Mapping[str, Blob]
+    files: tuple[str, ...]
+    transforms: Mapping[int, str] = field(default_factory=dict)
+    saves: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    globals_seen: frozenset[tuple[str, str]] = frozenset()
+    lost: tuple[str, ...] = ()
+
+    @cached_property
+    def ranks(self) -> Int64:
+        """The rank that wrote each file, by its name; -1 where that does not say."""
+        found = (DATA.fullmatch(os.path.basename(name)) for name in self.files)
+        return np.array([int(match[1]) if match else -1 for match in found], np.int64)
+
+    def path(self, file: int) -> str:
+        """The file of that index."""
+        return os.path.join(self.folder, self.files[file])
+
+
+def read_metadata(folder: str, names: Iterable[str]) -> Metadata:
+    """What the named files of a folder (`.metadata`, or one `__{rank}.metadata` of each rank) say together.
+
+    CheckpointError, naming file and key, where one is damaged or says what no writer does.
+    """
+    made = _Columns(folder)
+    for name in names:
+        path = os.path.join(folder, name)
+        with open(path, "rb") as file:
+            root, seen = _load(file.read(), path)
+        try:
+            made.add(root)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: does not say what torch.distributed.checkpoint writes ({type(error).__name__}: {error}): "
+                "damaged or forged; copy it again"
+            ) from None
+        made.seen |= seen
+    try:
+        return made.metadata()
+    except CheckpointError as error:
+        raise CheckpointError(f"{os.path.join(folder, METADATA)}: {error}") from None
+
+
+def _load(data: bytes, source: str) -> tuple[Any, set[tuple[str, str]]]:
+    """The object in a pickle and the names met. The garbage collector, which would go through a million objects again
+    and again as they are made, waits."""
+    unpickler = _Unpickler(data, source)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return unpickler.load(), unpickler.globals_seen
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class _Columns:
+    """Chunks gathered by key, each (starts, sizes, file, offset, length)."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.files: dict[str, int] = {}
+        self.transforms: dict[int, str] = {}
+        self.tensors: dict[str, tuple[Any, tuple[int, ...], np.dtype, dict[Any, tuple[Any, int, int, int]]]] = {}
+        self.blobs: dict[str, Blob] = {}
+        self.saves: list[str] = []
+        self.extra: dict[str, Any] = {}
+        self.seen: set[tuple[str, str]] = set()
+        self.lost: list[str] = []
+
+    def add(self, root: Any) -> None:
+        if not isinstance(root, Foreign) or root.name != "Metadata" or not isinstance(root.state, dict):
+            raise CheckpointError(f"holds {_said(root)}, expected a Metadata of {_METADATA}: no `.metadata` of torch")
+        entries, storage = root.state.get("state_dict_metadata"), root.state.get("storage_data")
+        if not isinstance(entries, dict) or not isinstance(storage, dict):
+            raise CheckpointError(
+                "names no entries or no places of them (state_dict_metadata, storage_data): it is cut or forged"
+            )
+        paths = root.state.get("planner_data")
+        paths = paths if isinstance(paths, dict) else {}
+        places: dict[str, dict[Any, tuple[int, int, int]]] = {}
+        for index, info in storage.items():
+            if type(index) is not _Index or type(info) is not _Info:
+                raise CheckpointError(f"storage_data holds {_said(index)} with {_said(info)}, expected places of items")
+            places.setdefault(index.fqn, {})[index.offset] = self._place(index.fqn, info)
+        for key, entry in entries.items():
+            if type(key) is not str or type(entry) not in (_Tensor, _Bytes):
+                raise CheckpointError(f"the entry {key!r} is {_said(entry)}, expected a tensor or bytes")
+            self._entry(key, entry, _parts(paths.get(key)), places.get(key, {}))
+        meta = root.state.get("storage_meta")
+        if isinstance(meta, Foreign) and isinstance(meta.attributes.get("save_id"), str):
+            self.saves.append(meta.attributes["save_id"])
+        if isinstance(root.state.get("mcore_data"), dict):
+            self.extra["mcore_data"] = root.state["mcore_data"]
+        if isinstance(root.state.get("all_local_plans"), list):
+            self.extra["ranks"] = len(root.state["all_local_plans"])
+
+    def _place(self, key: str, info: _Info) -> tuple[int, int, int]:
+        name, offset, length = info.relative_path, info.offset, info.length
+        if type(name) is not str or not _natural(offset) or not _natural(length):
+            raise CheckpointError(f"{key}: lies in {name!r}, bytes {offset!r} + {length!r}: no place in a file")
+        file = self.files.setdefault(name, len(self.files))
+        if file == len(self.files) - 1 and (os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")):
+            raise CheckpointError(f"{key}: lies in {name!r}, outside of the folder: do not use it")
+        if info.transform_descriptors:
+            self.transforms[file] = ", ".join(map(str, info.transform_descriptors))
+        return file, offset, length
+
+    def _entry(self, key: str, entry: Any, path: Any, places: Mapping[Any, tuple[int, int, int]]) -> None:
+        if type(entry) is _Bytes:
+            found = next(iter(places.values()), None)
+            if found is None:
+                self.lost.append(key)
+            else:
+                self.blobs.setdefault(key, Blob(key, path, *found))
+            return
+        shape, dtype = entry.size, getattr(entry.properties, "dtype", None)
+        if type(shape) is not tuple or len(shape) > _MOST_DIMS or not all(map(_natural, shape)):
+            raise CheckpointError(f"{key}: its size is {shape!r}, expected lengths of dims")
+        if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in _DTYPES:
+            raise CheckpointError(
+                f"{key}: its dtype is {dtype!r}, which has no equal in numpy: convert it and save again"
+            )
+        known = self.tensors.setdefault(key, (path, shape, _DTYPES[dtype.name], {}))
+        if known[1] != shape or known[2] != _DTYPES[dtype.name]:
+            raise CheckpointError(
+                f"{key}: has shape {shape} of {dtype.name} here, {known[1]} of {known[2]} in another rank's file: they "
+                "are of different saves"
+            )
+        for chunk in entry.chunks:
+            start, size = chunk.offsets, chunk.sizes
+            if type(start) is not tuple or type(size) is not tuple or not len(start) == len(size) == len(shape):
+                raise CheckpointError(f"{key}: a chunk at {start!r} of {size!r} in a tensor of {len(shape)} dims")
+            if start not in places:
+                self.lost.append(f"{key} at {start}")
+            elif start not in known[3]:
+                known[3][start] = (size, *places[start])
+
+    def metadata(self) -> Metadata:
+        tensors = {key: _entry_of(key, *known) for key, known in self.tensors.items()}
+        return Metadata(
+            self.folder,
+            tensors,
+            self.blobs,
+            tuple(self.files),
+            self.transforms,
+            tuple(dict.fromkeys(self.saves)),
+            self.extra,
+            frozenset(self.seen),
+            tuple(self.lost),
+        )
+
+
+def _entry_of(
+    key: str, path: Any, shape: tuple[int, ...], dtype: np.dtype, chunks: Mapping[Any, tuple[Any, int, int, int]]
+) -> Entry:
+    n = len(chunks)
+    table = [(*start, *size, file, offset, length) for start, (size, file, offset, length) in chunks.items()]
+    if any(type(value) is not int for row in table for value in row):
+        raise CheckpointError(f"{key}: a chunk begins or is sized by what is no whole number")
+    columns = np.array(sorted(table), np.int64).reshape(n, 2 * len(shape) + 3)
+    d = len(shape)
+    starts, sizes = np.ascontiguousarray(columns[:, :d]), np.ascontiguousarray(columns[:, d : 2 * d])
+    outside = (starts < 0) | (sizes < 0) | (starts + sizes > np.array(shape, np.int64)) if n else np.zeros(0, bool)
+    if outside.any():
+        row = int(np.argwhere(outside)[0][0])
+        raise CheckpointError(
+            f"{key}: a chunk at {tuple(starts[row].tolist())} of {tuple(sizes[row].tolist())} reaches out of the "
+            f"tensor, whose shape is {shape}"
+        )
+    file, offset, length = (np.ascontiguousarray(columns[:, i]) for i in (-3, -2, -1))
+    return Entry(key, path, shape, dtype, starts, sizes, file, offset, length)
+
+
+def _parts(path: Any) -> tuple[str | int, ...] | None:
+    fits = type(path) is tuple and path and all(type(part) in (str, int) for part in path)
+    return path if fits else None
+
+
+def _natural(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _said(value: Any) -> str:
+    """A value in an error: what it is, without what it holds."""
+    if isinstance(value, Foreign):
+        return f"a {value.module}.{value.name}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,276 @@
+"""FSDP's files of each rank, `model_world_size_4_rank_0.pt` and `optim_world_size_4_rank_0.pt`, as verl and SkyRL leave
+them: pickled DTensors, which say on which mesh and how they are cut.
+
+A DTensor is pickled as `_rebuild_from_type_v2(_rebuild_wrapper_subclass, DTensor, …, (None, {_local_tensor, _spec}))`
+(torch/_tensor.py, torch/distributed/tensor/_api.py); seen in torch 2.13, older ones by their source.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import ParameterGroup
+from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.formats.dcp.assemble import Client, Found
+from ckptlab.formats.dcp.axes import NEUTRAL, DimAxes, pieces_of
+from ckptlab.formats.dcp.boxes import Boxes, Grid, grid_of
+from ckptlab.formats.dcp.items import Known
+from ckptlab.formats.dcp.said import Said
+from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.pickles import Foreign
+from ckptlab.layout import Layout
+from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import dim_names
+from ckptlab.stored import Stored
+
+FILE = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A DTensor: what a rank has of it, the whole's shape, and how each of its mesh's axes cuts it."""
+
+    local: Stored
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, int], ...]
+    ways: tuple[DimAxes, ...]
+
+
+def files_of(names: frozenset[str] | set[str]) -> dict[str, dict[int, str]]:
+    """ "model", "optim" or "extra_state" → rank → file."""
+    found: dict[str, dict[int, str]] = {}
+    for name in names:
+        match = FILE.fullmatch(name)
+        if match:
+            found.setdefault(match[1], {})[int(match[3])] = name
+    return found
+
+
+def find(path: str, said: Said) -> Found:
+    """What the files of all ranks hold together. CheckpointError where a rank's is missing."""
+    files = files_of(set(os.listdir(path)))
+    worlds = {int(match[2]) for name in os.listdir(path) if (match := FILE.fullmatch(name))}
+    if len(worlds) > 1:
+        raise CheckpointError(f"{path}: holds files of runs of {sorted(worlds)} ranks: keep those of one")
+    world = worlds.pop()
+    for kind, by_rank in files.items():
+        missing = [rank for rank in range(world) if rank not in by_rank]
+        if missing and kind != "extra_state":
+            said.error(
+                "dcp-missing-file",
+                f"{path}: {kind}_world_size_{world}_rank_{missing[0]}.pt is missing: what that rank had cannot be "
+                "found; copy it again",
+            )
+    read = {
+        kind: {rank: torchfile.read(os.path.join(path, name)) for rank, name in sorted(by_rank.items())}
+        for kind, by_rank in files.items()
+    }
+    found = Found(path, files=tuple(name for by_rank in files.values() for name in by_rank.values()))
+    layouts: dict[str, Layout] = {}
+    meshes: dict[tuple[tuple[str, int], ...], None] = {}
+    models = read.get("model", {})
+    if not all(isinstance(model, dict) for model in models.values()):
+        raise CheckpointError(f"{path}: a model file holds no dict of tensors: save the model's state_dict")
+    for name in dict.fromkeys(key for model in models.values() for key in model):
+        with said.caught("dcp-chunks", f"{path}: {name}"):
+            grid = _grid({rank: model.get(name) for rank, model in models.items()}, name, layouts, meshes)
+            if grid is not None:
+                found.weights[str(name)] = grid
+    _optimizer(path, read.get("optim", {}), found, layouts, meshes, said)
+    if len(meshes) > 1:
+        raise UnsupportedError(f"{path}: its tensors lie on meshes of several kinds: {', '.join(map(str, meshes))}")
+    found.mesh = Mesh(**dict(next(iter(meshes), ())))
+    found.layouts = layouts
+    extra = {f"rank {rank}": value for rank, value in read.get("extra_state", {}).items()}
+    found.client = Client({(key,): _constant(value) for key, value in extra.items()})
+    return found
+
+
+def _constant(value: Any) -> Any:
+    return lambda: value
+
+
+def _optimizer(
+    path: str,
+    optimizers: Mapping[int, Any],
+    found: Found,
+    layouts: dict[str, Layout],
+    meshes: dict[tuple[tuple[str, int], ...], None],
+    said: Said,
+) -> None:
+    """The states and groups of the optimizer's files, keyed by names, or by the number of the parameter."""
+    states: dict[int, Any] = {
+        rank: one["state"]
+        for rank, one in optimizers.items()
+        if isinstance(one, dict) and isinstance(one.get("state"), dict)
+    }
+    if not states:
+        return
+    found.optimizer = True
+    groups = next(iter(optimizers.values())).get("param_groups") or []
+    keys = [key for group in groups for key in group.get("params", ())]
+    names = _by_number(keys, states, found) if all(type(key) is int for key in keys) else {key: key for key in keys}
+    if names is None:
+        said.notice(
+            "dcp-no-names",
+            f"{path}: the optimizer's states are numbered, and do not have the shapes of the model's tensors in their "
+            "order: whose they are cannot be told, and they are left out",
+        )
+        return
+    scalars: dict[str, dict[str, Any]] = {}
+    for key, name in names.items():
+        for state in dict.fromkeys(s for one in states.values() for s in one.get(key, {})):
+            by_rank = {rank: one.get(key, {}).get(state) for rank, one in states.items()}
+            first = next((v for v in by_rank.values() if v is not None), None)
+            if state == "step" or not isinstance(first, Stored | Foreign):
+                scalars.setdefault(name, {})[state] = _number(first)
+                continue
+            with said.caught("dcp-chunks", f"{path}: {state} of {name}"):
+                grid = _grid(by_rank, name, layouts, meshes)
+                if grid is not None:
+                    found.states.setdefault(name, {})[state] = grid
+    found.groups = tuple(
+        ParameterGroup(
+            {k: v for k, v in group.items() if k != "params"},
+            tuple(names[key] for key in group.get("params", ())),
+            next((scalars[names[k]] for k in group.get("params", ()) if names[k] in scalars), {}),
+        )
+        for group in groups
+    )
+    steps = [g.scalars["step"] for g in found.groups if isinstance(g.scalars.get("step"), int | float)]
+    found.step = int(max(steps)) if steps else None
+
+
+def _by_number(keys: list[int], states: Mapping[int, Any], found: Found) -> dict[int, str] | None:
+    """Number → name, where the tensors of the model, in its order, have the shapes of the numbered states."""
+    one = next(iter(states.values()))
+    shapes = {key: _shape(value) for key in keys for value in one.get(key, {}).values() if _shape(value) != ()}
+    names = dict(zip(sorted(keys), found.weights, strict=False))
+    fits = len(keys) == len(found.weights) and all(
+        shapes.get(key, found.weights[name].shape) == found.weights[name].shape for key, name in names.items()
+    )
+    return names if fits else None
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Stored):
+        return value.shape
+    return tuple(value.args[2][2]) if isinstance(value, Foreign) and len(value.args) == 4 else ()
+
+
+def _number(value: Any) -> Any:
+    return np.array(value.map()).reshape(()).item() if isinstance(value, Stored) and value.numel == 1 else value
+
+
+def _grid(
+    by_rank: Mapping[int, Any],
+    name: str,
+    layouts: dict[str, Layout],
+    meshes: dict[tuple[tuple[str, int], ...], None],
+) -> Grid | None:
+    """The grid of what ranks have of a tensor; None of what is none."""
+    boxes: dict[tuple[int, ...], tuple[tuple[int, ...], int, Stored]] = {}
+    shape: tuple[int, ...] = ()
+    for rank, value in by_rank.items():
+        if isinstance(value, Stored):
+            shape = value.shape
+            boxes.setdefault((0,) * len(shape), (shape, rank, value))
+            continue
+        if not isinstance(value, Foreign):
+            continue
+        sharded = _sharded(value)
+        shape = sharded.shape
+        mesh = Mesh(**dict(sharded.axes))
+        meshes.setdefault(sharded.axes)
+        spans = [
+            pieces_of(n, way, mesh, mesh.coordinate(rank % mesh.size))
+            for n, way in zip(shape, sharded.ways, strict=True)
+        ]
+        sizes = tuple(sum(length for _, length in dim) for dim in spans)
+        if sizes != sharded.local.shape:
+            raise CheckpointError(
+                f"rank {rank} has shape {sharded.local.shape}, by its placements it would have {sizes}: damaged, or "
+                "cut in a way that ckptlab does not know"
+            )
+        start = tuple(dim[0][0] if dim else n for dim, n in zip(spans, shape, strict=True))
+        boxes.setdefault(start, (sizes, rank, sharded.local))
+        if name not in layouts and any(way.axes for way in sharded.ways):
+            labels = dim_names(len(shape))
+            dims = (f"({' '.join(w.axes)} {n})" if w.axes else n for n, w in zip(labels, sharded.ways, strict=True))
+            layouts[name] = Layout(" ".join(dims), dims=labels)
+    if not boxes:
+        return None
+    at = np.array(list(boxes), np.int64).reshape(len(boxes), len(shape))
+    size = np.array([s for s, _, _ in boxes.values()], np.int64).reshape(at.shape)
+    ranks = np.array([rank for _, rank, _ in boxes.values()], np.int64)
+    stored = [local for _, _, local in boxes.values()]
+    return grid_of(Boxes(shape, stored[0].dtype, at, size, ranks, Known(stored)))
+
+
+def _sharded(value: Foreign) -> Sharded:
+    """A DTensor's placeholder. UnsupportedError for another class of tensor."""
+    try:
+        _, _, made, (_, state) = value.args
+        local, spec = state["_local_tensor"], state["_spec"].attributes
+        shape, placements, mesh = tuple(made[2]), spec["placements"], spec["mesh"].attributes
+        degrees = _degrees(mesh)
+        names = mesh.get("_mesh_dim_names") or mesh.get("mesh_dim_names")
+        names = names or tuple(f"{NEUTRAL}{i}" for i in range(len(degrees)))
+        cuts = [(p.name, p.attributes) for p in placements]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UnsupportedError(
+            f"it is a {value.module}.{value.name}, expected a tensor or a DTensor as torch 2.5 to 2.13 pickle it: save "
+            "with torch.distributed.checkpoint"
+        ) from None
+    if type(local) is not Stored or len(names) != len(degrees) or len(cuts) != len(degrees):
+        raise CheckpointError(f"a DTensor of {len(cuts)} placements on a mesh of {degrees}: the file is damaged")
+    return Sharded(local, shape, tuple(zip(names, degrees, strict=True)), _ways(shape, names, degrees, cuts))
+
+
+def _degrees(mesh: Mapping[str, Any]) -> tuple[int, ...]:
+    """The degrees of a pickled DeviceMesh, by what each torch keeps: `mesh`, a tensor of ranks; `_layout` later."""
+    ranks = mesh.get("mesh", mesh.get("_mesh"))
+    if isinstance(ranks, Stored):
+        return ranks.shape
+    layout = mesh["_layout"].attributes
+    if "axes" in layout:
+        return tuple(math.prod(_flat(axis.attributes["shape"])) for axis in layout["axes"])
+    return tuple(math.prod(_flat(n)) for n in layout["shape"])
+
+
+def _flat(shape: Any) -> list[int]:
+    return [shape] if isinstance(shape, int) else [n for part in shape for n in _flat(part)]
+
+
+def _ways(
+    shape: tuple[int, ...], names: tuple[str, ...], degrees: tuple[int, ...], cuts: list[tuple[str, dict[str, Any]]]
+) -> tuple[DimAxes, ...]:
+    """How each dim is cut. Axes of a dim cut it in mesh order, the first outermost; one that is strided comes after
+    those of later axes whose degrees make up its split factor."""
+    order: list[list[int]] = [[] for _ in shape]
+    for axis in reversed(range(len(cuts))):
+        kind, told = cuts[axis]
+        if kind == "Replicate":
+            continue
+        if kind not in ("Shard", "_StridedShard"):
+            raise UnsupportedError(
+                f"it is placed as {kind} on {names[axis]}, which says nothing of where its elements are"
+            )
+        dim = told["dim"] % max(len(shape), 1)
+        after, factor = 0, told.get("split_factor", 1) if kind == "_StridedShard" else 1
+        while factor > 1 and after < len(order[dim]) and factor % degrees[order[dim][after]] == 0:
+            factor //= degrees[order[dim][after]]
+            after += 1
+        if factor != 1:
+            raise UnsupportedError(
+                f"{names[axis]} cuts dim {dim} strided by {told['split_factor']}, which no other axis does"
+            )
+        order[dim].insert(after, axis)
+    return tuple(DimAxes(tuple(names[axis] for axis in axes)) for axes in order)

@@ -1,0 +1,189 @@
+"""A folder of torch.distributed.checkpoint → `Catalog`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import Catalog, ParameterGroup
+from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.findings import Faults, Strict
+from ckptlab.formats.dcp import hugging, megatron, ranks
+from ckptlab.formats.dcp.assemble import Client, Found, assemble
+from ckptlab.formats.dcp.boxes import Grid, grid_of
+from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
+from ckptlab.formats.dcp.items import object_at
+from ckptlab.formats.dcp.keys import Keys, sort_keys
+from ckptlab.formats.dcp.metadata import Metadata
+from ckptlab.formats.dcp.said import Said
+from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import Strategy
+
+MODEL_FOLDER = "pytorch_model_fsdp_"  # accelerate's, a number behind
+OPTIMIZER_FOLDER = "optimizer_"
+
+
+def read_dcp(
+    path: str | os.PathLike[str], strategy: Strategy | None = None, faults: Faults | None = None, mesh: Mesh | None = None
+) -> Catalog:
+    """Open a DCP folder, accelerate's pair of them, or Megatron-core's `torch_dist`: headers only, nothing executed.
+
+    strategy: layouts in which mesh axes are named, (dp out) in; mesh: the run's, where those follow from it. Raises as
+    `ckptlab.open` does.
+    """
+    path = os.fspath(path)
+    said = Said(faults or Strict(), path)
+    names = set(os.listdir(path))
+    if not metadata_files(names) and hugging.shards(names):
+        return assemble(hugging.find(path, said), said, strategy, mesh)
+    if "model" in ranks.files_of(names):
+        return assemble(ranks.find(path, said), said, strategy, mesh)
+    folders = _folders(path)
+    read = [read_folder(os.path.join(path, folder), said) for folder in folders]
+    files = tuple(
+        os.path.normpath(os.path.join(folder, name))
+        for folder, metadata in zip(folders, read, strict=True)
+        for name in (*metadata_files(set(os.listdir(metadata.folder))), *metadata.files)
+    )
+    about = os.path.join(path, megatron.ABOUT)
+    if os.path.isfile(about):
+        with open(about, encoding="utf-8") as file:
+            try:
+                backend = json.load(file).get("sharded_backend")
+            except (ValueError, AttributeError) as error:
+                raise CheckpointError(f"{about}: is no JSON object ({error}): copy it again") from None
+        if backend != "torch_dist":
+            raise UnsupportedError(f"{about}: its sharded backend is {backend!r}; ckptlab reads torch_dist")
+        return assemble(megatron.find(path, read[0], files, said), said, strategy, mesh)
+    return assemble(_find(path, read, files, said), said, strategy, mesh)
+
+
+def _folders(path: str) -> list[str]:
+    """The folders below that make up one checkpoint; "" for the path itself."""
+    names = set(os.listdir(path))
+    if metadata_files(names):
+        return [""]
+    models = sorted(n for n in names if n.startswith(MODEL_FOLDER))
+    optimizers = sorted(n for n in names if n.startswith(OPTIMIZER_FOLDER) and n[len(OPTIMIZER_FOLDER) :].isdigit())
+    if len(models) > 1 or len(optimizers) > 1:
+        raise UnsupportedError(
+            f"{path}: holds {len(models)} models: open the folder of one of them: {', '.join(models)}"
+        )
+    found = [n for n in (*models, *optimizers) if metadata_files(set(os.listdir(os.path.join(path, n))))]
+    if not found:
+        raise CheckpointError(
+            f"{path}: .metadata is missing, which is written last: the save did not end, or the file was not copied "
+            "(its name begins with a dot)"
+        )
+    return found
+
+
+def grids_of(metadata: Metadata, keys: Mapping[str, str], said: Said) -> dict[str, Grid]:
+    """Name → the grid of its chunks. What is no whole tensor is said, and left out."""
+    found = {}
+    for name, key in keys.items():
+        with said.caught("dcp-chunks", f"{metadata.folder}: {key}"):
+            found[name] = grid_of(boxes_of(metadata, metadata.tensors[key]))
+    return found
+
+
+def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -> Found:
+    of = {key: metadata for metadata in read for key in (*metadata.tensors, *metadata.blobs)}
+    keys = sort_keys(
+        {key: e.path for m in read for key, e in m.tensors.items()},
+        {key: b.path for m in read for key, b in m.blobs.items()},
+    )
+    found = Found(path, files=files, private=tuple(read))
+    for name, key in keys.weights.items():
+        found.weights |= grids_of(of[key], {name: key}, said)
+    scalars: dict[str, dict[str, Any]] = {}
+    plain = _scalar_states(keys, of)
+    for name, states in keys.states.items():
+        for state, key in states.items():
+            if state in plain:
+                scalars.setdefault(name, {})[state] = partial(_scalar, of[key], key)
+            else:
+                grids = grids_of(of[key], {state: key}, said)
+                if grids:
+                    found.states.setdefault(name, {}).update(grids)
+    for name, states in keys.others.items():
+        for state, key in states.items():
+            scalars.setdefault(name, {})[state] = partial(object_at, of[key], of[key].blobs[key])
+    found.optimizer = bool(keys.states or keys.listed or keys.flat or keys.whole_groups)
+    found.groups = _groups(keys, of, scalars)
+    found.client = Client({at: partial(_client, of[key], key) for key, at in keys.client.items()})
+    found.step = _step(found)
+    return found
+
+
+def _scalar_states(keys: Keys, of: Mapping[str, Metadata]) -> set[str]:
+    """The states that are one number for each tensor: `step`, and others without dims whatever the tensor has."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for states in keys.states.values():
+        for state, key in states.items():
+            shapes.setdefault(state, set()).add(of[key].tensors[key].shape)
+    return {state for state, found in shapes.items() if found == {()} and (state == "step" or len(keys.states) > 1)}
+
+
+def _scalar(metadata: Metadata, key: str) -> Any:
+    boxes = boxes_of(metadata, metadata.tensors[key])
+    return np.array(boxes.items(0).map()).reshape(()).item()
+
+
+def _client(metadata: Metadata, key: str) -> Any:
+    if key in metadata.blobs:
+        return object_at(metadata, metadata.blobs[key])
+    boxes = boxes_of(metadata, metadata.tensors[key])
+    found = tuple(boxes.items(i) for i in range(len(boxes.starts)))
+    return found[0] if len(found) == 1 else found
+
+
+def _groups(
+    keys: Keys, of: Mapping[str, Metadata], scalars: Mapping[str, Mapping[str, Any]]
+) -> tuple[ParameterGroup, ...]:
+    """The parameter groups: as a list, or each parameter's options, those with equal ones together."""
+    made: list[tuple[dict[str, Any], tuple[str, ...]]] = []
+    for key in keys.whole_groups:
+        groups = object_at(of[key], of[key].blobs[key]) if key in of[key].blobs else None
+        for group in groups if isinstance(groups, list) else ():
+            if isinstance(group, dict):
+                made.append(_group(group))
+    for _, options in sorted(keys.listed.items()):
+        made.append(_group({option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}))
+    together: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for name, options in keys.flat.items():
+        values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
+        together.setdefault(repr(sorted(values.items())), (values, []))[1].append(name)
+    made += [(values, tuple(names)) for values, names in together.values()]
+    return tuple(ParameterGroup(options, names, _scalars_of(names, scalars)) for options, names in made)
+
+
+def _objects(options: Mapping[str, str], of: Mapping[str, Metadata]) -> list[tuple[str, str]]:
+    return [(option, key) for option, key in options.items() if key in of[key].blobs]
+
+
+def _group(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    names = options.get("params")
+    names = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+    return {k: v for k, v in options.items() if k != "params"}, names
+
+
+def _scalars_of(names: tuple[str, ...], scalars: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the first of a group's tensors that has any has."""
+    first = next((scalars[name] for name in names if name in scalars), {})
+    return {state: read() for state, read in first.items()}
+
+
+def _step(found: Found) -> int | None:
+    """The training step: the program's own word, else the optimizer's."""
+    for root in ("train_state", "trainer_state"):
+        state = found.client.get(root) if root in found.client else None
+        if isinstance(state, dict) and type(state.get("step")) is int:
+            return int(state["step"])
+    steps = [group.scalars["step"] for group in found.groups if isinstance(group.scalars.get("step"), int | float)]
+    return int(max(steps)) if steps else None

@@ -641,3 +641,19 @@ def test_a_tensor_that_was_stored_with_strides(tmp_path: Path) -> None:
     ((fragment,),) = found.stored.pieces["w", MASTER].values()
     assert fragment.stored.strides == (1, 4)
     same(found, "w", MASTER, np.ascontiguousarray(np.arange(12, dtype=np.float32).reshape(3, 4).T))
+
+
+def test_a_layer_that_two_chunks_of_a_stack_hold_is_refused(tmp_path: Path) -> None:
+    folder = megatron(tmp_path / "it")
+    folder.tensor("decoder.layers.norm.weight", array(2, 3), [(0, (0, 0), (2, 3)), (1, (1, 0), (1, 3))])
+    with pytest.raises(CheckpointError, match=r"\(3,\) elements at \(0,\) are held by two chunks"):
+        read_dcp(folder.write())
+
+
+def test_a_chunk_of_several_layers_is_windows_of_it(tmp_path: Path) -> None:
+    folder = megatron(tmp_path / "it")
+    values = array(3, 2, 2)
+    folder.tensor("decoder.layers.w", values, [(0, (0, 0, 0), (2, 2, 2)), (1, (2, 0, 0), (1, 2, 2))])
+    found = read_dcp(folder.write())
+    for layer in range(3):
+        same(found, f"decoder.layers.{layer}.w", MASTER, values[layer])

@@ -14,7 +14,6 @@ from ckptlab.catalog import Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.dcp.items import Items, Window, window
 from ckptlab.formats.dcp.metadata import Int64
-from ckptlab.stored import Stored
 
 _MOST_CELLS = 1 << 22  # of a grid that boxes which are no grid are cut into
 
@@ -127,12 +126,6 @@ class Grid:
                 found.append(Fragment(done, one))
                 done += one.numel
         return tuple(found)
-
-    def all(self) -> list[Stored]:
-        """Everything that is stored of it."""
-        if self.flat:
-            return [self.items(box) for pieces in self.flat.values() for _, box in pieces]
-        return [self.items(int(box)) for box in self.cells.ravel().tolist()] if math.prod(self.shape) else []
 
 
 def grid_of(boxes: Boxes) -> Grid:

@@ -8,10 +8,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, Protocol
-
-import numpy as np
 
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.dcp.metadata import Blob, Entry, Metadata
@@ -164,14 +162,3 @@ def window(stored: Stored, starts: list[int], sizes: list[int], dropped: int = 0
     plain = row_major_strides(shape)
     kept = tuple(p if n == 1 else s for n, s, p in zip(shape, strides[dropped:], plain, strict=True))
     return Stored(stored.path, stored.offset + first * stored.dtype.itemsize, stored.dtype, shape, kept)
-
-
-class Scalar:
-    """A tensor of one element that is read when it is asked for: an optimizer's `step`."""
-
-    def __init__(self, items: Items) -> None:
-        self.items = items
-
-    @cached_property
-    def value(self) -> Any:
-        return np.array(self.items(0).map()).reshape(()).item()

@@ -28,18 +28,15 @@ class _ByNames(_Known):
         return all(any(re.fullmatch(marker, name) for name in folder.names) for marker in self.markers)
 
 
-class Megatron(_ByNames):
+class Megatron(_Known):
     name = "megatron"
-    title = "a Megatron-LM checkpoint (mp_rank_* folders with model_optim_rng.pt, or latest_checkpointed_iteration.txt)"
-    markers = (r"mp_rank_\d+(_\d+)*",)
+    title = "a Megatron-LM checkpoint of the kind torch (mp_rank_* folders with model_optim_rng.pt)"
 
     def marked(self, folder: Listing) -> bool:
+        found = [folder.below(name) for name in folder.folders if re.fullmatch(r"mp_rank_\d+(_\d+)*", name)]
         if "latest_checkpointed_iteration.txt" in folder.names:
-            return True
-        return any(
-            re.fullmatch(self.markers[0], name) and folder.below(name).names & {"model_optim_rng.pt", "model_rng.pt"}
-            for name in folder.folders
-        )
+            return any(self.marked(folder.below(n)) for n in folder.folders if re.fullmatch(r"iter_\d+|release", n))
+        return any(rank.names & {"model_optim_rng.pt", "model_rng.pt"} for rank in found)
 
 
 class Nanotron(_ByNames):

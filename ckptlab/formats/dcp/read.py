@@ -29,7 +29,10 @@ OPTIMIZER_FOLDER = "optimizer_"
 
 
 def read_dcp(
-    path: str | os.PathLike[str], strategy: Strategy | None = None, faults: Faults | None = None, mesh: Mesh | None = None
+    path: str | os.PathLike[str],
+    strategy: Strategy | None = None,
+    faults: Faults | None = None,
+    mesh: Mesh | None = None,
 ) -> Catalog:
     """Open a DCP folder, accelerate's pair of them, or Megatron-core's `torch_dist`: headers only, nothing executed.
 

@@ -206,10 +206,6 @@ def _not_read_yet(folder: StepFolder, info: UniversalInfo | None, strategy: Stra
         yield not_read_yet(f"{folder.path}: AutoEP (ds_autoep_layers), which ckptlab cannot open yet")
     if folder.mesh.tp == 1:
         return
-    if info is not None and info.has_affine_map:
-        yield not_read_yet(
-            f"{folder.path}: AutoTP (universal_checkpoint_info has an affine_map), which ckptlab cannot open yet"
-        )
     if folder.is_zero3:
         yield not_read_yet(f"{folder.path}: ZeRO-3 with tp {folder.mesh.tp}, which ckptlab cannot open yet")
     if info is None and strategy is None:

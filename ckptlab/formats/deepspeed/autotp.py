@@ -1,8 +1,8 @@
 """Layouts that AutoTP records: `affine_map` in `universal_checkpoint_info`, version 1.
 
-A map says of every tensor which boxes of the whole each tp rank holds, and where in its shard: a piece is a shape with an
-offset and strides on either side (the arguments of `torch.as_strided`). Where the boxes follow the ranks it is a line of
-notation; any other choice of rows stays what it is, rows. Source: DeepSpeed 0.19.8, `checkpoint/affine.py`.
+A map says of every tensor which boxes of the whole each tp rank holds, and where in its shard: a piece is a shape with
+an offset and strides on either side (the arguments of `torch.as_strided`). Where the boxes follow the ranks it is a
+line of notation; any other choice of rows stays what it is, rows. Source: DeepSpeed 0.19.8, `checkpoint/affine.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,12 +58,14 @@ class AffineMap:
                 text = " ".join(term if i == dim else n for i, n in enumerate(names))
                 return Layout(text, dims=names, **fields)
         dim = cut[0] if cut else 0
-        return RowsLayout(" ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(names)), dims=names, rows=self.rows)
+        return RowsLayout(
+            " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(names)), dims=names, rows=self.rows
+        )
 
 
 class RowsLayout(Layout):
-    """A layout that no line of notation says: the rows that each tp rank holds. Its text only names the dim that is cut.
-    It is known for one tp degree, and for no other."""
+    """A layout that no line of notation says: the rows that each tp rank holds. Its text only names the dim that is
+    cut. It is known for one tp degree, and for no other."""
 
     rows: tuple[tuple[Runs, ...], ...]
 
@@ -109,8 +111,8 @@ class AffineMaps:
         version = inside.integer("version") if "version" in inside else VERSION
         if version > VERSION:
             raise UnsupportedError(
-                f"{info.path}: its affine_map is of version {version}, ckptlab knows version {VERSION}: a newer ckptlab "
-                "may read it"
+                f"{info.path}: its affine_map is of version {version}, ckptlab knows version {VERSION}: a newer "
+                "ckptlab may read it"
             )
         params = inside.inside("params")
         maps = {pattern: AffineMap.of(params.inside(pattern), tp) for pattern in params.values}
@@ -148,8 +150,8 @@ def _box(logical: Shape, shard: Shape, piece: Header) -> tuple[Run, ...] | None:
     """The rows of a piece, one for each dim; None for a piece without elements."""
     if piece.values.get("scale", 1.0) != 1.0:
         raise UnsupportedError(
-            f"{piece.path}: {piece.at}: a shard that holds its tensor times {piece.values['scale']} (a bias that its tp "
-            "ranks add up), which ckptlab cannot open yet"
+            f"{piece.path}: {piece.at}: a shard that holds its tensor times {piece.values['scale']} (a bias that its "
+            "tp ranks add up), which ckptlab cannot open yet"
         )
     sizes = piece.integers("shape")
     sides = [_side(piece, key, len(logical)) for key in ("source", "dest")]
@@ -203,8 +205,8 @@ def _is_whole(runs: Runs, n: int) -> bool:
 
 
 def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, Any]] | None:
-    """The term of a dim, with sizes and totals, of which each rank's rows are the k-th parts in turn: those that are the
-    same on every rank are everybody's, others follow each other rank by rank. None where it is not so."""
+    """The term of a dim, with sizes and totals, of which each rank's rows are the k-th parts in turn: those that are
+    the same on every rank are everybody's, others follow each other rank by rank. None where it is not so."""
     if len({len(runs) for runs in ranks}) > 1 or any(count != 1 for runs in ranks for *_, count, _ in runs):
         return None
     parts: list[tuple[int, ...] | int] = []  # widths on each rank, or the width that all have

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby, pairwise
 from typing import Any
 
+from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, contradiction, not_read_yet
 from ckptlab.formats.deepspeed.headers import ModelFile
@@ -23,6 +24,7 @@ from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 
 _MANY = 1 << 20  # experts of a layer: more are none
+LARGEST = 178_956_971  # elements of an expert group on a rank: DeepSpeed's own limit
 GROUP = "ep_size_{}"  # what DeepSpeed calls the parameter groups of experts that are spread over so many ranks
 _EXPERT = re.compile(r"((?:.*\.)?deepspeed_moe\.experts\.deepspeed_experts\.)(\d{1,9})(\..*)")
 
@@ -59,9 +61,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a model: `local[layer]` and `total[layer]` are how many of a layer's a rank has, and how many
-    there are; `files[number of the layer, expert, tp]` the tensors of an expert's file, under their global names.
-    `data_first`: ep is the slower part of dp (`use_data_before_expert_parallelism`), else the faster one."""
+    """The experts of a model.
+
+    `local[layer]` and `total[layer]`: how many of a layer's experts a rank has, and how many there are, in the order in
+    which files number the layers. `files[number of the layer, expert, tp]`: the tensors of an expert's file, under
+    their global names. `data_first`: ep is the slower part of dp (`use_data_before_expert_parallelism`), else the
+    faster one.
+    """
 
     local: Mapping[str, int] = field(default_factory=dict)
     total: Mapping[str, int] = field(default_factory=dict)
@@ -72,9 +78,14 @@ class Experts:
     def of(cls, heads: Iterable[ModelFile], files: Mapping[tuple[int, int, int], Mapping[str, Stored]]) -> Experts:
         """From the model files, and those of the experts."""
         heads = list(heads)
-        local, total = _numbers(n for head in heads for n in head.trained), _numbers(n for f in files.values() for n in f)
+        local, total = (
+            _numbers(n for head in heads for n in head.trained),
+            _numbers(n for f in files.values() for n in f),
+        )
         first = any(head.config.data_before_experts for head in heads)
-        return cls(local, {layer: total.get(layer, n) for layer, n in local.items()} | total, files, first)
+        number = {layer_of(n): i for (i, _, _), tensors in files.items() for n in tensors}
+        layers = sorted({**local, **total}, key=lambda layer: (number.get(layer, -1), natural(layer)))
+        return cls(local, {layer: total.get(layer) or local[layer] for layer in layers}, files, first)
 
     def __bool__(self) -> bool:
         return bool(self.total)
@@ -108,6 +119,20 @@ class Experts:
             return
         if self and mesh.pp > 1:
             yield not_read_yet(f"{path}: experts in a pipeline of {mesh.pp} stages, which ckptlab cannot open yet")
+
+    def spread(self, ep: int | None, data_first: bool | None) -> Experts:
+        """The same experts, each layer's over `ep` ranks (None: as they are); nothing is stored of them."""
+        local = {layer: n // (ep or self.ep(layer)) for layer, n in self.total.items()}
+        return Experts(local, self.total, {}, self.data_first if data_first is None else data_first)
+
+    def refusals(self, mesh: Mesh, ep: int | None) -> Iterator[str]:
+        """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
+        for wanted in (ep,) if ep else self.sizes:
+            if mesh.dp % wanted:
+                yield f"dp {mesh.dp}: ep {wanted} is a part of it, and does not divide it: say ep="
+        for layer, total in self.total.items():
+            if ep and total % ep:
+                yield f"ep {ep}: the {total} experts of {layer}* cannot be dealt evenly to as many ranks"
 
     # ------------------------------------------------------------------ on the mesh
 
@@ -143,6 +168,18 @@ class Experts:
         """What an ep rank's tensors are called, by the names in its own files."""
         return tuple(renumbered(n, rank * self.local[layer]) if (layer := layer_of(n)) else n for n in names)
 
+    def tensors(self, layer: str, names: Iterable[str]) -> list[tuple[int, list[str]]]:
+        """The experts of a layer, each with its tensors, of which `names` are all that there are."""
+        found: dict[int, list[str]] = {n: [] for n in range(self.total[layer])}
+        for name in names:
+            if layer_of(name) == layer:
+                found[number_of(name)].append(name)
+        return list(found.items())
+
+    def of_rank(self, names: Iterable[str], rank: int) -> list[str]:
+        """Those of experts' tensors that an ep rank has."""
+        return [n for n in names if number_of(n) // self.local[layer_of(n) or ""] == rank]
+
     def locally(self, name: str) -> str:
         """What a tensor is called in the files of the ranks that have it."""
         layer = layer_of(name)
@@ -156,6 +193,67 @@ class Experts:
             for rank in range(1 if layer is None else self.ep(layer)):
                 found += self.globally(held, rank)
         return found
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names with numbers in them as a model counts."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def asked(mesh: Mesh) -> tuple[Mesh, int | None, bool | None]:
+    """A mesh without the split of its dp; the ep degree that the split says, and whether ep is its slower part. None
+    where it says none."""
+    parts = mesh.leaves("dp")
+    plain = Mesh(pp=mesh.pp, dp=mesh.dp, tp=mesh.tp)
+    if "ep" not in parts:
+        return plain, None, None
+    return plain, mesh["ep"], "edp" in parts and parts.index("ep") < parts.index("edp") and mesh["edp"] > 1
+
+
+def regrouped(
+    groups: Sequence[ParameterGroup], source: Experts, target: Experts, sizes: Mapping[str, int]
+) -> tuple[ParameterGroup, ...]:
+    """The parameter groups of a target. Those of experts are called by their degree, and hold at most LARGEST elements
+    on a rank: more are several groups (`split_params_into_different_moe_groups_for_optimizer`). `sizes`: elements of
+    each tensor. CheckpointError where the source's are not dealt so."""
+    if source.local == target.local:
+        return tuple(groups)
+    found: list[ParameterGroup] = []
+    for group in groups:
+        layer = layer_of(next(iter(group.tensors), ""))
+        if layer is None:
+            found.append(group)
+            continue
+        same = [g for g in groups if g.options == group.options and layer_of(g.tensors[0])]
+        if group is not same[0]:
+            continue
+        names = [n for g in same for n in g.tensors]
+        if [list(g.tensors) for g in same] != [source.everywhere(own) for own in _dealt(source, names, sizes)]:
+            raise CheckpointError(
+                f"parameter group {group.name}: experts in {len(same)} groups that are not dealt as DeepSpeed does "
+                f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
+            )
+        options = (
+            {**group.options, "name": GROUP.format(target.ep(layer))} if "name" in group.options else group.options
+        )
+        for own in _dealt(target, names, sizes):
+            found.append(replace(group, options=options, tensors=tuple(target.everywhere(own))))
+    return tuple(found)
+
+
+def _dealt(experts: Experts, names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    """What the first ep rank has of an expert group, in as many groups as DeepSpeed makes of it."""
+    dealt: list[list[str]] = [[]]
+    held = 0
+    for name in sorted(
+        (n for n in names if experts.locally(n) == n), key=lambda n: (natural(layer_of(n) or ""), number_of(n))
+    ):
+        if dealt[-1] and held + sizes[name] > LARGEST:
+            dealt.append([])
+            held = 0
+        dealt[-1].append(name)
+        held += sizes[name]
+    return dealt
 
 
 def split(mesh: Mesh, sizes: Sequence[int], data_first: bool = False) -> Mesh:

@@ -1,8 +1,9 @@
 """Layouts out of `universal_checkpoint_info`: the lists of regular expressions by which a training program tells
 DeepSpeed how its tensors are cut over tensor parallel ranks.
 
-Where AutoTP recorded an affine map of a tensor, that comes first. The order of precedence of the lists is that of DeepSpeed 0.19.8's `ds_to_universal.merge_tp_slices`: replicated, averaged, two
-sub-parameters, sub-parameters, row parallel, else column parallel. Patterns match from the start of the name, as there.
+Where AutoTP recorded an affine map of a tensor, that comes first. The order of precedence of the lists is that of
+DeepSpeed 0.19.8's `ds_to_universal.merge_tp_slices`: replicated, averaged, two sub-parameters, sub-parameters, row
+parallel, else column parallel. Patterns match from the start of the name, as there.
 """
 
 from __future__ import annotations

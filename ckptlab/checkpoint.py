@@ -123,7 +123,7 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
         options: what that format takes; see TargetOptions for DeepSpeed's (zero_stage, dtype, pipeline, padded_vocab,
         heads, …). ReshapeError, with the reasons and the nearest meshes that work, if it cannot be.
         """
-        trained = self.catalog.training.mesh or self.mesh
+        trained = (self.catalog.training.mesh or self.mesh).joined()
         axes = {name: options.pop(name) for name in list(options) if name in trained}
         if axes and mesh is not None:
             raise ReshapeError(f"a mesh and {next(iter(axes))}= are both given: say the degree in one of them")

@@ -113,6 +113,7 @@ _mesh = _options(
     click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel degree."),
     click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline-parallel degree."),
     click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel degree."),
+    click.option("--ep", type=click.IntRange(1), metavar="N", help="Expert-parallel degree, a part of dp."),
 )
 _target = _options(
     click.option("--zero-stage", type=click.IntRange(1, 3), metavar="1|2|3", help="ZeRO stage."),

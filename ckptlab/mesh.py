@@ -181,6 +181,12 @@ class Mesh(Shown, Mapping[str, int]):
         degrees = (*self._degrees[:at], *sizes.items(), *self._degrees[at + 1 :])
         return _mesh(degrees, (*self._parts, (axis, tuple(sizes))))
 
+    def joined(self) -> Mesh:
+        """The same ranks with every axis that was split as one again."""
+        parts = {part for _, found in self._parts for part in found}
+        whole = [axis for axis, _ in self._parts if axis not in parts]
+        return Mesh(**{axis: self[axis] for axis in (*(a for a in self.axes if a not in parts), *whole)})
+
     def replace(self, **degrees: int) -> Mesh:
         """The mesh with other degrees; an axis that it lacks is added, slowest."""
         for axis in degrees:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ckptlab.catalog import FlatGroup, Tensor, placements_of
+from ckptlab.catalog import ALONE, FlatGroup, Tensor, placements_of
 from ckptlab.mesh import Mesh
 from ckptlab.plan import FlatBuffer, Holder, Placement
 
@@ -25,7 +25,8 @@ def placements(
     for (name, state), holders in outside.items():
         tensor = tensors[name]
         stages = tuple(dict.fromkeys(h["pp"] for h in holders))
-        whole = Placement(tensor.cut, stages, None, tensor.layout.replicas)
+        spread = {axis: k for axis, k in next(iter(holders), ALONE).items() if axis not in ("pp", "tp", "dp")}
+        whole = Placement(tensor.cut, stages, None, tensor.layout.replicas, spread)
         copies = dict.fromkeys(h["dp"] for h in holders if "dp" in h)
         if copies:
             found[name, state] = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed import checks, names
+from ckptlab.formats.deepspeed.experts import Experts, experts_said
 from ckptlab.formats.deepspeed.headers import Content, EngineConfig, ModelFile, OptimizerFile, Shape, layer_file
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.formats.torch import torchfile
@@ -27,6 +29,7 @@ _PARSERS: Mapping[str, Any] = {
     "zero3_model": ModelFile.of,
     "optim": OptimizerFile.of,
     "layer": layer_file,
+    "expert": layer_file,
 }
 
 
@@ -36,7 +39,7 @@ class StepFolder:
 
     `heads[pp, tp]` are that rank's model files (at ZeRO-3 one for each dp rank, else one), `optims[pp, tp][dp]` the
     optimizer files, `layers[layer][tp]` the tensors of the pipeline engine's layer files, whose names carry `-model_TT`
-    if `layer_axis`. `prefix` is that of the optimizer files ("bf16" or "").
+    if `layer_axis`. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split.
     """
 
     path: str
@@ -48,6 +51,7 @@ class StepFolder:
     prefix: str = ""
     is_zero3: bool = False
     files: tuple[str, ...] = ()
+    experts: Experts = field(default_factory=Experts)
 
     @cached_property
     def models(self) -> dict[Rank, Content]:
@@ -66,8 +70,14 @@ class StepFolder:
 
     @cached_property
     def trained(self) -> dict[Rank, dict[str, Shape]]:
-        """Shard shapes of the tensors that each rank's optimizer knows, in memory order."""
-        return {rank: heads[0].trained for rank, heads in self.heads.items()}
+        """Shard shapes of the tensors that each rank's optimizer knows, in memory order; of experts, those of all ep
+        ranks."""
+        found = {}
+        for rank, (head, *_) in self.heads.items():
+            local = head.trained
+            of_ranks = self.experts.everywhere(list(local)) if self.experts else []
+            found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or local
+        return found
 
     @property
     def is_pipeline(self) -> bool:
@@ -80,20 +90,19 @@ def read_step_folder(path: str, faults: Faults, *, optimizer: bool = True) -> St
 
     With `optimizer=False` no optimizer files are expected (a universal folder keeps the model files alone). None if
     that is not so, which `faults` is told of: files that are missing, unreadable or of another run, and as not read yet
-    experts and training without ZeRO.
+    training without ZeRO.
     """
     found = _Found(path, faults, optimizer)
-    if "expert" in found.kinds:
-        faults.report(not_read_yet(f"{path}: has expert files (DeepSpeed-MoE), which ckptlab cannot open yet"))
     found.parse()
     mesh = found.mesh()
     for finding in (
         *found.stage_zero(),
         *found.misplaced(mesh),
+        *found.experts.problems(path, mesh),
         *checks.agreement(path, found.heads, found.optims, mesh),
     ):
         faults.report(finding)
-    return None if faults.failed else found.folder(mesh)
+    return None if faults.failed else found.folder(found.experts.on(mesh))
 
 
 class _Found:
@@ -112,6 +121,13 @@ class _Found:
         self.heads: dict[FileName, ModelFile] = {}
         self.optims: dict[FileName, OptimizerFile] = {}
         self.layers: dict[FileName, Mapping[str, Stored]] = {}
+        self.expert_files: dict[FileName, Mapping[str, Stored]] = {}
+
+    @cached_property
+    def experts(self) -> Experts:
+        """The experts, by the files that could be read."""
+        files = {(n.layer, n.expert, n.mp): tensors for n, tensors in self.expert_files.items()}
+        return Experts.of(self.heads.values(), files)
 
     def _usual_prefix(self) -> str:
         counts = Counter(n.prefix for n in self.names if n.kind == "optim").most_common(1)
@@ -119,7 +135,12 @@ class _Found:
 
     def parse(self) -> None:
         """Read every file; what cannot be read, or has another form, is a finding."""
-        kept: dict[str, dict[FileName, Any]] = {self.head: self.heads, "optim": self.optims, "layer": self.layers}
+        kept: dict[str, dict[FileName, Any]] = {
+            self.head: self.heads,
+            "optim": self.optims,
+            "layer": self.layers,
+            "expert": self.expert_files,
+        }
         for name, file in sorted(self.names.items(), key=lambda item: item[1]):
             contents = self.faults.read(self.path, file, torchfile.read_contents)
             if contents is not None and name.kind in kept:
@@ -142,7 +163,7 @@ class _Found:
 
     def stage_zero(self) -> Iterator[Finding]:
         inside = any(h.content.get("optimizer") is not None for h in self.heads.values())
-        if self.optimizer and "optim" not in self.kinds and inside:
+        if self.optimizer and "optim" not in self.kinds and (inside or "expert_optim" in self.kinds):
             yield not_read_yet(
                 f"{self.path}: trained without ZeRO (stage 0): the optimizer stands in the model files, which ckptlab "
                 "cannot read yet"
@@ -170,7 +191,7 @@ class _Found:
                     message,
                 )
         known = {n for needed in wanted.values() for n in needed}
-        kinds = {"model", "zero3_model", "layer", *(("optim",) if self.optimizer else ())}
+        kinds = {"model", "zero3_model", "layer", "expert", *(("optim",) if self.optimizer else ())}
         extra = [file for n, file in self.names.items() if n.kind in kinds and n not in known]
         if extra := sorted([*extra, *self.doubles]):
             yield Finding(
@@ -198,6 +219,10 @@ class _Found:
         if numbers:
             axis = self.axis or mesh.tp > 1
             wanted["layer"] = [self.layer(i, t, axis) for i in sorted(numbers) for t in range(mesh.tp)]
+        if self.optimizer:
+            every = itertools.product(experts_said(h.content for h in self.heads.values()), range(mesh.tp))
+            if experts := [FileName("expert", mp=t, layer=i, expert=e) for (i, e), t in every]:
+                wanted["expert"] = experts
         return wanted
 
     @staticmethod
@@ -248,6 +273,7 @@ class _Found:
             self.prefix,
             self.head == "zero3_model",
             tuple(sorted(self.names[n] for needed in wanted.values() for n in needed)),
+            self.experts,
         )
 
 

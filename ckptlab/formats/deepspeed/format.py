@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ckptlab.arrays import Tally
@@ -44,7 +45,7 @@ class DeepSpeed(Format):
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
         from ckptlab.formats.deepspeed.target import reshape
 
-        return reshape(source, mesh, options)
+        return replace(reshape(source, mesh, options), format=self.name)
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
         from ckptlab.formats.deepspeed.write import files

@@ -157,6 +157,7 @@ class EngineConfig:
     round_robin: bool = False
     sub_group_size: int | None = None
     dtype: str | None = None
+    data_before_experts: bool = False
 
     @classmethod
     def of(cls, config: Header) -> EngineConfig:
@@ -171,6 +172,7 @@ class EngineConfig:
             bool(zero.values.get("round_robin_gradients")),
             int(size) if isinstance(size, (int, float)) and 1 <= size < _BIG else None,
             dtype,
+            bool(config.values.get("use_data_before_expert_parallelism")),
         )
 
 

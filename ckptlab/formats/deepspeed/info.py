@@ -12,6 +12,7 @@ from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.torch.pickles import Foreign, foreign
 from ckptlab.layout import cut_dim
 
+DATA_FIRST = "use_data_before_expert_parallelism"
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
 
 
@@ -26,6 +27,8 @@ def adapt_config(config: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
     if native.options.sub_group_size is not None:
         zero["sub_group_size"] = native.options.sub_group_size
     adapted["zero_optimization"] = zero
+    if native.experts.data_first != bool(adapted.get(DATA_FIRST)):
+        adapted[DATA_FIRST] = native.experts.data_first
     if native.options.dtype is not None:
         for key in ("bf16", "bfloat16", "fp16"):
             if key in adapted:

@@ -1,8 +1,9 @@
 """Layouts out of `universal_checkpoint_info`: the lists of regular expressions by which a training program tells
 DeepSpeed how its tensors are cut over tensor parallel ranks.
 
-The order of precedence is that of DeepSpeed 0.19.8's `ds_to_universal.merge_tp_slices`: replicated, averaged, two
-sub-parameters, sub-parameters, row parallel, else column parallel. Patterns match from the start of the name, as there.
+Where AutoTP recorded an affine map of a tensor, that comes first. The order of precedence of the lists is that of
+DeepSpeed 0.19.8's `ds_to_universal.merge_tp_slices`: replicated, averaged, two sub-parameters, sub-parameters, row
+parallel, else column parallel. Patterns match from the start of the name, as there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.errors import CheckpointError
+from ckptlab.formats.deepspeed.autotp import AffineMaps
 from ckptlab.formats.deepspeed.headers import Header
 from ckptlab.layout import Layout
 from ckptlab.sharding.strategies import Shape, column, cut, dim_names, replicated
@@ -43,7 +45,7 @@ class UniversalInfo:
     vocabulary: tuple[str, ...]
     pipeline_replicated: tuple[str, ...]
     original_vocab_size: int | None
-    has_affine_map: bool
+    affine: AffineMaps
     trusted: bool
 
     @staticmethod
@@ -60,7 +62,7 @@ class UniversalInfo:
             vocabulary=_patterns(info, "vocabulary_parameter"),
             pipeline_replicated=_patterns(info, "pipeline_replicated_parameter"),
             original_vocab_size=info.integer("original_vocab_size", 1) if "original_vocab_size" in info else None,
-            has_affine_map="params" in info.inside("affine_map"),
+            affine=AffineMaps.of(info, tp),
             trusted=tp > 1 or bool(replicated or row),
         )
 
@@ -70,11 +72,14 @@ class UniversalInfo:
         return any(_matches(one, name) for one in lists)
 
     def is_vocabulary(self, name: str) -> bool:
-        return _matches(self.vocabulary, name)
+        """Dim 0 is the vocabulary, padded for the ranks: AutoTP pads none."""
+        return not self.affine and _matches(self.vocabulary, name)
 
     def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
         """See `Strategy.layout`. CheckpointError where the lists contradict the shards."""
         ndim, tp = len(shards[0]), len(shards)
+        if (found := self.affine.of_tensor(name)) is not None:
+            return found.layout()
         if self.is_vocabulary(name) and self.original_vocab_size is not None:
             padded = sum(s[0] for s in shards)
             if padded < self.original_vocab_size:

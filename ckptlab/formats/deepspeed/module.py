@@ -48,6 +48,7 @@ def read_module(folder: StepFolder, faults: Faults) -> ModuleWeights:
         _from_layers(folder, weights, faults)
     else:
         _from_model_files(folder, weights)
+        _from_expert_files(folder, weights)
     for name, by_tp in weights.shapes.items():
         for rank, shapes in folder.trained.items():
             found = by_tp.get(rank[1])
@@ -78,6 +79,15 @@ def _from_model_files(folder: StepFolder, weights: ModuleWeights) -> None:
                 by_place.setdefault(_place(stored), name)
             kind = "parameter" if name in trained else "buffer" if name in model.buffers else "frozen"
             weights.add(name, kind, rank, stored.shape, (Fragment(0, stored),))
+
+
+def _from_expert_files(folder: StepFolder, weights: ModuleWeights) -> None:
+    for (_, _, tp), tensors in folder.experts.files.items():
+        trained = folder.trained[0, tp]
+        for name, stored in tensors.items():
+            at = folder.experts.at(name, folder.mesh)
+            kind = "parameter" if name in trained else "frozen"
+            weights.add(name, kind, (0, tp), stored.shape, (Fragment(0, stored),), **at)
 
 
 def _from_zero3(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:

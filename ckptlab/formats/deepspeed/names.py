@@ -13,14 +13,14 @@ _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:(bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_EXPERT = re.compile(
-    r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_(?:model|optim)_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
-)
+_EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_EXPERT_OPTIM = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
 @dataclass(frozen=True)
 class FileName:
-    """A file name taken apart. `kind` is "model", "zero3_model", "optim", "layer" or "expert"; fields that the kind
+    """A file name taken apart. `kind` is "model", "zero3_model", "optim", "layer", "expert" (`layer` counts the layers
+    that have experts; -1: its file is of all of them) or "expert_optim" (`expert` is the ep rank); fields that the kind
     does not have are 0."""
 
     kind: str
@@ -28,6 +28,7 @@ class FileName:
     dp: int = 0
     layer: int = 0
     prefix: str = ""
+    expert: int = 0
 
     @property
     def text(self) -> str:
@@ -39,6 +40,10 @@ class FileName:
                 return zero3_model(self.dp, self.mp)
             case "optim":
                 return optim(self.dp, self.mp, self.prefix)
+            case "expert":
+                return expert(self.layer, self.expert, self.mp)
+            case "expert_optim":
+                return f"expp_rank_{self.expert}_mp_rank_{self.mp:02d}_optim_states.pt"
         return layer(self.layer, self.mp if self.prefix else None)
 
     def rank(self, tp: int) -> dict[str, int]:
@@ -46,7 +51,7 @@ class FileName:
         if self.kind == "layer":
             return {"tp": self.mp}
         place = {"pp": self.mp // tp, "tp": self.mp % tp}
-        return place if self.kind == "model" else {**place, "dp": self.dp}
+        return {**place, "dp": self.dp} if self.kind in ("zero3_model", "optim") else place
 
 
 def parse(name: str) -> FileName | None:
@@ -59,8 +64,10 @@ def parse(name: str) -> FileName | None:
         return FileName("optim", dp=int(m[2]), mp=int(m[3]), prefix=m[1] or "")
     if m := _LAYER.fullmatch(name):
         return FileName("layer", layer=int(m[1]), mp=int(m[2] or 0), prefix="model" if m[2] else "")
-    if _EXPERT.fullmatch(name):
-        return FileName("expert")
+    if m := _EXPERT.fullmatch(name):
+        return FileName("expert", mp=int(m[3]), layer=-1 if m[1] is None else int(m[1]), expert=int(m[2]))
+    if m := _EXPERT_OPTIM.fullmatch(name):
+        return FileName("expert_optim", mp=int(m[2]), expert=int(m[1]))
     return None
 
 
@@ -80,3 +87,9 @@ def optim(dp: int, mp: int, prefix: str = "") -> str:
 def layer(index: int, tp: int | None) -> str:
     """`tp` is None where the engine's topology has no model axis."""
     return f"layer_{index:02d}{'' if tp is None else f'-model_{tp:02d}'}-model_states.pt"
+
+
+def expert(layer: int, number: int, mp: int) -> str:
+    """`layer` counts the layers that have experts, `number` is the expert's in all of the layer; -1: an
+    old DeepSpeed's, which put the experts of that number of all layers into one file."""
+    return f"{'' if layer < 0 else f'layer_{layer}_'}expert_{number}_mp_rank_{mp:02d}_model_states.pt"

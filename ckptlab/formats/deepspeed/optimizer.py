@@ -15,6 +15,7 @@ from typing import Any
 from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Gradients, ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where, contradiction, not_read_yet
+from ckptlab.formats.deepspeed.experts import Share
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wrapper
 from ckptlab.plan import FlatBuffer, Holder
@@ -62,13 +63,17 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         faults.report(finding)
     if faults.failed:
         return None
-    flats: dict[tuple[int, int, int], FlatBuffer] = {}
+    flats: dict[Holder, dict[int, FlatBuffer]] = {}  # of every buffer, under the names in the files
+    shares: dict[tuple[int, int], tuple[Share, ...]] = {}  # of a stage's buffer: who has the same tensors of it
     for (p, t), files in folder.optims.items():
         for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
             with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
-                flats[p, t, b] = flat = _flat_buffer(files, b, shapes)
-                for finding in _lengths_and_mappings(folder, (p, t), b, flat, round_robin):
-                    faults.report(finding)
+                shares[p, b] = folder.experts.shares(shapes, folder.mesh)
+                for share in shares[p, b]:
+                    flat = _flat_buffer([files[d] for d in share.ranks], b, shapes)
+                    flats.setdefault(Holder(pp=p, tp=t, **share.at), {})[b] = flat
+                    for finding in _lengths_and_mappings(folder, (p, t), b, flat, share.ranks, round_robin):
+                        faults.report(finding)
     groups: tuple[ParameterGroup, ...] = ()
     with faults.caught():
         groups, index = match_groups(folder.path, [_stage_groups(folder, p) for p in range(folder.mesh.pp)])
@@ -81,15 +86,20 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         leader = folder.optims[p, 0][0]
         for b, local_group in enumerate(leader.group_of):
             group = index[p][local_group]
-            by_holder = {Holder(pp=p, tp=t): flats[p, t, b] for t in range(folder.mesh.tp)}
-            sub = sum(g.stage == p and g.group == group for g in flat_groups)
             dtypes = {state: stored.dtype for state, stored in leader.states[b].items()}
-            flat_groups.append(one := FlatGroup(Holder(pp=p), group, by_holder, dtypes, sub))
-            for state in dtypes:
-                partitions[one.key, state] = {
-                    holder: tuple(file.states[b][state] for file in folder.optims[p, holder["tp"]])
-                    for holder in by_holder
-                }
+            for rank, share in enumerate(shares[p, b]):
+                at = Holder(pp=p, **share.at)
+                sub = sum(g.at == at and g.group == group for g in flat_groups)
+                by_holder = {}
+                for t in range(folder.mesh.tp):
+                    flat = flats[holder := Holder(pp=p, **share.at, tp=t)][b]
+                    by_holder[holder] = replace(flat, names=folder.experts.globally(flat.names, rank))
+                flat_groups.append(one := FlatGroup(at, group, by_holder, dtypes, sub, share.over))
+                for state in dtypes:
+                    partitions[one.key, state] = {
+                        holder: tuple(folder.optims[p, holder["tp"]][d].states[b][state] for d in share.ranks)
+                        for holder in by_holder
+                    }
             scalars.setdefault(group, leader.scalars[b])
     stage = 3 if first.wrapper is Wrapper.ZERO3 else 1 if first.wrapper is Wrapper.BF16 else None
     return OptimizerFiles(
@@ -144,23 +154,26 @@ def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> Flat
 
 
 def _lengths_and_mappings(
-    folder: StepFolder, rank: Rank, b: int, flat: FlatBuffer, round_robin: bool
+    folder: StepFolder, rank: Rank, b: int, flat: FlatBuffer, ranks: Sequence[int], round_robin: bool
 ) -> Iterator[Finding]:
-    """Compare what every dp rank stores of a buffer, and says where it lies, with the geometry."""
-    expected = [_spans(flat, d) for d in range(folder.mesh.dp)] if flat.partition is not None else []
-    for d, file in enumerate(folder.optims[rank]):
+    """Compare what the dp ranks that share a buffer store of it, and say where it lies, with the geometry."""
+    expected = [_spans(flat, i) for i in range(len(ranks))] if flat.partition is not None else []
+    for i, d in enumerate(ranks):
+        file = folder.optims[rank][d]
         said = file.spans[b] if expected and b < len(file.spans) else {}
-        wrong = bool(said) and said != expected[d]
+        wrong = bool(said) and said != expected[i]
         if wrong and said in expected:
-            yield _swapped(file, rank, d, expected.index(said))
+            yield _swapped(file, rank, d, ranks[expected.index(said)])
             continue
         if wrong:
             yield _contradicting_mappings(folder, round_robin)
-        yield from _lengths(folder, rank, d, b, flat)
+        yield from _lengths(folder, rank, file, i, b, flat)
 
 
-def _lengths(folder: StepFolder, rank: Rank, d: int, b: int, flat: FlatBuffer) -> Iterator[Finding]:
-    file, head = folder.optims[rank][d], folder.heads[rank][0]
+def _lengths(
+    folder: StepFolder, rank: Rank, file: OptimizerFile, d: int, b: int, flat: FlatBuffer
+) -> Iterator[Finding]:
+    head = folder.heads[rank][0]
     whole = flat.size(d)
     filled = whole - (flat.padding(d) if flat.partition is not None else 0)
     for state, stored in file.states[b].items():
@@ -223,7 +236,7 @@ def _stage_groups(folder: StepFolder, stage: int) -> list[tuple[Mapping[str, Any
     leader = folder.optims[stage, 0][0]
     joined: list[list[str]] = [[] for _ in leader.options]
     for g, names in zip(leader.group_of, folder.heads[stage, 0][0].shapes or (), strict=True):
-        joined[g] += names
+        joined[g] += folder.experts.everywhere(list(names)) if folder.experts else names
     return [(options, tuple(names)) for options, names in zip(leader.options, joined, strict=True)]
 
 

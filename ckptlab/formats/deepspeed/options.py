@@ -19,6 +19,8 @@ class TargetOptions:
     ("blocks", "parameters", "uniform") or the first layer of each stage. `padded_vocab`: rows of the padded vocabulary.
     `heads`: attention heads (and `kv_heads`), where the checkpoint does not tell. `sub_group_size`: ZeRO-3, elements.
     `round_robin`: whether the target trains with round_robin_gradients. `param_groups`: hyperparameters of each group.
+    `ep`: over how many of the dp ranks experts are spread; `data_before_experts`: whether the target trains with
+    use_data_before_expert_parallelism.
     """
 
     zero_stage: int | None = None
@@ -30,6 +32,8 @@ class TargetOptions:
     sub_group_size: int | None = None
     round_robin: bool | None = None
     param_groups: tuple[Mapping[str, Any], ...] | None = None
+    ep: int | None = None
+    data_before_experts: bool | None = None
 
 
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
@@ -72,5 +76,13 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
                 + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
                 + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
             )
+    if experts := native.folder.experts:
+        yield from experts.refusals(mesh, options.ep)
+        if stage == 3:
+            yield "ZeRO-3 with experts: DeepSpeed does not train it"
+        if mesh.tp != trained.tp:
+            yield f"tp {mesh.tp}: ckptlab cannot cut experts for another tp than {trained.tp} yet"
+    elif options.ep not in (None, 1):
+        yield f"ep {options.ep}: the checkpoint has no experts"
     if options.dtype is not None and options.dtype not in DTYPES:
         yield f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}"

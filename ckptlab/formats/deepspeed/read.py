@@ -202,14 +202,10 @@ def layouts_are_told(info: UniversalInfo | None, strategy: Strategy | None) -> b
 
 
 def _not_read_yet(folder: StepFolder, info: UniversalInfo | None, strategy: Strategy | None) -> Iterator[Finding]:
-    if folder.first.content.get("num_experts"):
-        yield not_read_yet(f"{folder.path}: a mixture of experts (num_experts), which ckptlab cannot open yet")
+    if folder.first.content.get("ds_autoep_layers"):
+        yield not_read_yet(f"{folder.path}: AutoEP (ds_autoep_layers), which ckptlab cannot open yet")
     if folder.mesh.tp == 1:
         return
-    if info is not None and info.has_affine_map:
-        yield not_read_yet(
-            f"{folder.path}: AutoTP (universal_checkpoint_info has an affine_map), which ckptlab cannot open yet"
-        )
     if folder.is_zero3:
         yield not_read_yet(f"{folder.path}: ZeRO-3 with tp {folder.mesh.tp}, which ckptlab cannot open yet")
     if info is None and strategy is None:

@@ -16,6 +16,7 @@ from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.formats.deepspeed.assemble import placements
+from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import gradients
 from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, problems
@@ -32,12 +33,20 @@ class NativeTarget:
     dtype: str
     options: TargetOptions
     layer_stages: Mapping[int, int]
+    experts: Experts
 
 
 def reshape(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     """The target's catalog. ReshapeError, with every reason and the nearest meshes that work, if it cannot be."""
-    if extra := [a for a in mesh.axes if a not in ("pp", "dp", "tp")]:
-        raise ReshapeError(f"{mesh}: DeepSpeed's native format has no axis {extra[0]!r}: use pp, dp and tp")
+    if extra := [a for a in mesh.axes if a not in ("pp", *mesh.leaves("dp"), "tp")]:
+        also = ', and ep as a part of dp: Mesh(dp=4).split("dp", edp=2, ep=2)' if extra[0] == "ep" else ""
+        raise ReshapeError(f"{mesh}: DeepSpeed's native format has no axis {extra[0]!r}: use pp, dp and tp{also}")
+    mesh, ep, data_first = asked(mesh)
+    options = replace(
+        options,
+        ep=options.ep or ep,
+        data_before_experts=data_first if options.data_before_experts is None else options.data_before_experts,
+    )
     reasons = list(problems(catalog, mesh, options))
     if not reasons:
         try:
@@ -68,6 +77,8 @@ def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Ite
 
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.private
+    experts = source.folder.experts.spread(options.ep, options.data_before_experts)
+    mesh = experts.on(mesh)
     stage = options.zero_stage or catalog.zero_stage
     dtype = options.dtype or source.dtype
     findings: list[Finding] = []
@@ -87,9 +98,12 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             )
         )
     wrapper = _wrapper(source.wrapper, stage)
-    flat_groups = _flat_groups(catalog, tensors, mesh, wrapper, options)
-    _refuse_empty_groups(catalog, mesh, flat_groups)
-    outside = _outside(tensors, mesh, wrapper)
+    groups = _groups(catalog, options, experts)
+    place = {name: i for i, group in enumerate(groups) for name in group.tensors}
+    tensors = {name: replace(tensor, group=place.get(name)) for name, tensor in tensors.items()}
+    flat_groups = _flat_groups(catalog, groups, tensors, mesh, wrapper, options, experts)
+    _refuse_empty_groups(catalog, groups, mesh, flat_groups)
+    outside = _outside(tensors, mesh, wrapper, experts)
     return Catalog(
         path="",
         format="deepspeed",
@@ -103,11 +117,11 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             zero_stage=stage,
             dtype=dtype,
             wrapper=wrapper.value,
-            groups=_groups(catalog, options),
+            groups=groups,
             layer_stages=layer_stages,
             gradients=gradients(wrapper, dtype, stage),
         ),
-        private=NativeTarget(wrapper, dtype, options, layer_stages),
+        private=NativeTarget(wrapper, dtype, options, layer_stages, experts),
         findings=tuple(findings),
     )
 
@@ -229,34 +243,45 @@ def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:
     return Wrapper.BF16 if stage == 1 and source is Wrapper.BF16 else Wrapper.ZERO12
 
 
-def _groups(catalog: Catalog, options: TargetOptions) -> tuple[ParameterGroup, ...]:
+def _groups(catalog: Catalog, options: TargetOptions, experts: Experts) -> tuple[ParameterGroup, ...]:
+    groups = catalog.groups
+    if experts:
+        ordered = [replace(g, tensors=tuple(original_order(catalog, list(g.tensors)))) for g in groups]
+        sizes = {name: tensor.numel for name, tensor in catalog.tensors.items()}
+        groups = regrouped(ordered, catalog.private.folder.experts, experts, sizes)
     if options.param_groups is None:
-        return catalog.groups
-    if len(options.param_groups) != len(catalog.groups):
-        raise ReshapeError(
-            f"param_groups: {len(options.param_groups)} given, the checkpoint has {len(catalog.groups)} groups"
-        )
-    return tuple(replace(g, options=given) for g, given in zip(catalog.groups, options.param_groups, strict=True))
+        return groups
+    if len(options.param_groups) != len(groups):
+        raise ReshapeError(f"param_groups: {len(options.param_groups)} given, the target has {len(groups)} groups")
+    return tuple(replace(g, options=given) for g, given in zip(groups, options.param_groups, strict=True))
 
 
 def _flat_groups(
-    catalog: Catalog, tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper, options: TargetOptions
+    catalog: Catalog,
+    groups: tuple[ParameterGroup, ...],
+    tensors: Mapping[str, Tensor],
+    mesh: Mesh,
+    wrapper: Wrapper,
+    options: TargetOptions,
+    experts: Experts,
 ) -> tuple[FlatGroup, ...]:
     found: list[FlatGroup] = []
     for p in range(mesh.pp):
-        for index, group in enumerate(catalog.groups):
-            names = [n for n in group.tensors if p in tensors[n].stages]
-            if not names:
+        for index, group in enumerate(groups):
+            every = [n for n in group.tensors if p in tensors[n].stages]
+            if not every:
                 continue
-            if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
-                names = round_robin(original_order(catalog, names), mesh.dp)
-            elif catalog.private.round_robin:
-                names = original_order(catalog, names)
-            zero_stage = 3 if wrapper is Wrapper.ZERO3 else 1
-            found += [
-                FlatGroup.laid_out(Holder(pp=p), index, members, tensors, mesh, zero_stage, sub)
-                for sub, members in enumerate(_sub_groups(names, tensors, mesh, wrapper, options, catalog))
-            ]
+            if not experts:  # those of a model with experts are in order already
+                every = original_order(catalog, every)
+            for rank, share in enumerate(experts.shares(every, mesh)):
+                names = experts.of_rank(every, rank) if share.at else every
+                if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
+                    names = round_robin(names, len(share.ranks))
+                zero_stage = 3 if wrapper is Wrapper.ZERO3 else 1
+                found += [
+                    FlatGroup.laid_out(Holder(pp=p, **share.at), index, members, tensors, mesh, zero_stage, sub)
+                    for sub, members in enumerate(_sub_groups(names, tensors, mesh, wrapper, options, catalog))
+                ]
     return tuple(found)
 
 
@@ -270,12 +295,17 @@ def round_robin(names: list[str], dp: int) -> list[str]:
 
 
 def original_order(catalog: Catalog, names: list[str]) -> list[str]:
-    """A group's tensors in the order of the user's program, undoing the source's round robin."""
+    """A group's tensors in the order of the user's program, undoing the source's round robin; of experts, those of all
+    ep ranks."""
+    folder = catalog.private.folder
     if not catalog.private.round_robin:
         return names
-    dealt = round_robin([str(i) for i in range(len(names))], catalog.private.folder.mesh.dp)
-    position = {int(i): n for i, n in zip(dealt, names, strict=True)}
-    return [position[i] for i in range(len(names))]
+    (first, *_) = folder.experts.shares(names, folder.mesh)
+    held = folder.experts.of_rank(names, 0) if first.at else names
+    dealt = round_robin([str(i) for i in range(len(held))], len(first.ranks))
+    position = {int(i): n for i, n in zip(dealt, held, strict=True)}
+    ordered = [position[i] for i in range(len(held))]
+    return folder.experts.everywhere(ordered) if first.at else ordered
 
 
 def _sub_groups(
@@ -305,9 +335,11 @@ def _sub_groups(
     return groups
 
 
-def _refuse_empty_groups(catalog: Catalog, mesh: Mesh, flat_groups: tuple[FlatGroup, ...]) -> None:
+def _refuse_empty_groups(
+    catalog: Catalog, groups: tuple[ParameterGroup, ...], mesh: Mesh, flat_groups: tuple[FlatGroup, ...]
+) -> None:
     """A stage without a group's tensors cannot be trained, unless the source's own stages were like that."""
-    for index, group in enumerate(catalog.groups):
+    for index, group in enumerate(groups):
         found_on = {stage for name in group.tensors for stage in catalog.tensors[name].stages}
         if found_on != set(range(catalog.private.folder.mesh.pp)):
             continue
@@ -315,11 +347,13 @@ def _refuse_empty_groups(catalog: Catalog, mesh: Mesh, flat_groups: tuple[FlatGr
         if missing:
             raise ReshapeError(
                 f"{catalog.path}: pp stage {min(missing)} of {mesh.pp} would hold no tensor of parameter group {index} "
-                f"({catalog.groups[index].name or 'unnamed'}): DeepSpeed cannot train such a stage"
+                f"({group.name or 'unnamed'}): DeepSpeed cannot train such a stage"
             )
 
 
-def _outside(tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper) -> dict[tuple[str, str], list[Holder]]:
+def _outside(
+    tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper, experts: Experts
+) -> dict[tuple[str, str], list[Holder]]:
     """Who will store module weights: the first stage that holds a tensor. ZeRO-3 stores none for its parameters, and
     buffers on every dp rank."""
     zero3 = wrapper is Wrapper.ZERO3
@@ -327,7 +361,7 @@ def _outside(tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper) -> dic
     for name, tensor in tensors.items():
         if tensor.states.get(PARAM) is None or (zero3 and tensor.kind == "parameter"):
             continue
-        holders = Placement(tensor.cut, tensor.stages[:1]).holders
+        holders = Placement(tensor.cut, tensor.stages[:1], at=experts.at(name, mesh)).holders
         every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
         found[name, PARAM] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
     return found

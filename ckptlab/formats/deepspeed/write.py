@@ -17,6 +17,7 @@ import numpy as np
 from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
 from ckptlab.formats.deepspeed import info, names
+from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
@@ -54,6 +55,8 @@ class NativeWriter:
         self.folder = source.private.folder
         self.config = info.adapt_config(source.private.config, target)
         self.prefix = "bf16" if self.native.dtype == "bf16" else ""
+        self.experts = self.native.experts
+        self._places: dict[Holder, list[int]] = {}
 
     def files(self) -> Iterator[FilePlan]:
         mesh = self.mesh
@@ -70,6 +73,12 @@ class NativeWriter:
         for layer, prefix in self.source.private.module.layer_keys.items():
             for t in range(mesh.tp):
                 yield torchfile.plan(names.layer(layer, t if axis else None), self.layer_file(layer, prefix, t))
+        for i, layer in enumerate(self.experts.total):
+            for expert, held in self.experts.tensors(layer, self.target.tensors):
+                for t in range(mesh.tp):
+                    rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, **self.experts.at(held[0], mesh)))[0], tp=t)
+                    tensors = OrderedDict((name, self.module_weight(name, t, rank)) for name in held)
+                    yield torchfile.plan(names.expert(i, expert, t), tensors)
 
     # ---------------------------------------------------------------- tensors
 
@@ -83,7 +92,8 @@ class NativeWriter:
         at = self.coordinate(tensor, tp)
         shape = tensor.cut.shard_shape(at)
         tally = self.tally and self.tally.towards(rank)
-        one = shard_reader(self.source, self.target, name, PARAM, Holder(pp=tensor.stages[0], tp=tp), tally)
+        holder = Holder(pp=tensor.stages[0], **self.experts.at(name, self.mesh), tp=tp)
+        one = shard_reader(self.source, self.target, name, PARAM, holder, tally)
         return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, 0, math.prod(shape)),))
 
     def gather(self, name: str, state: str, dtype: np.dtype, rank: int) -> Reader:
@@ -92,13 +102,22 @@ class NativeWriter:
 
     def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
         """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
-        held = Partition(self.source, self.target, group, state, group.at.with_(tp=tp), dp, self.tally)
+        part = self.place(group.at).index(dp)
+        held = Partition(self.source, self.target, group, state, group.at.with_(tp=tp), part, self.tally)
         return Pending(held.dtype, (count,), (Elements(held, held.dtype, 0, count),))
 
     # ---------------------------------------------------------------- model files
 
-    def groups_on(self, stage: int) -> list[FlatGroup]:
-        return [g for g in self.target.flat_groups if g.stage == stage]
+    def groups_on(self, stage: int, dp: int = 0) -> list[FlatGroup]:
+        """The flat groups that a dp rank has a part of."""
+        return [g for g in self.target.flat_groups if g.stage == stage and dp in self.place(g.at)]
+
+    def place(self, at: Holder) -> list[int]:
+        """The dp ranks at these coordinates: those that have a flat group together."""
+        if at not in self._places:
+            ranks = self.mesh.ranks(**{**at, "tp": 0})
+            self._places[at] = [self.mesh.index("dp", self.mesh.coordinate(rank)) for rank in ranks]
+        return self._places[at]
 
     def model_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         """The model file of a rank (of a pp and tp coordinate only, below ZeRO-3), made from the nearest one of the
@@ -126,7 +145,7 @@ class NativeWriter:
         if (self.target.zero_stage or 0) < 2:
             return {"frozen_param_shapes": None, "frozen_param_fragments": None}
         zero3 = self.native.wrapper is Wrapper.ZERO3
-        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen"]
+        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen" and layer_of(x.name) is None]
         fragments = ((x.name, self._fragment(x, t, d, rank) if zero3 else module[x.name]) for x in frozen)
         return {
             "frozen_param_shapes": OrderedDict((x.name, self._shape(x, t)) for x in frozen),
@@ -137,7 +156,7 @@ class NativeWriter:
         return Size(tensor.cut.shard_shape(self.coordinate(tensor, tp)))
 
     def _shapes(self, group: FlatGroup, tp: int) -> OrderedDict[str, Size]:
-        return OrderedDict((n, self._shape(self.target.tensors[n], tp)) for n in group.names)
+        return OrderedDict((self.experts.locally(n), self._shape(self.target.tensors[n], tp)) for n in group.names)
 
     def module(self, template: Mapping[str, Any], tp: int, rank: int) -> OrderedDict[str, Any]:
         """The model's state dict; at ZeRO-3 everything but buffers is an empty placeholder."""
@@ -168,6 +187,16 @@ class NativeWriter:
         padding = Zeros((part - (hi - lo)) * dtype.itemsize)
         return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
 
+    def expert_weights(self, tp: int, rank: int) -> OrderedDict[str, Any]:
+        """The module weights of all experts, under their global names."""
+        held = (
+            name
+            for layer in self.experts.total
+            for _, own in self.experts.tensors(layer, self.target.tensors)
+            for name in own
+        )
+        return OrderedDict((name, self.module_weight(name, tp, rank)) for name in held)
+
     def layer_file(self, layer: int, prefix: str, tp: int) -> OrderedDict[str, Any]:
         """The tensors of one layer, under their names within it."""
         rank = self.mesh.rank(pp=self.native.layer_stages[layer], dp=0, tp=tp)
@@ -178,7 +207,7 @@ class NativeWriter:
 
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         template = self.source.private.extras
-        groups = self.groups_on(p)
+        groups = self.groups_on(p, d)
         state = (
             self._zero3_state(template, groups, t, d)
             if self.native.wrapper is Wrapper.ZERO3
@@ -188,11 +217,12 @@ class NativeWriter:
         return {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": version}
 
     def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
-        return {
-            i: dict(self.target.groups[g.group].scalars)
-            | {s: self.partition(g, s, tp, dp, g.flats[g.at.with_(tp=tp)].size(dp)) for s in g.dtypes if s != MASTER}
-            for i, g in enumerate(groups)
-        }
+        found = {}
+        for i, group in enumerate(groups):
+            size = group.flats[group.at.with_(tp=tp)].size(dp)
+            states = {s: self.partition(group, s, tp, dp, size) for s in group.dtypes if s != MASTER}
+            found[i] = dict(self.target.groups[group.group].scalars) | states
+        return found
 
     def param_groups(self, groups: list[FlatGroup]) -> list[dict[str, Any]]:
         """Hyperparameters, and which buffers belong to each group."""
@@ -227,13 +257,14 @@ class NativeWriter:
 
     def _flat_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
         bf16 = self.native.wrapper is Wrapper.BF16
-        flats = [g.flats[g.at.with_(tp=t)] for g in groups]
+        # each with the place that the rank has among those that share the buffer
+        flats = [(g.flats[g.at.with_(tp=t)], self.place(g.at).index(d)) for g in groups]
         if bf16:
-            paddings = [f.total - f.used if d == self.mesh.dp - 1 else 0 for f in flats]
-            masters = [f.size(d) for f in flats]
+            paddings = [f.total - f.used if i == f.dp - 1 else 0 for f, i in flats]
+            masters = [f.size(i) for f, i in flats]
         else:
-            paddings = [f.padding(d) for f in flats]
-            masters = [f.size(d) - pad for f, pad in zip(flats, paddings, strict=True)]
+            paddings = [f.padding(i) for f, i in flats]
+            masters = [f.size(i) - pad for (f, i), pad in zip(flats, paddings, strict=True)]
         state: dict[str, Any] = {} if bf16 else self._scaler(template)
         if "clip_grad" in template:
             state["clip_grad"] = template["clip_grad"]
@@ -244,13 +275,16 @@ class NativeWriter:
         if not bf16:
             state["zero_stage"] = foreign(*ZERO_STAGE, self.target.zero_stage)
         state["group_paddings"] = paddings
-        state["partition_count"] = [self.mesh.dp] * len(groups)
+        state["partition_count"] = [f.dp for f, _ in flats]
         state["ds_version"] = self.folder.models[0, 0].get("ds_version")
-        state["param_slice_mappings"] = [self._mapping(f, d) for f in flats]
+        state["param_slice_mappings"] = [self._mapping(f, i) for f, i in flats]
         return state
 
     def _mapping(self, flat: Any, d: int) -> OrderedDict[str, Any]:
         return OrderedDict(
-            (flat.names[i], foreign(*FRAGMENT, state={"numel": int(count), "start": int(start)}, new=True))
+            (
+                self.experts.locally(flat.names[i]),
+                foreign(*FRAGMENT, state={"numel": int(count), "start": int(start)}, new=True),
+            )
             for i, _, start, count in flat.within(d)
         )

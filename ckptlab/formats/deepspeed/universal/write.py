@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from ckptlab.arrays import Drawn, Tally
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.target import reshape
 from ckptlab.formats.deepspeed.universal.read import FOLDER, OPTIMIZER, file_of
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.fileplan import Elements, FilePlan
@@ -22,7 +24,10 @@ from ckptlab.layout import cut_dim, equal_parts, sub_parameters
 
 def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
     """Every file of the universal folder. `target` says for which mesh, stage and dtype the model files beside are
-    made; tensors are whole, whatever the mesh."""
+    made; tensors are whole, whatever the mesh. So are experts: they are in one model file, under their global names, as
+    for ep 1."""
+    if target.private.experts:
+        target = reshape(source, target.mesh.joined(), replace(target.private.options, ep=1))
     writer = NativeWriter(source, target, tally)
     flat = target.private.wrapper is Wrapper.ZERO3
     for tensor in source.tensors.values():
@@ -42,7 +47,11 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
             for d in range(target.mesh.dp if flat else 1):
                 mp = p * target.mesh.tp + t
                 name = names.zero3_model(d, mp) if flat else names.model(mp)
-                yield torchfile.plan(name, writer.model_file(p, t, d))
+                model = writer.model_file(p, t, d)
+                if target.private.experts:
+                    rank = target.mesh.rank(pp=p, dp=d, tp=t)
+                    model["module"] |= writer.expert_weights(t, rank)
+                yield torchfile.plan(name, model)
 
 
 def _written(tensor: Tensor) -> list[str]:

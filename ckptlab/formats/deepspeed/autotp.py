@@ -1,0 +1,240 @@
+"""Layouts that AutoTP records: `affine_map` in `universal_checkpoint_info`, version 1.
+
+A map says of every tensor which boxes of the whole each tp rank holds, and where in its shard: a piece is a shape with
+an offset and strides on either side (the arguments of `torch.as_strided`). Where the boxes follow the ranks it is a
+line of notation; any other choice of rows stays what it is, rows. Source: DeepSpeed 0.19.8, `checkpoint/affine.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
+from ckptlab.formats.deepspeed.headers import Header
+from ckptlab.layout import Cut, Layout
+from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import Shape, dim_names, replicated
+
+VERSION = 1
+Run = tuple[int, int, int, int, int]  # a row of a cut: start in the whole, start in the shard, length, count, stride
+Runs = tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """How one tensor lies on the tp ranks. `rows[rank][dim]`: the rows of that dim that the rank holds."""
+
+    logical: Shape
+    rows: tuple[tuple[Runs, ...], ...]
+
+    @classmethod
+    def of(cls, entry: Header, tp: int) -> AffineMap:
+        """CheckpointError for a map of another form, UnsupportedError for one that ckptlab does not understand."""
+        ranks = {int(rank): value for rank, value in entry.inside("ranks").values.items() if str(rank).isdecimal()}
+        if sorted(ranks) != list(range(tp)):
+            raise entry.odd("ranks", f"the shards of {tp} tp ranks")
+        logical = tuple(entry.integers("logical_shape"))
+        found = [Header.of(entry.path, ranks[rank], f"{entry.at}.ranks.{rank}") for rank in range(tp)]
+        return cls(logical, tuple(_rows(logical, of_rank) for of_rank in found))
+
+    def layout(self) -> Layout:
+        """The line of notation, where the boxes follow the ranks; else `RowsLayout`."""
+        names = dim_names(len(self.logical))
+        cut = [i for i in range(len(names)) if len({of_rank[i] for of_rank in self.rows}) > 1]
+        whole = all(_is_whole(self.rows[0][i], n) for i, n in enumerate(self.logical) if i not in cut)
+        if not cut and whole:
+            return replicated(len(names))
+        if len(cut) == 1 and whole:
+            (dim,) = cut
+            if (said := _said(names[dim], [of_rank[dim] for of_rank in self.rows], self.logical[dim])) is not None:
+                term, fields = said
+                text = " ".join(term if i == dim else n for i, n in enumerate(names))
+                return Layout(text, dims=names, **fields)
+        dim = cut[0] if cut else 0
+        return RowsLayout(
+            " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(names)), dims=names, rows=self.rows
+        )
+
+
+class RowsLayout(Layout):
+    """A layout that no line of notation says: the rows that each tp rank holds. Its text only names the dim that is
+    cut. It is known for one tp degree, and for no other."""
+
+    rows: tuple[tuple[Runs, ...], ...]
+
+    def __init__(self, text: str, *, rows: tuple[tuple[Runs, ...], ...], **fields: Any) -> None:
+        object.__setattr__(self, "rows", rows)
+        super().__init__(text, **fields)
+
+    def replace(self, **fields: Any) -> Layout:
+        known = {name: getattr(self, name) for name in ("text", "dims", "padded", "stages", "replicas")}
+        return RowsLayout(rows=self.rows, **(known | fields))
+
+    def resolve(self, shape: Sequence[int], mesh: Mesh) -> Cut:
+        """The cut. LayoutError for another tp degree than the map's."""
+        if mesh.tp != len(self.rows):
+            raise LayoutError(
+                f"cut for tp {len(self.rows)} by an affine map that follows no rule: how it is cut for tp {mesh.tp} is "
+                "known to the program alone; give its layout with a strategy"
+            )
+        dims = []
+        for i in range(len(self.dims)):
+            same = len({of_rank[i] for of_rank in self.rows}) == 1
+            held = {(): self.rows[0][i]} if same else {(t,): of_rank[i] for t, of_rank in enumerate(self.rows)}
+            dims.append(((() if same else ("tp",)), held))
+        return Cut.from_rows(shape, mesh, dims)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowsLayout) and (self.rows, self.dims) == (other.rows, other.dims)
+
+    def __hash__(self) -> int:
+        return hash((self.rows, self.dims))
+
+
+@dataclass(frozen=True)
+class AffineMaps:
+    """What `affine_map` says: pattern → map. `unsupported`: pattern → why AutoTP cannot describe those tensors."""
+
+    maps: Mapping[str, AffineMap] = field(default_factory=dict)
+    unsupported: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, info: Header, tp: int) -> AffineMaps:
+        inside = info.inside("affine_map")
+        version = inside.integer("version") if "version" in inside else VERSION
+        if version > VERSION:
+            raise UnsupportedError(
+                f"{info.path}: its affine_map is of version {version}, ckptlab knows version {VERSION}: a newer "
+                "ckptlab may read it"
+            )
+        params = inside.inside("params")
+        maps = {pattern: AffineMap.of(params.inside(pattern), tp) for pattern in params.values}
+        return cls(maps, info.inside("autotp_unsupported_parameter_patterns").values)
+
+    def __bool__(self) -> bool:
+        return bool(self.maps)
+
+    def of_tensor(self, name: str) -> AffineMap | None:
+        """The map of a tensor; None if there is none. CheckpointError where AutoTP says that there cannot be one."""
+        for pattern, found in self.maps.items():
+            if re.match(pattern, name):
+                return found
+        for pattern, reason in self.unsupported.items():
+            if re.match(pattern, name):
+                raise CheckpointError(
+                    f"{name}: AutoTP did not record how it is cut ({reason}): give its layout with a strategy"
+                )
+        return None
+
+
+def _rows(logical: Shape, of_rank: Header) -> tuple[Runs, ...]:
+    """What a rank holds along each dim. UnsupportedError where its pieces are no product of rows."""
+    shard = tuple(of_rank.integers("shard_shape"))
+    if len(shard) != len(logical):
+        raise of_rank.odd("shard_shape", f"a shape of {len(logical)} dims")
+    boxes = [box for piece in of_rank.dictionaries("pieces") if (box := _box(logical, shard, piece)) is not None]
+    dims = tuple(tuple(sorted({box[i] for box in boxes}, key=lambda run: run[1])) for i in range(len(logical)))
+    if len(boxes) != math.prod(map(len, dims)) or set(boxes) != set(itertools.product(*dims)):
+        raise _not_rows(of_rank)
+    return dims
+
+
+def _box(logical: Shape, shard: Shape, piece: Header) -> tuple[Run, ...] | None:
+    """The rows of a piece, one for each dim; None for a piece without elements."""
+    if piece.values.get("scale", 1.0) != 1.0:
+        raise UnsupportedError(
+            f"{piece.path}: {piece.at}: a shard that holds its tensor times {piece.values['scale']} (a bias that its "
+            "tp ranks add up), which ckptlab cannot open yet"
+        )
+    sizes = piece.integers("shape")
+    sides = [_side(piece, key, len(logical)) for key in ("source", "dest")]
+    if len(sizes) != len(logical):
+        raise _not_rows(piece)
+    if 0 in sizes:
+        return None
+    (offset, strides), (place, within) = sides
+    starts, places = _index(offset, logical), _index(place, shard)
+    runs: list[Run] = []
+    full, own = _row_major(logical), _row_major(shard)
+    for i, n in enumerate(sizes):
+        step, rest = divmod(strides[i], full[i]) if n > 1 else (1, 0)
+        if rest or step < 1 or (n > 1 and within[i] != own[i]):
+            raise _not_rows(piece)
+        runs.append((starts[i], places[i], n, 1, 0) if step == 1 else (starts[i], places[i], 1, n, step))
+    return tuple(runs)
+
+
+def _side(piece: Header, key: str, ndim: int) -> tuple[int, list[int]]:
+    found = piece.several(key)
+    if len(found) != 2 or not isinstance(found[1], (list, tuple)) or len(found[1]) != ndim:
+        raise piece.odd(key, f"an offset and {ndim} strides")
+    of_side = Header(piece.path, {"offset": found[0], "strides": found[1]}, f"{piece.at}.{key}")
+    return of_side.integer("offset"), of_side.integers("strides")
+
+
+def _not_rows(header: Header) -> UnsupportedError:
+    return UnsupportedError(
+        f"{header.path}: {header.at}: pieces that are no boxes of rows of the whole, which ckptlab cannot open yet"
+    )
+
+
+def _index(offset: int, shape: Shape) -> tuple[int, ...]:
+    """Where the element at an offset lies in a tensor of that shape."""
+    found = []
+    for stride in _row_major(shape):
+        found.append(offset // stride)
+        offset %= stride
+    return tuple(found)
+
+
+def _row_major(shape: Shape) -> tuple[int, ...]:
+    """Strides of a tensor without gaps; a dim of no elements counts as one."""
+    sizes = np.maximum(np.array((*shape, 1), np.int64), 1)
+    return tuple(int(n) for n in np.cumprod(sizes[::-1])[::-1][1:])
+
+
+def _is_whole(runs: Runs, n: int) -> bool:
+    return runs == ((0, 0, n, 1, 0),)
+
+
+def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, Any]] | None:
+    """The term of a dim, with sizes and totals, of which each rank's rows are the k-th parts in turn: those that are
+    the same on every rank are everybody's, others follow each other rank by rank. None where it is not so."""
+    if len({len(runs) for runs in ranks}) > 1 or any(count != 1 for runs in ranks for *_, count, _ in runs):
+        return None
+    parts: list[tuple[int, ...] | int] = []  # widths on each rank, or the width that all have
+    end, places = 0, [0] * len(ranks)
+    for part in zip(*ranks, strict=True):
+        widths = tuple(run[2] for run in part)
+        starts = tuple(run[0] for run in part)
+        if any(run[1] != place for run, place in zip(part, places, strict=True)):
+            return None
+        places = [place + width for place, width in zip(places, widths, strict=True)]
+        if starts == tuple(end + before for before in itertools.accumulate((0, *widths[:-1]))):
+            parts.append(widths)
+            end += sum(widths)
+        elif set(starts) == {end} and len(set(widths)) == 1:
+            parts.append(widths[0])
+            end += widths[0]
+        else:
+            return None
+    if end != size:
+        return None
+    labels = [name] if len(parts) == 1 else [f"s{i}" for i in range(len(parts))]
+    sizes: dict[str, Any] = {}
+    totals: dict[str, int] = {}
+    terms = []
+    for label, part in zip(labels, parts, strict=True):
+        terms.append(label if isinstance(part, int) else f"(tp {label})")
+        if isinstance(part, int) or len(set(part)) > 1:
+            sizes[label] = part
+        elif len(parts) > 1:
+            totals[label] = sum(part)
+    return (terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"), {"sizes": sizes, "totals": totals}

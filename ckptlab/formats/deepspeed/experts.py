@@ -1,0 +1,300 @@
+"""Experts of DeepSpeed-MoE: spread over a part of data parallelism, and named by where they are.
+
+A rank of the expert parallel group (`ep`) has some of each layer's experts. Its model file and its optimizer files call
+them by *local* numbers, 0 … n-1 on every rank; files of their own, `layer_L_expert_E_mp_rank_XX_model_states.pt`, by
+the *global* one, ep rank * n + local, which is what they are called here. The flat buffers of an expert group are cut
+over the ranks that have the same experts (`edp`). Sources: DeepSpeed 0.19.8, `moe/layer.py`, `utils/groups.py`
+(`_create_expert_and_data_parallel`), engine (`_save_moe_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import groupby, pairwise
+from typing import Any
+
+from ckptlab.catalog import ParameterGroup
+from ckptlab.errors import CheckpointError
+from ckptlab.findings import Finding, contradiction, not_read_yet
+from ckptlab.formats.deepspeed.headers import ModelFile
+from ckptlab.mesh import Mesh
+from ckptlab.stored import Stored
+
+_MANY = 1 << 20  # experts of a layer: more are none
+LARGEST = 178_956_971  # elements of an expert group on a rank: DeepSpeed's own limit
+GROUP = "ep_size_{}"  # what DeepSpeed calls the parameter groups of experts that are spread over so many ranks
+_EXPERT = re.compile(r"((?:.*\.)?deepspeed_moe\.experts\.deepspeed_experts\.)(\d{1,9})(\..*)")
+
+
+def layer_of(name: str) -> str | None:
+    """What the experts of one layer have in common in their names; None for a tensor that is no expert's."""
+    found = _EXPERT.fullmatch(name)
+    return found and found[1]
+
+
+def number_of(name: str) -> int:
+    """The number of the expert in its name."""
+    found = _EXPERT.fullmatch(name)
+    if found is None:
+        raise CheckpointError(f"{name}: not the name of an expert's tensor")
+    return int(found[2])
+
+
+def renumbered(name: str, by: int) -> str:
+    """An expert's tensor with a number that is so much higher; other names stay."""
+    found = _EXPERT.fullmatch(name)
+    return f"{found[1]}{int(found[2]) + by}{found[3]}" if found else name
+
+
+@dataclass(frozen=True)
+class Share:
+    """Ranks that have the same tensors of a flat buffer: where they stand on the mesh (nothing where all dp ranks
+    do), which dp ranks they are, and the axis that cuts the buffer."""
+
+    at: Mapping[str, int]
+    ranks: tuple[int, ...]
+    over: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a model.
+
+    `local[layer]` and `total[layer]`: how many of a layer's experts a rank has, and how many there are, in the order in
+    which files number the layers. `files[number of the layer, expert, tp]`: the tensors of an expert's file, under
+    their global names. `data_first`: ep is the slower part of dp (`use_data_before_expert_parallelism`), else the
+    faster one.
+    """
+
+    local: Mapping[str, int] = field(default_factory=dict)
+    total: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[tuple[int, int, int], Mapping[str, Stored]] = field(default_factory=dict)
+    data_first: bool = False
+
+    @classmethod
+    def of(cls, heads: Iterable[ModelFile], files: Mapping[tuple[int, int, int], Mapping[str, Stored]]) -> Experts:
+        """From the model files, and those of the experts."""
+        heads = list(heads)
+        local, total = (
+            _numbers(n for head in heads for n in head.trained),
+            _numbers(n for f in files.values() for n in f),
+        )
+        first = any(head.config.data_before_experts for head in heads)
+        number = {layer_of(n): i for (i, _, _), tensors in files.items() for n in tensors}
+        layers = sorted({**local, **total}, key=lambda layer: (number.get(layer, -1), natural(layer)))
+        return cls(local, {layer: total.get(layer) or local[layer] for layer in layers}, files, first)
+
+    def __bool__(self) -> bool:
+        return bool(self.total)
+
+    def ep(self, layer: str) -> int:
+        """Over how many ranks the experts of a layer are spread."""
+        return max(self.total[layer] // self.local.get(layer, self.total[layer]), 1)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The different ep degrees, ascending."""
+        return tuple(sorted({self.ep(layer) for layer in self.total}))
+
+    def problems(self, path: str, mesh: Mesh) -> Iterator[Finding]:
+        """Why they cannot be told apart, or not yet."""
+        for layer, total in self.total.items():
+            if total % (local := self.local.get(layer, total)):
+                message = (
+                    f"{path}: the expert files have {total} experts of {layer}*, a rank's model file {local}, which "
+                    "does not divide it: expert files are missing, or of another run"
+                )
+                yield contradiction(path, message)
+                return
+        uneven = [n for n in self.sizes if mesh.dp % n]
+        if uneven or any(high % low for low, high in pairwise(self.sizes)):
+            yield contradiction(
+                path,
+                f"{path}: experts are spread over {' and '.join(map(str, self.sizes))} ranks by the numbers of their "
+                f"files, which does not fit dp {mesh.dp}: expert files are missing, or of another run",
+            )
+            return
+        if self and mesh.pp > 1:
+            yield not_read_yet(f"{path}: experts in a pipeline of {mesh.pp} stages, which ckptlab cannot open yet")
+
+    def spread(self, ep: int | None, data_first: bool | None) -> Experts:
+        """The same experts, each layer's over `ep` ranks (None: as they are); nothing is stored of them."""
+        local = {layer: n // (ep or self.ep(layer)) for layer, n in self.total.items()}
+        return Experts(local, self.total, {}, self.data_first if data_first is None else data_first)
+
+    def refusals(self, mesh: Mesh, ep: int | None) -> Iterator[str]:
+        """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
+        for wanted in (ep,) if ep else self.sizes:
+            if mesh.dp % wanted:
+                yield f"dp {mesh.dp}: ep {wanted} is a part of it, and does not divide it: say ep="
+        for layer, total in self.total.items():
+            if ep and total % ep:
+                yield f"ep {ep}: the {total} experts of {layer}* cannot be dealt evenly to as many ranks"
+
+    # ------------------------------------------------------------------ on the mesh
+
+    def on(self, mesh: Mesh) -> Mesh:
+        """The mesh with dp split into `edp` and `ep`; where layers differ in their degrees, `ep2` and `ep4`, say, of
+        which a layer that is spread over four ranks takes both."""
+        return split(mesh, self.sizes, self.data_first) if self else mesh
+
+    def shares(self, names: Iterable[str], mesh: Mesh) -> tuple[Share, ...]:
+        """Who has the same tensors of a buffer of these tensors, ep rank by ep rank; one share where it holds none of
+        an expert. CheckpointError where it holds both kinds, or experts that are spread in different ways."""
+        layers = [layer_of(name) for name in names]
+        degrees = {None if layer is None else self.ep(layer) for layer in layers}
+        if len(degrees) > 1:
+            raise CheckpointError(
+                f"a parameter group holds tensors that are spread over ep {', '.join(map(str, degrees))}: DeepSpeed "
+                "trains each kind in a group of its own"
+            )
+        (degree,) = degrees or {None}
+        return _shares(mesh, () if degree is None else axes_of(self.sizes, degree))
+
+    def at(self, name: str, mesh: Mesh) -> Mapping[str, int]:
+        """Where an expert's tensor is: its coordinates on the axes over which its layer is spread."""
+        layer = layer_of(name)
+        if layer is None:
+            return {}
+        rank = number_of(name) // self.local.get(layer, self.total[layer])
+        return self.shares([name], mesh)[rank].at
+
+    # ------------------------------------------------------------------ names
+
+    def globally(self, names: Iterable[str], rank: int) -> tuple[str, ...]:
+        """What an ep rank's tensors are called, by the names in its own files."""
+        return tuple(renumbered(n, rank * self.local[layer]) if (layer := layer_of(n)) else n for n in names)
+
+    def tensors(self, layer: str, names: Iterable[str]) -> list[tuple[int, list[str]]]:
+        """The experts of a layer, each with its tensors, of which `names` are all that there are."""
+        found: dict[int, list[str]] = {n: [] for n in range(self.total[layer])}
+        for name in names:
+            if layer_of(name) == layer:
+                found[number_of(name)].append(name)
+        return list(found.items())
+
+    def of_rank(self, names: Iterable[str], rank: int) -> list[str]:
+        """Those of experts' tensors that an ep rank has."""
+        return [n for n in names if number_of(n) // self.local[layer_of(n) or ""] == rank]
+
+    def locally(self, name: str) -> str:
+        """What a tensor is called in the files of the ranks that have it."""
+        layer = layer_of(name)
+        return renumbered(name, number_of(name) % self.local[layer] - number_of(name)) if layer else name
+
+    def everywhere(self, names: Sequence[str]) -> list[str]:
+        """The tensors of all ep ranks by the names of one: layer by layer, expert by expert."""
+        found: list[str] = []
+        for layer, run in groupby(names, layer_of):
+            held = list(run)
+            for rank in range(1 if layer is None else self.ep(layer)):
+                found += self.globally(held, rank)
+        return found
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names with numbers in them as a model counts."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def asked(mesh: Mesh) -> tuple[Mesh, int | None, bool | None]:
+    """A mesh without the split of its dp; the ep degree that the split says, and whether ep is its slower part. None
+    where it says none."""
+    parts = mesh.leaves("dp")
+    plain = Mesh(pp=mesh.pp, dp=mesh.dp, tp=mesh.tp)
+    if "ep" not in parts:
+        return plain, None, None
+    return plain, mesh["ep"], "edp" in parts and parts.index("ep") < parts.index("edp") and mesh["edp"] > 1
+
+
+def regrouped(
+    groups: Sequence[ParameterGroup], source: Experts, target: Experts, sizes: Mapping[str, int]
+) -> tuple[ParameterGroup, ...]:
+    """The parameter groups of a target. Those of experts are called by their degree, and hold at most LARGEST elements
+    on a rank: more are several groups (`split_params_into_different_moe_groups_for_optimizer`). `sizes`: elements of
+    each tensor. CheckpointError where the source's are not dealt so."""
+    if source.local == target.local:
+        return tuple(groups)
+    found: list[ParameterGroup] = []
+    for group in groups:
+        layer = layer_of(next(iter(group.tensors), ""))
+        if layer is None:
+            found.append(group)
+            continue
+        same = [g for g in groups if g.options == group.options and layer_of(g.tensors[0])]
+        if group is not same[0]:
+            continue
+        names = [n for g in same for n in g.tensors]
+        if [list(g.tensors) for g in same] != [source.everywhere(own) for own in _dealt(source, names, sizes)]:
+            raise CheckpointError(
+                f"parameter group {group.name}: experts in {len(same)} groups that are not dealt as DeepSpeed does "
+                f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
+            )
+        options = (
+            {**group.options, "name": GROUP.format(target.ep(layer))} if "name" in group.options else group.options
+        )
+        for own in _dealt(target, names, sizes):
+            found.append(replace(group, options=options, tensors=tuple(target.everywhere(own))))
+    return tuple(found)
+
+
+def _dealt(experts: Experts, names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    """What the first ep rank has of an expert group, in as many groups as DeepSpeed makes of it."""
+    dealt: list[list[str]] = [[]]
+    held = 0
+    for name in sorted(
+        (n for n in names if experts.locally(n) == n), key=lambda n: (natural(layer_of(n) or ""), number_of(n))
+    ):
+        if dealt[-1] and held + sizes[name] > LARGEST:
+            dealt.append([])
+            held = 0
+        dealt[-1].append(name)
+        held += sizes[name]
+    return dealt
+
+
+def split(mesh: Mesh, sizes: Sequence[int], data_first: bool = False) -> Mesh:
+    """The mesh with its dp as `edp` and one axis for each ep degree, ascending, each a multiple of the one before."""
+    parts = {name: n // m for name, n, m in zip(axes_of(sizes, sizes[-1]), sizes, (1, *sizes), strict=False)}
+    if not data_first:
+        parts = dict(reversed(parts.items()))
+    edp = {"edp": mesh["dp"] // sizes[-1]}
+    return mesh.split("dp", **(parts | edp if data_first else edp | parts))
+
+
+def axes_of(sizes: Sequence[int], degree: int) -> tuple[str, ...]:
+    """The mesh axes over which experts of that ep degree are spread."""
+    return ("ep",) if len(sizes) == 1 else tuple(f"ep{n}" for n in sizes if n <= degree)
+
+
+def _numbers(names: Iterable[str]) -> dict[str, int]:
+    """Layer → how many experts the names have."""
+    found: dict[str, int] = {}
+    for name in names:
+        if layer := layer_of(name):
+            found[layer] = max(found.get(layer, 0), number_of(name) + 1)
+    return found
+
+
+def experts_said(contents: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """(layer, expert) of every expert file that model files say there is: `num_experts` of each layer that has some; a
+    plain number is an old DeepSpeed's, which counts no layers."""
+    said = next((c["num_experts"] for c in contents if c.get("num_experts")), [])
+    counts = dict(enumerate(said)) if isinstance(said, (list, tuple)) else {-1: said}
+    return [(i, e) for i, n in counts.items() if isinstance(n, int) and n < _MANY for e in range(n)]
+
+
+@lru_cache(maxsize=64)
+def _shares(mesh: Mesh, spread: tuple[str, ...]) -> tuple[Share, ...]:
+    """One for each coordinate on the axes over which experts are spread."""
+    if not spread:
+        return (Share({}, tuple(range(mesh.dp)), "dp"),)
+    axes = tuple(axis for axis in mesh.leaves("dp") if axis in spread)
+    places: dict[tuple[int, ...], list[int]] = {}
+    for d in range(mesh.dp):
+        at = mesh.coordinate(mesh.rank(pp=0, dp=d, tp=0))
+        places.setdefault(tuple(at[axis] for axis in axes), []).append(d)
+    return tuple(Share(dict(zip(axes, at, strict=True)), tuple(d), "edp") for at, d in sorted(places.items()))

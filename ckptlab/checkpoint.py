@@ -194,6 +194,7 @@ class Reshape(Viewed, Shown):
                 "there is nothing to lay out on a mesh"
             )
         form = formats.get(format)
+        _check_heads(source, options)
         known = [field.name for field in fields(form.options)]
         unknown = [name for name in options if name not in known]
         if unknown:
@@ -319,6 +320,16 @@ def save_weights(
     given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     options = {name: value for name, value in given.items() if value is not None}
     return Reshape.of(catalog, None, "safetensors", **options).save(destination, workers=workers, progress=progress)
+
+
+def _check_heads(source: Catalog, options: Mapping[str, Any]) -> None:
+    """ReshapeError where counts of heads contradict what the checkpoint says."""
+    for name, what in (("heads", "attention heads"), ("kv_heads", "key/value heads")):
+        told, said = getattr(source.training, name), options.get(name)
+        if None not in (told, said) and told != said:
+            raise ReshapeError(
+                f"{source.path}: {name}={said} contradicts the checkpoint, which has {told} {what}: leave {name}= out"
+            )
 
 
 def fingerprint(catalog: Catalog) -> str:

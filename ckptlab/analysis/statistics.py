@@ -81,7 +81,8 @@ def stats(
     in one row, all buffers in another.
 
     Variables: present (whether a tensor has that state); elements, and how many of them are nan, inf, zeros, subnormals
-    (0 where it is not present, so that they add up); norm, mean, std, min, max (of the finite elements: what is not finite is counted and left out; NaN where there is
+    (0 where it is not present, so that they add up);
+    norm, mean, std, min, max (of the finite elements: what is not finite is counted and left out; NaN where there is
     none); zero_share, subnormal_share (of all elements); dtype (text, "" where there is no such state). xarray has
     methods called mean, std, min and max: take `found["std"]`. `found.ckptlab` has a table, `worst` and `plot`.
 

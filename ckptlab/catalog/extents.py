@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptlab.catalog.tensor import PARAM, Tensor
 from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer, Holder, Placement, holders_of
+from ckptlab.plan import FlatBuffer, Holder, Placement
 from ckptlab.stored import Stored
 
 
@@ -95,7 +95,7 @@ class FlatGroup:
         made: dict[tuple[int, ...], FlatBuffer] = {}
         flats: dict[Holder, FlatBuffer] = {}
         placements = [Placement(tensors[name].cut, (at["pp"],), at=at.without("pp")) for name in names]
-        for holder in holders_of(mesh, at):
+        for holder in placements[0].on(at["pp"]):
             counts = tuple(int(np.prod(p.shape(holder), dtype=np.int64)) for p in placements)
             if counts not in made:
                 made[counts] = make(tuple(names), counts, len(placements[0].ranks(holder)))

@@ -144,7 +144,9 @@ def changes(about: About) -> list[list[str]]:
     rows = []
     before, after = source["mesh"], wanted["mesh"]
     if before != after:
-        axes = [f"{a} {before[a]} → {after[a]}" for a in ("tp", "pp", "dp") if before[a] != after[a]]
+        both = [a for a in ("tp", "pp", "dp", *before) if a in before and a in after and before[a] != after[a]]
+        axes = [f"{a} {before[a]} → {after[a]}" for a in dict.fromkeys(both)]
+        axes += [f"{a} {after[a]}" for a in after if a not in before]
         rows.append(["mesh", ", ".join(axes)])
     if stage(source) != stage(wanted):
         rows.append(["training", f"{stage(source)} → {stage(wanted)}"])

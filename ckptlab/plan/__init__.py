@@ -5,7 +5,7 @@ Read flat.py (ZeRO's flat buffers), placement.py (who has which shard), boxes.py
 
 from ckptlab.plan.compose import Plan, between, compose, plan_tensor
 from ckptlab.plan.flat import FlatBuffer
-from ckptlab.plan.placement import Holder, Placement, Shard, holders_of
+from ckptlab.plan.placement import Holder, Placement, Shard
 
 __all__ = [
     "FlatBuffer",
@@ -15,6 +15,5 @@ __all__ = [
     "Shard",
     "between",
     "compose",
-    "holders_of",
     "plan_tensor",
 ]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,9 +222,3 @@ class _Grid:
 @lru_cache(maxsize=1024)
 def _grid(mesh: Mesh, cut: tuple[str, ...], at: tuple[tuple[str, int], ...]) -> _Grid:
     return _Grid(mesh, cut, dict(at))
-
-
-def holders_of(mesh: Mesh, at: Mapping[str, int]) -> tuple[Holder, ...]:
-    """Those who share coordinates, pp among them, and differ on all axes but dp's: who have a flat buffer each."""
-    fixed: dict[str, Any] = {axis: k for axis, k in at.items() if axis != "pp"}
-    return Placement(Cut.whole((), mesh), (at["pp"],), at=fixed).on(at["pp"])

@@ -16,10 +16,12 @@ from ckptlab.findings import Finding
 from ckptlab.formats import Format
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.layout import Layout
+from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Placement, Plan, compose
 from ckptlab.pool import Workers
-from ckptlab.sharding.strategies import Strategy, resolve
+from ckptlab.sharding.relaid import relaid
+from ckptlab.sharding.strategies import Rules, Strategy, resolve
 from ckptlab.sharding.transformer import PaperModel
 from ckptlab.shown import Shown
 from ckptlab.viewed import Viewed
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from ckptlab.state_dict import Loaded
+
+PAPER = "paper"  # the format without files, in which anything can be laid out
 
 
 def open(
@@ -114,12 +118,21 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
         return self.catalog.training.step
 
     def reshape(
-        self, mesh: Mesh | Mapping[str, int] | None = None, format: str | None = None, **options: Any
+        self,
+        mesh: Mesh | Mapping[str, int] | None = None,
+        format: str | None = None,
+        *,
+        strategy: Strategy | Mapping[str, str | Layout] | str | None = None,
+        **options: Any,
     ) -> Reshape:
         """The same checkpoint on another mesh: nothing is read yet.
 
         mesh: axes that are not named become 1; None keeps the run's. A degree by its axis, `reshape(tp=4)`, keeps those
         of the other axes, as on the command line. format: what it is to be saved as (None: as such checkpoints are).
+        strategy: layouts of the *target*, over whatever axes the mesh has, in all forms that `ckptlab.open` takes; a
+        tensor of which it says nothing keeps its own, and lengths of parts (q, k, v) are the source's where it does not
+        say them. Without a format it is then laid out on paper (see `formats.paper.drawn`): views, plan and cost are
+        there, and saving is up to the format, which says what it cannot hold.
         options: what that format takes; see TargetOptions for DeepSpeed's (zero_stage, dtype, pipeline, padded_vocab,
         heads, …). ReshapeError, with the reasons and the nearest meshes that work, if it cannot be.
         """
@@ -131,7 +144,7 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
             if not isinstance(mesh, Mapping):
                 raise ReshapeError(f"reshape takes a mesh, Mesh(tp=4), or degrees by axis, tp=4; not {mesh!r}")
             mesh = Mesh(**mesh)
-        return Reshape.of(self.catalog, trained.replace(**axes) if axes else mesh, format, **options)
+        return Reshape.of(self.catalog, trained.replace(**axes) if axes else mesh, format, strategy, **options)
 
     def state_dict(
         self, state: str | None = None, backend: Any = "torch", dtype: Any = None, device: Any = None
@@ -181,25 +194,39 @@ class Cost:
 class Reshape(Viewed, Shown):
     """A checkpoint on another mesh, worked out from headers: check it, cost it, look at its views, save it."""
 
-    def __init__(self, source: Catalog, target: Catalog, options: Any) -> None:
-        self.source, self.target, self.options = source, target, options
+    def __init__(self, source: Catalog, target: Catalog, options: Any, strategy: Strategy | None = None) -> None:
+        self.source, self.target, self.options, self.strategy = source, target, options, strategy
         self.held = target
 
     @staticmethod
-    def of(source: Catalog, mesh: Mesh | None = None, format: str | None = None, **options: Any) -> Reshape:
-        """A source in a format (None: where checkpoints of its own go, `Format.home`) on a mesh (None: the run's)."""
-        if format is None and (format := formats.get(source.format).home) is None:
+    def of(
+        source: Catalog,
+        mesh: Mesh | None = None,
+        format: str | None = None,
+        strategy: Strategy | Mapping[str, str | Layout] | str | None = None,
+        **options: Any,
+    ) -> Reshape:
+        """A source in a format (None: where checkpoints of its own go, `Format.home`; with a strategy on paper) on a
+        mesh (None: the run's)."""
+        if format is None:
+            format = formats.get(source.format).home if strategy is None else PAPER
+        if format is None:
             raise ReshapeError(
-                f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: "
-                "there is nothing to lay out on a mesh"
+                f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: there "
+                'is nothing to lay out on a mesh; say layouts, strategy={".*": "(tp out) in"}, to lay it out on paper'
             )
         form = formats.get(format)
+        _check_heads(source, options)
         known = [field.name for field in fields(form.options)]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ReshapeError(f"reshape has no option {unknown[0]!r}: expected {', '.join(known) or 'none'}")
-        given = form.options(**options)
-        return Reshape(source, form.target(source, mesh or source.training.mesh or source.mesh, given), given)
+        given, mesh = form.options(**options), mesh or source.training.mesh or source.mesh
+        said, laid = resolve(strategy), source
+        if said is not None or (format == PAPER and not source.training.numbers):
+            laid = relaid(source, mesh, said or Rules(()))
+            _check_cuts(laid, mesh, form)
+        return Reshape(source, form.target(laid, mesh, given), given, said)
 
     @property
     def format(self) -> Format:
@@ -277,6 +304,12 @@ class Reshape(Viewed, Shown):
         goes on where it stopped when it is called again. DestinationError if the destination exists.
         """
         _ = self.source.stored  # or an error, at once
+        if format is None and not self.format.writes:
+            format = formats.get(self.source.format).home
+            if format is None:
+                raise ReshapeError(
+                    f"{self.source.path}: this target is on paper: say the format whose files it is to be, format="
+                )
         if format is not None and format != self.target.format:
             return self._in(format).save(destination, workers=workers, progress=progress)
         return convert.run(
@@ -298,7 +331,7 @@ class Reshape(Viewed, Shown):
         """The same in another format, with those of the options that it knows."""
         known = {field.name for field in fields(formats.get(format).options)}
         given = {f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name in known}
-        return Reshape.of(self.source, self.mesh, format, **given)
+        return Reshape.of(self.source, self.mesh, format, self.strategy, **given)
 
 
 def save_weights(
@@ -317,8 +350,30 @@ def save_weights(
     """
     catalog = source.catalog if isinstance(source, Checkpoint) else source
     given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Reshape.of(catalog, None, "safetensors", **options).save(destination, workers=workers, progress=progress)
+
+
+def _check_cuts(laid: Catalog, mesh: Mesh, form: Format) -> None:
+    """ReshapeError, naming tensor and axis, where a format's files cannot hold a layout."""
+    for name, tensor in laid.tensors.items() if form.cuts is not None else ():
+        named = {axis for node in tensor.layout.tree for axis in names(node) if axis in mesh and mesh[axis] > 1}
+        if beyond := sorted(named - set(form.cuts or ())):
+            raise ReshapeError(
+                f"{laid.path}: {name} is cut over {', '.join(beyond)} ({tensor.layout.text}), and {form.name} files "
+                f"hold tensors that are cut over {' or '.join(form.cuts or ())} alone: without format= it is laid out "
+                "on paper"
+            )
+
+
+def _check_heads(source: Catalog, options: Mapping[str, Any]) -> None:
+    """ReshapeError where counts of heads contradict what the checkpoint says."""
+    for name, what in (("heads", "attention heads"), ("kv_heads", "key/value heads")):
+        told, said = getattr(source.training, name), options.get(name)
+        if None not in (told, said) and told != said:
+            raise ReshapeError(
+                f"{source.path}: {name}={said} contradicts the checkpoint, which has {told} {what}: leave {name}= out"
+            )
 
 
 def fingerprint(catalog: Catalog) -> str:

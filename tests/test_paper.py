@@ -70,8 +70,8 @@ def test_the_tied_embedding_is_on_both_ends_and_padded_to_tp() -> None:
 def test_what_cannot_be_is_refused_with_its_reasons() -> None:
     with pytest.raises(ReshapeError, match=r"pp 9: more stages than the 4(.|\n)*tp 3: 8 attention heads"):
         ckptlab.paper_model(Mesh(tp=3, pp=9))
-    with pytest.raises(ReshapeError, match="2 key/value heads"):
-        ckptlab.paper_model(Mesh(tp=4), kv_heads=2)
+    with pytest.raises(ReshapeError, match="3 key/value heads"):
+        ckptlab.paper_model(Mesh(tp=4), heads=12, hidden=96, kv_heads=3)
     with pytest.raises(LayoutError, match=r"hidden\(100\) is not divisible by heads\(8\)"):
         ckptlab.paper_model(hidden=100)
     with pytest.raises(LayoutError, match="layers is at least 1"):

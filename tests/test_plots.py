@@ -84,6 +84,13 @@ def test_norms_over_steps_are_of_all_layers_together(tmp_path: Path) -> None:
         plots.norms(run, over="tp")
 
 
+def test_what_is_averaged_over_ranks_is_called_a_mean() -> None:
+    figure = plots.norms(ckptlab.open(GPT).shards())
+    assert figure.get_suptitle() == "Norms by layer (mean over tp)"
+    assert figure.axes[0].get_ylabel() == "norm (mean over tp)"
+    assert plots.norms(GPT).axes[0].get_ylabel() == "norm"
+
+
 def _layers(ckpt: ckptlab.Checkpoint) -> list[np.ndarray]:
     moments = ckpt.full("exp_avg", stack=False)
     return [moments[f"blocks.{i}.fc1.weight"].values for i in range(3)]

@@ -12,6 +12,7 @@ import pytest
 from compare import GPT, ZERO2, ZERO3, differences, digest, same_bits, whole
 from real_deepspeed import make_case, requires_deepspeed
 
+import ckptlab
 from ckptlab.arrays import Tally, reader
 from ckptlab.catalog import PARAM
 from ckptlab.checkpoint import Reshape
@@ -259,7 +260,26 @@ class TestRefusals:
         assert "Meshes that work: tp 4 · pp 1 · dp 1; tp 2 · pp 1 · dp 1" in message
 
     def test_heads_from_the_user(self) -> None:
-        assert "6 attention heads" in self.refuse(GPT, Mesh(tp=4), heads=6)
+        assert "heads=6 contradicts the checkpoint, which has 4 attention heads" in self.refuse(
+            GPT, Mesh(tp=4), heads=6
+        )
+        assert Reshape.of(read(GPT), Mesh(tp=4), heads=4).mesh.tp == 4
+        told = read(GPT)
+        grouped = dataclasses.replace(told, training=dataclasses.replace(told.training, kv_heads=2))
+        with pytest.raises(ReshapeError, match="kv_heads=4 contradicts the checkpoint, which has 2 key/value heads"):
+            Reshape.of(grouped, Mesh(tp=4), kv_heads=4)
+        untold = dataclasses.replace(told, training=dataclasses.replace(told.training, heads=None))
+        with pytest.raises(ReshapeError, match="6 attention heads"):
+            Reshape.of(untold, Mesh(tp=4), heads=6)
+
+    def test_degrees_by_axis_keep_the_others_and_a_mesh_says_all(self) -> None:
+        ckpt = ckptlab.open(GPT)
+        assert ckpt.reshape(tp=4).mesh == Mesh(tp=4, pp=2, dp=2)
+        assert ckpt.reshape(Mesh(tp=4)).mesh == ckpt.reshape({"tp": 4}).mesh == Mesh(tp=4)
+        with pytest.raises(ReshapeError, match="a mesh and tp= are both given"):
+            ckpt.reshape(Mesh(dp=2), tp=4)
+        with pytest.raises(ReshapeError, match="degrees by axis, tp=4; not"):
+            ckpt.reshape((4, 1, 2))
 
     def test_several_reasons_at_once(self) -> None:
         message = self.refuse(GPT, Mesh(tp=3, pp=9), zero_stage=3)

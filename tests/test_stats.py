@@ -245,19 +245,31 @@ def test_real_checkpoints_tensor_by_tensor(case: Path) -> None:
             assert_is(found.sel(tensor=name, state=state), array)
             checked += 1
     assert checked > 100
-    absent = found["elements"] < 0
+    absent = ~found["present"]
+    assert (found["elements"].where(absent, 0) == 0).all()
+    assert found["nan"].sum() == 0
+    masters = [t.numel for t in ckpt.tensors.values() if "master" in t.states]
+    assert found["elements"].sel(state="master").sum() == sum(masters)
     assert found["norm"].where(absent, drop=True).isnull().all()
     assert (found["dtype"].where(absent, "") == "").all()
+
+
+def test_the_model_is_its_parameters_and_its_buffers_apart() -> None:
+    found = stats(ZERO2, by="model").sel(state="param")
+    buffers = [t for t in ckptlab.open(ZERO2).tensors.values() if t.kind == "buffer"]
+    assert found["tensor"].values.tolist() == ["parameters", "buffers"]
+    assert found["elements"].sel(tensor="buffers") == sum(t.numel for t in buffers)
 
 
 def test_frozen_tensors_and_buffers_have_a_state_alone() -> None:
     found = stats(ZERO2)
     buffer = found.sel(tensor="seen")
     assert buffer["kind"] == "buffer"
-    assert buffer["elements"].sel(state=["master", "exp_avg", "param"]).values.tolist() == [-1, -1, 3]
+    assert buffer["elements"].sel(state=["master", "exp_avg", "param"]).values.tolist() == [0, 0, 3]
+    assert buffer["present"].sel(state=["master", "exp_avg", "param"]).values.tolist() == [False, False, True]
     frozen = found.isel(tensor=found["kind"].values == "frozen")
     assert frozen.sizes["tensor"] > 0
-    assert (frozen["elements"].sel(state="exp_avg") == -1).all()
+    assert not frozen["present"].sel(state="exp_avg").any()
     assert frozen["norm"].sel(state="param").notnull().all()
 
 
@@ -346,12 +358,12 @@ def test_rows_of_several_tensors_are_all_their_elements_together(by: str) -> Non
         assert found["norm"].dims == ("tensor", "layer")
         for layer, array in enumerate(arrays, 2):
             assert_is(found.sel(tensor=QKV, layer=layer), array)
-        assert found["elements"].sel(tensor=QKV, layer=-1) == -1
+        assert not found["present"].sel(tensor=QKV, layer=-1)
     elif by == "stack":
         assert_is(found.sel(tensor=QKV), np.concatenate(arrays))
     else:
         every = [a.ravel() for key, a in truth.items() if key.startswith("exp_avg/")]
-        assert_is(found.sel(tensor="parameter" if by == "kind" else "all"), np.concatenate(every))
+        assert_is(found.sel(tensor="parameter" if by == "kind" else "parameters"), np.concatenate(every))
 
 
 def test_states_are_chosen_and_what_there_is_not_is_named() -> None:

@@ -195,3 +195,9 @@ def test_the_table() -> None:
     assert text.splitlines()[0].split()[:3] == ["tensor", "elements", "update/weight"]
     assert "<table" in updates(GPT).ckptlab.table._repr_html_()
     assert updates(GPT).ckptlab.table.to_dict()["rows"][0]["update_ratio"] > 0
+
+
+def test_it_is_said_whose_learning_rate_it_is() -> None:
+    found = ckptlab.updates(GPT)
+    assert "next step's" in found["lr"].attrs["long_name"]
+    assert "saved learning rate" in found["update_norm"].attrs["long_name"]

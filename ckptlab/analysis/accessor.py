@@ -34,7 +34,8 @@ class Table(Shown):
         something."""
         found = self.dataset
         keys = row_keys(found)
-        told = {str(name): found[name] for name in (*keys, *found.coords, *found.data_vars) if name not in INNER}
+        names = (*keys, *found.coords, *found.data_vars)
+        told = {str(name): found[name] for name in names if name not in (*INNER, "present")}
         scalars = {name: by_row(found, value) for name, value in told.items() if not set(value.dims) & set(INNER)}
         bins = []
         if "histogram" in found:
@@ -78,7 +79,7 @@ class Statistics:
         if figure not in found or found[figure].dtype.kind not in "iuf" or "tensor" not in found[figure].dims:
             known = [str(n) for n, v in found.data_vars.items() if v.dtype.kind in "iuf" and "tensor" in v.dims]
             raise CheckpointError(f"no figure {figure!r} of each tensor: there are {', '.join(known)}")
-        there = found[figure].where(found["elements"] >= 0)
+        there = found[figure].where(_there(found))
         sizes = abs(there).max([d for d in there.dims if d != "tensor"])
         order = (-sizes).argsort().values  # NaN last
         return found.isel(tensor=order[: min(count, int(sizes.notnull().sum()))])
@@ -111,7 +112,7 @@ def by_row(found: xr.Dataset, values: xr.DataArray) -> np.ndarray:
 
 
 def _there(found: xr.Dataset) -> xr.DataArray:
-    return found["elements"] >= 0
+    return found["present"] if "present" in found else xr.ones_like(found["elements"], bool)
 
 
 def row_count(found: xr.Dataset) -> int:

@@ -141,7 +141,7 @@ def moved(weight: NDArray[Any], first: NDArray[Any], second: NDArray[Any], given
 
 _FIGURES = {
     "weight_norm": "Euclidean norm of the master weight",
-    "update_norm": "Euclidean norm of the last update, without weight decay",
+    "update_norm": "Euclidean norm of the last update at the saved learning rate (lr), without weight decay",
     "update_ratio": "update_norm / weight_norm",
     "update_rms": "root mean square of the last update",
     "update_max": "largest element of the last update",
@@ -261,8 +261,10 @@ def _dataset(
     variables: dict[str, Any] = {"elements": ("tensor", [one.elements for one in found])}
     variables |= {name: ("tensor", figures[name], {"long_name": meaning}) for name, meaning in _FIGURES.items()}
     variables["dead"] = "tensor", [one.dead for one in found]
+    meant = {"lr": "learning rate as saved: the schedule had been moved on, so it is the next step's"}
     for name in ("step", "lr", "beta1", "beta2", "eps", "weight_decay"):
-        variables[name] = "tensor", [getattr(settings[t.group], name) for t in trained]
+        said = {"long_name": meant[name]} if name in meant else {}
+        variables[name] = "tensor", [getattr(settings[t.group], name) for t in trained], said
     names: dict[int | None, str] = {i: str(group.name or i) for i, group in enumerate(catalog.groups)}
     coordinates: dict[str, Any] = {
         "tensor": [t.name for t in trained],

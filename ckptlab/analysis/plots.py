@@ -41,7 +41,8 @@ def norms(
     """The norm of every stack of layers over depth, a panel for each state, on a logarithmic axis.
 
     over: "step" draws it over the steps of a run instead, all layers of a stack together; otherwise a run's last step
-    is shown. tensors: a regular expression that names must hold; without it the 8 largest stacks are shown.
+    is shown. Of `shards()` a norm is the mean of those of the tp ranks, and the plot says so. tensors: a regular
+    expression that names must hold; without it the 8 largest stacks are shown.
     CheckpointError where no tensor is one of several layers, or of steps where there is no run.
     """
     if over not in ("layer", "step"):
@@ -51,15 +52,16 @@ def norms(
     wanted = _states(values.to_dataset(name="norm"), states)
     values = _largest(table, values)
     figure, axes = _panels(len(wanted), sharex=True)
+    mean = _mean_of([dim for dim in ("tp",) if dim in table.dims])
     for axis, state in zip(axes, wanted, strict=True):
         for i, name in enumerate(values["tensor"].values):
             y = values.sel(tensor=name, state=state)
             look: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4}
             axis.plot(values[over], y, label=shorten(str(name), 36), **look)
         _logarithmic(axis)
-        axis.set(title=state, xlabel=over, ylabel="norm")
+        axis.set(title=state, xlabel=over, ylabel="norm" + mean)
         axis.xaxis.set_major_locator(pyplot().MaxNLocator(integer=True))
-    _legend(figure, axes[0], f"Norms by {over}" + (_of_step(table) if over == "layer" else ""))
+    _legend(figure, axes[0], f"Norms by {over}{mean}" + (_of_step(table) if over == "layer" else ""))
     return figure
 
 
@@ -128,7 +130,8 @@ def drift(
         table = table.isel(tensor=_replicated(table))
     state = _states(table, None if state is None else [state])[0]
     sizes = abs(table[statistic].sel(state=state))
-    values = sizes.mean([dim for dim in sizes.dims if dim not in ("tensor", over)]).transpose("tensor", over)
+    averaged = [str(dim) for dim in sizes.dims if dim not in ("tensor", over)]
+    values = sizes.mean(averaged).transpose("tensor", over)
     reference = values.isel({over: 0}) if over == "step" else values.median(over)
     ratio = (values / reference).where(reference > 0)
     with np.errstate(divide="ignore"):
@@ -145,7 +148,7 @@ def drift(
     axis.set(xlabel=f"{over} rank" if over == "tp" else over)
     if not (abs(apart) > ROUNDING).any():
         axis.set_title("no drift", fontsize=9)
-    figure.suptitle(f"Drift of {statistic}, {state}" + (", replicas" if replicas else ""))
+    figure.suptitle(f"Drift of {statistic}{_mean_of(averaged)}, {state}" + (", replicas" if replicas else ""))
     figure.colorbar(image, ax=axis, label=f"log2 of the ratio to {against}")
     return figure
 
@@ -226,12 +229,16 @@ def _over_steps(table: xr.Dataset) -> xr.DataArray:
 def _largest(table: xr.Dataset, values: xr.DataArray) -> xr.DataArray:
     """The stacks that have the most elements, in their own order."""
     sizes: dict[str, int] = dict.fromkeys(map(str, values["tensor"].values), 0)
-    counts = table["elements"].clip(min=0).max([d for d in table["elements"].dims if d != "tensor"])
+    counts = table["elements"].max([d for d in table["elements"].dims if d != "tensor"])
     for name, count in zip(table["stack" if "stack" in table.coords else "tensor"].values, counts.values, strict=True):
         if name in sizes:
             sizes[str(name)] += int(count)
     kept = set(sorted(sizes, key=lambda name: -sizes[name])[:LINES])
     return values.isel(tensor=[i for i, name in enumerate(sizes) if name in kept])
+
+
+def _mean_of(dims: Sequence[str]) -> str:
+    return f" (mean over {', '.join(dims)})" if dims else ""
 
 
 def _norms_of_ranks(table: xr.Dataset) -> xr.DataArray:

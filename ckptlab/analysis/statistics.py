@@ -52,7 +52,7 @@ _BY: dict[str, Callable[[Row], str]] = {
     "layer": lambda row: row.stack,
     "stack": lambda row: row.stack,
     "kind": lambda row: row.kind,
-    "model": lambda row: "all",
+    "model": lambda row: "buffers" if row.kind == "buffer" else "parameters",
 }
 
 
@@ -77,9 +77,11 @@ def stats(
     by: what a row of `tensor` is. "tensor": one tensor, by the model's name, with the coordinates stack (the name that
     it shares with other layers), layer (its number, -1 where it stands alone), kind, group, pp, layout, shape (as text)
     and numel. "layer": stacks, with a dim `layer` more (NaN where a stack has no such layer; a lone tensor stands at
-    -1). "stack", "kind" and "model": all tensors of a stack, of a kind, of the model taken together.
+    -1). "stack" and "kind": all tensors of a stack, of a kind taken together; "model": all parameters, frozen ones too,
+    in one row, all buffers in another.
 
-    Variables: elements, and how many of them are nan, inf, zeros, subnormals (-1 where a tensor has no such state);
+    Variables: present (whether a tensor has that state); elements, and how many of them are nan, inf, zeros, subnormals
+    (0 where it is not present, so that they add up);
     norm, mean, std, min, max (of the finite elements: what is not finite is counted and left out; NaN where there is
     none); zero_share, subnormal_share (of all elements); dtype (text, "" where there is no such state). xarray has
     methods called mean, std, min and max: take `found["std"]`. `found.ckptlab` has a table, `worst` and `plot`.
@@ -233,8 +235,9 @@ class _Table:
             told = str(row.array.dtype)
             dtypes[place] = told if dtypes[place] in ("", told) else "mixed"
         variables: dict[str, Any] = {}
+        variables["present"] = self.dims, self._filled(at, lambda _: True, False)
         for name, count in _COUNTS.items():
-            variables[name] = self.dims, self._filled(at, count, -1)
+            variables[name] = self.dims, self._filled(at, count, 0)
         for name, (figure, meaning) in _FIGURES.items():
             variables[name] = self.dims, self._filled(at, figure, np.nan), {"long_name": meaning}
         variables["dtype"] = self.dims, dtypes.astype(str)

@@ -22,6 +22,7 @@ from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import held_shape, moves
 from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout import Cut, Layout, whole_shape
+from ckptlab.layout.notation import names
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
 
@@ -100,6 +101,7 @@ def reshape(
     layout: Layout | str,
     mesh: Mesh,
     *,
+    to: Layout | str | None = None,
     shape: Sequence[int] | None = None,
     on: Mesh | None = None,
     backend: Backend | str | None = None,
@@ -109,22 +111,32 @@ def reshape(
     """Shards on another mesh, without the whole between: as `split` of `merge`.
 
     The layout is told in what does not change with the mesh (`totals`, heads as `units`); uneven widths are recut
-    evenly. shape, on: as in `merge`. LayoutError where shards, layout, shape and mesh do not fit.
+    evenly. to: the layout on that mesh where it is another one, over other axes; lengths of parts that it leaves open
+    are the first one's, and the dims are called as it calls them. shape, on: as in `merge`. LayoutError where shards,
+    layouts, shape and mesh do not fit.
     """
-    from ckptlab.layout import on_degree
+    from ckptlab.layout import on_degree, with_lengths
 
     layout = _layout(layout)
     array, place = _on(shards, backend, device)
     axes, before = _mesh_of(array, layout, on)
     source = _cut_of(array, layout, before, shape)
-    recut = layout
-    for axis in source.axes:
-        recut = on_degree(recut, axis, mesh[axis]) if axis in mesh else recut
+    if to is None:
+        recut = layout
+        for axis in source.axes:
+            recut = on_degree(recut, axis, mesh[axis]) if axis in mesh else recut
+    else:
+        recut = with_lengths(_layout(to), layout, source.shape, before)
+        taken = [d for d in recut.dims if d in array.dims and d not in layout.dims]
+        if taken:
+            raise LayoutError(f"{recut.text!r} calls a dim {taken[0]!r}, and the shards have another dim of that name")
+        array = array.rename({a: b for a, b in zip(layout.dims, recut.dims, strict=True) if a != b})
+        layout = layout.replace(dims=recut.dims, replicas=layout.replicas)
     target = recut.resolve(source.logical, mesh)
     array = _first_replicas(array, [a for a in axes if a not in source.axes], layout, place)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
     moved = _moved(array, source, target, recut, others, place, out)
-    return _with_replicas(moved, target, layout)
+    return _with_replicas(moved, target, recut)
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -156,8 +168,6 @@ def _mesh_of(array: xr.DataArray, layout: Layout, told: Mesh | None) -> tuple[li
 
     LayoutError where a dim has not its axis' degree.
     """
-    from ckptlab.layout.notation import names
-
     free = [str(d) for d in array.dims if d not in layout.dims]
     if told is None:
         named = {name for dim in layout.tree for name in names(dim)}
@@ -184,7 +194,16 @@ def _cut_of(array: xr.DataArray, layout: Layout, mesh: Mesh, shape: Sequence[int
             widths = [_widths(array, d, axis, n) for d, n in zip(layout.dims, shape, strict=True)]
             shape = whole_shape(layout, [tuple(w[k] for w in widths) for k in range(mesh[axis])], axis)
         layout = layout.replace(padded={})
-    cut = layout.resolve(tuple(shape), mesh)
+    try:
+        cut = layout.resolve(tuple(shape), mesh)
+    except LayoutError as error:
+        missing = [a for a in RESERVED if a not in array.dims and any(a in names(node) for node in layout.tree)]
+        if not missing or any(mesh[a] > 1 for a in missing if a in mesh):
+            raise
+        raise LayoutError(
+            f"{error}\n  the layout names {missing[0]}, the shards have dims {array.dims}: where {missing[0]} is split "
+            f'into sub-axes say the mesh, on=Mesh({missing[0]}=…).split("{missing[0]}", …), and the shape of the whole'
+        ) from None
     expected = held_shape(cut)[len(cut.axes) :]
     if widest != expected:
         raise LayoutError(

@@ -79,7 +79,7 @@ def _title(found: xr.Dataset) -> str:
     said = [number_of(count, words.get(dim, dim)) for dim, count in counts.items()]
     for name, what in (("nan", "NaN"), ("inf", "infinite")):
         if name in found:
-            said.append(f"{int(found[name].clip(min=0).sum()):,} {what}")
+            said.append(f"{int(found[name].sum()):,} {what}")
     return "Statistics: " + ", ".join(said)
 
 

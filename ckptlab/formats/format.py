@@ -94,7 +94,8 @@ class Format(ABC):
 
     `name` is what users call it, `title` a line about it; `options` the frozen dataclass of what a user may say of a
     target (see `Checkpoint.reshape`); `home`: the format that its checkpoints are reshaped to where none is said
-    (None: they say too little of a run to be laid out on a mesh); `sharded`: its files are those of a mesh's ranks.
+    (None: they say too little of a run to be laid out on a mesh); `sharded`: its files are those of a mesh's ranks;
+    `cuts`: the mesh axes that may cut a tensor in them (None: any, or none at all).
     """
 
     name: ClassVar[str]
@@ -104,6 +105,7 @@ class Format(ABC):
     reads: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     sharded: ClassVar[bool] = True
+    cuts: ClassVar[tuple[str, ...] | None] = None
 
     @abstractmethod
     def recognise(self, folder: Listing) -> Match | None:

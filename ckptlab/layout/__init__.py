@@ -1,7 +1,7 @@
 """Layouts: notation, layouts, cuts. Read notation.py, layout.py, cut.py, describe.py in this order."""
 
 from ckptlab.layout.cut import Coordinate, Cut, DimCut, overlap
-from ckptlab.layout.describe import cut_dim, equal_parts, on_degree, sub_parameters, whole_shape
+from ckptlab.layout.describe import cut_dim, equal_parts, on_degree, sub_parameters, whole_shape, with_lengths
 from ckptlab.layout.layout import Layout
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "overlap",
     "sub_parameters",
     "whole_shape",
+    "with_lengths",
 ]

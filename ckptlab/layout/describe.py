@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from ckptlab.errors import LayoutError
 from ckptlab.layout.layout import Layout
 from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names
+from ckptlab.layout.solve import RESERVED
+from ckptlab.mesh import Mesh
 
 Shape = tuple[int, ...]
 
@@ -73,6 +75,21 @@ def on_degree(layout: Layout, axis: str, degree: int) -> Layout:
         sizes={n: w for n, w in layout.sizes if n not in uneven},
         totals={**dict(layout.totals), **{n: total for n, total in found.items() if total is not None}},
     )
+
+
+def with_lengths(layout: Layout, known: Layout, shape: Shape, mesh: Mesh) -> Layout:
+    """The layout with what it leaves open taken from a layout of the same tensor that is known to fit on `mesh`: names
+    of dims that have none, whole lengths of the parts of a sum in their order (`((tp q) + (kv k) + (kv v)) in` from
+    `((tp a) + (tp b) + (tp c)) in`)."""
+    told = {name for name, _ in (*layout.sizes, *layout.totals)}
+    totals: dict[str, int] = {}
+    for node, parts in zip(layout.tree, known.parts(shape, mesh), strict=True):
+        terms = node.terms if isinstance(node, Sum) and len(node.terms) == len(parts) else ()
+        lasts = [list(names(term))[-1] for term in terms]  # of `kv k` the length: what stands before are mesh axes
+        totals.update((n, length) for n, (_, length) in zip(lasts, parts, strict=False) if n not in (*told, *RESERVED))
+    dims = [k if d == f"dim{i}" else d for i, (d, k) in enumerate(zip(layout.dims, known.dims, strict=True))]
+    dims = dims if len(set(dims)) == len(dims) else list(layout.dims)
+    return layout.replace(totals={**dict(layout.totals), **totals}, dims=dims)
 
 
 def _follows(layout: Layout, name: str, axis: str) -> bool:

@@ -75,13 +75,14 @@ class PaperModel:
         found[NORM] = (self.hidden,)
         return found if self.tied else {**found, HEAD: (self.vocab, self.hidden)}
 
-    def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
-        """See `Strategy.layout`: Megatron's, but with q, k and v told apart."""
+    def layout(self, name: str, shards: Sequence[Shape], keys_over: str = "tp") -> Layout | None:
+        """See `Strategy.layout`: Megatron's, but with q, k and v told apart. keys_over: the mesh axis that cuts k and
+        v, a part of tp where kv heads are fewer than its ranks."""
         if name.endswith("query_key_value.weight"):
-            return self._attention(len(shards[0]))
+            return self._attention(len(shards[0]), keys_over)
         return Megatron(swiglu=self.gated).layout(name, shards)
 
-    def _attention(self, ndim: int) -> Layout:
+    def _attention(self, ndim: int, keys_over: str) -> Layout:
         """Cut between heads: q, k, v interleaved in a head; with fewer kv heads each by itself; one kv head is
         everyone's."""
         head = self.hidden // self.heads
@@ -91,7 +92,7 @@ class PaperModel:
         if self.keys == 1:
             text, sizes, totals = "((tp q) + k + v) in", {"k": kv, "v": kv}, {"q": q}
         else:
-            text, sizes, totals = "((tp q) + (tp k) + (tp v)) in", {}, {"q": q, "k": kv, "v": kv}
+            text, sizes, totals = f"((tp q) + ({keys_over} k) + ({keys_over} v)) in", {}, {"q": q, "k": kv, "v": kv}
         units = dict.fromkeys(totals, head)
         return Layout(text, dims=dim_names(ndim), sizes=sizes, totals=totals, units=units)
 

@@ -28,6 +28,7 @@ class DeepSpeed(Format):
     options = TargetOptions
     home = "deepspeed"
     writes = True
+    cuts = ("tp",)
 
     def recognise(self, folder: Listing) -> Match | None:
         kinds = {n.kind for name in folder.names if (n := names.parse(name)) is not None}
@@ -59,7 +60,7 @@ class DeepSpeed(Format):
 
     def verify(self, folder: str, source: Catalog, target: Catalog) -> None:
         """The folder must open, and say of every tensor what the target says."""
-        told = source.training.layouts_told
+        told = target.training.layouts_told
         layouts = LayoutsOf({name: tensor.layout for name, tensor in target.tensors.items()})
         found = self.read(folder, Strict(), None if told or target.mesh.tp == 1 else layouts)
         for name, tensor in target.tensors.items():

@@ -138,7 +138,7 @@ class NativeWriter:
             checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
             ds_config=self.config,
         )
-        return info.adapt_client(model, self.source.private.told, self.target, rank)
+        return info.adapt_client(model, self.target.training.layouts_told, self.target, rank)
 
     def _frozen(self, module: Mapping[str, Any], t: int, d: int, rank: int) -> dict[str, Any]:
         """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.catalog import Catalog
-from ckptlab.errors import ReshapeError
 from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.formats.paper.drawn import drawn
 from ckptlab.formats.paper.model import laid_out
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.transformer import PaperModel
@@ -15,14 +15,14 @@ from ckptlab.sharding.transformer import PaperModel
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """What a user may say of a target; None keeps the source's. `zero_stage`: 0 to 3."""
+    """What a user may say of a target; None keeps the source's (0 where it has none). `zero_stage`: 0 to 3."""
 
     zero_stage: int | None = None
 
 
 class Paper(Format):
     name = "paper"
-    title = "a model described by a few numbers, with nothing stored"
+    title = "on paper: layouts of a model, with nothing stored"
     options = PaperOptions
     home = "paper"
     reads = False
@@ -31,8 +31,8 @@ class Paper(Format):
         return None
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
-        """A model of these numbers on another mesh."""
-        if not source.training.numbers:
-            raise ReshapeError(f"{source.path}: on paper there are only models that are described by numbers")
-        stage = source.zero_stage if options.zero_stage is None else options.zero_stage
-        return laid_out(PaperModel(**source.training.numbers), mesh, stage or 0)
+        """A model of these numbers on another mesh; of any other source, what its layouts say."""
+        stage = (source.zero_stage if options.zero_stage is None else options.zero_stage) or 0
+        if source.training.numbers:
+            return laid_out(PaperModel(**source.training.numbers), mesh, stage)
+        return drawn(source, mesh, stage)

@@ -6,8 +6,8 @@ plans are worked out by the same code. ZeRO: Rajbhandari et al. 2020, arXiv:1910
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -17,17 +17,16 @@ from ckptlab.catalog import (
     PARAM,
     ZERO_STAGES,
     Catalog,
-    FlatGroup,
-    Gradients,
     ParameterGroup,
     Tensor,
     Training,
-    placements_of,
+    whole_placements,
 )
-from ckptlab.errors import LayoutError, ReshapeError
+from ckptlab.errors import ReshapeError
 from ckptlab.findings import Finding
+from ckptlab.formats.paper.drawn import drawn
+from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Holder
 from ckptlab.sharding.stages import balanced, stage_of
 from ckptlab.sharding.transformer import EMBEDDING, HEAD, NORM, PaperModel
 
@@ -35,37 +34,40 @@ OPTIMIZER = (MASTER, "exp_avg", "exp_avg_sq")  # Adam's
 
 
 def laid_out(model: PaperModel, mesh: Mesh, zero_stage: int = 1) -> Catalog:
-    """The model laid out on a mesh (pp, dp, tp) under a ZeRO stage: 0, all dp ranks hold everything, to 3, each
-    tensor cut over dp. ReshapeError, with every reason, where it cannot be."""
+    """The model laid out on a mesh (pp, dp, tp) under a ZeRO stage: see `drawn`. Fewer kv heads than tp ranks are held
+    by several each: tp is then split into `kv` and `rep`. ReshapeError, with every reason, where it cannot be."""
     if reasons := list(_problems(model, mesh, zero_stage)):
         raise ReshapeError(f"this model cannot be laid out on {mesh}:\n" + "\n".join(f"  - {r}" for r in reasons))
+    replicated = 1 < model.keys < mesh.tp
+    if replicated and "kv" not in mesh:
+        mesh = mesh.split("tp", kv=model.keys, rep=mesh.tp // model.keys)
     starts = balanced([0, *[1] * model.layers, 0, 0], mesh.pp)
-    try:
-        tensors = {n: _tensor(model, n, _stages(model, n, starts), mesh, zero_stage) for n in model.shapes}
-    except LayoutError as error:
-        raise ReshapeError(str(error)) from None
-    flat_groups = tuple(_flat_groups(tensors, mesh, zero_stage)) if zero_stage else ()
-    return Catalog(
-        path=f"paper model ({model})",
-        format="paper",
-        mesh=mesh,
-        tensors=tensors,
-        placements=placements_of(tensors, flat_groups, _outside(tensors, zero_stage)),
-        flat_groups=flat_groups,
-        training=Training(
-            mesh=mesh,
-            zero_stage=zero_stage,
-            dtype=model.dtype,
-            groups=(ParameterGroup({}, tuple(tensors)),),
-            layer_stages={i: stage_of(1 + i, starts) for i in range(model.layers)},
-            heads=model.heads,
-            kv_heads=model.keys,
-            gradients=Gradients(DTYPES[model.dtype], cut=zero_stage >= 2, flat=zero_stage >= 2),
-            layouts_told=True,
-            numbers={f.name: getattr(model, f.name) for f in fields(model)},
-        ),
-        findings=tuple(_findings(mesh, zero_stage)),
+    states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {PARAM: DTYPES[model.dtype]}
+    tensors = {
+        name: Tensor(
+            name,
+            shape,
+            _layout(model, name, mesh, "kv" if replicated else "tp").replace(stages=_stages(model, name, starts)),
+            Cut.whole(shape),
+            "parameter",
+            states,
+            0,
+            aliases=(HEAD,) if name == EMBEDDING and model.tied else (),
+        )
+        for name, shape in model.shapes.items()
+    }
+    told = Training(
+        dtype=model.dtype,
+        groups=(ParameterGroup({}, tuple(tensors)),),
+        layer_stages={i: stage_of(1 + i, starts) for i in range(model.layers)},
+        heads=model.heads,
+        kv_heads=model.keys,
+        layouts_told=True,
+        numbers={f.name: getattr(model, f.name) for f in fields(model)},
     )
+    kept = whole_placements(tensors, [(name, state) for name in tensors for state in states])
+    whole = Catalog(f"paper model ({model})", "paper", Mesh(), tensors, kept, training=told)
+    return replace(drawn(whole, mesh, zero_stage), findings=tuple(_findings(mesh, zero_stage)))
 
 
 def _problems(model: PaperModel, mesh: Mesh, zero_stage: int) -> Iterator[str]:
@@ -73,9 +75,10 @@ def _problems(model: PaperModel, mesh: Mesh, zero_stage: int) -> Iterator[str]:
         yield f"ZeRO stage {zero_stage}: expected 0, 1, 2 or 3"
     if mesh.pp > model.layers:
         yield f"pp {mesh.pp}: more stages than the {model.layers} transformer layers"
-    for count, what in ((model.heads, "attention heads"), (model.keys, "key/value heads")):
-        if count % mesh.tp and count > 1:
-            yield f"tp {mesh.tp}: {count} {what} are not divisible by it"
+    if model.heads % mesh.tp and model.heads > 1:
+        yield f"tp {mesh.tp}: {model.heads} attention heads are not divisible by it"
+    if model.keys % mesh.tp and mesh.tp % model.keys:
+        yield f"tp {mesh.tp}: {model.keys} key/value heads are not divisible by it, nor it by them"
     if model.heads == 1 and mesh.tp > 1:
         yield f"tp {mesh.tp}: one attention head cannot be cut"
 
@@ -88,32 +91,13 @@ def _stages(model: PaperModel, name: str, starts: Sequence[int]) -> tuple[int, .
     return (last,) if name in (NORM, HEAD) else (stage_of(1 + int(name.split(".")[1]), starts),)
 
 
-def _tensor(model: PaperModel, name: str, stages: tuple[int, ...], mesh: Mesh, zero_stage: int) -> Tensor:
-    """ZeRO-3 keeps no module weight: it is made from the master's fragments."""
+def _layout(model: PaperModel, name: str, mesh: Mesh, keys_over: str) -> Layout:
     shape = model.shapes[name]
-    layout = model.layout(name, [shape])
+    layout = model.layout(name, [shape], keys_over)
     assert layout is not None  # Megatron has a layout for every name
-    layout = layout.replace(stages=stages)
     if name in (EMBEDDING, HEAD) and shape[0] % mesh.tp:
         layout = layout.replace(padded={0: -(-shape[0] // mesh.tp) * mesh.tp})
-    states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {PARAM: DTYPES[model.dtype]}
-    if zero_stage == 3:
-        del states[PARAM]
-    aliases = (HEAD,) if name == EMBEDDING and model.tied else ()
-    return Tensor(name, shape, layout, layout.resolve(shape, mesh), "parameter", states, 0, stages, aliases)
-
-
-def _flat_groups(tensors: Mapping[str, Tensor], mesh: Mesh, zero_stage: int) -> Iterator[FlatGroup]:
-    for stage in range(mesh.pp):
-        names = [t.name for t in tensors.values() if stage in t.stages]
-        yield FlatGroup.laid_out(Holder(pp=stage), 0, names, tensors, mesh, zero_stage)
-
-
-def _outside(tensors: Mapping[str, Tensor], zero_stage: int) -> dict[tuple[str, str], tuple[int, ...]]:
-    """The stages of what lies outside flat buffers: at stage 0 everything, at 1 and 2 the module weights, at 3
-    nothing."""
-    states = () if zero_stage == 3 else (PARAM,) if zero_stage else (*OPTIMIZER, PARAM)
-    return {(t.name, state): t.stages for t in tensors.values() for state in states}
+    return layout
 
 
 def _findings(mesh: Mesh, zero_stage: int) -> Iterator[Finding]:

@@ -1,0 +1,55 @@
+"""Layouts of one's own for a target: a strategy's, with what the source already knows of a tensor filled in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ckptlab.catalog import Catalog, Tensor
+from ckptlab.errors import LayoutError, ReshapeError
+from ckptlab.layout import Layout, on_degree, with_lengths
+from ckptlab.layout.notation import names
+from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import Strategy
+
+
+def relaid(source: Catalog, mesh: Mesh, strategy: Strategy) -> Catalog:
+    """The source with the layouts that its tensors are to have on `mesh`: the strategy's, or where it has no say their
+    own. Nothing else is changed: cuts and placements are still those of what is stored.
+
+    Lengths of parts (q, k, v) that the strategy leaves open are those of the source's layout; a vocabulary that is
+    padded there is padded to what the new cut needs. ReshapeError, with the tensor's name, where a layout does not fit.
+    """
+    tensors = {}
+    for name, tensor in source.tensors.items():
+        try:
+            tensors[name] = _tensor(tensor, mesh, strategy)
+        except LayoutError as error:
+            raise ReshapeError(f"{source.path}: {name} cannot be laid out as the strategy says: {error}") from None
+    training = replace(source.training, layouts_told=False, numbers={})
+    return replace(source, tensors=tensors, training=training)
+
+
+def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy) -> Tensor:
+    layout = strategy.layout(tensor.name, [tensor.shape])
+    if layout is None:
+        layout = tensor.layout.replace(stages=None)
+        for axis in dict.fromkeys(name for node in layout.tree for name in names(node) if name in mesh):
+            layout = on_degree(layout, axis, mesh[axis])
+    elif len(layout.dims) != len(tensor.shape):
+        raise LayoutError(f"{layout.text!r} has {len(layout.dims)} dims, shape {tensor.shape} has {len(tensor.shape)}")
+    else:
+        layout = with_lengths(layout, tensor.layout, tensor.shape, tensor.cut.mesh)
+    if tensor.layout.padded:
+        layout = layout.replace(padded={**_padded(tensor, layout, mesh), **dict(layout.padded)})
+    layout.resolve(tensor.shape, mesh)
+    return replace(tensor, layout=layout, layout_known=True)
+
+
+def _padded(tensor: Tensor, layout: Layout, mesh: Mesh) -> dict[int, int]:
+    """Padded sizes on the mesh: the source's where they can be cut, else the next that can."""
+    found = {}
+    for dim, size in tensor.layout.padded:
+        degree = math.prod(mesh[name] for name in names(layout.tree[dim]) if name in mesh)
+        found[dim] = size if size % degree == 0 else -(-tensor.shape[dim] // degree) * degree
+    return found

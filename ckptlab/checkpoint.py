@@ -212,8 +212,8 @@ class Reshape(Viewed, Shown):
             format = formats.get(source.format).home if strategy is None else PAPER
         if format is None:
             raise ReshapeError(
-                f"{source.path}: {source.format} holds whole tensors and no word of layers, groups or optimizer: there "
-                'is nothing to lay out on a mesh; say layouts, strategy={".*": "(tp out) in"}, to lay it out on paper'
+                f"{source.path}: {source.format} has no word of a program's layers, groups and optimizer: there is "
+                'nothing to write for another mesh; say layouts, strategy={".*": "(tp out) in"}, to lay it out on paper'
             )
         form = formats.get(format)
         _check_heads(source, options)

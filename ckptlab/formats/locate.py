@@ -42,9 +42,10 @@ def locate(path: str | os.PathLike[str]) -> Match:
 
 
 def at(path: str) -> list[Match]:
-    """What the formats recognise at this very path."""
+    """What the formats recognise at this very path: weights alone only if that is all."""
     listing = Listing(path)
-    return [match for format in every() if (match := format.recognise(listing)) is not None]
+    found = [match for format in every() if (match := format.recognise(listing)) is not None]
+    return [match for match in found if not match.weights_only] or found
 
 
 def _below(path: str, depth: int, broken: list[CheckpointError]) -> Iterator[Match]:

@@ -45,7 +45,7 @@ def check(
     """
     given = path if isinstance(path, Checkpoint) else None
     place = locate(given.path if given else path)  # type: ignore[arg-type]
-    known = {name: t.layout for name, t in given.tensors.items()} if given else {}
+    known = {name: t.layout for name, t in given.tensors.items() if t.layout_known} if given else {}
     layouts = LayoutsOf(known) if given and strategy is None else resolve(strategy)
     faults = Collecting(os.path.dirname(place.path) if os.path.isfile(place.path) else place.path)
     catalog = read_at(place, faults, layouts)
@@ -70,12 +70,12 @@ def _without_states(catalog: Catalog) -> Iterator[Finding]:
     """Trained tensors that lack a state which the format, or another tensor that has all of theirs, has."""
     trained = [t for t in catalog.tensors.values() if t.group is not None]
     kept = {frozenset(t.states) - {PARAM} for t in trained}
-    weights = [t for t in trained if PARAM in t.states]
+    weights = [t for t in trained if {PARAM, MASTER} <= t.states.keys()]
     lacking: dict[str, list[str]] = {}
     for tensor in trained:
         mine = frozenset(tensor.states) - {PARAM}
         more = next((states for states in kept if states > mine), mine)
-        needs_weight = bool(weights) or (format_of(catalog.format).sharded and catalog.zero_stage != 3)
+        needs_weight = bool(weights) or (format_of(catalog.format).sharded and catalog.zero_stage in (1, 2))
         for state in sorted(more - mine) + [PARAM] * (needs_weight and PARAM not in tensor.states):
             lacking.setdefault(state, []).append(tensor.name)
     for state, names in lacking.items():

@@ -24,7 +24,6 @@ class DCP(Format):
 
     name = "dcp"
     title = "torch Distributed Checkpoint (FSDP, torchtitan, accelerate, Megatron-core)"
-    home = "deepspeed"
 
     def recognise(self, folder: Listing) -> Match | None:
         """This folder, or the one that Megatron's latest_checkpointed_iteration.txt names. Files without `.metadata`

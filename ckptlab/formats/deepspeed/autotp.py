@@ -84,11 +84,14 @@ class RowsLayout(Layout):
                 f"cut for tp {len(self.rows)} by an affine map that follows no rule: how it is cut for tp {mesh.tp} is "
                 "known to the program alone; give its layout with a strategy"
             )
-        dims = []
+        dims: list[tuple[Sequence[str], Mapping[tuple[int, ...], Any]]] = []
         for i in range(len(self.dims)):
             same = len({of_rank[i] for of_rank in self.rows}) == 1
-            held = {(): self.rows[0][i]} if same else {(t,): of_rank[i] for t, of_rank in enumerate(self.rows)}
-            dims.append(((() if same else ("tp",)), held))
+            held: Mapping[tuple[int, ...], Any] = (
+                {(): self.rows[0][i]} if same else {(t,): of_rank[i] for t, of_rank in enumerate(self.rows)}
+            )
+            axes: Sequence[str] = () if same else ("tp",)
+            dims.append((axes, held))
         return Cut.from_rows(shape, mesh, dims)
 
     def __eq__(self, other: object) -> bool:
@@ -231,10 +234,10 @@ def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, A
     sizes: dict[str, Any] = {}
     totals: dict[str, int] = {}
     terms = []
-    for label, part in zip(labels, parts, strict=True):
-        terms.append(label if isinstance(part, int) else f"(tp {label})")
-        if isinstance(part, int) or len(set(part)) > 1:
-            sizes[label] = part
+    for label, size_of in zip(labels, parts, strict=True):
+        terms.append(label if isinstance(size_of, int) else f"(tp {label})")
+        if isinstance(size_of, int) or len(set(size_of)) > 1:
+            sizes[label] = size_of
         elif len(parts) > 1:
-            totals[label] = sum(part)
+            totals[label] = sum(size_of)
     return (terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"), {"sizes": sizes, "totals": totals}

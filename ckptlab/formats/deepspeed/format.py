@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.findings import Faults, Strict
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.options import TargetOptions
@@ -44,8 +44,14 @@ class DeepSpeed(Format):
         return read_native(path, faults, strategy)
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
+        from ckptlab.formats.deepspeed.read import Native
         from ckptlab.formats.deepspeed.target import reshape
 
+        if not isinstance(source.private, Native):
+            raise ReshapeError(
+                f"{source.path}: a {source.format} checkpoint does not say what DeepSpeed's engine resumes from (its "
+                f"own state, the program's layers): {self.name} files cannot be written; write safetensors"
+            )
         return replace(reshape(source, mesh, options), format=self.name)
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:

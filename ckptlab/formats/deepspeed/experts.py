@@ -282,7 +282,7 @@ def _numbers(names: Iterable[str]) -> dict[str, int]:
 def experts_said(contents: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """(layer, expert) of every expert file that model files say there is: `num_experts` of each layer that has some; a
     plain number is an old DeepSpeed's, which counts no layers."""
-    said = next((c["num_experts"] for c in contents if c.get("num_experts")), [])
+    said: Any = next((c["num_experts"] for c in contents if c.get("num_experts")), [])
     counts = dict(enumerate(said)) if isinstance(said, (list, tuple)) else {-1: said}
     return [(i, e) for i, n in counts.items() if isinstance(n, int) and n < _MANY for e in range(n)]
 

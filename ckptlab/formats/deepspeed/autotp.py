@@ -84,14 +84,12 @@ class RowsLayout(Layout):
                 f"cut for tp {len(self.rows)} by an affine map that follows no rule: how it is cut for tp {mesh.tp} is "
                 "known to the program alone; give its layout with a strategy"
             )
-        dims: list[tuple[Sequence[str], Mapping[tuple[int, ...], Any]]] = []
+        dims: list[tuple[tuple[str, ...], dict[tuple[int, ...], Runs]]] = []
         for i in range(len(self.dims)):
-            same = len({of_rank[i] for of_rank in self.rows}) == 1
-            held: Mapping[tuple[int, ...], Any] = (
-                {(): self.rows[0][i]} if same else {(t,): of_rank[i] for t, of_rank in enumerate(self.rows)}
-            )
-            axes: Sequence[str] = () if same else ("tp",)
-            dims.append((axes, held))
+            if len({of_rank[i] for of_rank in self.rows}) == 1:
+                dims.append(((), {(): self.rows[0][i]}))
+            else:
+                dims.append((("tp",), {(t,): of_rank[i] for t, of_rank in enumerate(self.rows)}))
         return Cut.from_rows(shape, mesh, dims)
 
     def __eq__(self, other: object) -> bool:
@@ -234,10 +232,10 @@ def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, A
     sizes: dict[str, Any] = {}
     totals: dict[str, int] = {}
     terms = []
-    for label, size_of in zip(labels, parts, strict=True):
-        terms.append(label if isinstance(size_of, int) else f"(tp {label})")
-        if isinstance(size_of, int) or len(set(size_of)) > 1:
-            sizes[label] = size_of
+    for label, held in zip(labels, parts, strict=True):
+        terms.append(label if isinstance(held, int) else f"(tp {label})")
+        if isinstance(held, int) or len(set(held)) > 1:
+            sizes[label] = held
         elif len(parts) > 1:
-            totals[label] = sum(size_of)
+            totals[label] = sum(held)
     return (terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"), {"sizes": sizes, "totals": totals}

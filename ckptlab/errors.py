@@ -3,6 +3,8 @@
 A message names the file and the tensor, what was expected, what was found, and what to do.
 """
 
+from collections.abc import Sequence
+
 
 class CkptlabError(Exception):
     """The base of all of them: `except ckptlab.CkptlabError` catches whatever is the input's fault."""
@@ -42,6 +44,17 @@ class BackendError(CkptlabError, ValueError):
 
 class DestinationError(CkptlabError):
     """A destination that exists already or cannot be written."""
+
+
+class LawError(CkptlabError, AssertionError):
+    """A format or a strategy that does not obey the laws (see `ckptlab.testing`): an AssertionError in a test.
+
+    broken: what was found, law by law.
+    """
+
+    def __init__(self, what: str, broken: Sequence[str]) -> None:
+        super().__init__(f"{what} breaks {len(broken)} of the laws:\n" + "\n".join(f"  - {b}" for b in broken))
+        self.broken = tuple(broken)
 
 
 class ArgumentError(CkptlabError, AssertionError):

@@ -1,5 +1,6 @@
 """Layouts, cuts and overlaps: the laws, checked against einx and against element-by-element numpy."""
 
+import dataclasses
 import itertools
 import math
 import pickle
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import LayoutError
-from ckptlab.layout import Cut, Layout, on_degree, overlap
+from ckptlab.layout import Cut, Laws, Layout, laws, on_degree, overlap
 from ckptlab.mesh import Mesh
+from ckptlab.testing import strategies
 
 
 def numbered(cut):
@@ -454,3 +456,24 @@ def test_uneven_widths_are_recut_evenly_for_another_degree(text, sizes, shape, w
     assert on_degree(layout, "tp", 1).resolve(shape, Mesh()).shard_shape((0,)) == shape
     recut = on_degree(layout, "tp", 3)
     assert {recut.resolve(shape, Mesh(tp=3)).shard_shape((k,)) for k in range(3)} == {(width, 4)}
+
+
+@settings(deadline=None)
+@given(strategies.cuts(), strategies.cuts())
+def test_the_laws_that_are_shipped_hold(a, b):
+    assert laws(a, b), (a, b)
+
+
+def test_the_laws_find_a_row_that_is_one_off():
+    cut = Layout("(2 tp out)").resolve((8,), Mesh(tp=2))
+    assert laws(cut) == Laws((1,), True, True)
+    dim = cut.dims[0]
+    moved = {at: rows + np.array([1, 0, 0, 0, 0]) * (at == (1,)) for at, rows in dim.rows.items()}
+    hole = {at: rows * [1, 1, 1, 0 if at == (1,) else 1, 1] for at, rows in dim.rows.items()}
+    for rows, held in ((hole, (0, 1)), ({**dim.rows, (1,): dim.rows[(0,)]}, (0, 2))):
+        wrong = Cut((8,), cut.mesh, (dataclasses.replace(dim, rows=rows),))
+        assert not (found := laws(wrong))
+        assert (found.held, found.merged) == (held, False)
+    with pytest.raises(IndexError):
+        laws(Cut((8,), cut.mesh, (dataclasses.replace(dim, rows=moved),)))
+    assert Layout("out in").check((3, 2), Mesh(tp=2), Layout("(tp out) in"), Mesh(tp=3)).to_dict()["there and back"]

@@ -6,15 +6,26 @@ import importlib.metadata
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
-from ckptlab.errors import LayoutError
+from ckptlab import formats
+from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
 from ckptlab.registry import Registry
 from ckptlab.sharding import strategies as strategy
 from ckptlab.sharding.strategies import Megatron
 
 GROUP = "ckptlab.tests"
+
+
+class Theirs(formats.Format):
+    """A format that tells its folders and reads none."""
+
+    name, title = "theirs", "a format of theirs"
+
+    def recognise(self, folder: formats.Listing) -> formats.Match | None:
+        return formats.Match(folder.path, self.name) if "theirs.bin" in folder.names else None
 
 
 @pytest.fixture
@@ -71,3 +82,19 @@ def test_a_strategy_may_come_from_an_installed_package(monkeypatch: pytest.Monke
     assert strategy.resolve("megatron-swiglu") == Megatron(swiglu=True)
     with pytest.raises(LayoutError, match=r"expected one of megatron, .*theirs, or a \.json file"):
         strategy.resolve("megatorn")
+
+
+def test_formats_come_by_entry_point_and_ours_go_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = [("theirs", "test_registry:Theirs"), ("safetensors", "test_registry:Theirs")]
+    entries = EntryPoints(EntryPoint(name, value, "ckptlab.formats") for name, value in found)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
+    assert formats.FORMATS.names()[-1] == "theirs"
+    assert formats.get("safetensors").title != Theirs.title
+    (tmp_path / "theirs.bin").write_bytes(b"")
+    assert formats.locate(tmp_path).format == "theirs"
+    with pytest.raises(CheckpointError, match="a single file that no format knows"):
+        formats.locate(tmp_path / "theirs.bin")
+    with pytest.raises(UnsupportedError, match="this is a format of theirs, which ckptlab cannot open yet"):
+        formats.read(tmp_path)
+    with pytest.raises(CheckpointError, match="^no format is called 'their': expected one of theirs, "):
+        formats.get("their")

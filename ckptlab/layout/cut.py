@@ -166,15 +166,16 @@ class Cut(Shown):
     def take(self, whole: NDArray, coordinate: Coordinate) -> NDArray:
         """The shard at a coordinate, of an array of shape `shape`: the reference, element by element."""
         self._check_shape("the whole", whole.shape, self.shape)
-        return np.array(whole[self._index(coordinate)])
+        return np.array(whole[self.index(coordinate)])
 
     def put(self, shard: NDArray, coordinate: Coordinate, whole: NDArray) -> None:
         """Write a shard to its place in an array of shape `shape`: the reference, element by element."""
         self._check_shape("the whole", whole.shape, self.shape)
         self._check_shape(f"shard {coordinate}", shard.shape, self.shard_shape(coordinate))
-        whole[self._index(coordinate)] = shard
+        whole[self.index(coordinate)] = shard
 
-    def _index(self, coordinate: Coordinate) -> tuple[NDArray, ...]:
+    def index(self, coordinate: Coordinate) -> tuple[NDArray, ...]:
+        """What indexes an array of shape `shape` for the elements that a coordinate holds, spelled out."""
         places = zip(self.dims, self.per_dim(coordinate), strict=True)
         return np.ix_(*(dim.positions(at) for dim, at in places))
 

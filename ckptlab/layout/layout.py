@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ckptlab.errors import LayoutError
 from ckptlab.layout.blocks import dims_of_axes, equal_blocks
 from ckptlab.layout.cut import Cut, DimCut
+from ckptlab.layout.laws import Laws, laws
 from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, parse
 from ckptlab.layout.solve import RESERVED, Geometry
 from ckptlab.mesh import Mesh
@@ -129,6 +130,18 @@ class Layout(Shown):
         """The cut for a true shape on a mesh. Raises LayoutError, with text, shape and mesh. Cached."""
         shape = tuple(int(n) for n in shape)
         return _resolve(self, shape, mesh)
+
+    def check(
+        self, shape: Sequence[int], mesh: Mesh, there: Layout | None = None, mesh_there: Mesh | None = None
+    ) -> Laws:
+        """Try the laws on it, element by element, for a small shape on a mesh; true if all hold.
+
+        there, mesh_there: another layout of the same tensor (None: this one) on another mesh (None: the same), to go to
+        and come back from. LayoutError where it does not fit.
+        """
+        if there is None and mesh_there is None:
+            return laws(self.resolve(shape, mesh))
+        return laws(self.resolve(shape, mesh), (there or self).resolve(shape, mesh_there or mesh))
 
     def parts(self, shape: Sequence[int], mesh: Mesh) -> list[list[tuple[str, int]]]:
         """For each dim (name, length) of what lies one after the other in it and is cut on its own: q, k, v.

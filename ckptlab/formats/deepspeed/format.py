@@ -104,6 +104,10 @@ class Universal(DeepSpeed):
 
         return read_universal(path, faults, strategy)
 
+    def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
+        """What a step folder would hold on the mesh, which the model files beside whole tensors are made for."""
+        return replace(super().target(source, mesh, options), format=self.name)
+
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
         from ckptlab.formats.deepspeed.universal.write import files
 

@@ -8,21 +8,29 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, Tensor, whole_placements
-from ckptlab.errors import CheckpointError
-from ckptlab.findings import Faults, Finding, Where
-from ckptlab.layout import Cut
+from ckptlab.catalog import MASTER, PARAM, Catalog, Extents, Fragment, Tensor
+from ckptlab.errors import CheckpointError, LayoutError
+from ckptlab.findings import Faults, Finding, Where, contradiction
+from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.strategies import replicated
+from ckptlab.plan import Holder, Placement
+from ckptlab.plan.grid import Grid, grid, neutral_axes
+from ckptlab.sharding.strategies import dim_names
 from ckptlab.stored import Stored, row_major_strides
+from ckptlab.words import number_of, some
 
 INDEX = "model.safetensors.index.json"
+SHARDING = "DCP_SHARDING_INFO"  # the key under which torch's distributed writer says where boxes begin
+
+_SHARD = re.compile(r"shard-(?P<rank>\d{5})-(?P<of>model-\d{5}-of-\d{5})\.safetensors")
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -31,6 +39,10 @@ _DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "C64": np.dtype(np.complex64),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -41,11 +53,22 @@ _DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+"""Those that numpy can say: of F4, F6_E2M3 and F6_E3M2 several elements share a byte."""
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def read_header(path: str) -> dict[str, Stored]:
-    """Where each tensor of a file lies. CheckpointError if the header is damaged or points outside the file."""
+class Header(dict[str, Stored]):
+    """Where each tensor of a file lies. `offsets`: of those that are boxes of larger ones, where they begin there.
+    `unknown`: the dtypes of tensors that are left out, since numpy cannot say them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets: dict[str, tuple[int, ...]] = {}
+        self.unknown: dict[str, str] = {}
+
+
+def read_header(path: str) -> Header:
+    """What stands in a file's header. CheckpointError if it is damaged or points outside the file."""
     size = os.path.getsize(path)
     with open(path, "rb") as f:
         head = f.read(8)
@@ -54,19 +77,30 @@ def read_header(path: str) -> dict[str, Stored]:
             raise CheckpointError(
                 f"{path}: the header claims {length:,} bytes, the file has {size:,}: truncated, or no safetensors file"
             )
-        try:
-            header = json.loads(f.read(length))
-        except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{path}: the header is not JSON ({e}): damaged, or no safetensors file") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is a {type(header).__name__}: damaged, or no safetensors file")
-    return {
-        name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items() if name != "__metadata__"
-    }
+        header = _json(path, f.read(length))
+    found = Header()
+    for name, entry in header.items():
+        if name != "__metadata__":
+            _enter(found, path, name, entry, 8 + length, size)
+    told = header.get("__metadata__")
+    if isinstance(told, dict) and SHARDING in told:
+        _enter_offsets(found, path, _json(path, told[SHARDING]))
+    return found
 
 
-def _entry(path: str, name: str, entry: Any, begin: int, size: int) -> Stored:
-    """Where a tensor lies by its entry in the header; the data part begins at `begin` of `size` bytes."""
+def _json(path: str, text: Any) -> dict[str, Any]:
+    """An object in a header. CheckpointError if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as e:
+        raise CheckpointError(f"{path}: the header is not JSON ({e}): damaged, or no safetensors file") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: the header is a {type(value).__name__}: damaged, or no safetensors file")
+    return value
+
+
+def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: int) -> None:
+    """Take a tensor's entry in the header; the data part begins at `begin` of `size` bytes."""
     match entry:
         case {"shape": list(shape), "data_offsets": [int(lo), int(hi)], "dtype": str(kind)}:
             pass
@@ -75,54 +109,195 @@ def _entry(path: str, name: str, entry: Any, begin: int, size: int) -> Stored:
     if not all(isinstance(n, int) and n >= 0 for n in shape):
         raise CheckpointError(f"{path}: {name}: shape {shape}: the header is damaged")
     dtype = _DTYPES.get(kind)
-    if dtype is None:
-        raise CheckpointError(f"{path}: {name}: dtype {kind!r} is unknown to ckptlab")
-    expected = math.prod(shape) * dtype.itemsize
+    expected = hi - lo if dtype is None else math.prod(shape) * dtype.itemsize
     if not 0 <= lo <= hi <= size - begin or hi - lo != expected:
         raise CheckpointError(
             f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
             f"for {tuple(shape)}: the file is truncated or damaged"
         )
-    return Stored(path, begin + lo, dtype, tuple(shape), row_major_strides(tuple(shape)))
+    if dtype is None:
+        found.unknown[name] = kind
+    else:
+        found[name] = Stored(path, begin + lo, dtype, tuple(shape), row_major_strides(tuple(shape)))
+
+
+def _enter_offsets(found: Header, path: str, told: dict[str, Any]) -> None:
+    """Take what torch's distributed writer says of where boxes begin (`torch/distributed/checkpoint/_hf_utils.py`)."""
+    for name, stored in found.items():
+        match told.get(name):
+            case {"saved_offsets": [*starts]} if len(starts) == len(stored.shape):
+                if all(isinstance(n, int) and n >= 0 for n in starts):
+                    found.offsets[name] = tuple(starts)
+                    continue
+            case None:
+                continue
+        raise CheckpointError(f"{path}: {name}: {SHARDING} {told[name]} for shape {stored.shape}: damaged")
 
 
 def read_safetensors(path: str, faults: Faults) -> Catalog | None:
-    """A file or folder of safetensors: whole tensors, no mesh, no optimizer; one state, fp32 or module by dtype.
+    """A file or folder of safetensors: whole tensors, no optimizer; one state, master or param by dtype.
 
-    None where `faults` was told of files that are missing or damaged.
+    What torch's distributed writer left in boxes, a file a rank, is one tensor each, cut over axes (`shard`) that stand
+    for whatever its mesh was. None where `faults` was told of files that are missing, damaged or contradictory.
     """
     folder, names = (os.path.split(path)[0], [os.path.basename(path)]) if os.path.isfile(path) else (path, None)
+    index: dict[str, str] = {}
     if names is None:
-        names = _files(path, faults)
-    tensors: dict[str, Tensor] = {}
-    pieces = {}
-    for file in names:
-        for name, stored in (faults.read(folder, file, read_header) or {}).items():
-            layout = replicated(len(stored.shape))
-            state = MASTER if stored.dtype == np.float32 else PARAM
-            tensors[name] = Tensor(
-                name, stored.shape, layout, Cut.whole(stored.shape), "parameter", {state: stored.dtype}
-            )
-            pieces[name, state] = {ALONE: (Fragment(0, stored),)}
+        names, index = _files(path, faults)
+    headers = {file: found for file in names if (found := faults.read(folder, file, read_header)) is not None}
+    for finding in _contradictions(folder, headers, index):
+        faults.report(finding)
+    boxes: dict[str, list[tuple[str, Stored, tuple[int, ...] | None]]] = {}
+    for file, header in headers.items():
+        for name, stored in header.items():
+            boxes.setdefault(name, []).append((file, stored, header.offsets.get(name)))
+    grids: dict[str, Grid] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, held in boxes.items():
+        with faults.caught("contradiction", *(file for file, _, _ in held)):
+            shapes[name], grids[name] = _one(folder, name, held)
     if faults.failed:
         return None
-    placements = whole_placements(tensors, pieces)
-    return Catalog(path, "safetensors", Mesh(), tensors, placements, Extents(pieces), files=tuple(names))
+    for finding in _remarks(headers, shapes):
+        faults.report(finding)
+    degrees, axes = neutral_axes({name: one.counts for name, one in grids.items()})
+    mesh = Mesh(**degrees)
+    tensors: dict[str, Tensor] = {}
+    placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    pieces: dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]] = {}
+    for name, one in grids.items():
+        layout = _layout(one, axes[name], mesh)
+        cut, dtype = layout.resolve(shapes[name], mesh), boxes[name][0][1].dtype
+        state = MASTER if dtype == np.float32 else PARAM
+        tensors[name] = Tensor(name, shapes[name], layout, cut, "parameter", {state: dtype})
+        place = Placement(cut, at={axis: 0 for axis in degrees if axis not in cut.axes})
+        placements[name, state] = (place,)
+        pieces[name, state] = {}
+        for holder in place.holders:
+            cell = tuple(0 if axis is None else holder[axis] for axis in axes[name])
+            has = all(k < n for k, n in zip(cell, one.counts, strict=True))
+            pieces[name, state][holder] = (Fragment(0, boxes[name][int(one.cells[cell])][1]),) if has else ()
+    return Catalog(
+        path,
+        "safetensors",
+        mesh,
+        tensors,
+        placements,
+        Extents(pieces),
+        findings=tuple(faults.findings),
+        files=tuple(names),
+    )
 
 
-def _files(path: str, faults: Faults) -> list[str]:
-    """The names of a folder's files: those in its index, or all."""
+def _one(
+    folder: str, name: str, boxes: Sequence[tuple[str, Stored, tuple[int, ...] | None]]
+) -> tuple[tuple[int, ...], Grid]:
+    """The shape and the grid of what files hold of a tensor. CheckpointError where they make no tensor."""
+    files = some([file for file, _, _ in boxes], 4)
+    starts = [start for _, _, start in boxes if start is not None]
+    sizes = [stored.shape for _, stored, _ in boxes]
+    if len(boxes) > 1 and len(starts) < len(boxes):
+        raise CheckpointError(
+            f"{folder}: {name} stands in {files}, and nothing in them says how they make one tensor: open one of the "
+            "files, or put the others elsewhere"
+        )
+    kinds = {(stored.dtype.name, len(stored.shape)) for _, stored, _ in boxes}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{folder}: {name} in {files}: boxes of different dtypes or numbers of dims: {kinds}")
+    starts = starts or [(0,) * len(sizes[0])]
+    shape = tuple(
+        max(start[d] + size[d] for start, size in zip(starts, sizes, strict=True)) for d in range(len(sizes[0]))
+    )
+    try:
+        return shape, grid(shape, starts, sizes)
+    except LayoutError as error:
+        raise CheckpointError(
+            f"{folder}: {name} in {files}: {error}: a file of another rank is missing, or is not of this checkpoint"
+        ) from None
+
+
+def _layout(boxes: Grid, axes: Sequence[str | None], mesh: Mesh) -> Layout:
+    """The layout of a grid whose dims are cut over these axes."""
+    names, terms, sizes = dim_names(len(axes)), [], {}
+    for name, axis, edges in zip(names, axes, boxes.edges, strict=True):
+        terms.append(name if axis is None else f"({axis} {name})")
+        widths = np.diff(edges).tolist()
+        if axis is not None and (len(set(widths)) > 1 or len(widths) < mesh[axis]):
+            sizes[name] = [*widths, *[0] * (mesh[axis] - len(widths))]
+    return Layout(" ".join(terms), dims=names, sizes=sizes)
+
+
+def _contradictions(folder: str, headers: Mapping[str, Header], index: Mapping[str, str]) -> Iterator[Finding]:
+    """What the index, or the numbers in files' names, say otherwise than the files."""
+    for name, file in index.items():
+        if file in headers and name not in headers[file] and name not in headers[file].unknown:
+            yield contradiction(
+                os.path.join(folder, INDEX),
+                f"{os.path.join(folder, INDEX)}: says that {name} is in {file}, which does not hold it",
+                name,
+            )
+    shards: dict[str, set[int]] = {}
+    for file in headers:
+        if found := _SHARD.fullmatch(file):
+            shards.setdefault(found["of"], set()).add(int(found["rank"]))
+    for of, ranks in shards.items():
+        missing = [f"shard-{i:05d}-{of}.safetensors" for i in range(1, max(ranks)) if i not in ranks]
+        if missing and any(header.offsets for header in headers.values()) and len(headers) > 1:
+            yield _missing(folder, missing)
+
+
+def _remarks(headers: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
+    unknown = {name: kind for header in headers.values() for name, kind in header.unknown.items()}
+    if unknown:
+        kinds = ", ".join(sorted(set(unknown.values())))
+        yield Finding(
+            "unknown-dtype",
+            "warning",
+            Where(tensors=tuple(unknown)),
+            f"one of {', '.join(_DTYPES)}",
+            f"{number_of(len(unknown), 'tensor')} of dtype {kinds}, which numpy cannot say: {some([*unknown], 4)}",
+            "they are left out; read them with the program that wrote them",
+            "headers",
+        )
+    empty = tuple(name for name, shape in shapes.items() if 0 in shape)
+    if empty:
+        yield Finding(
+            "no-elements",
+            "warning",
+            Where(tensors=empty),
+            "tensors with elements",
+            f"{number_of(len(empty), 'tensor')} without elements: {some(empty, 4)}",
+            "a ZeRO-3 model that was saved without gathering its parameters leaves them so: export it again",
+            "headers",
+        )
+    if any(header.offsets for header in headers.values()):
+        yield Finding(
+            "shapes-inferred",
+            "info",
+            Where(tuple(headers)),
+            "shapes of whole tensors",
+            "boxes of tensors: how large the whole ones are, and how many ranks there were, no file says; they are as "
+            "large as the boxes here reach",
+            "see that the files of all ranks are here",
+            "headers",
+        )
+
+
+def _files(path: str, faults: Faults) -> tuple[list[str], dict[str, str]]:
+    """The names of a folder's files, those in its index or all; and what the index says: tensor → file."""
     names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+    index: dict[str, str] = {}
     if os.path.isfile(os.path.join(path, INDEX)):
-        names = sorted(set(faults.read(path, INDEX, _indexed) or names))
+        index = faults.read(path, INDEX, _indexed) or {}
+        names = sorted(set(index.values())) or names
     missing = [n for n in names if not os.path.isfile(os.path.join(path, n))]
     if missing or not names:
         faults.report(_missing(path, missing))
-    return [n for n in names if n not in missing]
+    return [n for n in names if n not in missing], index
 
 
-def _indexed(path: str) -> list[str]:
-    """The files that an index names. CheckpointError if it is no index, or names a file elsewhere."""
+def _indexed(path: str) -> dict[str, str]:
+    """The file of every tensor, by an index. CheckpointError if it is no index, or names a file elsewhere."""
     with open(path, encoding="utf-8", errors="replace") as f:
         try:
             index = json.load(f)
@@ -131,7 +306,7 @@ def _indexed(path: str) -> list[str]:
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
         raise CheckpointError(f"{path}: no weight_map of tensor names to files in this folder: copy it again")
-    return list(files.values())
+    return files
 
 
 def _missing(path: str, names: list[str]) -> Finding:

@@ -21,7 +21,7 @@ from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
 from ckptlab.plan import Holder
-from ckptlab.stored import note_read
+from ckptlab.stored import note_read, touch
 
 MAPPED = 1 << 20  # bytes from which on a box that lies in one piece is mapped: less is copied as fast
 
@@ -77,7 +77,17 @@ class _Piece:
 
     starts: tuple[int, ...]
     array: np.ndarray
-    dp: int
+    fragment: Fragment
+    offset: int | None  # the byte of the file at which the array begins; None of a copy
+
+    def touch(self, view: np.ndarray) -> None:
+        """Say that a view on the array is about to be used."""
+        stored = self.fragment.stored
+        if self.offset is None:
+            touch(stored.path, stored.offset, view, False)
+        else:
+            inside = view.__array_interface__["data"][0] - self.array.__array_interface__["data"][0]
+            touch(stored.path, self.offset + inside, view)
 
 
 class Gather(Reader):
@@ -120,10 +130,10 @@ class Gather(Reader):
         mapped = self._mapped(cut, at, starts, tuple(sizes))
         return super().box(cut, at, starts, sizes) if mapped is None else mapped
 
-    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
+    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
         """See Reader. Where source and target hold the same shard, pieces are views of the mapped file."""
         if self.is_straight(cut, at):
-            yield from self._straight(at, lo, hi, limit)
+            yield from self._straight(at, lo, hi, limit or CHUNK // self.dtype.itemsize)
         else:
             yield from super().chunks(cut, at, lo, hi, limit)
 
@@ -144,9 +154,10 @@ class Gather(Reader):
         holder = self.holders[at]
         for fragment in self._fragments(holder):
             first, last = max(lo, fragment.start), min(hi, fragment.start + fragment.count)
-            for start in range(first, last, limit):
-                stop = min(start + limit, last)
-                view = fragment.stored.flat[start - fragment.start : stop - fragment.start]
+            stored, flat = fragment.stored, fragment.stored.flat if first < last else np.empty(0)
+            for start in range(first - fragment.start, last - fragment.start, limit):
+                view = flat[start : min(start + limit, last - fragment.start)]
+                touch(stored.path, stored.offset + start * self.dtype.itemsize, view, stored.contiguous)
                 yield view
                 self._count(holder, fragment.dp, view.nbytes)
 
@@ -188,8 +199,9 @@ class Gather(Reader):
                 held: Any = (*(a for a, _ in combination), ...)  # with the ellipsis a 0-dim array stays an array
                 wanted: Any = (*(b for _, b in combination), ...)
                 source = piece.array[held]
+                piece.touch(source)
                 np.copyto(out[wanted], source, casting="unsafe")
-                self._count(holder, piece.dp, source.nbytes)
+                self._count(holder, piece.fragment.dp, source.nbytes)
 
     def _pieces(self, holder: Holder, coordinate: Coordinate) -> list[_Piece]:
         """The source shard of a holder as boxes, each within one fragment."""
@@ -202,14 +214,17 @@ class Gather(Reader):
         fragments = self._fragments(holder)
         if len(fragments) == 1 and fragments[0].count == math.prod(shape):
             stored = fragments[0].stored
-            array = stored.map() if stored.shape == shape else stored.flat.reshape(shape)
-            return [_Piece((0,) * len(shape), array, fragments[0].dp)]
+            same = stored.shape == shape
+            array = stored.map() if same else stored.flat.reshape(shape)
+            offset = stored.offset if same or stored.contiguous else None
+            return [_Piece((0,) * len(shape), array, fragments[0], offset)]
         pieces = []
         for fragment in fragments:
-            flat, done = fragment.stored.flat, 0
+            flat, done, stored = fragment.stored.flat, 0, fragment.stored
             for starts, sizes in flat_boxes(shape, fragment.start, fragment.start + fragment.count):
                 count = math.prod(sizes)
-                pieces.append(_Piece(starts, flat[done : done + count].reshape(sizes), fragment.dp))
+                offset = stored.offset + done * self.dtype.itemsize if stored.contiguous else None
+                pieces.append(_Piece(starts, flat[done : done + count].reshape(sizes), fragment, offset))
                 done += count
         return pieces
 

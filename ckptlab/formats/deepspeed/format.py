@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from ckptlab.arrays import Tally
@@ -95,6 +96,9 @@ class Universal(DeepSpeed):
         from ckptlab.formats.deepspeed.universal.read import read_universal
 
         return read_universal(path, faults, strategy)
+
+    def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
+        return replace(super().target(source, mesh, options), format=self.name)
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
         from ckptlab.formats.deepspeed.universal.write import files

@@ -112,11 +112,19 @@ class Gather(Reader):
         self._catalog: Catalog | None = catalog
         self._known_fragments: dict[Holder, tuple[Fragment, ...]] = {}
         self._known_pieces: dict[Holder, list[_Piece]] = {}
+        self._known_overlaps: dict[Coordinate, tuple[Cut, Coordinate, list[list[list[int]]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         for holder in self.holders.values():
             self._fragments(holder)
-        return {**self.__dict__, "placement": None, "_catalog": None, "tally": None, "_known_pieces": {}}
+        return {
+            **self.__dict__,
+            "placement": None,
+            "_catalog": None,
+            "tally": None,
+            "_known_pieces": {},
+            "_known_overlaps": {},
+        }
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         for coordinate, holder in self.holders.items():
@@ -184,8 +192,8 @@ class Gather(Reader):
         self, out: np.ndarray, coordinate: Coordinate, holder: Holder, cut: Cut, at: Coordinate, starts: Sequence[int]
     ) -> None:
         """Copy what one holder has of the box."""
-        rows = [plain_rows(r) for r in overlap(self.cut, coordinate, cut, at, owned=not self.alone)]
-        if any(len(r) == 0 for r in rows):
+        rows = self._overlap(coordinate, cut, at)
+        if not all(rows):
             return
         for piece in self._pieces(holder, coordinate):
             per_dim = []
@@ -202,6 +210,15 @@ class Gather(Reader):
                 piece.touch(source)
                 np.copyto(out[wanted], source, casting="unsafe")
                 self._count(holder, piece.fragment.dp, source.nbytes)
+
+    def _overlap(self, coordinate: Coordinate, cut: Cut, at: Coordinate) -> list[list[list[int]]]:
+        """What a source shard and a shard of `cut` have in common, by dim; known as long as the same is asked for."""
+        known = self._known_overlaps.get(coordinate)
+        if known is None or known[0] is not cut or known[1] != at:
+            rows = overlap(self.cut, coordinate, cut, at, owned=not self.alone)
+            known = cut, at, [plain_rows(r).tolist() for r in rows]
+            self._known_overlaps[coordinate] = known
+        return known[2]
 
     def _pieces(self, holder: Holder, coordinate: Coordinate) -> list[_Piece]:
         """The source shard of a holder as boxes, each within one fragment."""

@@ -294,14 +294,18 @@ class Reshape(Viewed, Shown):
         *,
         workers: Workers = None,
         progress: bool = False,
+        verify: bool = True,
+        sync: bool = True,
     ) -> convert.Report:
         """Write the target: `destination` is the folder to make; where the format has one, a pointer that names it
         (`latest`) is written beside it, but not beside the source itself, whose own stays.
 
         format: that of the target, or another that takes the same options ("universal"), or whole weights
         ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
-        whose workers see the same files. The destination appears when it is complete; a conversion that was interrupted
-        goes on where it stopped when it is called again. DestinationError if the destination exists.
+        whose workers see the same files. verify: compare what is read with the checksums that it carries, and stop
+        where it is damaged. sync: wait until all is on the disk. The destination appears when it is complete; a
+        conversion that was interrupted goes on where it stopped when it is called again. DestinationError if the
+        destination exists, or has no room.
         """
         _ = self.source.stored  # or an error, at once
         if format is None and not self.format.writes:
@@ -311,7 +315,8 @@ class Reshape(Viewed, Shown):
                     f"{self.source.path}: this target is on paper: say the format whose files it is to be, format="
                 )
         if format is not None and format != self.target.format:
-            return self._in(format).save(destination, workers=workers, progress=progress)
+            there = self._in(format)
+            return there.save(destination, workers=workers, progress=progress, verify=verify, sync=sync)
         return convert.run(
             self.files,
             os.fspath(destination),
@@ -325,6 +330,9 @@ class Reshape(Viewed, Shown):
             workers=workers,
             progress=progress,
             check=lambda folder: self.format.verify(folder, self.source, self.target),
+            source=source_of(self.source),
+            verify=verify,
+            sync=sync,
         )
 
     def _in(self, format: str) -> Reshape:
@@ -340,18 +348,23 @@ def save_weights(
     *,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
-    workers: Workers = None,
-    progress: bool = False,
+    **running: Any,
 ) -> convert.Report:
     """Consolidated safetensors of every weight, frozen tensor and buffer, under the model's own names.
 
     dtype: "bf16", "fp16" or "fp32"; None keeps the master's (float32). Files are cut at `max_shard_bytes` (None: 5 GB),
-    with an index.
+    with an index. running: workers, progress, verify, sync; see `Reshape.save`.
     """
     catalog = source.catalog if isinstance(source, Checkpoint) else source
     given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Reshape.of(catalog, None, "safetensors", **options).save(destination, workers=workers, progress=progress)
+    return Reshape.of(catalog, None, "safetensors", **options).save(destination, **running)
+
+
+def source_of(catalog: Catalog) -> convert.Source:
+    """What a conversion of a checkpoint reads."""
+    files = [os.path.join(catalog.path, name) for name in catalog.files] if os.path.isdir(catalog.path) else []
+    return convert.Source(tuple(files) or (catalog.path,), catalog.lying_in)
 
 
 def _check_cuts(laid: Catalog, mesh: Mesh, form: Format) -> None:
@@ -377,9 +390,8 @@ def _check_heads(source: Catalog, options: Mapping[str, Any]) -> None:
 
 
 def fingerprint(catalog: Catalog) -> str:
-    """What a source is, for the journal of a conversion: its files with their sizes and times."""
-    stats = {f: os.stat(os.path.join(catalog.path, f)) for f in catalog.files if os.path.isdir(catalog.path)}
-    return json.dumps([catalog.path, sorted((f, s.st_size, s.st_mtime_ns) for f, s in stats.items())])
+    """What a source is, for the journal of a conversion: its files with their sizes, times and identities."""
+    return json.dumps([catalog.path, sorted(source_of(catalog).stamp())])
 
 
 def _plain(options: Any) -> dict[str, Any]:

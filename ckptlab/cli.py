@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ckptlab.errors import CkptlabError
+from ckptlab.words import escaped
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
     from ckptlab.convert import Report
 
-TROUBLE, INTERRUPTED = 2, 130
+TROUBLE, INTERRUPTED, TERMINATED = 2, 130, 143
+_NO_MEMORY = "there is not enough memory or address space (ulimit -v): --workers 1 needs the least"
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
 
@@ -33,32 +37,56 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # an arrow that the terminal cannot show is no reason to stop
                 stream.reconfigure(errors="replace")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except CkptlabError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            hint = (
-                "; what is complete is kept: repeat the command to go on" if ctx.invoked_subcommand == "convert" else ""
-            )
-            _fail(f"interrupted{hint}", INTERRUPTED)
+            _fail(f"interrupted{_kept(ctx)}", INTERRUPTED)
+        except _Terminated:
+            _fail(f"terminated{_kept(ctx)}", TERMINATED)
+        except MemoryError:
+            _fail(_NO_MEMORY)
         except BrokenPipeError:
             raise
         except OSError as error:
             _fail(_reason(error))
 
 
+class _Terminated(BaseException):
+    """SIGTERM: a batch system wants its machine back."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
+def _kept(ctx: click.Context) -> str:
+    return "; what is complete is kept: repeat the command to go on" if ctx.invoked_subcommand == "convert" else ""
+
+
 def _fail(message: str, status: int = TROUBLE) -> NoReturn:
-    click.echo(f"ckptlab: {message}", err=True)
+    _say(f"ckptlab: {message}", err=True)
     raise click.exceptions.Exit(status)
 
 
 def _reason(error: OSError) -> str:
     what = error.strerror or str(error)
     named = f"{error.filename}: {what}" if error.filename else what
+    if error.errno == errno.ENOMEM:
+        return f"{named}; {_NO_MEMORY}"
+    if error.errno == errno.EMFILE:
+        named += ": too few files may be open at a time (ulimit -n)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         named += "; what is complete is kept: make room and repeat the command to go on"
     return named
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Print text, in which names may stand that files hold."""
+    click.echo(escaped(text), err=err)
 
 
 class Size(click.ParamType):
@@ -183,7 +211,7 @@ def info(path: str, everything: bool, strategy: str | None, as_json: bool) -> No
         return
     from ckptlab.describe import summary_text
 
-    click.echo(summary_text(ckpt.catalog, notices=False, everything=everything))
+    _say(summary_text(ckpt.catalog, notices=False, everything=everything))
     _note(n.text for n in ckpt.findings)
 
 
@@ -211,7 +239,7 @@ def list_tensors(path: str, pattern: str | None, regex: bool, strategy: str | No
     if as_json:
         _print({"path": ckpt.path, "tensors": found})
     else:
-        click.echo(listing(found))
+        _say(listing(found))
 
 
 @main.command(short_help="What a reshape to another mesh would do.")
@@ -237,7 +265,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
         return
     from ckptlab.describe import plan_text
 
-    click.echo(plan_text(reshape, notices=False))
+    _say(plan_text(reshape, notices=False))
     _note(n.text for n in reshape.check())
 
 
@@ -255,7 +283,9 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 @_mesh
 @_target
 @click.option("--max-shard-size", type=Size(), help="Safetensors are cut into files of at most this (5GB if not said).")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Files written at a time.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads that read and write.")
+@click.option("--no-verify", is_flag=True, help="Do not compare what is read with the checksums that it carries.")
+@click.option("--no-sync", is_flag=True, help="Do not wait until all is on the disk.")
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
 @_json
 def convert(
@@ -264,6 +294,8 @@ def convert(
     form: str,
     max_shard_size: int | None,
     workers: int | None,
+    no_verify: bool,
+    no_sync: bool,
     no_progress: bool,
     as_json: bool,
     strategy: str | None,
@@ -274,6 +306,9 @@ def convert(
     DST is the step folder to make; `latest` (or `latest_universal`) is written beside it. DST appears when it is
     complete. A conversion that was interrupted goes on where it stopped when the command is repeated. An axis that is
     not named keeps SRC's degree.
+
+    What is read is compared with the checksums that torch wrote beside it: a damaged file stops the conversion. Sizes
+    and checksums of what is written go into ckptlab-manifest.json, for `ckptlab check` to find bits that flip later.
 
     With --to safetensors, --dtype is that of the weights; if it is not said, the master weights are written as they are
     (fp32) and what has none (frozen tensors, buffers) in its own.
@@ -288,7 +323,8 @@ def convert(
         raise click.UsageError(f"--max-shard-size goes with --to safetensors, not with {form}")
     _writes(form)
     ckpt = _open(source, strategy)
-    running = {"workers": workers, "progress": sys.stderr.isatty() and not no_progress}
+    progress = sys.stderr.isatty() and not no_progress
+    running = {"workers": workers, "progress": progress, "verify": not no_verify, "sync": not no_sync}
     if form == "safetensors":
         said, report = _write_weights(ckpt, destination, options, max_shard_size, running)
     else:
@@ -296,16 +332,24 @@ def convert(
     if as_json:
         _print({**vars(report), **said, "seconds": round(time.monotonic() - began, 3)})
         return
-    from ckptlab.words import number_of, size
+    from ckptlab.words import number_of, size, some
 
     _note(n["text"] for n in said["notices"])
+    if report.not_finite:
+        count, names = sum(report.not_finite.values()), list(report.not_finite)
+        _note(
+            [
+                f"{number_of(count, 'element')} of what was written {'is' if count == 1 else 'are'} NaN or infinite: "
+                f"{some(names, 4)}"
+            ]
+        )
     resumed = f" ({report.resumed:,} of them before)" if report.resumed else ""
-    click.echo(
+    _say(
         f"{report.destination}: {number_of(report.files, 'file')}{resumed}, {size(report.bytes_written)} of tensors "
         f"written in {time.monotonic() - began:.1f} s"
     )
     if said["latest"]:
-        click.echo(f"{said['latest']} names it")
+        _say(f"{said['latest']} names it")
 
 
 @main.command(short_help="Whether a checkpoint is whole and its numbers are sound.")
@@ -344,7 +388,7 @@ def check(
     if as_json:
         _print(found.to_dict())
     else:
-        click.echo(repr(found))
+        _say(repr(found))
     ctx.exit(0 if found.healthy else 1)
 
 
@@ -378,7 +422,7 @@ def diff(
     if as_json:
         _print(found.to_dict())
     else:
-        click.echo(repr(found))
+        _say(repr(found))
     ctx.exit(0 if found.equal else 1)
 
 
@@ -399,9 +443,9 @@ def formats(as_json: bool) -> None:
     width = max(len(format.name) for format in known)
     for format in known:
         does = [verb for verb, can in (("reads", format.reads), ("writes", format.writes)) if can]
-        click.echo(f"{format.name:<{width}}  {format.title} ({', '.join(does) or 'named, not read yet'})")
+        _say(f"{format.name:<{width}}  {format.title} ({', '.join(does) or 'named, not read yet'})")
     for what, names in others.items():
-        click.echo(f"{what:<{width}}  {', '.join(names)}")
+        _say(f"{what:<{width}}  {', '.join(names)}")
 
 
 # ------------------------------------------------------------------ what the commands share
@@ -486,7 +530,7 @@ def _print(content: Mapping[str, Any]) -> None:
 
 def _note(texts: Iterable[str]) -> None:
     for text in texts:
-        click.echo(f"note: {text}", err=True)
+        _say(f"note: {text}", err=True)
 
 
 # ------------------------------------------------------------------ statistics
@@ -553,4 +597,4 @@ def stats(
     if as_json:
         _print(found.ckptlab.table.to_dict())
     else:
-        click.echo(statistics_text(found, everything=everything))
+        _say(statistics_text(found, everything=everything))

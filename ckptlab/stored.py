@@ -4,6 +4,7 @@
 processes is a path and an offset. Data comes as read-only numpy views on files mapped whole.
 """
 
+import errno
 import math
 import mmap
 import os
@@ -19,6 +20,7 @@ import numpy as np
 
 from ckptlab.errors import CheckpointError, LayoutError, UnsafeFileError
 
+_POPULATE_READ = 22  # Linux 5.14 on
 RESIDENT = 64 << 20  # bytes of mapped files that are read before their pages are let go
 
 
@@ -166,6 +168,19 @@ class _MappedFiles:
                 self._files.popitem(last=False)
             return whole
 
+    def populate(self, path: str, offset: int, nbytes: int) -> None:
+        """Bring bytes of a mapped file in at once: faster than page by page, and what cannot be read (a disk that
+        fails, a file cut meanwhile) is an error and not the end of the process."""
+        known = self._files.get(path)
+        start = offset - offset % mmap.PAGESIZE
+        if known is None or start + 1 > len(known[1]):
+            return
+        try:
+            known[1].madvise(_POPULATE_READ, start, min(offset + nbytes, len(known[1])) - start)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel that does not know it
+                raise OSError(error.errno, f"cannot be read ({error.strerror}), or was cut meanwhile", path) from None
+
     def used(self, nbytes: int) -> None:
         """Count bytes that were read; now and then let go of the pages, which a process otherwise keeps resident."""
         with self._lock:
@@ -225,6 +240,33 @@ def add_read(nbytes: int) -> None:
     counted = _reading.get()
     if counted is not None:
         counted.bytes += nbytes
+
+
+Observer = Callable[[str, int, np.ndarray | None], None]
+
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Show an observer what is read of files from here on, before it is used: the file, the byte at which it begins,
+    and the elements as they lie there; None of what does not lie in one piece."""
+    outer = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(outer)
+
+
+def touch(path: str, offset: int, view: np.ndarray, straight: bool = True) -> None:
+    """Say that a view on a mapped file, whose first element lies at byte `offset`, is about to be used: it is brought
+    in, and shown to whoever observes. straight: False of a copy, whose elements lie otherwise in the file."""
+    straight = straight and view.flags.c_contiguous
+    if straight and view.nbytes <= RESIDENT:
+        _mapped_files.populate(path, offset, view.nbytes)
+    observer = _observer.get()
+    if observer is not None:
+        observer(path, offset, view if straight else None)
 
 
 def note_read(nbytes: int) -> None:

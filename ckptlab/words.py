@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
 _SIZES = ("kB", "MB", "GB", "TB", "PB")
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _COUNTS = ("thousand", "million", "billion", "trillion")
 
 
@@ -88,3 +91,20 @@ def shorten(name: str, width: int) -> str:
         return name
     head = (width - 1) // 3
     return f"{name[:head]}…{name[head - width + 1 :]}"
+
+
+def escaped(text: str) -> str:
+    """Text for a terminal: characters that would command it, turn its direction or cannot be shown are spelled out."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 2, 80, 80, 40
+
+
+def brief(value: object) -> str:
+    """What a file holds, at most a line of it."""
+    text = _Brief().repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"

@@ -78,7 +78,7 @@ def test_pieces_in_any_order_make_the_file(
     pieces = list(plan.pieces(path, limit))
     assert sum(piece.nbytes for piece in pieces) == plan.size
     order.shuffle(pieces)
-    fileplan.seal(path, plan.checksums, [s for piece in pieces for s in piece.write()])
+    fileplan.seal(path, plan, [s for piece in pieces for s in piece.write().sums])
     assert (folder / "pieces").read_bytes() == (folder / "whole").read_bytes()
     with zipfile.ZipFile(folder / "whole") as file:
         assert file.testzip() is None

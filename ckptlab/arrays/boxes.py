@@ -68,7 +68,7 @@ def plain_rows(rows: np.ndarray) -> np.ndarray:
 
 def restrict(row: Sequence[int], a_at: int, a_size: int, b_at: int, b_size: int) -> tuple[slice, slice] | None:
     """A row of an overlap, cut to a window of each side: slices relative to the windows, None if nothing is left."""
-    a, b, length, count, stride_a, stride_b = (int(v) for v in row)
+    a, b, length, count, stride_a, stride_b = row
     if count == 1:
         lo = max(0, a_at - a, b_at - b)
         hi = min(length, a_at + a_size - a, b_at + b_size - b)

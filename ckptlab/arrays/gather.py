@@ -21,7 +21,7 @@ from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
 from ckptlab.plan import Holder
-from ckptlab.stored import note_read
+from ckptlab.stored import note_read, touch
 
 MAPPED = 1 << 20  # bytes from which on a box that lies in one piece is mapped: less is copied as fast
 
@@ -77,7 +77,17 @@ class _Piece:
 
     starts: tuple[int, ...]
     array: np.ndarray
-    dp: int
+    fragment: Fragment
+    offset: int | None  # the byte of the file at which the array begins; None of a copy
+
+    def touch(self, view: np.ndarray) -> None:
+        """Say that a view on the array is about to be used."""
+        stored = self.fragment.stored
+        if self.offset is None:
+            touch(stored.path, stored.offset, view, False)
+        else:
+            inside = view.__array_interface__["data"][0] - self.array.__array_interface__["data"][0]
+            touch(stored.path, self.offset + inside, view)
 
 
 class Gather(Reader):
@@ -102,11 +112,19 @@ class Gather(Reader):
         self._catalog: Catalog | None = catalog
         self._known_fragments: dict[Holder, tuple[Fragment, ...]] = {}
         self._known_pieces: dict[Holder, list[_Piece]] = {}
+        self._known_overlaps: dict[Coordinate, tuple[Cut, Coordinate, list[list[list[int]]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         for holder in self.holders.values():
             self._fragments(holder)
-        return {**self.__dict__, "placement": None, "_catalog": None, "tally": None, "_known_pieces": {}}
+        return {
+            **self.__dict__,
+            "placement": None,
+            "_catalog": None,
+            "tally": None,
+            "_known_pieces": {},
+            "_known_overlaps": {},
+        }
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         for coordinate, holder in self.holders.items():
@@ -120,10 +138,10 @@ class Gather(Reader):
         mapped = self._mapped(cut, at, starts, tuple(sizes))
         return super().box(cut, at, starts, sizes) if mapped is None else mapped
 
-    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
+    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
         """See Reader. Where source and target hold the same shard, pieces are views of the mapped file."""
         if self.is_straight(cut, at):
-            yield from self._straight(at, lo, hi, limit)
+            yield from self._straight(at, lo, hi, limit or CHUNK // self.dtype.itemsize)
         else:
             yield from super().chunks(cut, at, lo, hi, limit)
 
@@ -144,9 +162,10 @@ class Gather(Reader):
         holder = self.holders[at]
         for fragment in self._fragments(holder):
             first, last = max(lo, fragment.start), min(hi, fragment.start + fragment.count)
-            for start in range(first, last, limit):
-                stop = min(start + limit, last)
-                view = fragment.stored.flat[start - fragment.start : stop - fragment.start]
+            stored, flat = fragment.stored, fragment.stored.flat if first < last else np.empty(0)
+            for start in range(first - fragment.start, last - fragment.start, limit):
+                view = flat[start : min(start + limit, last - fragment.start)]
+                touch(stored.path, stored.offset + start * self.dtype.itemsize, view, stored.contiguous)
                 yield view
                 self._count(holder, fragment.dp, view.nbytes)
 
@@ -173,8 +192,8 @@ class Gather(Reader):
         self, out: np.ndarray, coordinate: Coordinate, holder: Holder, cut: Cut, at: Coordinate, starts: Sequence[int]
     ) -> None:
         """Copy what one holder has of the box."""
-        rows = [plain_rows(r) for r in overlap(self.cut, coordinate, cut, at, owned=not self.alone)]
-        if any(len(r) == 0 for r in rows):
+        rows = self._overlap(coordinate, cut, at)
+        if not all(rows):
             return
         for piece in self._pieces(holder, coordinate):
             per_dim = []
@@ -188,8 +207,18 @@ class Gather(Reader):
                 held: Any = (*(a for a, _ in combination), ...)  # with the ellipsis a 0-dim array stays an array
                 wanted: Any = (*(b for _, b in combination), ...)
                 source = piece.array[held]
+                piece.touch(source)
                 np.copyto(out[wanted], source, casting="unsafe")
-                self._count(holder, piece.dp, source.nbytes)
+                self._count(holder, piece.fragment.dp, source.nbytes)
+
+    def _overlap(self, coordinate: Coordinate, cut: Cut, at: Coordinate) -> list[list[list[int]]]:
+        """What a source shard and a shard of `cut` have in common, by dim; known as long as the same is asked for."""
+        known = self._known_overlaps.get(coordinate)
+        if known is None or known[0] is not cut or known[1] != at:
+            rows = overlap(self.cut, coordinate, cut, at, owned=not self.alone)
+            known = cut, at, [plain_rows(r).tolist() for r in rows]
+            self._known_overlaps[coordinate] = known
+        return known[2]
 
     def _pieces(self, holder: Holder, coordinate: Coordinate) -> list[_Piece]:
         """The source shard of a holder as boxes, each within one fragment."""
@@ -202,14 +231,17 @@ class Gather(Reader):
         fragments = self._fragments(holder)
         if len(fragments) == 1 and fragments[0].count == math.prod(shape):
             stored = fragments[0].stored
-            array = stored.map() if stored.shape == shape else stored.flat.reshape(shape)
-            return [_Piece((0,) * len(shape), array, fragments[0].dp)]
+            same = stored.shape == shape
+            array = stored.map() if same else stored.flat.reshape(shape)
+            offset = stored.offset if same or stored.contiguous else None
+            return [_Piece((0,) * len(shape), array, fragments[0], offset)]
         pieces = []
         for fragment in fragments:
-            flat, done = fragment.stored.flat, 0
+            flat, done, stored = fragment.stored.flat, 0, fragment.stored
             for starts, sizes in flat_boxes(shape, fragment.start, fragment.start + fragment.count):
                 count = math.prod(sizes)
-                pieces.append(_Piece(starts, flat[done : done + count].reshape(sizes), fragment.dp))
+                offset = stored.offset + done * self.dtype.itemsize if stored.contiguous else None
+                pieces.append(_Piece(starts, flat[done : done + count].reshape(sizes), fragment, offset))
                 done += count
         return pieces
 

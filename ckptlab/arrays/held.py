@@ -61,6 +61,10 @@ class Drawn:
         for."""
         yield from self.reader.chunks(self.cut, self.at, lo, hi)
 
+    def label(self, index: int) -> str:
+        """The tensor and its state."""
+        return f"{self.reader.name}: {self.reader.state}"
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -98,15 +102,13 @@ class Partition:
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = dict.fromkeys(("source", "held", "group", "tally"))
-        return {**self.__dict__, **dropped, "_known_parts": list(self._parts())}
+        return {**self.__dict__, **dropped, "_known_parts": list(self._parts(0, self.size))}
 
     def chunks(self, lo: int, hi: int) -> Iterator[np.ndarray]:
         """Elements lo … hi-1 of the partition, one-dimensional; a piece is valid until the next one is asked for."""
         done = lo
-        for part in self._parts():
+        for part in self._parts(lo, hi):
             first, last = max(part.place, lo), min(part.place + part.count, hi)
-            if first >= last:
-                continue
             if first > done:
                 yield np.zeros(first - done, self.dtype)
             shift = part.start - part.place
@@ -115,12 +117,18 @@ class Partition:
         if hi > done:
             yield np.zeros(hi - done, self.dtype)
 
-    def _parts(self) -> Iterator[_Part]:
-        """What the partition is made of, ascending: found anew each time, since most are read once."""
+    def label(self, index: int) -> str:
+        """The tensor at an element of the partition, and the state."""
+        return next((f"{part.reader.name}: {self.state}" for part in self._parts(index, index + 1)), "padding")
+
+    def _parts(self, lo: int, hi: int) -> Iterator[_Part]:
+        """What lies in elements lo … hi-1, ascending: found anew each time, since most are read once."""
         if self._known_parts is not None:
-            yield from self._known_parts
+            yield from (part for part in self._known_parts if part.place < hi and lo < part.place + part.count)
             return
         for index, start, place, count in self.group.flats[self.holder].within(self.dp).tolist():
+            if place >= hi or lo >= place + count:
+                continue
             tensor = self.held.tensors[self.group.names[index]]
             placement = self.held.placement(tensor.name, self.state)
             tally = self.tally and self.tally.towards(int(placement.ranks(self.holder)[self.dp]))

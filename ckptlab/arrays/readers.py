@@ -16,7 +16,7 @@ import numpy as np
 from ckptlab.arrays.boxes import flat_boxes
 from ckptlab.layout import Cut
 
-CHUNK = 1 << 23  # elements that `chunks` holds at a time
+CHUNK = 1 << 20  # bytes that `chunks` gives at a time: what is done with them next finds them in the cache
 
 Coordinate = tuple[int, ...]
 
@@ -56,12 +56,13 @@ class Reader(ABC):
         shape = cut.shard_shape(at)
         return self.box(cut, at, (0,) * len(shape), shape)
 
-    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
-        """Elements lo … hi-1 of the flattened shard, in pieces of at most `limit` elements (one-dimensional).
+    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
+        """Elements lo … hi-1 of the flattened shard, in pieces of at most `limit` elements (one-dimensional; None: as
+        many as `CHUNK` bytes hold).
 
         A piece is only valid until the next one is asked for: the buffer is used again.
         """
-        shape = cut.shard_shape(at)
+        shape, limit = cut.shard_shape(at), limit or CHUNK // self.dtype.itemsize
         buffer = np.empty(min(limit, hi - lo), self.dtype) if hi > lo else None
         for start in range(lo, hi, limit):
             assert buffer is not None
@@ -102,7 +103,7 @@ class Cast(Reader):
     def leaves_gaps(self, cut: Cut) -> bool:
         return self.reader.leaves_gaps(cut)
 
-    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int = CHUNK) -> Iterator[np.ndarray]:
+    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
         if not self.reader.is_straight(cut, at):
             yield from super().chunks(cut, at, lo, hi, limit)
             return

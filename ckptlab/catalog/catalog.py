@@ -8,7 +8,7 @@ behind it: its `extents` are None.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
+from ckptlab.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -130,3 +131,18 @@ class Catalog:
             Fragment(int(at), partitions[d].elements(int(start), int(count)), int(d))
             for d, at, start, count in group.flats[holder].fragments(index)
         )
+
+    def lying_in(self, path: str, lo: int, hi: int) -> Iterator[str]:
+        """The tensors of which elements lie in bytes lo … hi-1 of a file, for people; as often as they do."""
+
+        def inside(stored: Stored) -> bool:
+            return stored.path == path and stored.offset < hi and lo < stored.offset + max(stored.nbytes, 1)
+
+        for (name, _), by_holder in self.stored.pieces.items():
+            if any(inside(fragment.stored) for fragments in by_holder.values() for fragment in fragments):
+                yield name
+        for group in self.flat_groups:
+            for state in group.dtypes:
+                for holder, partitions in self.stored.partitions.get((group.key, state), {}).items():
+                    for d in (d for d, stored in enumerate(partitions) if inside(stored)):
+                        yield from (group.names[i] for i in group.flats[holder].within(d)[:, 0].tolist())

@@ -94,7 +94,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         return checkpoint.save_weights(source, output_dir, dtype="fp32", max_shard_bytes=limit)
     identity = {"format": "pytorch_model.bin", "source": checkpoint.fingerprint(source), "shard": limit}
     plans = sharded(source, np.dtype(np.float32), limit, WEIGHTS, _plan)
-    return convert.run(list(plans), output_dir, identity)
+    return convert.run(list(plans), output_dir, identity, source=checkpoint.source_of(source))
 
 
 def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:

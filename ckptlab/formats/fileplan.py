@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import checksum
+from ckptlab.formats.checksum import crc32, crc32_combine
+from ckptlab.formats.finite import not_finite
 
 _STEP = 1 << 20  # bytes that are checksummed and written at a time: they stay in the cache between the two
 
@@ -26,7 +27,12 @@ class Reader(Protocol):
     """What draws elements: a value that can be pickled."""
 
     def chunks(self, lo: int, hi: int) -> Iterable[np.ndarray]:
-        """Elements lo … hi-1 as 1-D arrays, one after the other; each is valid until the next one is asked for."""
+        """Elements lo … hi-1 as 1-D arrays, one after the other, each of one tensor; valid until the next is asked
+        for."""
+        ...
+
+    def label(self, index: int) -> str:
+        """Of which tensor and state an element is, for people."""
         ...
 
 
@@ -81,6 +87,11 @@ class Elements:
 
     def bytes(self) -> Iterator[np.ndarray]:
         """Their bytes in chunks, as 1-D arrays. CheckpointError if the reader gives anything but what was planned."""
+        for chunk in self.chunks():
+            yield chunk.view(np.uint8)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The elements in contiguous 1-D chunks; see `bytes`."""
         expected, given = self.hi - self.lo, 0
         wanted = f"{expected} elements of {self.dtype} in 1-D chunks were planned"
         for chunk in self.reader.chunks(self.lo, self.hi):
@@ -89,7 +100,7 @@ class Elements:
                 raise CheckpointError(f"{wanted}, but a chunk has shape {chunk.shape} and dtype {chunk.dtype}")
             if given > expected:
                 raise CheckpointError(f"{wanted}, but there are more: at least {given}")
-            yield np.ascontiguousarray(chunk).view(np.uint8)
+            yield np.ascontiguousarray(chunk)
         if given < expected:
             raise CheckpointError(f"{wanted}, but there are only {given}")
 
@@ -129,6 +140,20 @@ class Sum(NamedTuple):
     crc: int
 
 
+@dataclass
+class Written:
+    """What a piece's writer found: the sums of its parts, ascending and without gaps, and how many elements are NaN or
+    infinite, by what they are of."""
+
+    sums: list[Sum] = field(default_factory=list)
+    odd: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def crc(self) -> int:
+        """Of the whole piece."""
+        return checksum.combined((s.crc, s.nbytes) for s in self.sums)
+
+
 @dataclass(frozen=True)
 class FilePlan:
     """One output file: `name` is its path within the destination, `parts` are what it consists of, without gaps,
@@ -159,83 +184,98 @@ class FilePlan:
         for part in self.parts:
             for share in part.split(limit):
                 if held and offset + share.nbytes - start > limit:
-                    yield self._piece(path, size, start, offset, held)
+                    yield Piece(path, size, start, tuple(held))
                     held, start = [], offset
                 held.append(share)
                 offset += share.nbytes
-        yield self._piece(path, size, start, offset, held)
-
-    def _piece(self, path: str, size: int, start: int, stop: int, parts: list[Part]) -> Piece:
-        touched = tuple(c for c in self.checksums if c.start < stop and start < c.stop)
-        return Piece(path, size, start, tuple(parts), touched)
+        yield Piece(path, size, start, tuple(held))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The parts of the file `path`, of `size` bytes in all, that lie from `offset` on, and the checksums of the file
-    that they are in."""
+    """The parts of the file `path`, of `size` bytes in all, that lie from `offset` on."""
 
     path: str
     size: int
     offset: int
     parts: tuple[Part, ...]
-    checksums: tuple[Checksum, ...]
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
-    def write(self) -> list[Sum]:
+    def write(self, crc_of: Callable[[np.ndarray], int] = crc32) -> Written:
         """Write it into its file, which is made if there is none; what stood there but no piece writes must be 0.
 
-        Returns the sums of the parts that a checksum covers. CheckpointError, with the file and the place, where what
-        is drawn is not what was planned.
+        crc_of: the CRC-32 of a 1-D array of bytes. CheckpointError, with the file and the place, where what is drawn is
+        not what was planned.
         """
-        starts = [c.start for c in self.checksums]
-        sums = []
+        found = Written()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            os.ftruncate(handle, self.size)
+            if os.fstat(handle).st_size != self.size:
+                os.ftruncate(handle, self.size)
             offset = self.offset
             for part in self.parts:
-                covering = bisect_right(starts, offset) - 1
-                summed = covering >= 0 and offset < self.checksums[covering].stop
                 try:
-                    crc = _write(handle, offset, part, summed)
+                    crc = _write(handle, offset, part, crc_of, found.odd)
                 except CheckpointError as e:
                     raise CheckpointError(f"{self.path}: from byte {offset} on {e}") from None
-                if summed:
-                    sums.append(Sum(offset, part.nbytes, crc))
+                found.sums.append(Sum(offset, part.nbytes, crc))
                 offset += part.nbytes
         finally:
             os.close(handle)
-        return sums
+        return found
 
 
-def _write(handle: int, offset: int, part: Part, summed: bool) -> int:
-    """Write a part at its place; returns its CRC-32 if that is wanted."""
+def _write(handle: int, offset: int, part: Part, crc_of: Callable[[np.ndarray], int], odd: Counter[str]) -> int:
+    """Write a part at its place; returns its CRC-32, and counts in `odd` what of it is not finite."""
     if isinstance(part, Zeros):
-        return checksum.of_zeros(part.nbytes) if summed else 0
-    crc = 0
-    for chunk in part.bytes():
-        for start in range(0, chunk.size, _STEP):
-            step = chunk[start : start + _STEP].data
-            if summed:
-                crc = zlib.crc32(step, crc)
-            while step.nbytes:
-                written = os.pwrite(handle, step, offset)
-                offset, step = offset + written, step[written:]
+        return checksum.of_zeros(part.nbytes)
+    crc, done = 0, 0
+    for chunk in part.chunks() if isinstance(part, Elements) else part.bytes():
+        if isinstance(part, Elements):
+            if count := not_finite(chunk):
+                odd[part.reader.label(part.lo + done)] += count
+            done += chunk.size
+        raw = chunk.view(np.uint8)
+        for start in range(0, raw.size, _STEP):
+            step = raw[start : start + _STEP]
+            crc = crc32_combine(crc, crc_of(step), step.size)
+            left = step.data
+            while left.nbytes:
+                written = os.pwrite(handle, left, offset)
+                offset, left = offset + written, left[written:]
     return crc
 
 
-def seal(path: str, checksums: Iterable[Checksum], sums: Iterable[Sum]) -> None:
-    """Write the checksums of a file whose pieces are all written; sums: what their writers found."""
+def allocate(path: str, size: int) -> None:
+    """Make a file of zeros that has its room on the disk. OSError, with the file's name, where there is none."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+        else:
+            os.ftruncate(handle, size)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+    finally:
+        os.close(handle)
+
+
+def seal(path: str, plan: FilePlan, sums: Iterable[Sum]) -> int:
+    """Write the checksums of a file whose pieces are all written; sums: what their writers found. Returns the CRC-32 of
+    the whole file."""
     ordered = sorted(sums)
+    crc = checksum.combined((s.crc, s.nbytes) for s in ordered)
+    numbers = []
+    for c in plan.checksums:
+        inside = checksum.combined((s.crc, s.nbytes) for s in ordered if c.start <= s.offset < c.stop)
+        numbers += [(place, inside) for place in c.places]
     with open(path, "r+b") as file:
-        for c in checksums:
-            crc = checksum.combined((s.crc, s.nbytes) for s in ordered if c.start <= s.offset < c.stop)
-            for place in c.places:
-                os.pwrite(file.fileno(), struct.pack("<I", crc), place)
+        for place, number in numbers:
+            os.pwrite(file.fileno(), struct.pack("<I", number), place)
+    return checksum.with_numbers(crc, plan.size, numbers)
 
 
 def write(plan: FilePlan, path: str | os.PathLike[str]) -> None:
@@ -243,7 +283,8 @@ def write(plan: FilePlan, path: str | os.PathLike[str]) -> None:
     path = os.fspath(path)
     open(path, "wb").close()
     try:
-        seal(path, plan.checksums, [s for piece in plan.pieces(path, plan.size) for s in piece.write()])
+        found = [s for piece in plan.pieces(path, plan.size) for s in piece.write().sums]
+        seal(path, plan, found)
     except BaseException:
         os.truncate(path, 0)
         raise

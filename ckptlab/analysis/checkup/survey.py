@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ckptlab.analysis.checkup import data as contents
 from ckptlab.analysis.checkup import jobs, replicas, verdicts
+from ckptlab.analysis.checkup.checksums import against_manifest
 from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.health import Checked, Health, ordered
 from ckptlab.catalog import MASTER, PARAM, Catalog
@@ -59,6 +60,10 @@ def check(
         seen, read, looked_at = _survey(catalog, faults, window, workers, progress)
         tensors = tensors or looked_at
         findings += seen
+    if os.path.isdir(place.path):
+        changed, bytes_read = against_manifest(place.path, data, workers, progress)
+        findings += changed
+        read += bytes_read
     if checksums:
         findings += against_checksums(faults, workers, progress)
     checked = Checked(len(faults.files) + len(faults.unread), tensors, read, catalog is not None, data)

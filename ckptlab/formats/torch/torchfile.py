@@ -22,7 +22,7 @@ from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
 from ckptlab.formats.torch import pickles
 from ckptlab.formats.torch.pickles import Global, named
 from ckptlab.formats.torch.torchzip import RecordPlanner, RecordReader
-from ckptlab.stored import Stored, row_major_strides
+from ckptlab.stored import Stored, note_read, row_major_strides, touch
 
 # The storage class that stands for a dtype.
 _STORAGES: dict[str, np.dtype] = {
@@ -50,6 +50,7 @@ _UNTYPED: dict[str, np.dtype] = {
 }
 
 _MOST_DIMS = 32  # numpy's limit before 2.0
+_CHUNK = 1 << 18  # elements that are copied at a time
 _EXPANDED_LIMIT = 1 << 30  # bytes to which a tensor may be expanded that has more elements than its storage
 
 
@@ -319,7 +320,15 @@ class _Flat:
     stored: Stored
 
     def chunks(self, lo: int, hi: int) -> Iterator[np.ndarray]:
-        yield self.stored.flat[lo:hi]
+        flat, size = self.stored.flat, self.stored.dtype.itemsize
+        for start in range(lo, hi, _CHUNK):
+            view = flat[start : min(start + _CHUNK, hi)]
+            touch(self.stored.path, self.stored.offset + start * size, view, self.stored.contiguous)
+            yield view
+            note_read(view.nbytes)
+
+    def label(self, index: int) -> str:
+        return "a tensor of the client state"
 
 
 def _parts(leaf: Leaf) -> Sequence[Part]:

@@ -9,12 +9,13 @@ import os
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
+from ckptlab.formats.checksum import crc32
 from ckptlab.formats.fileplan import Checksum, FilePlan, Literal, Part, merged
 
 _ALIGNMENT = 64
@@ -67,6 +68,30 @@ class Window(io.RawIOBase):
         data = os.pread(self._file.fileno(), count, self._base + self._at)
         self._at += len(data)
         return data
+
+
+class Summed(NamedTuple):
+    """A record of `size` bytes, its first byte in the file, and the CRC-32 that was written beside it."""
+
+    offset: int
+    size: int
+    crc: int
+    name: str
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+def summed(path: str) -> list[Summed]:
+    """The records of a file that carry checksums; none where it is no zip, or was saved without
+    (`torch.serialization.set_crc32_options`: every one is 0 then)."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return []
+        file.seek(0)
+        found = list(RecordReader(path, file).summed())
+    return found if any(record.crc for record in found) else []
 
 
 class RecordReader:
@@ -126,6 +151,14 @@ class RecordReader:
         offset, size = self.extent(name)
         return self._at(offset - self._base, size)
 
+    def summed(self) -> Iterator[Summed]:
+        """Every record that lies where it is said to, with its checksum."""
+        for info in self._directory.infolist():
+            root, _, name = info.filename.partition("/")
+            if root == self._root and name:
+                with suppress(UnsafeFileError):  # nobody's
+                    yield Summed(*self.extent(name), info.CRC, name)
+
     def _at(self, offset: int, size: int) -> bytes:
         return os.pread(self._file.fileno(), size, self._base + offset) if offset >= 0 else b""
 
@@ -170,7 +203,7 @@ class RecordPlanner:
     def add(self, name: str, content: Sequence[Part]) -> None:
         """A record of these parts."""
         known = all(isinstance(part, Literal) for part in content)
-        crc = zlib.crc32(b"".join(part.data for part in content if isinstance(part, Literal))) if known else None
+        crc = crc32(b"".join(part.data for part in content if isinstance(part, Literal))) if known else None
         size = sum(part.nbytes for part in content)
         entry = _Entry(f"archive/{name}".encode(), self._size, size, crc)
         self._parts += [Literal(entry.local_header()), *content]

@@ -1,0 +1,13 @@
+"""From files to files: a destination appears whole or not at all, and an interrupted conversion goes on where it
+stopped.
+
+A format gives `FilePlan`s. execute.py carries them out; journal.py keeps what is done, sources.py checks what is read
+against the checksums beside it, disk.py is about disks, manifest.py says what was written, for whoever checks it later.
+"""
+
+from ckptlab.convert.execute import Report, run
+from ckptlab.convert.journal import JOURNAL
+from ckptlab.convert.manifest import MANIFEST
+from ckptlab.convert.sources import Source
+
+__all__ = ["JOURNAL", "MANIFEST", "Report", "Source", "run"]

@@ -1,0 +1,206 @@
+"""Carrying out file plans: in `DESTINATION.partial` beside the destination, piece by piece by whatever workers there
+are, each file under a temporary name until it is complete. When all are done the folder is renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial as with_arguments
+from typing import Any
+
+from ckptlab import pool
+from ckptlab.convert import disk, manifest
+from ckptlab.convert.journal import JOURNAL, TEMPORARY, Done, Journal, crc_of, finished
+from ckptlab.convert.sources import Run, Seen, Source, Verified, unchanged
+from ckptlab.errors import DestinationError
+from ckptlab.formats import fileplan
+from ckptlab.formats.fileplan import FilePlan, Piece, Sum, Written
+from ckptlab.stored import add_read, observed
+
+PIECE = 16 << 20  # bytes that a worker writes for one task: of one file, or of several small ones
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, bytes of tensor data,
+    and the pointer beside the destination that names it (None: none was written).
+
+    verified: bytes of the source that were compared with the checksums beside them. not_finite: how many elements of
+    what is written are NaN or infinite, by "tensor: state".
+    """
+
+    destination: str
+    latest: str | None
+    files: int
+    resumed: int
+    bytes_written: int
+    verified: int = 0
+    not_finite: Mapping[str, int] = field(default_factory=dict)
+
+
+def run(
+    plans: Sequence[FilePlan],
+    destination: str,
+    identity: dict[str, Any],
+    *,
+    latest: str | None = None,
+    workers: pool.Workers = None,
+    progress: bool = False,
+    check: Callable[[str], None] | None = None,
+    source: Source | None = None,
+    verify: bool = True,
+    sync: bool = True,
+) -> Report:
+    """Write every file and let the destination appear.
+
+    identity: what this conversion is (source, target, options); an interrupted one goes on only if it is the same.
+    latest: the name of the file beside the destination that is to hold its name. workers: see `pool.run`; processes
+    must see the same folders. check: called with the finished folder before it gets its name; what it raises stops the
+    conversion. source: what is read; verify: compare it with the checksums that it carries. sync: wait until all is on
+    the disk. DestinationError if the destination exists, cannot be made, or has no room.
+    """
+    destination = os.path.abspath(destination)
+    partial = f"{destination}.partial"
+    pointer = latest and os.path.join(os.path.dirname(destination), latest)
+    if os.path.lexists(destination):
+        if not finished(destination, identity):
+            raise DestinationError(f"{destination} exists already: remove it, or name another destination")
+        _appear(destination, latest, sync)
+        return Report(destination, pointer, len(plans), len(plans), 0)
+    journal = Journal(partial, identity)
+    with journal.file:
+        stamp = source.stamp() if source is not None else []
+        verified = Verified(source) if source is not None and verify else None
+        todo = [plan for plan in plans if plan.name not in journal.files]
+        resumed = len(plans) - len(todo)
+        with pool.progress(sum(plan.size for plan in plans), "writing", "B", progress) as bar:
+            _write_files(journal, todo, workers, bar, verified, sync)
+        if verified is not None:
+            for run in pool.run(_sum, verified.gaps(), on=workers, ordered=False):
+                verified.add([run])
+        if source is not None:
+            unchanged(stamp, source)
+        if check is not None:
+            check(partial)
+        done = journal.files
+        manifest.write(partial, {plan.name: done[plan.name][:2] for plan in plans})
+        if sync:
+            folders = [folder for folder, _, _ in os.walk(partial)]
+            files = [os.path.join(partial, name) for name in (*(plan.name for plan in plans), manifest.MANIFEST)]
+            disk.sync([*files, *folders])
+        os.rename(partial, destination)
+        _appear(destination, latest, sync)
+    odd = sum((Counter(done[plan.name].odd) for plan in plans), Counter[str]())
+    written = sum(plan.nbytes for plan in todo)
+    return Report(destination, pointer, len(plans), resumed, written, verified.nbytes if verified else 0, dict(odd))
+
+
+def _write_files(
+    journal: Journal, plans: Sequence[FilePlan], workers: pool.Workers, bar: Any, verified: Verified | None, sync: bool
+) -> None:
+    """Write what is not written yet of some files; each gets its name when it is complete."""
+    by_path = {os.path.join(journal.partial, plan.name) + TEMPORARY: plan for plan in plans}
+    for folder in {os.path.dirname(path) for path in by_path}:
+        os.makedirs(folder, exist_ok=True)
+    begun = {path for path, plan in by_path.items() if os.path.isfile(path) and os.path.getsize(path) == plan.size}
+    disk.allocate(journal.partial, {path: plan.size for path, plan in by_path.items() if path not in begun})
+    if verified is not None:
+        verified.add(journal.reads)
+    sums: defaultdict[str, list[Sum]] = defaultdict(list)
+    odd: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    arrived: Counter[str] = Counter()
+
+    def arrive(path: str, nbytes: int, found: Written) -> None:
+        plan = by_path[path]
+        sums[path] += found.sums
+        odd[path].update(found.odd)
+        arrived[path] += nbytes
+        if bar is not None:
+            bar.update(nbytes)
+        if arrived[path] == plan.size:
+            crc = fileplan.seal(path, plan, sums.pop(path))
+            os.replace(path, path.removesuffix(TEMPORARY))
+            journal.complete(plan.name, Done(plan.size, crc, dict(odd.pop(path))))
+
+    def left() -> Iterator[Piece]:
+        for path, plan in by_path.items():
+            for piece in plan.pieces(path, PIECE):
+                nbytes, found = journal.pieces.get((plan.name, piece.offset), (-1, Written()))
+                if path in begun and nbytes == piece.nbytes:
+                    arrive(path, nbytes, found)
+                else:
+                    yield piece
+
+    work = with_arguments(_write, verify=verified is not None, sync=sync)
+    for results, error in pool.run(work, _batches(left()), on=workers, ordered=False):
+        for path, offset, nbytes, found, runs in results:
+            if verified is not None:
+                verified.add(runs)
+            journal.piece(by_path[path].name, offset, nbytes, found, runs)
+            arrive(path, nbytes, found)
+        if error is not None:
+            raise error
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
+    """Small pieces together, as many as have `PIECE` bytes."""
+    held: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if held and size + piece.nbytes > PIECE:
+            yield tuple(held)
+            held, size = [], 0
+        held.append(piece)
+        size += piece.nbytes
+    if held:
+        yield tuple(held)
+
+
+_Result = tuple[str, int, int, Written, list[Run]]
+
+
+def _write(pieces: tuple[Piece, ...], verify: bool, sync: bool) -> tuple[list[_Result], Exception | None]:
+    """Write pieces: for each its file, place and bytes, what was found, and what was read for it; and the error that
+    the next one ended in."""
+    results: list[_Result] = []
+    for piece in pieces:
+        seen = Seen()
+        try:
+            if verify:
+                with observed(seen):
+                    found = piece.write(seen.crc_of)
+            else:
+                found = piece.write()
+        except Exception as error:
+            return results, error
+        if sync:
+            disk.start_writing(piece.path, piece.offset, piece.nbytes)
+        results.append((piece.path, piece.offset, piece.nbytes, found, seen.runs))
+    return results, None
+
+
+def _sum(gap: tuple[str, int, int]) -> Run:
+    path, offset, nbytes = gap
+    crc = crc_of(path, offset, nbytes)
+    add_read(nbytes)
+    return Run(path, offset, nbytes, crc)
+
+
+def _appear(destination: str, latest: str | None, sync: bool) -> None:
+    """What follows when a destination has its name: the pointer beside it. The journal goes last, so that whoever is
+    interrupted in between can finish."""
+    parent = os.path.dirname(destination)
+    if latest is not None:
+        temporary = os.path.join(parent, f".{latest}.tmp")
+        with open(temporary, "w") as f:
+            f.write(os.path.basename(destination))
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        os.replace(temporary, os.path.join(parent, latest))
+    os.remove(os.path.join(destination, JOURNAL))
+    if sync:
+        disk.sync([parent, destination])

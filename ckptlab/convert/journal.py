@@ -1,0 +1,148 @@
+"""The journal of a conversion: what it is, which pieces of which files are written, which files are complete.
+
+The first line is what the conversion is; each further one is JSON. What was written before the machine last stopped is
+read again before it is believed, since nothing is waited for on its way to the disk until the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ckptlab.convert import disk
+from ckptlab.convert.sources import Run
+from ckptlab.errors import DestinationError
+from ckptlab.formats.checksum import crc32
+from ckptlab.formats.fileplan import Sum, Written
+
+JOURNAL = "ckptlab-journal.json"
+TEMPORARY = ".tmp"  # how a file's name ends until it is complete
+_STEP = 1 << 20
+
+
+class Done(NamedTuple):
+    """A complete file: its bytes, their CRC-32, and how many elements of what are NaN or infinite."""
+
+    size: int
+    crc: int
+    odd: dict[str, int]
+
+
+class Journal:
+    """Keeps what is done in the folder `partial`, and knows what an interrupted run of the same conversion did.
+
+    The open file is locked, so that a second process does not write into the same folder; a killed one leaves no lock.
+    `files`: those that are complete. `pieces`: (file, offset) → bytes and what was found, of the others. `reads`: the
+    runs of source files that were read for either.
+    """
+
+    def __init__(self, partial: str, identity: dict[str, Any]) -> None:
+        said = _first_line(identity)
+        try:
+            os.makedirs(partial, exist_ok=True)
+            self.file = Path(partial, JOURNAL).open("a+")  # noqa: SIM115 (open, and locked, until all is done)
+        except OSError as e:
+            raise DestinationError(f"{partial} cannot be written: {e.strerror}") from None
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise DestinationError(f"{partial}: another process is writing this conversion") from None
+        self.file.seek(0)
+        lines = self.file.read().split("\n")
+        if lines[0] != said and (lines != [""] or os.listdir(partial) != [JOURNAL]):
+            self.file.close()
+            raise DestinationError(
+                f"{partial} is left from another conversion: remove it, or repeat that conversion to finish it"
+            )
+        self.partial = partial
+        self.files: dict[str, Done] = {}
+        self.pieces: dict[tuple[str, int], tuple[int, Written]] = {}
+        self.reads: list[Run] = []
+        self._take(lines[1:])
+        if lines[-1]:  # the line that was being written when the run was killed
+            self.file.write("\n")
+        if lines == [""]:
+            self.file.write(said + "\n")
+        self._append({"boot": disk.boot()})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+    def piece(self, name: str, offset: int, nbytes: int, found: Written, runs: list[Run]) -> None:
+        """A piece of a file is written, and these runs of the source were read for it."""
+        self._append({"piece": [name, offset, nbytes, found.sums, found.odd, runs]})
+
+    def complete(self, name: str, done: Done) -> None:
+        """A file is whole and has its name."""
+        self.files[name] = done
+        self._append({"file": [name, *done]})
+
+    def _take(self, lines: list[str]) -> None:
+        here = disk.boot()
+        trusted = False
+        for entry in _entries(lines):
+            if "boot" in entry:
+                trusted = bool(here) and entry["boot"] == here
+            elif "file" in entry:
+                name, size, crc, odd = entry["file"]
+                if self._holds(name, 0, size, size, crc, trusted):
+                    self.files[name] = Done(size, crc, odd)
+            elif "piece" in entry:
+                name, offset, nbytes, sums, odd, runs = entry["piece"]
+                found = Written([Sum(*s) for s in sums], Counter(odd))
+                self.reads += [Run(*run) for run in runs]
+                if trusted or self._holds(name + TEMPORARY, offset, nbytes, None, found.crc, trusted):
+                    self.pieces[name, offset] = nbytes, found
+
+    def _holds(self, name: str, offset: int, nbytes: int, size: int | None, crc: int, trusted: bool) -> bool:
+        """Whether a file is there, of its size, and still has these bytes."""
+        path = os.path.join(self.partial, name)
+        if not os.path.isfile(path) or size not in (None, os.path.getsize(path)):
+            return False
+        return trusted or crc_of(path, offset, nbytes) == crc
+
+
+def _first_line(identity: dict[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True, default=str)
+
+
+def finished(folder: str, identity: dict[str, Any]) -> bool:
+    """Whether a destination is this conversion's, which was interrupted after that: its journal is still there."""
+    try:
+        with open(os.path.join(folder, JOURNAL)) as file:
+            return file.readline().rstrip("\n") == _first_line(identity)
+    except OSError:
+        return False
+
+
+def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # cut when the run was killed
+            continue
+
+
+def crc_of(path: str, offset: int, nbytes: int) -> int:
+    """The CRC-32 of some bytes of a file, as far as it has them."""
+    crc, buffer = 0, bytearray(_STEP)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        while nbytes:
+            got = os.preadv(handle, [memoryview(buffer)[: min(nbytes, _STEP)]], offset)
+            if not got:
+                break
+            crc = crc32(memoryview(buffer)[:got], crc)
+            offset, nbytes = offset + got, nbytes - got
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+    finally:
+        os.close(handle)
+    return crc

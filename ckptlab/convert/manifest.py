@@ -1,0 +1,44 @@
+"""The manifest of a destination: every file's size and CRC-32, as they were written. Another program can check them:
+it is the CRC-32 of zip and gzip, of the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+MANIFEST = "ckptlab-manifest.json"
+_VERSION = 1
+
+
+def write(folder: str, files: Mapping[str, tuple[int, int]]) -> str:
+    """Write the manifest of a folder; files: name → bytes, CRC-32. Returns its path."""
+    listed = {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())}
+    path = os.path.join(folder, MANIFEST)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"ckptlab": _VERSION, "files": listed}, file, indent=1)
+        file.write("\n")
+    return path
+
+
+def read(folder: str) -> dict[str, tuple[int, int]] | None:
+    """What the manifest of a folder says: name → bytes, CRC-32; None where there is none.
+
+    ValueError where it is no manifest. Names that lead out of the folder are none of its files.
+    """
+    path = os.path.join(folder, MANIFEST)
+    if not os.path.isfile(path):
+        return None
+    if os.path.getsize(path) > 1 << 28:
+        raise ValueError(f"{path}: it is too large for a manifest")
+    try:
+        with open(path, encoding="utf-8") as file:
+            told = json.load(file)["files"]
+        found = {name: (int(entry["size"]), int(entry["crc32"], 16)) for name, entry in told.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: it is no manifest of ckptlab ({type(error).__name__})") from None
+    outside = [name for name in found if os.path.isabs(name) or ".." in name.split("/") or "\0" in name]
+    if outside:
+        raise ValueError(f"{path}: it names {outside[0]!r}, which lies outside of its folder")
+    return found

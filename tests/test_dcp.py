@@ -418,23 +418,6 @@ def test_buffers_without_a_map_are_said_to_be_none_of_tensors(tmp_path: Path) ->
 # Other files of torch's.
 
 
-def test_safetensors_shards_of_ranks(tmp_path: Path) -> None:
-    values = array(5, 2)
-    for rank, (a, b) in enumerate(((0, 3), (3, 5))):
-        data = values[a:b].tobytes()
-        info = f'{{"w": {{"saved_offsets": [{a}, 0]}}}}'.replace('"', '\\"')
-        entry = f'{{"dtype": "F32", "shape": [{b - a}, 2], "data_offsets": [0, {len(data)}]}}'
-        header = f'{{"__metadata__": {{"DCP_SHARDING_INFO": "{info}"}}, "w": {entry}}}'.encode()
-        name = f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
-        (tmp_path / name).write_bytes(struct.pack("<Q", len(header)) + header + data)
-    ckpt = ckptlab.open(tmp_path)
-    assert ckpt.format == "dcp"
-    same(ckpt.catalog, "w", MASTER, values)
-    (tmp_path / "shard-00001-model-00001-of-00001.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="of rank 0 is missing"):
-        ckptlab.open(tmp_path)
-
-
 def dtensor(local: np.ndarray, shape: tuple[int, ...], mesh: Mapping[str, int], placements: list[Any]) -> Any:
     """As torch 2.13 pickles one."""
     flat = "torch.distributed._mesh_layout"

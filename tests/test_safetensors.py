@@ -21,7 +21,7 @@ from ckptlab.catalog import PARAM
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
-from ckptlab.formats.safetensors.read import SHARDING
+from ckptlab.formats.safefile import SHARDING
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

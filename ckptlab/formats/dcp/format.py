@@ -6,7 +6,7 @@ import re
 
 from ckptlab.catalog import Catalog
 from ckptlab.findings import Faults
-from ckptlab.formats.dcp import hugging, megatron, ranks
+from ckptlab.formats.dcp import megatron, ranks
 from ckptlab.formats.dcp.folder import OF_RANK
 from ckptlab.formats.dcp.metadata import DATA, METADATA
 from ckptlab.formats.dcp.read import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp
@@ -19,8 +19,8 @@ _PAIR = re.compile(rf"({MODEL_FOLDER}|{OPTIMIZER_FOLDER})\d+")
 
 
 class DCP(Format):
-    """`.metadata` and `.distcp` files (FSDP2, torchtitan, accelerate, Lightning), Megatron-core's `torch_dist`, torch's
-    safetensors shards, and FSDP's files of each rank."""
+    """`.metadata` and `.distcp` files (FSDP2, torchtitan, accelerate, Lightning), Megatron-core's `torch_dist`, and
+    FSDP's files of each rank."""
 
     name = "dcp"
     title = "torch Distributed Checkpoint (FSDP, torchtitan, accelerate, Megatron-core)"
@@ -48,7 +48,7 @@ class DCP(Format):
 def _marked(folder: Listing) -> bool:
     """Whether a folder has one of the files that tell the format."""
     names = folder.names
-    if any(DATA.fullmatch(name) or OF_RANK.fullmatch(name) for name in names) or hugging.shards(names):
+    if any(DATA.fullmatch(name) or OF_RANK.fullmatch(name) for name in names):
         return True
     if METADATA in names and folder.below(METADATA).head(512).find(_MODULE) >= 0:
         return True

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.dcp.metadata import Blob, Entry, Metadata
-from ckptlab.formats.safetensors.read import read_header
+from ckptlab.formats.safefile import read_header
 from ckptlab.formats.torch import torchfile
 from ckptlab.stored import Stored, row_major_strides
 

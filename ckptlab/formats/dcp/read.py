@@ -13,7 +13,7 @@ import numpy as np
 from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.findings import Faults, Strict
-from ckptlab.formats.dcp import hugging, megatron, ranks
+from ckptlab.formats.dcp import megatron, ranks
 from ckptlab.formats.dcp.assemble import Client, Found, assemble
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
@@ -42,8 +42,6 @@ def read_dcp(
     path = os.fspath(path)
     said = Said(faults or Strict(), path)
     names = set(os.listdir(path))
-    if not metadata_files(names) and hugging.shards(names):
-        return assemble(hugging.find(path, said), said, strategy, mesh)
     if "model" in ranks.files_of(names):
         return assemble(ranks.find(path, said), said, strategy, mesh)
     folders = _folders(path)

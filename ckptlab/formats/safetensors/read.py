@@ -6,132 +6,26 @@ The format: eight bytes of length, a JSON header, then the data (https://github.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ckptlab.catalog import MASTER, PARAM, Catalog, Extents, Fragment, Tensor
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where, contradiction
+from ckptlab.formats.safefile import DTYPES, Header, read_header
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
 from ckptlab.plan.grid import Grid, grid, neutral_axes
 from ckptlab.sharding.strategies import dim_names
-from ckptlab.stored import Stored, row_major_strides
+from ckptlab.stored import Stored
 from ckptlab.words import number_of, some
 
 INDEX = "model.safetensors.index.json"
-SHARDING = "DCP_SHARDING_INFO"  # the key under which torch's distributed writer says where boxes begin
-
 _SHARD = re.compile(r"shard-(?P<rank>\d{5})-(?P<of>model-\d{5}-of-\d{5})\.safetensors")
-
-_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-    "C64": np.dtype(np.complex64),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-"""Those that numpy can say: of F4, F6_E2M3 and F6_E3M2 several elements share a byte."""
-NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class Header(dict[str, Stored]):
-    """Where each tensor of a file lies. `offsets`: of those that are boxes of larger ones, where they begin there.
-    `unknown`: the dtypes of tensors that are left out, since numpy cannot say them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.offsets: dict[str, tuple[int, ...]] = {}
-        self.unknown: dict[str, str] = {}
-
-
-def read_header(path: str) -> Header:
-    """What stands in a file's header. CheckpointError if it is damaged or points outside the file."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
-        head = f.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise CheckpointError(
-                f"{path}: the header claims {length:,} bytes, the file has {size:,}: truncated, or no safetensors file"
-            )
-        header = _json(path, f.read(length))
-    found = Header()
-    for name, entry in header.items():
-        if name != "__metadata__":
-            _enter(found, path, name, entry, 8 + length, size)
-    told = header.get("__metadata__")
-    if isinstance(told, dict) and SHARDING in told:
-        _enter_offsets(found, path, _json(path, told[SHARDING]))
-    return found
-
-
-def _json(path: str, text: Any) -> dict[str, Any]:
-    """An object in a header. CheckpointError if it is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as e:
-        raise CheckpointError(f"{path}: the header is not JSON ({e}): damaged, or no safetensors file") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the header is a {type(value).__name__}: damaged, or no safetensors file")
-    return value
-
-
-def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: int) -> None:
-    """Take a tensor's entry in the header; the data part begins at `begin` of `size` bytes."""
-    match entry:
-        case {"shape": list(shape), "data_offsets": [int(lo), int(hi)], "dtype": str(kind)}:
-            pass
-        case _:
-            raise CheckpointError(f"{path}: {name}: expected shape, data_offsets and dtype: the header is damaged")
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise CheckpointError(f"{path}: {name}: shape {shape}: the header is damaged")
-    dtype = _DTYPES.get(kind)
-    expected = hi - lo if dtype is None else math.prod(shape) * dtype.itemsize
-    if not 0 <= lo <= hi <= size - begin or hi - lo != expected:
-        raise CheckpointError(
-            f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
-            f"for {tuple(shape)}: the file is truncated or damaged"
-        )
-    if dtype is None:
-        found.unknown[name] = kind
-    else:
-        found[name] = Stored(path, begin + lo, dtype, tuple(shape), row_major_strides(tuple(shape)))
-
-
-def _enter_offsets(found: Header, path: str, told: dict[str, Any]) -> None:
-    """Take what torch's distributed writer says of where boxes begin (`torch/distributed/checkpoint/_hf_utils.py`)."""
-    for name, stored in found.items():
-        match told.get(name):
-            case {"saved_offsets": [*starts]} if len(starts) == len(stored.shape):
-                if all(isinstance(n, int) and n >= 0 for n in starts):
-                    found.offsets[name] = tuple(starts)
-                    continue
-            case None:
-                continue
-        raise CheckpointError(f"{path}: {name}: {SHARDING} {told[name]} for shape {stored.shape}: damaged")
 
 
 def read_safetensors(path: str, faults: Faults) -> Catalog | None:
@@ -254,7 +148,7 @@ def _remarks(headers: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]
             "unknown-dtype",
             "warning",
             Where(tensors=tuple(unknown)),
-            f"one of {', '.join(_DTYPES)}",
+            f"one of {', '.join(DTYPES)}",
             f"{number_of(len(unknown), 'tensor')} of dtype {kinds}, which numpy cannot say: {some([*unknown], 4)}",
             "they are left out; read them with the program that wrote them",
             "headers",

@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptlab.catalog import Catalog
 from ckptlab.formats.fileplan import FilePlan, Literal, merged
-from ckptlab.formats.safetensors.read import NAMES
+from ckptlab.formats.safefile import NAMES
 from ckptlab.formats.weights import Entry, sharded
 
 SINGLE = "model.safetensors"

@@ -54,7 +54,7 @@ $(VENV)/core.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/full.stamp: $(VENV)/core.stamp tests/toy_format/pyproject.toml
+$(VENV)/full.stamp: $(VENV)/core.stamp tests/toy/pyproject.toml
 	$(PIP) --editable '.[test]'
-	$(PIP) --no-deps --editable ./tests/toy_format
+	$(PIP) --no-deps ./tests/toy
 	touch $@

@@ -49,7 +49,14 @@ class Registry(Generic[T]):
                 value = self._own[name] = getattr(importlib.import_module(module), attribute)
             return value
         for entry in importlib.metadata.entry_points(group=self.group, name=name):
-            return entry.load()
+            try:
+                return entry.load()
+            except Exception as broken:  # another package's code may raise anything
+                of = entry.dist.name if entry.dist else entry.value
+                raise self.error(
+                    f"{self.kind} {name!r} of the package {of} cannot be loaded ({type(broken).__name__}: {broken}): "
+                    "update or uninstall that package"
+                ) from broken
         known = self.names()
         near = difflib.get_close_matches(name, known)
         expected = ", ".join([*near, *(n for n in known if n not in near)])

@@ -1,4 +1,4 @@
-"""A format of a package of its own (tests/toy_format), that no line of ckptlab knows: all that ours can do, it can."""
+"""A format of a package of its own (tests/toy), that no line of ckptlab knows: all that ours can do, it can."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES = {"embed": (11, 8), "qkv": (24, 8), "norm": (8,), "experts": (4, 8)}
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the toy, written by hand."""
-    assert entry_points(group="ckptlab.formats", name="toy"), "see Makefile: pip install --no-deps ./tests/toy_format"
+    assert entry_points(group="ckptlab.formats", name="toy"), "see Makefile: pip install --no-deps ./tests/toy"
     from toy_format.by_hand import write
 
     folder = tmp_path_factory.mktemp("toy") / "step7"

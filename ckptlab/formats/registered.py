@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.format import Format
 from ckptlab.registry import Registry
@@ -30,5 +32,11 @@ def get(name: str) -> Format:
 
 
 def every() -> list[Format]:
-    """All of them."""
-    return [get(name) for name in FORMATS.names()]
+    """All of them; one of another package that cannot be loaded is left out, with a warning."""
+    found = []
+    for name in FORMATS.names():
+        try:
+            found.append(get(name))
+        except CheckpointError as broken:
+            warnings.warn(str(broken), stacklevel=2)
+    return found

@@ -19,6 +19,7 @@ from ckptlab.arrays import Tally, reader
 from ckptlab.catalog import Catalog
 from ckptlab.catalog.stacks import stacks
 from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.convert import MANIFEST
 from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.formats import Format, Listing, fileplan, get, locate, read
 from ckptlab.formats.fileplan import Elements, FilePlan
@@ -282,7 +283,7 @@ class _Case:
         folder.parent.mkdir()
         reshape.save(folder)
         planned = {plan.name for plan in reshape.files}
-        found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
         if planned != found:
             raise CheckpointError(f"{folder}: planned {sorted(planned)}, written {sorted(found)}")
         told = {n: t.layout for n, t in reshape.target.tensors.items()}

@@ -16,7 +16,7 @@ import torch
 
 from foundry.client import client_state
 from foundry.ranks import run_ranks
-from foundry.train import Case, Run
+from foundry.train import DATA_FIRST, Case, Run
 from foundry.truth import gather, save, tied_names
 
 DATA = Path(__file__).resolve().parents[1]
@@ -28,6 +28,7 @@ COMMITTED = {
     "plain_zero2_dp2_round_robin": Case("plain", dp=2, zero=2, zero_config={"round_robin_gradients": True}),
     "plain_zero3_dp2": Case("plain", dp=2, zero=3, zero_config=SHARDED | {"sub_group_size": 900}),
     "plain_zero1_dp2_steps": Case("plain", dp=2, saved_step=5, further_steps=0, earlier_steps=(2, 4)),
+    "moe_ep2_dp4": Case("plain_moe", dp=4, ep=2, zero=2),
 }
 CASES = COMMITTED | {
     "gpt_tp1_pp2_dp2": Case("gpt", pp=2, dp=2, grad_accum_dtype="fp32"),
@@ -41,6 +42,10 @@ CASES = COMMITTED | {
     "plain_zero1_dp2_fp16": Case("plain", dp=2, dtype="fp16"),
     "plain_zero1_dp2_fp32": Case("plain", dp=2, dtype="fp32"),
     "plain_zero2_dp4": Case("plain", dp=4, zero=2),
+    "moe_ep2_dp2_bf16_optimizer": Case("plain_moe", dp=2, ep=2, grad_accum_dtype="fp32"),
+    "moe_ep2_dp4_data_first": Case("plain_moe", dp=4, ep=2, zero=1, config_extra={DATA_FIRST: True}),
+    "moe_ep2_dp4_round_robin": Case("plain_moe", dp=4, ep=2, zero=2, zero_config={"round_robin_gradients": True}),
+    "moe_ep4_dp4": Case("plain_moe", dp=4, ep=4, zero=2),
     "plain_zero3_dp3": Case("plain", dp=3, zero=3, zero_config=SHARDED),
 }
 

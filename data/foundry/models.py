@@ -7,8 +7,9 @@ from the same weights.
 from __future__ import annotations
 
 import math
+import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class ModelConfig:
     rotary: bool = False
     sub_params: bool = False
     """q, k and v one below the other, each cut on its own: what unequal numbers of heads need."""
+    experts: int = 0
+    """Of every second layer, beside its own feed-forward network (DeepSpeed's residual MoE); 0: no layer has any."""
 
     @property
     def head_dim(self) -> int:
@@ -57,9 +60,18 @@ GPT = ModelConfig()
 LLAMA = ModelConfig(ffn=40, bias=False, rms_norm=True, swiglu=True, untied=True, rotary=True)
 GQA = ModelConfig(ffn=40, kv_heads=2, rms_norm=True, swiglu=True, untied=True, rotary=True, sub_params=True)
 PLAIN = ModelConfig(vocab=61, seq=10, hidden=15, heads=3, kv_heads=3, ffn=37, layers=3)
+MOE = replace(PLAIN, layers=4, experts=4)
 LARGE = ModelConfig(vocab=32000, seq=8, hidden=768, heads=12, kv_heads=12, ffn=3072, layers=11)
 """103 million parameters, for benchmarks: as "gpt_large" and "plain_large"."""
-CONFIGS = {"gpt": GPT, "llama": LLAMA, "gqa": GQA, "plain": PLAIN, "gpt_large": LARGE, "plain_large": LARGE}
+CONFIGS = {
+    "gpt": GPT,
+    "llama": LLAMA,
+    "gqa": GQA,
+    "plain": PLAIN,
+    "plain_moe": MOE,
+    "gpt_large": LARGE,
+    "plain_large": LARGE,
+}
 
 
 @dataclass(frozen=True)
@@ -138,8 +150,17 @@ def initialise_parallel(module: nn.Module, config: ModelConfig, tp: TensorParall
             parameter.copy_(shard(whole, cut, tp))
 
 
-def initialise_plain(module: nn.Module, salt: int = 0) -> None:
-    """Fill the plain model."""
+def initialise_plain(module: nn.Module, config: ModelConfig, ep: tuple[int, int] = (0, 1), salt: int = 0) -> None:
+    """Fill the plain model; see `global_name` for `ep`."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), salt))
+            parameter.copy_(initial_value(global_name(name, config, ep), tuple(parameter.shape), salt))
+
+
+def global_name(name: str, config: ModelConfig, ep: tuple[int, int]) -> str:
+    """What an expert's tensor is called by its number among all; `ep`: this rank of the expert-parallel group, and its
+    size. Other names stay."""
+    rank, size = ep
+    return re.sub(
+        r"(?<=deepspeed_experts\.)\d+", lambda local: str(rank * config.experts // size + int(local[0])), name
+    )

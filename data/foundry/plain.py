@@ -21,35 +21,66 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-class PlainBlock(nn.Module):
+class FeedForward(nn.Module):
+    """What DeepSpeed makes an expert of."""
+
     def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden, config.ffn)
+        self.fc2 = nn.Linear(config.ffn, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, config: ModelConfig, ep: int = 0):
         super().__init__()
         self.heads = config.heads
         self.ln1 = nn.LayerNorm(config.hidden)
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
         self.proj = nn.Linear(config.hidden, config.hidden)
         self.ln2 = nn.LayerNorm(config.hidden)
+        if ep:
+            from deepspeed.moe.layer import MoE
+
+            self.moe = MoE(
+                config.hidden,
+                FeedForward(config),
+                num_experts=config.experts,
+                ep_size=ep,
+                capacity_factor=4.0,
+                eval_capacity_factor=4.0,
+                use_rts=False,
+                use_residual=True,
+            )
+            return
         self.fc1 = nn.Linear(config.hidden, config.ffn)
         self.fc2 = nn.Linear(config.ffn, config.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(self.ln1(x)).chunk(3, -1))
         x = x + self.proj(attend(q, k, v))
+        if hasattr(self, "moe"):
+            return x + self.moe(self.ln2(x))[0]
         return x + self.fc2(functional.gelu(self.fc1(self.ln2(x))))
 
 
 class PlainTransformer(nn.Module):
     """Whole on every rank, and awkward on purpose: odd sizes, a tied head, a frozen layer, a parameter of one
-    element and one of none of the usual shapes, a buffer that is saved and one that is not."""
+    element and one of none of the usual shapes, a buffer that is saved and one that is not. Where there are experts,
+    every second layer's are spread over `ep` ranks."""
 
     seen: Tensor
     positions: Tensor
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ep: int = 1):
         super().__init__()
         self.wte = nn.Embedding(config.vocab, config.hidden)
         self.wpe = nn.Embedding(config.seq, config.hidden)
-        self.blocks = nn.ModuleList([PlainBlock(config) for _ in range(config.layers)])
+        self.blocks = nn.ModuleList(
+            [PlainBlock(config, ep if config.experts and i % 2 else 0) for i in range(config.layers)]
+        )
         self.ln_f = nn.LayerNorm(config.hidden)
         self.adapter = nn.Linear(config.hidden, 5).requires_grad_(False)
         self.scale = nn.Parameter(torch.empty(1))

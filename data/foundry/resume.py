@@ -1,6 +1,6 @@
 """Judge a checkpoint: does real DeepSpeed resume it, and with exactly what was saved?
 
-`python data/foundry/resume.py FOLDER CASE [--tp N] [--pp N] [--dp N] [--zero S] [--universal] [--json OUT]`
+`python data/foundry/resume.py FOLDER CASE [--tp N] [--pp N] [--dp N] [--ep N] [--zero S] [--universal] [--json OUT]`
 
 Fresh ranks with other initial weights load FOLDER (the one that holds `latest`, or a step folder) with
 `engine.load_checkpoint`. Whole tensors are then compared, bit by bit, with the truth of CASE (a case of
@@ -107,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("case", help="a case of data/, or a folder that holds truth.json")
-    for axis in ("tp", "pp", "dp"):
+    for axis in ("tp", "pp", "dp", "ep"):
         parser.add_argument(f"--{axis}", type=int)
     parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
     parser.add_argument("--dtype", choices=DTYPES)
@@ -120,7 +120,7 @@ def main() -> int:
     case_folder = here if (here / "truth.json").is_file() else Path(options.case)
     if not (case_folder / "truth.json").is_file():
         parser.error(f"no truth.json in {here} nor in {case_folder}")
-    asked = {name: getattr(options, name) for name in ("tp", "pp", "dp", "zero", "dtype", "zero_config")}
+    asked = {name: getattr(options, name) for name in ("tp", "pp", "dp", "ep", "zero", "dtype", "zero_config")}
     changes = {name: value for name, value in asked.items() if value is not None}
     result = judge(options.folder.resolve(), case_folder, changes, options.universal, options.steps)
     show(result)

@@ -19,6 +19,7 @@ from foundry.models import CONFIGS, ModelConfig, TensorParallel, initialise_para
 
 BATCH = 24
 LEARNING_RATE = 1e-2
+DATA_FIRST = "use_data_before_expert_parallelism"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -26,18 +27,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Case:
     """What is trained (a key of `models.CONFIGS`), on which mesh and how DeepSpeed keeps the optimizer.
 
-    `grad_accum_dtype` "fp32" makes DeepSpeed take its BF16_Optimizer for ZeRO-1 in bf16. `zero_config` is
-    added to DeepSpeed's `zero_optimization`. At `earlier_steps` the run is saved too (its truth is of `saved_step`).
+    `grad_accum_dtype` "fp32" makes DeepSpeed take its BF16_Optimizer for ZeRO-1 in bf16. `zero_config` is added to
+    DeepSpeed's `zero_optimization`, `config_extra` to its configuration. Experts are spread over `ep` of the dp ranks.
+    At `earlier_steps` the run is saved too (its truth is of `saved_step`).
     """
 
     model: str
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 1
     zero: int = 1
     dtype: str = "bf16"
     grad_accum_dtype: str | None = None
     zero_config: dict[str, Any] = field(default_factory=dict)
+    config_extra: dict[str, Any] = field(default_factory=dict)
     saved_step: int = 3
     further_steps: int = 2
     earlier_steps: tuple[int, ...] = ()
@@ -82,7 +86,7 @@ class Run:
             "dp": rank // case.tp % case.dp,
             "tp": rank % case.tp,
         }
-        model = self._parallel_model(salt) if case.parallel else _plain_model(case.config, salt)
+        model = self._parallel_model(salt) if case.parallel else self._plain_model(salt)
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=_parameter_groups(model), config=_ds_config(case, universal)
         )
@@ -104,6 +108,28 @@ class Run:
         )
         initialise_parallel(model, case.config, tp, salt)
         return model
+
+    def _plain_model(self, salt: int) -> nn.Module:
+        from foundry.plain import PlainTransformer
+
+        case = self.case
+        if case.config.experts:  # the groups must be there before experts have values
+            from deepspeed.utils import groups
+
+            groups._create_expert_and_data_parallel(
+                case.ep, use_data_before_expert_parallel_=case.config_extra.get(DATA_FIRST, False)
+            )
+        model = PlainTransformer(case.config, case.ep)
+        initialise_plain(model, case.config, self.expert_rank, salt)
+        return model
+
+    @property
+    def expert_rank(self) -> tuple[int, int]:
+        """The rank in its expert-parallel group, and the group's size."""
+        from deepspeed.utils import groups
+
+        case = self.case
+        return (groups._get_expert_parallel_rank(f"ep_size_{case.ep}"), case.ep) if case.config.experts else (0, 1)
 
     def _tensor_parallel_group(self) -> Any:
         mine = None
@@ -130,14 +156,6 @@ class Run:
         return float(mean / self.case.dp)
 
 
-def _plain_model(config: ModelConfig, salt: int) -> nn.Module:
-    from foundry.plain import PlainTransformer
-
-    model = PlainTransformer(config)
-    initialise_plain(model, salt)
-    return model
-
-
 def _allow_fp16() -> None:
     """DeepSpeed refuses fp16 on CPUs without fast fp16 kernels; torch computes it all the same, slowly."""
     from deepspeed.accelerator import get_accelerator
@@ -148,11 +166,14 @@ def _allow_fp16() -> None:
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
+    groups = [
         {"name": "decay", "weight_decay": 0.1, "params": [p for p in trained if p.dim() > 1]},
         {"name": "no_decay", "weight_decay": 0.0, "params": [p for p in trained if p.dim() <= 1]},
     ]
+    return split_params_into_different_moe_groups_for_optimizer(groups)
 
 
 def _accumulation(dp: int) -> int:
@@ -176,6 +197,7 @@ def _ds_config(case: Case, universal: bool) -> dict[str, Any]:
             "params": {"warmup_max_lr": LEARNING_RATE, "warmup_num_steps": 2, "warmup_type": "linear"},
         },
         "zero_optimization": {"stage": case.zero, **case.zero_config},
+        **case.config_extra,
     }
     if case.dtype == "bf16":
         config["bf16"] = {"enabled": True}

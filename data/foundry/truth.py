@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from foundry.models import cut_of, is_vocabulary, unshard
+from foundry.models import cut_of, global_name, is_vocabulary, unshard
 from foundry.train import Case, Run
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -50,6 +50,8 @@ def gather(run: Run) -> Truth:
     every: list[Any] = [None] * run.case.world
     torch.distributed.all_gather_object(every, (run.coordinate, mine, settings))
     held = {(c["pp"], c["tp"]): tensors for c, tensors, _ in every if c["dp"] == 0}
+    for c, tensors, _ in every:  # other dp ranks have other experts
+        held[c["pp"], c["tp"]] = tensors | held[c["pp"], c["tp"]]
     truth = Truth()
     for stage in range(run.case.pp):
         for key in held[stage, 0]:
@@ -81,7 +83,8 @@ def _over_dp(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
     module = run.engine.module
     masters = {id(parameter): (states, setting) for parameter, states, setting in _masters(run)}
     tensors, settings = {}, {}
-    for name, parameter in module.named_parameters():
+    for local, parameter in module.named_parameters():
+        name = global_name(local, run.case.config, run.expert_rank)
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             weight = parameter.detach().clone()
         if not parameter.requires_grad:

@@ -16,13 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.catalog import Tensor
 from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
 from ckptlab.formats.deepspeed.headers import Header
-from ckptlab.layout import Cut, Layout
+from ckptlab.layout import Cut, Layout, cut_dim
+from ckptlab.layout.notation import Name, Product, Sum, names
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Shape, dim_names, replicated
 
 VERSION = 1
+_APART = ("mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # cut evenly, whatever the heads
+_HEADS = ("lm_head", "embed_out")  # likewise, by their whole names
 Run = tuple[int, int, int, int, int]  # a row of a cut: start in the whole, start in the shard, length, count, stride
 Runs = tuple[Run, ...]
 
@@ -46,20 +50,20 @@ class AffineMap:
 
     def layout(self) -> Layout:
         """The line of notation, where the boxes follow the ranks; else `RowsLayout`."""
-        names = dim_names(len(self.logical))
-        cut = [i for i in range(len(names)) if len({of_rank[i] for of_rank in self.rows}) > 1]
+        dims = dim_names(len(self.logical))
+        cut = [i for i in range(len(dims)) if len({of_rank[i] for of_rank in self.rows}) > 1]
         whole = all(_is_whole(self.rows[0][i], n) for i, n in enumerate(self.logical) if i not in cut)
         if not cut and whole:
-            return replicated(len(names))
+            return replicated(len(dims))
         if len(cut) == 1 and whole:
             (dim,) = cut
-            if (said := _said(names[dim], [of_rank[dim] for of_rank in self.rows], self.logical[dim])) is not None:
+            if (said := _said(dims[dim], [of_rank[dim] for of_rank in self.rows], self.logical[dim])) is not None:
                 term, fields = said
-                text = " ".join(term if i == dim else n for i, n in enumerate(names))
-                return Layout(text, dims=names, **fields)
+                text = " ".join(term if i == dim else n for i, n in enumerate(dims))
+                return Layout(text, dims=dims, **fields)
         dim = cut[0] if cut else 0
         return RowsLayout(
-            " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(names)), dims=names, rows=self.rows
+            " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(dims)), dims=dims, rows=self.rows
         )
 
 
@@ -89,7 +93,8 @@ class RowsLayout(Layout):
             if len({of_rank[i] for of_rank in self.rows}) == 1:
                 dims.append(((), {(): self.rows[0][i]}))
             else:
-                dims.append((("tp",), {(t,): of_rank[i] for t, of_rank in enumerate(self.rows)}))
+                held = {(t,): tuple(run for run in of_rank[i] if run[2]) for t, of_rank in enumerate(self.rows)}
+                dims.append((("tp",), held))
         return Cut.from_rows(shape, mesh, dims)
 
     def __eq__(self, other: object) -> bool:
@@ -140,15 +145,17 @@ def _rows(logical: Shape, of_rank: Header) -> tuple[Runs, ...]:
     shard = tuple(of_rank.integers("shard_shape"))
     if len(shard) != len(logical):
         raise of_rank.odd("shard_shape", f"a shape of {len(logical)} dims")
-    boxes = [box for piece in of_rank.dictionaries("pieces") if (box := _box(logical, shard, piece)) is not None]
+    boxes = [_box(logical, shard, piece) for piece in of_rank.dictionaries("pieces")]
+    if not boxes and 0 in shard:  # a rank that has nothing of it
+        return tuple(((0, 0, n, 1, 0),) for n in shard)
     dims = tuple(tuple(sorted({box[i] for box in boxes}, key=lambda run: run[1])) for i in range(len(logical)))
     if len(boxes) != math.prod(map(len, dims)) or set(boxes) != set(itertools.product(*dims)):
         raise _not_rows(of_rank)
     return dims
 
 
-def _box(logical: Shape, shard: Shape, piece: Header) -> tuple[Run, ...] | None:
-    """The rows of a piece, one for each dim; None for a piece without elements."""
+def _box(logical: Shape, shard: Shape, piece: Header) -> tuple[Run, ...]:
+    """The rows of a piece, one for each dim."""
     if piece.values.get("scale", 1.0) != 1.0:
         raise UnsupportedError(
             f"{piece.path}: {piece.at}: a shard that holds its tensor times {piece.values['scale']} (a bias that its "
@@ -158,8 +165,6 @@ def _box(logical: Shape, shard: Shape, piece: Header) -> tuple[Run, ...] | None:
     sides = [_side(piece, key, len(logical)) for key in ("source", "dest")]
     if len(sizes) != len(logical):
         raise _not_rows(piece)
-    if 0 in sizes:
-        return None
     (offset, strides), (place, within) = sides
     starts, places = _index(offset, logical), _index(place, shard)
     runs: list[Run] = []
@@ -201,6 +206,11 @@ def _row_major(shape: Shape) -> tuple[int, ...]:
     return tuple(int(n) for n in np.cumprod(sizes[::-1])[::-1][1:])
 
 
+def _before(widths: Sequence[int]) -> tuple[int, ...]:
+    """What the ranks before each have together."""
+    return (0, *itertools.accumulate(widths[:-1]))
+
+
 def _is_whole(runs: Runs, n: int) -> bool:
     return runs == ((0, 0, n, 1, 0),)
 
@@ -218,7 +228,10 @@ def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, A
         if any(run[1] != place for run, place in zip(part, places, strict=True)):
             return None
         places = [place + width for place, width in zip(places, widths, strict=True)]
-        if starts == tuple(end + before for before in itertools.accumulate((0, *widths[:-1]))):
+        starts = tuple(
+            s if width else end + before for s, width, before in zip(starts, widths, _before(widths), strict=True)
+        )
+        if starts == tuple(end + before for before in _before(widths)):
             parts.append(widths)
             end += sum(widths)
         elif set(starts) == {end} and len(set(widths)) == 1:
@@ -239,3 +252,100 @@ def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, A
         elif len(parts) > 1:
             totals[label] = sum(held)
     return (terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"), {"sizes": sizes, "totals": totals}
+
+
+# ------------------------------------------------------------------ for another tp
+
+
+def shard_widths(total: int, tp: int, name: str, kv_heads: int | None, grain: int) -> tuple[int, ...]:
+    """What AutoTP gives each of `tp` ranks of `total` rows of a module: whole key/value heads, where it knows their
+    number and the module is attention's, else an even share of the grains, the last rank what is left
+    (`module_inject/tp_shard.py`, `get_shard_size`)."""
+    unit, rest = 0, 0
+    if kv_heads and total % kv_heads == 0 and name not in _HEADS and not any(part in name for part in _APART):
+        count, unit = kv_heads, total // kv_heads
+    elif total >= grain:
+        (count, rest), unit = divmod(total, grain), grain
+    else:
+        count, unit = total, 1
+    widths = [(count // tp + (rank < count % tp)) * unit for rank in range(tp)]
+    widths[-1] += rest
+    return tuple(widths)
+
+
+def on_tp(layout: Layout, tensor: str, shape: Shape, tp: int, kv_heads: int | None, grain: int) -> Layout:
+    """The layout that AutoTP has for another tp degree. One that follows no rule stays: it cannot be resolved there."""
+    dim = cut_dim(layout, "tp")
+    if dim is None or isinstance(layout, RowsLayout):
+        return layout
+    node, module = layout.tree[dim], tensor.rpartition(".")[0]
+    known: dict[str, Any] = dict(layout.sizes)
+    totals = dict(layout.totals)
+    for term in node.terms if isinstance(node, Sum) else (node,):
+        if Name("tp") not in (term.factors if isinstance(term, Product) else ()):
+            continue
+        (label,) = (name for name in names(term) if name != "tp")
+        given = known.pop(label, totals.pop(label, None))
+        total = shape[dim] if given is None else sum(given) if isinstance(given, tuple) else given
+        widths = shard_widths(total, tp, module, kv_heads, grain)
+        if len(set(widths)) > 1:
+            known[label] = widths
+        elif isinstance(node, Sum):
+            totals[label] = total
+    return layout.replace(sizes=known, totals=totals)
+
+
+def told_heads(tensors: Mapping[str, Tensor]) -> int | None:
+    """The number of key/value heads, where an uneven cut of a key projection tells: ranks have n or n + 1 of them."""
+    for name, tensor in tensors.items():
+        if re.search(r"\bk_proj\.weight$", name):
+            widths = [tensor.cut.shard_shape(at)[0] for at in tensor.cut.coordinates()]
+            if len(set(widths)) > 1:
+                return sum(widths) // math.gcd(*widths)
+    return None
+
+
+def map_of(tensor: Tensor, tp: int) -> dict[str, Any]:
+    """The affine map of a tensor as DeepSpeed writes it."""
+    at = [tensor.cut.coordinate({"tp": rank}) for rank in range(tp)]
+    boxes = [_boxes(tensor.cut.rows(place)) for place in at]
+    holders: dict[Any, list[int]] = {}
+    for rank, held in enumerate(boxes):
+        for starts, _, sizes in held:
+            holders.setdefault((starts, sizes), []).append(rank)
+    ranks = {}
+    for rank, held in enumerate(boxes):
+        shard = tensor.cut.shard_shape(at[rank])
+        pieces = [
+            {
+                "shape": list(sizes),
+                "source": _strided(starts, tensor.shape),
+                "dest": _strided(places, shard),
+                "locations": holders[starts, sizes],
+            }
+            for starts, places, sizes in held
+        ]
+        ranks[rank] = {"shard_shape": list(shard), "pieces": pieces}
+    return {"logical_shape": list(tensor.shape), "ranks": ranks}
+
+
+def _boxes(rows: Sequence[Any]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """(starts in the whole, starts in the shard, sizes) of the boxes that rows of each dim make."""
+    plain = [
+        [
+            (start + k * stride, place + k * n, n)
+            for start, place, n, count, stride in of_dim.tolist()
+            for k in range(count)
+        ]
+        for of_dim in rows
+    ]
+    boxes = []
+    for box in itertools.product(*plain):
+        starts, places, sizes = zip(*box, strict=True) if box else ((), (), ())
+        boxes.append((tuple(starts), tuple(places), tuple(sizes)))
+    return boxes
+
+
+def _strided(starts: Sequence[int], shape: Shape) -> list[Any]:
+    strides = _row_major(shape)
+    return [sum(start * stride for start, stride in zip(starts, strides, strict=True)), list(strides)]

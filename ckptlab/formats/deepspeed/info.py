@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptlab.catalog import Catalog, Tensor
+from ckptlab.formats.deepspeed import autotp
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.torch.pickles import Foreign, foreign
 from ckptlab.layout import cut_dim
@@ -74,8 +75,10 @@ def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] |
     if target.mesh.tp > 1 and not told:
         lists = lists_from_layouts(target)
         info = None if lists is None else {**(info or {"universal_checkpoint_version": 0.4}), **lists}
-    if info is None:
+    if info is None or (target.mesh.tp == 1 and info.get("affine_map")):  # AutoTP says nothing where it is off
         return None
+    if told and info.get("affine_map"):
+        return info | _affine(info, target)
     padded = [t for t in target.tensors.values() if t.layout.padded]
     if padded:
         info["padded_vocab_size"] = padded[0].cut.shape[0]
@@ -84,6 +87,21 @@ def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] |
             p: [_spread(row, target.mesh.tp) for row in rows] for p, rows in widths.items()
         }
     return info
+
+
+def _affine(info: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
+    """What AutoTP says of the target: the map of every tensor, and the widths of its sub-parameters."""
+    tensors = {f"^{re.escape(name)}$": tensor for name, tensor in target.tensors.items() if tensor.kind != "buffer"}
+    maps = {pattern: autotp.map_of(tensor, target.mesh.tp) for pattern, tensor in tensors.items()}
+    found: dict[str, Any] = {"affine_map": {"version": autotp.VERSION, "params": maps}}
+    if widths := info.get("sub_param_shard_widths"):
+        found["sub_param_shard_widths"] = {
+            pattern: _widths(tensor, dim)
+            for pattern in widths
+            for tensor in target.tensors.values()
+            if re.match(pattern, tensor.name) and (dim := cut_dim(tensor.layout, "tp")) is not None
+        }
+    return found
 
 
 def _spread(widths: Sequence[int], tp: int) -> list[int]:

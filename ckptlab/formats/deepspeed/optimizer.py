@@ -69,6 +69,8 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
             with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
                 shares[p, b] = folder.experts.shares(shapes, folder.mesh)
+                for finding in _spread_otherwise(files[0], b, shares[p, b][0]):
+                    faults.report(finding)
                 for share in shares[p, b]:
                     flat = _flat_buffer([files[d] for d in share.ranks], b, shapes)
                     flats.setdefault(Holder(pp=p, tp=t, **share.at), {})[b] = flat
@@ -140,6 +142,17 @@ def _unlike(folder: StepFolder) -> Iterator[Finding]:
                             f"{file.path}: group {b} has no {', '.join(lacking)}, which {leader.path} has: the files "
                             "do not belong together",
                         )
+
+
+def _spread_otherwise(file: OptimizerFile, b: int, share: Share) -> Iterator[Finding]:
+    """A buffer of experts that is cut over another number of ranks than have them: DeepSpeed spreads experts that are
+    not tensor parallel themselves over tp ranks as well."""
+    counts = file.state_dict.get("partition_count")
+    if share.at and isinstance(counts, (list, tuple)) and b < len(counts) and counts[b] != len(share.ranks):
+        yield not_read_yet(
+            f"{file.path}: group {b} is cut over {counts[b]} ranks, not over {len(share.ranks)}: experts are spread over "
+            "tp ranks too, which ckptlab cannot open yet"
+        )
 
 
 def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> FlatBuffer:

@@ -66,7 +66,9 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         yield f"ZeRO-3 with tp {mesh.tp}: ckptlab cannot write it yet"
     if mesh.tp > 1 and mesh.tp != trained.tp:
         heads, kv = head_counts(catalog, options)
-        for count, what in ((heads, "attention heads"), (kv if kv != heads else None, "key/value heads")):
+        for count, what in (
+            () if native.autotp else ((heads, "attention heads"), (kv if kv != heads else None, "key/value heads"))
+        ):
             if count and count % mesh.tp:
                 yield f"tp {mesh.tp}: {count} {what} are not divisible by it"
         unknown = [t.name for t in catalog.tensors.values() if not t.layout_known]

@@ -89,6 +89,17 @@ class Native:
         return self.folder.config.dtype or ("bf16" if bf16 else "fp32")
 
     @property
+    def autotp(self) -> bool:
+        """AutoTP says the layouts."""
+        return self.told and bool((self.model.get("universal_checkpoint_info") or {}).get("affine_map"))
+
+    @property
+    def grain(self) -> int:
+        """AutoTP's tp_grain_size."""
+        said = (self.config.get("tensor_parallel") or {}).get("tp_grain_size", 1)
+        return said if isinstance(said, int) and said > 0 else 1
+
+    @property
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine."""
         return self.folder.is_pipeline

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ckptlab.catalog import DTYPES, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
-from ckptlab.formats.deepspeed import pipeline
+from ckptlab.formats.deepspeed import autotp, pipeline
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
@@ -86,8 +86,11 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     findings += said
     padded, said = _padded_vocab(catalog, mesh, options)
     findings += said
-    tensors = {name: _retarget(catalog, t, mesh, stages[name], padded, dtype) for name, t in catalog.tensors.items()}
-    heads, _ = head_counts(catalog, options)
+    heads, kv_heads = head_counts(catalog, options)
+    kv_heads = kv_heads or autotp.told_heads(catalog.tensors)
+    tensors = {
+        name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads) for name, t in catalog.tensors.items()
+    }
     if mesh.tp not in (1, source.folder.mesh.tp) and heads is None:
         findings.append(
             _told(
@@ -212,9 +215,20 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
 
 
 def _retarget(
-    catalog: Catalog, tensor: Tensor, mesh: Mesh, stages: tuple[int, ...], padded: int | None, dtype: str
+    catalog: Catalog,
+    tensor: Tensor,
+    mesh: Mesh,
+    stages: tuple[int, ...],
+    padded: int | None,
+    dtype: str,
+    kv_heads: int | None,
 ) -> Tensor:
-    layout = on_degree(tensor.layout, "tp", mesh.tp).replace(stages=stages)
+    source = catalog.private
+    if source.autotp and mesh.tp != source.folder.mesh.tp:
+        layout = autotp.on_tp(tensor.layout, tensor.name, tensor.shape, mesh.tp, kv_heads, source.grain)
+    else:
+        layout = on_degree(tensor.layout, "tp", mesh.tp)
+    layout = layout.replace(stages=stages)
     if layout.padded and padded is not None:
         layout = layout.replace(padded={0: padded})
     try:

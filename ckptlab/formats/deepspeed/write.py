@@ -138,6 +138,8 @@ class NativeWriter:
             checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
             ds_config=self.config,
         )
+        if self.experts:
+            model["num_experts"] = list(self.experts.total.values())
         return info.adapt_client(model, self.target.training.layouts_told, self.target, rank)
 
     def _frozen(self, module: Mapping[str, Any], t: int, d: int, rank: int) -> dict[str, Any]:

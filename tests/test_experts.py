@@ -1,0 +1,317 @@
+"""Experts of DeepSpeed-MoE: read under their global names, shown by where they are, spread over any part of dp."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import DATA, differences, differences_from_truth, digest
+from real_deepspeed import make_case, requires_deepspeed, resume
+from safetensors.numpy import load_file
+
+import ckptlab
+from ckptlab.arrays import Tally
+from ckptlab.catalog import MASTER, PARAM, ParameterGroup
+from ckptlab.checkpoint import Reshape
+from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
+from ckptlab.findings import Strict
+from ckptlab.formats import fileplan, read
+from ckptlab.formats.deepspeed import experts, write
+from ckptlab.formats.deepspeed.experts import Experts
+from ckptlab.formats.torch import torchfile
+from ckptlab.mesh import Mesh
+
+MOE = DATA / "moe_ep2_dp4"
+LAYER = "blocks.1.moe.deepspeed_moe.experts.deepspeed_experts."
+SPREAD = [
+    {"dp": 4, "ep": 1},
+    {"dp": 4, "ep": 4},
+    {"dp": 2, "ep": 2},
+    {"dp": 1, "ep": 1},
+    {"dp": 8, "ep": 4},
+    {"dp": 6, "ep": 2, "zero_stage": 1},
+    {"dp": 4, "data_before_experts": True},
+    {"dp": 4, "ep": 2, "round_robin": True},
+]
+
+
+def test_every_state_of_every_expert_is_what_training_held() -> None:
+    catalog = read(MOE)
+    assert differences_from_truth(catalog, MOE / "truth.safetensors") == []
+    assert {f"{LAYER}{e}.fc1.weight" for e in range(4)} <= set(catalog.tensors)
+    assert catalog[f"{LAYER}3.fc1.weight"].states.keys() == {MASTER, "exp_avg", "exp_avg_sq", PARAM}
+
+
+def test_experts_lie_on_ep_and_their_buffers_over_edp() -> None:
+    catalog = read(MOE)
+    assert catalog.mesh == Mesh(dp=4).split("dp", edp=2, ep=2)
+    for expert, ep in enumerate((0, 0, 1, 1)):
+        for state in (MASTER, PARAM):
+            placement = catalog.placement(f"{LAYER}{expert}.fc1.weight", state)
+            assert dict(placement.at) == {"ep": ep}
+            assert placement.data == ("edp",)
+            assert placement.ranks(placement.holders[0]).tolist() == [ep, ep + 2]
+    dense = catalog.placement("wte.weight", MASTER)
+    assert dense.ranks(dense.holders[0]).tolist() == [0, 1, 2, 3]
+    over = {(g.group, g.at.get("ep"), g.over, g.dp) for g in catalog.flat_groups}
+    assert over == {(0, None, "dp", 4), (1, None, "dp", 4), *((g, ep, "edp", 2) for g in (2, 3) for ep in (0, 1))}
+
+
+def test_views_show_where_an_expert_is() -> None:
+    ckpt = ckptlab.open(MOE)
+    truth = load_file(MOE / "truth.safetensors")
+    for expert, ep in ((1, 0), (2, 1)):
+        name = f"{LAYER}{expert}.fc2.weight"
+        shards = ckpt.shards(stack=False)[name]
+        assert int(shards.ep) == ep
+        assert (shards.exp_avg.values[0] == truth[f"exp_avg/{name}"]).all()
+    flat = ckpt.flat()["/pp0/group2/ep1"]
+    assert flat.master.dims == ("tp", "edp", "flat")
+    held = np.concatenate([flat.master.values[0, i, : int(flat.master_numel[0, i])] for i in range(2)])
+    first = truth[f"master/{LAYER}2.fc1.weight"].ravel()
+    assert (held[: first.size] == first).all()
+
+
+def test_a_healthy_one_has_no_finding() -> None:
+    assert ckptlab.check(MOE).findings == ()
+
+
+@pytest.mark.parametrize("asked", SPREAD, ids=str)
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_there_and_back_is_the_identity(asked: dict[str, Any], form: str, tmp_path: Path) -> None:
+    source, before = ckptlab.open(MOE), digest(MOE)
+    source.reshape(**asked).save(tmp_path / "there" / "step", form)
+    there = ckptlab.open(tmp_path / "there")
+    assert there.catalog.format == form
+    assert differences(source.catalog, there.catalog) == []
+    there.reshape(dp=4, ep=2, zero_stage=2, data_before_experts=False, round_robin=False).save(
+        tmp_path / "back" / "step"
+    )
+    back = ckptlab.open(tmp_path / "back")
+    assert differences(source.catalog, back.catalog) == []
+    assert (back.mesh, [g.tensors for g in back.catalog.groups]) == (
+        source.mesh,
+        [g.tensors for g in source.catalog.groups],
+    )
+    assert digest(MOE) == before
+
+
+def test_what_is_written_is_what_deepspeed_would_write(tmp_path: Path) -> None:
+    """On its own mesh: every file of the source, with the same names, shapes and hyperparameters in it."""
+    ckptlab.open(MOE).reshape().save(tmp_path / "global_step3")
+    for file in sorted((MOE / "global_step3").iterdir()):
+        said = torchfile.read_contents(str(tmp_path / "global_step3" / file.name)).value
+        wanted = torchfile.read_contents(str(file)).value
+        if "optim" not in file.name:
+            assert list(said) == list(wanted)
+            assert [getattr(v, "shape", None) for v in said.values()] == [
+                getattr(v, "shape", None) for v in wanted.values()
+            ]
+            continue
+        said, wanted = said["optimizer_state_dict"], wanted["optimizer_state_dict"]
+        assert said["partition_count"] == wanted["partition_count"] == [4, 4, 2, 2]
+        assert said["group_paddings"] == wanted["group_paddings"]
+        assert said["base_optimizer_state"]["param_groups"] == wanted["base_optimizer_state"]["param_groups"]
+        mappings = [
+            [[(n, a.attributes) for n, a in group.items()] for group in one["param_slice_mappings"]]
+            for one in (said, wanted)
+        ]
+        assert mappings[0] == mappings[1]
+
+
+def test_groups_are_called_by_the_new_degree(tmp_path: Path) -> None:
+    ckptlab.open(MOE).reshape(ep=4).save(tmp_path / "step")
+    found = ckptlab.open(tmp_path / "step")
+    assert [g.name for g in found.catalog.groups] == ["decay", "no_decay", "ep_size_4", "ep_size_4"]
+    assert found.mesh == Mesh(dp=4).split("dp", edp=1, ep=4)
+
+
+def test_a_mesh_may_say_ep_too() -> None:
+    source = read(MOE)
+    assert Reshape.of(source, Mesh(dp=4).split("dp", edp=1, ep=4)).mesh["ep"] == 4
+    assert Reshape.of(source, Mesh(dp=8)).mesh == Mesh(dp=8).split("dp", edp=4, ep=2)
+    assert Reshape.of(source, Mesh(dp=4).split("dp", ep=2, edp=2)).mesh == Mesh(dp=4).split("dp", ep=2, edp=2)
+
+
+def test_the_plans_figures_are_what_happens(tmp_path: Path) -> None:
+    source = read(MOE)
+    reshaped = Reshape.of(source, Mesh(dp=2), ep=1)
+    tally = Tally()
+    for plan in write.files(source, reshaped.target, tally):
+        fileplan.write(plan, tmp_path / plan.name)
+    cost = reshaped.cost()
+    assert cost.read == sum(tally.read.values())
+    assert cost.moved == sum(n for (a, b), n in tally.read.items() if a != b)
+    assert cost.written == sum(reshaped.file_sizes.values())
+
+
+def test_weights_are_saved_under_global_names(tmp_path: Path) -> None:
+    ckptlab.save_weights(ckptlab.open(MOE), tmp_path / "weights")
+    truth, found = load_file(MOE / "truth.safetensors"), load_file(tmp_path / "weights" / "model.safetensors")
+    name = f"{LAYER}3.fc1.bias"
+    assert (found[name] == truth[f"master/{name}"]).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"ep": 3}, "ep 3 is a part of it, and does not divide it"),
+        ({"dp": 8, "ep": 8}, "the 4 experts of .* cannot be dealt evenly"),
+        ({"dp": 3}, "dp 3: ep 2 is a part of it"),
+        ({"zero_stage": 3}, "ZeRO-3 with experts"),
+        ({"tp": 2}, "cannot cut experts for another tp"),
+        ({"mesh": Mesh(dp=4, ep=2)}, "ep as a part of dp"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_with_its_reason(asked: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ReshapeError, match=reason):
+        ckptlab.open(MOE).reshape(**asked)
+
+
+def test_ep_of_a_checkpoint_without_experts_is_refused() -> None:
+    with pytest.raises(ReshapeError, match="has no experts"):
+        ckptlab.open(DATA / "plain_zero2_dp2").reshape(ep=2)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    shutil.copytree(MOE, tmp_path / "run")
+    (tmp_path / "run" / "global_step3" / "layer_1_expert_2_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="layer_1_expert_2_mp_rank_00_model_states"):
+        ckptlab.open(tmp_path / "run")
+    (finding, *_) = ckptlab.check(tmp_path / "run").findings
+    assert finding.code == "missing-file"
+    assert finding.where.files == ("layer_1_expert_2_mp_rank_00_model_states.pt",)
+
+
+def changed(tmp_path: Path, change: Any, pattern: str) -> Path:
+    """A copy of the case whose files of that pattern say something else."""
+    shutil.copytree(MOE, tmp_path / "run")
+    for file in (tmp_path / "run" / "global_step3").glob(pattern):
+        content = torchfile.read_contents(str(file)).value
+        change(content)
+        fileplan.write(torchfile.plan(file.name, content), file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+    return tmp_path / "run"
+
+
+def test_experts_that_are_spread_over_tp_ranks_too_are_refused(tmp_path: Path) -> None:
+    def change(content: Any) -> None:
+        content["optimizer_state_dict"]["partition_count"] = [4, 4, 4, 4]
+
+    with pytest.raises(UnsupportedError, match="is cut over 4 ranks, not over 2"):
+        ckptlab.open(changed(tmp_path, change, "*optim_states.pt"))
+
+
+def test_autoep_is_refused_by_name(tmp_path: Path) -> None:
+    def change(content: Any) -> None:
+        content["ds_autoep_layers"] = [{"num_experts": 4}]
+
+    with pytest.raises(UnsupportedError, match="AutoEP"):
+        ckptlab.open(changed(tmp_path, change, "mp_rank*"))
+
+
+def head(local: dict[str, int], first: bool = False) -> Any:
+    """What is needed of a model file whose ranks have so many experts of each layer."""
+    trained = {f"{layer}{e}.w": (2, 3) for layer, n in local.items() for e in range(n)}
+    return SimpleNamespace(trained=trained, config=SimpleNamespace(data_before_experts=first))
+
+
+A, B = (f"layers.{i}.deepspeed_moe.experts.deepspeed_experts." for i in (2, 10))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_layers_may_be_spread_over_different_numbers_of_ranks(first: bool) -> None:
+    """The ranks of each expert are those of DeepSpeed's groups (`utils/groups.py`): rank mod ep, or rank div edp."""
+    files: dict[Any, Any] = {(1, e, 0): {f"{B}{e}.w": None} for e in range(8)}
+    files |= {(0, e, 0): {f"{A}{e}.w": None} for e in range(4)}
+    found = Experts.of([head({A: 2, B: 2}, first)], files)
+    assert (list(found.total), found.sizes) == ([A, B], (2, 4))
+    mesh = found.on(Mesh(dp=8))
+    for layer, ep in ((A, 2), (B, 4)):
+        for rank, share in enumerate(found.shares([f"{layer}0.w"], mesh)):
+            assert share.ranks == tuple(d for d in range(8) if (d // (8 // ep) if first else d % ep) == rank)
+        assert found.globally([f"{layer}1.w"], 1) == (f"{layer}3.w",)
+    assert found.everywhere([f"{A}0.w", f"{A}1.w"]) == [f"{A}{e}.w" for e in range(4)]
+    with pytest.raises(CheckpointError, match="spread over ep"):
+        found.shares([f"{A}0.w", f"{B}0.w"], mesh)
+
+
+def test_large_groups_are_dealt_again_for_another_degree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed splits an expert group by what a rank has of it: other ranks, other groups."""
+    monkeypatch.setattr(experts, "LARGEST", 12)
+    four = Experts({A: 4}, {A: 8})  # ep 2: four experts a rank, two of which fit into a group
+    names = [[f"{A}{e}.w" for e in (0, 1, 4, 5)], [f"{A}{e}.w" for e in (2, 3, 6, 7)]]
+    groups = [ParameterGroup({"name": "ep_size_2", "moe": True}, tuple(n)) for n in names]
+    sizes = dict.fromkeys((n for own in names for n in own), 6)
+    (one,) = experts.regrouped(groups, four, four.spread(4, None), sizes)
+    assert (one.name, one.tensors) == ("ep_size_4", tuple(f"{A}{e}.w" for e in range(8)))
+    whole = experts.regrouped([one], four.spread(4, None), four, sizes)
+    assert [g.tensors for g in whole] == [g.tensors for g in groups]
+    with pytest.raises(CheckpointError, match="not dealt as DeepSpeed does"):
+        experts.regrouped([groups[1], groups[0]], four, four.spread(4, None), sizes)
+
+
+def test_an_old_checkpoint_has_one_file_for_an_expert_of_all_layers(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(MOE, run)
+    step = run / "global_step3"
+    for e in range(4):
+        both = [step / f"layer_{i}_expert_{e}_mp_rank_00_model_states.pt" for i in range(2)]
+        content = {n: t for file in both for n, t in torchfile.read_contents(str(file)).value.items()}
+        fileplan.write(torchfile.plan("x", content), step / f"expert_{e}_mp_rank_00_model_states.pt")
+        for file in both:
+            file.unlink()
+    model = step / "mp_rank_00_model_states.pt"
+    content = torchfile.read_contents(str(model)).value
+    content["num_experts"] = 4
+    fileplan.write(torchfile.plan("x", content), tmp_path / "new")
+    (tmp_path / "new").replace(model)
+    found = ckptlab.open(run)
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    found.reshape(ep=4).save(tmp_path / "out")
+    assert torchfile.read_contents(str(tmp_path / "out" / model.name)).value["num_experts"] == [4, 4]
+    assert differences(found.catalog, read(tmp_path / "out")) == []
+
+
+def test_check_and_open_agree_on_names_that_are_no_numbers(tmp_path: Path) -> None:
+    """More experts than could be are not looked for one by one."""
+
+    def change(content: Any) -> None:
+        content["num_experts"] = [1 << 40]
+
+    assert read_native_of(changed(tmp_path, change, "mp_rank*")).tensors.keys() == read(MOE).tensors.keys()
+
+
+def read_native_of(run: Path) -> Any:
+    from ckptlab.formats.deepspeed.read import read_native
+
+    return read_native(str(run / "global_step3"), Strict())
+
+
+# ------------------------------------------------------------------ real DeepSpeed
+
+
+def judge(case: str | Path, tmp_path: Path, **asked: Any) -> None:
+    ckptlab.open(DATA / case).reshape(**asked).save(tmp_path / "out" / "step")
+    report = resume(tmp_path / "out" / "step", case, steps=1, dp=asked["dp"], ep=asked["ep"])
+    assert report["status"] == "equal", report.get("error") or report["differences"]
+    assert report["compared"]["exp_avg_sq"] > 20
+
+
+@requires_deepspeed
+@pytest.mark.parametrize("asked", SPREAD[:4], ids=str)
+def test_deepspeed_resumes_experts_elsewhere(asked: dict[str, Any], tmp_path: Path) -> None:
+    judge("moe_ep2_dp4", tmp_path, **asked)
+
+
+@requires_deepspeed
+@pytest.mark.parametrize("case", ["moe_ep2_dp2_bf16_optimizer", "moe_ep2_dp4_data_first", "moe_ep2_dp4_round_robin"])
+def test_other_ways_to_train_experts(case: str, tmp_path: Path) -> None:
+    folder = make_case(case, tmp_path)
+    assert differences_from_truth(read(folder), folder / "truth.safetensors") == []
+    judge(folder, tmp_path, dp=4, ep=4)

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptlab import analysis, viz
+    from ckptlab import analysis, plan, viz
     from ckptlab.analysis import Diff, Health, Run, check, diff, open_run, plots, stats, updates
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.flat_operations import merge_flat, split_flat
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ckptlab.findings import Finding
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
+    from ckptlab.plan import Cluster
     from ckptlab.sharding.strategies import Megatron, Rules, Strategy
     from ckptlab.stored import reading
     from ckptlab.widgets import explore, playground
@@ -48,6 +49,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CkptlabError",
+    "Cluster",
     "Cost",
     "Cut",
     "DestinationError",
@@ -79,6 +81,7 @@ __all__ = [
     "merge_flat",
     "open_run",
     "paper_model",
+    "plan",
     "playground",
     "plots",
     "reading",
@@ -109,11 +112,12 @@ _HOMES = {
     "findings": "Finding",
     "layout": "Cut Layout",
     "mesh": "Mesh",
+    "plan": "Cluster",
     "stored": "reading",
     "sharding.strategies": "Megatron Rules Strategy",
     "widgets": "explore playground",
 }
-_MODULES = ("analysis", "viz")
+_MODULES = ("analysis", "plan", "viz")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 

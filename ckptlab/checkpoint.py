@@ -18,7 +18,7 @@ from ckptlab.formats.fileplan import FilePlan
 from ckptlab.layout import Layout
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Placement, Plan, compose
+from ckptlab.plan import Move, Placement, Plan, compose
 from ckptlab.pool import Workers
 from ckptlab.sharding.relaid import relaid
 from ckptlab.sharding.strategies import Rules, Strategy, resolve
@@ -250,7 +250,7 @@ class Reshape(Viewed, Shown):
     @cached_property
     def plan(self) -> Plan:
         """Which rank's data goes to which rank."""
-        return compose(self._planned())
+        return compose(self._planned(), self._states())
 
     def _planned(self) -> Iterator[tuple[str, int, int, Placement, Placement]]:
         """What `compose` takes: states that lie alike together, the module weight by itself."""
@@ -263,6 +263,16 @@ class Reshape(Viewed, Shown):
             if (name, PARAM) in self.target.placements:
                 state = param_source(self.source[name], tensor)
                 yield from self._moves(name, state, PARAM, held[state].itemsize, tensor.states[PARAM].itemsize)
+
+    def _states(self) -> Iterator[Move]:
+        """Every state by itself, as `Plan.run` moves them: keys are (name, state)."""
+        for name, tensor in self.target.tensors.items():
+            held = self.source[name]
+            for state in self.target.held(name):
+                drawn = param_source(held, tensor) if state == PARAM else state
+                source = self.source.placement(name, drawn)
+                for target in self.target.placements[name, state]:
+                    yield Move((name, state), source, target, held.states[drawn], tensor.states[state], (name, drawn))
 
     def _moves(
         self, name: str, state: str, becomes: str, read_size: int, written_size: int

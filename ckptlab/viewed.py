@@ -9,6 +9,7 @@ from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     import xarray as xr
 
 States = str | Sequence[str] | None
@@ -120,6 +121,14 @@ class Viewed:
         from ckptlab.views import Flat
 
         return Flat(self.source, self._target, dtype, resolve(backend, device)).tree()
+
+    def of_rank(self, rank: int) -> dict[tuple[str, str], np.ndarray]:
+        """(name, state) → what one rank holds, as `Plan.run` takes and gives it: its shard, or, flat, the part of the
+        flattened shard that ZeRO gives it. Read at once. MeshError where there is no such rank."""
+        from ckptlab.arrays.held import rank_arrays
+
+        self.held.mesh.coordinate(rank)  # or an error
+        return rank_arrays(self.source, self.held, rank)
 
     @property
     def _target(self) -> Catalog | None:

@@ -36,3 +36,13 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     layers = [names["ckpt"].full("master", stack=False)[f"{i}.mlp.dense_h_to_4h.weight"].values for i in range(2, 6)]
     np.testing.assert_allclose(curve, [layer.std() for layer in layers], rtol=1e-5)
     assert (tmp_path / "latest").read_text() == "global_step3"
+
+
+def test_the_python_of_the_page_on_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "plans.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["best"].saved > 0
+    assert names["took"].seconds > 0

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ckptlab.arrays.gather import Tally, reader
 from ckptlab.arrays.readers import Coordinate, Reader
 from ckptlab.catalog import PARAM, Catalog, FlatGroup, param_source
 from ckptlab.layout import Cut
-from ckptlab.plan import Holder
+from ckptlab.plan import Holder, held_by
 
 
 def shard_reader(
@@ -41,6 +42,23 @@ def _own(source: Catalog, held: Catalog, name: str, state: str, holder: Holder) 
         return None
     at = {axis: holder.get(axis, 0) for axis in placement.axes}
     return next((h for h in placement.on(placement.stages[0]) if Holder(**at).within(h)), None)
+
+
+def rank_arrays(source: Catalog, held: Catalog, rank: int) -> dict[tuple[str, str], np.ndarray]:
+    """(name, state) → what a rank of `held` has of it, drawn from the source: its shard, or the part of the flattened
+    shard that is its own (flat)."""
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for (name, state), copies in held.placements.items():
+        for placement in copies:
+            if (name, state) in found or (mine := held_by(placement, rank)) is None:
+                continue
+            shape, lo, hi = mine
+            holder = next(h for h in placement.holders if rank in placement.ranks(h))
+            one = shard_reader(source, held, name, state, holder)
+            parts = [part.copy() for part in one.chunks(placement.cut, placement.coordinate(holder), lo, hi)]
+            flat = np.concatenate([np.zeros(0, one.dtype), *parts])
+            found[name, state] = flat.reshape(shape) if flat.size == math.prod(shape) else flat
+    return found
 
 
 @dataclass(frozen=True)

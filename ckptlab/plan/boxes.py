@@ -40,6 +40,11 @@ class Run:
         before = np.clip(k * self.length + np.minimum(inside, self.length), 0, self.count * self.length)
         return before, (k >= 0) & (k < self.count) & (inside < self.length)
 
+    def at(self, number: Int64) -> Int64:
+        """The index that has so many of the indices before it: what undoes `locate`."""
+        k, inside = np.divmod(number, self.length)
+        return self.start + k * self.stride + inside
+
     def scaled(self, width: int) -> Run:
         return Run(self.start * width, self.length * width, self.count, self.stride * width)
 
@@ -61,6 +66,12 @@ class Pieces:
         inside = index - self.starts[k]
         before = ends[k] - self.lengths[k] + np.clip(inside, 0, self.lengths[k])
         return before, (inside >= 0) & (inside < self.lengths[k])
+
+    def at(self, number: Int64) -> Int64:
+        """See Run.at."""
+        ends = np.cumsum(self.lengths)
+        k = np.searchsorted(ends, number, "right")
+        return self.starts[k] + number - (ends[k] - self.lengths[k])
 
     def scaled(self, width: int) -> Pieces:
         return Pieces(self.starts * width, self.lengths * width)
@@ -91,6 +102,14 @@ class Side:
             total += np.where(alive, before * weight, 0)
             alive &= inside
         return total
+
+    def places(self, ordinals: Int64) -> Int64:
+        """Where elements of the box lie in the flattened shard: what undoes `ordinals`."""
+        found, rest = np.zeros(len(ordinals), np.int64), ordinals
+        for step, indices, weight in self.levels:
+            number, rest = np.divmod(rest, weight)
+            found += indices.at(number) * step
+        return found
 
 
 @dataclass(frozen=True, eq=False)

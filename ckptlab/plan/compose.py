@@ -8,9 +8,11 @@ and one target rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,10 @@ from numpy.typing import NDArray
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.plan.boxes import Box, shared_boxes
+from ckptlab.plan.moves import Move
 from ckptlab.plan.placement import Placement, Shard
+from ckptlab.plan.ranks import Ranks, best_ranks
+from ckptlab.plan.time import Cluster, Times, time
 from ckptlab.shown import Shown
 
 Int64 = NDArray[np.int64]
@@ -113,6 +118,7 @@ class Plan(Shown):
     written_size: Int64
     elements_read: Int64
     elements_written: Int64
+    moves: tuple[Move, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -146,19 +152,51 @@ class Plan(Shown):
         np.add.at(table, (self.source, self.target), self.count * self.read_size[self.tensor])
         return table
 
+    def best_ranks(self, together: int | Sequence[Sequence[int]] = 1) -> Ranks:
+        """Which process is best made which rank of the target, so that the fewest bytes change process.
+
+        together: how many consecutive ranks of the target must be those of one node, whose processes are consecutive
+        too; or the groups themselves, `mesh.groups("tp")`, all of one size. Within a node any order will do. Needs
+        scipy. ReshapeError where the ranks do not divide into such groups.
+        """
+        return best_ranks(self.matrix(), together)
+
+    def renumbered(self, order: Ranks | Sequence[int]) -> Plan:
+        """The plan where process `order[k]` is rank k of the target: `plan.renumbered(plan.best_ranks())`."""
+        numbers = np.asarray(order.order if isinstance(order, Ranks) else order)
+        if len(numbers) != self.targets or len(set(numbers.tolist())) != self.targets:
+            raise ReshapeError(f"an order names a process of its own for each of {self.targets} ranks, not {order!r}")
+        return replace(
+            self, target=numbers.astype(np.int32)[self.target], targets=int(numbers.max(initial=-1)) + 1, moves=()
+        )
+
+    def time(self, cluster: Cluster) -> Times:
+        """How long the bytes that change rank take on a cluster, every link at once, and which link is the slowest.
+
+        An estimate: docs/plans.md says what it leaves out. Source rank k and target rank k are one process.
+        """
+        return time(self.matrix(), cluster)
+
+    def run(self, shards: Any, group: Any = None, *, limit: int = 1 << 28) -> Any:
+        """Move what live ranks hold, without files: what the target's then hold. See `ckptlab.arrays.live.run`."""
+        live = import_module("ckptlab.arrays.live")  # by name: it stands above
+        return live.run(self.moves, shards, group, limit=limit, ranks=max(self.sources, self.targets))
+
     def __repr__(self) -> str:
         figures = f"reads {self.read:,}, writes {self.written:,}, moves {self.moved:,} bytes"
         scale = f"{len(self.names):,} tensors, {self.sources:,} → {self.targets:,} ranks, {self.rows:,} rows"
         return f"<Plan of {scale}: {figures}>"
 
 
-def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Plan:
+def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves: Iterable[Move] | None = None) -> Plan:
     """The plan for many tensors: (name, bytes an element read, bytes an element written, from, to) each.
 
-    The bytes are summed over the states that lie alike. All placements on one side have meshes of one size.
+    The bytes are summed over the states that lie alike. moves: what is moved state by state (None: what is named).
+    All placements on one side have meshes of one size.
     Raises ReshapeError, with the tensor's name, where a tensor's two placements do not fit.
     """
     names: list[str] = []
+    named: list[Move] = []
     figures: list[tuple[int, int, int, int]] = []
     parts: list[tuple[NDArray[np.int32], NDArray[np.int32], Int64]] = []
     memo: _Memo = {}
@@ -169,6 +207,7 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Pl
         except LayoutError as error:
             raise ReshapeError(f"tensor {name!r}: {error}") from error
         names.append(name)
+        named.append(Move(name, a, b))
         figures.append((read_size, written_size, _elements_read(a, b.cut.shape), _elements_written(b, a.cut.shape)))
         parts.append((source.astype(np.int32), target.astype(np.int32), count))
         sizes["source"].add(a.mesh.size)
@@ -192,6 +231,7 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]]) -> Pl
         table[:, 1],
         table[:, 2],
         table[:, 3],
+        tuple(named if moves is None else moves),
     )
 
 

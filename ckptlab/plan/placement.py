@@ -151,10 +151,11 @@ class Placement:
         found: dict[Coordinate, list[Shard]] = {}
         for stage in stages:
             for holder in self.on(stage):
-                found.setdefault(self.coordinate(holder), []).append(self._shard(holder))
+                found.setdefault(self.coordinate(holder), []).append(self.shard(holder))
         return found
 
-    def _shard(self, holder: Holder) -> Shard:
+    def shard(self, holder: Holder) -> Shard:
+        """What dp makes of a holder's shard."""
         ranks, shape = self.ranks(holder), self.shape(holder)
         count = math.prod(shape)
         if not self.flats:

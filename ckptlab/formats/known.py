@@ -41,7 +41,7 @@ class Megatron(_ByNames):
 
     def marked(self, folder: Listing) -> bool:
         if "latest_checkpointed_iteration.txt" in folder.names:
-            return True
+            return "latest" not in folder.names  # Megatron-DeepSpeed writes both, and DeepSpeed's step folders
         return any(
             re.fullmatch(self.markers[0], name) and folder.below(name).names & {"model_optim_rng.pt", "model_rng.pt"}
             for name in folder.folders

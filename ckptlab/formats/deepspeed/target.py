@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptlab.catalog import DTYPES, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
+from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import gradients
-from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, problems
+from ckptlab.formats.deepspeed.options import TargetOptions, fused_of, head_counts, problems, stage_of
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
@@ -68,14 +68,18 @@ def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Ite
 
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.private
-    stage = options.zero_stage or catalog.zero_stage
+    stage = stage_of(catalog, options)
     dtype = options.dtype or source.dtype
     findings: list[Finding] = []
     stages, layer_stages, said = _stages(catalog, mesh, options)
     findings += said
     padded, said = _padded_vocab(catalog, mesh, options)
     findings += said
-    tensors = {name: _retarget(catalog, t, mesh, stages[name], padded, dtype) for name, t in catalog.tensors.items()}
+    wrapper = _wrapper(source.wrapper, stage)
+    whole = wrapper is Wrapper.WHOLE
+    tensors = {
+        name: _retarget(catalog, t, mesh, stages[name], padded, dtype, whole) for name, t in catalog.tensors.items()
+    }
     heads, _ = head_counts(catalog, options)
     if mesh.tp not in (1, source.folder.mesh.tp) and heads is None:
         findings.append(
@@ -86,9 +90,18 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
                 "checked; say heads=",
             )
         )
-    wrapper = _wrapper(source.wrapper, stage)
     flat_groups = _flat_groups(catalog, tensors, mesh, wrapper, options)
-    _refuse_empty_groups(catalog, mesh, flat_groups)
+    _refuse_empty_groups(catalog, mesh, tensors)
+    if wrapper is Wrapper.WHOLE and source.wrapper is not Wrapper.WHOLE and options.fused is None and dtype != "fp32":
+        kept = "in one flat tensor a group, as a fused Adam does" if fused_of(catalog, options) else "one by one"
+        findings.append(
+            _told(
+                "masters-assumed",
+                "warning",
+                f"the target is taken to keep master weights {kept} (by the run's ds_config); say fused= if its "
+                "optimizer does otherwise",
+            )
+        )
     outside = _outside(tensors, mesh, wrapper)
     return Catalog(
         path="",
@@ -198,7 +211,13 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
 
 
 def _retarget(
-    catalog: Catalog, tensor: Tensor, mesh: Mesh, stages: tuple[int, ...], padded: int | None, dtype: str
+    catalog: Catalog,
+    tensor: Tensor,
+    mesh: Mesh,
+    stages: tuple[int, ...],
+    padded: int | None,
+    dtype: str,
+    whole: bool,
 ) -> Tensor:
     layout = on_degree(tensor.layout, "tp", mesh.tp).replace(stages=stages)
     if layout.padded and padded is not None:
@@ -208,6 +227,8 @@ def _retarget(
     except LayoutError as e:
         raise LayoutError(f"{tensor.name}: {e}") from None
     states = {s: d for s, d in tensor.states.items() if s != PARAM}
+    if dtype == "fp32" and whole:  # the module's own weights are what the optimizer steps
+        states.pop(MASTER, None)
     source_dtype = tensor.states.get(PARAM)
     if source_dtype is None or (
         _converts(catalog, dtype) and tensor.kind != "buffer" and source_dtype.kind not in "iub"
@@ -224,6 +245,8 @@ def _converts(catalog: Catalog, dtype: str) -> bool:
 
 def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:
     """Which wrapper's files the target reads: stage 1 and BF16_Optimizer take each other's."""
+    if stage == 0:
+        return Wrapper.WHOLE
     if stage == 3:
         return Wrapper.ZERO3
     return Wrapper.BF16 if stage == 1 and source is Wrapper.BF16 else Wrapper.ZERO12
@@ -243,7 +266,7 @@ def _flat_groups(
     catalog: Catalog, tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper, options: TargetOptions
 ) -> tuple[FlatGroup, ...]:
     found: list[FlatGroup] = []
-    for p in range(mesh.pp):
+    for p in range(0 if wrapper is Wrapper.WHOLE else mesh.pp):
         for index, group in enumerate(catalog.groups):
             names = [n for n in group.tensors if p in tensors[n].stages]
             if not names:
@@ -305,13 +328,13 @@ def _sub_groups(
     return groups
 
 
-def _refuse_empty_groups(catalog: Catalog, mesh: Mesh, flat_groups: tuple[FlatGroup, ...]) -> None:
+def _refuse_empty_groups(catalog: Catalog, mesh: Mesh, tensors: Mapping[str, Tensor]) -> None:
     """A stage without a group's tensors cannot be trained, unless the source's own stages were like that."""
     for index, group in enumerate(catalog.groups):
         found_on = {stage for name in group.tensors for stage in catalog.tensors[name].stages}
         if found_on != set(range(catalog.private.folder.mesh.pp)):
             continue
-        missing = set(range(mesh.pp)) - {g.stage for g in flat_groups if g.group == index}
+        missing = set(range(mesh.pp)) - {stage for name in group.tensors for stage in tensors[name].stages}
         if missing:
             raise ReshapeError(
                 f"{catalog.path}: pp stage {min(missing)} of {mesh.pp} would hold no tensor of parameter group {index} "
@@ -330,4 +353,7 @@ def _outside(tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper) -> dic
         holders = Placement(tensor.cut, tensor.stages[:1]).holders
         every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
         found[name, PARAM] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
+        if wrapper is Wrapper.WHOLE:
+            everywhere = Placement(tensor.cut, tensor.stages).holders
+            found.update({(name, state): list(everywhere) for state in tensor.states if state != PARAM})
     return found

@@ -34,13 +34,12 @@ if TYPE_CHECKING:
 PAPER = "paper"  # the format without files, in which anything can be laid out
 
 
-def open(
-    path: str | os.PathLike[str], strategy: Strategy | Mapping[str, str | Layout] | str | None = None
-) -> Checkpoint:
+def open(path: formats.Paths, strategy: Strategy | Mapping[str, str | Layout] | str | None = None) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
 
     path: a step folder, the folder that holds `latest`, a universal folder, a folder or file of safetensors, or a
-    folder with exactly one of these somewhere below. strategy: layouts where the checkpoint does not tell them, or
+    folder with exactly one of these somewhere below; or a list of step folders that hold parts of one checkpoint, as
+    nodes without a shared disk leave them. strategy: layouts where the checkpoint does not tell them, or
     instead of what it tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a
     Strategy.
 

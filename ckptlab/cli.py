@@ -187,23 +187,25 @@ def main() -> None:
 
 
 @main.command(short_help="What a checkpoint holds.")
-@click.argument("path")
+@click.argument("path", nargs=-1, required=True, metavar="PATH...")
 @click.option(
     "--all", "everything", is_flag=True, help="A line for every tensor: layers are not folded, names not cut."
 )
 @_strategy
 @_json
-def info(path: str, everything: bool, strategy: str | None, as_json: bool) -> None:
+def info(path: tuple[str, ...], everything: bool, strategy: str | None, as_json: bool) -> None:
     """What a checkpoint holds: mesh, tensors with their layouts, states, parameter groups, client state.
 
     Same-shaped layers share a line: {2..5}.mlp.weight stands for four tensors. Layouts are lines of notation: in
-    "(tp out) in" the rows are cut over tp, in "out (tp in)" the columns, "out in" is whole on every rank.
+    "(tp out) in" the rows are cut over tp, in "out (tp in)" the columns, "out in" is whole on every rank. Several
+    folders are parts of one checkpoint, those that each node kept for itself.
 
     \b
       ckptlab info run
+      ckptlab info node0/global_step1000 node1/global_step1000
       ckptlab info run --json | jq .counts.parameters
     """
-    ckpt = _open(path, strategy)
+    ckpt = _open(path[0] if len(path) == 1 else path, strategy)
     if as_json:
         from ckptlab.describe import summary
 

@@ -6,27 +6,47 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 
 from ckptlab.catalog import Catalog
+from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Strict
 from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.formats.locate import locate
 from ckptlab.formats.registered import FORMATS, every, get
 from ckptlab.sharding.strategies import Strategy
 
-__all__ = ["FORMATS", "Format", "Listing", "Match", "every", "get", "locate", "read", "read_at"]
+__all__ = ["FORMATS", "Format", "Listing", "Match", "every", "found", "get", "locate", "read", "read_at"]
 
 
-def read(path: str | os.PathLike[str], strategy: Strategy | None = None) -> Catalog:
-    """The catalog of the checkpoint at a path (see `locate`). Headers only; nothing in it is executed.
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def read(path: Paths, strategy: Strategy | None = None) -> Catalog:
+    """The catalog of the checkpoint at a path (see `locate`), or at several that hold parts of one, as the nodes of a
+    run leave them. Headers only; nothing in it is executed.
 
     Raises the first error that its reader finds.
     """
-    catalog = read_at(locate(path), Strict(), strategy)
+    catalog = read_at(found(path), Strict(), strategy)
     assert catalog is not None, "a reader that has no catalog has reported why"
     return catalog
 
 
+def found(path: Paths) -> Match:
+    """What a path means, or several that hold parts of one checkpoint. CheckpointError where their kinds differ."""
+    if isinstance(path, (str, os.PathLike)):
+        return locate(path)
+    if not path:
+        raise CheckpointError("no path is given: expected at least one folder")
+    first, *others = (locate(one) for one in path)
+    if odd := [match for match in others if match.format != first.format]:
+        raise CheckpointError(f"{odd[0]} is no part of {first}: what is opened together is parts of one checkpoint")
+    return replace(first, also=tuple(dict.fromkeys(m.path for m in others if m.path != first.path)))
+
+
 def read_at(match: Match, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
     """The catalog of what a format matched; None where `faults` was told of an error."""
-    return get(match.format).read(match.path, faults, strategy)
+    format = get(match.format)
+    return format.read_parts(match, faults, strategy) if match.also else format.read(match.path, faults, strategy)

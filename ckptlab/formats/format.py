@@ -74,11 +74,13 @@ class Listing:
 @dataclass(frozen=True)
 class Match:
     """What a format found: the folder (or file) that it opens. `weights_only`: it holds weights and no training state,
-    so that a training checkpoint nearby is not passed over in silence."""
+    so that a training checkpoint nearby is not passed over in silence. `also`: folders that hold further parts of
+    it."""
 
     path: str
     format: str
     weights_only: bool = False
+    also: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.path} ({self.format})"
@@ -116,6 +118,11 @@ class Format(ABC):
         """The catalog of what `recognise` matched: from headers only, executing nothing. What is wrong is reported to
         `faults`, which raises it or goes on; None where there was an error."""
         faults.report(not_read_yet(f"{path}: this is {self.title}, which ckptlab cannot open yet"))
+        return None
+
+    def read_parts(self, match: Match, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        """The catalog of a checkpoint whose parts are in several folders."""
+        faults.report(not_read_yet(f"{match.path}: {self.title}: ckptlab opens such folders one at a time"))
         return None
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:

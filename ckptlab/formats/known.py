@@ -35,6 +35,8 @@ class Megatron(_Known):
     def marked(self, folder: Listing) -> bool:
         found = [folder.below(name) for name in folder.folders if re.fullmatch(r"mp_rank_\d+(_\d+)*", name)]
         if "latest_checkpointed_iteration.txt" in folder.names:
+            if "latest" in folder.names:
+                return False  # Megatron-DeepSpeed writes both, and DeepSpeed's step folders
             return any(self.marked(folder.below(n)) for n in folder.folders if re.fullmatch(r"iter_\d+|release", n))
         return any(rank.names & {"model_optim_rng.pt", "model_rng.pt"} for rank in found)
 

@@ -25,7 +25,8 @@ def locate(path: str | os.PathLike[str]) -> Match:
     found = [match for match in here if not match.weights_only]
     broken: list[CheckpointError] = []
     if not found and os.path.isdir(path):
-        below = list(dict.fromkeys(_below(path, _DEPTH, broken)))
+        below = list({(os.path.realpath(m.path), m.format): m for m in _below(path, _DEPTH, broken)}.values())
+        below = [match for match in below if not match.weights_only] or below
         found = [*here, *(match for match in below if not (here and match.weights_only))]
     found = found or here
     if len(found) == 1:
@@ -38,7 +39,9 @@ def locate(path: str | os.PathLike[str]) -> Match:
         known = ", ".join(format.name for format in every() if format.reads)
         raise CheckpointError(f"{path}: no checkpoint here or below: no format that ckptlab reads ({known}) knows it")
     listed = "\n".join(f"  {match}" for match in found[:20])
-    raise CheckpointError(f"{path}: holds {len(found)} checkpoints: open one of them:\n{listed}")
+    nodes = len({os.path.basename(match.path) for match in found}) == 1 and not any(m.weights_only for m in found)
+    hint = ", or, where they are the parts that several nodes wrote of one, all together" if nodes else ""
+    raise CheckpointError(f"{path}: holds {len(found)} checkpoints: open one of them{hint}:\n{listed}")
 
 
 def at(path: str) -> list[Match]:

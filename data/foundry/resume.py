@@ -68,7 +68,7 @@ def judge(folder: Path, case_folder: Path, changes: dict[str, Any], universal: b
     truth, description = load(case_folder)
     trained = Case(**description["case"])
     case = replace(trained, **changes)
-    if case.zero > 1:
+    if case.zero != 1:
         case = replace(case, grad_accum_dtype=None)
     if case.dtype != trained.dtype:
         case = replace(case, grad_accum_dtype=None)
@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("case", help="a case of data/, or a folder that holds truth.json")
     for axis in ("tp", "pp", "dp", "ep"):
         parser.add_argument(f"--{axis}", type=int)
-    parser.add_argument("--zero", type=int, choices=(1, 2, 3), help="ZeRO stage")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--zero-config", type=json.loads, metavar="JSON", help="instead of the case's own")
     parser.add_argument("--universal", action="store_true", help="FOLDER is in DeepSpeed's universal format")

@@ -108,6 +108,9 @@ def _masters(run: Run) -> Iterator[tuple[nn.Parameter, dict[str, Tensor], str]]:
     if run.case.zero == 3:
         yield from _sharded_masters(run)
         return
+    if run.case.zero == 0 and not hasattr(optimizer, "bf16_groups"):
+        yield from _whole_masters(optimizer)
+        return
     for group, (parameters, offsets) in enumerate(_flat_groups(optimizer)):
         settings = optimizer.optimizer.param_groups[group]
         master = settings["params"][0].detach()
@@ -120,6 +123,21 @@ def _masters(run: Run) -> Iterator[tuple[nn.Parameter, dict[str, Tensor], str]]:
         for parameter, start in zip(parameters, offsets, strict=True):
             mine = {state: t[start : start + parameter.numel()].clone() for state, t in flat.items()}
             yield parameter, mine, _setting(kept, settings)
+
+
+def _whole_masters(optimizer: Any) -> Iterator[tuple[nn.Parameter, dict[str, Tensor], str]]:
+    """`_masters` without ZeRO: of DeepSpeed's FP16_UnfusedOptimizer, or torch's own in float32."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    own = [group["params"] for group in inner.param_groups]
+    for group, masters, parameters in zip(
+        inner.param_groups, getattr(optimizer, "fp32_groups", own), getattr(optimizer, "fp16_groups", own), strict=True
+    ):
+        for master, parameter in zip(masters, parameters, strict=True):
+            kept = inner.state[master]
+            lost = torch.full_like(master, torch.nan)
+            states = {m: kept[m] if m in kept and kept[m].shape == master.shape else lost for m in MOMENTS}
+            flat = {state: t.detach().flatten().clone() for state, t in ({"master": master} | states).items()}
+            yield parameter, flat, _setting(kept, group)
 
 
 def _sharded_masters(run: Run) -> Iterator[tuple[nn.Parameter, dict[str, Tensor], str]]:

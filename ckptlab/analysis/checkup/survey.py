@@ -13,9 +13,8 @@ from ckptlab.analysis.checkup.health import Checked, Health, ordered
 from ckptlab.catalog import MASTER, PARAM, Catalog
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.findings import Collecting, Finding, Where
+from ckptlab.formats import Paths, found, read_at
 from ckptlab.formats import get as format_of
-from ckptlab.formats import read_at
-from ckptlab.formats.locate import locate
 from ckptlab.formats.torch.foreign_code import classes
 from ckptlab.formats.torch.torchfile import Contents
 from ckptlab.pool import Workers
@@ -25,7 +24,7 @@ from ckptlab.words import number_of, some
 
 
 def check(
-    path: str | os.PathLike[str] | Checkpoint,
+    path: Paths | Checkpoint,
     *,
     data: bool = True,
     checksums: bool = False,
@@ -45,7 +44,7 @@ def check(
     Raises CheckpointError where there is no checkpoint at all, LayoutError for a strategy that is none.
     """
     given = path if isinstance(path, Checkpoint) else None
-    place = locate(given.path if given else path)  # type: ignore[arg-type]
+    place = found(_parts(given.catalog) if given else path)  # type: ignore[arg-type]
     known = {name: t.layout for name, t in given.tensors.items() if t.layout_known} if given else {}
     layouts = LayoutsOf(known) if given and strategy is None else resolve(strategy)
     faults = Collecting(os.path.dirname(place.path) if os.path.isfile(place.path) else place.path)
@@ -69,6 +68,13 @@ def check(
     checked = Checked(len(faults.files) + len(faults.unread), tensors, read, catalog is not None, data)
     mesh = catalog.training.mesh if catalog else None
     return Health(place.path, place.format, str(mesh) if mesh else None, ordered(findings), checked)
+
+
+def _parts(catalog: Catalog) -> str | list[str]:
+    """The folders that a checkpoint was opened from, where there are several."""
+    others = (os.path.dirname(file) for file in catalog.files if file.startswith(os.pardir))
+    also = dict.fromkeys(os.path.normpath(os.path.join(catalog.path, folder)) for folder in others)
+    return [catalog.path, *also] if also else catalog.path
 
 
 def _without_states(catalog: Catalog) -> Iterator[Finding]:

@@ -36,9 +36,15 @@ def agreement(path: str, heads: Heads, optims: Optims, mesh: Mesh) -> Iterator[F
         odd += minority(key, {_name(f): f.content[key] for f in both.values() if key in f.content})
     odd += minority("optimizer", {_name(f): f.wrapper.value for f in optims.values()})
     yield from _put_together(path, odd)
-    steps = {_name(f): f.steps[0] if len(f.steps) == 1 else list(f.steps) for f in optims.values() if f.steps}
-    late = list(minority("optimizer step", steps, _step_of(heads)))
-    yield from _steps(path, late, steps)
+    steps = {_name(f): f.steps for f in optims.values() if f.steps}
+    made = {name: max(each) for name, each in steps.items()}  # some group of every rank makes every step
+    late = list(minority("optimizer step", made, _step_of(heads)))
+    for mp in sorted({n.mp for n in optims}):
+        told_late = {file for one in late for file in one.files}
+        said = {_name(f): list(f.steps) for n, f in optims.items() if n.mp == mp and _name(f) not in told_late}
+        late += minority("optimizer step", said)
+    yield from _steps(path, late, made)
+    yield from _groups_apart(path, steps)
     told = {f for one in (*odd, *late) for f in one.files}
     yield from _settings(
         {n: f for n, f in optims.items() if _name(f) not in told},
@@ -131,6 +137,17 @@ def _steps(path: str, late: Iterable[_Odd], steps: Mapping[str, Any]) -> Iterato
             f"{os.path.join(path, one.files[0])}: optimizer step {one.said} where {one.others[0]} has step "
             f"{one.usual}: one of them comes from another step. Put back the file of this step",
         )
+
+
+def _groups_apart(path: str, steps: Mapping[str, tuple[float, ...]]) -> Iterator[Finding]:
+    """Parameter groups that made other numbers of steps than the rest, which need not be a fault."""
+    if apart := {name: each for name, each in steps.items() if len(each) > 1}:
+        made = ", ".join(map(str, next(iter(apart.values()))))
+        found = f"parameter groups made different numbers of steps: {made}"
+        todo = "nothing, if some were frozen for a time or added later; each group goes on from its own"
+        where = Where(files=tuple(apart))
+        text = f"{path}: {found}"
+        yield Finding("groups-apart", "info", where, "one step of all groups", found, todo, "headers", text)
 
 
 def _told(mine: Any, theirs: Any, text: str, other: str) -> tuple[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -38,8 +39,9 @@ class StepFolder:
     """What `engine.save_checkpoint` wrote for one step.
 
     `heads[pp, tp]` are that rank's model files (at ZeRO-3 one for each dp rank, else one), `optims[pp, tp][dp]` the
-    optimizer files, `layers[layer][tp]` the tensors of the pipeline engine's layer files, whose names carry `-model_TT`
-    if `layer_axis`. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split.
+    optimizer files (none where the model files hold the optimizer, or there are weights alone), `layers[layer][tp]` the
+    tensors of the pipeline engine's layer files, whose names carry `-model_TT` if `layer_axis`, and `others[layer][tp]`
+    what else is in them. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split.
     """
 
     path: str
@@ -47,6 +49,7 @@ class StepFolder:
     heads: Mapping[Rank, tuple[ModelFile, ...]]
     optims: Mapping[Rank, tuple[OptimizerFile, ...]] = field(default_factory=dict)
     layers: Mapping[int, tuple[Mapping[str, Stored], ...]] = field(default_factory=dict)
+    others: Mapping[int, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
     layer_axis: bool = True
     prefix: str = ""
     is_zero3: bool = False
@@ -85,19 +88,23 @@ class StepFolder:
         return self.first.module is None
 
 
-def read_step_folder(path: str, faults: Faults, *, optimizer: bool = True) -> StepFolder | None:
+def read_step_folder(
+    path: str, faults: Faults, *, optimizer: bool = True, also: Sequence[str] = ()
+) -> StepFolder | None:
     """Parse every file of the step folder, and see that they are all there and of one run.
 
-    With `optimizer=False` no optimizer files are expected (a universal folder keeps the model files alone). None if
-    that is not so, which `faults` is told of: files that are missing, unreadable or of another run, and as not read yet
-    training without ZeRO.
+    also: folders that hold further files of the same step, those of other nodes. With `optimizer=False` no optimizer
+    files are expected (a universal folder keeps the model files alone). None if that is not so, which `faults` is told
+    of: files that are missing, unreadable or of another run.
     """
-    found = _Found(path, faults, optimizer)
-    found.parse()
+    found = _Found((path, *also), faults, optimizer)
+    found.parse("model", "zero3_model", "layer", "expert")
     mesh = found.mesh()
+    found.choose(mesh)
+    found.parse("optim")
     for finding in (
-        *found.stage_zero(),
         *found.misplaced(mesh),
+        *found.notices(mesh),
         *found.experts.problems(path, mesh),
         *checks.agreement(path, found.heads, found.optims, mesh),
     ):
@@ -106,22 +113,31 @@ def read_step_folder(path: str, faults: Faults, *, optimizer: bool = True) -> St
 
 
 class _Found:
-    """The files that are in a folder: `names` as they are called, `heads`, `optims` and `layers` what was parsed."""
+    """The files that are in folders: `names` as they are called from the first, `heads`, `optims` and `layers` what was
+    parsed."""
 
-    def __init__(self, path: str, faults: Faults, optimizer: bool) -> None:
-        self.path, self.faults, self.optimizer = path, faults, optimizer
-        parsed = {e.name: n for e in os.scandir(path) if e.is_file() and (n := names.parse(e.name))}
-        # where two names mean the same rank, the one that DeepSpeed writes is the rank's
-        self.names = {parsed[name]: name for name in sorted(parsed, key=lambda n: (parsed[n].text == n, n))}
-        self.doubles = sorted(set(parsed) - set(self.names.values()))
+    def __init__(self, paths: Sequence[str], faults: Faults, optimizer: bool) -> None:
+        self.path, self.faults, self.optimizer = paths[0], faults, optimizer
+        self.names: dict[FileName, str] = {}
+        self.doubles: list[str] = []
+        for folder in paths:
+            parsed = {e.name: n for e in os.scandir(folder) if e.is_file() and (n := names.parse(e.name))}
+            # where two names mean the same rank, the one that DeepSpeed writes is the rank's
+            mine = {parsed[name]: name for name in sorted(parsed, key=lambda n: (parsed[n].text == n, n))}
+            self.doubles += sorted(set(parsed) - set(mine.values()))
+            here = "" if folder == self.path else os.path.relpath(folder, self.path)
+            for parts, name in mine.items():  # what all nodes wrote is taken from the first
+                self.names.setdefault(parts, os.path.join(here, name))
         self.kinds = {n.kind for n in self.names}
         self.head = "zero3_model" if "zero3_model" in self.kinds else "model"
-        self.prefix = self._usual_prefix()
+        self.prefix = ""
+        self.sets = sorted({n.prefix for n in self.names if n.kind == "optim"})
         self.axis = any(n.prefix for n in self.names if n.kind == "layer")
         self.heads: dict[FileName, ModelFile] = {}
         self.optims: dict[FileName, OptimizerFile] = {}
         self.layers: dict[FileName, Mapping[str, Stored]] = {}
         self.expert_files: dict[FileName, Mapping[str, Stored]] = {}
+        self.others: dict[FileName, Mapping[str, Any]] = {}
 
     @cached_property
     def experts(self) -> Experts:
@@ -129,12 +145,8 @@ class _Found:
         files = {(n.layer, n.expert, n.mp): tensors for n, tensors in self.expert_files.items()}
         return Experts.of(self.heads.values(), files)
 
-    def _usual_prefix(self) -> str:
-        counts = Counter(n.prefix for n in self.names if n.kind == "optim").most_common(1)
-        return counts[0][0] if counts else ""
-
-    def parse(self) -> None:
-        """Read every file; what cannot be read, or has another form, is a finding."""
+    def parse(self, *kinds: str) -> None:
+        """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
         kept: dict[str, dict[FileName, Any]] = {
             self.head: self.heads,
             "optim": self.optims,
@@ -142,15 +154,22 @@ class _Found:
             "expert": self.expert_files,
         }
         for name, file in sorted(self.names.items(), key=lambda item: item[1]):
+            if name.kind not in kinds or (name.kind == "optim" and name.prefix != self.prefix):
+                continue
             contents = self.faults.read(self.path, file, torchfile.read_contents)
             if contents is not None and name.kind in kept:
                 with self.faults.caught("odd-header", file):
-                    kept[name.kind][name] = _PARSERS[name.kind](os.path.join(self.path, file), contents.value)
+                    path = os.path.normpath(os.path.join(self.path, file))
+                    kept[name.kind][name] = _PARSERS[name.kind](path, contents.value)
+                    if name.kind == "layer":
+                        self.others[name] = {k: v for k, v in contents.value.items() if not isinstance(v, Stored)}
 
     def mesh(self) -> Mesh:
         """The mesh that most of the model files name; where none can be read, the one that the file names span.
 
-        DeepSpeed before 0.16 did not record pp and tp; its layer files tell.
+        DeepSpeed before 0.16 did not record pp and tp; its layer files tell. Where the number of dp ranks is not said
+        (0), or in a pipeline that of tp ranks for all of a stage's and its own (as converters of others do), file
+        names tell.
         """
         layers = max((n.mp + 1 for n in self.names if n.kind == "layer"), default=0)
         said = Counter((h.world, h.dp, h.degrees) for h in self.heads.values())
@@ -158,16 +177,69 @@ class _Found:
         spanned = max((n.mp for n in ranks), default=0) + 1, max((n.dp for n in ranks), default=0) + 1, None
         world, dp, degrees = said.most_common(1)[0][0] if said else spanned
         tp = layers or world
+        if degrees is None and world == layers and self._is_pipeline and spanned[0] % tp == 0:
+            world = max(world, sum(n.kind == self.head for n in self.names))
         pp, tp = degrees or (max(world // tp, 1), tp)
-        return Mesh(pp=pp, dp=dp, tp=tp)
+        return Mesh(pp=pp, dp=dp or spanned[1], tp=tp)
 
-    def stage_zero(self) -> Iterator[Finding]:
-        inside = any(h.content.get("optimizer") is not None for h in self.heads.values())
-        if self.optimizer and "optim" not in self.kinds and (inside or "expert_optim" in self.kinds):
+    def choose(self, mesh: Mesh) -> None:
+        """Which optimizer files are this checkpoint's, where there are some with and some without `bf16_`: a set that
+        is whole, and of those the one that the run's own configuration reads."""
+        dtype = next((h.config.dtype for h in self.heads.values()), None)
+        count = Counter(n.prefix for n in self.names if n.kind == "optim")
+        whole = {p: count[p] >= mesh.size for p in self.sets}
+        order = sorted(self.sets, key=lambda p: (not whole[p], -count[p], (p == "bf16") != (dtype == "bf16"), p))
+        self.prefix = order[0] if order else ""
+
+    @property
+    def inside(self) -> bool:
+        """The optimizer is in the model files."""
+        return "optim" not in self.kinds and any(h.optimizer is not None for h in self.heads.values())
+
+    @property
+    def weights_alone(self) -> bool:
+        """There is no optimizer, and there are the module's weights."""
+        if not self.optimizer or "optim" in self.kinds or self.inside or "expert" in self.kinds:
+            return False
+        return self.head == "model" and bool(self.heads)
+
+    @property
+    def of_one_rank(self) -> bool:
+        """ZeRO-3, and of the model files of each (pp, tp) coordinate only that of dp rank 0 is there, as a run leaves
+        them that had loaded a universal checkpoint. They hold nothing that is not in it, but for frozen tensors."""
+        return self.head == "zero3_model" and not any(n.dp for n in self.names if n.kind == self.head)
+
+    def notices(self, mesh: Mesh) -> Iterator[Finding]:
+        """What is not as usual, and read all the same; experts that are trained without ZeRO are not."""
+        if self.optimizer and "optim" not in self.kinds and self.kinds & {"expert", "expert_optim"}:
             yield not_read_yet(
-                f"{self.path}: trained without ZeRO (stage 0): the optimizer stands in the model files, which ckptlab "
-                "cannot read yet"
+                f"{self.path}: experts trained without ZeRO (stage 0), or without their optimizer, which ckptlab cannot "
+                "open yet"
             )
+        if self.weights_alone:
+            found = "no optimizer file: the weights of the model are all there is"
+            todo = "nothing, if that is what was copied; to resume, copy the optimizer files too"
+            expected = f"{number_of(mesh.size, 'optimizer file')}"
+            yield Finding(
+                "weights-alone", "warning", Where(), expected, found, todo, "headers", f"{self.path}: {found}"
+            )
+        if self.of_one_rank and mesh.dp > 1:
+            found = f"the model files of dp rank 0 alone are there, of {mesh.dp}"
+            part = {n: -(-math.prod(s) // mesh.dp) for h in self.heads.values() for n, s in h.frozen.items()}
+            lost = tuple(n for h in self.heads.values() for n, s in h.frozen.items() if part[n] < math.prod(s))
+            rest = (
+                f"of the frozen tensors {some(lost, 4)} the rest is in the others: left out"
+                if lost
+                else "nothing is lost"
+            )
+            todo = (
+                "copy the others, if there are any"
+                if lost
+                else "nothing for ckptlab; DeepSpeed wants a file a rank: convert it"
+            )
+            where = Where(tensors=tuple(dict.fromkeys(lost)))
+            severity, text = "warning" if lost else "info", f"{self.path}: {found}: {rest}"
+            yield Finding("model-files", severity, where, "one a rank", f"{found}: {rest}", todo, "headers", text)
 
     def misplaced(self, mesh: Mesh) -> Iterator[Finding]:
         """Files of ranks that are missing, and files of ranks that the mesh does not have."""
@@ -193,7 +265,13 @@ class _Found:
         known = {n for needed in wanted.values() for n in needed}
         kinds = {"model", "zero3_model", "layer", "expert", *(("optim",) if self.optimizer else ())}
         extra = [file for n, file in self.names.items() if n.kind in kinds and n not in known]
-        if extra := sorted([*extra, *self.doubles]):
+        if (
+            len(self.sets) > 1
+            and not self.doubles
+            and all(names.parse(os.path.basename(e)).kind == "optim" for e in extra)
+        ):
+            yield self._second_set(extra)
+        elif extra := sorted([*extra, *self.doubles]):
             yield Finding(
                 "extra-file",
                 "warning",
@@ -206,12 +284,27 @@ class _Found:
                 f"{self.path}: {some(extra, 4)}: not part of this checkpoint's mesh ({mesh}); left alone",
             )
 
+    def _second_set(self, extra: list[str]) -> Finding:
+        taken = f"those {'with' if self.prefix else 'without'} {self.prefix or 'a prefix'}"
+        found = f"two sets of optimizer files; {taken} are taken, {some(extra, 4)} left alone"
+        return Finding(
+            "extra-file",
+            "warning",
+            Where(files=tuple(sorted(extra))),
+            "optimizer files of one run",
+            found,
+            "move the others away: they are left from a run in another dtype, and DeepSpeed goes by that of its own",
+            "files",
+            f"{self.path}: {found}",
+        )
+
     def wanted(self, mesh: Mesh) -> dict[str, list[FileName]]:
         """The files that the ranks must have, by kind."""
         world = range(mesh.pp * mesh.tp)
         dp = range(mesh.dp)
-        wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in (dp if self.head != "model" else [0])]}
-        if self.optimizer and not any(self.stage_zero()):
+        writers = range(1) if self.head == "model" or self.of_one_rank else dp
+        wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in writers]}
+        if self.optimizer and not self.inside and not self.weights_alone:
             wanted["optimizer"] = [FileName("optim", mp, d, prefix=self.prefix) for mp in world for d in dp]
         numbers = {n.layer for n in self.names if n.kind == "layer"}
         if self.optimizer and (numbers or self._is_pipeline):
@@ -254,11 +347,11 @@ class _Found:
     def folder(self, mesh: Mesh) -> StepFolder:
         wanted = self.wanted(mesh)
         ranks = {(p, t): p * mesh.tp + t for p in range(mesh.pp) for t in range(mesh.tp)}
-        dp = range(mesh.dp) if self.head == "zero3_model" else range(1)
+        dp = range(1) if self.head == "model" or self.of_one_rank else range(mesh.dp)
         numbers = sorted({n.layer for n in wanted.get("layer", ())})
         axis = self.axis or mesh.tp > 1
         optims = {}
-        if self.optimizer:
+        if "optimizer" in wanted:
             optims = {
                 r: tuple(self.optims[FileName("optim", mp, d, prefix=self.prefix)] for d in range(mesh.dp))
                 for r, mp in ranks.items()
@@ -269,6 +362,7 @@ class _Found:
             {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()},
             optims,
             {i: tuple(self.layers[self.layer(i, t, axis)] for t in range(mesh.tp)) for i in numbers},
+            {i: tuple(self.others[self.layer(i, t, axis)] for t in range(mesh.tp)) for i in numbers},
             self.axis,
             self.prefix,
             self.head == "zero3_model",

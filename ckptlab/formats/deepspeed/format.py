@@ -43,6 +43,14 @@ class DeepSpeed(Format):
 
         return read_native(path, faults, strategy)
 
+    def read_parts(self, match: Match, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        """A step whose files each node kept on a disk of its own."""
+        from ckptlab.formats.deepspeed.read import read_native
+
+        if self.name != DeepSpeed.name:
+            return super().read_parts(match, faults, strategy)
+        return read_native(match.path, faults, strategy, match.also)
+
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
         from ckptlab.formats.deepspeed.read import Native
         from ckptlab.formats.deepspeed.target import reshape

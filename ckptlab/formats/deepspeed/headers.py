@@ -6,7 +6,8 @@ Every reader after this works on these values; nobody else takes the dictionarie
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -23,6 +24,8 @@ Content = Mapping[str, Any]
 
 EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
 _BIG = 1 << 62  # beyond any number of elements
+_CODES = ("int8", "uint8")  # of quantised states, which mean nothing without their scales
+_DEEP = 64  # dictionaries in one another, in a module
 
 
 class Wrapper(Enum):
@@ -31,6 +34,8 @@ class Wrapper(Enum):
     BF16 = "BF16_Optimizer"  # fp32 and moments both padded, padding on the last dp rank
     ZERO12 = "ZeRO-1/2"  # fp32 without padding, moments with it
     ZERO3 = "ZeRO-3"  # every tensor cut by itself
+    WHOLE = "without ZeRO"  # whole tensors, in the model file
+    NONE = "none"  # weights alone
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,9 @@ class ModelFile:
     """A model file: its `content` as stored, and what of it a reader needs.
 
     `degrees` is (pp, tp), which DeepSpeed before 0.16 did not record; `shapes` are the trained tensors', one mapping a
-    flat buffer, in memory order; `module` the tensors in it (None: the pipeline engine keeps them in layer files).
+    flat buffer, in memory order (None: not said, or not yet: see `shapes`); `module` the tensors in it by the names
+    that the optimizer knows (None: the pipeline engine keeps them in layer files), `places` where each stands in a
+    module that is a tree of dictionaries; `optimizer` what training without ZeRO keeps here.
     """
 
     path: str
@@ -192,6 +199,8 @@ class ModelFile:
     config: EngineConfig
     shapes: tuple[Shapes, ...] | None
     module: Mapping[str, Stored] | None
+    places: Mapping[tuple[str, ...], str]
+    optimizer: WholeOptimizer | None
     buffers: frozenset[str]
     shared: Mapping[str, str]
     frozen: Shapes
@@ -200,22 +209,28 @@ class ModelFile:
     @classmethod
     def of(cls, path: str, content: Any) -> ModelFile:
         header = Header.of(path, content)
-        for key in ("dp_world_size", "mp_world_size", "global_steps", "ds_config"):
+        for key in ("dp_world_size", "mp_world_size", "global_steps"):
             if key not in header.values:
                 raise CheckpointError(f"{path}: no {key!r}: not a model file that DeepSpeed wrote")
         degrees = header.inside("checkpoint_parallel_dimensions")
+        shapes, frozen = header.shape_groups("param_shapes"), header.shapes("frozen_param_shapes")
+        tree = _tree(header.inside("module"))
+        known = {*(n for group in shapes or () for n in group), *frozen}
+        names = _names(tree, known) if known and any(len(at) > 1 for at in tree) else {at: ".".join(at) for at in tree}
         return cls(
             path,
             header.values,
             header.integer("mp_world_size", 1),
-            header.integer("dp_world_size", 1),
+            header.integer("dp_world_size"),
             (degrees.integer("pp_degree", 1), degrees.integer("tp_degree", 1)) if degrees.values else None,
             EngineConfig.of(header.inside("ds_config")),
-            header.shape_groups("param_shapes"),
-            header.stored("module") if "module" in header else None,
+            shapes,
+            {names[at]: stored for at, stored in tree.items()} if "module" in header else None,
+            {at: name for at, name in names.items() if at != (name,)},
+            WholeOptimizer.of(header.inside("optimizer")),
             frozenset(header.names("buffer_names")),
             header.aliases("shared_params"),
-            header.shapes("frozen_param_shapes"),
+            frozen,
             header.stored("frozen_param_fragments"),
         )
 
@@ -223,6 +238,34 @@ class ModelFile:
     def trained(self) -> dict[str, Shape]:
         """Shard shapes of the tensors that the optimizer of this rank knows, in memory order."""
         return {name: shape for group in self.shapes or () for name, shape in group.items()}
+
+
+def _tree(module: Header) -> dict[tuple[str, ...], Stored]:
+    """The tensors of a module by the keys that lead to each: one, or several where it is a tree of dictionaries."""
+    found: dict[tuple[str, ...], Stored] = {}
+    left: list[tuple[tuple[str, ...], Any]] = [((), module.values)]
+    while left:
+        at, value = left.pop()
+        if isinstance(value, Stored):
+            if not all(isinstance(key, str) for key in at):
+                raise CheckpointError(f"{module.path}: {module.at}: a tensor without a name: {_ODD}")
+            found[at] = value
+        elif isinstance(value, Mapping):
+            if len(at) > _DEEP:
+                raise CheckpointError(f"{module.path}: {module.at}: nested deeper than {_DEEP} dictionaries: {_ODD}")
+            left += [((*at, key), inside) for key, inside in reversed(value.items())]
+    return found
+
+
+def _names(tree: Mapping[tuple[str, ...], Stored], known: set[str]) -> dict[tuple[str, ...], str]:
+    """What the tensors of a tree are called where the optimizer knows them: the keys without the first few, which are
+    of the program that wrapped the model."""
+    deepest = max(len(at) for at in tree)
+    for skipped in range(deepest):
+        names = {at: ".".join(at[skipped:] or at) for at in tree}
+        if known <= set(names.values()) and len(set(names.values())) == len(names):
+            return names
+    return {at: ".".join(at) for at in tree}
 
 
 def layer_file(path: str, content: Any) -> dict[str, Stored]:
@@ -236,7 +279,7 @@ class OptimizerFile:
 
     `options[group]`: hyperparameters (None in an elastic checkpoint, which has none). `spans[buffer]`: name → (start,
     count) by `param_slice_mappings`, where they are written. `alignment` and `paddings` are DeepSpeed's
-    `param_alignment_paddings` and `group_paddings`.
+    `param_alignment_paddings` and `group_paddings`. `shapes`: param_shapes, which DeepSpeed before 0.6 kept here.
     """
 
     path: str
@@ -251,6 +294,7 @@ class OptimizerFile:
     alignment: tuple[tuple[int, ...], ...]
     paddings: tuple[int, ...]
     spans: tuple[Mapping[str, tuple[int, int]], ...]
+    shapes: tuple[Shapes, ...] | None
 
     @classmethod
     def of(cls, path: str, content: Any) -> OptimizerFile:
@@ -268,7 +312,10 @@ class OptimizerFile:
                 f"{path}: {len(masters)} fp32 buffers, but the parameter groups name buffers {order[:20]}: the file is "
                 "inconsistent"
             )
-        buffers = [_states(m, by_id.get(i, {})) for i, m in enumerate(masters)]
+        buffers = []
+        for i, master in enumerate(masters):
+            arrays, single = elementwise(path, by_id.get(i, {}), master.numel)
+            buffers.append(({MASTER: master, **arrays}, single))
         group_of = [g for g, members in enumerate(ids) for _ in members]
         args = getattr(header.values.get("zero_stage"), "args", ())  # ZeroStageEnum(n) is a placeholder
         stage = args[0] if isinstance(args, tuple) and args else header.values.get("zero_stage")
@@ -284,8 +331,9 @@ class OptimizerFile:
             tuple(options),
             isinstance(header.values.get("base_optimizer_state"), (list, tuple)),
             tuple(tuple(Header(path, {"paddings": a}, header.at).integers("paddings")) for a in alignment),
-            tuple(header.integers("group_paddings")) if wrapper is Wrapper.ZERO12 else (),
+            () if zero3 else tuple(header.integers("group_paddings")),
             () if zero3 else tuple(_spans(h) for h in header.dictionaries("param_slice_mappings")),
+            header.shape_groups("param_shapes") or whole.shape_groups("param_shapes"),
         )
 
     @property
@@ -296,8 +344,7 @@ class OptimizerFile:
     @property
     def steps(self) -> tuple[float, ...]:
         """The steps that its buffers name, each once; torch keeps a float."""
-        found = {s for one in self.scalars if (s := scalar(one.get("step"))) is not None}
-        return tuple(sorted(int(s) if s.is_integer() else s for s in found))
+        return _steps(self.scalars)
 
 
 def _wrapper(path: str, state: Header) -> Wrapper:
@@ -324,15 +371,96 @@ def _base(header: Header, key: str) -> tuple[dict[Any, Content], list[list[int]]
     return by_id, [g.integers("params") for g in groups], list(options)
 
 
-def _states(master: Stored, state: Content) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """(elementwise states, the rest) of a flat buffer: what has an element for each of the master's is elementwise."""
-    arrays, single = {MASTER: master}, {}
+def elementwise(path: str, state: Content, numel: int | None) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """(states with an element for each of the master's, numbers that are kept once) of what an optimizer keeps.
+
+    numel: elements of the master, of which ZeRO-1 and 2 leave the padding out; None: not known. UnsupportedError where
+    something is neither: the codes and scales of 8-bit optimizers, the rows and columns of factored ones.
+    """
+    arrays: dict[str, Stored] = {}
+    single: dict[str, Any] = {}
     for key, value in state.items():
-        if isinstance(value, Stored) and value.shape and value.numel >= master.numel:
-            arrays[key] = value
-        else:
-            single[key] = value
+        several = isinstance(value, Stored) and bool(value.shape) and (numel is None or not value.numel == 1 != numel)
+        (arrays if several else single)[key] = value
+    lengths = Counter(a.numel for a in arrays.values())
+    usual = max(lengths, key=lambda n: (lengths[n], n), default=0)
+    odd = [k for k, a in arrays.items() if a.numel != usual or a.numel < (numel or 0) or a.dtype.name in _CODES]
+    if odd:
+        told = ", ".join(f"{key} {arrays[key].dtype.name} {arrays[key].shape}" for key in arrays)
+        raise UnsupportedError(
+            f"{path}: an optimizer whose states are not element for element those of its weights ({told}): 8-bit "
+            "(codes, scales and code books) or factored. ckptlab cannot open it: save it with an optimizer of plain "
+            "states, or its weights alone"
+        )
     return arrays, single
+
+
+@dataclass(frozen=True)
+class WholeOptimizer:
+    """What a model file keeps of an optimizer that trains without ZeRO, group after group.
+
+    `masters[group]`: float32 weights, one for each parameter, or all in one flat tensor if `fused` (DeepSpeed's
+    FP16_Optimizer around a fused Adam); None where the module's own weights are what the optimizer steps.
+    `states[group]`: what is kept for each parameter (of the flat tensor), `scalars[group]` what is kept once.
+    Parameters have no names.
+    """
+
+    content: Content
+    masters: tuple[tuple[Stored, ...], ...] | None
+    states: tuple[tuple[Mapping[str, Stored], ...], ...]
+    scalars: tuple[Mapping[str, Any], ...]
+    options: tuple[Mapping[str, Any], ...]
+    fused: bool
+
+    @classmethod
+    def of(cls, header: Header) -> WholeOptimizer | None:
+        """None where there is none, or just a copy of what the optimizer files hold (BF16_Optimizer without ZeRO)."""
+        if not header.values or "base_optimizer_state" in header:
+            return None
+        fused = "fp32_groups_flat" in header
+        key = "fp32_groups_flat" if fused else "fp32_groups"
+        masters: list[Any] | None = [g if isinstance(g, (list, tuple)) else [g] for g in header.several(key)]
+        if not all(isinstance(m, Stored) for group in masters or () for m in group):
+            raise header.odd(key, "tensors, group by group")
+        wrapped = "optimizer_state_dict" in header
+        masters = masters if key in header else None
+        base = header.inside("optimizer_state_dict") if wrapped else header
+        if "param_groups" not in base or (wrapped and masters is None):
+            raise UnsupportedError(
+                f"{header.path}: an optimizer of another kind in the model file: found "
+                f"{', '.join(map(str, header.values))}"
+            )
+        groups = base.dictionaries("param_groups")
+        ids = [g.integers("params") for g in groups]
+        if masters is not None and [len(m) for m in masters] != [len(i) for i in ids]:
+            raise header.odd(key, f"a master weight for each of {[len(i) for i in ids]} parameters")
+        state = base.inside("state")
+        by_id = {i: Header.of(header.path, v, f"{state.at}.{i}").values for i, v in state.values.items()}
+        kept = [
+            [
+                elementwise(header.path, by_id.get(i, {}), None if masters is None else masters[g][k].numel)
+                for k, i in enumerate(members)
+            ]
+            for g, members in enumerate(ids)
+        ]
+        return cls(
+            header.values,
+            None if masters is None else tuple(map(tuple, masters)),
+            tuple(tuple(arrays for arrays, _ in group) for group in kept),
+            tuple(next((single for _, single in group if single), {}) for group in kept),
+            tuple({k: v for k, v in g.values.items() if k != "params"} for g in groups),
+            fused,
+        )
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """See `OptimizerFile.steps`."""
+        return _steps(self.scalars)
+
+
+def _steps(scalars: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
+    found = {s for one in scalars if (s := scalar(one.get("step"))) is not None}
+    return tuple(sorted(int(s) if s.is_integer() else s for s in found))
 
 
 def _spans(mapping: Header) -> dict[str, tuple[int, int]]:

@@ -99,7 +99,7 @@ def _from_zero3(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> N
                     weights.add(name, "buffer", rank, value.shape, (Fragment(0, value),), dp=d)
         for name, shape in model.frozen.items():
             fragments = list(_frozen_fragments(folder, rank, name, shape, faults))
-            if fragments:
+            if sum(f.count for f in fragments) == math.prod(shape):
                 weights.add(name, "frozen", rank, shape, tuple(fragments))
 
 

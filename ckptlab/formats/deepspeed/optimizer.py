@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Gradients, ParameterGroup
+from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Fragment, Gradients, ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where, contradiction, not_read_yet
 from ckptlab.formats.deepspeed.experts import Share
@@ -42,7 +42,7 @@ class OptimizerFiles:
     """The optimizer's side of a checkpoint.
 
     `elastic`: no hyperparameters were stored; `round_robin`: see the module; `extras`: what else the files say
-    (`clip_grad`, `loss_scaler`, …).
+    (`clip_grad`, `loss_scaler`, …); `pieces`: what lies outside of flat buffers, as in `Extents`.
     """
 
     wrapper: Wrapper
@@ -53,6 +53,7 @@ class OptimizerFiles:
     elastic: bool
     round_robin: bool
     extras: Mapping[str, Any]
+    pieces: Mapping[tuple[str, str], Mapping[Holder, tuple[Fragment, ...]]] = field(default_factory=dict)
 
 
 def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
@@ -103,10 +104,11 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
                         for holder in by_holder
                     }
             scalars.setdefault(group, leader.scalars[b])
-    stage = 3 if first.wrapper is Wrapper.ZERO3 else 1 if first.wrapper is Wrapper.BF16 else None
+    bf16 = 0 if folder.config.stage == 0 else 1  # pipelines without ZeRO have BF16_Optimizer too
+    stage = 3 if first.wrapper is Wrapper.ZERO3 else bf16 if first.wrapper is Wrapper.BF16 else None
     return OptimizerFiles(
         first.wrapper,
-        stage or first.stage or folder.config.stage or 1,
+        stage if stage is not None else first.stage or folder.config.stage or 1,
         tuple(replace(g, scalars=scalars.get(i, {})) for i, g in enumerate(groups)),
         tuple(flat_groups),
         partitions,
@@ -189,6 +191,13 @@ def _lengths(
     head = folder.heads[rank][0]
     whole = flat.size(d)
     filled = whole - (flat.padding(d) if flat.partition is not None else 0)
+    if filled and not any(f.states[b][MASTER].numel for f in folder.optims[rank]):
+        yield not_read_yet(
+            f"{file.path}: the float32 weights of group {b} ({flat.names[0]} …) are not in this file: they had been "
+            "offloaded to NVMe (offload_optimizer), and stand as swap files, in offloaded_tensors or on the nodes. "
+            "Load it with DeepSpeed on the mesh that wrote it, with offload_optimizer on the CPU or none, and save it again"
+        )
+        return
     for state, stored in file.states[b].items():
         if not filled <= stored.numel <= whole:
             needed = f"{filled:,} to {whole:,}" if whole != filled else f"{filled:,}"

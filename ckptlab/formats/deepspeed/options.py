@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.catalog import DTYPES, Catalog
+from ckptlab.catalog.training import ZERO_STAGES
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.mesh import Mesh
 
@@ -15,10 +16,11 @@ from ckptlab.mesh import Mesh
 class TargetOptions:
     """What a user may say of a target; None keeps the source's.
 
-    `zero_stage`: 1, 2 or 3. `dtype`: "bf16", "fp16" or "fp32", what the engine trains in. `pipeline`: a method
+    `zero_stage`: 0 to 3. `dtype`: "bf16", "fp16" or "fp32", what the engine trains in. `pipeline`: a method
     ("blocks", "parameters", "uniform") or the first layer of each stage. `padded_vocab`: rows of the padded vocabulary.
     `heads`: attention heads (and `kv_heads`), where the checkpoint does not tell. `sub_group_size`: ZeRO-3, elements.
     `round_robin`: whether the target trains with round_robin_gradients. `param_groups`: hyperparameters of each group.
+    `fused`: without ZeRO, whether its optimizer is a fused Adam, which keeps master weights in one flat tensor a group.
     `ep`: over how many of the dp ranks experts are spread; `data_before_experts`: whether the target trains with
     use_data_before_expert_parallelism.
     """
@@ -32,8 +34,34 @@ class TargetOptions:
     sub_group_size: int | None = None
     round_robin: bool | None = None
     param_groups: tuple[Mapping[str, Any], ...] | None = None
+    fused: bool | None = None
     ep: int | None = None
     data_before_experts: bool | None = None
+
+
+def stage_of(catalog: Catalog, options: TargetOptions) -> int:
+    """The target's ZeRO stage: as asked for, else the source's, but that of a bf16 pipeline without ZeRO is 1."""
+    if options.zero_stage is not None:
+        return options.zero_stage
+    return 1 if _bf16_pipeline(catalog, options) else catalog.zero_stage or 0
+
+
+def _bf16_pipeline(catalog: Catalog, options: TargetOptions) -> bool:
+    return catalog.private.is_pipeline and (options.dtype or catalog.private.dtype) == "bf16"
+
+
+def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
+    """Whether a target without ZeRO keeps its master weights flat: as asked for, else as the source, else as DeepSpeed
+    would choose by the run's configuration."""
+    if options.fused is not None:
+        return options.fused
+    if (held := catalog.private.folder.first.optimizer) is not None:
+        return held.fused
+    config = catalog.private.config.get("optimizer")
+    named = config if isinstance(config, Mapping) else {}
+    given = named.get("params")
+    torchs = isinstance(given, Mapping) and bool(given.get("torch_adam"))
+    return str(named.get("type")).lower() in ("adam", "adamw") and not torchs
 
 
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
@@ -44,9 +72,12 @@ def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, i
 def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
     """Why the checkpoint cannot be written for that mesh; nothing if it can (cheap: no cut is resolved)."""
     native = catalog.private
-    stage = options.zero_stage if options.zero_stage is not None else catalog.zero_stage
-    if stage not in (1, 2, 3):
-        yield f"ZeRO stage {stage}: ckptlab writes stages 1, 2 and 3"
+    if not catalog.groups:
+        yield "it holds weights alone, and no optimizer that could be resumed: save it as safetensors"
+        return
+    stage = stage_of(catalog, options)
+    if stage not in ZERO_STAGES:
+        yield f"ZeRO stage {stage}: expected 0, 1, 2 or 3"
     trained = native.folder.mesh
     if native.elastic and options.param_groups is None:
         yield (
@@ -56,14 +87,14 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
     is_pipeline = native.is_pipeline
     if is_pipeline and stage in (2, 3):
         yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
+    if stage == 0 and _bf16_pipeline(catalog, options):
+        yield "a bf16 pipeline without ZeRO: DeepSpeed saves such checkpoints and cannot load them: take zero_stage=1"
     if mesh.pp > 1 and not is_pipeline:
         yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine: it has no layers to deal to stages"
     if is_pipeline and mesh.pp != trained.pp:
         layers = sum(pipeline.describe(catalog).blocks)
         if mesh.pp > layers:
             yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
-    if stage == 3 and mesh.tp > 1:
-        yield f"ZeRO-3 with tp {mesh.tp}: ckptlab cannot write it yet"
     if mesh.tp > 1 and mesh.tp != trained.tp:
         heads, kv = head_counts(catalog, options)
         for count, what in (

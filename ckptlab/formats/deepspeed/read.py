@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import PARAM, Catalog, Extents, ParameterGroup, Tensor, Training
+from ckptlab.catalog import DTYPES, PARAM, Catalog, Extents, ParameterGroup, Tensor, Training
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
+from ckptlab.formats.deepspeed import shapes
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
+from ckptlab.formats.deepspeed.whole import whole_optimizer
 from ckptlab.layout import Cut, Layout, on_degree, whole_shape
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Shape, Strategy, replicated
@@ -80,13 +83,19 @@ class Native:
     @property
     def config(self) -> Mapping[str, Any]:
         """The ds_config of the run."""
-        return self.model["ds_config"] or {}
+        return self.model.get("ds_config") or {}
 
     @property
     def dtype(self) -> str:
-        """What the engine trains in: "bf16", "fp16" or "fp32". Where the configuration is silent file names tell."""
-        bf16 = self.folder.prefix == "bf16" or self.wrapper is Wrapper.BF16
-        return self.folder.config.dtype or ("bf16" if bf16 else "fp32")
+        """What the engine trains in: "bf16", "fp16" or "fp32". Where the configuration is silent file names tell, or
+        the weights of the module."""
+        if self.folder.config.dtype is not None:
+            return self.folder.config.dtype
+        if self.folder.prefix == "bf16" or self.wrapper is Wrapper.BF16:
+            return "bf16"
+        weights = (f[0].stored for by_holder in self.module.pieces.values() for f in by_holder.values() if f)
+        held = next((w.dtype for w in weights if w.dtype in DTYPES.values()), DTYPES["fp32"])
+        return next(name for name, dtype in DTYPES.items() if dtype == held)
 
     @property
     def autotp(self) -> bool:
@@ -105,21 +114,26 @@ class Native:
         return self.folder.is_pipeline
 
 
-def read_native(path: str, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
-    """Open a step folder that `engine.save_checkpoint` wrote: ZeRO 1, 2, 3, BF16_Optimizer, with or without pipeline
-    and tensor parallelism. Headers only; nothing in it is executed.
+def read_native(
+    path: str, faults: Faults, strategy: Strategy | None = None, also: Sequence[str] = ()
+) -> Catalog | None:
+    """Open a step folder that `engine.save_checkpoint` wrote: ZeRO 0 to 3, BF16_Optimizer, with or without pipeline
+    and tensor parallelism. Headers only; nothing in it is executed. also: folders with further files of the same step.
 
     None where `faults` was told of an error: files that are missing, damaged or contradict each other, or kinds that
     are not read yet.
     """
-    folder = read_step_folder(path, faults)
+    folder = read_step_folder(path, faults, also=also)
     if folder is None:
         return None
+    folder = shapes.told(folder, faults)
+    for finding in _newer(path):
+        faults.report(finding)
     info = universal_info(folder, faults)
     for finding in _not_read_yet(folder, info, strategy):
         faults.report(finding)
-    optimizer = read_optimizer(folder, faults)
     module = read_module(folder, faults)
+    optimizer = read_optimizer(folder, faults) if folder.optims else whole_optimizer(folder, module)
     if optimizer is None or faults.failed:
         return None
     tensors = build_tensors(folder, info, strategy, module, optimizer, faults)
@@ -135,7 +149,7 @@ def _catalog(
     tensors: Mapping[str, Tensor],
     faults: Faults,
 ) -> Catalog:
-    outside = {(name, PARAM): by_holder for name, by_holder in module.pieces.items()}
+    outside = {(name, PARAM): by_holder for name, by_holder in module.pieces.items()} | dict(optimizer.pieces)
     told = layouts_are_told(info, strategy)
     native = Native(folder, optimizer.wrapper, told, module, optimizer.extras, optimizer.elastic, optimizer.round_robin)
     return Catalog(
@@ -212,13 +226,31 @@ def layouts_are_told(info: UniversalInfo | None, strategy: Strategy | None) -> b
     return info is not None and info.trusted and strategy is None
 
 
+def _newer(path: str) -> Iterator[Finding]:
+    """A step folder beside this one that is newer and as whole, where `latest` names this one."""
+    parent, name = os.path.split(os.path.realpath(path))
+    try:
+        with open(os.path.join(parent, "latest"), encoding="utf-8", errors="replace") as f:
+            named = f.read(4096).strip()
+        mine, beside = set(os.listdir(path)), [e.name for e in os.scandir(parent) if e.is_dir()]
+    except OSError:
+        return
+    step = re.fullmatch(r"(.*?)(\d+)", name)
+    if named != name or step is None:
+        return
+    later = {int(m[2]): m[0] for m in (re.fullmatch(r"(.*?)(\d+)", n) for n in beside) if m and m[1] == step[1]}
+    whole = [n for n in later if n > int(step[2]) and mine <= set(os.listdir(os.path.join(parent, later[n])))]
+    if whole:
+        found = f"`latest` names {name}, and {later[max(whole)]} beside it is newer and has all files"
+        todo = f"open {later[max(whole)]} itself if that is the one you mean"
+        yield Finding("latest-old", "info", Where(), "the newest step", found, todo, "headers", f"{path}: {found}")
+
+
 def _not_read_yet(folder: StepFolder, info: UniversalInfo | None, strategy: Strategy | None) -> Iterator[Finding]:
     if folder.first.content.get("ds_autoep_layers"):
         yield not_read_yet(f"{folder.path}: AutoEP (ds_autoep_layers), which ckptlab cannot open yet")
     if folder.mesh.tp == 1:
         return
-    if folder.is_zero3:
-        yield not_read_yet(f"{folder.path}: ZeRO-3 with tp {folder.mesh.tp}, which ckptlab cannot open yet")
     if info is None and strategy is None:
         yield not_read_yet(
             f"{folder.path}: tp {folder.mesh.tp}, and no universal_checkpoint_info says how the tensors are cut. "
@@ -240,25 +272,27 @@ def build_tensors(
     for group in optimizer.flat_groups:
         for name in group.names:
             states_of.setdefault(name, dict(group.dtypes))
-    shapes: dict[str, dict[int, Shape]] = {}
+    for (name, state), by_holder in optimizer.pieces.items():
+        states_of.setdefault(name, {})[state] = next(iter(by_holder.values()))[0].stored.dtype
+    shapes_of: dict[str, dict[int, Shape]] = {}
     stages: dict[str, list[int]] = {}
     for (p, t), of_rank in trained.items():
         for name, shape in of_rank.items():
-            shapes.setdefault(name, {})[t] = shape
+            shapes_of.setdefault(name, {})[t] = shape
             held = stages.setdefault(name, [])
             if p not in held:
                 held.append(p)
     for name, by_tp in module.shapes.items():
-        shapes.setdefault(name, by_tp)
+        shapes_of.setdefault(name, by_tp)
         stages.setdefault(name, sorted({holder["pp"] for holder in module.pieces[name]}))
     group_of = {name: i for i, g in enumerate(optimizer.groups) for name in g.tensors}
     aliases: dict[str, list[str]] = {}
     for alias, target in module.aliases.items():
         aliases.setdefault(target, []).append(alias)
     tensors = {}
-    for name in _model_order(module, trained, shapes):
+    for name in _model_order(module, trained, shapes_of):
         with faults.caught():
-            shards = shards_of(folder, name, shapes[name])
+            shards = shards_of(folder, name, shapes_of[name])
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
             layout = layout.replace(stages=tuple(stages[name]))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptlab.catalog import DTYPES, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
+from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import autotp, pipeline
@@ -19,7 +19,7 @@ from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import gradients
-from ckptlab.formats.deepspeed.options import TargetOptions, head_counts, problems
+from ckptlab.formats.deepspeed.options import TargetOptions, fused_of, head_counts, problems, stage_of
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
@@ -79,17 +79,20 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.private
     experts = source.folder.experts.spread(options.ep, options.data_before_experts)
     mesh = experts.on(mesh)
-    stage = options.zero_stage or catalog.zero_stage
+    stage = stage_of(catalog, options)
     dtype = options.dtype or source.dtype
     findings: list[Finding] = []
     stages, layer_stages, said = _stages(catalog, mesh, options)
     findings += said
     padded, said = _padded_vocab(catalog, mesh, options)
     findings += said
+    wrapper = _wrapper(source.wrapper, stage)
+    whole = wrapper is Wrapper.WHOLE
     heads, kv_heads = head_counts(catalog, options)
     kv_heads = kv_heads or autotp.told_heads(catalog.tensors)
     tensors = {
-        name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads) for name, t in catalog.tensors.items()
+        name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole)
+        for name, t in catalog.tensors.items()
     }
     if mesh.tp not in (1, source.folder.mesh.tp) and heads is None:
         findings.append(
@@ -100,12 +103,21 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
                 "checked; say heads=",
             )
         )
-    wrapper = _wrapper(source.wrapper, stage)
     groups = _groups(catalog, options, experts)
     place = {name: i for i, group in enumerate(groups) for name in group.tensors}
     tensors = {name: replace(tensor, group=place.get(name)) for name, tensor in tensors.items()}
     flat_groups = _flat_groups(catalog, groups, tensors, mesh, wrapper, options, experts)
-    _refuse_empty_groups(catalog, groups, mesh, flat_groups)
+    _refuse_empty_groups(catalog, groups, mesh, tensors)
+    if wrapper is Wrapper.WHOLE and source.wrapper is not Wrapper.WHOLE and options.fused is None and dtype != "fp32":
+        kept = "in one flat tensor a group, as a fused Adam does" if fused_of(catalog, options) else "one by one"
+        findings.append(
+            _told(
+                "masters-assumed",
+                "warning",
+                f"the target is taken to keep master weights {kept} (by the run's ds_config); say fused= if its "
+                "optimizer does otherwise",
+            )
+        )
     outside = _outside(tensors, mesh, wrapper, experts)
     return Catalog(
         path="",
@@ -222,6 +234,7 @@ def _retarget(
     padded: int | None,
     dtype: str,
     kv_heads: int | None,
+    whole: bool,
 ) -> Tensor:
     source = catalog.private
     if source.autotp and mesh.tp != source.folder.mesh.tp:
@@ -236,6 +249,8 @@ def _retarget(
     except LayoutError as e:
         raise LayoutError(f"{tensor.name}: {e}") from None
     states = {s: d for s, d in tensor.states.items() if s != PARAM}
+    if dtype == "fp32" and whole:  # the module's own weights are what the optimizer steps
+        states.pop(MASTER, None)
     source_dtype = tensor.states.get(PARAM)
     if source_dtype is None or (
         _converts(catalog, dtype) and tensor.kind != "buffer" and source_dtype.kind not in "iub"
@@ -252,6 +267,8 @@ def _converts(catalog: Catalog, dtype: str) -> bool:
 
 def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:
     """Which wrapper's files the target reads: stage 1 and BF16_Optimizer take each other's."""
+    if stage == 0:
+        return Wrapper.WHOLE
     if stage == 3:
         return Wrapper.ZERO3
     return Wrapper.BF16 if stage == 1 and source is Wrapper.BF16 else Wrapper.ZERO12
@@ -280,7 +297,7 @@ def _flat_groups(
     experts: Experts,
 ) -> tuple[FlatGroup, ...]:
     found: list[FlatGroup] = []
-    for p in range(mesh.pp):
+    for p in range(0 if wrapper is Wrapper.WHOLE else mesh.pp):
         for index, group in enumerate(groups):
             every = [n for n in group.tensors if p in tensors[n].stages]
             if not every:
@@ -350,14 +367,14 @@ def _sub_groups(
 
 
 def _refuse_empty_groups(
-    catalog: Catalog, groups: tuple[ParameterGroup, ...], mesh: Mesh, flat_groups: tuple[FlatGroup, ...]
+    catalog: Catalog, groups: tuple[ParameterGroup, ...], mesh: Mesh, tensors: Mapping[str, Tensor]
 ) -> None:
     """A stage without a group's tensors cannot be trained, unless the source's own stages were like that."""
     for index, group in enumerate(groups):
         found_on = {stage for name in group.tensors for stage in catalog.tensors[name].stages}
         if found_on != set(range(catalog.private.folder.mesh.pp)):
             continue
-        missing = set(range(mesh.pp)) - {g.stage for g in flat_groups if g.group == index}
+        missing = set(range(mesh.pp)) - {stage for name in group.tensors for stage in tensors[name].stages}
         if missing:
             raise ReshapeError(
                 f"{catalog.path}: pp stage {min(missing)} of {mesh.pp} would hold no tensor of parameter group {index} "
@@ -378,4 +395,7 @@ def _outside(
         holders = Placement(tensor.cut, tensor.stages[:1], at=experts.at(name, mesh)).holders
         every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
         found[name, PARAM] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
+        if wrapper is Wrapper.WHOLE:
+            everywhere = Placement(tensor.cut, tensor.stages).holders
+            found.update({(name, state): list(everywhere) for state in tensor.states if state != PARAM})
     return found

@@ -20,6 +20,7 @@ from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
+from ckptlab.formats.deepspeed.whole import whole_state
 from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Size, foreign
@@ -60,14 +61,14 @@ class NativeWriter:
 
     def files(self) -> Iterator[FilePlan]:
         mesh = self.mesh
-        zero3 = self.native.wrapper is Wrapper.ZERO3
+        zero3, inside = (self.native.wrapper is wrapper for wrapper in (Wrapper.ZERO3, Wrapper.WHOLE))
         for p in range(mesh.pp):
             for t in range(mesh.tp):
                 mp = p * mesh.tp + t
                 for d in range(mesh.dp if zero3 else 1):
                     name = names.zero3_model(d, mp) if zero3 else names.model(mp)
                     yield torchfile.plan(name, self.model_file(p, t, d))
-                for d in range(mesh.dp):
+                for d in range(0 if inside else mesh.dp):
                     yield torchfile.plan(names.optim(d, mp, self.prefix), self.optim_file(p, t, d))
         axis = self.folder.layer_axis or mesh.tp > 1
         for layer, prefix in self.source.private.module.layer_keys.items():
@@ -87,13 +88,16 @@ class NativeWriter:
 
     def module_weight(self, name: str, tp: int, rank: int) -> Pending:
         """A tensor's module weight on a tp rank: as it was stored, or the master rounded to the target's dtype."""
+        return self.shard(name, PARAM, self.target.tensors[name].stages[0], tp, rank)
+
+    def shard(self, name: str, state: str, stage: int, tp: int, rank: int) -> Pending:
+        """What a (pp stage, tp rank) has of a state that lies outside of flat buffers."""
         tensor = self.target.tensors[name]
-        dtype = tensor.states[PARAM]
         at = self.coordinate(tensor, tp)
-        shape = tensor.cut.shard_shape(at)
+        shape, dtype = tensor.cut.shard_shape(at), tensor.states[state]
         tally = self.tally and self.tally.towards(rank)
-        holder = Holder(pp=tensor.stages[0], **self.experts.at(name, self.mesh), tp=tp)
-        one = shard_reader(self.source, self.target, name, PARAM, holder, tally)
+        holder = Holder(pp=stage, **self.experts.at(name, self.mesh), tp=tp)
+        one = shard_reader(self.source, self.target, name, state, holder, tally)
         return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, 0, math.prod(shape)),))
 
     def gather(self, name: str, state: str, dtype: np.dtype, rank: int) -> Reader:
@@ -125,14 +129,17 @@ class NativeWriter:
         mesh, trained = self.mesh, self.folder.mesh
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
         rank = mesh.rank(pp=p, dp=d, tp=t)
-        module = None if self.source.private.is_pipeline else self.module(template, t, rank)
+        weights: dict[str, Pending] = {}
+        module = None if self.source.private.is_pipeline else self.module(template, t, rank, weights)
+        whole = self.native.wrapper is Wrapper.WHOLE
+        aliases = {a: x.name for x in self.target.tensors.values() for a in x.aliases} if rank == 0 else {}
         model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
             module=module,
-            optimizer=None,
-            param_shapes=[self._shapes(g, t) for g in self.groups_on(p)],
-            **self._frozen(module or {}, t, d, rank),
-            shared_params={a: x.name for x in self.target.tensors.values() for a in x.aliases} if rank == 0 else {},
+            optimizer=whole_state(self, p, t, rank) if whole else None,
+            param_shapes=None if whole else [self._shapes(g, t) for g in self.groups_on(p)],
+            **self._frozen(weights, t, d, rank),
+            shared_params=None if whole else aliases,
             dp_world_size=mesh.dp,
             mp_world_size=mesh.pp * mesh.tp,
             checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
@@ -160,20 +167,29 @@ class NativeWriter:
     def _shapes(self, group: FlatGroup, tp: int) -> OrderedDict[str, Size]:
         return OrderedDict((self.experts.locally(n), self._shape(self.target.tensors[n], tp)) for n in group.names)
 
-    def module(self, template: Mapping[str, Any], tp: int, rank: int) -> OrderedDict[str, Any]:
-        """The model's state dict; at ZeRO-3 everything but buffers is an empty placeholder."""
+    def module(self, template: Mapping[str, Any], tp: int, rank: int, made: dict[str, Pending]) -> dict[str, Any]:
+        """The model's state dict, a tree of dictionaries where the source's is one; at ZeRO-3 everything but buffers is
+        an empty placeholder. Tensors come by name into `made`."""
+        return self._module(template.get("module") or {}, (), tp, rank, made)
+
+    def _module(
+        self, tree: Mapping[str, Any], at: tuple[str, ...], tp: int, rank: int, made: dict[str, Pending]
+    ) -> dict[str, Any]:
         zero3 = self.native.wrapper is Wrapper.ZERO3
-        module: OrderedDict[str, Any] = OrderedDict()
-        made: dict[str, Pending] = {}  # aliases share the leaf, and so the storage
-        for key, value in (template.get("module") or {}).items():
+        places = self.folder.first.places
+        module: dict[str, Any] = OrderedDict()
+        for key, value in tree.items():
+            if isinstance(value, Mapping) and places:
+                module[key] = self._module(value, (*at, key), tp, rank, made)
+                continue
             if not isinstance(value, Stored):
                 module[key] = value  # `_extra_state` and the like
                 continue
-            tensor = self.target[key]
+            tensor = self.target[places.get((*at, key), key)]
             if zero3 and tensor.kind != "buffer":
                 module[key] = np.empty(0, tensor.states[PARAM])
                 continue
-            if tensor.name not in made:
+            if tensor.name not in made:  # aliases share the leaf, and so the storage
                 made[tensor.name] = self.module_weight(tensor.name, tp, rank)
             module[key] = made[tensor.name]
         return module
@@ -203,7 +219,9 @@ class NativeWriter:
         """The tensors of one layer, under their names within it."""
         rank = self.mesh.rank(pp=self.native.layer_stages[layer], dp=0, tp=tp)
         held = [name for name in self.target.tensors if name.startswith(prefix)]
-        return OrderedDict((name.removeprefix(prefix), self.module_weight(name, tp, rank)) for name in held)
+        tensors = OrderedDict((name.removeprefix(prefix), self.module_weight(name, tp, rank)) for name in held)
+        others = self.folder.others.get(layer, ({},))
+        return OrderedDict({**tensors, **others[tp % len(others)]})
 
     # ---------------------------------------------------------------- optimizer files
 
@@ -223,8 +241,13 @@ class NativeWriter:
         for i, group in enumerate(groups):
             size = group.flats[group.at.with_(tp=tp)].size(dp)
             states = {s: self.partition(group, s, tp, dp, size) for s in group.dtypes if s != MASTER}
-            found[i] = dict(self.target.groups[group.group].scalars) | states
+            found[i] = self.scalars(group.group) | states
         return found
+
+    def scalars(self, group: int) -> dict[str, Any]:
+        """What the optimizer keeps once, as tensors of their own: torch counts steps in place, in each."""
+        kept = self.target.groups[group].scalars
+        return {k: v.map().copy() if isinstance(v, Stored) else copy.copy(v) for k, v in kept.items()}
 
     def param_groups(self, groups: list[FlatGroup]) -> list[dict[str, Any]]:
         """Hyperparameters, and which buffers belong to each group."""

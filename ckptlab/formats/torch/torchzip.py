@@ -33,6 +33,7 @@ _MOST_RECORDS = 0xFFFF
 _VERSION = 45  # of the format: with zip64
 _UNIX, _MODE = 3, 0o600  # what made it; the mode of what is unpacked
 _DATE = 1 << 5 | 1  # the first of January 1980
+_LFS = b"version https://git-lfs"  # how a pointer begins that git-lfs left in the place of a file
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's number before the zip format
 
 
@@ -185,6 +186,11 @@ def _not_a_zip(path: str, file: BinaryIO, start: bytes) -> CheckpointError:
     file.seek(0)
     if start and tarfile.is_tarfile(file):
         return UnsupportedError(f"{path} is a tar, torch's oldest format; save its tensors again with torch.save")
+    if start and _LFS.startswith(start[: len(_LFS)]):
+        return CheckpointError(
+            f"{path}: a git-lfs pointer, not the file itself: fetch what it points to with `git lfs pull`, in the "
+            "repository that it was cloned from"
+        )
     return CheckpointError(f"{path} is not a file of torch.save: expected a zip, found {start!r} at its start")
 
 

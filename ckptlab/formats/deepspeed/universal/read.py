@@ -64,6 +64,8 @@ def read_universal(path: str, faults: Faults, strategy: Strategy | None = None) 
     found.add_trained(stored)
     found.add_module()
     groups = _groups(folder, common, {n: one.scalars for n, one in stored.items()}, faults)
+    for finding in _lacking(found, groups):
+        faults.report(finding)
     if faults.failed:
         return None
     return _catalog(found, groups, common, tuple(f for one in stored.values() for f in one.files))
@@ -261,6 +263,29 @@ def _missing(path: str, name: str) -> Finding:
         "files",
         f"{os.path.join(path, FOLDER, name)}: missing: the model files list this tensor; convert again",
     )
+
+
+def _lacking(found: _Tensors, groups: tuple[ParameterGroup, ...]) -> Iterator[Finding]:
+    """States that a tensor does not have and others of its parameter group do: a copy that was cut short."""
+    for group in groups:
+        trained = {n: found.tensors[n] for n in group.tensors if n in found.tensors}
+        kept = dict.fromkeys(s for t in trained.values() for s in t.states if s != PARAM)
+        for name, tensor in trained.items():
+            for state in kept:
+                if state not in tensor.states:
+                    file = f"{FOLDER}/{name}/{file_of(state)}.pt"
+                    others = next(n for n, t in trained.items() if state in t.states)
+                    yield Finding(
+                        "missing-file",
+                        "error",
+                        Where((file,), (name,), (state,)),
+                        f"{state} of every tensor of a parameter group",
+                        f"{file} is not there, which {others} has",
+                        "copy the missing files from where the folder was written, or convert again",
+                        "files",
+                        f"{os.path.join(found.folder.path, file)}: missing: {name} has no {state}, which {others} has: "
+                        "copy it from where the folder was written, or convert again",
+                    )
 
 
 def _groups(

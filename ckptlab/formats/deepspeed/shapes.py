@@ -1,0 +1,267 @@
+"""Which tensors the optimizer of each rank knows, in memory order, where its model file does not say it as DeepSpeed
+does today: in `param_shapes`, one dictionary a flat buffer.
+
+DeepSpeed before 0.6 kept them in the optimizer files, some wrote one dictionary for several buffers, and training
+without ZeRO names no tensor at all: there they are found by what is stored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ckptlab.catalog import MASTER
+from ckptlab.findings import Faults, Finding, Where
+from ckptlab.formats.deepspeed.files import Rank, StepFolder
+from ckptlab.formats.deepspeed.headers import ModelFile, OptimizerFile, Shapes, WholeOptimizer, Wrapper
+from ckptlab.stored import Stored
+
+_SAMPLE = 32  # elements at either end of a tensor by which it is recognised
+_MOST = 20_000  # ways to go on that are followed at a time
+
+Named = Sequence[tuple[str, Stored]]
+
+
+def told(folder: StepFolder, faults: Faults) -> StepFolder:
+    """The folder with `shapes` in every model file, as far as they are known."""
+    heads: dict[Rank, tuple[ModelFile, ...]] = {}
+    taken = 0  # layers that earlier stages of a pipeline have
+    for rank, files in folder.heads.items():
+        head, found = files[0], files[0].shapes
+        if rank in folder.optims:
+            optims = folder.optims[rank]
+            found = (
+                found if found is not None else optims[0].shapes or _by_spans(folder, rank) or _by_values(folder, rank)
+            )
+            if found is not None and len(found) == 1 < len(optims[0].states):
+                with faults.caught("contradiction", os.path.basename(head.path)):
+                    found = _parted(found[0], optims) or found
+        elif found is None and head.optimizer is not None and rank[1] == 0:
+            found, taken = _of_stage(folder, rank, head.optimizer, taken)
+            if found is None:
+                faults.report(_unnamed(folder.path, head))
+        elif found is None and head.optimizer is not None:  # tp ranks hold the same tensors
+            first = heads[rank[0], 0][0].shapes
+            every = [one for layer in folder.layers for one in _layer(folder, layer, rank[1])]
+            weights = dict([*_weights(folder, rank), *every])
+            found = first and tuple({n: weights[n].shape for n in group if n in weights} for group in first)
+        elif found is None:
+            found = None if folder.is_pipeline else ({name: stored.shape for name, stored in _weights(folder, rank)},)
+        heads[rank] = tuple(replace(file, shapes=found) for file in files)
+    return replace(folder, heads=heads)
+
+
+def _unnamed(path: str, head: ModelFile) -> Finding:
+    found = (
+        "the optimizer (without ZeRO) names no tensor, and its order and shapes fit the module in no way, or in "
+        "several (frozen tensors of the same shape as trained ones, say): its states are left out, weights are read"
+    )
+    todo = "save the run again with ZeRO-1, which names them, if the optimizer is needed"
+    where = Where((os.path.basename(head.path),))
+    return Finding(
+        "optimizer-unnamed", "warning", where, "states of known tensors", found, todo, "headers", f"{path}: {found}"
+    )
+
+
+def _parted(joined: Shapes, optims: Sequence[OptimizerFile]) -> tuple[Shapes, ...] | None:
+    """Shapes of several buffers in one dictionary, cut where buffers end: by the names that slice mappings list, else
+    by the buffers' sizes. None where neither tells."""
+    groups = range(len(optims[0].states))
+    if all(len(f.spans) == len(groups) for f in optims):
+        listed = [{name for f in optims for name in f.spans[b]} for b in groups]
+        if sum(map(len, listed)) == len(joined) == len(set().union(*listed)):
+            return tuple({n: s for n, s in joined.items() if n in names} for names in listed)
+    zero3 = optims[0].wrapper is Wrapper.ZERO3
+    left, parts = iter(joined.items()), []
+    for b in groups:
+        stored = sum(f.states[b][MASTER].numel for f in (optims[:1] if zero3 else optims))
+        if optims[0].wrapper is Wrapper.BF16:
+            stored -= sum(f.paddings[b] for f in optims if b < len(f.paddings))
+        part, held = {}, 0
+        while held < stored and (one := next(left, None)) is not None:
+            part[one[0]] = one[1]
+            held += -(-math.prod(one[1]) // len(optims)) if zero3 else math.prod(one[1])
+        if held != stored:
+            return None
+        parts.append(part)
+    return tuple(parts) if next(left, None) is None else None
+
+
+def _by_spans(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
+    """Shapes of the tensors that slice mappings list, in memory order: those of the module's weights."""
+    optims = folder.optims[rank]
+    groups = range(len(optims[0].states))
+    if not all(len(f.spans) == len(groups) for f in optims):
+        return None
+    found = []
+    for b in groups:
+        names = [name for f in optims for name, _ in sorted(f.spans[b].items(), key=lambda one: one[1][0])]
+        weights = {name: _weight(folder, rank, name) for name in names}
+        if None in weights.values():
+            return None
+        found.append({name: weight.shape for name, weight in weights.items() if weight is not None})
+    return tuple(found)
+
+
+def _weight(folder: StepFolder, rank: Rank, name: str) -> Stored | None:
+    """The module's weight of a tensor that the optimizer knows by that name."""
+    if not folder.is_pipeline:
+        return (folder.heads[rank][0].module or {}).get(name)
+    first, _, key = name.partition(".")
+    if first.isdecimal():
+        return folder.layers[int(first)][rank[1]].get(key) if int(first) in folder.layers else None
+    key = key.partition(".")[2]  # tied_modules.KEY.…, in the file of the first layer that has it
+    return next((by_tp[rank[1]][key] for by_tp in folder.layers.values() if key in by_tp[rank[1]]), None)
+
+
+# ---------------------------------------------------------------- tensors without names
+
+
+def _by_values(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
+    """Shapes of the tensors in flat buffers of ZeRO-1 and 2 that nothing names: those of the module, whose weights are
+    the masters rounded."""
+    optims = folder.optims[rank]
+    if folder.is_pipeline or optims[0].wrapper is Wrapper.ZERO3:
+        return None
+    groups = []
+    for b in range(len(optims[0].states)):
+        parts = tuple(f.states[b][MASTER] for f in optims)
+        padding = sum(f.paddings[b] for f in optims if b < len(f.paddings)) if optims[0].wrapper is Wrapper.BF16 else 0
+        groups.append(_Group((), parts, sum(p.numel for p in parts) - padding))
+    return _assigned(list(_weights(folder, rank)), groups)
+
+
+def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Stored]]:
+    """The weights in the module of a rank in the model's order, each once."""
+    head, seen = folder.heads[rank][0], set()
+    for name, stored in (head.module or {}).items():
+        place = (stored.offset, stored.shape)
+        if name not in head.buffers and name not in head.shared and place not in seen:
+            seen.add(place)
+            yield name, stored
+
+
+def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Stored]]:
+    """The weights of a layer file. One that is tied has the name that the training program told, where it did."""
+    held = folder.layers[layer][tp]
+    info = folder.first.content.get("universal_checkpoint_info")
+    lists = info.values() if isinstance(info, Mapping) else ()
+    patterns = {p for names in lists if isinstance(names, (list, tuple)) for p in names if isinstance(p, str)}
+    tied = {".".join(p.split(".")[:2]) for p in patterns if p.startswith("tied_modules.")}
+    prefix = next((t for t in sorted(tied) if any(f"{t}.{key}" in patterns for key in held)), str(layer))
+    return [(f"{prefix}.{key}", stored) for key, stored in held.items()]
+
+
+def _of_stage(
+    folder: StepFolder, rank: Rank, optimizer: WholeOptimizer, taken: int
+) -> tuple[tuple[Shapes, ...] | None, int]:
+    """The tensors of each group of an optimizer, and how many layers its stage and those before it have.
+
+    A stage of a pipeline has consecutive layers, all of whose tensors are trained; a tied layer of an earlier stage
+    stands before them.
+    """
+    groups = _Group.of(optimizer)
+    if not folder.is_pipeline:
+        return _assigned(list(_weights(folder, rank)), groups), 0
+    layers = list(folder.layers)
+    by_shape = [replace(g, masters=()) for g in groups if g.shapes]  # copies of tied tensors need not be equal
+    for wanted, end in itertools.product((groups, by_shape), range(taken + 1, len(layers) + 1)):
+        own = [one for layer in layers[taken:end] for one in _layer(folder, layer, rank[1])]
+        for tied in (None, *layers[:taken]):
+            named = own if tied is None else [*_layer(folder, tied, rank[1]), *own]
+            named.sort(key=lambda one: not one[0].startswith("tied_modules."))
+            found = _assigned(named, wanted, frozen=False)
+            if found is not None:
+                return found, end
+    return None, taken
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A parameter group whose parameters have no names. `masters` are one for each of `shapes`, or, where there are no
+    shapes, one flat tensor in pieces; none where the module's own weights are. `end`: parameters, or elements."""
+
+    shapes: tuple[tuple[int, ...] | None, ...]
+    masters: tuple[Stored, ...]
+    end: int
+
+    @classmethod
+    def of(cls, optimizer: WholeOptimizer) -> list[_Group]:
+        """The groups of an optimizer without ZeRO."""
+        found = []
+        for g, states in enumerate(optimizer.states):
+            masters = () if optimizer.masters is None else optimizer.masters[g]
+            shapes = [m.shape for m in masters] or [next((s.shape for s in one.values()), None) for one in states]
+            flat = optimizer.fused
+            found.append(cls((), masters, masters[0].numel) if flat else cls(tuple(shapes), masters, len(shapes)))
+        return found
+
+    def after(self, at: int, weight: Stored) -> int | None:
+        """Where the group goes on if the weight is what stands at `at`; None if that cannot be."""
+        if not self.shapes:
+            end = at + weight.numel
+            return end if end <= self.end and _rounds(self.masters, at, weight) else None
+        if at >= self.end or self.shapes[at] not in (None, weight.shape):
+            return None
+        return at + 1 if not self.masters or _rounds((self.masters[at],), 0, weight) else None
+
+
+def _rounds(parts: Sequence[Stored], at: int, weight: Stored) -> bool:
+    """Whether a weight is the master from element `at` of these pieces on, rounded: by the elements at both ends."""
+    count = min(_SAMPLE, weight.numel)
+    held = weight.flat
+    for lo in (0, weight.numel - count):
+        found = _elements(parts, at + lo, count).astype(held.dtype)
+        if not np.array_equal(held[lo : lo + count], found, equal_nan=held.dtype.kind == "f"):
+            return False
+    return True
+
+
+def _elements(parts: Sequence[Stored], lo: int, count: int) -> np.ndarray:
+    found, begin = [], 0
+    for part in parts:
+        first, last = max(lo - begin, 0), min(lo + count - begin, part.numel)
+        if first < last:
+            found.append(part.reshape((part.numel,)).elements(first, last - first).map())
+        begin += part.numel
+    return np.concatenate(found) if found else np.empty(0, np.float32)
+
+
+# how far each group is → (in how many ways, from where, by which group), as far as 2
+_Ways = dict[tuple[int, ...], tuple[int, tuple[int, ...] | None, int | None]]
+
+
+def _assigned(named: Named, groups: Sequence[_Group], frozen: bool = True) -> tuple[Shapes, ...] | None:
+    """The one way in which the groups' parameters, each group in the module's order, are weights of the module.
+
+    frozen: weights may be left over. None if there is no way, or more than one.
+    """
+    steps: list[_Ways] = [{(0,) * len(groups): (1, None, None)}]
+    for _, weight in named:
+        ways: _Ways = {}
+        for at, (count, _, _) in steps[-1].items():
+            nexts = [(at, None)] if frozen else []
+            for g, group in enumerate(groups):
+                if (after := group.after(at[g], weight)) is not None:
+                    nexts.append(((*at[:g], after, *at[g + 1 :]), g))
+            for after_all, by in nexts:
+                known = ways.get(after_all, (0, None, None))[0]
+                ways[after_all] = (min(known + count, 2), at, by)
+        if len(ways) > _MOST:
+            return None
+        steps.append(ways)
+    at: tuple[int, ...] | None = tuple(group.end for group in groups)
+    if steps[-1].get(at, (0,))[0] != 1:
+        return None
+    found: list[dict[str, tuple[int, ...]]] = [{} for _ in groups]
+    for (name, weight), ways in zip(reversed(named), reversed(steps), strict=False):
+        assert at is not None
+        _, at, by = ways[at]
+        if by is not None:
+            found[by] = {name: weight.shape, **found[by]}
+    return tuple(found)

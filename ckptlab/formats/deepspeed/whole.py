@@ -1,0 +1,130 @@
+"""The optimizer of a run without ZeRO: whole states of each shard in the model files, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ckptlab.catalog import MASTER, PARAM, Fragment, ParameterGroup
+from ckptlab.formats.deepspeed.files import Rank, StepFolder
+from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
+from ckptlab.formats.deepspeed.module import ModuleWeights
+from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, match_groups
+from ckptlab.formats.deepspeed.options import fused_of
+from ckptlab.formats.torch.torchfile import Pending
+from ckptlab.plan import Holder
+from ckptlab.stored import Stored
+
+if TYPE_CHECKING:
+    from ckptlab.formats.deepspeed.write import NativeWriter
+
+Pieces = dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]]
+
+
+def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles:
+    """What the model files hold of an optimizer; nothing where there is none, or its parameters could not be named."""
+    pieces: Pieces = {}
+    stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = [[] for _ in range(folder.mesh.pp)]
+    scalars: dict[str, Mapping[str, Any]] = {}
+    named = False
+    for rank, (head, *_) in folder.heads.items():
+        optimizer = head.optimizer
+        if optimizer is None or head.shapes is None or len(head.shapes) != len(optimizer.options):
+            continue
+        named = True
+        if rank[1] == 0:
+            stages[rank[0]] = [(o, tuple(names)) for o, names in zip(optimizer.options, head.shapes, strict=True)]
+        for g, names in enumerate(head.shapes):
+            scalars.update(dict.fromkeys(names, optimizer.scalars[g]))
+        for name, state, fragment in _fragments(optimizer, head.shapes, module, rank):
+            pieces.setdefault((name, state), {})[Holder(pp=rank[0], tp=rank[1])] = (fragment,)
+    groups, _ = match_groups(folder.path, stages)
+    stage = folder.config.stage
+    return OptimizerFiles(
+        Wrapper.WHOLE if named else Wrapper.NONE,
+        stage or 0,
+        tuple(ParameterGroup(g.options, g.tensors, scalars[g.tensors[0]]) for g in groups if g.tensors),
+        (),
+        {},
+        False,
+        False,
+        {},
+        pieces,
+    )
+
+
+def _fragments(
+    optimizer: WholeOptimizer, shapes: tuple[Mapping[str, tuple[int, ...]], ...], module: ModuleWeights, rank: Rank
+) -> Iterator[tuple[str, str, Fragment]]:
+    """(tensor, state, where it lies on a rank) of all that an optimizer keeps. What it steps is the module's own weight
+    where it has no other."""
+    holder = Holder(pp=rank[0], tp=rank[1])
+    for g, names in enumerate(shapes):
+        done = 0
+        for k, (name, shape) in enumerate(names.items()):
+            count = math.prod(shape)
+            kept: dict[str, Stored] = dict(optimizer.states[g][0 if optimizer.fused else k])
+            if optimizer.masters is not None:
+                kept = {MASTER: optimizer.masters[g][0 if optimizer.fused else k], **kept}
+            elif (own := module.pieces.get(name, {}).get(holder)) is not None:
+                yield name, MASTER, own[0]
+            for state, stored in kept.items():
+                yield name, state, Fragment(0, stored.elements(done, count) if optimizer.fused else stored)
+            done += count
+
+
+def whole_state(writer: NativeWriter, stage: int, tp: int, rank: int) -> dict[str, Any]:
+    """The optimizer of a (pp stage, tp rank) as its engine keeps it: torch's own in float32, else DeepSpeed's
+    FP16_UnfusedOptimizer or, flat, FP16_Optimizer."""
+    target, source = writer.target, writer.source.private
+    state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    masters: list[list[Pending]] = []
+    fused = fused_of(writer.source, target.private.options) and target.private.dtype != "fp32"
+    for index, group in enumerate(target.groups):
+        names = [n for n in group.tensors if stage in target.tensors[n].stages]
+        if not names:
+            continue
+        shards = [
+            {s: writer.shard(n, s, stage, tp, rank) for s in target.tensors[n].states if s != PARAM} for n in names
+        ]
+        if fused:
+            shards = [{s: _joined([one[s] for one in shards]) for s in shards[0]}]
+        ids = list(range(len(state), len(state) + len(shards)))
+        masters.append([one[MASTER] for one in shards if MASTER in one])
+        for i, one in zip(ids, shards, strict=True):
+            state[i] = writer.scalars(index) | {s: held for s, held in one.items() if s != MASTER}
+        groups.append({**group.options, "params": ids})
+    base = {"state": state, "param_groups": groups}
+    if target.private.dtype == "fp32":
+        return base
+    held = source.folder.first.optimizer
+    same = held is not None and source.dtype == target.private.dtype
+    scale = {k: held.content[k] for k in _SCALE if k in held.content} if same and held else _scale(writer)
+    if fused:
+        clip = source.extras.get("clip_grad", held.content.get("clip_grad") if held else None)
+        clip = writer.config.get("gradient_clipping", 0.0) if clip is None else clip
+        return {**scale, "optimizer_state_dict": base, "fp32_groups_flat": [m[0] for m in masters], "clip_grad": clip}
+    return {**scale, "optimizer_state_dict": base, "fp32_groups": masters}
+
+
+_SCALE = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
+
+
+def _scale(writer: NativeWriter) -> dict[str, Any]:
+    """The loss scale, as that of the source's own scaler says it; a new one where it had none."""
+    dynamic = writer.target.private.dtype == "fp16"
+    scaler = writer.source.private.extras.get("loss_scaler")
+    known = getattr(scaler, "attributes", None) or {}
+    made = {"dynamic_loss_scale": dynamic, "cur_scale": 2.0**16 if dynamic else 1.0, "cur_iter": 0}
+    if dynamic:
+        made |= {"last_overflow_iter": -1, "scale_factor": 2.0, "scale_window": 1000}
+        made |= {k: known[k] for k in _SCALE if k in known and known.get("dynamic")}
+    return made
+
+
+def _joined(shards: list[Pending]) -> Pending:
+    """One flat tensor of several, one after the other."""
+    parts = tuple(part for shard in shards for part in shard.parts)
+    return Pending(shards[0].dtype, (sum(math.prod(s.shape) for s in shards),), parts)

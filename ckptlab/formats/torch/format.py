@@ -1,0 +1,39 @@
+"""Whole weights in files of torch.save, as a format: `pytorch_model.bin`, and any single file of a state dict."""
+
+from __future__ import annotations
+
+import re
+
+from ckptlab.catalog import Catalog
+from ckptlab.findings import Faults
+from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.formats.known import TorchScript
+from ckptlab.sharding.strategies import Strategy
+
+_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = re.compile(
+    r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+)?\.bin|(?:adapter_)?model\.(?:bin|pt|pth)|consolidated\.pth"
+)
+_OF_RANKS = re.compile(r".*_states\.pt")  # DeepSpeed's, which say nothing by themselves
+
+
+class Torch(Format):
+    name = "torch"
+    title = "weights in files of torch.save, without an optimizer"
+    sharded = False
+
+    def recognise(self, folder: Listing) -> Match | None:
+        if folder.is_file:
+            name = folder.path.rpartition("/")[2]
+            ours = name.endswith(_SUFFIXES) and not _OF_RANKS.fullmatch(name)
+            program = ours and TorchScript().recognise(folder) is not None
+            return Match(folder.path, self.name, weights_only=True) if ours and not program else None
+        if any(name.endswith(".safetensors") for name in folder.names):  # the same weights, as a rule
+            return None
+        ours = any(_WEIGHTS.fullmatch(name) for name in folder.names)
+        return Match(folder.path, self.name, weights_only=True) if ours else None
+
+    def read(self, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        from ckptlab.formats.torch.read import read_weights
+
+        return read_weights(path, faults, _WEIGHTS)

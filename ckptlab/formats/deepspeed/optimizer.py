@@ -163,7 +163,8 @@ def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> Flat
     if files[0].wrapper is Wrapper.ZERO3:
         return FlatBuffer.per_tensor(tuple(shapes), counts, len(files))
     # ZeRO-1/2 keep the last rank's padding out of its masters. The longest is right even where files were swapped
-    held = max(f.states[b][MASTER].numel + (f.paddings[b] if b < len(f.paddings) else 0) for f in files)
+    left_out = [f.paddings[b] if f.wrapper is Wrapper.ZERO12 and b < len(f.paddings) else 0 for f in files]
+    held = max(f.states[b][MASTER].numel + padding for f, padding in zip(files, left_out, strict=True))
     alignment = files[0].alignment
     return FlatBuffer.contiguous(tuple(shapes), counts, len(files), alignment[b] if b < len(alignment) else None, held)
 

@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,13 +18,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from compare import ZERO2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError, UnsupportedError
-from ckptlab.formats.torch import pickles, torchfile
+import ckptlab
+from ckptlab import convert
+from ckptlab.cli import main
+from ckptlab.errors import CheckpointError, CkptlabError, DestinationError, UnsafeFileError, UnsupportedError
+from ckptlab.formats.fileplan import FilePlan, Literal
+from ckptlab.formats.torch import pickles, torchfile, torchzip
 from ckptlab.formats.torch.pickles import Foreign, foreign, named
 from ckptlab.stored import Stored
+from ckptlab.words import escaped
 
 DATA = np.arange(8, dtype=np.float32).tobytes()
 UNTYPED = named("torch.storage", "UntypedStorage")
@@ -262,7 +270,7 @@ def test_deep_nesting_ends_in_an_error_or_a_value_and_never_the_process(tmp_path
     }
     paths = [str(forge(tmp_path / f"{name}.pt", data=data)) for name, data in deep.items()]
     code = (
-        "import sys; from ckptlab.formats import torchfile; from ckptlab.errors import CheckpointError\n"
+        "import sys; from ckptlab.formats.torch import torchfile; from ckptlab.errors import CheckpointError\n"
         "for path in sys.argv[1:]:\n"
         "    try: torchfile.write(path + '2', torchfile.read(path))\n"
         "    except CheckpointError as error: print(error, flush=True)"
@@ -560,3 +568,170 @@ def test_threads_read_and_map_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+# Names that would become paths
+
+
+BAD_NAMES = {
+    "../../../outside/x": "lead elsewhere",
+    "a/../../../../outside/y": "lead elsewhere",
+    "/etc/x": "lead elsewhere",
+    "..": "lead elsewhere",
+    "a//b": "lead elsewhere",
+    "a/": "lead elsewhere",
+    "": "lead elsewhere",
+    "nul\0nul": "holds a NUL",
+    "lone\ud800": "lone surrogates",
+    "x" * 300: "too long",
+    "/".join(["deep"] * 1500): "too long",
+    "ckptlab-journal.json": "ckptlab keeps",
+    "a.tmp": "ckptlab keeps",
+}
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_inside_of_a_file_never_lead_out_of_the_destination(tmp_path, name):
+    plan = FilePlan(name, (Literal(b"x"),))
+    with pytest.raises(DestinationError, match=BAD_NAMES[name]) as caught:
+        convert.run([FilePlan("fine", (Literal(b"x"),)), plan], str(tmp_path / "deep" / "out"), {})
+    assert len(str(caught.value)) < 600
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "names", [("a", "a"), ("a", "a/b"), ("a/b/c", "a/b"), ("optimizer_state.pt/x", "optimizer_state.pt")]
+)
+def test_names_that_collide_are_refused(tmp_path, names):
+    with pytest.raises(DestinationError, match=r"collide|two files"):
+        convert.run([FilePlan(name, (Literal(b"x"),)) for name in names], str(tmp_path / "out"), {})
+
+
+@pytest.mark.parametrize(
+    "state", ["../../../../outside/x", "../../../global_step3/mp_rank_", "nul\0", "exp\ud800", "x" * 300]
+)
+def test_states_of_universal_folders_never_lead_out(tmp_path, state, monkeypatch):
+    folder = Path(shutil.copytree(ZERO2, tmp_path / "run")) / "global_step3"
+    for file in folder.glob("*optim_states.pt"):
+        content = torchfile.read(file)
+        for held in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+            held[state] = held.pop("exp_avg")
+        torchfile.write(tmp_path / "forged", content)
+        os.replace(tmp_path / "forged", file)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    with pytest.raises(DestinationError, match="cannot be the name of a file") as caught:
+        ckptlab.open(folder).reshape(format="universal").save(tmp_path / "out" / "universal")
+    assert len(str(caught.value)) < 1000
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+# Memory and time
+
+
+def op(name: bytes, index: int) -> bytes:
+    return name + struct.pack("<I", index)
+
+
+def doubled(last: bytes, kind: bytes = b"\x86") -> bytes:
+    """2^60 of something by reference, then used."""
+    steps = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + kind + b"q" + bytes([i + 1]) for i in range(60))
+    return raw(b"}", b"N\x85q\x00", steps, last)
+
+
+BOMBS = {
+    "a memo of 3 GB": raw(b"N", op(b"r", 200_000_000)),
+    "a memo of 5 GB": raw(b"N", b"p1000000000\n"),
+    "doubled 50 million times": raw(b"]", b"2" * 50_000_000),
+    "20 million dicts": raw(b"}" * 20_000_000),
+    "20 million lists": raw(b"]" * 20_000_000),
+    "20 million marks": raw(b"(" * 20_000_000),
+    "100,000 names": raw(b"".join(b"cm\nn%d\n" % i for i in range(100_000))),
+    "2 million calls": raw(b"cm\nn\n", b")R" * 2_000_000),
+    "30,000 placeholders as keys": raw(b"}", b"cm\nn\nq\x00", b"".join(b"h\x00)RN}" + b"bNs" for _ in range(30_000))),
+    "60,000 integers of one hash": pickle.dumps({i * (2**61 - 1): 0 for i in range(1, 60_000)}, 2),
+    "tuples of 2^60 as a key": doubled(b"Ns"),
+    "tuples and None of 2^60 as a key": doubled(b"Ns", b"N\x87"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_pickle_costs_little_whatever_it_asks_for(tmp_path, bomb):
+    path = forge(tmp_path / "a.pt", data=BOMBS[bomb])
+    code = (
+        "import resource, sys; from ckptlab.formats.torch import torchfile; from ckptlab.errors import CkptlabError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: torchfile.read(sys.argv[1])\n"
+        "except CkptlabError as error: print(len(str(error)), str(error).startswith(sys.argv[1]))\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(used.ru_maxrss - before < 600 << 10, used.ru_utime < 30)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    told = done.stdout.split()
+    assert told[1:] == ["True", "True", "True"], done.stdout
+    assert int(told[0]) < 1000
+
+
+def test_a_file_of_100_000_storages_opens(tmp_path):
+    content = {f"layers.{i}.weight": np.zeros(1, np.float32) for i in range(100_000)}
+    torchfile.write(tmp_path / "a.pt", content)
+    assert len(torchfile.read(tmp_path / "a.pt")) == 100_000
+
+
+def test_what_is_shown_of_a_placeholder_is_a_line():
+    deep = foreign("m", "n", "x" * 1000)
+    for _ in range(100):
+        deep = foreign("m", "n", deep, deep)
+    assert len(repr(deep)) < 5000
+
+
+def holed(path: Path, name: str, size: int) -> Path:
+    """A file whose record `name` is so many bytes of holes."""
+    end = _end(path, name, size)
+    with open(path, "r+b") as file:
+        file.seek(0, 2)
+        file.truncate(file.tell() + size)
+        file.seek(0, 2)
+        file.write(end)
+    return path
+
+
+def _end(path: Path, name: str, size: int) -> bytes:
+    entry = torchzip._Entry(name.encode(), 0, size, 0)
+    path.write_bytes(entry.local_header())
+    directory = entry.central_header()
+    return directory + torchzip._end_of_directory(1, len(directory), path.stat().st_size + size)
+
+
+@pytest.mark.parametrize("size", [3 << 30, 20 << 30])
+def test_a_pickle_of_holes_is_refused_unread(tmp_path, size):
+    refused(holed(tmp_path / "a.pt", "archive/data.pkl", size), UnsafeFileError, "more than the")
+
+
+def test_a_terabyte_of_holes_is_no_zip(tmp_path):
+    with open(tmp_path / "a.pt", "wb") as file:
+        file.truncate(1 << 40)
+    refused(tmp_path / "a.pt", CheckpointError, "is not a file of torch.save")
+
+
+def test_a_directory_of_200_gb_is_refused_unread(tmp_path):
+    path = forge(tmp_path / "a.pt", {})
+    data = path.read_bytes()
+    at = data.rindex(b"PK\5\6")
+    path.write_bytes(data[: at + 12] + struct.pack("<I", 0xF0000000) + data[at + 16 :])
+    refused(path, UnsafeFileError, "directory is said to have")
+
+
+def test_what_is_no_ordinary_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", CheckpointError, "no ordinary file")
+    (tmp_path / "b.pt").symlink_to("/dev/zero")
+    refused(tmp_path / "b.pt", CheckpointError, "no ordinary file")
+
+
+def test_names_do_not_command_the_terminal(tmp_path):
+    assert escaped("a\x1b[31m\x1b]0;title\x07\u202eb\ud800\nc") == "a\\x1b[31m\\x1b]0;title\\x07\\u202eb\\ud800\nc"
+    result = CliRunner().invoke(main, ["info", str(tmp_path / "x\x1b[31m")])
+    assert "\x1b" not in result.stderr
+    assert "\\x1b[31m" in result.stderr

@@ -553,7 +553,7 @@ def test_records_beyond_four_gigabytes(tmp_path):
 def test_neither_torch_nor_the_classes_are_imported(tmp_path):
     torch.save({"w": torch.arange(4), "args": argparse.Namespace(tp=2)}, tmp_path / "a.pt")
     code = (
-        "import sys; from ckptlab.formats import torchfile\n"
+        "import sys; from ckptlab.formats.torch import torchfile\n"
         f"value = torchfile.read({str(tmp_path / 'a.pt')!r}); value['w'].map()\n"
         f"torchfile.write({str(tmp_path / 'b.pt')!r}, value)\n"
         "print(sorted({'torch', 'xarray', 'jax', 'einx'} & set(sys.modules)))"

@@ -12,7 +12,7 @@ from functools import partial as with_arguments
 from typing import Any
 
 from ckptlab import pool
-from ckptlab.convert import disk, manifest
+from ckptlab.convert import disk, manifest, names
 from ckptlab.convert.journal import JOURNAL, TEMPORARY, Done, Journal, crc_of, finished
 from ckptlab.convert.sources import Run, Seen, Source, Verified, unchanged
 from ckptlab.errors import DestinationError
@@ -70,6 +70,7 @@ def run(
             raise DestinationError(f"{destination} exists already: remove it, or name another destination")
         _appear(destination, latest, sync)
         return Report(destination, pointer, len(plans), len(plans), 0)
+    names.checked((plan.name for plan in plans), destination)
     journal = Journal(partial, identity)
     with journal.file:
         stamp = source.stamp() if source is not None else []

@@ -8,10 +8,9 @@ read a second time for them; hence only when asked for.
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from bisect import bisect
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ckptlab import pool
 from ckptlab.analysis.checkup.jobs import stored_in
@@ -19,7 +18,9 @@ from ckptlab.convert import manifest
 from ckptlab.convert.journal import crc_of
 from ckptlab.findings import Collecting, Finding, Where
 from ckptlab.formats.checksum import crc32_combine
+from ckptlab.formats.torch import torchzip
 from ckptlab.formats.torch.torchfile import Contents
+from ckptlab.formats.torch.torchzip import Summed
 from ckptlab.pool import Workers
 from ckptlab.words import number_of, some
 
@@ -27,15 +28,55 @@ _PIECE = 1 << 20  # bytes that are read at a time
 _PART = 1 << 26  # bytes of a file that one task reads
 
 
+_Records = tuple[str, tuple[Summed, ...]]
+
+
 def checksums(found: Collecting, workers: Workers = None, progress: bool = False) -> Iterator[Finding]:
-    """Findings on records whose bytes are not those that were written. (Safetensors have no checksums.)"""
+    """Findings on records whose bytes are not those that were written: those that torch reads, and no others.
+    (Safetensors have no checksums.)"""
     names = [n for n, contents in found.files.items() if isinstance(contents, Contents)]
-    paths = [os.path.join(found.folder, n) for n in names]
-    with pool.progress(sum(map(os.path.getsize, paths)), "checksums", "B", progress) as bar:
-        results = pool.run(_wrong, paths, on=workers, size=os.path.getsize, bar=bar)
-        for name, (wrong, records) in zip(names, results, strict=True):
-            if wrong:
-                yield _without(name) if len(wrong) == records > 1 else _damaged(found, name, wrong)
+    files = [_records(os.path.join(found.folder, n), found.files[n].value) for n in names]
+    with pool.progress(sum(map(_bytes, files)), "checksums", "B", progress) as bar:
+        results = pool.run(_wrong, files, on=workers, size=_bytes, bar=bar)
+        for name, (_, records), wrong in zip(names, files, results, strict=True):
+            if not records or len(wrong) == len(records) > 1:
+                yield _without(name)
+            elif wrong:
+                yield _damaged(found, name, wrong)
+
+
+def _records(path: str, content: Any) -> _Records:
+    """The records of a file that hold its pickle and the little ones beside it, and those in which tensors lie."""
+    starts = sorted({stored.offset for _, stored in stored_in(content)})
+    held = (r for r in torchzip.summed(path) if r.size)
+    return path, tuple(r for r in held if r.size <= _PIECE or bisect(starts, r.end - 1) > bisect(starts, r.offset - 1))
+
+
+def _bytes(file: _Records) -> int:
+    return sum(record.size for record in file[1])
+
+
+def _wrong(file: _Records) -> list[Summed]:
+    """The records of a file whose checksum is not that of their bytes."""
+    path, records = file
+    return [record for record in records if crc_of(path, record.offset, record.size) != record.crc]
+
+
+def _damaged(found: Collecting, name: str, wrong: Sequence[Summed]) -> Finding:
+    tensors = [
+        key
+        for key, stored in stored_in(found.files[name].value)
+        if any(r.offset <= stored.offset < r.end for r in wrong)
+    ]
+    said = some([record.name for record in wrong], 4)
+    return Finding(
+        "checksum",
+        "error",
+        Where(files=(name,), tensors=tuple(tensors)),
+        "the bytes that were written, by the CRC-32 beside each record",
+        f"{name}: {number_of(len(wrong), 'record')} with other bytes: {said}",
+        "copy the file again from the run's storage, and look after the disk or memory that it went through",
+    )
 
 
 def against_manifest(
@@ -108,42 +149,6 @@ def _no_manifest(folder: str, message: str) -> Finding:
         "a manifest that can be read",
         message.replace(f"{folder}{os.sep}", ""),
         "remove it, or convert again: without it flipped bits are not found",
-    )
-
-
-def _wrong(path: str) -> tuple[list[zipfile.ZipInfo], int]:
-    """The records of a file whose checksum is not that of their bytes, and how many records there are."""
-    wrong = []
-    with zipfile.ZipFile(path) as archive:
-        records = [info for info in archive.infolist() if info.file_size]
-        for info in records:
-            try:
-                with archive.open(info) as record:
-                    while record.read(_PIECE):
-                        pass
-            except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, ValueError, EOFError):
-                wrong.append(info)  # damaged, encrypted, of a method that nobody knows
-    return wrong, len(records)
-
-
-def _starts(found: Collecting, name: str) -> list[int]:
-    with zipfile.ZipFile(os.path.join(found.folder, name)) as archive:
-        return [info.header_offset for info in archive.infolist()]
-
-
-def _damaged(found: Collecting, name: str, wrong: Sequence[zipfile.ZipInfo]) -> Finding:
-    starts = sorted(_starts(found, name))
-    hit = {info.header_offset for info in wrong}
-    # a tensor lies in the last record that begins before it
-    tensors = [k for k, s in stored_in(found.files[name].value) if starts[bisect(starts, s.offset) - 1] in hit]
-    said = some([info.filename.partition("/")[2] for info in wrong], 4)
-    return Finding(
-        "checksum",
-        "error",
-        Where(files=(name,), tensors=tuple(tensors)),
-        "the bytes that were written, by the CRC-32 beside each record",
-        f"{name}: {number_of(len(wrong), 'record')} with other bytes: {said}",
-        "copy the file again from the run's storage, and look after the disk or memory that it went through",
     )
 
 

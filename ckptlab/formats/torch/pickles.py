@@ -15,7 +15,9 @@ from types import FunctionType, MappingProxyType
 from typing import Any, BinaryIO, ClassVar
 
 from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError
-from ckptlab.formats.torch.placeholders import Foreign, Global, foreign, named
+from ckptlab.formats.torch import budget
+from ckptlab.formats.torch.placeholders import Foreign, Global, foreign, keys_at_most, named
+from ckptlab.words import brief, shorten
 
 __all__ = [
     "PLAIN_VALUES",
@@ -33,6 +35,8 @@ __all__ = [
 # A tuple's hash recurses in C without a check: used as a key, one 100,000 deep fits in a stack of 8 MiB, one
 # 150,000 deep ends the process.
 DEEPEST_TUPLE = 50_000
+LARGEST_TUPLE = 10_000_000
+FOREIGN_KEYS = 2_000  # placeholders in the place of keys: those of one class are compared with one another
 
 # Their opcodes' methods are no documented interface, and are missing from the type stubs.
 _PythonPickler: Any = pickle._Pickler
@@ -113,25 +117,30 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Global:
         self.globals_seen.add((module, name))
+        if len(self.globals_seen) > budget.GLOBALS:
+            raise UnsafeFileError(f"its pickle names more than {budget.GLOBALS:,} classes and functions; do not use it")
         return self.known.get((module, name)) or named(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         raise UnsafeFileError(f"it refers to {pid!r}, something outside its pickle, where no such thing is")
 
     def _load(self) -> Any:
-        if tuple_opcodes_at_most(self._data) > DEEPEST_TUPLE:
+        unfolds = budget.examine(self._data)
+        if unfolds or tuple_opcodes_at_most(self._data) > DEEPEST_TUPLE:
             _Rehearsal(io.BytesIO(self._data), encoding="utf-8").load()
-        return super().load()
+        with keys_at_most(FOREIGN_KEYS):
+            return super().load()
 
     def load(self) -> Any:
         """The object in the pickle. Raises UnsafeFileError or CheckpointError, whatever the pickle does."""
         try:
             return self._load()
         except CkptlabError as error:
-            raise type(error)(f"{self.source}: {error}") from None
+            raise type(error)(f"{self.source}: {shorten(str(error), 400)}") from None
         except Exception as error:  # a hostile or cut pickle may raise anything
+            said = f"{type(error).__name__}: {shorten(str(error), 200)}"
             raise CheckpointError(
-                f"{self.source}: its pickle cannot be read ({type(error).__name__}: {error}). It is damaged, "
+                f"{self.source}: its pickle cannot be read ({said}). It is damaged, "
                 f"nested too deep, or holds objects of a class made at run time; get it again, or save it "
                 f"without such objects"
             ) from error
@@ -153,6 +162,7 @@ class _Rehearsal(_PythonUnpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonUnpickler.dispatch)
 
     def load(self) -> Any:
+        self.sizes: dict[int, int] = {}  # how many tuples and parts of tuples one unfolds to
         self.depths: dict[int, tuple[int, Any]] = {}  # by id; the tuple with it, so that its id is not used again
         return super().load()
 
@@ -168,7 +178,13 @@ class _Rehearsal(_PythonUnpickler):
         depth = 1 + max((self.depths[id(part)][0] for part in made if id(part) in self.depths), default=0)
         if depth > DEEPEST_TUPLE:
             raise RecursionError(f"tuples more than {DEEPEST_TUPLE} deep")
+        size = 1 + sum(self.sizes.get(id(part), 1) for part in made)
+        if size > LARGEST_TUPLE:
+            raise UnsafeFileError(
+                f"its pickle holds a tuple that unfolds to more than {LARGEST_TUPLE:,}; do not use it"
+            )
         self.depths[id(made)] = depth, made
+        self.sizes[id(made)] = size
 
     for _opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
         dispatch[_opcode[0]] = lambda self, load=dispatch[_opcode[0]]: self._measure(load)
@@ -226,7 +242,7 @@ class Pickler(_PythonPickler):
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if id(obj) not in _WRITABLE:
             raise TypeError(
-                f"cannot write {obj!r} or what is made from it: only plain values, tensors and placeholders "
+                f"cannot write {brief(obj)} or what is made from it: only plain values, tensors and placeholders "
                 f"(ckptlab.formats.torch.pickles.foreign, named) go into a checkpoint file"
             )
         super().save_global(obj, name)

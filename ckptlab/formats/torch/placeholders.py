@@ -5,15 +5,21 @@ since they call different things: REDUCE calls `callee(*args)`, NEWOBJ `callee._
 """
 
 import copyreg
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from reprlib import recursive_repr
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ckptlab.errors import CheckpointError, UnsafeFileError
+from ckptlab.words import brief, shorten
 
 Build = Callable[..., Any]
+_DEEPEST_SHOWN, _MOST_SHOWN = 3, 20
+_depth: ContextVar[int] = ContextVar("depth", default=0)
+_keys_left: ContextVar[list[int] | None] = ContextVar("keys_left", default=None)
 _GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}
 
 
@@ -104,13 +110,37 @@ class Foreign:
         return self._parts() == other._parts() if isinstance(other, Foreign) else NotImplemented
 
     def __hash__(self) -> int:
+        left = _keys_left.get()
+        if left is not None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise UnsafeFileError(
+                    "its pickle uses more objects of unknown classes as keys than any checkpoint does"
+                )
         return hash((Foreign, self.callee, self.new))
 
     @recursive_repr("…")
     def __repr__(self) -> str:
-        arguments = [repr(value) for value in self.args]
-        arguments += [f"{key}={value!r}" for key, value in (self.kwargs | self.attributes).items()]
-        return f"<{self.callee!r}({', '.join(arguments)}), not imported>"
+        inside, depth = _depth.get() + 1, _depth.set(_depth.get() + 1)
+        try:
+            if inside > _DEEPEST_SHOWN:
+                return f"<{self.callee!r}(…), not imported>"
+            shown = [brief(value) for value in self.args[:_MOST_SHOWN]]
+            named = [*(self.kwargs | self.attributes).items()][:_MOST_SHOWN]
+            shown += [f"{shorten(str(key), 80)}={brief(value)}" for key, value in named]
+            return f"<{self.callee!r}({', '.join(shown)}), not imported>"
+        finally:
+            _depth.reset(depth)
+
+
+@contextmanager
+def keys_at_most(count: int) -> Iterator[None]:
+    """Placeholders may be hashed so often and no more: UnsafeFileError."""
+    before = _keys_left.set([count])
+    try:
+        yield
+    finally:
+        _keys_left.reset(before)
 
 
 class _Made:

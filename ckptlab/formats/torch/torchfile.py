@@ -7,6 +7,7 @@ and for tensors `torch/_utils.py` (`_rebuild_tensor_v2` and others).
 
 import math
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ckptlab.errors import UnsafeFileError, UnsupportedError
+from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
-from ckptlab.formats.torch import pickles
+from ckptlab.formats.torch import budget, pickles
 from ckptlab.formats.torch.pickles import Global, named
 from ckptlab.formats.torch.torchzip import RecordPlanner, RecordReader
 from ckptlab.stored import Stored, note_read, row_major_strides, touch
+from ckptlab.words import brief
 
 # The storage class that stands for a dtype.
 _STORAGES: dict[str, np.dtype] = {
@@ -51,7 +53,7 @@ _UNTYPED: dict[str, np.dtype] = {
 
 _MOST_DIMS = 32  # numpy's limit before 2.0
 _CHUNK = 1 << 18  # elements that are copied at a time
-_EXPANDED_LIMIT = 1 << 30  # bytes to which a tensor may be expanded that has more elements than its storage
+_EXPANDED_LIMIT = 1 << 26  # bytes to which a tensor may be expanded that has more elements than its storage
 
 
 class Storage(NamedTuple):
@@ -116,6 +118,8 @@ def read_contents(path: str | os.PathLike[str], base: int = 0, length: int | Non
     base, length: the bytes of the file that are such a `.pt` file, where it is a part of another.
     """
     path = os.fspath(path)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError(f"{path} is no ordinary file (a folder, pipe or device): nothing is read of it")
     with open(path, "rb") as file:
         records = RecordReader(path, file, base, length)
         if "byteorder" in records and records.bytes_of("byteorder") != b"little":
@@ -128,7 +132,7 @@ class _TensorUnpickler(pickles.Unpickler):
     """Reads `data.pkl`: a persistent id becomes a `Storage`, what rebuilds a tensor of one a `Stored`."""
 
     def __init__(self, records: RecordReader) -> None:
-        super().__init__(records.bytes_of("data.pkl"), records.path)
+        super().__init__(records.bytes_of("data.pkl", budget.PICKLE_BYTES), records.path)
         self._records = records
         self._storages: dict[tuple[str, str, int], Storage] = {}
 
@@ -144,7 +148,7 @@ class _TensorUnpickler(pickles.Unpickler):
                 if (kind, key, numel) not in self._storages:
                     self._storages[kind, key, numel] = self._storage(kind, key, numel)
                 return self._storages[kind, key, numel]
-        raise UnsafeFileError(f"its pickle refers to {pid!r}, which is no storage; do not use it")
+        raise UnsafeFileError(f"its pickle refers to {brief(pid)}, which is no storage; do not use it")
 
     def _storage(self, kind: str, key: str, numel: int) -> Storage:
         dtype = np.dtype(np.uint8) if kind == "UntypedStorage" else _STORAGES.get(kind)
@@ -171,10 +175,10 @@ def _rebuild_untyped(storage: Any, start: Any, shape: Any, strides: Any, *rest: 
     dtype = rest[2] if len(rest) > 2 else None
     if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in _UNTYPED:
         raise UnsupportedError(
-            f"a tensor is of {dtype!r}, a dtype without equal in numpy; convert it and save it again"
+            f"a tensor is of {brief(dtype)}, a dtype without equal in numpy; convert it and save it again"
         )
     if type(storage) is not Storage:
-        raise UnsafeFileError(f"a tensor is a view on {storage!r}, which is no storage; do not use it")
+        raise UnsafeFileError(f"a tensor is a view on {brief(storage)}, which is no storage; do not use it")
     kind = _UNTYPED[dtype.name]
     bytes_held = storage.numel * storage.dtype.itemsize
     return _view(storage._replace(dtype=kind, numel=bytes_held // kind.itemsize), start, shape, strides)
@@ -183,7 +187,7 @@ def _rebuild_untyped(storage: Any, start: Any, shape: Any, strides: Any, *rest: 
 def _refuse_metadata(metadata: tuple[Any, ...]) -> None:
     if any(metadata):
         raise UnsupportedError(
-            f"a tensor is a lazy view ({metadata[0]!r}); call .resolve_conj().resolve_neg() and save it"
+            f"a tensor is a lazy view ({brief(metadata[0])}); call .resolve_conj().resolve_neg() and save it"
         )
 
 
@@ -191,15 +195,15 @@ def _view(storage: Any, start: Any, shape: Any, strides: Any) -> Stored:
     sizes_fit = type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MOST_DIMS
     if type(storage) is not Storage or not sizes_fit or not _naturals(start, *shape, *strides):
         raise UnsafeFileError(
-            f"a tensor of shape {shape!r}, strides {strides!r} at element {start!r} is no view on a storage; "
-            f"do not use the file"
+            f"a tensor of shape {brief(shape)}, strides {brief(strides)} at element {brief(start)} is no view on a "
+            f"storage; do not use the file"
         )
     numel = math.prod(shape)
     end = start + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if numel else 0
     if end > storage.numel or (numel > storage.numel and numel * storage.dtype.itemsize > _EXPANDED_LIMIT):
         raise UnsafeFileError(
-            f"a tensor of shape {shape}, strides {strides} at element {start} claims more than its "
-            f"storage holds ({storage.numel} elements); the file is damaged or forged, get it again"
+            f"a tensor of shape {brief(shape)}, strides {brief(strides)} at element {brief(start)} claims more "
+            f"than its storage holds ({storage.numel} elements); the file is damaged or forged, get it again"
         )
     return Stored(storage.path, storage.offset + start * storage.dtype.itemsize, storage.dtype, shape, strides)
 
@@ -246,7 +250,10 @@ def plan(name: str, obj: Any) -> FilePlan:
     object twice becomes one tensor, `Stored` that are equal share a storage. Of the model are those that are `Pending`.
     """
     leaves: dict[str, Leaf] = {}
-    data = pickles.dumps(obj, lambda out: _TensorPickler(out, leaves))
+    try:
+        data = pickles.dumps(obj, lambda out: _TensorPickler(out, leaves))
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
     records = RecordPlanner()
     records.add("data.pkl", [Literal(data)])
     records.add("byteorder", [Literal(b"little")])

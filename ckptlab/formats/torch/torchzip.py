@@ -7,7 +7,6 @@ in `caffe2/serialize/inline_container.cc`.
 import io
 import os
 import struct
-import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,9 @@ _CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16  # bytes into the header
 _LIMIT = 0x7FFFFFFF  # from here on the directory has a zip64 field (in 32 bits without a sign, as Python's zipfile)
 _FULL = 0xFFFFFFFF  # says that the number stands in the zip64 field
 _MOST_RECORDS = 0xFFFF
+_SMALL = 1 << 16  # bytes of records such as `byteorder`
+_LARGEST_DIRECTORY = 1 << 28  # bytes: some two million records
+_TAR = b"ustar", 257  # what stands where in a tar
 _VERSION = 45  # of the format: with zip64
 _UNIX, _MODE = 3, 0o600  # what made it; the mode of what is unpacked
 _DATE = 1 << 5 | 1  # the first of January 1980
@@ -147,9 +149,14 @@ class RecordReader:
             )
         return Record(self._base + offset, info.file_size)
 
-    def bytes_of(self, name: str) -> bytes:
-        """The data of a (small) record."""
+    def bytes_of(self, name: str, most: int = _SMALL) -> bytes:
+        """The data of a record of at most so many bytes."""
         offset, size = self.extent(name)
+        if size > most:
+            raise UnsafeFileError(
+                f"{self.path}: record {name!r} has {size:,} bytes, more than the {most:,} that any checkpoint has "
+                f"in it; do not use the file"
+            )
         return self._at(offset - self._base, size)
 
     def summed(self) -> Iterator[Summed]:
@@ -168,6 +175,11 @@ def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:
     start = file.read(16)
     if not start.startswith(b"PK\3\4"):
         raise _not_a_zip(path, file, start)
+    if (size := _directory_size(file)) > _LARGEST_DIRECTORY:
+        raise UnsafeFileError(
+            f"{path}: the zip's directory is said to have {size:,} bytes, more than {_LARGEST_DIRECTORY:,}; "
+            f"do not use the file"
+        )
     try:
         return zipfile.ZipFile(file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
@@ -177,14 +189,29 @@ def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:
         ) from error
 
 
+def _directory_size(file: BinaryIO) -> int:
+    """What the end of a zip says of its directory, which is read at once: its bytes; 0 where there is no end."""
+    length = file.seek(0, os.SEEK_END)
+    tail = os.pread(file.fileno(), 1 << 17, max(length - (1 << 17), 0))
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or at + _END.size > len(tail):
+        return 0
+    sizes = [_END.unpack_from(tail, at)[5]]
+    end64 = tail.rfind(b"PK\6\6", 0, at)
+    if 0 <= end64 <= len(tail) - _END64.size:
+        sizes.append(_END64.unpack_from(tail, end64)[8])
+    return max(size for size in sizes if size != _FULL or len(sizes) == 1)
+
+
 def _not_a_zip(path: str, file: BinaryIO, start: bytes) -> CheckpointError:
     if start[2:].startswith(_LEGACY_MAGIC):
         return UnsupportedError(
             f"{path} is in torch's format from before 1.6; save it again where you trust it: "
             f"torch.save(torch.load({path!r}, weights_only=True), new_path)"
         )
-    file.seek(0)
-    if start and tarfile.is_tarfile(file):
+    magic, place = _TAR
+    file.seek(place)
+    if file.read(len(magic)) == magic:
         return UnsupportedError(f"{path} is a tar, torch's oldest format; save its tensors again with torch.save")
     if start and _LFS.startswith(start[: len(_LFS)]):
         return CheckpointError(

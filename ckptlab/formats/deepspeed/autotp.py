@@ -88,6 +88,7 @@ class RowsLayout(Layout):
                 f"cut for tp {len(self.rows)} by an affine map that follows no rule: how it is cut for tp {mesh.tp} is "
                 "known to the program alone; give its layout with a strategy"
             )
+        held: dict[tuple[int, ...], Runs]
         dims: list[tuple[tuple[str, ...], dict[tuple[int, ...], Runs]]] = []
         for i in range(len(self.dims)):
             if len({of_rank[i] for of_rank in self.rows}) == 1:

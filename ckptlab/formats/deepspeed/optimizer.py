@@ -150,8 +150,8 @@ def _spread_otherwise(file: OptimizerFile, b: int, share: Share) -> Iterator[Fin
     counts = file.state_dict.get("partition_count")
     if share.at and isinstance(counts, (list, tuple)) and b < len(counts) and counts[b] != len(share.ranks):
         yield not_read_yet(
-            f"{file.path}: group {b} is cut over {counts[b]} ranks, not over {len(share.ranks)}: experts are spread over "
-            "tp ranks too, which ckptlab cannot open yet"
+            f"{file.path}: group {b} is cut over {counts[b]} ranks, not over {len(share.ranks)}: experts are spread "
+            "over tp ranks too, which ckptlab cannot open yet"
         )
 
 

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,13 @@ class Mesh(Shown, Mapping[str, int]):
         """Tensor-parallel degree."""
         return self["tp"]
 
+    @cached_property
+    def _table(self) -> dict[str, int]:
+        return dict(self._degrees)
+
     def __getitem__(self, axis: str) -> int:
+        if axis in self._table:
+            return self._table[axis]
         return math.prod(self.degrees[leaf] for leaf in self.leaves(axis))
 
     def __contains__(self, axis: object) -> bool:

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 from ckptlab.errors import LayoutError
@@ -34,6 +35,7 @@ def dim_names(ndim: int) -> tuple[str, ...]:
     return ("out", "in", *(f"k{i}" for i in range(2, ndim)))[:ndim]
 
 
+@lru_cache(maxsize=256)
 def replicated(ndim: int, **fields: Any) -> Layout:
     """Every rank holds the whole."""
     return Layout(" ".join(dim_names(ndim)), **fields)

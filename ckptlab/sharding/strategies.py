@@ -35,10 +35,14 @@ def dim_names(ndim: int) -> tuple[str, ...]:
     return ("out", "in", *(f"k{i}" for i in range(2, ndim)))[:ndim]
 
 
-@lru_cache(maxsize=256)
 def replicated(ndim: int, **fields: Any) -> Layout:
     """Every rank holds the whole."""
-    return Layout(" ".join(dim_names(ndim)), **fields)
+    return _replicated(ndim).replace(**fields) if fields else _replicated(ndim)
+
+
+@lru_cache(maxsize=64)
+def _replicated(ndim: int) -> Layout:
+    return Layout(" ".join(dim_names(ndim)))
 
 
 def cut(ndim: int, dim: int, term: str = "tp {}", **fields: Any) -> Layout:

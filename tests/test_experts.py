@@ -241,6 +241,19 @@ def test_layers_may_be_spread_over_different_numbers_of_ranks(first: bool) -> No
         found.shares([f"{A}0.w", f"{B}0.w"], mesh)
 
 
+def test_layers_that_come_to_be_spread_alike_share_a_group() -> None:
+    both = Experts({A: 2, B: 1}, {A: 4, B: 4})
+    groups = [
+        ParameterGroup({"name": "dense"}, ("x",)),
+        ParameterGroup({"name": "ep_size_4", "moe": True}, tuple(f"{B}{e}.w" for e in range(4))),
+        ParameterGroup({"name": "ep_size_2", "moe": True}, tuple(f"{A}{e}.w" for e in range(4))),
+    ]
+    sizes = {n: 6 for group in groups for n in group.tensors}
+    dense, spread = experts.regrouped(groups, both, both.spread(1, None), sizes)
+    assert (dense, spread.name) == (groups[0], "ep_size_1")
+    assert spread.tensors == (*groups[2].tensors, *groups[1].tensors)  # in the order of the model
+
+
 def test_large_groups_are_dealt_again_for_another_degree(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed splits an expert group by what a rank has of it: other ranks, other groups."""
     monkeypatch.setattr(experts, "LARGEST", 12)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 from ckptlab.errors import LayoutError
@@ -36,7 +37,12 @@ def dim_names(ndim: int) -> tuple[str, ...]:
 
 def replicated(ndim: int, **fields: Any) -> Layout:
     """Every rank holds the whole."""
-    return Layout(" ".join(dim_names(ndim)), **fields)
+    return _replicated(ndim).replace(**fields) if fields else _replicated(ndim)
+
+
+@lru_cache(maxsize=64)
+def _replicated(ndim: int) -> Layout:
+    return Layout(" ".join(dim_names(ndim)))
 
 
 def cut(ndim: int, dim: int, term: str = "tp {}", **fields: Any) -> Layout:
@@ -98,12 +104,61 @@ class Megatron:
         return replicated(ndim)
 
 
+@dataclass(frozen=True)
+class HuggingFace:
+    """Names of transformers' models, as AutoTP cuts them: q, k, v, gate and up projections by their rows, o and down
+    projections by their columns, the rest replicated but for a vocabulary of which the ranks hold unequal or, by
+    `vocab`, too few rows. `plan`: a model's own `tp_plan`, name (with * for a number) → style, which comes first.
+    """
+
+    plan: tuple[tuple[str, str], ...] = ()
+    vocab: int | None = None
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> HuggingFace:
+        """What a config.json says: `tp_plan` or `base_model_tp_plan`, and the vocabulary's size."""
+        plan = config.get("tp_plan") or config.get("base_model_tp_plan") or {}
+        vocab = config.get("vocab_size")
+        return HuggingFace(
+            tuple(plan.items()) if isinstance(plan, Mapping) else (), vocab if isinstance(vocab, int) else None
+        )
+
+    def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
+        """See `Strategy.layout`."""
+        module, ndim = name.rpartition(".")[0], len(shards[0])
+        style = next((s for pattern, s in self.plan if _names(pattern, module)), None) or self._style(module, shards)
+        if style.startswith("colwise"):
+            return column(shards)
+        if style.startswith(("rowwise", "embedding_rowwise")) and ndim > 1:
+            return column(shards, dim=0 if style.startswith("embedding") else 1)
+        return replicated(ndim)
+
+    def _style(self, module: str, shards: Sequence[Shape]) -> str:
+        last = module.rpartition(".")[2]
+        if last in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "fc1"):
+            return "colwise"
+        if last in ("o_proj", "out_proj", "down_proj", "w2", "fc2"):
+            return "rowwise"
+        rows = {shard[0] for shard in shards if shard}
+        if last in ("lm_head", "embed_out", "embed_tokens") and (
+            len(rows) > 1 or (self.vocab and rows != {self.vocab})
+        ):
+            return "colwise"
+        return "replicated"
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a key of a tp_plan names a module: `layers.*.mlp.up_proj` does `model.layers.3.mlp.up_proj`."""
+    said = r"\.".join(r"\d+" if part == "*" else re.escape(part) for part in pattern.split("."))
+    return re.fullmatch(rf"(?:.*\.)?{said}", module) is not None
+
+
 REGISTRY = Registry[Strategy](
     "strategy",
     "ckptlab.strategies",
     LayoutError,
-    {"megatron": Megatron(), "megatron-swiglu": Megatron(swiglu=True)},
-    hint=", or a .json file of pattern: notation",
+    {"megatron": Megatron(), "megatron-swiglu": Megatron(swiglu=True), "hf": HuggingFace()},
+    hint=", a .json file of pattern: notation, or a model's config.json",
 )
 
 
@@ -116,8 +171,9 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
     if strategy.endswith(".json"):
         try:
             with open(strategy) as f:
-                return Rules.of(json.load(f), strategy)
-        except (OSError, json.JSONDecodeError, AttributeError) as e:
+                said = json.load(f)
+            return HuggingFace.of(said) if "model_type" in said else Rules.of(said, strategy)
+        except (OSError, json.JSONDecodeError, AttributeError, TypeError) as e:
             raise LayoutError(f"strategy file {strategy}: expected a JSON object of pattern: notation: {e}") from None
     return REGISTRY.get(strategy)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foundry import autotp
 from foundry.models import CONFIGS, ModelConfig, TensorParallel, initialise_parallel, initialise_plain
 
 BATCH = 24
@@ -58,6 +59,11 @@ class Case:
     def parallel(self) -> bool:
         """Whether the model can be cut over tp and pp."""
         return not self.model.startswith("plain")
+
+    @property
+    def autotp(self) -> bool:
+        """Whether DeepSpeed's AutoTP cuts the model."""
+        return self.model == "plain_autotp"
 
     @property
     def config(self) -> ModelConfig:
@@ -119,7 +125,7 @@ class Run:
             groups._create_expert_and_data_parallel(
                 case.ep, use_data_before_expert_parallel_=case.config_extra.get(DATA_FIRST, False)
             )
-        model = PlainTransformer(case.config, case.ep)
+        model = autotp.AutoTPTransformer(case.config) if case.autotp else PlainTransformer(case.config, case.ep)
         initialise_plain(model, case.config, self.expert_rank, salt)
         return model
 
@@ -153,7 +159,7 @@ class Run:
             losses.append(loss.detach().double())
         mean = torch.stack(losses).mean()
         torch.distributed.all_reduce(mean)
-        return float(mean / self.case.dp)
+        return float(mean / self.case.world)
 
 
 def _allow_fp16() -> None:
@@ -205,6 +211,10 @@ def _ds_config(case: Case, universal: bool) -> dict[str, Any]:
         config["fp16"] = {"enabled": True, "initial_scale_power": 10}
     if case.grad_accum_dtype is not None:
         config["data_types"] = {"grad_accum_dtype": case.grad_accum_dtype}
+    if case.autotp and case.tp > 1:
+        config["tensor_parallel"] = autotp.setting(case.tp)
+        del config["train_batch_size"]  # DeepSpeed would count every rank as one of dp
+        config["train_micro_batch_size_per_gpu"] = BATCH // case.dp // _accumulation(case.dp)
     if case.parallel:
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if universal:

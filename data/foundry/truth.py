@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from foundry.autotp import cut_dim
 from foundry.models import cut_of, global_name, is_vocabulary, unshard
 from foundry.train import Case, Run
 
@@ -69,6 +70,8 @@ def gather(run: Run) -> Truth:
 def _over_tp(key: str, shards: list[Tensor], case: Case) -> tuple[Tensor, bool]:
     """One tensor of one stage, and whether its tensor-parallel replicas are equal."""
     name = key.split("/", 1)[1]
+    if case.autotp and (dim := cut_dim(name)) is not None:
+        return torch.cat(shards, dim), True
     cut = cut_of(name, case.config, case.tp) if case.parallel else None
     tensor = unshard(shards, cut)
     if case.parallel and is_vocabulary(name):

@@ -88,6 +88,7 @@ class RowsLayout(Layout):
                 f"cut for tp {len(self.rows)} by an affine map that follows no rule: how it is cut for tp {mesh.tp} is "
                 "known to the program alone; give its layout with a strategy"
             )
+        held: dict[tuple[int, ...], Runs]
         dims: list[tuple[tuple[str, ...], dict[tuple[int, ...], Runs]]] = []
         for i in range(len(self.dims)):
             if len({of_rank[i] for of_rank in self.rows}) == 1:
@@ -307,8 +308,10 @@ def told_heads(tensors: Mapping[str, Tensor]) -> int | None:
 
 def map_of(tensor: Tensor, tp: int) -> dict[str, Any]:
     """The affine map of a tensor as DeepSpeed writes it."""
-    at = [tensor.cut.coordinate({"tp": rank}) for rank in range(tp)]
-    boxes = [_boxes(tensor.cut.rows(place)) for place in at]
+    at, dims = [tensor.cut.coordinate({"tp": rank}) for rank in range(tp)], range(len(tensor.shape))
+    rows = [[_plain(of_dim) for of_dim in tensor.cut.rows(place)] for place in at]
+    edges = [sorted({edge for of_rank in rows for s, _, n in of_rank[i] for edge in (s, s + n)}) for i in dims]
+    boxes = [_boxes([_broken(of_dim, edges[i]) for i, of_dim in enumerate(of_rank)]) for of_rank in rows]
     holders: dict[Any, list[int]] = {}
     for rank, held in enumerate(boxes):
         for starts, _, sizes in held:
@@ -329,18 +332,27 @@ def map_of(tensor: Tensor, tp: int) -> dict[str, Any]:
     return {"logical_shape": list(tensor.shape), "ranks": ranks}
 
 
-def _boxes(rows: Sequence[Any]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+def _plain(rows: Any) -> list[tuple[int, int, int]]:
+    """(start in the whole, start in the shard, length) of each row."""
+    return [(s + k * stride, place + k * n, n) for s, place, n, count, stride in rows.tolist() for k in range(count)]
+
+
+def _broken(rows: Sequence[tuple[int, int, int]], edges: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Rows broken where any rank's begins or ends, so that all elements of each are held by the same ranks."""
+    found = []
+    for start, place, n in rows:
+        inside = [edge for edge in edges if start < edge < start + n]
+        for low, high in itertools.pairwise((start, *inside, start + n)):
+            found.append((low, place + low - start, high - low))
+    return found
+
+
+def _boxes(
+    rows: Sequence[Sequence[tuple[int, int, int]]],
+) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """(starts in the whole, starts in the shard, sizes) of the boxes that rows of each dim make."""
-    plain = [
-        [
-            (start + k * stride, place + k * n, n)
-            for start, place, n, count, stride in of_dim.tolist()
-            for k in range(count)
-        ]
-        for of_dim in rows
-    ]
     boxes = []
-    for box in itertools.product(*plain):
+    for box in itertools.product(*rows):
         starts, places, sizes = zip(*box, strict=True) if box else ((), (), ())
         boxes.append((tuple(starts), tuple(places), tuple(sizes)))
     return boxes

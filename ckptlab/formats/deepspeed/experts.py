@@ -99,6 +99,11 @@ class Experts:
         """The different ep degrees, ascending."""
         return tuple(sorted({self.ep(layer) for layer in self.total}))
 
+    def has(self, group: ParameterGroup, degree: int) -> bool:
+        """Whether a parameter group is one of experts that are spread over so many ranks."""
+        layer = layer_of(next(iter(group.tensors), ""))
+        return layer is not None and self.ep(layer) == degree
+
     def problems(self, path: str, mesh: Mesh) -> Iterator[Finding]:
         """Why they cannot be told apart, or not yet."""
         for layer, total in self.total.items():
@@ -224,15 +229,18 @@ def regrouped(
         if layer is None:
             found.append(group)
             continue
-        same = [g for g in groups if g.options == group.options and layer_of(g.tensors[0])]
-        if group is not same[0]:
+        alike = [g for g in groups if _unnamed(g) == _unnamed(group) and target.has(g, target.ep(layer))]
+        if group is not alike[0]:
             continue
-        names = [n for g in same for n in g.tensors]
-        if [list(g.tensors) for g in same] != [source.everywhere(own) for own in _dealt(source, names, sizes)]:
-            raise CheckpointError(
-                f"parameter group {group.name}: experts in {len(same)} groups that are not dealt as DeepSpeed does "
-                f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
-            )
+        for degree in source.sizes:
+            same = [g for g in alike if source.has(g, degree)]
+            held = [n for g in same for n in g.tensors]
+            if [list(g.tensors) for g in same] != [source.everywhere(own) for own in _dealt(source, held, sizes)]:
+                raise CheckpointError(
+                    f"parameter group {group.name}: experts in {len(same)} groups that are not dealt as DeepSpeed does "
+                    f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
+                )
+        names = [n for g in alike for n in g.tensors]
         options = (
             {**group.options, "name": GROUP.format(target.ep(layer))} if "name" in group.options else group.options
         )
@@ -241,9 +249,14 @@ def regrouped(
     return tuple(found)
 
 
+def _unnamed(group: ParameterGroup) -> dict[str, Any]:
+    """The hyperparameters: DeepSpeed calls a group of experts by their degree alone."""
+    return {key: value for key, value in group.options.items() if key != "name"}
+
+
 def _dealt(experts: Experts, names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
     """What the first ep rank has of an expert group, in as many groups as DeepSpeed makes of it."""
-    dealt: list[list[str]] = [[]]
+    dealt: list[list[str]] = [[]] if names else []
     held = 0
     for name in sorted(
         (n for n in names if experts.locally(n) == n), key=lambda n: (natural(layer_of(n) or ""), number_of(n))

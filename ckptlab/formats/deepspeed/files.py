@@ -213,8 +213,8 @@ class _Found:
         """What is not as usual, and read all the same; experts that are trained without ZeRO are not."""
         if self.optimizer and "optim" not in self.kinds and self.kinds & {"expert", "expert_optim"}:
             yield not_read_yet(
-                f"{self.path}: experts trained without ZeRO (stage 0), or without their optimizer, which ckptlab cannot "
-                "open yet"
+                f"{self.path}: experts trained without ZeRO (stage 0), or without their optimizer, which ckptlab "
+                "cannot open yet"
             )
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"

@@ -152,8 +152,8 @@ def _spread_otherwise(file: OptimizerFile, b: int, share: Share) -> Iterator[Fin
     counts = file.state_dict.get("partition_count")
     if share.at and isinstance(counts, (list, tuple)) and b < len(counts) and counts[b] != len(share.ranks):
         yield not_read_yet(
-            f"{file.path}: group {b} is cut over {counts[b]} ranks, not over {len(share.ranks)}: experts are spread over "
-            "tp ranks too, which ckptlab cannot open yet"
+            f"{file.path}: group {b} is cut over {counts[b]} ranks, not over {len(share.ranks)}: experts are spread "
+            "over tp ranks too, which ckptlab cannot open yet"
         )
 
 
@@ -196,7 +196,8 @@ def _lengths(
         yield not_read_yet(
             f"{file.path}: the float32 weights of group {b} ({flat.names[0]} …) are not in this file: they had been "
             "offloaded to NVMe (offload_optimizer), and stand as swap files, in offloaded_tensors or on the nodes. "
-            "Load it with DeepSpeed on the mesh that wrote it, with offload_optimizer on the CPU or none, and save it again"
+            "Load it with DeepSpeed on the mesh that wrote it, with offload_optimizer on the CPU or none, and save "
+            "it again"
         )
         return
     for state, stored in file.states[b].items():

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -295,7 +296,7 @@ def build_tensors(
             shards = shards_of(folder, name, shapes_of[name])
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
-            layout = layout.replace(stages=tuple(stages[name]))
+            layout = _on_stages(layout, tuple(stages[name]))
             layout, shape, cut = whole(name, layout, shards, info, mesh)
             states = dict(states_of.get(name, {}))
             if name in module.pieces:
@@ -315,6 +316,11 @@ def build_tensors(
     if mesh.tp > 1 and any(t.layout.replicas == "mean" for t in tensors.values()):
         faults.report(_averaged(folder.path))
     return tensors
+
+
+@lru_cache(maxsize=1024)
+def _on_stages(layout: Layout, stages: tuple[int, ...]) -> Layout:
+    return layout.replace(stages=stages)
 
 
 def shards_of(folder: StepFolder, name: str, shapes: Mapping[int, Shape]) -> list[Shape]:

@@ -94,13 +94,13 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
         name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole)
         for name, t in catalog.tensors.items()
     }
-    if mesh.tp not in (1, source.folder.mesh.tp) and heads is None:
+    if mesh.tp not in (1, source.folder.mesh.tp) and (kv_heads if source.autotp else heads) is None:
         findings.append(
             _told(
                 "heads-unknown",
                 "warning",
-                f"{catalog.path}: the number of attention heads is unknown: whether tp {mesh.tp} divides it was not "
-                "checked; say heads=",
+                f"{catalog.path}: the number of {'key/value' if source.autotp else 'attention'} heads is unknown: "
+                f"whether tp {mesh.tp} divides it was not checked; say {'kv_heads' if source.autotp else 'heads'}=",
             )
         )
     groups = _groups(catalog, options, experts)

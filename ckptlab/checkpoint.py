@@ -22,6 +22,7 @@ from ckptlab.pool import Workers
 from ckptlab.sharding.strategies import Strategy, resolve
 from ckptlab.sharding.transformer import PaperModel
 from ckptlab.shown import Shown
+from ckptlab.stored import reading_apart
 from ckptlab.viewed import Viewed
 
 if TYPE_CHECKING:
@@ -273,11 +274,16 @@ class Reshape(Viewed, Shown):
         format: that of the target, or another that takes the same options ("universal"), or whole weights
         ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
         whose workers see the same files. The destination appears when it is complete; a conversion that was interrupted
-        goes on where it stopped when it is called again. DestinationError if the destination exists.
+        goes on where it stopped when it is called again. DestinationError if the destination exists; ReshapeError where
+        a strategy calls copies equal that are not (`arrays.copies`).
         """
         _ = self.source.stored  # or an error, at once
         if format is not None and format != self.target.format:
             return self._in(format).save(destination, workers=workers, progress=progress)
+        from ckptlab.arrays.copies import refuse_unequal
+
+        with reading_apart():  # not part of what the plan says is read
+            refuse_unequal(self.source)
         return convert.run(
             self.files,
             os.fspath(destination),

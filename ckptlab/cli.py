@@ -18,6 +18,7 @@ from ckptlab.errors import CkptlabError
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
     from ckptlab.convert import Report
+    from ckptlab.formats import Paths
 
 TROUBLE, INTERRUPTED = 2, 130
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -408,7 +409,7 @@ def formats(as_json: bool) -> None:
 # ------------------------------------------------------------------ what the commands share
 
 
-def _open(path: str, strategy: str | None) -> Checkpoint:
+def _open(path: Paths, strategy: str | None) -> Checkpoint:
     from ckptlab.checkpoint import open as open_checkpoint
 
     return open_checkpoint(path, strategy)

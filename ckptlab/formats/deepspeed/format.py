@@ -14,11 +14,19 @@ from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.options import TargetOptions
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import LayoutsOf, Strategy
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 ZERO = "zero"  # the folder of a universal checkpoint that holds the tensors
+
+
+def _alike(found: Cut, written: Cut) -> bool:
+    """Whether two cuts are the same; on one tp rank, where nothing is cut, whether they have the same padding."""
+    return found.dims == written.dims or (
+        written.mesh.get("tp", 1) == 1 and [d.size for d in found.dims] == [d.size for d in written.dims]
+    )
 
 
 class DeepSpeed(Format):
@@ -71,7 +79,7 @@ class DeepSpeed(Format):
         found = self.read(folder, Strict(), None if told or target.mesh.tp == 1 else layouts)
         for name, tensor in target.tensors.items():
             again = found.tensors.get(name) if found else None
-            alike = again is not None and again.shape == tensor.shape and again.cut.dims == tensor.cut.dims
+            alike = again is not None and again.shape == tensor.shape and _alike(again.cut, tensor.cut)
             if not alike or (told and again and again.layout.text != tensor.layout.text):
                 raise CheckpointError(
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "

@@ -18,6 +18,7 @@ from ckptlab.formats.deepspeed import shapes
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
+from ckptlab.formats.deepspeed.infer import infer, vocabulary
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
@@ -125,7 +126,12 @@ def read_native(
     optimizer = read_optimizer(folder, faults) if folder.optims else whole_optimizer(folder, module)
     if optimizer is None or faults.failed:
         return None
-    tensors = build_tensors(folder, info, strategy, module, optimizer, faults)
+    told = info
+    if info is None:
+        told = vocabulary(folder)
+        if folder.mesh.tp > 1:
+            strategy = infer(folder, module, strategy, faults)
+    tensors = {} if faults.failed else build_tensors(folder, told, strategy, module, optimizer, faults)
     return None if faults.failed else _catalog(folder, info, strategy, module, optimizer, tensors, faults)
 
 
@@ -243,11 +249,6 @@ def _not_read_yet(folder: StepFolder, info: UniversalInfo | None, strategy: Stra
     if info is not None and info.has_affine_map:
         yield not_read_yet(
             f"{folder.path}: AutoTP (universal_checkpoint_info has an affine_map), which ckptlab cannot open yet"
-        )
-    if info is None and strategy is None:
-        yield not_read_yet(
-            f"{folder.path}: tp {folder.mesh.tp}, and no universal_checkpoint_info says how the tensors are cut. "
-            "Give a strategy: a registered one (megatron), or {pattern: notation}"
         )
 
 

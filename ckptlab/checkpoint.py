@@ -218,7 +218,7 @@ class Reshape(Viewed, Shown):
 
     def check(self) -> tuple[Finding, ...]:
         """What the user must hear before this is done: what was inferred, is averaged, padded or lost."""
-        return (*self.source.findings, *self.target.findings)
+        return (*self.source.findings, *self.target.findings, *self.format.beside(self.source, self.target).findings)
 
     @cached_property
     def plan(self) -> Plan:
@@ -269,7 +269,9 @@ class Reshape(Viewed, Shown):
         progress: bool = False,
     ) -> convert.Report:
         """Write the target: `destination` is the folder to make; where the format has one, a pointer that names it
-        (`latest`) is written beside it, but not beside the source itself, whose own stays.
+        (`latest`) is written beside it, but not beside the source itself, whose own stays. What a Trainer left beside
+        the source (config, tokenizer, scheduler, …) is copied there too, where it is still true and nothing has its
+        name.
 
         format: that of the target, or another that takes the same options ("universal"), or whole weights
         ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
@@ -297,6 +299,7 @@ class Reshape(Viewed, Shown):
             workers=workers,
             progress=progress,
             check=lambda folder: self.format.verify(folder, self.source, self.target),
+            beside=self.format.beside(self.source, self.target).files,
         )
 
     def _in(self, format: str) -> Reshape:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ _TEMPORARY = ".tmp"  # how a file's name ends until it is complete
 @dataclass(frozen=True)
 class Report:
     """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, bytes of tensor data,
-    and the pointer beside the destination that names it (None: none was written)."""
+    the pointer beside the destination that names it (None: none was written), and what was copied `beside` it."""
 
     destination: str
     latest: str | None
     files: int
     resumed: int
     bytes_written: int
+    beside: tuple[str, ...] = ()
 
 
 class _Journal:
@@ -99,13 +101,14 @@ def run(
     workers: pool.Workers = None,
     progress: bool = False,
     check: Callable[[str], None] | None = None,
+    beside: Sequence[str] = (),
 ) -> Report:
     """Write every file and let the destination appear.
 
     identity: what this conversion is (source, target, options); an interrupted one goes on only if it is the same.
     latest: the name of the file beside the destination that is to hold its name. workers: see `pool.run`; processes
     must see the same folders. check: called with the finished folder before it gets its name; what it raises stops the
-    conversion. DestinationError if the destination exists or cannot be made.
+    conversion. beside: files to be copied beside the destination; those that are there stay. DestinationError if the destination exists or cannot be made.
     """
     destination = os.path.abspath(destination)
     partial = f"{destination}.partial"
@@ -123,9 +126,23 @@ def run(
                 journal.finished(name, size)
         if check is not None:
             check(partial)
+        copied = _copied(beside, os.path.dirname(destination))
         _finish(partial, destination, latest)
     pointer = latest and os.path.join(os.path.dirname(destination), latest)
-    return Report(destination, pointer, len(plans), len(plans) - len(todo), sum(plan.nbytes for plan in todo))
+    return Report(destination, pointer, len(plans), len(plans) - len(todo), sum(plan.nbytes for plan in todo), copied)
+
+
+def _copied(files: Iterable[str], folder: str) -> tuple[str, ...]:
+    """Copy files into a folder, each under its own name, where nothing has that name; returns the names."""
+    copied = []
+    for file in files:
+        path = os.path.join(folder, os.path.basename(file))
+        if not os.path.lexists(path):
+            temporary = f"{path}{_TEMPORARY}"
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, path)
+            copied.append(os.path.basename(file))
+    return tuple(copied)
 
 
 def _written(partial: str, plans: Sequence[FilePlan], workers: pool.Workers, bar: Any) -> Iterator[tuple[str, int]]:

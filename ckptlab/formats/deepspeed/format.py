@@ -13,7 +13,7 @@ from ckptlab.findings import Faults, Strict
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.options import TargetOptions
 from ckptlab.formats.fileplan import FilePlan
-from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.formats.format import Beside, Format, Listing, Match
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import LayoutsOf, Strategy
@@ -85,6 +85,12 @@ class DeepSpeed(Format):
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
                     f"{(tensor.layout, tensor.cut)}: this is a fault of ckptlab; please report it"
                 )
+
+    def beside(self, source: Catalog, target: Catalog) -> Beside:
+        """What a Trainer, accelerate or Lightning left there."""
+        from ckptlab.formats.deepspeed.beside import beside
+
+        return beside(source, target) if os.path.isdir(source.path) else Beside()
 
     def pointer(self, destination: str, source: Catalog) -> str | None:
         """`latest`; none in the source's own folder, whose `latest` stays."""

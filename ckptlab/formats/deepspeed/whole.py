@@ -76,7 +76,9 @@ class Shards(Protocol):
 
     source: Catalog
     target: Catalog
-    config: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
 
     def shard(self, name: str, state: str, stage: int, tp: int, rank: int) -> Pending: ...
 

@@ -24,6 +24,7 @@ from ckptlab.sharding.relaid import relaid
 from ckptlab.sharding.strategies import Rules, Strategy, resolve
 from ckptlab.sharding.transformer import PaperModel
 from ckptlab.shown import Shown
+from ckptlab.stored import reading_apart
 from ckptlab.viewed import Viewed
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class Reshape(Viewed, Shown):
 
     def check(self) -> tuple[Finding, ...]:
         """What the user must hear before this is done: what was inferred, is averaged, padded or lost."""
-        return (*self.source.findings, *self.target.findings)
+        return (*self.source.findings, *self.target.findings, *self.format.beside(self.source, self.target).findings)
 
     @cached_property
     def plan(self) -> Plan:
@@ -307,14 +308,17 @@ class Reshape(Viewed, Shown):
         sync: bool = True,
     ) -> convert.Report:
         """Write the target: `destination` is the folder to make; where the format has one, a pointer that names it
-        (`latest`) is written beside it, but not beside the source itself, whose own stays.
+        (`latest`) is written beside it, but not beside the source itself, whose own stays. What a Trainer left beside
+        the source (config, tokenizer, scheduler, …) is copied there too, where it is still true and nothing has its
+        name.
 
         format: that of the target, or another that takes the same options ("universal"), or whole weights
         ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
         whose workers see the same files. verify: compare what is read with the checksums that it carries, and stop
         where it is damaged. sync: wait until all is on the disk. The destination appears when it is complete; a
         conversion that was interrupted goes on where it stopped when it is called again. DestinationError if the
-        destination exists, or has no room.
+        destination exists, or has no room; ReshapeError where a strategy calls copies equal that are not
+        (`arrays.copies`).
         """
         _ = self.source.stored  # or an error, at once
         if format is None and not self.format.writes:
@@ -326,6 +330,10 @@ class Reshape(Viewed, Shown):
         if format is not None and format != self.target.format:
             there = self._in(format)
             return there.save(destination, workers=workers, progress=progress, verify=verify, sync=sync)
+        from ckptlab.arrays.copies import refuse_unequal
+
+        with reading_apart():  # not part of what the plan says is read
+            refuse_unequal(self.source)
         return convert.run(
             self.files,
             os.fspath(destination),
@@ -342,6 +350,7 @@ class Reshape(Viewed, Shown):
             source=source_of(self.source),
             verify=verify,
             sync=sync,
+            beside=self.format.beside(self.source, self.target).files,
         )
 
     def _in(self, format: str) -> Reshape:

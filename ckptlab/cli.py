@@ -21,6 +21,7 @@ from ckptlab.words import escaped
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
     from ckptlab.convert import Report
+    from ckptlab.formats import Paths
 
 TROUBLE, INTERRUPTED, TERMINATED = 2, 130, 143
 _NO_MEMORY = "there is not enough memory or address space (ulimit -v): --workers 1 needs the least"
@@ -453,7 +454,7 @@ def formats(as_json: bool) -> None:
 # ------------------------------------------------------------------ what the commands share
 
 
-def _open(path: str, strategy: str | None) -> Checkpoint:
+def _open(path: Paths, strategy: str | None) -> Checkpoint:
     from ckptlab.checkpoint import open as open_checkpoint
 
     return open_checkpoint(path, strategy)

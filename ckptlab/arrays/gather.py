@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays.boxes import flat_boxes, flat_start, plain_rows, restrict
-from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader
+from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, is_sum
 from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
@@ -64,10 +64,10 @@ def reader(
         same: dict[Coordinate, list[Holder]] = {}
         for one in placement.on(placement.stages[0] if stage is None else stage):
             same.setdefault(placement.coordinate(one), []).append(one)
-        averaged = min(map(len, same.values())) if placement.replicas == "mean" else 1
+        averaged = min(map(len, same.values())) if placement.replicas in ("mean", "sum") else 1
         copies = [{at: holders[i] for at, holders in same.items()} for i in range(averaged)]
     gathers = [Gather(catalog, tensor.name, state, held, holder is not None, tally) for held in copies]
-    found: Reader = gathers[0] if len(gathers) == 1 else Mean(gathers)
+    found: Reader = gathers[0] if len(gathers) == 1 else Mean(gathers, is_sum(placement.replicas, state))
     return found if dtype is None or np.dtype(dtype) == found.dtype else Cast(found, dtype)
 
 

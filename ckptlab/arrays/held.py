@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays.gather import Tally, reader
-from ckptlab.arrays.readers import Coordinate, Reader
+from ckptlab.arrays.readers import Coordinate, Reader, Share, is_sum
 from ckptlab.catalog import PARAM, Catalog, FlatGroup, param_source
 from ckptlab.layout import Cut
-from ckptlab.plan import Holder, held_by
+from ckptlab.plan import Holder, Placement, held_by
 
 
 def shard_reader(
@@ -32,7 +32,16 @@ def shard_reader(
     tensor = held.tensors[name]
     drawn = param_source(source[name], tensor) if state == PARAM else state
     own = _own(source, held, name, drawn, holder) if tensor.kind == "buffer" else None
-    return reader(source, name, drawn, dtype=tensor.states[state], holder=own, tally=tally)
+    one = reader(source, name, drawn, dtype=tensor.states[state], holder=own, tally=tally)
+    return _shared(one, held.placement(name, state), state, holder)
+
+
+def _shared(one: Reader, placement: Placement, state: str, holder: Holder) -> Reader:
+    """What a holder of a target has of a whole: its part, where copies are parts of a sum."""
+    if not is_sum(placement.replicas, state):
+        return one
+    at = placement.coordinate(holder)
+    return Share(one, sum(placement.coordinate(h) == at for h in placement.on(placement.stages[0])))
 
 
 def _own(source: Catalog, held: Catalog, name: str, state: str, holder: Holder) -> Holder | None:
@@ -151,4 +160,5 @@ class Partition:
             placement = self.held.placement(tensor.name, self.state)
             tally = self.tally and self.tally.towards(int(placement.ranks(self.holder)[self.dp]))
             one = reader(self.source, tensor.name, self.state, dtype=self.dtype, tally=tally)
+            one = _shared(one, placement, self.state, self.holder)
             yield _Part(one, tensor.cut, placement.coordinate(self.holder), start, place, count)

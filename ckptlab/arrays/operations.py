@@ -229,6 +229,10 @@ def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout, pl
             wide = array.astype("float32") if array.dtype.itemsize < 4 else array
             array = wide.mean(axis, skipna=False).astype(array.dtype)
             continue
+        if layout.replicas == "sum":
+            wide = array.astype("float32") if array.dtype.itemsize < 4 else array
+            array = wide.sum(axis, skipna=False).astype(array.dtype)
+            continue
         if layout.replicas == "equal":
             apart = [k for k in range(1, array.sizes[axis]) if not _same(first, array.isel({axis: k}, drop=True))]
             if apart:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ckptlab.arrays.boxes import flat_boxes
+from ckptlab.catalog import MASTER, PARAM
 from ckptlab.layout import Cut
 
 CHUNK = 1 << 20  # bytes that `chunks` gives at a time: what is done with them next finds them in the cache
@@ -115,10 +116,10 @@ class Cast(Reader):
 
 
 class Mean(Reader):
-    """The mean of replicas that each hold the whole, in their own dtype, summed in float32."""
+    """The mean (the sum if `summed`) of replicas that each hold the whole, in their own dtype, summed in float32."""
 
-    def __init__(self, replicas: Sequence[Reader]) -> None:
-        self.replicas = tuple(replicas)
+    def __init__(self, replicas: Sequence[Reader], summed: bool = False) -> None:
+        self.replicas, self.summed = tuple(replicas), summed
         self.name, self.state = replicas[0].name, replicas[0].state
         self.cut, self.dtype = replicas[0].cut, replicas[0].dtype
 
@@ -128,8 +129,31 @@ class Mean(Reader):
             one = np.zeros(out.shape, reader.dtype)
             reader.read_into(one, cut, at, starts)
             total += one
-        np.divide(total, np.float32(len(self.replicas)), out=total)
+        if not self.summed:
+            np.divide(total, np.float32(len(self.replicas)), out=total)
         np.copyto(out, total, casting="unsafe")
 
     def leaves_gaps(self, cut: Cut) -> bool:
         return self.replicas[0].leaves_gaps(cut)
+
+
+class Share(Reader):
+    """One of `count` equal parts of a sum: a reader's elements divided by it."""
+
+    def __init__(self, reader: Reader, count: int) -> None:
+        self.reader, self.count, self.name, self.state = reader, count, reader.name, reader.state
+        self.cut, self.dtype = reader.cut, reader.dtype
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        one = np.zeros(out.shape, np.float32)
+        self.reader.read_into(one, cut, at, starts)
+        np.divide(one, np.float32(self.count), out=one)
+        np.copyto(out, one, casting="unsafe")
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        return self.reader.leaves_gaps(cut)
+
+
+def is_sum(replicas: str, state: str) -> bool:
+    """Whether copies of that state are parts of a sum: weights are; what an optimizer keeps of them is equal."""
+    return replicas == "sum" and state in (MASTER, PARAM)

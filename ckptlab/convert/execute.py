@@ -5,6 +5,7 @@ are, each file under a temporary name until it is complete. When all are done th
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ PIECE = 16 << 20  # bytes that a worker writes for one task: of one file, or of 
 @dataclass(frozen=True)
 class Report:
     """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, bytes of tensor data,
-    and the pointer beside the destination that names it (None: none was written).
+    the pointer beside the destination that names it (None: none was written), and what was copied `beside` it.
 
     verified: bytes of the source that were compared with the checksums beside them. not_finite: how many elements of
     what is written are NaN or infinite, by "tensor: state".
@@ -39,6 +40,7 @@ class Report:
     bytes_written: int
     verified: int = 0
     not_finite: Mapping[str, int] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
 
 
 def run(
@@ -53,6 +55,7 @@ def run(
     source: Source | None = None,
     verify: bool = True,
     sync: bool = True,
+    beside: Sequence[str] = (),
 ) -> Report:
     """Write every file and let the destination appear.
 
@@ -60,7 +63,8 @@ def run(
     latest: the name of the file beside the destination that is to hold its name. workers: see `pool.run`; processes
     must see the same folders. check: called with the finished folder before it gets its name; what it raises stops the
     conversion. source: what is read; verify: compare it with the checksums that it carries. sync: wait until all is on
-    the disk. DestinationError if the destination exists, cannot be made, or has no room.
+    the disk. beside: files to be copied beside the destination; those that are there stay. DestinationError if the
+    destination exists, cannot be made, or has no room.
     """
     destination = os.path.abspath(destination)
     partial = f"{destination}.partial"
@@ -92,11 +96,26 @@ def run(
             folders = [folder for folder, _, _ in os.walk(partial)]
             files = [os.path.join(partial, name) for name in (*(plan.name for plan in plans), manifest.MANIFEST)]
             disk.sync([*files, *folders])
+        copied = _copied(beside, os.path.dirname(destination))
         os.rename(partial, destination)
         _appear(destination, latest, sync)
     odd = sum((Counter(done[plan.name].odd) for plan in plans), Counter[str]())
     written = sum(plan.nbytes for plan in todo)
-    return Report(destination, pointer, len(plans), resumed, written, verified.nbytes if verified else 0, dict(odd))
+    return Report(
+        destination, pointer, len(plans), resumed, written, verified.nbytes if verified else 0, dict(odd), copied
+    )
+
+
+def _copied(files: Iterable[str], folder: str) -> tuple[str, ...]:
+    """Copy files into a folder, each under its own name, where nothing has that name; returns the names."""
+    copied = []
+    for file in files:
+        path = os.path.join(folder, os.path.basename(file))
+        if not os.path.lexists(path):
+            shutil.copyfile(file, path + TEMPORARY)
+            os.replace(path + TEMPORARY, path)
+            copied.append(os.path.basename(file))
+    return tuple(copied)
 
 
 def _write_files(

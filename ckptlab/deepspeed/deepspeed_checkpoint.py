@@ -45,6 +45,7 @@ FINAL_LAYER_NORM_INDEX = -1
 ARGS_KEY = "args"
 CHECKPOINT_INFO_KEY = "checkpoint_info"
 ITERATION_KEY = "iteration"
+_CLIENT_KEYS = (ARGS_KEY, CHECKPOINT_INFO_KEY, "universal_checkpoint_info")
 DATA_BEFORE_EXPERTS = "use_data_before_expert_parallelism"
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_.*")
@@ -110,7 +111,8 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         """(file, what it says of degrees, shapes and configuration) of each model file, and the iteration."""
         models = [torchfile.read(file) for file in self.mp_rank_files]
         metadata = [(file, _described(model)) for file, model in zip(self.mp_rank_files, models, strict=True)]
-        return metadata, {ITERATION_KEY: models[0].get(ITERATION_KEY, 0)}
+        told = {key: as_torch(models[0].get(key)) for key in _CLIENT_KEYS}
+        return metadata, {ITERATION_KEY: models[0].get(ITERATION_KEY, 0), **told}
 
     def get_iteration(self) -> int:
         """The training step that the client recorded, 0 if it did not."""

@@ -79,8 +79,12 @@ class _Loader:
             )
         if isinstance(value, Foreign) and isinstance(value.callee, Global):
             build = _HARMLESS.get((value.module, value.name))
-            return value if build is None else build(self, value)
+            return self._placeholder(value) if build is None else build(self, value)
         return value
+
+    def _placeholder(self, value: Foreign) -> Foreign:
+        """An object that stays one, its attributes converted."""
+        return value.with_attributes(**self.convert(value.state)) if _named(value.state) else value
 
     def _stored(self, stored: Stored) -> torch.Tensor:
         import torch
@@ -102,6 +106,10 @@ class _Loader:
                 "cut or replaced since it was opened; copy it again"
             )
         return self._mapped[path]
+
+
+def _named(state: Any) -> bool:
+    return isinstance(state, dict) and all(isinstance(key, str) for key in state)
 
 
 def _namespace(loader: _Loader, value: Foreign) -> argparse.Namespace:

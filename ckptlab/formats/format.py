@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, ReshapeError
-from ckptlab.findings import Faults, not_read_yet
+from ckptlab.findings import Faults, Finding, not_read_yet
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
@@ -87,6 +87,14 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Files beside a checkpoint that go along with it (paths), and findings on those that cannot."""
+
+    files: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
 class NoOptions:
     """Of a target of this format a user may say nothing."""
 
@@ -140,6 +148,10 @@ class Format(ABC):
 
     def verify(self, folder: str, source: Catalog, target: Catalog) -> None:  # noqa: B027 (not every format has to)
         """Read what was written back. CheckpointError where it does not say what the target says."""
+
+    def beside(self, source: Catalog, target: Catalog) -> Beside:
+        """What lies beside a source's folder, and is to lie beside the target's."""
+        return Beside()
 
     def pointer(self, destination: str, source: Catalog) -> str | None:
         """The name of the file beside a destination that is to name it; None: there is none to write."""

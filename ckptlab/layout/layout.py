@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
-REPLICAS = ("equal", "mean", "first")
+REPLICAS = ("equal", "mean", "first", "sum")
 
 Length = int | tuple[int, ...]
 V = TypeVar("V")
@@ -44,7 +44,8 @@ class Layout(Shown):
       between heads).
     - padded: dim index → padded size; the text then describes the padded whole.
     - stages: the pp stages on which the tensor lives, the first canonical (None: not said).
-    - replicas: copies are "equal", to be averaged ("mean"), or the "first" is right.
+    - replicas: copies are "equal", to be averaged ("mean"), the "first" is right, or they are parts of a "sum" (a bias
+      that every rank adds; what is whole is then divided evenly again, and moments, which are equal, are averaged).
 
     Mappings are kept as sorted tuples of pairs, so that a layout is hashable. Raises NotationError and
     LayoutError.

@@ -45,7 +45,7 @@ def plan_tensor(a: Placement, b: Placement) -> Columns:
 
 def _pairs(a: Placement, b: Placement, memo: _Memo) -> Iterator[Columns]:
     """The columns of each pair of shards that have something in common."""
-    mean = a.replicas == "mean"
+    mean = a.replicas in ("mean", "sum")
     sources, targets = a.shards(a.stages[:1]), b.shards(b.stages)
     for at_a, at_b, boxes in shared_boxes(a.cut, b.cut, not mean):
         for source in sources[at_a][: None if mean else 1]:
@@ -247,7 +247,7 @@ def between(source: Cut | Placement, target: Cut | Placement, itemsize: int = 4,
 
 def _elements_read(a: Placement, other: tuple[int, ...]) -> int:
     """A cut covers its whole, so without averaging each element that both wholes have is read once."""
-    if a.replicas != "mean":
+    if a.replicas not in ("mean", "sum"):
         return math.prod(min(n, m) for n, m in zip(a.cut.shape, other, strict=True))
     return sum(_held(a.cut, a.coordinate(holder), other) for holder in a.on(a.stages[0]))
 

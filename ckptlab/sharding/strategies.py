@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
-from ckptlab.errors import LayoutError
+from ckptlab.errors import LayoutError, NotationError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
 
@@ -71,37 +71,111 @@ class Rules:
         return next((layout for pattern, layout in self.rules if re.fullmatch(pattern, name)), None)
 
     @staticmethod
-    def of(mapping: Mapping[str, str | Layout], name: str = "rules") -> Rules:
-        """From {pattern: line of notation or Layout}. NotationError for a bad line, LayoutError for a bad pattern."""
+    def of(mapping: Mapping[str, str | Layout | Mapping[str, Any]], name: str = "rules") -> Rules:
+        """From {pattern: line of notation, Layout, or {"layout": line} with a Layout's other fields beside it}.
+
+        NotationError for a bad line, LayoutError for a bad pattern, field or value.
+        """
         rules = []
         for pattern, layout in mapping.items():
             try:
                 re.compile(pattern)
             except re.error as e:
                 raise LayoutError(f"strategy {name}: {pattern!r} is no regular expression: {e}") from None
-            rules.append((pattern, layout if isinstance(layout, Layout) else Layout(layout)))
+            rules.append(
+                (pattern, layout if isinstance(layout, Layout) else _layout_of(layout, f"{name}: {pattern!r}"))
+            )
         return Rules(tuple(rules), name)
+
+
+def _layout_of(told: Any, where: str) -> Layout:
+    """A layout as JSON says it. LayoutError with `where` it stands for what is none."""
+    fields: Any = {"layout": told} if isinstance(told, str) else told
+    known = {"layout", "dims", "sizes", "totals", "units", "padded", "stages", "replicas"}
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("layout"), str):
+        raise LayoutError(f'strategy {where}: expected a line of notation, or {{"layout": line, …}}, found {told!r}')
+    if unknown := sorted(map(str, fields.keys() - known)):
+        raise LayoutError(f"strategy {where}: no field {unknown[0]!r}: expected {', '.join(sorted(known))}")
+    others: dict[str, Any] = {key: value for key, value in fields.items() if key != "layout"}
+    for key, kind in (("stages", int), ("dims", str)):
+        if key in others and not (isinstance(others[key], list) and all(isinstance(v, kind) for v in others[key])):
+            raise LayoutError(f"strategy {where}: {key}: expected a list of {kind.__name__}, found {others[key]!r}")
+    try:
+        if "padded" in others:
+            others["padded"] = {int(dim): int(size) for dim, size in others["padded"].items()}
+        return Layout(fields["layout"], **others)
+    except NotationError:
+        raise
+    except (LayoutError, TypeError, ValueError, AttributeError) as e:
+        raise LayoutError(f"strategy {where}: {e}") from None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the programs of one family cut their tensors, by names, of which `re.search` finds one at the end of a
+    tensor's.
+
+    column, row: cut by output, by input. glu: column, and two halves that are each cut on their own. summed: biases
+    that every rank adds, so that the whole is their sum. replicated: whole on every rank. `known`: it has no say on
+    other names; else those are taken to be replicated.
+    """
+
+    column: str
+    row: str
+    replicated: str
+    glu: str = r"(?!)"
+    summed: str = r"(?!)"
+    known: bool = False
+
+    def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
+        ndim = len(shards[0])
+        if _ends(self.summed, name):
+            return replicated(ndim, replicas="sum")
+        if _ends(self.glu, name):
+            return cut(ndim, 0, "2 tp {}")
+        if _ends(self.column, name):
+            return column(shards)
+        if _ends(self.row, name) and ndim > 1:
+            return column(shards, 1)
+        return replicated(ndim) if not self.known or _ends(self.replicated, name) else None
+
+
+def _ends(pattern: str, name: str) -> bool:
+    return re.search(rf"(?:^|[._])(?:{pattern})$", name) is not None
+
+
+_NORMS = (
+    r"(?:\w*(?:norm|ln)\w*|layer_?norm_\w+)(?:\.(?:weight|bias|scale))?|norm\.norm\.\w+|position_embeddings\.weight"
+)
+_UP = r"(?:dense_h_to_4h|linear_fc1)\.(?:weight|bias)"
+MEGATRON = Family(
+    column=r"(?:word_embeddings|lm_head|output_layer)\.weight|(?:query_key_value|query|key_value|linear_qkv|linear_q_proj"
+    rf"|linear_q_up_proj|linear_kv_up_proj)\.(?:weight|bias)|{_UP}",
+    row=r"(?:attention\.dense|dense_4h_to_h|linear_proj|linear_fc2)\.weight",
+    replicated=rf"{_NORMS}|(?:attention\.dense|dense_4h_to_h|linear_proj|linear_fc2)\.bias|(?:linear_q_down_proj"
+    r"|linear_kv_down_proj|tokentype_embeddings|router)\.weight",
+)
+MEGATRON_SWIGLU = replace(MEGATRON, glu=_UP)
+# GPT-NeoX adds the row-parallel layers' biases on every rank, before it sums over ranks
+GPT_NEOX = Family(
+    column=r"(?:word_embeddings|final_linear|lm_head|output_layer)\.weight"
+    r"|(?:query_key_value|dense_h_to_4h|linear1|w1|w3)\.(?:weight|bias)",
+    row=r"(?:attention\.dense|dense_4h_to_h|linear2|w2)\.weight",
+    summed=r"(?:attention\.dense|dense_4h_to_h|linear2|w2)\.bias",
+    replicated=rf"{_NORMS}|rotary_emb\.inv_freq",
+)
 
 
 @dataclass(frozen=True)
 class Megatron:
-    """Megatron-LM's names: embeddings and output layer cut by vocabulary, query_key_value and dense_h_to_4h column
-    parallel, attention's dense and dense_4h_to_h row parallel, the rest replicated. `swiglu`: dense_h_to_4h holds gate
-    and up projection, each cut on its own."""
+    """Megatron-LM's names, and those of Megatron-core: embeddings and output layer cut by vocabulary, query_key_value
+    and dense_h_to_4h column parallel, attention's dense and dense_4h_to_h row parallel, the rest replicated. `swiglu`:
+    dense_h_to_4h holds gate and up projection, each cut on its own."""
 
     swiglu: bool = False
 
     def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
-        ndim = len(shards[0])
-        if re.search(r"(word_embeddings|lm_head|output_layer)\.weight$", name):
-            return cut(ndim, 0)
-        if re.search(r"dense_h_to_4h\.(weight|bias)$", name):
-            return cut(ndim, 0, "2 tp {}" if self.swiglu else "tp {}")
-        if re.search(r"query_key_value\.(weight|bias)$", name):
-            return cut(ndim, 0)
-        if re.search(r"(attention\.dense|dense_4h_to_h)\.weight$", name):
-            return cut(ndim, 1)
-        return replicated(ndim)
+        return (MEGATRON_SWIGLU if self.swiglu else MEGATRON).layout(name, shards)
 
 
 @dataclass(frozen=True)
@@ -157,7 +231,12 @@ REGISTRY = Registry[Strategy](
     "strategy",
     "ckptlab.strategies",
     LayoutError,
-    {"megatron": Megatron(), "megatron-swiglu": Megatron(swiglu=True), "hf": HuggingFace()},
+    {
+        "megatron": Megatron(),
+        "megatron-swiglu": Megatron(swiglu=True),
+        "gpt-neox": GPT_NEOX,
+        "hf": HuggingFace(),
+    },
     hint=", a .json file of pattern: notation, or a model's config.json",
 )
 

@@ -86,7 +86,9 @@ def jobs(catalog: Catalog, window: int = WINDOW) -> Iterator[Job]:
             rows = tuple(_rows(catalog, tensor, at))
             count = math.prod(tensor.cut.shard_shape(at))
             if rows and count:
-                yield from _split(tensor.name, tensor.kind, count, window, rows, tensor.layout.replicas != "mean")
+                yield from _split(
+                    tensor.name, tensor.kind, count, window, rows, tensor.layout.replicas not in ("mean", "sum")
+                )
 
 
 def _split(name: str, kind: str, count: int, window: int, rows: tuple[Row, ...], compared: bool) -> Iterator[Job]:

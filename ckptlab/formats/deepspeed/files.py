@@ -265,11 +265,8 @@ class _Found:
         known = {n for needed in wanted.values() for n in needed}
         kinds = {"model", "zero3_model", "layer", "expert", *(("optim",) if self.optimizer else ())}
         extra = [file for n, file in self.names.items() if n.kind in kinds and n not in known]
-        if (
-            len(self.sets) > 1
-            and not self.doubles
-            and all(names.parse(os.path.basename(e)).kind == "optim" for e in extra)
-        ):
+        optims = {file for n, file in self.names.items() if n.kind == "optim"}
+        if len(self.sets) > 1 and not self.doubles and optims.issuperset(extra):
             yield self._second_set(extra)
         elif extra := sorted([*extra, *self.doubles]):
             yield Finding(

@@ -14,12 +14,20 @@ from ckptlab.findings import Faults, Strict
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.options import TargetOptions
 from ckptlab.formats.fileplan import FilePlan
-from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.formats.format import Beside, Format, Listing, Match
+from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import LayoutsOf, Strategy
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 ZERO = "zero"  # the folder of a universal checkpoint that holds the tensors
+
+
+def _alike(found: Cut, written: Cut) -> bool:
+    """Whether two cuts are the same; on one tp rank, where nothing is cut, whether they have the same padding."""
+    return found.dims == written.dims or (
+        written.mesh.get("tp", 1) == 1 and [d.size for d in found.dims] == [d.size for d in written.dims]
+    )
 
 
 class DeepSpeed(Format):
@@ -80,12 +88,18 @@ class DeepSpeed(Format):
         found = self.read(folder, Strict(), None if not silent and (told or target.mesh.tp == 1) else layouts)
         for name, tensor in target.tensors.items():
             again = found.tensors.get(name) if found else None
-            alike = again is not None and again.shape == tensor.shape and again.cut.dims == tensor.cut.dims
+            alike = again is not None and again.shape == tensor.shape and _alike(again.cut, tensor.cut)
             if not alike or (told and again and again.layout.text != tensor.layout.text):
                 raise CheckpointError(
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
                     f"{(tensor.layout, tensor.cut)}: this is a fault of ckptlab; please report it"
                 )
+
+    def beside(self, source: Catalog, target: Catalog) -> Beside:
+        """What a Trainer, accelerate or Lightning left there."""
+        from ckptlab.formats.deepspeed.beside import beside
+
+        return beside(source, target) if os.path.isdir(source.path) else Beside()
 
     def pointer(self, destination: str, source: Catalog) -> str | None:
         """`latest`; none in the source's own folder, whose `latest` stays."""

@@ -253,7 +253,7 @@ def _tree(module: Header) -> dict[tuple[str, ...], Stored]:
         elif isinstance(value, Mapping):
             if len(at) > _DEEP:
                 raise CheckpointError(f"{module.path}: {module.at}: nested deeper than {_DEEP} dictionaries: {_ODD}")
-            left += [((*at, key), inside) for key, inside in reversed(value.items())]
+            left += [((*at, key), inside) for key, inside in reversed(list(value.items()))]
     return found
 
 
@@ -435,10 +435,12 @@ class WholeOptimizer:
         if masters is not None and [len(m) for m in masters] != [len(i) for i in ids]:
             raise header.odd(key, f"a master weight for each of {[len(i) for i in ids]} parameters")
         state = base.inside("state")
-        by_id = {i: Header.of(header.path, v, f"{state.at}.{i}").values for i, v in state.values.items()}
+        by_id: dict[Any, Content] = {
+            i: Header.of(header.path, v, f"{state.at}.{i}").values for i, v in state.values.items()
+        }
         kept = [
             [
-                elementwise(header.path, by_id.get(i, {}), None if masters is None else masters[g][k].numel)
+                elementwise(header.path, by_id.get(i) or {}, None if masters is None else masters[g][k].numel)
                 for k, i in enumerate(members)
             ]
             for g, members in enumerate(ids)

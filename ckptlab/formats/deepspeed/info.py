@@ -124,6 +124,8 @@ def lists_from_layouts(target: Catalog) -> dict[str, Any] | None:
         pattern = f"{re.escape(tensor.name)}$"
         dim = cut_dim(tensor.layout, "tp")
         if dim is None:
+            if tensor.layout.replicas == "sum":
+                return None
             averaged = tensor.layout.replicas == "mean"
             lists["parameter_to_average_patterns" if averaged else "tp_replicated_parameter_patterns"].append(pattern)
             continue

@@ -196,8 +196,7 @@ def _lengths(
         yield not_read_yet(
             f"{file.path}: the float32 weights of group {b} ({flat.names[0]} …) are not in this file: they had been "
             "offloaded to NVMe (offload_optimizer), and stand as swap files, in offloaded_tensors or on the nodes. "
-            "Load it with DeepSpeed on the mesh that wrote it, with offload_optimizer on the CPU or none, and save "
-            "it again"
+            "Load it with DeepSpeed on the mesh that wrote it, offload_optimizer on the CPU or off, and save it again"
         )
         return
     for state, stored in file.states[b].items():

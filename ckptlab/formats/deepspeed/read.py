@@ -19,6 +19,7 @@ from ckptlab.formats.deepspeed import shapes
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
+from ckptlab.formats.deepspeed.infer import infer, vocabulary
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
@@ -131,13 +132,18 @@ def read_native(
     for finding in _newer(path):
         faults.report(finding)
     info = universal_info(folder, faults)
-    for finding in _not_read_yet(folder, info, strategy):
+    for finding in _not_read_yet(folder):
         faults.report(finding)
     module = read_module(folder, faults)
     optimizer = read_optimizer(folder, faults) if folder.optims else whole_optimizer(folder, module)
     if optimizer is None or faults.failed:
         return None
-    tensors = build_tensors(folder, info, strategy, module, optimizer, faults)
+    told = info
+    if info is None:
+        told = vocabulary(folder)
+        if folder.mesh.tp > 1:
+            strategy = infer(folder, module, strategy, faults)
+    tensors = {} if faults.failed else build_tensors(folder, told, strategy, module, optimizer, faults)
     return None if faults.failed else _catalog(folder, info, strategy, module, optimizer, tensors, faults)
 
 
@@ -247,16 +253,9 @@ def _newer(path: str) -> Iterator[Finding]:
         yield Finding("latest-old", "info", Where(), "the newest step", found, todo, "headers", f"{path}: {found}")
 
 
-def _not_read_yet(folder: StepFolder, info: UniversalInfo | None, strategy: Strategy | None) -> Iterator[Finding]:
+def _not_read_yet(folder: StepFolder) -> Iterator[Finding]:
     if folder.first.content.get("ds_autoep_layers"):
         yield not_read_yet(f"{folder.path}: AutoEP (ds_autoep_layers), which ckptlab cannot open yet")
-    if folder.mesh.tp == 1:
-        return
-    if info is None and strategy is None:
-        yield not_read_yet(
-            f"{folder.path}: tp {folder.mesh.tp}, and no universal_checkpoint_info says how the tensors are cut. "
-            "Give a strategy: a registered one (megatron), or {pattern: notation}"
-        )
 
 
 def build_tensors(

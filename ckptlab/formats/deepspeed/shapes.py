@@ -196,7 +196,9 @@ class _Group:
         found = []
         for g, states in enumerate(optimizer.states):
             masters = () if optimizer.masters is None else optimizer.masters[g]
-            shapes = [m.shape for m in masters] or [next((s.shape for s in one.values()), None) for one in states]
+            kept = (next(iter(one.values()), None) for one in states)
+            shapes: list[tuple[int, ...] | None] = [m.shape for m in masters]
+            shapes = shapes or [None if s is None else s.shape for s in kept]
             flat = optimizer.fused
             found.append(cls((), masters, masters[0].numel) if flat else cls(tuple(shapes), masters, len(shapes)))
         return found
@@ -245,7 +247,7 @@ def _assigned(named: Named, groups: Sequence[_Group], frozen: bool = True) -> tu
     for _, weight in named:
         ways: _Ways = {}
         for at, (count, _, _) in steps[-1].items():
-            nexts = [(at, None)] if frozen else []
+            nexts: list[tuple[tuple[int, ...], int | None]] = [(at, None)] if frozen else []
             for g, group in enumerate(groups):
                 if (after := group.after(at[g], weight)) is not None:
                     nexts.append(((*at[:g], after, *at[g + 1 :]), g))
@@ -255,13 +257,13 @@ def _assigned(named: Named, groups: Sequence[_Group], frozen: bool = True) -> tu
         if len(ways) > _MOST:
             return None
         steps.append(ways)
-    at: tuple[int, ...] | None = tuple(group.end for group in groups)
-    if steps[-1].get(at, (0,))[0] != 1:
+    reached: tuple[int, ...] | None = tuple(group.end for group in groups)
+    if reached not in steps[-1] or steps[-1][reached][0] != 1:
         return None
-    found: list[dict[str, tuple[int, ...]]] = [{} for _ in groups]
-    for (name, weight), ways in zip(reversed(named), reversed(steps), strict=False):
-        assert at is not None
-        _, at, by = ways[at]
+    found: list[list[tuple[str, Stored]]] = [[] for _ in groups]
+    for one, ways in zip(reversed(named), reversed(steps), strict=False):
+        assert reached is not None
+        _, reached, by = ways[reached]
         if by is not None:
-            found[by] = {name: weight.shape, **found[by]}
-    return tuple(found)
+            found[by].append(one)
+    return tuple({name: weight.shape for name, weight in reversed(group)} for group in found)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from ckptlab.catalog import MASTER, PARAM, Fragment, ParameterGroup
+from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, ParameterGroup
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
@@ -15,9 +15,6 @@ from ckptlab.formats.deepspeed.options import fused_of
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
-
-if TYPE_CHECKING:
-    from ckptlab.formats.deepspeed.write import NativeWriter
 
 Pieces = dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]]
 
@@ -74,7 +71,21 @@ def _fragments(
             done += count
 
 
-def whole_state(writer: NativeWriter, stage: int, tp: int, rank: int) -> dict[str, Any]:
+class Shards(Protocol):
+    """What makes the tensors of a target's files."""
+
+    source: Catalog
+    target: Catalog
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    def shard(self, name: str, state: str, stage: int, tp: int, rank: int) -> Pending: ...
+
+    def scalars(self, group: int) -> dict[str, Any]: ...
+
+
+def whole_state(writer: Shards, stage: int, tp: int, rank: int) -> dict[str, Any]:
     """The optimizer of a (pp stage, tp rank) as its engine keeps it: torch's own in float32, else DeepSpeed's
     FP16_UnfusedOptimizer or, flat, FP16_Optimizer."""
     target, source = writer.target, writer.source.private
@@ -112,7 +123,7 @@ def whole_state(writer: NativeWriter, stage: int, tp: int, rank: int) -> dict[st
 _SCALE = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
 
 
-def _scale(writer: NativeWriter) -> dict[str, Any]:
+def _scale(writer: Shards) -> dict[str, Any]:
     """The loss scale, as that of the source's own scaler says it; a new one where it had none."""
     dynamic = writer.target.private.dtype == "fp16"
     scaler = writer.source.private.extras.get("loss_scaler")

@@ -1,0 +1,68 @@
+"""Copies of tensors that are taken to be replicas: are they?
+
+Where a strategy, and not the checkpoint itself, says that ranks hold copies, a wrong strategy would drop all but one of
+several different shards. So they are compared before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ckptlab.arrays.gather import reader
+from ckptlab.arrays.readers import Coordinate
+from ckptlab.catalog import MASTER, PARAM, Catalog
+from ckptlab.errors import ReshapeError
+from ckptlab.plan import Holder
+
+REPLICA_TOLERANCE = 1e-2
+"""How far apart copies may be, as a part of the largest element: ranks that compute the same sums in another order
+drift, in bfloat16 by that much."""
+
+
+def refuse_unequal(catalog: Catalog) -> None:
+    """ReshapeError, with the tensor, where copies of a weight that the layouts (not told by the checkpoint itself) call
+    equal are further apart than REPLICA_TOLERANCE. Reads the weights of all copies."""
+    if catalog.training.layouts_told or catalog.extents is None:
+        return
+    for name, tensor in catalog.tensors.items():
+        state = next((s for s in (MASTER, PARAM) if (name, s) in catalog.placements), None)
+        if tensor.layout.replicas != "equal" or tensor.kind == "buffer" or state is None:
+            continue
+        for first, other in _pairs(catalog, name, state):
+            apart, largest = _difference(catalog, name, state, first, other)
+            if apart > REPLICA_TOLERANCE * largest:
+                raise ReshapeError(
+                    f"{catalog.path}: {name}: its layout {tensor.layout.text!r} says that {first} and {other} hold the "
+                    f"same, and their copies differ by up to {apart:.3g} (largest element {largest:.3g}, tolerance "
+                    f"{REPLICA_TOLERANCE:g} of it): the strategy is wrong, or the copies are to be averaged "
+                    '(replicas="mean"), summed ("sum"), or the first is right ("first")'
+                )
+
+
+def _pairs(catalog: Catalog, name: str, state: str) -> Iterator[tuple[Holder, Holder]]:
+    """Holders of one stage that should hold the same, each with the first of them."""
+    placement = catalog.placement(name, state)
+    known: dict[Coordinate, Holder] = {}
+    for holder in placement.on(placement.stages[0]):
+        first = known.setdefault(placement.coordinate(holder), holder)
+        if first is not holder:
+            yield first, holder
+
+
+def _difference(catalog: Catalog, name: str, state: str, first: Holder, other: Holder) -> tuple[float, float]:
+    """(the largest difference, the largest element) of two copies; NaN beside a number is infinitely far."""
+    placement = catalog.placement(name, state)
+    at = placement.coordinate(first)
+    count = int(np.prod(placement.shape(first), dtype=np.int64))
+    apart = largest = 0.0
+    pieces = (reader(catalog, name, state, holder=h).chunks(placement.cut, at, 0, count) for h in (first, other))
+    for a, b in zip(*pieces, strict=True):
+        x, y = a.astype(np.float32), b.astype(np.float32)
+        same = (x == y) | (np.isnan(x) & np.isnan(y))
+        with np.errstate(invalid="ignore"):
+            gap = np.where(same, 0, np.nan_to_num(np.abs(x - y), nan=np.inf))
+        apart = max(apart, float(gap.max(initial=0)))
+        largest = max(largest, float(np.abs(np.where(np.isfinite(x), x, 0)).max(initial=0)))
+    return apart, largest

@@ -214,7 +214,7 @@ def layouts_are_told(info: UniversalInfo | None, strategy: Strategy | None) -> b
 
 
 def _not_read_yet(folder: StepFolder, info: UniversalInfo | None, strategy: Strategy | None) -> Iterator[Finding]:
-    if folder.first.content.get("ds_autoep_layers"):
+    if any(folder.first.content.get(key) for key in ("ds_autoep_layers", "autoep_layers")):
         yield not_read_yet(f"{folder.path}: AutoEP (ds_autoep_layers), which ckptlab cannot open yet")
     if folder.mesh.tp == 1:
         return

@@ -323,6 +323,14 @@ def test_deepspeed_resumes_experts_elsewhere(asked: dict[str, Any], tmp_path: Pa
 
 
 @requires_deepspeed
+def test_deepspeed_resumes_a_universal_folder_at_ep_1(tmp_path: Path) -> None:
+    """Which its own tools cannot make; at a higher ep it looks for experts by local numbers there."""
+    ckptlab.open(MOE).reshape(dp=2).save(tmp_path / "out" / "step", "universal")
+    report = resume(tmp_path / "out" / "step", "moe_ep2_dp4", steps=1, dp=2, ep=1, universal=True)
+    assert report["status"] == "equal", report.get("error") or report["differences"]
+
+
+@requires_deepspeed
 @pytest.mark.parametrize("case", ["moe_ep2_dp2_bf16_optimizer", "moe_ep2_dp4_data_first", "moe_ep2_dp4_round_robin"])
 def test_other_ways_to_train_experts(case: str, tmp_path: Path) -> None:
     folder = make_case(case, tmp_path)

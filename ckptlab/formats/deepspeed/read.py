@@ -254,7 +254,7 @@ def _newer(path: str) -> Iterator[Finding]:
 
 
 def _not_read_yet(folder: StepFolder) -> Iterator[Finding]:
-    if folder.first.content.get("ds_autoep_layers"):
+    if any(folder.first.content.get(key) for key in ("ds_autoep_layers", "autoep_layers")):
         yield not_read_yet(f"{folder.path}: AutoEP (ds_autoep_layers), which ckptlab cannot open yet")
 
 

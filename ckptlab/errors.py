@@ -44,6 +44,10 @@ class DestinationError(CkptlabError):
     """A destination that exists already or cannot be written."""
 
 
+class InputError(CkptlabError, TypeError):
+    """An argument of a kind that a function does not take."""
+
+
 class ArgumentError(CkptlabError, AssertionError):
     """An argument of one of DeepSpeed's own functions that it asserts against: an AssertionError there and here."""
 

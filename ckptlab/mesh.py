@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.arguments import explained
 from ckptlab.errors import MeshError
 from ckptlab.shown import Shown
 from ckptlab.words import number_of, place_text
@@ -19,6 +20,7 @@ STANDARD = ("pp", "dp", "tp")
 _KNOWN = (*STANDARD, "ep", "cp")
 
 
+@explained
 @dataclass(frozen=True, init=False, repr=False)
 class Mesh(Shown, Mapping[str, int]):
     """Named mesh axes with degrees; a rank is one coordinate, the last axis running fastest.
@@ -99,7 +101,7 @@ class Mesh(Shown, Mapping[str, int]):
         return math.prod(self.degrees[leaf] for leaf in self.leaves(axis))
 
     def __contains__(self, axis: object) -> bool:
-        return axis in self.degrees or axis in dict(self._parts)
+        return isinstance(axis, str) and (axis in self.degrees or axis in dict(self._parts))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.axes)

@@ -21,6 +21,7 @@ from ckptlab.analysis.row import Row
 from ckptlab.analysis.rows import View, rows_of
 from ckptlab.analysis.spectra import Spectrum, spectrum_of
 from ckptlab.analysis.windows import Span, spans
+from ckptlab.arguments import explained
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.errors import CheckpointError
 from ckptlab.pool import Workers
@@ -56,6 +57,7 @@ _BY: dict[str, Callable[[Row], str]] = {
 }
 
 
+@explained
 def stats(
     view: View,
     *,
@@ -166,7 +168,10 @@ def _of_dask(rows: Sequence[Row], bins: Bins | None) -> list[Partial]:
 def _bins(histogram: bool | Sequence[float]) -> Bins | None:
     if isinstance(histogram, bool):
         return Bins() if histogram else None
-    edges = np.asarray(histogram, np.float64)
+    try:
+        edges = np.asarray(list(histogram), np.float64)
+    except (TypeError, ValueError):
+        edges = np.zeros(0)
     if edges.ndim != 1 or len(edges) < 2 or not np.all(np.diff(edges) > 0):
         raise CheckpointError(f"histogram={histogram!r}: expected True, False or ascending edges, two at least")
     return Bins(tuple(edges.tolist()))

@@ -47,7 +47,7 @@ def extent(about: About) -> str:
     counts, files = about["counts"], about["files"]
     others = [
         *([f"{counts['frozen']:,} frozen"] if counts["frozen"] else []),
-        *([number_of(counts["flat"], "buffer")] if counts["flat"] else []),
+        *([number_of(counts["buffers"], "buffer")] if counts["buffers"] else []),
     ]
     apart = f" ({', '.join(others)})" if others else ""
     held = "not there any more" if files["bytes"] is None else f"{size(files['bytes'])} on disk"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
@@ -77,6 +78,7 @@ class Rules:
         return Rules(tuple(rules), name)
 
 
+@explained
 @dataclass(frozen=True)
 class Megatron:
     """Megatron-LM's names: embeddings and output layer cut by vocabulary, query_key_value and dense_h_to_4h column

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptlab import convert, formats
+from ckptlab.arguments import explained
 from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.findings import Finding
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 PAPER = "paper"  # the format without files, in which anything can be laid out
 
 
+@explained
 def open(path: formats.Paths, strategy: Strategy | Mapping[str, str | Layout] | str | None = None) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
 
@@ -50,6 +52,7 @@ def open(path: formats.Paths, strategy: Strategy | Mapping[str, str | Layout] | 
     return Checkpoint(formats.read(path, resolve(strategy)))
 
 
+@explained
 def paper_model(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -> Checkpoint:
     """A model described by a few numbers, with no checkpoint at all: its layouts, flat buffers and plans.
 
@@ -62,6 +65,7 @@ def paper_model(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -
     return Checkpoint(Reshape.of(model, mesh or Mesh(), zero_stage=zero_stage).target)
 
 
+@explained
 class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
     """A checkpoint opened by `ckptlab.open`. Nothing is read until a view's values are asked for.
 
@@ -191,6 +195,7 @@ class Cost:
     largest_tensor: int
 
 
+@explained
 class Reshape(Viewed, Shown):
     """A checkpoint on another mesh, worked out from headers: check it, cost it, look at its views, save it."""
 
@@ -360,6 +365,7 @@ class Reshape(Viewed, Shown):
         return Reshape.of(self.source, self.mesh, format, self.strategy, **given)
 
 
+@explained
 def save_weights(
     source: Catalog | Checkpoint,
     destination: str | os.PathLike[str],

@@ -57,6 +57,10 @@ class LawError(CkptlabError, AssertionError):
         self.broken = tuple(broken)
 
 
+class InputError(CkptlabError, TypeError):
+    """An argument of a kind that a function does not take."""
+
+
 class ArgumentError(CkptlabError, AssertionError):
     """An argument of one of DeepSpeed's own functions that it asserts against: an AssertionError there and here."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.arguments import explained
 from ckptlab.errors import MeshError
 from ckptlab.shown import Shown
 from ckptlab.words import number_of, place_text
@@ -20,6 +21,7 @@ STANDARD = ("pp", "dp", "tp")
 _KNOWN = (*STANDARD, "ep", "cp")
 
 
+@explained
 @dataclass(frozen=True, init=False, repr=False)
 class Mesh(Shown, Mapping[str, int]):
     """Named mesh axes with degrees; a rank is one coordinate, the last axis running fastest.
@@ -108,7 +110,7 @@ class Mesh(Shown, Mapping[str, int]):
         return self._known[axis]
 
     def __contains__(self, axis: object) -> bool:
-        return axis in self._known
+        return isinstance(axis, str) and axis in self._known
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.axes)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from ckptlab.catalog import MASTER, PARAM, Tensor
 from ckptlab.errors import CheckpointError
 
@@ -72,13 +70,8 @@ def load_into(ckpt: Viewed, module: torch.nn.Module, strict: bool = True, state:
 
 
 def _whole(ckpt: Viewed, state: str | None, backend: Any, device: Any, dtype: Any) -> Mapping[str, Any]:
-    named = None if dtype is None else np.dtype(str(dtype).removeprefix("torch.") if _is_torchs(dtype) else dtype)
-    by_name: Mapping[str, Any] = ckpt.full(state, stack=False, dtype=named, backend=backend, device=device)
+    by_name: Mapping[str, Any] = ckpt.full(state, stack=False, dtype=dtype, backend=backend, device=device)
     return by_name
-
-
-def _is_torchs(dtype: Any) -> bool:
-    return type(dtype).__module__ == "torch"
 
 
 def _held(ckpt: Viewed, state: str | None) -> Iterator[tuple[Tensor, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 States = str | Sequence[str] | None
 
 
+@explained
 class Viewed:
     """`source` is the catalog of what is stored, `held` the one that says what the ranks hold: itself, or a target's.
 
@@ -61,9 +63,10 @@ class Viewed:
         numpy's own, bfloat16 among them). A reshape does not change them. CheckpointError for an unknown state.
         """
         from ckptlab.arrays.backends import resolve
+        from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Full
 
-        view = Full(self.source, None, _states(state, self.source), dtype, resolve(backend, device))
+        view = Full(self.source, None, _states(state, self.source), dtype_called(dtype), resolve(backend, device))
         return view.tree() if stack else view.by_name(_state(state, self.source))
 
     @overload
@@ -108,9 +111,10 @@ class Viewed:
         arrays are then whole, each placed over the devices as its layout says; see `ckptlab.views.Placed`.
         """
         from ckptlab.arrays.backends import resolve
+        from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Placed, Shards, View
 
-        fields = (self.source, self._target, _states(state, self.held), dtype, resolve(backend, device))
+        fields = (self.source, self._target, _states(state, self.held), dtype_called(dtype), resolve(backend, device))
         view: View = Shards(*fields) if mesh is None else Placed(*fields, devices=mesh)
         return view.tree() if stack else view.by_name(_state(state, self.held))
 
@@ -118,9 +122,10 @@ class Viewed:
         """The optimizer's flat buffers as the files hold them, or as the target's will: /pp0/group0 with dims
         (tp, dp, flat) and true lengths beside."""
         from ckptlab.arrays.backends import resolve
+        from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Flat
 
-        return Flat(self.source, self._target, dtype, resolve(backend, device)).tree()
+        return Flat(self.source, self._target, dtype_called(dtype), resolve(backend, device)).tree()
 
     def of_rank(self, rank: int) -> dict[tuple[str, str], np.ndarray]:
         """(name, state) → what one rank holds, as `Plan.run` takes and gives it: its shard, or, flat, the part of the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,14 @@ def test_the_python_of_the_page_on_plans(monkeypatch: pytest.MonkeyPatch) -> Non
         exec(block, names)
     assert names["best"].saved > 0
     assert names["took"].seconds > 0
+
+
+def test_the_reference_is_up_to_date_and_its_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(ROOT)
+    made = runpy.run_path(str(ROOT / "docs" / "reference.py"), run_name="reference")
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert text == made["page"](), "python docs/reference.py writes it anew"
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)

@@ -24,6 +24,7 @@ from ckptlab import pool
 from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import BLOCK
 from ckptlab.analysis.elements import joined
+from ckptlab.arguments import explained
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup, Tensor
 from ckptlab.catalog.stacks import places
@@ -151,6 +152,7 @@ _FIGURES = {
 }
 
 
+@explained
 def updates(
     ckpt: Checkpoint | Catalog | str | os.PathLike[str],
     *,

@@ -21,6 +21,7 @@ from ckptlab.analysis import elements
 from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Measure, Sums
 from ckptlab.analysis.renames import renamed
+from ckptlab.arguments import explained
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ from ckptlab.stored import Stored
 Source = Checkpoint | Catalog | str | os.PathLike[str]
 
 
+@explained
 def diff(
     a: Source,
     b: Source,
@@ -112,6 +114,7 @@ def _compared(
 def _wanted(a: Catalog, b: Catalog, states: Sequence[str] | None) -> Sequence[str]:
     """The states to compare. CheckpointError for one that neither side has."""
     known = list(dict.fromkeys([*a.states, *b.states]))
+    states = (states,) if isinstance(states, str) else states
     unknown = [s for s in states or () if s not in known]
     if unknown:
         raise CheckpointError(f"no state {unknown[0]!r} in {a.path} or {b.path}: there are {', '.join(known)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptlab.analysis.measure import Measure, Summary, summed
 from ckptlab.analysis.renames import Renamed
+from ckptlab.arguments import explained
 from ckptlab.errors import CheckpointError
 from ckptlab.plain import plain
 from ckptlab.shown import Shown, plot
@@ -74,6 +75,7 @@ class Setting:
     b: Any
 
 
+@explained
 @dataclass(frozen=True, repr=False)
 class Diff(Shown):
     """What `diff` found. `a` and `b` are the paths, `tensors` how many were compared in some state; differences come in

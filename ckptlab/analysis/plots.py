@@ -17,6 +17,7 @@ import xarray as xr
 
 from ckptlab.analysis.rows import View
 from ckptlab.analysis.statistics import stats
+from ckptlab.arguments import explained
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.errors import CheckpointError
 from ckptlab.viz.pyplot import pyplot
@@ -35,6 +36,7 @@ ROUNDING = 1e-12  # log2 of a ratio that sums in float64 may give where nothing 
 SPARSE = 1e-3  # share of all elements below which octaves around 0 are drawn as one
 
 
+@explained
 def norms(
     found: View | xr.Dataset, *, tensors: str | None = None, states: Sequence[str] | None = None, over: str = "layer"
 ) -> Figure:
@@ -65,6 +67,7 @@ def norms(
     return figure
 
 
+@explained
 def histograms(
     found: View | xr.Dataset,
     *,
@@ -104,6 +107,7 @@ def histograms(
     return figure
 
 
+@explained
 def drift(
     found: View | xr.Dataset,
     *,
@@ -122,7 +126,10 @@ def drift(
     """
     if isinstance(found, Checkpoint):
         found = found.shards()
-    table = _only(_statistics(found, [statistic]), tensors)
+    table = _statistics(found, [])
+    if statistic not in table or "state" not in table[statistic].dims or table[statistic].dtype.kind not in "iuf":
+        raise CheckpointError(f"statistic={statistic!r}: expected 'norm', 'std', 'max' or another figure of a tensor")
+    table = _only(table, tensors)
     over = over or ("step" if "step" in table.dims else "tp")
     if over not in table.dims:
         raise CheckpointError(f"over={over!r}: take shards() of a checkpoint for tp, or a run (open_run) for step")
@@ -153,6 +160,7 @@ def drift(
     return figure
 
 
+@explained
 def spectrum(
     found: View | xr.Dataset, *, tensors: str | None = None, state: str | None = None, top: int = 64
 ) -> Figure:

@@ -16,6 +16,8 @@ import xarray as xr
 
 from ckptlab.analysis.row import Row
 from ckptlab.analysis.rows import rows_of
+from ckptlab.arguments import explained
+from ckptlab.arrays.dtypes import dtype_called
 from ckptlab.arrays.lazy import Converted, Stacked, under, variable
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
@@ -38,6 +40,7 @@ class Skipped:
         return f"{os.path.basename(self.path)}: {self.reason}"
 
 
+@explained
 def open_run(path: str | os.PathLike[str], strategy: Any = None) -> Run:
     """Open every checkpoint of a run: headers only.
 
@@ -86,6 +89,7 @@ def _opened(folder: str, strategy: Any) -> tuple[list[tuple[str, Checkpoint]], l
     return opened, skipped
 
 
+@explained
 class Run(Shown, Mapping[int, Checkpoint]):
     """The checkpoints of a run by step, opened by `ckptlab.open_run`. Nothing is read until values are asked for."""
 
@@ -130,7 +134,7 @@ class Run(Shown, Mapping[int, Checkpoint]):
         unknown = [s for s in wanted or () if s not in self.states]
         if unknown:
             raise CheckpointError(f"{self.path}: no state {unknown[0]!r}: there are {', '.join(self.states)}")
-        return self._tree(lambda ckpt: Full(ckpt.catalog, None, _known(ckpt, wanted), dtype).tree())
+        return self._tree(lambda ckpt: Full(ckpt.catalog, None, _known(ckpt, wanted), dtype_called(dtype)).tree())
 
     def _tree(self, view: Callable[[Checkpoint], xr.DataTree]) -> xr.DataTree:
         trees = {step: view(ckpt) for step, ckpt in self.checkpoints.items()}

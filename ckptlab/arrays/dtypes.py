@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (teaches numpy the name bfloat16)
+import ml_dtypes
 import numpy as np
+
+from ckptlab.errors import InputError
 
 WIDE = np.dtype(np.float32)  # holds every value of every narrow dtype
 
@@ -81,3 +83,16 @@ def is_kind(dtype: Any, kind: str | tuple[str, ...]) -> bool:
     dtype = np.dtype(dtype)
     kinds = (kind,) if isinstance(kind, str) else kind
     return any(np.issubdtype(WIDE if is_narrow(dtype) else dtype, _KINDS[k]) for k in kinds)
+
+
+def dtype_called(dtype: Any) -> np.dtype | None:
+    """numpy's dtype of that name ("float32", "bfloat16"), type, or torch's dtype; None of None. InputError for what is
+    none."""
+    if dtype is None:
+        return None
+    text = str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype
+    try:
+        return np.dtype(getattr(ml_dtypes, text, text) if isinstance(text, str) else text)
+    except Exception:  # numpy raises whatever the object at hand does
+        told = repr(dtype) if isinstance(dtype, str | int | float) else f"a {type(dtype).__name__}"
+        raise InputError(f'a dtype is "float32", "bfloat16", … or numpy\'s own, not {told}') from None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ckptlab.arguments import explained
 from ckptlab.arrays.backends import of
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import Shapes, flat_merge, flat_split
@@ -24,6 +25,7 @@ from ckptlab.errors import LayoutError
 from ckptlab.plan import FlatBuffer, Holder
 
 
+@explained
 def merge_flat(
     buffers: xr.DataArray, flat: FlatGroup | FlatBuffer, tensors: Mapping[str, Tensor] | None = None
 ) -> dict[str, xr.DataArray]:
@@ -59,6 +61,7 @@ def merge_flat(
     return found
 
 
+@explained
 def split_flat(shards: Mapping[str, xr.DataArray], flat: FlatGroup | FlatBuffer, *, out: Any = None) -> xr.DataArray:
     """Flat buffers out of shards: name → ([axes,] *tensor dims) → dims ([axes,] over, flat). Padding is 0.
 

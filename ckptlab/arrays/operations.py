@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ckptlab.arguments import explained
 from ckptlab.arrays.backends import Backend, of, resolve
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import held_shape, moves
@@ -31,6 +32,7 @@ class ReplicaWarning(UserWarning):
     """Copies that should be equal and are not: the first was taken."""
 
 
+@explained
 def to(array: xr.DataArray, backend: Backend | str | None = None, device: Any = None) -> xr.DataArray:
     """The array on a backend and device, labels and bits as they are: `to(array, "torch", "cuda")`.
 
@@ -39,6 +41,7 @@ def to(array: xr.DataArray, backend: Backend | str | None = None, device: Any = 
     return _on(array, backend, device)[0]
 
 
+@explained
 def merge(
     shards: xr.DataArray,
     layout: Layout | str,
@@ -70,6 +73,7 @@ def merge(
     return _moved(array, cut, Cut.whole(cut.logical), layout, others, place, out)
 
 
+@explained
 def split(
     whole: xr.DataArray,
     layout: Layout | str,
@@ -96,6 +100,7 @@ def split(
     return _with_replicas(shards, cut, layout)
 
 
+@explained
 def reshape(
     shards: xr.DataArray,
     layout: Layout | str,
@@ -126,7 +131,10 @@ def reshape(
         for axis in source.axes:
             recut = on_degree(recut, axis, mesh[axis]) if axis in mesh else recut
     else:
-        recut = with_lengths(_layout(to), layout, source.shape, before)
+        recut = _layout(to)
+        if len(recut.dims) != len(layout.dims):
+            raise LayoutError(f"{recut.text!r} has {len(recut.dims)} dims, {layout.text!r} {len(layout.dims)}")
+        recut = with_lengths(recut, layout, source.shape, before)
         taken = [d for d in recut.dims if d in array.dims and d not in layout.dims]
         if taken:
             raise LayoutError(f"{recut.text!r} calls a dim {taken[0]!r}, and the shards have another dim of that name")
@@ -257,10 +265,17 @@ def _moved(
 ) -> xr.DataArray:
     sizes = [array.sizes[d] for d in others]
     planned = moves(source.beneath(sizes), target.beneath(sizes))
+    missing = [axis for axis in source.axes if axis not in array.dims]
+    if missing:
+        raise LayoutError(f"{layout.text!r} is cut over {missing[0]}, and the array has dims {array.dims}: no shards")
     held = raw(array.transpose(*source.axes, *others, *layout.dims), place)
     dims = (*target.axes, *others, *layout.dims)
     target_array = None
     if out is not None:
+        if not place.is_array(raw(out, place)):
+            raise LayoutError(f"out is an array of {place.name}, or a DataArray of one, not a {type(out).__name__}")
+        if set(map(str, getattr(out, "dims", dims))) != set(map(str, dims)) or np.ndim(raw(out, place)) != len(dims):
+            raise LayoutError(f"out has not the dims {dims}: give an array of {tuple(planned.shape)} in that order")
         given = (
             out
             if isinstance(out, xr.DataArray)
@@ -314,6 +329,7 @@ def _with_replicas(array: xr.DataArray, cut: Cut, layout: Layout) -> xr.DataArra
 # ------------------------------------------------------------------------------------------------ on the array itself
 
 
+@explained
 @xr.register_dataarray_accessor("ckptlab")
 class Accessor:
     """`.ckptlab` of every DataArray: the operations above, the layout being the array's own where none is given."""

@@ -65,6 +65,8 @@ class Catalog:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name or alias; CheckpointError (with the nearest names) if there is none."""
+        if not isinstance(name, str):
+            raise CheckpointError(f"{self.path}: tensors have names, not a {type(name).__name__}")
         found = self.tensors.get(self._aliases.get(name, name))
         if found is None:
             near = difflib.get_close_matches(name, [*self.tensors, *self._aliases], n=3)

@@ -18,6 +18,8 @@ def locate(path: str | os.PathLike[str]) -> Match:
 
     Weights alone are taken if no training checkpoint stands below them. CheckpointError lists what was found otherwise.
     """
+    if "://" in os.fspath(path):
+        raise CheckpointError(f"{os.fspath(path)}: ckptlab opens local files and folders only: copy or mount it here")
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or folder")

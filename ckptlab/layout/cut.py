@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError
 from ckptlab.layout.rows import Rows, checked, intersect, intervals, owners, positions, runs
 from ckptlab.mesh import Mesh
@@ -66,6 +67,7 @@ class DimCut:
         return {coordinate: runs(rows) for coordinate, rows in self.rows.items()}
 
 
+@explained
 @dataclass(frozen=True)
 class Cut(Shown):
     """What every coordinate of a mesh holds of one tensor.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError
 from ckptlab.layout.blocks import dims_of_axes, equal_blocks
 from ckptlab.layout.cut import Cut, DimCut
@@ -28,6 +29,7 @@ Length = int | tuple[int, ...]
 V = TypeVar("V")
 
 
+@explained
 @dataclass(frozen=True, init=False, repr=False)
 class Layout(Shown):
     """How the whole of a tensor is composed of what the ranks hold: `Layout("(tp out) in")`.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.plan.boxes import Box, shared_boxes
@@ -93,6 +94,7 @@ def _concatenate(columns: list[Columns]) -> Columns:
     return np.concatenate(first), np.concatenate(second), np.concatenate(third)
 
 
+@explained
 @dataclass(frozen=True, eq=False)
 class Plan(Shown):
     """Which rank sends how many elements of which tensor to which: one row each, columnar.
@@ -163,7 +165,7 @@ class Plan(Shown):
 
     def renumbered(self, order: Ranks | Sequence[int]) -> Plan:
         """The plan where process `order[k]` is rank k of the target: `plan.renumbered(plan.best_ranks())`."""
-        numbers = np.asarray(order.order if isinstance(order, Ranks) else order)
+        numbers = np.asarray(order.order if isinstance(order, Ranks) else list(order))
         if len(numbers) != self.targets or len(set(numbers.tolist())) != self.targets:
             raise ReshapeError(f"an order names a process of its own for each of {self.targets} ranks, not {order!r}")
         return replace(
@@ -188,6 +190,7 @@ class Plan(Shown):
         return f"<Plan of {scale}: {figures}>"
 
 
+@explained
 def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves: Iterable[Move] | None = None) -> Plan:
     """The plan for many tensors: (name, bytes an element read, bytes an element written, from, to) each.
 
@@ -235,6 +238,7 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves
     )
 
 
+@explained
 def between(source: Cut | Placement, target: Cut | Placement, itemsize: int = 4, name: str = "tensor") -> Plan:
     """The plan for one tensor from one layout to another: `between(a.resolve(shape, mesh), b.resolve(shape, other))`.
 

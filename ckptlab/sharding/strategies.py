@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
+from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError, NotationError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
@@ -166,6 +167,7 @@ GPT_NEOX = Family(
 )
 
 
+@explained
 @dataclass(frozen=True)
 class Megatron:
     """Megatron-LM's names, and those of Megatron-core: embeddings and output layer cut by vocabulary, query_key_value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ckptlab.arguments import explained
 from ckptlab.catalog import FlatGroup
 from ckptlab.draw import Bar, Drawing, Piece, strips
 from ckptlab.plan import FlatBuffer, Holder
@@ -11,6 +12,7 @@ CUTS = 64  # cuts that are drawn in the whole buffer; of more every second, thir
 SHOWN = 8  # dp ranks that are drawn; of more the first and the last
 
 
+@explained
 def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, **at: int) -> Drawing:
     """The flat buffer of one group (of a catalog's FlatGroup, that of coordinates such as tp=1), one bar for each dp
     rank.

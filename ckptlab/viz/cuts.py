@@ -33,6 +33,9 @@ def picture(
         _edge(dim, true, name, part, cut.mesh)
         for dim, true, name, part in zip(cut.dims, cut.logical, dims, parts, strict=True)
     ]
+    for axis, k in (rank or {}).items():
+        if axis in cut.axes and not (isinstance(k, int) and 0 <= k < cut.mesh[axis]):
+            raise LayoutError(f"rank: {axis}={k!r} is outside {axis}({cut.mesh[axis]}) of {cut.mesh!r}")
     marked = None if rank is None else {axis: k for axis, k in rank.items() if axis in cut.axes}
     shard = None
     if marked is not None and len(marked) == len(cut.axes):

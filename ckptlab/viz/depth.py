@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptlab.analysis.measure import Measure
+from ckptlab.arguments import explained
 from ckptlab.viz.pyplot import pyplot
 
 LINES = 10  # kinds that get a colour and a name: those that changed most
 
 
+@explained
 def plot_depth(measures: Sequence[Measure], state: str, ax: Any = None) -> Any:
     """The relative change |a - b| / |a| of one state by layer, a line for each kind of tensor; the Axes.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ckptlab.arguments import explained
 from ckptlab.draw import Drawing
 from ckptlab.draw import grid as draw_grid
 from ckptlab.mesh import Mesh
 from ckptlab.shown import shows
 
 
+@explained
 def mesh(mesh: Mesh, *, highlight: Mapping[str, int] | int | None = None, group: str | None = None) -> Drawing:
     """Every rank of a mesh: a grid for each pp stage (and coordinate on axes other than dp and tp), dp down, tp across.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.catalog.stacks import split
 from ckptlab.draw import Box, Drawing, pipeline
@@ -16,6 +17,7 @@ COLUMNS = 8  # stages that are drawn one by one
 BOXES = 12  # boxes of a stage that are drawn
 
 
+@explained
 def stages(catalog: Catalog) -> Drawing:
     """The layers of each pp stage, in order; like layers next to one another as one.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import explained
 from ckptlab.draw import Drawing, Side, matrix
 from ckptlab.draw.blocks import blocks, span
 from ckptlab.mesh import Mesh
@@ -19,6 +20,7 @@ RANKS = 16  # rows or columns of the matrix
 Int64 = NDArray[np.int64]
 
 
+@explained
 def plan(plan: Plan, source: Mesh | None = None, target: Mesh | None = None) -> Drawing:
     """Who sends how much to whom: a matrix from source (down) to target (across) with the sums at its edges.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ckptlab.arguments import explained
 from ckptlab.draw.colours import colour
 from ckptlab.plan import Plan
 from ckptlab.viz.pyplot import pyplot
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@explained
 def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
     """Bytes on every rank by kind, stacked; see `memory`. Needs matplotlib (`pip install ckptlab[widgets]`)."""
     found, kinds, _ = table(model)
@@ -32,6 +34,7 @@ def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@explained
 def plot_plan(plan: Plan, ax: Axes | None = None) -> Axes:
     """Bytes from every source rank to every target rank, logarithmic; see `plan`. Needs matplotlib."""
     ax = _axes(ax)

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import explained
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
@@ -26,6 +27,7 @@ Table = NDArray[np.int64]
 Model: TypeAlias = Catalog | Mapping[str, Mapping[str, int]]
 
 
+@explained
 def memory(model: Model) -> Drawing:
     """Bytes on each rank, by kind, as stacked bars: see `memory_by_rank`.
 
@@ -85,12 +87,14 @@ def _ends(labels: Sequence[str], ranks: Sequence[int]) -> str:
     return labels[ranks[0]] if len(ranks) == 1 else f"{labels[ranks[0]]} … {labels[ranks[-1]]}"
 
 
+@explained
 def fullest(catalog: Catalog) -> dict[str, int]:
     """Kind → bytes on the rank that keeps most."""
     found = memory_by_rank(catalog)
     return dict(zip(KINDS, found[found.sum(axis=1).argmax()].tolist(), strict=True))
 
 
+@explained
 def memory_by_rank(catalog: Catalog) -> Table:
     """(rank, kind) bytes, int64, kinds as KINDS: what a rank keeps of the model while it trains, from headers.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ckptlab.arguments import explained
 from ckptlab.draw import Drawing
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.viz.cuts import picture
 
 
+@explained
 def tensor(
     layout: Layout | str,
     shape: Sequence[int],

@@ -10,6 +10,7 @@ from ckptlab.analysis.checkup import jobs, replicas, verdicts
 from ckptlab.analysis.checkup.checksums import against_manifest
 from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.health import Checked, Health, ordered
+from ckptlab.arguments import explained
 from ckptlab.catalog import MASTER, PARAM, Catalog
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.findings import Collecting, Finding, Where
@@ -23,6 +24,7 @@ from ckptlab.stored import scalar
 from ckptlab.words import number_of, some
 
 
+@explained
 def check(
     path: Paths | Checkpoint,
     *,

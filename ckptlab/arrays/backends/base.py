@@ -184,6 +184,8 @@ def resolve(backend: Backend | str | None = None, device: Any = None) -> Backend
         if device is not None and str(device) != backend.device:
             raise BackendError(f"{backend!r} was given together with device {device!r}: give its name instead")
         return backend
+    if not isinstance(backend, str | None):
+        raise BackendError(f"a backend is 'numpy', 'torch', 'jax' or a Backend, not a {type(backend).__name__}")
     return _resolve(backend or "numpy", device if device is None else str(device))
 
 

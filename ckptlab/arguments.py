@@ -1,0 +1,142 @@
+"""Arguments of a wrong kind, said in one line: what a public function takes there, and what it was given.
+
+Types are not checked beforehand. Where a call fails with one of Python's errors, its arguments are held against its
+annotations, and the first that does not fit is named; where all fit, the error is the one that it was.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections.abc
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ckptlab.errors import CkptlabError, InputError
+
+T = TypeVar("T", bound=Callable[..., Any])
+ELEMENTS = 100  # of a sequence or mapping that are looked at
+_WIDER: dict[type, tuple[type, ...]] = {
+    int: (int, np.integer),
+    float: (int, float, np.number),
+    bool: (bool, np.bool_),
+}
+
+
+def explained(function: T) -> T:
+    """A public function (or all public methods of a class) that says which argument was of a wrong kind: InputError."""
+    if isinstance(function, type):
+        for name, method in list(vars(function).items()):
+            if name.startswith("_") and name not in ("__init__", "__getitem__"):
+                continue
+            if isinstance(method, types.FunctionType):
+                setattr(function, name, explained(method))
+            elif isinstance(method, staticmethod | classmethod):
+                setattr(function, name, type(method)(explained(method.__func__)))
+        return function
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, CkptlabError) and not isinstance(error, InputError):
+                raise
+            said = _wrong(function, args, kwargs)
+            if said is None:
+                raise
+            raise InputError(said) from error
+
+    return typing.cast(T, call)
+
+
+def _wrong(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """What is to be said of the first argument that does not fit; None where all do, or where some are missing."""
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    for name, value in given.items():
+        hint = _hint(function, name)
+        if not fits(value, hint):
+            owner = function.__qualname__.removesuffix(".__init__").replace(".__getitem__", "[…]")
+            return f"{owner} takes {name}={described(hint)}, not {_kind(value)}{_advice(hint, value)}"
+    return None
+
+
+def _hint(function: Callable[..., Any], name: str) -> Any:
+    """The annotation of a parameter; Any where it cannot be known without importing more."""
+    parameter = inspect.signature(function).parameters[name]
+    text = parameter.annotation
+    if text is inspect.Parameter.empty or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        return Any
+    if not isinstance(text, str):
+        return text
+    names = {"xr": sys.modules.get("xarray"), **vars(builtins), **getattr(function, "__globals__", {})}
+    try:
+        return eval(text, names)  # our own source, as typing.get_type_hints does
+    except (NameError, AttributeError, TypeError):
+        return Any
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the kind that an annotation says, as far as that can be told."""
+    if hint is Any or isinstance(hint, TypeVar | str):
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (collections.abc.Mapping, dict):
+        items = list(value.items())[:ELEMENTS] if isinstance(value, Mapping) else None
+        return items is not None and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in items)
+    if origin in (collections.abc.Sequence, collections.abc.Iterable, list):
+        plain = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
+        return plain and all(fits(one, inner[0]) for one in list(value)[:ELEMENTS])
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return True
+    return isinstance(value, _WIDER.get(kind, (kind,)))
+
+
+def described(hint: Any) -> str:
+    """An annotation in words."""
+    inner = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        words = list(dict.fromkeys(described(one) for one in inner if one is not type(None)))
+        words += ["None"] if type(None) in inner else []
+        return " or ".join([", ".join(words[:-1]), words[-1]] if words[:-1] else words)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, inner))
+    if inner and isinstance(origin, type) and issubclass(origin, collections.abc.Iterable):
+        return f"{origin.__name__} of {' to '.join(described(one) for one in inner if one is not Ellipsis)}"
+    if origin is os.PathLike:
+        return "path"
+    return str(getattr(hint, "__name__", hint))
+
+
+def _kind(value: Any) -> str:
+    text = repr(value) if isinstance(value, str | int | float | bytes | type(None)) else ""
+    if 0 < len(text) < 60:
+        return text
+    home = type(value).__module__.split(".")[0]
+    return f"a {type(value).__name__}" if home == "builtins" else f"a {home}.{type(value).__name__}"
+
+
+def _advice(hint: Any, value: Any) -> str:
+    arrays = described(hint) == "DataArray" and isinstance(value, np.ndarray | list)
+    trees = described(hint) == "DataArray" and type(value).__name__ in ("Dataset", "DataTree")
+    if arrays:
+        return ": name its dims, xarray.DataArray(x, dims=…)"
+    return ": take one of its variables, or map over them, x.map(…)" if trees else ""

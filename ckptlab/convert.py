@@ -108,7 +108,8 @@ def run(
     identity: what this conversion is (source, target, options); an interrupted one goes on only if it is the same.
     latest: the name of the file beside the destination that is to hold its name. workers: see `pool.run`; processes
     must see the same folders. check: called with the finished folder before it gets its name; what it raises stops the
-    conversion. beside: files to be copied beside the destination; those that are there stay. DestinationError if the destination exists or cannot be made.
+    conversion. beside: files to be copied beside the destination; those that are there stay. DestinationError if the
+    destination exists or cannot be made.
     """
     destination = os.path.abspath(destination)
     partial = f"{destination}.partial"

@@ -1,5 +1,5 @@
-"""What the Hugging Face Trainer, accelerate and Lightning leave beside a step folder, and what of it is still true of the
-checkpoint on another mesh."""
+"""What the Hugging Face Trainer, accelerate and Lightning leave beside a step folder, and what of it is still true of
+the checkpoint on another mesh."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ _mesh = _options(
     click.option("--ep", type=click.IntRange(1), metavar="N", help="Expert-parallel degree, a part of dp."),
 )
 _target = _options(
-    click.option("--zero-stage", type=click.IntRange(1, 3), metavar="1|2|3", help="ZeRO stage."),
+    click.option("--zero-stage", type=click.IntRange(0, 3), metavar="0|1|2|3", help="ZeRO stage; 0 is without ZeRO."),
     click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="What the target trains in."),
     click.option(
         "--pipeline",

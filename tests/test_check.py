@@ -127,8 +127,8 @@ def test_a_layer_of_which_no_rank_has_a_file(gpt: Path) -> None:
 def test_every_optimizer_file_missing(zero2: Path) -> None:
     for d in (0, 1):
         (zero2 / OPTIM.format(d, 0)).unlink()
-    (one,) = check(zero2)["missing-file"]
-    assert len(one.where.files) == 2
+    (one,) = check(zero2)["weights-alone"]
+    assert (one.severity, one.expected) == ("warning", "2 optimizer files")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
@@ -524,13 +524,15 @@ def test_universal_and_safetensors(tmp_path: Path) -> None:
 def test_a_kind_that_is_not_read_yet_is_said_and_its_files_are_looked_at(gpt: Path) -> None:
     for rank in range(4):
         edit(gpt / MODEL.format(rank), lambda c: {k: v for k, v in c.items() if k != "universal_checkpoint_info"})
-    one = only(check(gpt), "not-read-yet")
+    assert check(gpt).healthy  # what its data and names prove is inferred
+    flip(gpt, NORM, "param", 0, tp=1)  # copies that are not equal prove nothing
+    one = next(iter(check(gpt)["not-read-yet"]))
     assert one.severity == "error"
     assert "Give a strategy" in one.found
     poke_at, _ = held(read(GPT), DENSE, "exp_avg")
     stored = type(poke_at)(str(gpt / Path(poke_at.path).name), poke_at.offset, poke_at.dtype, (1,), (1,))
     overwrite(stored, 0, math.nan)
-    assert set(check(gpt).codes) == {"not-read-yet", "not-finite"}
+    assert {"not-read-yet", "not-finite"} <= set(check(gpt).codes)
     assert check(gpt)["not-finite"][0].where.files == (Path(stored.path).name,)
     found = check(gpt, strategy="megatron")
     assert found.checked.opened
@@ -668,7 +670,6 @@ def test_html_escapes_what_files_say(zero2: Path) -> None:
 
 
 CHANGES: list[Callable[[dict], dict]] = [
-    lambda c: {k: v for k, v in c.items() if k != "ds_config"},
     lambda c: {**c, "param_shapes": 5},
     lambda c: {**c, "param_shapes": [5]},
     lambda c: {**c, "mp_world_size": "many"},

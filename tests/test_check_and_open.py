@@ -18,6 +18,7 @@ from helpers.files import copy, cut, edit, flip, poke, swap
 from safetensors.numpy import save_file
 from test_hostile_files import HOSTILE, forge
 
+import ckptlab
 from ckptlab import Health, check
 from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.formats import read
@@ -215,22 +216,76 @@ CASES = [
 def test_odd_headers_are_findings_and_errors_never_tracebacks(tmp_path: Path, case: Path, name: str) -> None:
     folder = Path(shutil.copytree(UNIVERSAL, tmp_path / "run")) if case == UNIVERSAL.parent else copy(case, tmp_path)
     file = folder / name
-    content, raw = torchfile.read(file), file.read_bytes()
+    content = torchfile.read(file)
     chance = random.Random(name)
     ways = list(keys(content)) + [
         ("ds_config", key) for key in ("zero_optimization", "bf16", "fp16") if key in content.get("ds_config", ())
     ]
-    told = 0
-    for way in chance.sample(ways, min(len(ways), 60)):
-        for value in chance.sample(ODD, 2):
-            (tmp_path / "old.pt").write_bytes(raw)
-            torchfile.write(file.with_suffix(".new"), changed(torchfile.read(tmp_path / "old.pt"), way, value))
-            file.with_suffix(".new").replace(file)
-            try:
-                told += not law(folder).healthy
-            except Exception as error:
-                raise AssertionError(f"{name}: {way} = {value!r}") from error
+    told = sum(told_of_odd_values(file, way, chance, folder) for way in chance.sample(ways, min(len(ways), 60)))
     assert told, "some of them are no headers of DeepSpeed's"
+
+
+def told_of_odd_values(file: Path, way: tuple[Any, ...], chance: random.Random, folder: Path) -> int:
+    """Put odd values in a place of a header, hold the law each time, and put the file back; how many were told of."""
+    raw, told = file.read_bytes(), 0
+    old = folder.parent / f"{folder.name}.old.pt"
+    old.write_bytes(raw)
+    for value in chance.sample(ODD, 2):
+        torchfile.write(file.with_suffix(".new"), changed(torchfile.read(old), way, value))
+        file.with_suffix(".new").replace(file)
+        try:
+            told += not law(folder).healthy
+        except Exception as error:
+            raise AssertionError(f"{file.name}: {way} = {value!r}") from error
+        file.write_bytes(raw)
+    return told
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": False}, {"dtype": "fp32"}], ids=str)
+def test_odd_headers_of_an_optimizer_in_the_model_file(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Training without ZeRO."""
+    ckptlab.open(ZERO2).reshape(zero_stage=0, **options).save(tmp_path / "run" / "step")
+    folder = tmp_path / "run" / "step"
+    file = folder / MODEL.format(0)
+    chance = random.Random(repr(options))
+    ways = [way for way in keys(torchfile.read(file), 6) if way[0] == "optimizer"]
+    assert sum(told_of_odd_values(file, way, chance, folder) for way in chance.sample(ways, min(len(ways), 30)))
+
+
+def test_odd_headers_where_layouts_are_not_told(tmp_path: Path) -> None:
+    folder = copy(GPT, tmp_path)
+    all_models(folder, drop("universal_checkpoint_info"))
+    chance = random.Random(1)
+    for name in (MODEL.format(1), LAYER, MODEL.format(0)):
+        ways = [way for way in keys(torchfile.read(folder / name)) if way[0] not in ("rng_state", "lr_scheduler")]
+        for way in chance.sample(ways, min(len(ways), 12)):
+            told_of_odd_values(folder / name, way, chance, folder)
+    for size in ODD:
+        all_models(folder, put(checkpoint_info={"original_vocab_size": size}))
+        law(folder)
+
+
+@pytest.mark.parametrize("value", [*ODD, np.zeros(3), {"w": np.zeros(3)}, {"model": {"w": np.zeros(3)}}], ids=repr)
+def test_files_of_torch_whatever_they_hold(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "run").mkdir()
+    torchfile.write(tmp_path / "run" / "pytorch_model.bin", value)
+    law(tmp_path / "run")
+    law(tmp_path / "run" / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("index", ["x", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b.bin"}}'])
+def test_indices_of_files_of_torch(tmp_path: Path, index: str) -> None:
+    torchfile.write(tmp_path / "pytorch_model.bin", {"w": np.zeros(3)})
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    law(tmp_path)
+
+
+def test_folders_in_the_place_of_files(tmp_path: Path) -> None:
+    for name in (MODEL.format(0), OPTIM.format(0, 0)):
+        folder = copy(ZERO2, tmp_path / name)
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        law(folder)
 
 
 # Universal folders and safetensors

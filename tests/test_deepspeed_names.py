@@ -457,3 +457,23 @@ def test_the_names_are_importable_from_ckptlab_itself() -> None:
     for name in deepspeed.__all__:
         assert getattr(ckptlab, name) is getattr(deepspeed, name), name
     assert not hasattr(ckptlab, "no_such_name")
+
+
+def test_the_global_state_has_what_deepspeeds_has() -> None:
+    state = ds.DeepSpeedCheckpoint(GPT).global_state
+    assert set(state) == {"iteration", "args", "checkpoint_info", "universal_checkpoint_info"}
+    assert isinstance(state["args"], argparse.Namespace)
+    assert state["checkpoint_info"]["original_vocab_size"] == 101
+
+
+def test_dtypes_in_placeholders_are_torchs(tmp_path: Path) -> None:
+    from ckptlab.formats.torch import torchfile
+    from ckptlab.formats.torch.pickles import Global, foreign
+
+    scaler = foreign(
+        "deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", state={"dtype": Global("torch", "float16")}, new=True
+    )
+    torchfile.write(tmp_path / "x.pt", {"loss_scaler": scaler})
+    found = load(str(tmp_path / "x.pt"))["loss_scaler"]
+    assert found.dtype is torch.float16
+    assert found.name == "DynamicLossScaler"

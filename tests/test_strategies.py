@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from compare import GPT, differences, differences_from_truth, whole
+from compare import GPT, ZERO2, differences, differences_from_truth, whole
+from helpers.command import run
 from helpers.files import edit, poke
 
 import ckptlab
@@ -19,7 +20,7 @@ from ckptlab.errors import LayoutError, ReshapeError, UnsupportedError
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
-from ckptlab.sharding.strategies import resolve
+from ckptlab.sharding.strategies import replicated, resolve
 
 BIAS = "3.mlp.dense_4h_to_h.bias"
 
@@ -228,3 +229,32 @@ class TestJSON:
         with pytest.raises(LayoutError, match=r"strategy .*s.json") as caught:
             resolve(str(tmp_path / "s.json"))
         assert "\n" not in str(caught.value)
+
+
+class Halves:
+    """A strategy for the plain model: attention is cut, the rest replicated."""
+
+    def layout(self, name: str, shards: Any) -> Layout | None:
+        if name.endswith(("qkv.weight", "proj.weight")):
+            return Layout("(tp out) in" if "qkv" in name else "out (tp in)")
+        return replicated(len(shards[0]))
+
+
+def test_zero_3_with_tensor_parallelism_there_and_back(tmp_path: Path) -> None:
+    ckptlab.open(ZERO2, Halves()).reshape(tp=3, dp=2, zero_stage=3).save(tmp_path / "a" / "step")
+    there = ckptlab.open(tmp_path / "a")
+    assert (str(there.mesh), there.zero_stage) == ("tp 3 · pp 1 · dp 2", 3)
+    assert len(list((tmp_path / "a" / "step").glob("zero_pp_rank_*_model_states.pt"))) == 6
+    assert there["blocks.0.qkv.weight"].cut.axes == ("tp",)
+    assert differences_from_truth(there.catalog, ZERO2 / "truth.safetensors") == []
+    assert ckptlab.check(there).healthy
+    there.reshape(tp=1, dp=2, zero_stage=2).save(tmp_path / "b" / "step")
+    assert differences(read(tmp_path / "b"), read(ZERO2)) == []
+
+
+def test_several_folders_on_the_command_line(tmp_path: Path) -> None:
+    for node, other in ((0, 1), (1, 0)):
+        folder = Path(shutil.copytree(ZERO2 / "global_step3", tmp_path / f"node{node}"))
+        next(folder.glob(f"*rank_{other}_*optim_states.pt")).unlink()
+    told = json.loads(run("info", tmp_path / "node0", tmp_path / "node1", "--json").stdout)
+    assert told["mesh"]["dp"] == 2

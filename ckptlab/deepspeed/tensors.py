@@ -59,8 +59,7 @@ class _Loader:
         self._mapped: dict[str, np.ndarray] = {}
 
     def convert(self, value: Any) -> Any:
-        import torch
-
+        """Torch is imported where there is something of it; a dtype stays a placeholder where torch is not there."""
         if isinstance(value, Stored):
             return self._stored(value)
         if isinstance(value, Pending):
@@ -68,15 +67,15 @@ class _Loader:
         if isinstance(value, np.ndarray):
             return tensor_of(value)
         if isinstance(value, Size):
+            import torch
+
             return torch.Size(value)
         if isinstance(value, Mapping):
             return type(value)((key, self.convert(one)) for key, one in value.items())  # type: ignore[call-arg]
         if isinstance(value, (list, tuple)):
             return type(value)(self.convert(one) for one in value)
         if isinstance(value, Global):
-            return (
-                getattr(torch, value.name, value) if value.module == "torch" and _DTYPE.fullmatch(value.name) else value
-            )
+            return _dtype(value) if value.module == "torch" and _DTYPE.fullmatch(value.name) else value
         if isinstance(value, Foreign) and isinstance(value.callee, Global):
             build = _HARMLESS.get((value.module, value.name))
             return self._placeholder(value) if build is None else build(self, value)
@@ -106,6 +105,14 @@ class _Loader:
                 "cut or replaced since it was opened; copy it again"
             )
         return self._mapped[path]
+
+
+def _dtype(name: Global) -> Any:
+    try:
+        import torch
+    except ImportError:
+        return name
+    return getattr(torch, name.name, name)
 
 
 def _named(state: Any) -> bool:

@@ -279,7 +279,8 @@ class OptimizerFile:
 
     `options[group]`: hyperparameters (None in an elastic checkpoint, which has none). `spans[buffer]`: name → (start,
     count) by `param_slice_mappings`, where they are written. `alignment` and `paddings` are DeepSpeed's
-    `param_alignment_paddings` and `group_paddings`. `shapes`: param_shapes, which DeepSpeed before 0.6 kept here.
+    `param_alignment_paddings` and (of ZeRO-1 and 2) `group_paddings`. `shapes`: param_shapes, which DeepSpeed before
+    0.6 kept here.
     """
 
     path: str
@@ -331,10 +332,16 @@ class OptimizerFile:
             tuple(options),
             isinstance(header.values.get("base_optimizer_state"), (list, tuple)),
             tuple(tuple(Header(path, {"paddings": a}, header.at).integers("paddings")) for a in alignment),
-            () if zero3 else tuple(header.integers("group_paddings")),
+            tuple(header.integers("group_paddings")) if wrapper is Wrapper.ZERO12 else (),
             () if zero3 else tuple(_spans(h) for h in header.dictionaries("param_slice_mappings")),
             header.shape_groups("param_shapes") or whole.shape_groups("param_shapes"),
         )
+
+    def padding(self, buffer: int) -> int:
+        """Elements at the end of a buffer's partition that are in no tensor, as `group_paddings` says; else 0."""
+        said = self.state_dict.get("group_paddings")
+        one = said[buffer] if isinstance(said, (list, tuple)) and buffer < len(said) else 0
+        return one if isinstance(one, int) and 0 <= one <= self.states[buffer][MASTER].numel else 0
 
     @property
     def state_dict(self) -> Content:

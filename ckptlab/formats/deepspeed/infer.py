@@ -132,7 +132,7 @@ def _family(shapes: Mapping[str, list[Shape]]) -> tuple[str, dict[str, Layout]]:
 
 def _fits(name: str, shapes: Mapping[str, list[Shape]], family: Family) -> bool:
     """Whether shapes beside a tensor agree with what a family says of it: an MLP's first layer has as many outputs as
-    its second has inputs, twice as many where it holds gate and up projection; a fused q, k, v thrice its inputs."""
+    its second has inputs, twice as many where it holds gate and up; a fused q, k, v has three times its inputs."""
     shards = shapes[name]
     rows = sum(s[0] for s in shards)
     for first, second in (("dense_h_to_4h", "dense_4h_to_h"), ("linear_fc1", "linear_fc2")):

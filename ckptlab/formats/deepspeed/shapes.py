@@ -81,7 +81,7 @@ def _parted(joined: Shapes, optims: Sequence[OptimizerFile]) -> tuple[Shapes, ..
     for b in groups:
         stored = sum(f.states[b][MASTER].numel for f in (optims[:1] if zero3 else optims))
         if optims[0].wrapper is Wrapper.BF16:
-            stored -= sum(f.paddings[b] for f in optims if b < len(f.paddings))
+            stored -= sum(f.padding(b) for f in optims)
         part, held = {}, 0
         while held < stored and (one := next(left, None)) is not None:
             part[one[0]] = one[1]
@@ -131,7 +131,7 @@ def _by_values(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
     groups = []
     for b in range(len(optims[0].states)):
         parts = tuple(f.states[b][MASTER] for f in optims)
-        padding = sum(f.paddings[b] for f in optims if b < len(f.paddings)) if optims[0].wrapper is Wrapper.BF16 else 0
+        padding = sum(f.padding(b) for f in optims) if optims[0].wrapper is Wrapper.BF16 else 0
         groups.append(_Group((), parts, sum(p.numel for p in parts) - padding))
     return _assigned(list(_weights(folder, rank)), groups)
 

@@ -276,7 +276,7 @@ def _lacking(found: _Tensors, groups: tuple[ParameterGroup, ...]) -> Iterator[Fi
                     file = f"{FOLDER}/{name}/{file_of(state)}.pt"
                     others = next(n for n, t in trained.items() if state in t.states)
                     yield Finding(
-                        "missing-file",
+                        "missing-state",
                         "error",
                         Where((file,), (name,), (state,)),
                         f"{state} of every tensor of a parameter group",

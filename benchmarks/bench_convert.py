@@ -2,7 +2,9 @@
 
 `python benchmarks/bench_convert.py [--checkpoints FOLDER] [--rounds N]` makes the checkpoints in FOLDER if they are not
 there (see large.py), runs every command in turn, N times over, page cache warm, and prints medians of whole processes:
-seconds, the ratio to `cp -r`, and the peak of resident memory (of the largest process).
+seconds, the ratios to `cp -r` and to that with a `sync`, seconds of the processor, and the peak of resident memory (of
+the largest process). What syncs is to be compared with the second, what does not (`--no-sync`, DeepSpeed) with the
+first.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ def commands(gpt: Path, zero3: Path, out: Path) -> dict[str, dict[str, list[str]
     """For each checkpoint the commands by name; the first is the copy that the others are compared with."""
     to = str(out / "made")
 
+    def synced(source: Path) -> list[str]:
+        return ["sh", "-c", f"cp -r '{source}' '{to}' && sync -f '{to}'"]
+
     def ckptlab(source: Path, form: str, *options: str) -> list[str]:
         return [*CKPTLAB, str(source), to, "--to", form, *options]
 
@@ -36,15 +41,23 @@ def commands(gpt: Path, zero3: Path, out: Path) -> dict[str, dict[str, list[str]
     return {
         "GPT, tp 2 · dp 2, ZeRO-1": {
             "cp -r": ["cp", "-r", str(gpt), to],
+            "cp -r, sync": synced(gpt),
             "ckptlab → universal": ckptlab(gpt, "universal"),
+            "ckptlab → universal, --no-sync": ckptlab(gpt, "universal", "--no-sync"),
             "ds_to_universal": ds_to_universal(gpt),
             "ckptlab → native, tp 4 · dp 1": ckptlab(gpt, "deepspeed", "--tp", "4", "--dp", "1"),
             "ckptlab → native, tp 1 · dp 4": ckptlab(gpt, "deepspeed", "--tp", "1", "--dp", "4"),
+            "ckptlab → native, tp 1 · dp 4, --no-sync": ckptlab(
+                gpt, "deepspeed", "--tp", "1", "--dp", "4", "--no-sync"
+            ),
+            "the same, --no-verify": ckptlab(gpt, "deepspeed", "--tp", "1", "--dp", "4", "--no-sync", "--no-verify"),
             "ckptlab → safetensors": ckptlab(gpt, "safetensors"),
         },
         "plain, dp 4, ZeRO-3": {
             "cp -r": ["cp", "-r", str(zero3), to],
+            "cp -r, sync": synced(zero3),
             "ckptlab → universal": ckptlab(zero3, "universal"),
+            "ckptlab → universal, --no-sync": ckptlab(zero3, "universal", "--no-sync"),
             "ds_to_universal": ds_to_universal(zero3),
             "ckptlab → native, dp 3": ckptlab(zero3, "deepspeed", "--dp", "3"),
             "ckptlab → safetensors": ckptlab(zero3, "safetensors"),
@@ -53,8 +66,9 @@ def commands(gpt: Path, zero3: Path, out: Path) -> dict[str, dict[str, list[str]
     }
 
 
-def run(command: list[str], out: Path) -> tuple[float, float]:
-    """Seconds and peak resident MiB of a command, its output folder made anew. RuntimeError if it fails."""
+def run(command: list[str], out: Path) -> tuple[float, float, float]:
+    """Seconds, peak resident MiB and seconds of the processor of a command, its output folder made anew. RuntimeError
+    if it fails."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     log = out / "log"
@@ -68,7 +82,7 @@ def run(command: list[str], out: Path) -> tuple[float, float]:
     _, status, usage = os.wait4(pid, 0)
     if os.waitstatus_to_exitcode(status):
         raise RuntimeError(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
-    return time.monotonic() - began, usage.ru_maxrss / 1024
+    return time.monotonic() - began, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -85,18 +99,21 @@ def main() -> None:
             folder / "plain_zero3_dp4" / "global_step1",
             Path(scratch) / "out",
         )
-        found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
         for _ in range(options.rounds):
             for case, by_name in tables.items():
                 for name, command in by_name.items():
                     found.setdefault((case, name), []).append(run(command, Path(scratch) / "out"))
-    print("| checkpoint | command | seconds, median (range) | × cp | peak MiB |\n|---|---|---|---|---|")
+    print("| checkpoint | command | seconds, median (range) | × cp | × cp, sync | CPU s | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
     for (case, name), runs in found.items():
-        seconds = [s for s, _ in runs]
-        copy = statistics.median(s for s, _ in found[case, "cp -r"])
-        spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})"
-        ratio = statistics.median(seconds) / copy
-        print(f"| {case} | {name} | {spread} | {ratio:.1f} | {max(m for _, m in runs):.0f} |")
+        seconds = [r[0] for r in runs]
+        median = statistics.median(seconds)
+        copies = (statistics.median(r[0] for r in found[case, base]) for base in ("cp -r", "cp -r, sync"))
+        ratios = " | ".join(f"{median / copy:.1f}" for copy in copies)
+        used, peak = statistics.median(r[2] for r in runs), max(r[1] for r in runs)
+        spread = f"{median:.2f} ({min(seconds):.2f}–{max(seconds):.2f})"
+        print(f"| {case} | {name} | {spread} | {ratios} | {used:.2f} | {peak:.0f} |")
 
 
 if __name__ == "__main__":

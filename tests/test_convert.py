@@ -161,6 +161,15 @@ def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path: Path) -> None:
+    """A few; a hundred, of 1.2 GB, are run by hand."""
+    script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+    command = [sys.executable, str(script), str(GPT / "global_step3"), "--kills", "4"]
+    done = subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_what_is_written_is_read_back_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ckptlab.formats.deepspeed.write import NativeWriter
 

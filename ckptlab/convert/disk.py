@@ -32,8 +32,9 @@ def allocate(folder: str, files: Mapping[str, int]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         found = os.statvfs(folder)
+        needed = sum(-(-nbytes // found.f_frsize) for nbytes in files.values()) * found.f_frsize  # in whole blocks
         raise DestinationError(
-            f"{folder}: {sized(sum(files.values()))} are to be written, and there is room for "
+            f"{folder}: {sized(needed)} are to be written, and there is room for "
             f"{sized(found.f_bavail * found.f_frsize)} ({os.strerror(error.errno)}): make room and repeat the command"
         ) from None
 

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 PYTHON = sys.executable
+ZERO_TO_FP32 = "deepspeed.utils.zero_to_fp32"
 CKPTLAB = [PYTHON, "-m", "ckptlab", "convert", "--no-progress"]
 ENVIRONMENT = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
@@ -61,7 +63,11 @@ def commands(gpt: Path, zero3: Path, out: Path) -> dict[str, dict[str, list[str]
             "ds_to_universal": ds_to_universal(zero3),
             "ckptlab → native, dp 3": ckptlab(zero3, "deepspeed", "--dp", "3"),
             "ckptlab → safetensors": ckptlab(zero3, "safetensors"),
-            "zero_to_fp32 → pytorch_model.bin": [PYTHON, "-m", "deepspeed.utils.zero_to_fp32", str(zero3.parent), to],
+            **(
+                {"zero_to_fp32 → pytorch_model.bin": [PYTHON, "-m", ZERO_TO_FP32, str(zero3.parent), to]}
+                if find_spec("huggingface_hub")  # it insists
+                else {}
+            ),
         },
     }
 

@@ -79,7 +79,7 @@ def test_all_other_states_are_still_equal(poked: Path) -> None:
 
 def test_across_meshes_too(poked: Path, tmp_path: Path) -> None:
     read_again = ckptlab.open(poked).reshape(Mesh(tp=4, dp=3))
-    read_again.save(tmp_path / "out" / "step")
+    read_again.save(tmp_path / "out" / "step", verify=False)  # poked: its checksums are wrong
     (one,) = diff(GPT, tmp_path / "out").differences
     assert (one.name, one.at) == (DENSE, (5, 13))
     assert diff(poked, tmp_path / "out").equal

@@ -192,7 +192,8 @@ def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:
 def _directory_size(file: BinaryIO) -> int:
     """What the end of a zip says of its directory, which is read at once: its bytes; 0 where there is no end."""
     length = file.seek(0, os.SEEK_END)
-    tail = os.pread(file.fileno(), 1 << 17, max(length - (1 << 17), 0))
+    file.seek(max(length - (1 << 17), 0))
+    tail = file.read(1 << 17)
     at = tail.rfind(b"PK\5\6")
     if at < 0 or at + _END.size > len(tail):
         return 0

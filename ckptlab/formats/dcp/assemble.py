@@ -33,6 +33,7 @@ from ckptlab.formats.dcp.axes import (
 from ckptlab.formats.dcp.boxes import Grid
 from ckptlab.formats.dcp.said import Said
 from ckptlab.layout import Layout
+from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
 from ckptlab.sharding.strategies import Strategy
@@ -130,7 +131,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
             group_of.get(name),
             (stage if stage < mesh.pp else 0,),
             (),
-            known and not (neutral and first.cut.axes),
+            known and first.cut.mesh == mesh and not (neutral and first.cut.axes),
         )
     _say_axes(found.path, tensors, neutral, axes, said)
     return Catalog(
@@ -203,7 +204,9 @@ def _layouts(grids: Mapping[str, Grid], strategy: Strategy | None) -> dict[str, 
     if strategy is None:
         return {}
     found = {name: strategy.layout(name, _shards(grid)) for name, grid in grids.items()}
-    return {name: layout for name, layout in found.items() if layout is not None}
+    # one that cuts nothing names no axes; the chunks of a whole tensor may be parts of it (gate and up projection)
+    said = {name: layout for name, layout in found.items() if layout is not None}
+    return {name: a for name, a in said.items() if {n for node in a.tree for n in names(node)} - set(a.names)}
 
 
 def _shards(grid: Grid) -> list[tuple[int, ...]]:
@@ -256,8 +259,8 @@ def _say_axes(path: str, tensors: Mapping[str, Tensor], neutral: bool, axes: Axe
     said.notice(
         "dcp-axes",
         f"{path}: {len(unnamed)} tensors are cut ({unnamed[0]}, …); the files do not say over which mesh axes: they "
-        f"are called {which}. Name them with a mesh (mesh=Mesh(dp=2, tp=2)), or with layouts "
-        '(strategy={".*wq.*": "(tp dp out) in"})',
+        f"are called {which}. Name them with layouts, "
+        'strategy={".*wq.*": "(tp dp out) in"}',
     )
 
 

@@ -72,7 +72,7 @@ def test_analysis_has_the_same_names() -> None:
     code = (
         "import ckptlab.analysis.adam; from ckptlab.analysis import check, diff, open_run, plots, stats, updates; "
         "import ckptlab; told = (check, diff, open_run, plots, stats, updates); "
-        "names = 'adam diff health open_run plots stats'.split(); "
+        "names = 'check diff open_run plots stats updates'.split(); "
         "print(all(getattr(ckptlab, n) is getattr(ckptlab.analysis, n) is x for n, x in zip(names, told)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -147,7 +147,7 @@ def test_ls_is_a_line_for_every_tensor() -> None:
     assert re.split(r"  +", line)[1:] == [
         "64 × 16",
         '"(tp out) in"',
-        "fp32 exp_avg exp_avg_sq: float32, module: bfloat16",
+        "master exp_avg exp_avg_sq: float32, param: bfloat16",
     ]
     [alone] = run("ls", ZERO2, "wte.weight").stdout.splitlines()
     assert '  "' not in alone  # a checkpoint of tp 1 does not tell
@@ -178,11 +178,12 @@ def test_ls_says_what_it_does_not_find() -> None:
 
 def test_formats_are_what_is_registered() -> None:
     found = json.loads(run("formats", "--json").stdout)
-    assert found["formats"] == ["deepspeed", "universal", "safetensors"]
+    assert [f["name"] for f in found["formats"]][:3] == ["deepspeed", "universal", "safetensors"]
     assert "megatron" in found["strategies"]
     assert found["backends"][:3] == ["numpy", "torch", "jax"]
     shown = run("formats").stdout.splitlines()
-    assert shown[0].split() == ["formats", "deepspeed,", "universal,", "safetensors"]
+    assert shown[0].split()[0] == "deepspeed"
+    assert shown[0].endswith("(reads, writes)")
 
 
 # plan
@@ -207,7 +208,7 @@ def test_plan_prints_notes_on_stderr() -> None:
 def test_plan_takes_every_option(tmp_path: Path) -> None:
     groups = tmp_path / "groups.json"
     groups.write_text('[{"lr": 1.0, "weight_decay": 0.0}, {"lr": 2.0, "weight_decay": 0.0}]')
-    options = ["--zero-stage", "1", "--dtype", "fp16", "--pipeline", "0,3", "--padded-vocab", "120", "--heads", "8"]
+    options = ["--zero-stage", "1", "--dtype", "fp16", "--pipeline", "0,3", "--padded-vocab", "120", "--heads", "4"]
     about = json.loads(
         run("plan", GPT, "--tp", "4", *options, "--kv-heads", "4", "--param-groups", groups, "--json").stdout
     )
@@ -328,7 +329,7 @@ def test_what_is_no_size(text: str) -> None:
 def test_diff_names_the_state_that_only_one_has() -> None:
     result = run("diff", GPT, GPT / "universal")
     assert result.exit_code == 0
-    assert "(fp32, exp_avg, exp_avg_sq)" in result.stdout
+    assert "(master, exp_avg, exp_avg_sq)" in result.stdout
     line = next(line for line in result.stdout.splitlines() if "param" in line)
     assert line.split() == ["param", "52", "tensors", "only", "in", "A"]
 
@@ -350,7 +351,7 @@ def test_diff_exit_status(gpt: Path) -> None:
         "exp_avg",
         1,
     )
-    assert run("diff", GPT, gpt, "--states", "fp32, exp_avg_sq").exit_code == 0
+    assert run("diff", GPT, gpt, "--states", "master, exp_avg_sq").exit_code == 0
     assert run("diff", GPT, gpt, "--states", "exp_avg").exit_code == 1
     assert "no state 'exp'" in refused("diff", GPT, gpt, "--states", "exp")
     refused("diff", GPT, gpt / "nowhere")

@@ -25,7 +25,7 @@ class Theirs(formats.Format):
     name, title = "theirs", "a format of theirs"
 
     def recognise(self, folder: formats.Listing) -> formats.Match | None:
-        return formats.Match(folder.path, self.name) if "theirs.bin" in folder.names else None
+        return formats.Match(folder.path, self.name) if "theirs.data" in folder.names else None
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_strategy_may_come_from_an_installed_package(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
     assert strategy.resolve("theirs") is Megatron
     assert strategy.resolve("megatron-swiglu") == Megatron(swiglu=True)
-    with pytest.raises(LayoutError, match=r"expected one of megatron, .*theirs, or a \.json file"):
+    with pytest.raises(LayoutError, match=r"expected one of megatron, .*theirs, a \.json file"):
         strategy.resolve("megatorn")
 
 
@@ -90,10 +90,10 @@ def test_formats_come_by_entry_point_and_ours_go_first(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
     assert formats.FORMATS.names()[-1] == "theirs"
     assert formats.get("safetensors").title != Theirs.title
-    (tmp_path / "theirs.bin").write_bytes(b"")
+    (tmp_path / "theirs.data").write_bytes(b"")
     assert formats.locate(tmp_path).format == "theirs"
     with pytest.raises(CheckpointError, match="a single file that no format knows"):
-        formats.locate(tmp_path / "theirs.bin")
+        formats.locate(tmp_path / "theirs.data")
     with pytest.raises(UnsupportedError, match="this is a format of theirs, which ckptlab cannot open yet"):
         formats.read(tmp_path)
     with pytest.raises(CheckpointError, match="^no format is called 'their': expected one of theirs, "):

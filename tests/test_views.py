@@ -150,7 +150,7 @@ def test_states_are_chosen_and_aliases_found(gpt: Catalog) -> None:
         by_name["wte.wight"]
     frozen = next(t.name for t in tied.tensors.values() if t.kind == "frozen")
     assert frozen not in by_name
-    with pytest.raises(KeyError, match="it has module"):
+    with pytest.raises(KeyError, match="it has param"):
         by_name[frozen]
     assert list(views.Full(tied).by_name()[frozen].data_vars) == ["param"]
 

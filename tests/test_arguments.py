@@ -90,7 +90,7 @@ def test_the_argument_is_named_with_what_is_taken() -> None:
             r"merge takes shards=DataArray, not a numpy.ndarray: name its dims",
         ),
         (lambda: ckptlab.merge(xr.Dataset(), "out"), "not a xarray.Dataset: take one of its variables"),
-        (lambda: ckptlab.open(5), "open takes path=str or path, not 5"),
+        (lambda: ckptlab.open(5), "open takes path=str, path or Sequence of str or path, not 5"),
         (lambda: Layout(3), "Layout takes text=str, not 3"),
         (lambda: ckptlab.diff(CKPT.full(), CKPT), "diff takes a=.*Checkpoint.*, not a xarray.DataTree"),
         (lambda: ckptlab.viz.plan(CKPT), "plan takes plan=Plan, not a ckptlab.Checkpoint"),

@@ -123,8 +123,8 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
 def test_every_view_has_the_same_bits_on_every_backend(case: Path, backend: Backend) -> None:
     ckpt = ckptlab.open(case)
     asked = {"backend": backend.name, "device": backend.device}
-    views: list[Callable[..., xr.DataTree]] = [ckpt.full, ckpt.shards, ckpt.buffers]
-    views += [ckpt.reshape(ckptlab.Mesh(dp=3)).shards, ckpt.reshape(ckptlab.Mesh(dp=3)).buffers]
+    views: list[Callable[..., xr.DataTree]] = [ckpt.full, ckpt.shards, ckpt.flat]
+    views += [ckpt.reshape(ckptlab.Mesh(dp=3)).shards, ckpt.reshape(ckptlab.Mesh(dp=3)).flat]
     compared = 0
     for view in views:
         expected, found = view(), view(**asked)

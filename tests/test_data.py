@@ -36,7 +36,9 @@ def test_deepspeeds_own_conversion_agrees_with_the_truth() -> None:
     assert {path.parent.name for path in step.glob("zero/*/fp32.pt")} == of_state(truth, "master").keys()
     for state in ("master", "exp_avg", "exp_avg_sq"):
         for name, array in of_state(truth, state).items():
-            stored = torch.load(step / "zero" / name / f"{state}.pt", weights_only=False)["param"].detach()
+            stored = torch.load(
+                step / "zero" / name / f"{'fp32' if state == 'master' else state}.pt", weights_only=False
+            )["param"].detach()
             np.testing.assert_array_equal(stored.numpy(), array, err_msg=f"{state} of {name}")
 
 

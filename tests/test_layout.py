@@ -395,7 +395,7 @@ def test_resolve_errors(text, fields, shape, tp, message):
         ({"dims": ("a",)}, "has 2 dims"),
         ({"dims": ("a", "a")}, "different names"),
         ({"padded": {2: 3}}, "padded {2: 3} names a dim"),
-        ({"replicas": "sum"}, "not 'sum'"),
+        ({"replicas": "product"}, "not 'product'"),
         ({"stages": ()}, "at least one"),
         ({"units": {"out": 0}}, "at least 1"),
         ({"sizes": {"out": (3, -1)}}, "lengths are from 0"),

@@ -216,7 +216,10 @@ def test_an_array_is_moved_with_its_labels(name: str) -> None:
 
 def test_jax_has_no_destinations_and_says_so() -> None:
     shards = split(xr.DataArray(np.ones((4, 2)), dims=("out", "in")), "(tp out) in", Mesh(tp=2), backend="jax")
+    own = to(xr.DataArray(np.empty((4, 2)), dims=("out", "in")), "jax")
     with pytest.raises(TypeError, match="leave out= away"):
+        merge(shards, "(tp out) in", out=own)
+    with pytest.raises(LayoutError, match="out is an array of jax"):
         merge(shards, "(tp out) in", out=np.empty((4, 2)))
 
 

@@ -160,7 +160,8 @@ def changes(about: About) -> list[list[str]]:
     if before != after:
         axes = dict.fromkeys(("tp", "pp", "dp", *before, *after))
         degrees = [(axis, before.get(axis, 1), after.get(axis, 1)) for axis in axes]
-        rows.append(["mesh", ", ".join(f"{axis} {a} → {b}" for axis, a, b in degrees if a != b)])
+        told = [f"{axis} {a} → {b}" if axis in before else f"{axis} {b}" for axis, a, b in degrees if a != b]
+        rows.append(["mesh", ", ".join(told)])
     if stage(source) != stage(wanted):
         rows.append(["training", f"{stage(source)} → {stage(wanted)}"])
     layers = about["layers"]

@@ -38,6 +38,8 @@ def found(path: Paths) -> Match:
     """What a path means, or several that hold parts of one checkpoint. CheckpointError where their kinds differ."""
     if isinstance(path, (str, os.PathLike)):
         return locate(path)
+    if not isinstance(path, (list, tuple)):
+        raise TypeError(f"expected a path, or a list of paths, not {type(path).__name__}")
     if not path:
         raise CheckpointError("no path is given: expected at least one folder")
     first, *others = (locate(one) for one in path)

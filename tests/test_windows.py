@@ -127,7 +127,7 @@ def test_a_checkpoint_that_lacks_elements_is_refused_by_whoever_reads(layout: st
     catalog = stored(tmp_path, layout, whole, Mesh(tp=2, dp=2))
     lacking = Lacking(**{f.name: getattr(catalog, f.name) for f in fields(catalog)})
     count = 4 if layout == "out in" else 2
-    refused = f"w: fp32: of the shard of pp 0 · tp \\d, shape .*, only {count} elements are stored"
+    refused = f"w: master: of the shard of pp 0 · tp \\d, shape .*, only {count} elements are stored"
     with pytest.raises(CheckpointError, match=refused):
         ckptlab.stats(lacking)
     with pytest.raises(CheckpointError, match=refused):

@@ -23,7 +23,7 @@ from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
 from ckptlab.formats.torch import budget, pickles
 from ckptlab.formats.torch.pickles import Global, named
 from ckptlab.formats.torch.torchzip import RecordPlanner, RecordReader
-from ckptlab.stored import Stored, note_read, row_major_strides, touch
+from ckptlab.stored import Stored, row_major_strides, touch
 from ckptlab.words import brief
 
 # The storage class that stands for a dtype.
@@ -332,7 +332,6 @@ class _Flat:
             view = flat[start : min(start + _CHUNK, hi)]
             touch(self.stored.path, self.stored.offset + start * size, view, self.stored.contiguous)
             yield view
-            note_read(view.nbytes)
 
     def label(self, index: int) -> str:
         return "a tensor of the client state"

@@ -150,8 +150,13 @@ def test_an_interrupt_cancels_the_rest() -> None:
         time.sleep(0.01)
         return x
 
-    with pytest.raises(KeyboardInterrupt):
-        list(run(work, itertools.count(), on=2))
+    # a shell's background jobs ignore it, and so would Python
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run(work, itertools.count(), on=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 4 <= len(begun) < 40
     assert not [t for t in threading.enumerate() if t.name.startswith("ckptlab_")]
 

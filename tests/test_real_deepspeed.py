@@ -22,7 +22,7 @@ def test_deepspeed_resumes_its_own_checkpoint() -> None:
         "master": 42,
         "exp_avg": 42,
         "exp_avg_sq": 42,
-        "module": 42,
+        "param": 42,
         "frozen": 2,
         "buffer": 1,
     }

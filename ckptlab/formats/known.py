@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from abc import abstractmethod
 from typing import ClassVar
 
 from ckptlab.formats.format import Format, Listing, Match
@@ -15,8 +16,9 @@ class _Known(Format):
     def recognise(self, folder: Listing) -> Match | None:
         return Match(folder.path, self.name) if self.marked(folder) else None
 
+    @abstractmethod
     def marked(self, folder: Listing) -> bool:
-        raise NotImplementedError
+        """Whether its markers are there."""
 
 
 class _ByNames(_Known):

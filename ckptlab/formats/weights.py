@@ -11,6 +11,8 @@ import numpy as np
 
 from ckptlab.arrays import Drawn
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
+from ckptlab.errors import CheckpointError
+from ckptlab.findings import Finding, Where
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 
 SHARD_BYTES = 5_000_000_000  # files are cut at this size, as Hugging Face's are
@@ -33,6 +35,26 @@ class Entry:
         """All of it, drawn from the source."""
         drawn = Drawn.whole(source, self.tensor.name, self.state, self.dtype)
         return Elements(drawn, self.dtype, 0, self.tensor.numel)
+
+
+def indexed(path: str) -> dict[str, str]:
+    """The file of every tensor, by an index. CheckpointError if it is no index, or names a file elsewhere."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        try:
+            index = json.load(f)
+        except (ValueError, RecursionError) as e:
+            raise CheckpointError(f"{path}: not JSON ({e}): copy it again") from None
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
+        raise CheckpointError(f"{path}: no weight_map of tensor names to files in this folder: copy it again")
+    return files
+
+
+def missing(path: str, names: Sequence[str], expected: str) -> Finding:
+    """Files of weights that are not in a folder."""
+    found = f"{', '.join(names)} missing"
+    todo = "copy the missing files from where the others were written"
+    return Finding("missing-file", "error", Where(tuple(names)), expected, found, todo, "files", f"{path}: {found}")
 
 
 def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[Entry]:

@@ -247,7 +247,7 @@ class NativeWriter:
     def scalars(self, group: int) -> dict[str, Any]:
         """What the optimizer keeps once, as tensors of their own: torch counts steps in place, in each."""
         kept = self.target.groups[group].scalars
-        return {k: v.map().copy() if isinstance(v, Stored) else copy.copy(v) for k, v in kept.items()}
+        return {k: torchfile.Apart(v) if isinstance(v, Stored) else copy.copy(v) for k, v in kept.items()}
 
     def param_groups(self, groups: list[FlatGroup]) -> list[dict[str, Any]]:
         """Hyperparameters, and which buffers belong to each group."""

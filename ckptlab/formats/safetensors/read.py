@@ -5,7 +5,6 @@ The format: eight bytes of length, a JSON header, then the data (https://github.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from ckptlab.catalog import MASTER, PARAM, Catalog, Extents, Fragment, Tensor
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats.safefile import DTYPES, Header, read_header
+from ckptlab.formats.weights import indexed, missing
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
@@ -135,9 +135,9 @@ def _contradictions(folder: str, headers: Mapping[str, Header], index: Mapping[s
         if found := _SHARD.fullmatch(file):
             shards.setdefault(found["of"], set()).add(int(found["rank"]))
     for of, ranks in shards.items():
-        missing = [f"shard-{i:05d}-{of}.safetensors" for i in range(1, max(ranks)) if i not in ranks]
-        if missing and any(header.offsets for header in headers.values()) and len(headers) > 1:
-            yield _missing(folder, missing)
+        lost = [f"shard-{i:05d}-{of}.safetensors" for i in range(1, max(ranks)) if i not in ranks]
+        if lost and any(header.offsets for header in headers.values()) and len(headers) > 1:
+            yield missing(folder, lost, "the files of all ranks")
 
 
 def _remarks(headers: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
@@ -182,30 +182,9 @@ def _files(path: str, faults: Faults) -> tuple[list[str], dict[str, str]]:
     names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
     index: dict[str, str] = {}
     if os.path.isfile(os.path.join(path, INDEX)):
-        index = faults.read(path, INDEX, _indexed) or {}
+        index = faults.read(path, INDEX, indexed) or {}
         names = sorted(set(index.values())) or names
-    missing = [n for n in names if not os.path.isfile(os.path.join(path, n))]
-    if missing or not names:
-        faults.report(_missing(path, missing))
-    return [n for n in names if n not in missing], index
-
-
-def _indexed(path: str) -> dict[str, str]:
-    """The file of every tensor, by an index. CheckpointError if it is no index, or names a file elsewhere."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        try:
-            index = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{path}: not JSON ({e}): copy it again") from None
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
-        raise CheckpointError(f"{path}: no weight_map of tensor names to files in this folder: copy it again")
-    return files
-
-
-def _missing(path: str, names: list[str]) -> Finding:
-    found = f"{', '.join(names) or 'no .safetensors file'} missing"
-    todo = "copy the missing files from where the others were written"
-    return Finding(
-        "missing-file", "error", Where(tuple(names)), f"the files of {INDEX}", found, todo, "files", f"{path}: {found}"
-    )
+    lost = [n for n in names if not os.path.isfile(os.path.join(path, n))]
+    if lost or not names:
+        faults.report(missing(path, lost or ["every .safetensors file"], f"the files of {INDEX}"))
+    return [n for n in names if n not in lost], index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, Te
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.torch.torchfile import read_contents
+from ckptlab.formats.weights import indexed, missing
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import replicated
@@ -79,27 +79,10 @@ def _files(path: str, weights: re.Pattern[str], faults: Faults) -> list[str]:
     names = [n for n in here if weights.fullmatch(n)]
     index = next((n for n in here if n.endswith(".bin.index.json")), None)
     if index is not None:
-        names = sorted(set(faults.read(path, index, _indexed) or names))
-    missing = [n for n in names if n not in here]
-    if missing:
-        found = f"{', '.join(missing)} missing"
-        todo = "copy the missing files from where the others were written"
-        where = Where(tuple(missing))
-        message = f"{path}: {found}"
-        faults.report(Finding("missing-file", "error", where, f"the files of {index}", found, todo, "files", message))
+        names = sorted(set((faults.read(path, index, indexed) or {}).values())) or names
+    if lost := [n for n in names if n not in here]:
+        faults.report(missing(path, lost, f"the files of {index}"))
     return [n for n in names if n in here]
-
-
-def _indexed(path: str) -> list[str]:
-    with open(path, encoding="utf-8", errors="replace") as f:
-        try:
-            index = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{path}: not JSON ({e}): copy it again") from None
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
-        raise CheckpointError(f"{path}: no weight_map of tensor names to files in this folder: copy it again")
-    return list(files.values())
 
 
 def _twice(folder: str, file: str, name: str) -> Finding:

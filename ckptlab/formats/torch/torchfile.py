@@ -92,7 +92,22 @@ class Pending:
         return held.view(self.dtype).reshape(self.shape)
 
 
-Leaf = Stored | Pending | np.ndarray
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """A stored tensor that is written with a storage of its own, whatever else is stored at the same place."""
+
+    stored: Stored
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+
+Leaf = Stored | Apart | Pending | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -246,7 +261,7 @@ KNOWN_GLOBALS = frozenset(_TensorUnpickler.known)
 def plan(name: str, obj: Any) -> FilePlan:
     """The file `name` that holds an object as torch.save would write it.
 
-    Tensors are `Stored`, `np.ndarray` or `Pending`; all else is what `pickles.Pickler` writes. The same
+    Tensors are `Stored`, `Apart`, `np.ndarray` or `Pending`; all else is what `pickles.Pickler` writes. The same
     object twice becomes one tensor, `Stored` that are equal share a storage. Of the model are those that are `Pending`.
     """
     leaves: dict[str, Leaf] = {}
@@ -309,7 +324,7 @@ class _TensorPickler(pickles.Pickler):
         else:
             self.save_reduce(_REBUILD_UNTYPED, (*args, named("torch", dtype.name)), obj=leaf)
 
-    for _leaf in (Stored, Pending, np.ndarray, np.memmap):
+    for _leaf in (Stored, Apart, Pending, np.ndarray, np.memmap):
         dispatch[_leaf] = save_tensor
     del _leaf
 
@@ -339,6 +354,8 @@ class _Flat:
 
 def _parts(leaf: Leaf) -> Sequence[Part]:
     """The elements of a tensor in row-major order."""
+    if isinstance(leaf, Apart):
+        leaf = leaf.stored
     if isinstance(leaf, Stored):
         return [Elements(_Flat(leaf), leaf.dtype, 0, leaf.numel)]
     return [Literal(leaf.tobytes())] if isinstance(leaf, np.ndarray) else leaf.parts

@@ -446,7 +446,8 @@ def formats(as_json: bool) -> None:
     width = max(len(format.name) for format in known)
     for format in known:
         does = [verb for verb, can in (("reads", format.reads), ("writes", format.writes)) if can]
-        _say(f"{format.name:<{width}}  {format.title} ({', '.join(does) or 'named, not read yet'})")
+        otherwise = "planned, never stored" if format.home == format.name else "named, not read yet"
+        _say(f"{format.name:<{width}}  {format.title} ({', '.join(does) or otherwise})")
     for what, names in others.items():
         _say(f"{what:<{width}}  {', '.join(names)}")
 

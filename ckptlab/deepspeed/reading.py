@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     import torch
 
 
-class ReshapedCheckpoint:
+class ReshapedCheckpoint(ABC):
     """A step folder and the degrees that it is wanted at. The folder is opened when what is asked for needs it."""
 
     dir: str
     strategy: Strategy | Mapping[str, str | Layout] | str | None = None
 
+    @abstractmethod
     def target_degrees(self) -> model_3d_desc:
         """The degrees that the checkpoint is wanted at."""
-        raise NotImplementedError
 
     @cached_property
     def catalog(self) -> Catalog:

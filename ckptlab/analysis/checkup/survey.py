@@ -46,7 +46,7 @@ def check(
     Raises CheckpointError where there is no checkpoint at all, LayoutError for a strategy that is none.
     """
     given = path if isinstance(path, Checkpoint) else None
-    place = found(_parts(given.catalog) if given else path)  # type: ignore[arg-type]
+    place = found(_parts(path.catalog) if isinstance(path, Checkpoint) else path)
     known = {name: t.layout for name, t in given.tensors.items() if t.layout_known} if given else {}
     layouts = LayoutsOf(known) if given and strategy is None else resolve(strategy)
     faults = Collecting(os.path.dirname(place.path) if os.path.isfile(place.path) else place.path)

@@ -19,7 +19,7 @@ from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Foreign, Global, Size
-from ckptlab.formats.torch.torchfile import Pending
+from ckptlab.formats.torch.torchfile import Apart, Pending
 from ckptlab.stored import Stored
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class _Loader:
         """Torch is imported where there is something of it; a dtype stays a placeholder where torch is not there."""
         if isinstance(value, Stored):
             return self._stored(value)
+        if isinstance(value, Apart):
+            return self._stored(value.stored).clone()
         if isinstance(value, Pending):
             return tensor_of(value.load())
         if isinstance(value, np.ndarray):

@@ -23,12 +23,17 @@ _LENGTHS = {"U": "B", "X": "<I", "T": "<i", "B": "<I", "C": "B"}
 _LENGTHS |= {"\x8a": "B", "\x8b": "<i", "\x8c": "B", "\x8d": "<Q", "\x8e": "<Q", "\x96": "<Q"}
 _LINES = {"I": 1, "L": 1, "S": 1, "V": 1, "F": 1, "c": 2, "i": 2, "P": 1, "g": 1, "p": 1}
 _CONTAINERS, _CALLS, _TUPLES = b"}](ldt)\x8f\x91\x85\x86\x87", b"Ro\x81\x92bi", b"t\x85\x86\x87"
+_MAKES = b"}](ldt)\x8f\x91\x85\x86\x87Ro\x81\x92icNQPKMJGIFLSVUXTBC\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x96"  # not: POP, …
 _KNOWN = {ord(op.code): op for op in pickletools.opcodes}
-_FIXED = [
-    op.arg.n if (op := _KNOWN.get(i)) and op.arg and op.arg.n >= 0 else 0 if op and op.arg is None else -1
-    for i in range(256)
+_SPECIAL = {ord(code) for code in (*_LENGTHS, *_LINES, *"qrhj", "\x94", "2", ".")}
+# bytes of an opcode of fixed size that needs no look, its argument included; 0 for all others
+_PLAIN = [
+    0 if op is None or i in _SPECIAL else 1 if op.arg is None else 1 + max(op.arg.n, -1)
+    for i, op in enumerate(map(_KNOWN.get, range(256)))
 ]
-_SPECIAL = {ord(code) for code in (*_LENGTHS, *_LINES, *"qrhj", "\x94", "2")}
+# whether what is remembered after an opcode may be a tuple: one was made, or none can say what lies on top
+_MAY_BE_TUPLE = [i in _TUPLES or i not in _MAKES for i in range(256)]
+_BINPUT, _BINGET, _BINUNICODE = b"qhX"
 
 
 def examine(data: bytes) -> bool:
@@ -36,45 +41,57 @@ def examine(data: bytes) -> bool:
 
     UnsafeFileError where it is over a budget; a pickle that is cut or no pickle is left to the unpickler.
     """
-    position, end = 0, len(data)
+    position = 0
     opcodes = bytearray()
-    append, fixed, special = opcodes.append, _FIXED, _SPECIAL
+    append, plain, may_be_tuple = opcodes.append, _PLAIN, _MAY_BE_TUPLE
     put = shared = numbers = last = 0
     tuples: set[int] = set()
     try:
-        while position < end:
+        while True:
             op = data[position]
             append(op)
-            if op not in special:
-                if op == 46 or fixed[op] < 0:  # STOP, or no opcode
-                    break
-                position += 1 + fixed[op]
+            if size := plain[op]:
+                position += size
                 last = op
                 continue
+            if op == _BINPUT:
+                put += 1
+                if may_be_tuple[last]:
+                    tuples.add(data[position + 1])
+                position += 2
+                last = op
+                continue
+            if op == _BINGET:
+                shared += data[position + 1] in tuples
+                position += 2
+                last = op
+                continue
+            if op == _BINUNICODE:
+                position += 5 + int.from_bytes(data[position + 1 : position + 5], "little")
+                last = op
+                continue
+            if op not in _SPECIAL or op == 46:  # no opcode, or STOP
+                break
             code = chr(op)
-            if code in "qr" or op == 0x94 or code == "p":
+            if code in "rp\x94":
                 if code == "p":
                     line = data.index(b"\n", position)
                     index, position = int(data[position + 1 : line]), line + 1
                 elif op == 0x94:
                     index, position = put, position + 1
                 else:
-                    size = 1 if code == "q" else 4
-                    index = int.from_bytes(data[position + 1 : position + 1 + size], "little")
-                    position += 1 + size
+                    index, position = int.from_bytes(data[position + 1 : position + 5], "little"), position + 5
                 put += 1
                 if index > 2 * put + 1000:
                     raise _over(f"it remembers object {index:,} after {put:,}")
-                if last in _TUPLES or last not in _MAKES:
+                if may_be_tuple[last]:
                     tuples.add(index)
-            elif code in "hjg":
+            elif code in "jg":
                 if code == "g":
                     line = data.index(b"\n", position)
                     index, position = int(data[position + 1 : line]), line + 1
                 else:
-                    size = 1 if code == "h" else 4
-                    index = int.from_bytes(data[position + 1 : position + 1 + size], "little")
-                    position += 1 + size
+                    index, position = int.from_bytes(data[position + 1 : position + 5], "little"), position + 5
                 shared += index in tuples
             elif code == "2":
                 raise _over("it doubles objects (DUP)")
@@ -94,9 +111,6 @@ def examine(data: bytes) -> bool:
     _count("calls", sum(map(opcodes.count, _CALLS)), CALLS)
     _count("long numbers", numbers, LONG_NUMBERS)
     return shared > SHARED_TUPLES
-
-
-_MAKES = b"}](ldt)\x8f\x91\x85\x86\x87Ro\x81\x92icNQPKMJGIFLSVUXTBC\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x96"  # not: POP, …
 
 
 def _count(what: str, found: int, most: int) -> None:

@@ -90,8 +90,7 @@ class Layout(Shown):
         self._check()
 
     def _check(self) -> None:
-        tree = parse(self.text)
-        known = {name for dim in tree for name in names(dim)}
+        tree, known = parse(self.text), _names_in(self.text)
         for what in ("sizes", "totals", "units"):
             unknown = [name for name, _ in getattr(self, what) if name not in known]
             if unknown:
@@ -236,6 +235,11 @@ def _resolve(layout: Layout, shape: tuple[int, ...], mesh: Mesh) -> Cut:
 
 def _geometry(layout: Layout, sizes: tuple[int, ...], mesh: Mesh) -> Geometry:
     return Geometry(layout.tree, sizes, mesh, dict(layout.sizes), dict(layout.totals), dict(layout.units))
+
+
+@lru_cache(maxsize=4096)
+def _names_in(text: str) -> frozenset[str]:
+    return frozenset(name for dim in parse(text) for name in names(dim))
 
 
 def _dim_names(tree: tuple[Node, ...]) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ deals the source's layers to the stages they were found on. Source: DeepSpeed 0.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ckptlab.catalog import Catalog, Tensor
@@ -63,13 +64,12 @@ class Pipeline:
 def describe(catalog: Catalog) -> Pipeline:
     """The pipeline of a catalog read from layer files."""
     module = catalog.private.module
-    by_layer: dict[int, list[Tensor]] = {}
     prefixes = module.layer_keys
-    for layer, prefix in prefixes.items():
-        by_layer[layer] = [t for n, t in catalog.tensors.items() if n.startswith(prefix)]
+    below = _below(prefixes.values(), catalog)
+    by_layer = {layer: below[prefix] for layer, prefix in prefixes.items()}
     tied_later = [p for p in set(prefixes.values()) if p.startswith("tied_modules.")]
     last = max(by_layer, default=0)
-    tied = [t for p in sorted(tied_later) for t in catalog.tensors.values() if t.name.startswith(p)]
+    tied = [t for p in sorted(tied_later) for t in below[p]]
     total = last + 1 + bool(tied)
     signatures: list[tuple] = [()] * total
     counts, stages = [0] * total, [catalog.private.folder.mesh.pp - 1] * total
@@ -84,16 +84,26 @@ def describe(catalog: Catalog) -> Pipeline:
     return Pipeline(tuple(signatures), tuple(counts), tuple(stages))
 
 
+def _below(prefixes: Iterable[str], catalog: Catalog) -> dict[str, list[Tensor]]:
+    """The tensors whose names begin with each prefix; prefixes end with a dot."""
+    found: dict[str, list[Tensor]] = {prefix: [] for prefix in prefixes}
+    for name, tensor in catalog.tensors.items():
+        for dot in re.finditer(r"\.", name):
+            if (held := found.get(name[: dot.end()])) is not None:
+                held.append(tensor)
+    return found
+
+
 def tensor_stages(catalog: Catalog, starts: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """The stages that hold each tensor: its layer's, and for a tied module the last one too (its later occurrence)."""
     pp = len(starts)
     found: dict[str, tuple[int, ...]] = {}
-    for layer, prefix in catalog.private.module.layer_keys.items():
+    prefixes = catalog.private.module.layer_keys
+    below = _below(prefixes.values(), catalog)
+    for layer, prefix in prefixes.items():
         stage = stage_of(layer, starts)
-        for name in catalog.tensors:
-            if name.startswith(prefix):
-                tied = prefix.startswith("tied_modules.")
-                found[name] = tuple(dict.fromkeys((stage, pp - 1))) if tied else (stage,)
+        stages = tuple(dict.fromkeys((stage, pp - 1))) if prefix.startswith("tied_modules.") else (stage,)
+        found |= {tensor.name: stages for tensor in below[prefix]}
     for name, tensor in catalog.tensors.items():
         if name not in found:
             raise ReshapeError(

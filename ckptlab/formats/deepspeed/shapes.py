@@ -246,10 +246,13 @@ def _assigned(named: Named, groups: Sequence[_Group], frozen: bool = True) -> tu
     steps: list[_Ways] = [{(0,) * len(groups): (1, None, None)}]
     for _, weight in named:
         ways: _Ways = {}
+        after_each = [
+            {at: group.after(at, weight) for at in {way[g] for way in steps[-1]}} for g, group in enumerate(groups)
+        ]
         for at, (count, _, _) in steps[-1].items():
             nexts: list[tuple[tuple[int, ...], int | None]] = [(at, None)] if frozen else []
-            for g, group in enumerate(groups):
-                if (after := group.after(at[g], weight)) is not None:
+            for g, afters in enumerate(after_each):
+                if (after := afters[at[g]]) is not None:
                     nexts.append(((*at[:g], after, *at[g + 1 :]), g))
             for after_all, by in nexts:
                 known = ways.get(after_all, (0, None, None))[0]

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from ckptlab.errors import CkptlabError
@@ -35,10 +36,13 @@ class Registry(Generic[T]):
         """Whether it is not an installed package that brings it."""
         return name in self._own
 
+    @cached_property
+    def _installed(self) -> importlib.metadata.EntryPoints:
+        return importlib.metadata.entry_points(group=self.group)  # looks through all that is installed
+
     def names(self) -> tuple[str, ...]:
         """Ours in their order, then those of installed packages in alphabetical order."""
-        found = (entry.name for entry in importlib.metadata.entry_points(group=self.group))
-        return tuple(dict.fromkeys([*self._own, *sorted(found)]))
+        return tuple(dict.fromkeys([*self._own, *sorted(self._installed.names)]))
 
     def get(self, name: str) -> T:
         """What goes by that name; where nothing does, an error with the names that there are, the nearest first."""
@@ -48,7 +52,7 @@ class Registry(Generic[T]):
                 module, _, attribute = value.partition(":")
                 value = self._own[name] = getattr(importlib.import_module(module), attribute)
             return value
-        for entry in importlib.metadata.entry_points(group=self.group, name=name):
+        for entry in self._installed.select(name=name):
             try:
                 return entry.load()
             except Exception as broken:  # another package's code may raise anything

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import pickle
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,9 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
     class Mine(NumpyBackend):
         name = "mine"
 
-    class Entry:
-        name = "mine"
-
-        def load(self) -> type:
-            return Mine
-
-    entries = lambda group, name="mine": [Entry()] if (group, name) == ("ckptlab.backends", "mine") else []  # noqa: E731
-    monkeypatch.setattr(importlib.metadata, "entry_points", entries)
+    monkeypatch.setattr(sys.modules[__name__], "Mine", Mine, raising=False)
+    entries = EntryPoints([EntryPoint("mine", f"{__name__}:Mine", BACKENDS.group)])
+    monkeypatch.setattr(BACKENDS, "_installed", entries)
     assert BACKENDS.names() == ("numpy", "torch", "jax", "mine")
     found = ckptlab.open(GPT).full("master", backend="mine")["6.weight"].master
     assert found.values.tobytes() == ckptlab.open(GPT).full("master")["6.weight"].master.values.tobytes()

@@ -77,7 +77,7 @@ def test_what_is_registered_is_found_and_may_take_anothers_place(made: Registry[
 
 def test_a_strategy_may_come_from_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = EntryPoints([EntryPoint("theirs", "ckptlab.sharding.strategies:Megatron", "ckptlab.strategies")])
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
+    monkeypatch.setattr(strategy.REGISTRY, "_installed", entries)
     assert strategy.resolve("theirs") is Megatron
     assert strategy.resolve("megatron-swiglu") == Megatron(swiglu=True)
     with pytest.raises(LayoutError, match=r"expected one of megatron, .*theirs, a \.json file"):
@@ -87,7 +87,7 @@ def test_a_strategy_may_come_from_an_installed_package(monkeypatch: pytest.Monke
 def test_formats_come_by_entry_point_and_ours_go_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = [("theirs", "test_registry:Theirs"), ("safetensors", "test_registry:Theirs")]
     entries = EntryPoints(EntryPoint(name, value, "ckptlab.formats") for name, value in found)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
+    monkeypatch.setattr(formats.FORMATS, "_installed", entries)
     assert formats.FORMATS.names()[-1] == "theirs"
     assert formats.get("safetensors").title != Theirs.title
     (tmp_path / "theirs.data").write_bytes(b"")

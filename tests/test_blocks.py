@@ -64,6 +64,7 @@ def test_jax_cuts_as_the_layout_does(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_torch_cuts_as_the_layout_does(tmp_path: Path) -> None:
     run(
         tmp_path,

@@ -438,6 +438,7 @@ def test_moments_that_stopped(zero2: Path) -> None:
     assert only(check(zero2), "stopped-moments").where.tensors == ("blocks.1.proj.weight",)
 
 
+@pytest.mark.slow
 def test_a_moment_that_is_zero_in_part_has_not_stopped(zero2: Path) -> None:
     count = 15 * 15
     for element in range(count // 2, count):

@@ -212,6 +212,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "name"), CASES, ids=lambda p: Path(p).name)
 def test_odd_headers_are_findings_and_errors_never_tracebacks(tmp_path: Path, case: Path, name: str) -> None:
     folder = Path(shutil.copytree(UNIVERSAL, tmp_path / "run")) if case == UNIVERSAL.parent else copy(case, tmp_path)
@@ -241,6 +242,7 @@ def told_of_odd_values(file: Path, way: tuple[Any, ...], chance: random.Random, 
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"fused": True}, {"fused": False}, {"dtype": "fp32"}], ids=str)
 def test_odd_headers_of_an_optimizer_in_the_model_file(tmp_path: Path, options: dict[str, Any]) -> None:
     """Training without ZeRO."""
@@ -252,6 +254,7 @@ def test_odd_headers_of_an_optimizer_in_the_model_file(tmp_path: Path, options: 
     assert sum(told_of_odd_values(file, way, chance, folder) for way in chance.sample(ways, min(len(ways), 30)))
 
 
+@pytest.mark.slow
 def test_odd_headers_where_layouts_are_not_told(tmp_path: Path) -> None:
     folder = copy(GPT, tmp_path)
     all_models(folder, drop("universal_checkpoint_info"))

@@ -165,6 +165,7 @@ def script(tmp_path: Path, code: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_torch_ranks_hold_what_the_files_would_say(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     path = script(tmp_path, TORCH)
@@ -174,6 +175,7 @@ def test_torch_ranks_hold_what_the_files_would_say(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [0] * 8, "\n".join(errors)[-4000:]
 
 
+@pytest.mark.slow
 def test_jax_devices_hold_what_the_files_would_say(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     done = subprocess.run([sys.executable, str(script(tmp_path, JAX))], capture_output=True, text=True)

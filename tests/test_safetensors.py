@@ -183,6 +183,7 @@ def test_dtypes_that_numpy_cannot_say_and_tensors_without_elements(tmp_path: Pat
     assert not ckptlab.check(tmp_path).healthy
 
 
+@pytest.mark.slow
 def test_what_torch_writes_distributed(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     code = Path(__file__).with_name("write_hf_sharded.py")

@@ -114,6 +114,7 @@ def test_what_is_broken_is_an_error_of_its_own(toy: Path, tmp_path: Path) -> Non
         ckptlab.open(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_suite_finds_what_a_careless_format_does(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from toy_format import files
 

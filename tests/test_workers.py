@@ -32,6 +32,7 @@ def test_stats_are_the_same_on_all_workers(case: Path, processes: Executor) -> N
             xr.testing.assert_identical(ckptlab.stats(view, workers=workers, window=100), one)
 
 
+@pytest.mark.slow
 @CASES
 def test_updates_are_the_same_on_all_workers(case: Path, processes: Executor) -> None:
     one = ckptlab.updates(case, workers=1, window=1)

@@ -378,6 +378,21 @@ def test_states_are_chosen_and_what_there_is_not_is_named() -> None:
         stats(ckptlab.open(GPT).flat())
 
 
+def test_a_row_for_every_rank_of_every_axis() -> None:
+    """Whatever the axes are called; nothing is taken together that no name says."""
+    mesh = ckptlab.Mesh(dp_replicate=1, shard0=2, shard1=3)
+    whole = xr.DataArray(np.arange(24.0).reshape(4, 6), dims=("out", "in"), name="w")
+    shards = ckptlab.split(whole, ckptlab.Layout("(shard0 out) (shard1 in)", dims=("out", "in")), mesh)
+    found = stats(shards)
+    assert dict(found.sizes) == {"tensor": 1, "shard0": 2, "shard1": 3, "tp": 1, "state": 1, "bin": found.sizes["bin"]}
+    assert found["max"].squeeze().values.tolist() == [[7.0, 9.0, 11.0], [19.0, 21.0, 23.0]]
+    assert found["elements"].sum() == 24
+    assert found.isel(shard0=1).ckptlab.table is not None
+    again = stats({"w": shards.isel(shard1=[1])})
+    assert again["shard1"].values.tolist() == [1]
+    assert again["max"].squeeze().values.tolist() == [9.0, 21.0]
+
+
 @settings(max_examples=40)
 @given(cut(), st.booleans(), st.integers(0, 9), st.sampled_from([np.float32, ml_dtypes.bfloat16]))
 def test_every_element_once_however_the_tensor_is_cut(source: Cut, zero3: bool, before: int, dtype: Any) -> None:
@@ -391,7 +406,7 @@ def test_every_element_once_however_the_tensor_is_cut(source: Cut, zero3: bool, 
         rows = rows_of(views.Shards(catalog).tree())
         assert all(isinstance(row.array, LazyArray) for row in rows), "read straight, not through xarray"
         for row, part in zip(rows, partials(rows), strict=True):
-            shard = source.take(whole, source.coordinate({"tp": row.tp}))
+            shard = source.take(whole, source.coordinate(row.ranks))
             assert (part.count, part.high) == (shard.size, shard.astype(float).max(initial=-math.inf))
 
 

@@ -18,6 +18,7 @@ import xarray as xr
 from ckptlab.analysis.rows import View
 from ckptlab.analysis.statistics import stats
 from ckptlab.arguments import explained
+from ckptlab.arrays.coordinates import rank_dims
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.errors import CheckpointError
 from ckptlab.viz.pyplot import pyplot
@@ -54,7 +55,7 @@ def norms(
     wanted = _states(values.to_dataset(name="norm"), states)
     values = _largest(table, values)
     figure, axes = _panels(len(wanted), sharex=True)
-    mean = _mean_of([dim for dim in ("tp",) if dim in table.dims])
+    mean = _mean_of(rank_dims(table))
     for axis, state in zip(axes, wanted, strict=True):
         for i, name in enumerate(values["tensor"].values):
             y = values.sel(tensor=name, state=state)
@@ -117,11 +118,11 @@ def drift(
     tensors: str | None = None,
     replicas: bool = False,
 ) -> Figure:
-    """A heat map (tensor × rank): how far each tp rank's shard lies from the median of all, as a ratio of two.
+    """A heat map (tensor × rank): how far each rank's shard lies from the median of all, as a ratio of two.
 
-    over: "tp" (of the shards view) or "step" (of a run: how far from the first one); by default whichever there is.
-    state: the master weight if not said. statistic: "norm", "std", "max", … A checkpoint is looked at through
-    `shards()`. replicas: only tensors that every tp rank holds whole, which should not drift at all; shards of those
+    over: a mesh axis (of the shards view) or "step" (of a run: how far from the first one); by default whichever there
+    is. state: the master weight if not said. statistic: "norm", "std", "max", … A checkpoint is looked at through
+    `shards()`. replicas: only tensors that every rank holds whole, which should not drift at all; shards of those
     that are cut differ anyway. The 60 tensors that drift most are shown, the one that does so most on top.
     """
     if isinstance(found, Checkpoint):
@@ -130,9 +131,9 @@ def drift(
     if statistic not in table or "state" not in table[statistic].dims or table[statistic].dtype.kind not in "iuf":
         raise CheckpointError(f"statistic={statistic!r}: expected 'norm', 'std', 'max' or another figure of a tensor")
     table = _only(table, tensors)
-    over = over or ("step" if "step" in table.dims else "tp")
+    over = over or next((str(d) for d in ("step", *rank_dims(table)) if d in table.dims), "tp")
     if over not in table.dims:
-        raise CheckpointError(f"over={over!r}: take shards() of a checkpoint for tp, or a run (open_run) for step")
+        raise CheckpointError(f"over={over!r}: take shards() of a checkpoint for an axis, or a run (open_run) for step")
     if replicas:
         table = table.isel(tensor=_replicated(table))
     state = _states(table, None if state is None else [state])[0]
@@ -152,7 +153,7 @@ def drift(
     axis.set_yticks(range(apart.sizes["tensor"]), [shorten(str(n), 44) for n in apart["tensor"].values], fontsize=7)
     axis.set_xticks(range(apart.sizes[over]), [str(k) for k in apart[over].values])
     against = f"{over} {table[over].values[0]}" if over == "step" else f"the median over {over}"
-    axis.set(xlabel=f"{over} rank" if over == "tp" else over)
+    axis.set(xlabel=over if over == "step" else f"{over} rank")
     if not (abs(apart) > ROUNDING).any():
         axis.set_title("no drift", fontsize=9)
     figure.suptitle(f"Drift of {statistic}{_mean_of(averaged)}, {state}" + (", replicas" if replicas else ""))
@@ -182,7 +183,8 @@ def spectrum(
     figure, (axis,) = _panels(1, width=6.5, height=4.2)
     for i, name in enumerate(matrices):
         one = values.sel(tensor=name)
-        lines = [one.isel(tp=t) for t in range(one.sizes["tp"])] if "tp" in one.dims else [one]
+        axes = rank_dims(one)
+        lines = one.stack(at=axes).transpose("at", ...) if axes else [one]
         for t, line in enumerate(lines):
             y = line.values[np.isfinite(line.values)]
             label = shorten(name, 36) if t == 0 else None
@@ -251,7 +253,7 @@ def _mean_of(dims: Sequence[str]) -> str:
 
 def _norms_of_ranks(table: xr.Dataset) -> xr.DataArray:
     values = table["norm"].reset_coords(drop=True)
-    return values.mean("tp") if "tp" in values.dims else values
+    return values.mean(rank_dims(values))
 
 
 def _by_layer(table: xr.Dataset) -> xr.Dataset:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import xarray as xr
 
 from ckptlab.analysis.row import Row
 from ckptlab.analysis.windows import array_of
 from ckptlab.arrays import reader
+from ckptlab.arrays.coordinates import rank_dims
 from ckptlab.arrays.lazy import Gathered
 from ckptlab.catalog import Catalog
 from ckptlab.catalog.stacks import places, without_number
@@ -19,8 +20,6 @@ from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
-
-BATCH = ("step", "layer", "pp", "tp", "dp")  # dims of a view that are no dims of a tensor
 
 
 @runtime_checkable
@@ -31,7 +30,17 @@ class HasRows(Protocol):
         """What there is to take statistics of."""
 
 
-View = HasRows | Checkpoint | Catalog | xr.DataTree | xr.Dataset | xr.DataArray | str | os.PathLike[str]
+View = (
+    HasRows
+    | Checkpoint
+    | Catalog
+    | xr.DataTree
+    | xr.Dataset
+    | xr.DataArray
+    | Mapping[str, Any]
+    | str
+    | os.PathLike[str]
+)
 
 
 def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
@@ -51,6 +60,8 @@ def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
         found = list(_of_array(view))
     elif isinstance(view, HasRows):
         found = view.rows()
+    elif isinstance(view, Mapping):
+        found = [row for one in view.values() for row in rows_of(cast(View, one))]
     else:
         raise CheckpointError(
             f"statistics are of a checkpoint, a view of one (full, shards), a node of it or an array, not of "
@@ -99,8 +110,9 @@ def _of_array(
     told = array.attrs if attributes is None else attributes
     pattern = str(told.get("name", node or array.name or "array"))
     state = str(told.get("state", array.name or "value")) if state is None else state
-    dims = [dim for dim in BATCH if dim in array.dims]
-    if "dp" in dims:
+    axes = rank_dims(array)
+    dims = [*(dim for dim in ("step", "layer") if dim in array.dims), *axes]
+    if "flat" in array.dims:
         raise CheckpointError(f"{pattern}: flat buffers hold many tensors: take the statistics of full() or shards()")
     for index in itertools.product(*(range(array.sizes[dim]) for dim in dims)):
         part = array.isel(dict(zip(dims, index, strict=True)))
@@ -120,7 +132,7 @@ def _of_array(
             str(told.get("kind", "")),
             str(told.get("group", "")),
             _number(part, "pp"),
-            at.get("tp"),
+            {axis: at[axis] for axis in axes if axis != "pp"},
             at.get("step"),
             str(told.get("layout", "")),
         )

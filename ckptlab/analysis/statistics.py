@@ -22,6 +22,7 @@ from ckptlab.analysis.rows import View, rows_of
 from ckptlab.analysis.spectra import Spectrum, spectrum_of
 from ckptlab.analysis.windows import Array, Span, spans
 from ckptlab.arguments import explained
+from ckptlab.arrays.coordinates import ranks
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.errors import CheckpointError
 from ckptlab.pool import Workers
@@ -71,10 +72,10 @@ def stats(
 ) -> xr.Dataset:
     """What the numbers of every tensor are like, as one Dataset with the dims (tensor, state).
 
-    view: a checkpoint or its path, a view of one (`full()`, `shards()`: with a dim `tp` more), a node of it, an array,
-    or a run (with a dim `step` more). Dask's arrays are taken block by block on dask's scheduler; everything else is
-    streamed, in windows of so many elements, on `workers`: a number of threads (None: as many as there are cores) or a
-    `concurrent.futures.Executor`. The result is the same on all of them.
+    view: a checkpoint or its path, a view of one (`full()`, `shards()`: with a dim more for each mesh axis that it
+    has), by name or as a tree, a node of it, an array, or a run (with a dim `step` more). Dask's arrays are taken block
+    by block on dask's scheduler; everything else is streamed, in windows of so many elements, on `workers`: a number of
+    threads (None: as many as there are cores) or a `concurrent.futures.Executor`. The result is the same on all.
 
     by: what a row of `tensor` is. "tensor": one tensor, by the model's name, with the coordinates stack (the name that
     it shares with other layers), layer (its number, -1 where it stands alone), kind, group, pp, layout, shape (as text)
@@ -213,12 +214,13 @@ class _Table:
         self._members: dict[str, list[Row]] = {}
         for row in rows:
             self._members.setdefault(_BY[by](row), []).append(row)
+        self._axes = tuple(dict.fromkeys(axis for row in rows for axis in row.ranks))
         self.labels = self._labels()
         self._index: dict[str, dict[Any, int]] = {d: {x: i for i, x in enumerate(v)} for d, v in self.labels.items()}
 
     def _labels(self) -> dict[str, list[Any]]:
         """Dim → its labels, in the order of the dims."""
-        steps, ranks = ({getattr(row, dim) for row in self._rows} - {None} for dim in ("step", "tp"))
+        steps = {row.step for row in self._rows} - {None}
         layers = {row.layer for row in self._rows} if self._by == "layer" else set()
         rank = {MASTER: 0, PARAM: 2}
         states = dict.fromkeys(row.state for row in self._rows)
@@ -226,8 +228,8 @@ class _Table:
             "step": sorted(steps),
             "tensor": list(self._members),
             "layer": sorted(layers),
-            "tp": sorted(ranks),
-            "state": sorted(states, key=lambda state: rank.get(state, 1)),
+            **{axis: sorted({row.ranks[axis] for row in self._rows if axis in row.ranks}) for axis in self._axes},
+            "state": sorted(states, key=lambda state: (rank.get(state, 1), state)),
         }
         return {dim: labels for dim, labels in found.items() if labels}
 
@@ -241,8 +243,8 @@ class _Table:
 
     def place(self, row: Row) -> tuple[int, ...]:
         """The row's index along each dim."""
-        own: dict[str, Any] = {**{dim: getattr(row, dim, None) for dim in self.dims}, "tensor": _BY[self._by](row)}
-        return tuple(self._index[dim].get(own[dim], 0) for dim in self.dims)
+        own = {"step": row.step, "layer": row.layer, "state": row.state, **row.ranks, "tensor": _BY[self._by](row)}
+        return tuple(self._index[dim].get(own.get(dim), 0) for dim in self.dims)
 
     def dataset(self, parts: Sequence[Partial], bins: Bins | None) -> xr.Dataset:
         """Everything but the spectra."""
@@ -260,7 +262,11 @@ class _Table:
         for name, (figure, meaning) in _FIGURES.items():
             variables[name] = self.dims, self._filled(at, figure, np.nan), {"long_name": meaning}
         variables["dtype"] = self.dims, dtypes.astype(str)
-        coordinates: dict[str, Any] = {**self.labels, **self._coordinates()}
+        coordinates: dict[str, Any] = {
+            **self.labels,
+            **ranks({axis: self.labels[axis] for axis in self._axes}),
+            **self._coordinates(),
+        }
         if bins is not None:
             counts, more = self._histograms(at, bins)
             variables["histogram"] = (*self.dims, "bin"), counts, {"long_name": "finite elements in the bin"}

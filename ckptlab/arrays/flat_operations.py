@@ -17,6 +17,7 @@ import xarray as xr
 
 from ckptlab.arguments import explained
 from ckptlab.arrays.backends import of
+from ckptlab.arrays.coordinates import ranks
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import Shapes, flat_merge, flat_split
 from ckptlab.arrays.operations import extents, raw
@@ -55,7 +56,7 @@ def merge_flat(
         moved = duck(moved.reshape((*grid.shown_degrees, *shapes[0])) if even else moved, place)
         one = xr.DataArray(moved, dims=(*grid.shown, *(tensor.dims if tensor else ("element",))), name=name)
         if tensor is not None:
-            places = {axis: list(range(n)) for axis, n in zip(grid.shown, grid.shown_degrees, strict=True)}
+            places = ranks(dict(zip(grid.shown, grid.shown_degrees, strict=True)))
             one = one.assign_coords({**places, **extents(tensor.cut, tensor.layout)})
         found[name] = one
     return found

@@ -19,6 +19,7 @@ import xarray as xr
 
 from ckptlab.arguments import explained
 from ckptlab.arrays.backends import Backend, of, resolve
+from ckptlab.arrays.coordinates import ranks
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import held_shape, moves
 from ckptlab.errors import LayoutError, MeshError
@@ -297,7 +298,7 @@ def _moved(
     }
     index = {d: array.coords[d] for d in others if d in array.coords}
     widths = extents(target, layout)
-    coords = {**kept, **index, **{a: list(range(target.mesh[a])) for a in target.axes}, **widths}
+    coords = {**kept, **index, **ranks({a: target.mesh[a] for a in target.axes}), **widths}
     result = moved.assign_coords(coords)
     result.name, result.attrs = array.name, dict(array.attrs)
     return result
@@ -322,7 +323,8 @@ def _with_replicas(array: xr.DataArray, cut: Cut, layout: Layout) -> xr.DataArra
     """The array with a dim before the tensor's own for each part of tp that it is replicated over, nothing copied."""
     for axis in cut.mesh.leaves("tp"):
         if axis not in cut.axes:
-            array = array.expand_dims({axis: list(range(cut.mesh[axis]))}, array.ndim - len(layout.dims))
+            array = array.expand_dims({axis: cut.mesh[axis]}, array.ndim - len(layout.dims))
+            array = array.assign_coords(ranks({axis: cut.mesh[axis]}))
     return array
 
 

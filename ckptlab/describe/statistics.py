@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from ckptlab.analysis.accessor import Table, by_row, row_count, row_keys, row_places
+from ckptlab.arrays.coordinates import rank_dims
 from ckptlab.describe.html import page, table_html
 from ckptlab.describe.text import NAMES, WIDTH, aligned
 from ckptlab.shown import shows
@@ -72,7 +73,8 @@ def statistics_html(found: xr.Dataset) -> str:
 
 
 def _title(found: xr.Dataset) -> str:
-    words = {"tensor": {"layer": "stack"}.get(by := str(found.attrs.get("by", "tensor")), by), "tp": "tp rank"}
+    words = {"tensor": {"layer": "stack"}.get(by := str(found.attrs.get("by", "tensor")), by)}
+    words |= {axis: f"{axis} rank" for axis in rank_dims(found)}
     counts = {dim: found.sizes[dim] for dim in row_keys(found)}
     if "layer" in counts:  # -1 is where tensors stand that are no layer's
         counts["layer"] = int((found["layer"] >= 0).sum())
@@ -152,7 +154,7 @@ def _svg(width: int, height: int, content: str) -> str:
 
 def _curves(found: xr.Dataset) -> str:
     """For each stack of layers its norm over depth, state by state, with the range that it takes."""
-    if found.attrs.get("by") != "layer" or "norm" not in found or set(found.sizes) & {"tp", "step"}:
+    if found.attrs.get("by") != "layer" or "norm" not in found or {"step", *rank_dims(found)} & set(found.sizes):
         return ""
     deep = found["norm"].sel(layer=found["layer"] >= 0)
     rows = []

@@ -11,6 +11,7 @@ import xarray as xr
 
 from ckptlab.arrays import Partition, lazy
 from ckptlab.arrays.backends import Backend
+from ckptlab.arrays.coordinates import ranks
 from ckptlab.arrays.lazy import LazyArray, Padded, Stacked, nested, variable
 from ckptlab.catalog import Catalog, FlatGroup
 from ckptlab.errors import UnknownNameError
@@ -78,8 +79,8 @@ class Flat:
             lengths = np.array([[a.shape[0] for a in row] for row in by_holder])
             variables[f"{state}_numel"] = (dims[:-1], lengths.reshape(*degrees, -1))
         name = self.held.groups[group.group].name
-        places = {axis: list(range(n)) for axis, n in zip(group.axes, degrees, strict=True)}
-        coordinates = {**places, group.over: list(range(group.dp)), **group.at.without("pp")}
+        places = ranks({**dict(zip(group.axes, degrees, strict=True)), group.over: group.dp})
+        coordinates = {**places, **group.at.without("pp")}
         return xr.Dataset(variables, coordinates, {"group": group.group if name is None else str(name)})
 
     def _partitions(self, group: FlatGroup, state: str, holder: Holder) -> list[LazyArray]:

@@ -18,6 +18,7 @@ import xarray as xr
 from ckptlab.arrays import operations as operations  # with the accessor of what is made here
 from ckptlab.arrays import reader, shard_reader
 from ckptlab.arrays.backends import Backend
+from ckptlab.arrays.coordinates import ranks
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Padded, Stacked, nested, variable
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.catalog.stacks import Stack, stacks
@@ -180,9 +181,8 @@ class Shards(View):
 
     def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, Any]:
         placement = self.held.placement(tensor.name, self.shown(tensor)[0])
-        degrees = tuple(placement.mesh[axis] for axis in placement.axes)
         extents = operations.extents(placement.cut, tensor.layout)
-        places = {axis: list(range(n)) for axis, n in zip(placement.axes, degrees, strict=True)}
+        places = ranks({axis: placement.mesh[axis] for axis in placement.axes})
         stages = list(tensor.stages) if "pp" in dims else tensor.stages[0]
         alone = len(self.held.placements[tensor.name, self.shown(tensor)[0]]) == 1
         return {**places, **(placement.at if alone else {}), "pp": stages, **extents}

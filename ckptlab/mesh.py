@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -235,14 +235,16 @@ class Mesh(Shown, Mapping[str, int]):
     def place(self, rank: int) -> str:
         """`tp 1 · pp 1 · dp 0`: where a rank stands, its axes in the order of `str(mesh)`."""
         coordinate = self.coordinate(rank)
-        return place_text({axis: self.index(axis, coordinate) for axis in self._spoken()})
+        return place_text({axis: self.index(axis, coordinate) for axis in spoken((*STANDARD, *self.axes))})
 
     def __str__(self) -> str:
-        return place_text({axis: self[axis] for axis in self._spoken()})
+        return place_text({axis: self[axis] for axis in spoken((*STANDARD, *self.axes))})
 
-    def _spoken(self) -> tuple[str, ...]:
-        """The axes in the order in which people name them."""
-        return ("tp", "pp", "dp", *(axis for axis in self.axes if axis not in ("tp", "pp", "dp")))
+
+def spoken(axes: Iterable[str]) -> tuple[str, ...]:
+    """Axes in the order in which people name them: tp, pp, dp, then the others as they are given."""
+    given = tuple(dict.fromkeys(axes))
+    return (*(axis for axis in ("tp", "pp", "dp") if axis in given), *(a for a in given if a not in STANDARD))
 
 
 def _mesh(degrees: tuple[tuple[str, int], ...], parts: tuple[tuple[str, tuple[str, ...]], ...]) -> Mesh:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -76,10 +77,10 @@ def _tensors(lines: Sequence[Line], tensors: int) -> str:
     header = [title for title, *_ in columns]
     rows = []
     for line in lines[:ROWS]:
+        mesh = line.tensor.cut.mesh
+        axes = re.compile(rf"\b({'|'.join({*mesh, *(leaf for axis in mesh for leaf in mesh.leaves(axis))})})\b")
         cells = [escape(cell(line)) for *_, cell in columns]
-        rows.append(
-            [phrases.AXES.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)]
-        )
+        rows.append([axes.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)])
     table = table_html(header, rows, "".join(side for _, side, _ in columns), escaped=True)
     said = [escape(text) for text in phrases.legend(columns, lines)]
     if len(lines) > ROWS:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckptlab.describe.fold import Line, usual_states
+from ckptlab.mesh import spoken
 from ckptlab.words import count, elements, number_of, place_text, ranges, size, some
 
 About = Mapping[str, Any]
-AXES = re.compile(r"\b(tp|pp|dp|ep)\b")  # mesh axes within a line of notation
 Column = tuple[str, str, Callable[[Line], str]]  # title, side ("l" or "r"), the cell of a line
 
 
@@ -22,8 +21,7 @@ def mesh(degrees: Mapping[str, int]) -> str:
 
 def _on_axes(places: Mapping[str, int]) -> str:
     """`tp 1 · pp 1 · dp 0`: degrees or a coordinate, its axes in the order in which people name them."""
-    order = dict.fromkeys((*(axis for axis in ("tp", "pp", "dp") if axis in places), *places))
-    return place_text({axis: places[axis] for axis in order})
+    return place_text({axis: places[axis] for axis in spoken(places)})
 
 
 def _place(rank: int, degrees: Mapping[str, int]) -> str:
@@ -125,7 +123,8 @@ def columns(lines: Sequence[Line]) -> list[Column]:
 
 
 def _cut(line: Line) -> bool:
-    return AXES.search(line.tensor.layout.text) is not None
+    layout = line.tensor.layout
+    return layout.text.split() != list(layout.dims)
 
 
 def legend(shown_columns: Sequence[Column], lines: Sequence[Line]) -> list[str]:
@@ -158,8 +157,7 @@ def changes(about: About) -> list[list[str]]:
     rows = []
     before, after = source["mesh"], wanted["mesh"]
     if before != after:
-        axes = dict.fromkeys(("tp", "pp", "dp", *before, *after))
-        degrees = [(axis, before.get(axis, 1), after.get(axis, 1)) for axis in axes]
+        degrees = [(axis, before.get(axis, 1), after.get(axis, 1)) for axis in spoken((*before, *after))]
         told = [f"{axis} {a} → {b}" if axis in before else f"{axis} {b}" for axis, a, b in degrees if a != b]
         rows.append(["mesh", ", ".join(told)])
     if stage(source) != stage(wanted):

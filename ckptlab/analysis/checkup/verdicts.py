@@ -13,7 +13,7 @@ from ckptlab.analysis.elements import unrounded
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
 from ckptlab.findings import Finding, Where
 from ckptlab.findings import Rank as NamedRank
-from ckptlab.mesh import Mesh
+from ckptlab.mesh import Mesh, spoken
 from ckptlab.plan import Holder
 from ckptlab.words import number_of, place_text, some
 
@@ -316,9 +316,8 @@ def _unfinite(seen: Seen) -> str:
 
 def named(mesh: Mesh, rank: Holder) -> NamedRank:
     """A rank with its axes; those of degree 1 are left out."""
-    spoken = dict.fromkeys((*(axis for axis in ("tp", "pp") if axis in rank), *rank))
     data = (*mesh.leaves("dp"), "dp")  # the first dp rank speaks for all
-    return {axis: rank[axis] for axis in spoken if mesh[axis] > 1 and (axis not in data or rank[axis])}
+    return {axis: rank[axis] for axis in spoken(rank) if mesh[axis] > 1 and (axis not in data or rank[axis])}
 
 
 def _rank(mesh: Mesh, rank: Holder) -> str:

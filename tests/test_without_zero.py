@@ -37,6 +37,8 @@ class TestThereAndBack:
         assert back.zero_stage == stage
         assert differences(back, read(case)) == []
         assert [g.tensors for g in back.groups] == [g.tensors for g in read(case).groups]
+        there.reshape().save(tmp_path / "c" / "step", "universal")
+        assert differences(read(tmp_path / "c"), read(case)) == []
 
     def test_of_a_pipeline_in_fp16(self, tmp_path: Path) -> None:
         """Tied tensors have a copy on the last stage, which need not be equal to that of the first."""

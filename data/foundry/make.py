@@ -49,6 +49,7 @@ CASES = COMMITTED | {
     "plain_zero1_dp2_fp32": Case("plain", dp=2, dtype="fp32"),
     "plain_zero2_dp4": Case("plain", dp=4, zero=2),
     "moe_ep2_dp2_bf16_optimizer": Case("plain_moe", dp=2, ep=2, grad_accum_dtype="fp32"),
+    "moe_ep2_dp2_zero0": Case("plain_moe", dp=2, ep=2, zero=0),
     "moe_ep2_dp4_data_first": Case("plain_moe", dp=4, ep=2, zero=1, config_extra={DATA_FIRST: True}),
     "moe_ep2_dp4_round_robin": Case("plain_moe", dp=4, ep=2, zero=2, zero_config={"round_robin_gradients": True}),
     "autotp_tp3_zero2": Case("plain_autotp", tp=3, zero=2),

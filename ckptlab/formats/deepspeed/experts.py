@@ -75,13 +75,18 @@ class Experts:
     data_first: bool = False
 
     @classmethod
-    def of(cls, heads: Iterable[ModelFile], files: Mapping[tuple[int, int, int], Mapping[str, Stored]]) -> Experts:
-        """From the model files, and those of the experts."""
+    def of(
+        cls, heads: Iterable[ModelFile], files: Mapping[tuple[int, int, int], Mapping[str, Stored]], ep: int
+    ) -> Experts:
+        """From the model files, and those of the experts. ep: over how many ranks these are spread where no model file
+        says which tensors are a rank's own."""
         heads = list(heads)
         local, total = (
             _numbers(n for head in heads for n in head.trained),
             _numbers(n for f in files.values() for n in f),
         )
+        if not local:
+            local = {layer: -(-count // ep) for layer, count in total.items()}
         first = any(head.config.data_before_experts for head in heads)
         number = {layer_of(n): i for (i, _, _), tensors in files.items() for n in tensors}
         layers = sorted({**local, **total}, key=lambda layer: (number.get(layer, -1), natural(layer)))
@@ -130,8 +135,11 @@ class Experts:
         local = {layer: n // (ep or self.ep(layer)) for layer, n in self.total.items()}
         return Experts(local, self.total, {}, self.data_first if data_first is None else data_first)
 
-    def refusals(self, mesh: Mesh, ep: int | None) -> Iterator[str]:
+    def refusals(self, mesh: Mesh, ep: int | None, zero_stage: int) -> Iterator[str]:
         """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
+        if not zero_stage and not ep and len(self.sizes) > 1:
+            several = " and ".join(map(str, self.sizes))
+            yield f"experts over {several} ranks without ZeRO, of which ckptlab knows no files: say ep="
         for wanted in (ep,) if ep else self.sizes:
             if mesh.dp % wanted:
                 yield f"dp {mesh.dp}: ep {wanted} is a part of it, and does not divide it: say ep="
@@ -172,6 +180,10 @@ class Experts:
     def globally(self, names: Iterable[str], rank: int) -> tuple[str, ...]:
         """What an ep rank's tensors are called, by the names in its own files."""
         return tuple(renumbered(n, rank * self.local[layer]) if (layer := layer_of(n)) else n for n in names)
+
+    def on_rank(self, names: Iterable[str], rank: int) -> list[str]:
+        """Those of a group's tensors that a rank has: all, or of experts those of its ep rank."""
+        return [n for n in names if (layer := layer_of(n)) is None or number_of(n) // self.local[layer] == rank]
 
     def tensors(self, layer: str, names: Iterable[str]) -> list[tuple[int, list[str]]]:
         """The experts of a layer, each with its tensors, of which `names` are all that there are."""

@@ -7,14 +7,23 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed import checks, names
 from ckptlab.formats.deepspeed.experts import Experts, experts_said
-from ckptlab.formats.deepspeed.headers import Content, EngineConfig, ModelFile, OptimizerFile, Shape, layer_file
+from ckptlab.formats.deepspeed.headers import (
+    Content,
+    EngineConfig,
+    ModelFile,
+    OptimizerFile,
+    Shape,
+    WholeOptimizer,
+    expert_optimizer,
+    layer_file,
+)
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
@@ -31,6 +40,7 @@ _PARSERS: Mapping[str, Any] = {
     "optim": OptimizerFile.of,
     "layer": layer_file,
     "expert": layer_file,
+    "expert_optim": expert_optimizer,
 }
 
 
@@ -41,7 +51,8 @@ class StepFolder:
     `heads[pp, tp]` are that rank's model files (at ZeRO-3 one for each dp rank, else one), `optims[pp, tp][dp]` the
     optimizer files (none where the model files hold the optimizer, or there are weights alone), `layers[layer][tp]` the
     tensors of the pipeline engine's layer files, whose names carry `-model_TT` if `layer_axis`, and `others[layer][tp]`
-    what else is in them. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split.
+    what else is in them. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split;
+    `expert_optims[tp][ep rank]` are the optimizers of those that train without ZeRO.
     """
 
     path: str
@@ -55,6 +66,7 @@ class StepFolder:
     is_zero3: bool = False
     files: tuple[str, ...] = ()
     experts: Experts = field(default_factory=Experts)
+    expert_optims: Mapping[int, tuple[WholeOptimizer, ...]] = field(default_factory=dict)
 
     @cached_property
     def models(self) -> dict[Rank, Content]:
@@ -101,7 +113,7 @@ def read_step_folder(
     found.parse("model", "zero3_model", "layer", "expert")
     mesh = found.mesh()
     found.choose(mesh)
-    found.parse("optim")
+    found.parse("optim" if found.sets else "expert_optim")
     for finding in (
         *found.misplaced(mesh),
         *found.notices(mesh),
@@ -137,13 +149,15 @@ class _Found:
         self.optims: dict[FileName, OptimizerFile] = {}
         self.layers: dict[FileName, Mapping[str, Stored]] = {}
         self.expert_files: dict[FileName, Mapping[str, Stored]] = {}
+        self.expert_optims: dict[FileName, WholeOptimizer | None] = {}
         self.others: dict[FileName, Mapping[str, Any]] = {}
 
     @cached_property
     def experts(self) -> Experts:
         """The experts, by the files that could be read."""
         files = {(n.layer, n.expert, n.mp): tensors for n, tensors in self.expert_files.items()}
-        return Experts.of(self.heads.values(), files)
+        spread = 1 + max((n.expert for n in self.names if n.kind == "expert_optim"), default=0)
+        return Experts.of(self.heads.values(), files, spread)
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -152,6 +166,7 @@ class _Found:
             "optim": self.optims,
             "layer": self.layers,
             "expert": self.expert_files,
+            "expert_optim": self.expert_optims,
         }
         for name, file in sorted(self.names.items(), key=lambda item: item[1]):
             if name.kind not in kinds or (name.kind == "optim" and name.prefix != self.prefix):
@@ -194,12 +209,13 @@ class _Found:
     @property
     def inside(self) -> bool:
         """The optimizer is in the model files."""
-        return "optim" not in self.kinds and any(h.optimizer is not None for h in self.heads.values())
+        held = (*(head.optimizer for head in self.heads.values()), *self.expert_optims.values())
+        return "optim" not in self.kinds and any(optimizer is not None for optimizer in held)
 
     @property
     def weights_alone(self) -> bool:
         """There is no optimizer, and there are the module's weights."""
-        if not self.optimizer or "optim" in self.kinds or self.inside or "expert" in self.kinds:
+        if not self.optimizer or "optim" in self.kinds or self.inside:
             return False
         return self.head == "model" and bool(self.heads)
 
@@ -210,11 +226,12 @@ class _Found:
         return self.head == "zero3_model" and not any(n.dp for n in self.names if n.kind == self.head)
 
     def notices(self, mesh: Mesh) -> Iterator[Finding]:
-        """What is not as usual, and read all the same; experts that are trained without ZeRO are not."""
-        if self.optimizer and "optim" not in self.kinds and self.kinds & {"expert", "expert_optim"}:
+        """What is not as usual, and read all the same; experts in groups of several degrees without ZeRO are not."""
+        names = {g.get("name") for o in self.expert_optims.values() if o for g in o.options if g.get("moe")}
+        if len(names) > 1:
             yield not_read_yet(
-                f"{self.path}: experts trained without ZeRO (stage 0), or without their optimizer, which ckptlab "
-                "cannot open yet"
+                f"{self.path}: experts trained without ZeRO (stage 0) over different numbers of ranks "
+                f"({', '.join(map(str, sorted(names, key=str)))}), which ckptlab cannot open yet"
             )
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"
@@ -313,6 +330,9 @@ class _Found:
             every = itertools.product(experts_said(h.content for h in self.heads.values()), range(mesh.tp))
             if experts := [FileName("expert", mp=t, layer=i, expert=e) for (i, e), t in every]:
                 wanted["expert"] = experts
+            if self.inside and self.expert_optims:
+                ranks = range(1 + max(n.expert for n in self.expert_optims))
+                wanted["expert optimizer"] = [FileName("expert_optim", mp=t, expert=e) for t in world for e in ranks]
         return wanted
 
     @staticmethod
@@ -353,10 +373,17 @@ class _Found:
                 r: tuple(self.optims[FileName("optim", mp, d, prefix=self.prefix)] for d in range(mesh.dp))
                 for r, mp in ranks.items()
             }
+        of_experts: dict[int, tuple[WholeOptimizer, ...]] = {}
+        for name in wanted.get("expert optimizer", ()):
+            optimizer = self.expert_optims[name]
+            of_experts[name.mp] = (*of_experts.get(name.mp, ()), *([optimizer] if optimizer else []))
+        heads = {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()}
+        for t, (first, *_) in of_experts.items():
+            heads[0, t] = tuple(replace(h, optimizer=h.optimizer or first) for h in heads[0, t])
         return StepFolder(
             self.path,
             mesh,
-            {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()},
+            heads,
             optims,
             {i: tuple(self.layers[self.layer(i, t, axis)] for t in range(mesh.tp)) for i in numbers},
             {i: tuple(self.others[self.layer(i, t, axis)] for t in range(mesh.tp)) for i in numbers},
@@ -365,6 +392,7 @@ class _Found:
             self.head == "zero3_model",
             tuple(sorted(self.names[n] for needed in wanted.values() for n in needed)),
             self.experts,
+            of_experts,
         )
 
 

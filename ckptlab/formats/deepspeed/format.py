@@ -128,8 +128,19 @@ class Universal(DeepSpeed):
         return read_universal(path, faults, strategy)
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
-        """What a step folder would hold on the mesh, which the model files beside whole tensors are made for."""
-        return replace(super().target(source, mesh, options), format=self.name)
+        """What a step folder would hold on the mesh, which the model files beside whole tensors are made for; of a run
+        without ZeRO what it would hold at stage 1, since DeepSpeed reads no universal folder without ZeRO."""
+        from ckptlab.formats.deepspeed.headers import Wrapper
+
+        target = super().target(source, mesh, options)
+        if target.private.wrapper is not Wrapper.WHOLE:
+            return target
+        if options.zero_stage == 0:
+            raise ReshapeError(
+                f"{source.path}: a universal folder for training without ZeRO (zero_stage 0): DeepSpeed reads none "
+                "there: leave zero_stage out, or write deepspeed files"
+            )
+        return super().target(source, mesh, replace(options, zero_stage=1))
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
         from ckptlab.formats.deepspeed.universal.write import files

@@ -273,6 +273,11 @@ def layer_file(path: str, content: Any) -> dict[str, Stored]:
     return _tensors(Header.of(path, content))
 
 
+def expert_optimizer(path: str, content: Any) -> WholeOptimizer | None:
+    """What an expert parallel rank's own file keeps of its optimizer; None at ZeRO 1 and 2, which have others."""
+    return WholeOptimizer.of(Header.of(path, content).inside("optimizer"))
+
+
 @dataclass(frozen=True)
 class OptimizerFile:
     """An optimizer file: its flat buffers, each with its states, its scalars, and its parameter group's index.

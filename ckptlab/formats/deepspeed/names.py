@@ -43,7 +43,7 @@ class FileName:
             case "expert":
                 return expert(self.layer, self.expert, self.mp)
             case "expert_optim":
-                return f"expp_rank_{self.expert}_mp_rank_{self.mp:02d}_optim_states.pt"
+                return expert_optim(self.expert, self.mp)
         return layer(self.layer, self.mp if self.prefix else None)
 
     def rank(self, tp: int) -> dict[str, int]:
@@ -93,3 +93,8 @@ def expert(layer: int, number: int, mp: int) -> str:
     """`layer` counts the layers that have experts, `number` is the expert's in all of the layer; -1: an
     old DeepSpeed's, which put the experts of that number of all layers into one file."""
     return f"{'' if layer < 0 else f'layer_{layer}_'}expert_{number}_mp_rank_{mp:02d}_model_states.pt"
+
+
+def expert_optim(ep: int, mp: int) -> str:
+    """The optimizer of an expert parallel rank where there is no ZeRO."""
+    return f"expp_rank_{ep}_mp_rank_{mp:02d}_optim_states.pt"

@@ -110,7 +110,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
                 + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
             )
     if experts := native.folder.experts:
-        yield from experts.refusals(mesh, options.ep)
+        yield from experts.refusals(mesh, options.ep, stage)
         if stage == 3:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
         if mesh.tp != trained.tp:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ckptlab.catalog import MASTER
 from ckptlab.findings import Faults, Finding, Where
+from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import ModelFile, OptimizerFile, Shapes, WholeOptimizer, Wrapper
 from ckptlab.stored import Stored
@@ -137,13 +138,17 @@ def _by_values(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
 
 
 def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Stored]]:
-    """The weights in the module of a rank in the model's order, each once."""
+    """The weights in the module of a rank in the model's order, each once; then its experts', of ep rank 0."""
     head, seen = folder.heads[rank][0], set()
     for name, stored in (head.module or {}).items():
         place = (stored.offset, stored.shape)
         if name not in head.buffers and name not in head.shared and place not in seen:
             seen.add(place)
             yield name, stored
+    for (_, _, tp), tensors in folder.experts.files.items():
+        for name, stored in tensors.items():
+            if tp == rank[1] and folder.experts.locally(name) == name:
+                yield name, stored
 
 
 def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Stored]]:
@@ -184,33 +189,52 @@ def _of_stage(
 @dataclass(frozen=True)
 class _Group:
     """A parameter group whose parameters have no names. `masters` are one for each of `shapes`, or, where there are no
-    shapes, one flat tensor in pieces; none where the module's own weights are. `end`: parameters, or elements."""
+    shapes, one flat tensor in pieces; none where the module's own weights are. `end`: parameters, or elements.
+    `experts`: whether it is one of experts' (None: nothing says it)."""
 
     shapes: tuple[tuple[int, ...] | None, ...]
     masters: tuple[Stored, ...]
     end: int
+    experts: bool | None = None
 
     @classmethod
     def of(cls, optimizer: WholeOptimizer) -> list[_Group]:
         """The groups of an optimizer without ZeRO."""
         found = []
+        said = any(options.get("moe") for options in optimizer.options)
         for g, states in enumerate(optimizer.states):
+            experts = bool(optimizer.options[g].get("moe")) if said else None
             masters = () if optimizer.masters is None else optimizer.masters[g]
             kept = (next(iter(one.values()), None) for one in states)
             shapes: list[tuple[int, ...] | None] = [m.shape for m in masters]
             shapes = shapes or [None if s is None else s.shape for s in kept]
             flat = optimizer.fused
-            found.append(cls((), masters, masters[0].numel) if flat else cls(tuple(shapes), masters, len(shapes)))
+            held, end = ((), masters[0].numel) if flat else (tuple(shapes), len(shapes))
+            found.append(cls(held, masters, end, experts))
         return found
 
-    def after(self, at: int, weight: Stored) -> int | None:
-        """Where the group goes on if the weight is what stands at `at`; None if that cannot be."""
+    def takes(self, name: str) -> bool:
+        """Whether a tensor of that name may be one of the group's."""
+        return self.experts is None or self.experts == (layer_of(name) is not None)
+
+    def before(self, end: int, weight: Stored) -> int | None:
+        """Where the weight begins if it is what ends at `end`; None if that cannot be."""
         if not self.shapes:
-            end = at + weight.numel
-            return end if end <= self.end and _rounds(self.masters, at, weight) else None
-        if at >= self.end or self.shapes[at] not in (None, weight.shape):
+            at = end - weight.numel
+            return at if at >= 0 and _rounds(self.masters, at, weight) else None
+        at = end - 1
+        if at < 0 or self.shapes[at] not in (None, weight.shape):
             return None
-        return at + 1 if not self.masters or _rounds((self.masters[at],), 0, weight) else None
+        return at if not self.masters or _rounds((self.masters[at],), 0, weight) else None
+
+    def places(self, named: Named) -> list[_Places]:
+        """For each weight where it may stand, so that those after it can make up the rest of the group."""
+        found, reached = [], frozenset({self.end})
+        for name, weight in reversed(named):
+            ends = reached if self.takes(name) else ()
+            found.append(({at: end for end in ends if (at := self.before(end, weight)) is not None}, reached))
+            reached |= found[-1][0].keys()
+        return found[::-1]
 
 
 def _rounds(parts: Sequence[Stored], at: int, weight: Stored) -> bool:
@@ -234,6 +258,8 @@ def _elements(parts: Sequence[Stored], lo: int, count: int) -> np.ndarray:
     return np.concatenate(found) if found else np.empty(0, np.float32)
 
 
+# where a weight may begin in a group → where it ends there; how far the group may be when the weight is dealt
+_Places = tuple[dict[int, int], frozenset[int]]
 # how far each group is → (in how many ways, from where, by which group), as far as 2
 _Ways = dict[tuple[int, ...], tuple[int, tuple[int, ...] | None, int | None]]
 
@@ -244,17 +270,16 @@ def _assigned(named: Named, groups: Sequence[_Group], frozen: bool = True) -> tu
     frozen: weights may be left over. None if there is no way, or more than one.
     """
     steps: list[_Ways] = [{(0,) * len(groups): (1, None, None)}]
-    for _, weight in named:
+    for places in zip(*(group.places(named) for group in groups), strict=True):
         ways: _Ways = {}
-        after_each = [
-            {at: group.after(at, weight) for at in {way[g] for way in steps[-1]}} for g, group in enumerate(groups)
-        ]
         for at, (count, _, _) in steps[-1].items():
             nexts: list[tuple[tuple[int, ...], int | None]] = [(at, None)] if frozen else []
-            for g, afters in enumerate(after_each):
-                if (after := afters[at[g]]) is not None:
-                    nexts.append(((*at[:g], after, *at[g + 1 :]), g))
+            for g, (ends, _) in enumerate(places):
+                if (end := ends.get(at[g])) is not None:
+                    nexts.append(((*at[:g], end, *at[g + 1 :]), g))
             for after_all, by in nexts:
+                if any(done not in reached for done, (_, reached) in zip(after_all, places, strict=True)):
+                    continue
                 known = ways.get(after_all, (0, None, None))[0]
                 ways[after_all] = (min(known + count, 2), at, by)
         if len(ways) > _MOST:

@@ -396,6 +396,6 @@ def _outside(
         every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
         found[name, PARAM] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
         if wrapper is Wrapper.WHOLE:
-            everywhere = Placement(tensor.cut, tensor.stages).holders
+            everywhere = Placement(tensor.cut, tensor.stages, at=experts.at(name, mesh)).holders
             found.update({(name, state): list(everywhere) for state in tensor.states if state != PARAM})
     return found

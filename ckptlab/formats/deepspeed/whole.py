@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, ParameterGroup
+from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
@@ -30,12 +31,14 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
         if optimizer is None or head.shapes is None or len(head.shapes) != len(optimizer.options):
             continue
         named = True
+        held = [tuple(folder.experts.everywhere(list(names))) for names in head.shapes]
         if rank[1] == 0:
-            stages[rank[0]] = [(o, tuple(names)) for o, names in zip(optimizer.options, head.shapes, strict=True)]
-        for g, names in enumerate(head.shapes):
+            stages[rank[0]] = list(zip(optimizer.options, held, strict=True))
+        for g, names in enumerate(held):
             scalars.update(dict.fromkeys(names, optimizer.scalars[g]))
-        for name, state, fragment in _fragments(optimizer, head.shapes, module, rank):
-            pieces.setdefault((name, state), {})[Holder(pp=rank[0], tp=rank[1])] = (fragment,)
+        for ep, own in enumerate(folder.expert_optims.get(rank[1], (optimizer,))):
+            for name, at, state, fragment in _fragments(folder, own, head.shapes, module, rank, ep):
+                pieces.setdefault((name, state), {}).setdefault(at, (fragment,))
     groups, _ = match_groups(folder.path, stages)
     stage = folder.config.stage
     return OptimizerFiles(
@@ -52,22 +55,27 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
 
 
 def _fragments(
-    optimizer: WholeOptimizer, shapes: tuple[Mapping[str, tuple[int, ...]], ...], module: ModuleWeights, rank: Rank
-) -> Iterator[tuple[str, str, Fragment]]:
-    """(tensor, state, where it lies on a rank) of all that an optimizer keeps. What it steps is the module's own weight
-    where it has no other."""
-    holder = Holder(pp=rank[0], tp=rank[1])
+    folder: StepFolder,
+    optimizer: WholeOptimizer,
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...],
+    module: ModuleWeights,
+    rank: Rank,
+    ep: int,
+) -> Iterator[tuple[str, Holder, str, Fragment]]:
+    """(tensor, holder, state, where it lies) of all that the optimizer of a rank keeps, of its experts by their global
+    names. What it steps is the module's own weight where it has no other."""
     for g, names in enumerate(shapes):
         done = 0
-        for k, (name, shape) in enumerate(names.items()):
+        for k, (name, shape) in enumerate(zip(folder.experts.globally(names, ep), names.values(), strict=True)):
+            holder = Holder(pp=rank[0], **folder.experts.at(name, folder.mesh), tp=rank[1])
             count = math.prod(shape)
             kept: dict[str, Stored] = dict(optimizer.states[g][0 if optimizer.fused else k])
             if optimizer.masters is not None:
                 kept = {MASTER: optimizer.masters[g][0 if optimizer.fused else k], **kept}
             elif (own := module.pieces.get(name, {}).get(holder)) is not None:
-                yield name, MASTER, own[0]
+                yield name, holder, MASTER, own[0]
             for state, stored in kept.items():
-                yield name, state, Fragment(0, stored.elements(done, count) if optimizer.fused else stored)
+                yield name, holder, state, Fragment(0, stored.elements(done, count) if optimizer.fused else stored)
             done += count
 
 
@@ -77,6 +85,8 @@ class Shards(Protocol):
     source: Catalog
     target: Catalog
 
+    experts: Experts
+
     @property
     def config(self) -> Mapping[str, Any]: ...
 
@@ -85,8 +95,8 @@ class Shards(Protocol):
     def scalars(self, group: int) -> dict[str, Any]: ...
 
 
-def whole_state(writer: Shards, stage: int, tp: int, rank: int) -> dict[str, Any]:
-    """The optimizer of a (pp stage, tp rank) as its engine keeps it: torch's own in float32, else DeepSpeed's
+def whole_state(writer: Shards, stage: int, tp: int, rank: int, ep: int = 0) -> dict[str, Any]:
+    """The optimizer of a (pp stage, tp rank, ep rank) as its engine keeps it: torch's own in float32, else DeepSpeed's
     FP16_UnfusedOptimizer or, flat, FP16_Optimizer."""
     target, source = writer.target, writer.source.private
     state: dict[int, dict[str, Any]] = {}
@@ -94,7 +104,7 @@ def whole_state(writer: Shards, stage: int, tp: int, rank: int) -> dict[str, Any
     masters: list[list[Pending]] = []
     fused = fused_of(writer.source, target.private.options) and target.private.dtype != "fp32"
     for index, group in enumerate(target.groups):
-        names = [n for n in group.tensors if stage in target.tensors[n].stages]
+        names = [n for n in writer.experts.on_rank(group.tensors, ep) if stage in target.tensors[n].stages]
         if not names:
             continue
         shards = [

@@ -80,6 +80,11 @@ class NativeWriter:
                     rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, **self.experts.at(held[0], mesh)))[0], tp=t)
                     tensors = OrderedDict((name, self.module_weight(name, t, rank)) for name in held)
                     yield torchfile.plan(names.expert(i, expert, t), tensors)
+        for ep in range(max(self.experts.sizes, default=0) if inside else 0):
+            for t in range(mesh.tp):
+                rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, ep=ep))[0], tp=t)
+                optimizer = whole_state(self, 0, t, rank, ep)
+                yield torchfile.plan(names.expert_optim(ep, t), {"optimizer": optimizer})
 
     # ---------------------------------------------------------------- tensors
 

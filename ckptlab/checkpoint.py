@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ckptlab import convert, formats
+from ckptlab import convert, formats, paths
 from ckptlab.arguments import explained
 from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
@@ -37,19 +37,25 @@ PAPER = "paper"  # the format without files, in which anything can be laid out
 
 
 @explained
-def open(path: formats.Paths, strategy: Strategy | Mapping[str, str | Layout] | str | None = None) -> Checkpoint:
+def open(
+    path: formats.Paths,
+    strategy: Strategy | Mapping[str, str | Layout] | str | None = None,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
 
     path: a step folder, the folder that holds `latest`, a universal folder, a folder or file of safetensors, or a
     folder with exactly one of these somewhere below; or a list of step folders that hold parts of one checkpoint, as
     nodes without a shared disk leave them. strategy: layouts where the checkpoint does not tell them, or
     instead of what it tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a
-    Strategy.
+    Strategy. Any of the paths may be a URL that fsspec knows (s3://, gs://, http://, …); storage_options are of the
+    file system behind it, and hold for all that lies in the same bucket or on the same host.
 
     Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could
     execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
-    return Checkpoint(formats.read(path, resolve(strategy)))
+    return Checkpoint(formats.read(path, resolve(strategy), storage_options))
 
 
 @explained
@@ -387,7 +393,7 @@ def save_weights(
 
 def source_of(catalog: Catalog) -> convert.Source:
     """What a conversion of a checkpoint reads."""
-    files = [os.path.join(catalog.path, name) for name in catalog.files] if os.path.isdir(catalog.path) else []
+    files = [os.path.join(catalog.path, name) for name in catalog.files] if paths.is_folder(catalog.path) else []
     return convert.Source(tuple(files) or (catalog.path,), catalog.lying_in)
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ckptlab import paths
 from ckptlab.stored import add_read, reading_apart
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ def run(
     The first failure, an interrupt, or a caller that wants no more, cancels what has not begun and waits for what has.
     If tasks fail, of ordered ones the first in order is raised.
     """
+    options = paths.options_known()
     with _executor(on) as (executor, ahead):
         todo = iter(tasks)
         held: dict[Future[tuple[R, int]], T] = {}
         try:
             while True:
                 for task in islice(todo, ahead - len(held)):
-                    held[executor.submit(_metered, work, task)] = task
+                    held[executor.submit(_metered, work, task, options)] = task
                 if not held:
                     return
                 arrived = [next(iter(held))] if ordered else wait(held, return_when=FIRST_COMPLETED).done
@@ -67,8 +69,10 @@ def run(
             wait([future for future in held if not future.cancel()])
 
 
-def _metered(work: Callable[[T], R], task: T) -> tuple[R, int]:
-    """The result, and the bytes that were read for it, which nobody else counts if this is another process."""
+def _metered(work: Callable[[T], R], task: T, options: dict[str, dict[str, Any]]) -> tuple[R, int]:
+    """The result, and the bytes that were read for it, which nobody else counts if this is another process. options: of
+    far file systems."""
+    paths.options_told(options)
     with reading_apart() as read:
         result = work(task)
     return result, read.bytes

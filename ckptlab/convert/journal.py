@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckptlab import paths
 from ckptlab.convert import disk
 from ckptlab.convert.sources import Run
 from ckptlab.errors import DestinationError
@@ -133,6 +134,10 @@ def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
 def crc_of(path: str, offset: int, nbytes: int) -> int:
     """The CRC-32 of some bytes of a file, as far as it has them."""
     crc, buffer = 0, bytearray(_STEP)
+    if paths.is_far(path):
+        for start in range(offset, offset + nbytes, _STEP):
+            crc = crc32(paths.read(path, start, min(_STEP, offset + nbytes - start)), crc)
+        return crc
     handle = os.open(path, os.O_RDONLY)
     try:
         while nbytes:

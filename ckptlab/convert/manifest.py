@@ -8,6 +8,8 @@ import json
 import os
 from collections.abc import Mapping
 
+from ckptlab import paths
+
 MANIFEST = "ckptlab-manifest.json"
 _VERSION = 1
 
@@ -28,13 +30,12 @@ def read(folder: str) -> dict[str, tuple[int, int]] | None:
     ValueError where it is no manifest. Names that lead out of the folder are none of its files.
     """
     path = os.path.join(folder, MANIFEST)
-    if not os.path.isfile(path):
+    if not paths.is_file(path):
         return None
-    if os.path.getsize(path) > 1 << 28:
+    if paths.size(path) > 1 << 28:
         raise ValueError(f"{path}: it is too large for a manifest")
     try:
-        with open(path, encoding="utf-8") as file:
-            told = json.load(file)["files"]
+        told = json.loads(paths.text(path))["files"]
         found = {name: (int(entry["size"]), int(entry["crc32"], 16)) for name, entry in told.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: it is no manifest of ckptlab ({type(error).__name__})") from None

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from ckptlab.errors import CheckpointError
 
-BLOCK = 16 << 10  # bytes that are fetched and kept as one
+BLOCK = 8 << 10  # bytes that are fetched and kept as one
 CACHE = 256 << 20  # bytes that are kept
 GAP = 128 << 10  # bytes between two ranges that are fetched along rather than asked for apart
 REQUEST = 8 << 20  # bytes of the largest request
@@ -72,8 +72,7 @@ def opened(url: str, given: Mapping[str, Any] | None) -> str:
     path = normal(_turned(url))
     store = store_of(path)
     _forget(store)
-    with _named(path):
-        _system(store)
+    _system(store)
     _roots.add(path)
     return path
 
@@ -120,8 +119,8 @@ def _system(store: str) -> tuple[Any, str]:
             raise CheckpointError(f"{store}: URLs need fsspec: pip install 'ckptlab[remote]'") from None
         try:
             _systems[store] = url_to_fs(_turned(store), **options.get(store, {}))
-        except ImportError as error:
-            raise CheckpointError(f"{store}: {error}") from None
+        except Exception as error:  # no such protocol, its package is not there, an archive that is none, …
+            raise CheckpointError(f"{store}: {error or type(error).__name__}") from error
     return _systems[store]
 
 
@@ -308,27 +307,33 @@ def stamps(paths: Sequence[str]) -> list[tuple[str, int, int, int]]:
     """Path, size and a number that changes with the file, listed anew."""
     for store in {store_of(path) for path in paths}:
         _forget(store)
-    _size_all(paths)
+    sizes(paths)
     found = [(path, _sized(path)) for path in paths]
     return [(path, one.size or 0, int(one.version or "0", 16), 0) for path, one in found]
 
 
-def _size_all(paths: Iterable[str]) -> None:
-    """Ask for the sizes that listings do not say, many at a time."""
+def sizes(paths: Iterable[str]) -> dict[str, int]:
+    """The bytes of files, as far as they can be told. What listings do not say is asked for, many at a time."""
 
-    def ask(path: str) -> None:
-        with suppress(OSError):
-            _sized(path)
+    def ask(path: str) -> int:
+        try:
+            return size(path)
+        except OSError:
+            return -1
 
+    found: dict[str, int] = {}
     unsaid = []
     for path in dict.fromkeys(paths):
         with suppress(OSError):
             known = _known(path)
-            if known is not None and not known.is_folder and known.size is None:
+            if known is not None and known.size is not None:
+                found[path] = known.size
+            elif known is not None and not known.is_folder:
                 unsaid.append(path)
     if unsaid:
         with ThreadPoolExecutor(min(AT_ONCE, len(unsaid)), "ckptlab-sizes") as threads:
-            list(threads.map(ask, unsaid))
+            found |= {path: size for path, size in zip(unsaid, threads.map(ask, unsaid), strict=True) if size >= 0}
+    return found
 
 
 # Bytes
@@ -378,7 +383,7 @@ def fetch(ranges: Sequence[Range], *, further: bool = False) -> list[bytes]:
 
     CheckpointError where a file is shorter than it was; OSError where it cannot be read.
     """
-    _size_all(path for path, _, _ in ranges)
+    sizes(path for path, _, _ in ranges)
     known = {path: _sized(path) for path, _, _ in ranges}
     got: dict[tuple[str, int], bytes] = {}
     missing: dict[str, set[int]] = {}
@@ -515,12 +520,9 @@ def ahead(ranges: Sequence[Range]) -> None:
     """Fetch ranges into the cache, as many as half of it holds; what cannot be read is left to whoever reads it."""
     kept, nbytes = [], 0
     with suppress(OSError, CheckpointError):
-        _size_all(path for path, _, _ in ranges)
+        known = sizes(path for path, _, _ in ranges)
         for path, lo, hi in ranges:
-            known = _known(path)
-            if known is None or known.is_folder or known.size is None:
-                continue
-            lo, hi = max(lo, 0), min(hi, known.size)
+            hi = min(hi, known.get(path, 0))
             if hi > lo and nbytes + hi - lo + 2 * BLOCK <= CACHE // 2:
                 kept.append((path, lo, hi))
                 nbytes += hi - lo + 2 * BLOCK

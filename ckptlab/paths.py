@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
+from ckptlab.errors import InputError
+
 T = TypeVar("T")
 
 _TOGETHER = 512  # files of which headers are fetched at a time: what is fetched is used before the cache lets it go
@@ -38,14 +40,14 @@ def absolute(path: str | os.PathLike[str], options: Mapping[str, Any] | None = N
     last, so that names can be joined to it. options: of the file system behind a URL (fsspec's `storage_options`), kept
     for all that lies in the same bucket or on the same host.
 
-    ValueError for options of a near path.
+    InputError for options of a near path.
     """
     path = os.fspath(path)
     if path.startswith(("file://", "local://")) and "::" not in path:
         path = path.split("://", 1)[1]
     if not is_far(path):
         if options:
-            raise ValueError(f"{path}: storage_options are for URLs, and this is a path")
+            raise InputError(f"{path}: storage_options are for URLs, and this is a path")
         return os.path.abspath(os.path.expanduser(path))
     from ckptlab import far
 
@@ -107,6 +109,16 @@ def size(path: str) -> int:
     from ckptlab import far
 
     return far.size(path)
+
+
+def far_sizes(files: Iterable[str]) -> dict[str, int]:
+    """The bytes of far files, as far as they can be told, asked for together where no listing says them."""
+    wanted = [path for path in files if is_far(path)]
+    if not wanted:
+        return {}
+    from ckptlab import far
+
+    return far.sizes(wanted)
 
 
 def names(folder: str) -> list[str]:

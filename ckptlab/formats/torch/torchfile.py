@@ -58,6 +58,7 @@ _UNTYPED: dict[str, np.dtype] = {
 
 # Of far files:
 _SMALL_FILE = 1 << 16  # bytes of one that is fetched whole
+_HEAD = 1 << 12  # bytes at the start of a larger one, where it is told what it is
 _TAIL = 1 << 14  # bytes at the end of a larger one, of which most directories have less
 _SMALL_PICKLE = 1 << 22  # bytes of a record that is fetched along with others
 _MOST_HEADERS = 4096  # records of a file of which headers are fetched together
@@ -167,12 +168,14 @@ def fetch_headers(places: Sequence[tuple[str, int, int | None]]) -> None:
     small files all; then what those point to."""
     known: list[tuple[str, int, int | None]] = []
     ranges: list[paths.Range] = []
+    sizes = paths.far_sizes(path for path, _, _ in places)
     for path, base, length in places:
-        with suppress(OSError):
-            nbytes = paths.size(path) - base if length is None else length
-            small = nbytes <= _SMALL_FILE
-            ranges.append((path, base if small else base + nbytes - _TAIL, base + nbytes))
-            known += [] if small else [(path, base, length)]
+        nbytes = sizes.get(path, 0) - base if length is None else length
+        small = nbytes <= _SMALL_FILE
+        ranges.append((path, base, base + (nbytes if small else _HEAD)))
+        if not small:
+            ranges.append((path, base + nbytes - _TAIL, base + nbytes))
+            known.append((path, base, length))
     paths.ahead(ranges)
     wanted: list[paths.Range] = []
     for path, base, length in known:

@@ -317,11 +317,12 @@ class Reshape(Viewed, Shown):
         progress: bool = False,
         verify: bool = True,
         sync: bool = True,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> convert.Report:
         """Write the target: `destination` is the folder to make; where the format has one, a pointer that names it
         (`latest`) is written beside it, but not beside the source itself, whose own stays. What a Trainer left beside
         the source (config, tokenizer, scheduler, …) is copied there too, where it is still true and nothing has its
-        name.
+        name. Both may be URLs that fsspec can write to; storage_options are of the file system behind it.
 
         format: that of the target, or another that takes the same options ("universal"), or whole weights
         ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
@@ -332,6 +333,7 @@ class Reshape(Viewed, Shown):
         (`arrays.copies`).
         """
         _ = self.source.stored  # or an error, at once
+        destination = paths.absolute(destination, storage_options)
         if format is None and not self.format.writes:
             format = formats.get(self.source.format).home
             if format is None:
@@ -340,21 +342,22 @@ class Reshape(Viewed, Shown):
                 )
         if format is not None and format != self.target.format:
             there = self._in(format)
-            return there.save(destination, workers=workers, progress=progress, verify=verify, sync=sync)
+            running: dict[str, Any] = {"workers": workers, "progress": progress, "verify": verify, "sync": sync}
+            return there.save(destination, storage_options=storage_options, **running)
         from ckptlab.arrays.copies import refuse_unequal
 
         with reading_apart():  # not part of what the plan says is read
             refuse_unequal(self.source)
         return convert.run(
             self.files,
-            os.fspath(destination),
+            destination,
             {
                 "format": self.target.format,
                 "source": fingerprint(self.source),
                 "mesh": str(self.mesh),
                 "options": _plain(self.options),
             },
-            latest=self.format.pointer(os.fspath(destination), self.source),
+            latest=self.format.pointer(destination, self.source),
             workers=workers,
             progress=progress,
             check=lambda folder: self.format.verify(folder, self.source, self.target),
@@ -383,7 +386,7 @@ def save_weights(
     """Consolidated safetensors of every weight, frozen tensor and buffer, under the model's own names.
 
     dtype: "bf16", "fp16" or "fp32"; None keeps the master's (float32). Files are cut at `max_shard_bytes` (None: 5 GB),
-    with an index. running: workers, progress, verify, sync; see `Reshape.save`.
+    with an index. running: workers, progress, verify, sync, storage_options; see `Reshape.save`.
     """
     catalog = source.catalog if isinstance(source, Checkpoint) else source
     given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -158,6 +159,16 @@ def _forget(store: str) -> None:
             known.pop(path, None)
     if store in _systems:
         _systems[store][0].invalidate_cache()
+
+
+def _changed(path: str) -> None:
+    """Forget what listings say of a file and the folders that it lies in."""
+    system, name = inside(path)
+    _alone.pop(path, None)
+    while parent(path) != path:
+        path, name = parent(path), name.rpartition("/")[0]
+        _folders.pop(path, None)
+        system.invalidate_cache(name)
 
 
 def listed(folder: str) -> dict[str, Listed]:
@@ -527,6 +538,59 @@ def ahead(ranges: Sequence[Range]) -> None:
                 kept.append((path, lo, hi))
                 nbytes += hi - lo + 2 * BLOCK
         fetch(kept)
+
+
+def write(path: str, data: bytes) -> None:
+    """Make a small file, which appears whole."""
+    system, name = inside(path)
+    with _named(path):
+        _again(lambda: system.pipe_file(name, data))
+    _changed(path)
+
+
+def put(near: str, path: str) -> None:
+    """Copy a file of this machine, which appears whole."""
+    system, name = inside(path)
+    with _named(path):
+        _again(lambda: system.put_file(near, name))
+    _changed(path)
+
+
+def remove(gone: Iterable[str]) -> None:
+    """Remove files, those that are there."""
+    for path in gone:
+        system, name = inside(path)
+        with suppress(FileNotFoundError), _named(path):
+            _again(lambda: system.rm_file(name))  # noqa: B023 (called at once)
+        _changed(path)
+
+
+class Upload:
+    """A file on its way up that becomes visible only when it is completed, where the store can hold it back (S3's and
+    Google's multipart uploads)."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        system, name = inside(path)
+        with _named(path):
+            self._file = system.open(name, "wb", autocommit=False)
+            with suppress(ValueError):
+                system.transaction.files.remove(self._file)
+
+    def send(self, near: str) -> None:
+        """Send a file of this machine."""
+        with open(near, "rb") as file, _named(self._path):
+            shutil.copyfileobj(file, self._file, REQUEST)
+            self._file.close()
+
+    def commit(self) -> None:
+        with _named(self._path):
+            self._file.commit()
+        _changed(self._path)
+
+    def discard(self) -> None:
+        with _named(self._path):
+            self._file.discard()
 
 
 class File(io.RawIOBase):

@@ -7,7 +7,9 @@ with it, is imported when a URL is first met. What cannot be reached is an OSErr
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -15,6 +17,7 @@ from ckptlab.errors import InputError
 
 T = TypeVar("T")
 
+_COPIED = 8 << 20  # bytes that are copied at a time
 _TOGETHER = 512  # files of which headers are fetched at a time: what is fetched is used before the cache lets it go
 
 
@@ -189,6 +192,22 @@ def read(path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         if offset:
             file.seek(offset)
         return file.read() if nbytes is None else file.read(nbytes)
+
+
+def copy(path: str, destination: str) -> None:
+    """Copy a file. A far one appears whole."""
+    if not is_far(destination):
+        with open_binary(path) as file, open(destination, "wb") as made:
+            shutil.copyfileobj(file, made, _COPIED)
+        return
+    from ckptlab import far
+
+    if not is_far(path):
+        far.put(path, destination)
+        return
+    with tempfile.TemporaryDirectory(prefix="ckptlab-") as folder:
+        copy(path, os.path.join(folder, "file"))
+        far.put(os.path.join(folder, "file"), destination)
 
 
 def text(path: str, errors: str = "strict", most: int | None = None) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from ckptlab import paths
 from ckptlab.stored import add_read, reading_apart
@@ -22,9 +22,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-Workers = int | Executor | None  # threads, or what runs tasks; None: as many threads as there are cores
+
+@runtime_checkable
+class Client(Protocol):
+    """A client of dask.distributed."""
+
+    def get_executor(self, *, pure: bool, retries: int) -> Executor: ...
+
+
+# threads, or what runs tasks, here or on a cluster; None: as many threads as there are cores
+Workers = int | Executor | Client | None
 
 AHEAD = 8  # tasks for each worker that are begun, or done, and not yet asked for
+RETRIES = 2  # of a task that fails on a cluster: a worker that lost its network, or its memory
 _UNKNOWN = 16  # workers of an executor that does not say how many it has (a cluster's may grow)
 
 
@@ -78,9 +88,18 @@ def _metered(work: Callable[[T], R], task: T, options: dict[str, dict[str, Any]]
     return result, read.bytes
 
 
+def executor_of(on: Workers) -> Executor | int | None:
+    """What workers mean: a client of dask.distributed stands for all of its workers, which take up what a worker that
+    died had begun."""
+    if isinstance(on, int | Executor | None):
+        return on
+    return on.get_executor(pure=False, retries=RETRIES)
+
+
 @contextmanager
 def _executor(on: Workers) -> Iterator[tuple[Executor, int]]:
     """What runs the tasks, and how many it is given at a time."""
+    on = executor_of(on)
     if isinstance(on, Executor):
         yield on, AHEAD * (getattr(on, "_max_workers", None) or _UNKNOWN)
         return

@@ -18,6 +18,7 @@ import pytest
 
 import ckptlab
 from ckptlab import far, paths
+from ckptlab.convert import upload
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.torch import torchfile
 
@@ -314,3 +315,95 @@ def test_opening_384_ranks_costs_a_bounded_number_of_requests_and_bytes(
     assert told["bytes"] <= nbytes * count
     assert 8 < told["most"] <= far.AT_ONCE  # many at a time, and not too many
     assert ckptlab.open(root).reshape(tp=2).cost() == there.reshape(tp=2).cost()
+
+
+def resume(source: str, destination: str, **running: Any) -> Any:
+    return ckptlab.open(source).reshape(tp=1, pp=1, dp=2).save(destination, **running)
+
+
+def test_a_destination_in_memory_is_what_a_near_one_is(near: Path, memory: str, tmp_path: Path) -> None:
+    source = near / KINDS["deepspeed"]
+    (source.parent / "config.json").write_text("{}")
+    report = resume(str(source), "memory://out/run/new")
+    (source.parent / "config.json").unlink()
+    assert (report.destination, report.latest) == ("memory://out/run/new", "memory://out/run/latest")
+    assert report.beside == ("config.json",)
+    resume(str(source), str(tmp_path / "new"))
+    store = fsspec.filesystem("memory")
+    names = {path.removeprefix("/out/run/") for path in store.find("/out/run")}
+    assert {"latest", "config.json", "new/ckptlab-manifest.json"} < names
+    assert "new/ckptlab-journal.json" not in names
+    near_names = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "new").rglob("*") if p.is_file())
+    assert sorted(n for n in names if n.startswith("new/")) == near_names
+    assert all(store.cat(f"/out/run/{name}") == (tmp_path / name).read_bytes() for name in near_names)
+    assert ckptlab.check("memory://out/run").verdict == ckptlab.check(tmp_path / "new").verdict
+    with pytest.raises(ckptlab.DestinationError, match="memory://out/run/new exists already"):
+        resume(str(source), "memory://out/run/new")
+    store.rm("/out", recursive=True)
+
+
+def test_what_is_not_whole_is_no_checkpoint(near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    source = str(near / KINDS["deepspeed"])
+    put = far.Upload.send
+
+    def killed(self: Any, path: str) -> None:
+        put(self, path)
+        raise SystemExit  # kill -9 would not even remove what is up
+
+    with monkeypatch.context() as patched:
+        patched.setattr(far.Upload, "send", killed)
+        patched.setattr(far, "remove", lambda gone: None)
+        with pytest.raises(SystemExit):
+            resume(source, "memory://out/run/new", workers=1)
+    assert store.find("/out/run/new")
+    with pytest.raises(CheckpointError, match=r"^memory://out/run/new: a conversion writes it, or was interrupted"):
+        ckptlab.open("memory://out/run/new")
+    with pytest.raises(ckptlab.DestinationError, match="exists already"):
+        ckptlab.open(source).reshape(tp=4).save("memory://out/run/new")  # another conversion
+    resume(source, "memory://out/run/new")
+    assert ckptlab.check("memory://out/run/new").healthy
+    store.rm("/out", recursive=True)
+
+
+def test_a_failure_leaves_nothing(near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(folder: str, source: Any, target: Any) -> None:
+        raise CheckpointError("not what was planned")
+
+    reshape = ckptlab.open(near / KINDS["deepspeed"]).reshape(tp=4)
+    monkeypatch.setattr(type(reshape.format), "verify", lambda self, *args: fails(*args))
+    with pytest.raises(CheckpointError, match="not what was planned"):
+        reshape.save("memory://out/run/new")
+    assert not fsspec.filesystem("memory").find("/out")
+
+
+@pytest.mark.slow
+def test_on_s3_a_destination_appears_at_once(
+    s3: tuple[Server, dict[str, Any]], near: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, options = s3
+    store = fsspec.filesystem("s3", **options)
+    source = f"s3://bucket/run/{KINDS['deepspeed']}"
+    ckptlab.open(source, storage_options=options)
+    seen: list[list[str]] = []
+    complete = upload._Uploads.complete
+
+    def watched(self: Any, last: Any) -> None:
+        store.invalidate_cache()
+        seen.append(store.find("bucket/out"))
+        complete(self, last)
+
+    monkeypatch.setattr(upload._Uploads, "complete", watched)
+    resume(source, "s3://bucket/out/new")
+    assert seen == [["bucket/out/new/ckptlab-journal.json"]]  # all is up, and nothing to be seen
+    resume(str(near / KINDS["deepspeed"]), str(tmp_path / "new"))
+    store.invalidate_cache()
+    store.get("bucket/out/new", str(tmp_path / "got"), recursive=True)
+    same_files(tmp_path / "new", tmp_path / "got")
+    assert store.cat("bucket/out/latest") == b"new"
+    monkeypatch.setattr(upload._Uploads, "complete", lambda self, last: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        resume(source, "s3://bucket/failed/new")
+    store.invalidate_cache()
+    assert not store.find("bucket/failed")
+    assert not store.list_multipart_uploads("bucket")

@@ -16,12 +16,16 @@ _VERSION = 1
 
 def write(folder: str, files: Mapping[str, tuple[int, int]]) -> str:
     """Write the manifest of a folder; files: name → bytes, CRC-32. Returns its path."""
-    listed = {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())}
     path = os.path.join(folder, MANIFEST)
     with open(path, "w", encoding="utf-8") as file:
-        json.dump({"ckptlab": _VERSION, "files": listed}, file, indent=1)
-        file.write("\n")
+        file.write(text(files))
     return path
+
+
+def text(files: Mapping[str, tuple[int, int]]) -> str:
+    """What a manifest says; files: name → bytes, CRC-32."""
+    listed = {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())}
+    return json.dumps({"ckptlab": _VERSION, "files": listed}, indent=1) + "\n"
 
 
 def read(folder: str) -> dict[str, tuple[int, int]] | None:

@@ -12,6 +12,7 @@ from ckptlab.errors import CheckpointError
 from ckptlab.formats.format import Listing, Match
 from ckptlab.formats.registered import every
 
+UNFINISHED = "ckptlab-journal.json"  # stands in a far folder as long as it is not whole
 _DEPTH = 4  # how far below a folder checkpoints are looked for
 
 
@@ -58,6 +59,11 @@ def _found(path: str) -> Match:
 def at(path: str) -> list[Match]:
     """What the formats recognise at this very path: weights alone only if that is all."""
     listing = Listing(path)
+    if paths.is_far(path) and UNFINISHED in listing.names:
+        raise CheckpointError(
+            f"{path}: a conversion writes it, or was interrupted while it did ({UNFINISHED} is there): repeat it, or "
+            "remove what is there"
+        )
     found = [match for format in every() if (match := format.recognise(listing)) is not None]
     return [match for match in found if not match.weights_only] or found
 

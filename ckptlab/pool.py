@@ -7,7 +7,7 @@ stand where results arrive, and know nothing of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
@@ -27,14 +27,15 @@ R = TypeVar("R")
 class Client(Protocol):
     """A client of dask.distributed."""
 
-    def get_executor(self, *, pure: bool, retries: int) -> Executor: ...
+    def get_executor(self, *, pure: bool) -> Executor: ...
+
+    def nthreads(self) -> Mapping[str, int]: ...
 
 
 # threads, or what runs tasks, here or on a cluster; None: as many threads as there are cores
 Workers = int | Executor | Client | None
 
 AHEAD = 8  # tasks for each worker that are begun, or done, and not yet asked for
-RETRIES = 2  # of a task that fails on a cluster: a worker that lost its network, or its memory
 _UNKNOWN = 16  # workers of an executor that does not say how many it has (a cluster's may grow)
 
 
@@ -50,9 +51,10 @@ def run(
     """The result of `work` on each task, as they arrive; in the order of the tasks if `ordered`.
 
     work, tasks: a function of a module (or a `functools.partial` of one) and picklable values, so that any executor can
-    run them; `tasks` may be endless, few are taken at a time. on: how many threads (1: the caller's own), an executor,
-    which stays open, or None for as many threads as there are cores. bar: a tqdm that moves on by `size` of the task
-    (None: by one) as its result arrives. What tasks read from files counts for the caller's `reading`.
+    run them; `tasks` may be endless, few are taken at a time. on: how many threads (1: the caller's own), an executor
+    or a client of dask.distributed, which stays open, or None for as many threads as there are cores. bar: a tqdm that
+    moves on by `size` of the task (None: by one) as its result arrives. What tasks read from files counts for
+    the caller's `reading`.
 
     The first failure, an interrupt, or a caller that wants no more, cancels what has not begun and waits for what has.
     If tasks fail, of ordered ones the first in order is raised.
@@ -93,17 +95,18 @@ def executor_of(on: Workers) -> Executor | int | None:
     died had begun."""
     if isinstance(on, int | Executor | None):
         return on
-    return on.get_executor(pure=False, retries=RETRIES)
+    return on.get_executor(pure=False)
 
 
 @contextmanager
 def _executor(on: Workers) -> Iterator[tuple[Executor, int]]:
     """What runs the tasks, and how many it is given at a time."""
-    on = executor_of(on)
-    if isinstance(on, Executor):
-        yield on, AHEAD * (getattr(on, "_max_workers", None) or _UNKNOWN)
+    given = executor_of(on)
+    if isinstance(given, Executor):
+        known = sum(on.nthreads().values()) if isinstance(on, Client) else getattr(on, "_max_workers", None) or 0
+        yield given, AHEAD * (known or _UNKNOWN)
         return
-    count = os.cpu_count() or 1 if on is None else on
+    count = os.cpu_count() or 1 if given is None else given
     if count < 1:
         raise ValueError(f"workers={on}: expected how many threads, 1 at least, or a concurrent.futures.Executor")
     if count == 1:

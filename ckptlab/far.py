@@ -504,9 +504,10 @@ def _get_once(requests: Sequence[Range]) -> list[bytes | Exception]:
 
 
 def _lasts(error: Exception) -> bool:
-    """Whether to ask again is no use: also what servers refuse, but for "too slow" and "too many"."""
+    """Whether to ask again is no use: also without credentials, and what servers refuse but for "too slow", "too many"."""
     status = getattr(error, "status", 0) or 0
-    return isinstance(error, _LASTING) or (400 <= status < 500 and status not in (408, 429))
+    refused = "Credentials" in type(error).__name__ or (400 <= status < 500 and status not in (408, 429))
+    return refused or isinstance(error, _LASTING)
 
 
 def _again(ask: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Many machines: workers of dask.distributed, here processes, one of them killed in the middle; views as dask arrays."""
+"""Many machines: workers of dask.distributed, here processes, one of them killed in the middle; views of dask."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_views_in_chunks_give_the_same_or_are_refused() -> None:
     assert by_name[f"4.{QKV}"].chunks == ((48,), (16,))
     with pytest.raises(
         TypeError,
-        match=r'^tied_modules.embed.word_embeddings.weight: param: dask would add up bfloat16 .* dtype="float32"$',
+        match=r'^tied_modules.*: param: dask would add up bfloat16 .* dtype="float32"$',
     ):
         ckpt.full("param", chunks={})
     with pytest.raises(TypeError, match=r'backend="numpy"$'):

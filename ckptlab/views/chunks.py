@@ -18,10 +18,8 @@ from ckptlab.views.tensors import ByName
 def chunked(tree: xr.DataTree, backend: Backend, chunks: Any) -> xr.DataTree:
     """A tree cut into chunks (see xarray's `chunk`); {} is a layer each. TypeError, with the node, where dask would
     give other numbers."""
-    nodes = {
-        node.path: _cut(node.path.strip("/"), node.to_dataset(inherit=False), backend, chunks) for node in tree.subtree
-    }
-    return xr.DataTree.from_dict(nodes)
+    nodes = {node.path: node.to_dataset(inherit=False) for node in tree.subtree}
+    return xr.DataTree.from_dict({path: _cut(path.strip("/"), node, backend, chunks) for path, node in nodes.items()})
 
 
 def each_chunked(tensors: ByName[Any], backend: Backend, chunks: Any) -> ByName[Any]:

@@ -504,7 +504,7 @@ def _get_once(requests: Sequence[Range]) -> list[bytes | Exception]:
 
 
 def _lasts(error: Exception) -> bool:
-    """Whether to ask again is no use: also without credentials, and what servers refuse but for "too slow", "too many"."""
+    """Whether to ask again is no use: without credentials, or of what a server refuses and will refuse again."""
     status = getattr(error, "status", 0) or 0
     refused = "Credentials" in type(error).__name__ or (400 <= status < 500 and status not in (408, 429))
     return refused or isinstance(error, _LASTING)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ckptlab import convert, formats
+from ckptlab import convert, formats, paths
 from ckptlab.arguments import explained
 from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
@@ -37,19 +37,25 @@ PAPER = "paper"  # the format without files, in which anything can be laid out
 
 
 @explained
-def open(path: formats.Paths, strategy: Strategy | Mapping[str, str | Layout] | str | None = None) -> Checkpoint:
+def open(
+    path: formats.Paths,
+    strategy: Strategy | Mapping[str, str | Layout] | str | None = None,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
 
     path: a step folder, the folder that holds `latest`, a universal folder, a folder or file of safetensors, or a
     folder with exactly one of these somewhere below; or a list of step folders that hold parts of one checkpoint, as
     nodes without a shared disk leave them. strategy: layouts where the checkpoint does not tell them, or
     instead of what it tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a
-    Strategy.
+    Strategy. Any of the paths may be a URL that fsspec knows (s3://, gs://, http://, …); storage_options are of the
+    file system behind it, and hold for all that lies in the same bucket or on the same host.
 
     Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could
     execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
-    return Checkpoint(formats.read(path, resolve(strategy)))
+    return Checkpoint(formats.read(path, resolve(strategy), storage_options))
 
 
 @explained
@@ -311,11 +317,12 @@ class Reshape(Viewed, Shown):
         progress: bool = False,
         verify: bool = True,
         sync: bool = True,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> convert.Report:
         """Write the target: `destination` is the folder to make; where the format has one, a pointer that names it
         (`latest`) is written beside it, but not beside the source itself, whose own stays. What a Trainer left beside
         the source (config, tokenizer, scheduler, …) is copied there too, where it is still true and nothing has its
-        name.
+        name. Both may be URLs that fsspec can write to; storage_options are of the file system behind it.
 
         format: that of the target, or another that takes the same options ("universal"), or whole weights
         ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
@@ -326,6 +333,7 @@ class Reshape(Viewed, Shown):
         (`arrays.copies`).
         """
         _ = self.source.stored  # or an error, at once
+        destination = paths.absolute(destination, storage_options)
         if format is None and not self.format.writes:
             format = formats.get(self.source.format).home
             if format is None:
@@ -334,21 +342,22 @@ class Reshape(Viewed, Shown):
                 )
         if format is not None and format != self.target.format:
             there = self._in(format)
-            return there.save(destination, workers=workers, progress=progress, verify=verify, sync=sync)
+            running: dict[str, Any] = {"workers": workers, "progress": progress, "verify": verify, "sync": sync}
+            return there.save(destination, storage_options=storage_options, **running)
         from ckptlab.arrays.copies import refuse_unequal
 
         with reading_apart():  # not part of what the plan says is read
             refuse_unequal(self.source)
         return convert.run(
             self.files,
-            os.fspath(destination),
+            destination,
             {
                 "format": self.target.format,
                 "source": fingerprint(self.source),
                 "mesh": str(self.mesh),
                 "options": _plain(self.options),
             },
-            latest=self.format.pointer(os.fspath(destination), self.source),
+            latest=self.format.pointer(destination, self.source),
             workers=workers,
             progress=progress,
             check=lambda folder: self.format.verify(folder, self.source, self.target),
@@ -377,7 +386,7 @@ def save_weights(
     """Consolidated safetensors of every weight, frozen tensor and buffer, under the model's own names.
 
     dtype: "bf16", "fp16" or "fp32"; None keeps the master's (float32). Files are cut at `max_shard_bytes` (None: 5 GB),
-    with an index. running: workers, progress, verify, sync; see `Reshape.save`.
+    with an index. running: workers, progress, verify, sync, storage_options; see `Reshape.save`.
     """
     catalog = source.catalog if isinstance(source, Checkpoint) else source
     given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
@@ -387,7 +396,7 @@ def save_weights(
 
 def source_of(catalog: Catalog) -> convert.Source:
     """What a conversion of a checkpoint reads."""
-    files = [os.path.join(catalog.path, name) for name in catalog.files] if os.path.isdir(catalog.path) else []
+    files = [os.path.join(catalog.path, name) for name in catalog.files] if paths.is_folder(catalog.path) else []
     return convert.Source(tuple(files) or (catalog.path,), catalog.lying_in)
 
 

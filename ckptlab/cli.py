@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint, Reshape
     from ckptlab.convert import Report
     from ckptlab.formats import Paths
+    from ckptlab.pool import Workers
 
 TROUBLE, INTERRUPTED, TERMINATED = 2, 130, 143
 _NO_MEMORY = "there is not enough memory or address space (ulimit -v): --workers 1 needs the least"
+_PATIENCE = 10  # seconds in which a scheduler must answer
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 
 
@@ -138,6 +141,11 @@ _strategy = click.option(
     help="Layouts where the checkpoint does not tell them: a registered strategy (megatron), or a JSON file of "
     "{pattern: notation}.",
 )
+_scheduler = click.option(
+    "--scheduler",
+    metavar="tcp://HOST:PORT",
+    help="Run on the workers of this dask.distributed scheduler, which must see the same files.",
+)
 _mesh = _options(
     click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel degree."),
     click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline-parallel degree."),
@@ -174,7 +182,8 @@ def main() -> None:
     """Look into checkpoints of 3D-parallel training runs (DeepSpeed), and write them for another mesh.
 
     PATH is a step folder, the folder that holds `latest`, a universal folder, safetensors, or a folder with one of
-    these below it. Reading takes headers only and executes nothing; a source is never changed.
+    these below it; or a URL of one (s3://, gs://, http://, …). Reading takes headers only and executes nothing; a
+    source is never changed.
 
     \b
       ckptlab info run/global_step1000
@@ -287,6 +296,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 @_target
 @click.option("--max-shard-size", type=Size(), help="Safetensors are cut into files of at most this (5GB if not said).")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads that read and write.")
+@_scheduler
 @click.option("--no-verify", is_flag=True, help="Do not compare what is read with the checksums that it carries.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until all is on the disk.")
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
@@ -297,6 +307,7 @@ def convert(
     form: str,
     max_shard_size: int | None,
     workers: int | None,
+    scheduler: str | None,
     no_verify: bool,
     no_sync: bool,
     no_progress: bool,
@@ -327,11 +338,12 @@ def convert(
     _writes(form)
     ckpt = _open(source, strategy)
     progress = sys.stderr.isatty() and not no_progress
-    running = {"workers": workers, "progress": progress, "verify": not no_verify, "sync": not no_sync}
-    if form == "safetensors":
-        said, report = _write_weights(ckpt, destination, options, max_shard_size, running)
-    else:
-        said, report = _write_run(ckpt, destination, form, options, running)
+    with _workers(scheduler, workers) as on:
+        running = {"workers": on, "progress": progress, "verify": not no_verify, "sync": not no_sync}
+        if form == "safetensors":
+            said, report = _write_weights(ckpt, destination, options, max_shard_size, running)
+        else:
+            said, report = _write_run(ckpt, destination, form, options, running)
     if as_json:
         _print({**vars(report), **said, "seconds": round(time.monotonic() - began, 3)})
         return
@@ -359,6 +371,7 @@ def convert(
 @click.argument("path")
 @click.option("--no-data", is_flag=True, help="Look at files and headers alone; read no tensor.")
 @click.option("--checksums", is_flag=True, help="Also compare every file with the checksums that torch wrote into it.")
+@_scheduler
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
 @_strategy
 @_json
@@ -368,6 +381,7 @@ def check(
     path: str,
     no_data: bool,
     checksums: bool,
+    scheduler: str | None,
     no_progress: bool,
     strategy: str | None,
     as_json: bool,
@@ -387,7 +401,9 @@ def check(
     from ckptlab.analysis import check as check_all
 
     progress = sys.stderr.isatty() and not no_progress
-    found = check_all(path, data=not no_data, checksums=checksums, progress=progress, strategy=strategy)
+    with _workers(scheduler) as on:
+        asked: dict[str, Any] = {"data": not no_data, "checksums": checksums, "strategy": strategy}
+        found = check_all(path, progress=progress, workers=on, **asked)
     if as_json:
         _print(found.to_dict())
     else:
@@ -399,12 +415,20 @@ def check(
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--states", metavar="fp32,exp_avg,…", help="Compare these states alone.")
+@_scheduler
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
 @_strategy
 @_json
 @click.pass_context
 def diff(
-    ctx: click.Context, a: str, b: str, states: str | None, no_progress: bool, strategy: str | None, as_json: bool
+    ctx: click.Context,
+    a: str,
+    b: str,
+    states: str | None,
+    scheduler: str | None,
+    no_progress: bool,
+    strategy: str | None,
+    as_json: bool,
 ) -> None:
     """Compare two checkpoints tensor by tensor, state by state, bit for bit, whatever format and mesh each has.
 
@@ -421,7 +445,8 @@ def diff(
 
     wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
     progress = sys.stderr.isatty() and not no_progress
-    found = compare(_open(a, strategy), _open(b, strategy), states=wanted, progress=progress)
+    with _workers(scheduler) as on:
+        found = compare(_open(a, strategy), _open(b, strategy), states=wanted, progress=progress, workers=on)
     if as_json:
         _print(found.to_dict())
     else:
@@ -459,6 +484,26 @@ def _open(path: Paths, strategy: str | None) -> Checkpoint:
     from ckptlab.checkpoint import open as open_checkpoint
 
     return open_checkpoint(path, strategy)
+
+
+@contextmanager
+def _workers(scheduler: str | None, threads: int | None = None) -> Iterator[Workers]:
+    """What runs tasks: threads, or the workers of a scheduler."""
+    if scheduler is None:
+        yield threads
+        return
+    if threads is not None:
+        raise click.UsageError("--workers and --scheduler exclude each other")
+    try:
+        from distributed import Client
+    except ImportError:
+        raise CkptlabError("--scheduler needs dask.distributed: pip install 'ckptlab[cluster]'") from None
+    try:
+        client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise CkptlabError(f"{scheduler}: no scheduler of dask.distributed answers there ({error})") from None
+    with client:
+        yield client
 
 
 def _writes(form: str) -> None:
@@ -551,6 +596,7 @@ def _note(texts: Iterable[str]) -> None:
 @click.option("--updates", "updates", is_flag=True, help="Instead: how large Adam's last update was.")
 @click.option("--spectrum", is_flag=True, help="Effective and stable rank of every matrix too (slower).")
 @click.option("--all", "everything", is_flag=True, help="Every row, no name cut.")
+@_scheduler
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
 @_strategy
 @_json
@@ -563,6 +609,7 @@ def stats(
     updates: bool,
     spectrum: bool,
     everything: bool,
+    scheduler: str | None,
     no_progress: bool,
     strategy: str | None,
     as_json: bool,
@@ -585,19 +632,21 @@ def stats(
     from ckptlab.describe.statistics import statistics_text
 
     progress = sys.stderr.isatty() and not no_progress
-    if updates:
-        from ckptlab.analysis import updates as next_update
+    with _workers(scheduler) as on:
+        if updates:
+            from ckptlab.analysis import updates as next_update
 
-        found = next_update(_open(path, strategy), progress=progress)
-    else:
-        from ckptlab.analysis import open_run
-        from ckptlab.analysis import stats as statistics
+            found = next_update(_open(path, strategy), progress=progress, workers=on)
+        else:
+            from ckptlab.analysis import open_run
+            from ckptlab.analysis import stats as statistics
 
-        view: Any = open_run(path, strategy) if whole_run else _open(path, strategy)
-        _note(str(one) for one in (view.skipped if whole_run else ()))
-        wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
-        view = view.shards() if by_rank else view
-        found = statistics(view, by=by, states=wanted, spectrum=spectrum, histogram=as_json, progress=progress)
+            view: Any = open_run(path, strategy) if whole_run else _open(path, strategy)
+            _note(str(one) for one in (view.skipped if whole_run else ()))
+            wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
+            view = view.shards() if by_rank else view
+            asked: dict[str, Any] = {"by": by, "states": wanted, "spectrum": spectrum, "histogram": as_json}
+            found = statistics(view, progress=progress, workers=on, **asked)
     if as_json:
         _print(found.ckptlab.table.to_dict())
     else:

@@ -7,12 +7,13 @@ stand where results arrive, and know nothing of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from ckptlab import paths
 from ckptlab.stored import add_read, reading_apart
 
 if TYPE_CHECKING:
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-Workers = int | Executor | None  # threads, or what runs tasks; None: as many threads as there are cores
+
+@runtime_checkable
+class Client(Protocol):
+    """A client of dask.distributed."""
+
+    def get_executor(self, *, pure: bool) -> Executor: ...
+
+    def nthreads(self) -> Mapping[str, int]: ...
+
+
+# threads, or what runs tasks, here or on a cluster; None: as many threads as there are cores
+Workers = int | Executor | Client | None
 
 AHEAD = 8  # tasks for each worker that are begun, or done, and not yet asked for
 _UNKNOWN = 16  # workers of an executor that does not say how many it has (a cluster's may grow)
@@ -39,20 +51,22 @@ def run(
     """The result of `work` on each task, as they arrive; in the order of the tasks if `ordered`.
 
     work, tasks: a function of a module (or a `functools.partial` of one) and picklable values, so that any executor can
-    run them; `tasks` may be endless, few are taken at a time. on: how many threads (1: the caller's own), an executor,
-    which stays open, or None for as many threads as there are cores. bar: a tqdm that moves on by `size` of the task
-    (None: by one) as its result arrives. What tasks read from files counts for the caller's `reading`.
+    run them; `tasks` may be endless, few are taken at a time. on: how many threads (1: the caller's own), an executor
+    or a client of dask.distributed, which stays open, or None for as many threads as there are cores. bar: a tqdm that
+    moves on by `size` of the task (None: by one) as its result arrives. What tasks read from files counts for
+    the caller's `reading`.
 
     The first failure, an interrupt, or a caller that wants no more, cancels what has not begun and waits for what has.
     If tasks fail, of ordered ones the first in order is raised.
     """
+    options = paths.options_known()
     with _executor(on) as (executor, ahead):
         todo = iter(tasks)
         held: dict[Future[tuple[R, int]], T] = {}
         try:
             while True:
                 for task in islice(todo, ahead - len(held)):
-                    held[executor.submit(_metered, work, task)] = task
+                    held[executor.submit(_metered, work, task, options)] = task
                 if not held:
                     return
                 arrived = [next(iter(held))] if ordered else wait(held, return_when=FIRST_COMPLETED).done
@@ -67,20 +81,32 @@ def run(
             wait([future for future in held if not future.cancel()])
 
 
-def _metered(work: Callable[[T], R], task: T) -> tuple[R, int]:
-    """The result, and the bytes that were read for it, which nobody else counts if this is another process."""
+def _metered(work: Callable[[T], R], task: T, options: dict[str, dict[str, Any]]) -> tuple[R, int]:
+    """The result, and the bytes that were read for it, which nobody else counts if this is another process. options: of
+    far file systems."""
+    paths.options_told(options)
     with reading_apart() as read:
         result = work(task)
     return result, read.bytes
 
 
+def executor_of(on: Workers) -> Executor | int | None:
+    """What workers mean: a client of dask.distributed stands for all of its workers, which take up what a worker that
+    died had begun."""
+    if isinstance(on, int | Executor | None):
+        return on
+    return on.get_executor(pure=False)
+
+
 @contextmanager
 def _executor(on: Workers) -> Iterator[tuple[Executor, int]]:
     """What runs the tasks, and how many it is given at a time."""
-    if isinstance(on, Executor):
-        yield on, AHEAD * (getattr(on, "_max_workers", None) or _UNKNOWN)
+    given = executor_of(on)
+    if isinstance(given, Executor):
+        known = sum(on.nthreads().values()) if isinstance(on, Client) else getattr(on, "_max_workers", None) or 0
+        yield given, AHEAD * (known or _UNKNOWN)
         return
-    count = os.cpu_count() or 1 if on is None else on
+    count = os.cpu_count() or 1 if given is None else given
     if count < 1:
         raise ValueError(f"workers={on}: expected how many threads, 1 at least, or a concurrent.futures.Executor")
     if count == 1:

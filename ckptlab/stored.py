@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError, LayoutError, UnsafeFileError
 
 _POPULATE_READ = 22  # Linux 5.14 on
@@ -48,7 +49,9 @@ class Stored:
     strides: tuple[int, ...]
 
     def __reduce__(self) -> tuple[Callable[..., "Stored"], tuple[Any, ...]]:
-        return Stored, (self.path, self.offset, self.dtype, self.shape, self.strides)
+        where = self.path, self.offset, self.dtype, self.shape, self.strides
+        options = paths.options_known(self.path) if paths.is_far(self.path) else {}
+        return (_with_options, (options, *where)) if options else (Stored, where)
 
     def __setstate__(self, state: object) -> NoReturn:
         # The one that dataclasses make sets fields: a hostile pickle could move a tensor that was checked.
@@ -81,6 +84,8 @@ class Stored:
         """
         if self.numel == 0:
             return _read_only(np.empty(self.shape, self.dtype))
+        if paths.is_far(self.path):
+            return far_array(self)
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         whole = _mapped_files.get(self.path, self.offset + (last + 1) * self.dtype.itemsize)
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
@@ -91,6 +96,8 @@ class Stored:
 
         Raises CheckpointError where the file has become too short, or was replaced, since it was opened.
         """
+        if paths.is_far(self.path):
+            return far_array(self).copy()
         _mapped_files.get(self.path, self.offset + self.nbytes)  # is the file as long as it must be?
         skipped = self.offset % mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as file:
@@ -117,6 +124,27 @@ class Stored:
             raise LayoutError(f"{self.path}: shape {self.shape} has {self.numel} elements, {shape} has not")
         return Stored(self.path, self.offset, self.dtype, shape, row_major_strides(shape))
 
+    def pieces(self, lo: int, hi: int, most: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Elements lo … hi-1 in row-major order, in views of at most `most`: each with the first one's number."""
+        flat = None if self.contiguous and paths.is_far(self.path) else self.flat
+        for start in range(lo, hi, most):
+            stop = min(start + most, hi)
+            yield start, self.elements(start, stop - start).map() if flat is None else flat[start:stop]
+
+    def window(self, held: Sequence[slice]) -> "Stored":
+        """A part of it, by slices with a start and a stop in every dim; no data is read."""
+        steps = [s.step or 1 for s in held]
+        first = sum(s.start * stride for s, stride in zip(held, self.strides, strict=True))
+        shape = tuple(-(-(s.stop - s.start) // step) for s, step in zip(held, steps, strict=True))
+        strides = tuple(stride * step for stride, step in zip(self.strides, steps, strict=True))
+        return Stored(self.path, self.offset + first * self.dtype.itemsize, self.dtype, shape, strides)
+
+    @property
+    def span(self) -> tuple[str, int, int]:
+        """Its file, and where its first element begins and its last one ends there."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return self.path, self.offset, self.offset + (last + 1) * self.dtype.itemsize * (self.numel > 0)
+
     def elements(self, start: int, count: int) -> "Stored":
         """`count` elements from `start` on in row-major order, of a contiguous tensor; no data is read."""
         if not self.contiguous or not 0 <= start <= start + count <= self.numel:
@@ -125,6 +153,33 @@ class Stored:
                 f"{self.shape}, strides {self.strides}; slice what .flat gives"
             )
         return Stored(self.path, self.offset + start * self.dtype.itemsize, self.dtype, (count,), (1,))
+
+
+def _with_options(options: dict[str, dict[str, Any]], *where: Any) -> Stored:
+    paths.options_told(options)
+    return Stored(*where)
+
+
+def far_array(stored: Stored) -> np.ndarray:
+    """A tensor in a far file as an array of its own, read-only: what lies between its rows is left where it is."""
+    from ckptlab.far import GAP, fetch
+
+    if stored.numel == 0:
+        return _read_only(np.empty(stored.shape, stored.dtype))
+    path, lo, hi = stored.span
+    if len(stored.shape) > 1 and stored.strides[0] * stored.dtype.itemsize > GAP and hi - lo > 2 * stored.nbytes:
+        parts = [slice(0, n) for n in stored.shape[1:]]
+        rows = [stored.window([slice(i, i + 1), *parts]) for i in range(stored.shape[0])]
+        fetched = fetch([row.span for row in rows])
+    else:
+        rows, fetched = [stored], fetch([(path, lo, hi)], further=True)
+    made = [_viewed(row, data) for row, data in zip(rows, fetched, strict=True)]
+    return made[0] if len(made) == 1 else _read_only(np.concatenate(made))
+
+
+def _viewed(stored: Stored, data: bytes) -> np.ndarray:
+    strides = tuple(stride * stored.dtype.itemsize for stride in stored.strides)
+    return np.ndarray(stored.shape, stored.dtype, buffer=data, strides=strides)
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ class Viewed:
         dtype: Any = None,
         backend: Any = None,
         device: Any = None,
+        chunks: Any = None,
     ) -> xr.DataTree: ...
 
     @overload
@@ -48,10 +49,18 @@ class Viewed:
         dtype: Any = None,
         backend: Any = None,
         device: Any = None,
+        chunks: Any = None,
     ) -> Mapping[str, Any]: ...
 
     def full(
-        self, state: States = None, *, stack: bool = True, dtype: Any = None, backend: Any = None, device: Any = None
+        self,
+        state: States = None,
+        *,
+        stack: bool = True,
+        dtype: Any = None,
+        backend: Any = None,
+        device: Any = None,
+        chunks: Any = None,
     ) -> xr.DataTree | Mapping[str, Any]:
         """Whole tensors, lazily.
 
@@ -61,13 +70,16 @@ class Viewed:
         sums of 16 bits and fewer are computed in float32; dtype="float32" shows all floating-point states so, exactly,
         and everything works on them, dask too (of a Dataset or tree, xarray's reductions leave out dtypes that are not
         numpy's own, bfloat16 among them). A reshape does not change them. CheckpointError for an unknown state.
+
+        chunks: as arrays of dask, cut so (xarray's `chunk`): {"layer": 1}, or {} for that where there are layers; on a
+        cluster the workers read the files. TypeError for dtypes and libraries for which dask would give other numbers.
         """
         from ckptlab.arrays.backends import resolve
         from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Full
 
         view = Full(self.source, None, _states(state, self.source), dtype_called(dtype), resolve(backend, device))
-        return view.tree() if stack else view.by_name(_state(state, self.source))
+        return _shown(view, stack, _state(state, self.source) if not stack else None, chunks)
 
     @overload
     def shards(
@@ -79,6 +91,7 @@ class Viewed:
         backend: Any = None,
         device: Any = None,
         mesh: Any = None,
+        chunks: Any = None,
     ) -> xr.DataTree: ...
 
     @overload
@@ -91,6 +104,7 @@ class Viewed:
         backend: Any = None,
         device: Any = None,
         mesh: Any = None,
+        chunks: Any = None,
     ) -> Mapping[str, Any]: ...
 
     def shards(
@@ -102,6 +116,7 @@ class Viewed:
         backend: Any = None,
         device: Any = None,
         mesh: Any = None,
+        chunks: Any = None,
     ) -> xr.DataTree | Mapping[str, Any]:
         """Tensors as the model-parallel ranks hold them, padding included: a `tp` dim (and one for each other axis on
         which holders differ) before the tensor's own, a `pp` dim where several stages hold copies. As `full`
@@ -116,16 +131,17 @@ class Viewed:
 
         fields = (self.source, self._target, _states(state, self.held), dtype_called(dtype), resolve(backend, device))
         view: View = Shards(*fields) if mesh is None else Placed(*fields, devices=mesh)
-        return view.tree() if stack else view.by_name(_state(state, self.held))
+        return _shown(view, stack, _state(state, self.held) if not stack else None, chunks)
 
-    def flat(self, *, dtype: Any = None, backend: Any = None, device: Any = None) -> xr.DataTree:
+    def flat(self, *, dtype: Any = None, backend: Any = None, device: Any = None, chunks: Any = None) -> xr.DataTree:
         """The optimizer's flat buffers as the files hold them, or as the target's will: /pp0/group0 with dims
-        (tp, dp, flat) and true lengths beside."""
+        (tp, dp, flat) and true lengths beside. dtype, backend, device, chunks: as for `full`."""
         from ckptlab.arrays.backends import resolve
         from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Flat
 
-        return Flat(self.source, self._target, dtype_called(dtype), resolve(backend, device)).tree()
+        view = Flat(self.source, self._target, dtype_called(dtype), resolve(backend, device))
+        return _shown(view, True, None, chunks)
 
     def of_rank(self, rank: int) -> dict[tuple[str, str], np.ndarray]:
         """(name, state) → what one rank holds, as `Plan.run` takes and gives it: its shard, or, flat, the part of the
@@ -138,6 +154,16 @@ class Viewed:
     @property
     def _target(self) -> Catalog | None:
         return None if self.held is self.source else self.held
+
+
+def _shown(view: Any, stack: bool, state: str | None, chunks: Any) -> Any:
+    """A view as a tree, or by name; as arrays of dask where `chunks` are said."""
+    found = view.tree() if stack else view.by_name(state)
+    if chunks is None:
+        return found
+    from ckptlab.views.chunks import chunked, each_chunked
+
+    return chunked(found, view.backend, chunks) if stack else each_chunked(found, view.backend, chunks)
 
 
 def _states(state: States, catalog: Catalog) -> tuple[str, ...] | None:

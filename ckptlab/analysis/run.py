@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ckptlab import paths
 from ckptlab.analysis.row import Row
 from ckptlab.analysis.rows import rows_of
 from ckptlab.arguments import explained
@@ -41,17 +42,19 @@ class Skipped:
 
 
 @explained
-def open_run(path: str | os.PathLike[str], strategy: Any = None) -> Run:
+def open_run(
+    path: str | os.PathLike[str], strategy: Any = None, *, storage_options: Mapping[str, Any] | None = None
+) -> Run:
     """Open every checkpoint of a run: headers only.
 
-    path: the folder that the step folders (global_step1000, …) stand in. strategy: as for `ckptlab.open`. A step that
-    cannot be opened, because it is incomplete or damaged, is skipped, and so is a second checkpoint of a step (a
-    universal one beside the native one, say); `Run.skipped` tells which, and why.
+    path: the folder that the step folders (global_step1000, …) stand in. strategy, storage_options: as for
+    `ckptlab.open`. A step that cannot be opened, because it is incomplete or damaged, is skipped, and so is a second
+    checkpoint of a step (a universal one beside the native one, say); `Run.skipped` tells which, and why.
 
     CheckpointError where no checkpoint can be opened.
     """
-    folder = os.path.abspath(os.fspath(path))
-    if not os.path.isdir(folder):
+    folder = paths.absolute(path, storage_options)
+    if not paths.is_folder(folder):
         raise CheckpointError(f"{folder}: no such folder: give the one that the step folders stand in")
     opened, skipped = _opened(folder, strategy)
     found: dict[int, Checkpoint] = {}
@@ -81,7 +84,7 @@ def step_of(ckpt: Checkpoint, name: str) -> int | None:
 def _opened(folder: str, strategy: Any) -> tuple[list[tuple[str, Checkpoint]], list[Skipped]]:
     """The checkpoints in the folders of a folder, and the folders that cannot be opened."""
     opened, skipped = [], []
-    for place in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir()):
+    for place in sorted(entry.path for entry in paths.entries(folder) if entry.is_folder):
         try:
             opened.append((place, open_checkpoint(place, strategy)))
         except (CheckpointError, LayoutError) as error:

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.arrays.boxes import flat_boxes, flat_start, plain_rows, restrict
 from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, is_sum
 from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
 from ckptlab.plan import Holder
-from ckptlab.stored import note_read, touch
+from ckptlab.stored import Stored, note_read, touch
 
+FAR_CHUNK = 8 << 20  # bytes that `chunks` gives at a time of far files, each of which is a request or several
 MAPPED = 1 << 20  # bytes from which on a box that lies in one piece is mapped: less is copied as fast
 
 
@@ -73,21 +75,30 @@ def reader(
 
 @dataclass(frozen=True)
 class _Piece:
-    """A box of a source shard that lies in one fragment: where it begins in the shard, and its elements."""
+    """A box of a source shard that lies in one fragment: where it begins in the shard, and its elements. Of a far file
+    they are not an array yet, but where they are stored."""
 
     starts: tuple[int, ...]
-    array: np.ndarray
+    array: np.ndarray | Stored
     fragment: Fragment
     offset: int | None  # the byte of the file at which the array begins; None of a copy
 
-    def touch(self, view: np.ndarray) -> None:
-        """Say that a view on the array is about to be used."""
+    def view(self, held: tuple[slice, ...]) -> np.ndarray:
+        """A part of it, which is about to be used."""
         stored = self.fragment.stored
+        if isinstance(self.array, Stored):
+            part = self.array.window(held)
+            view = part.map()
+            touch(stored.path, part.offset, view, part.contiguous)
+            return view
+        inside: Any = (*held, ...)  # with the ellipsis a 0-dim array stays an array
+        view = self.array[inside]
         if self.offset is None:
             touch(stored.path, stored.offset, view, False)
         else:
             inside = view.__array_interface__["data"][0] - self.array.__array_interface__["data"][0]
             touch(stored.path, self.offset + inside, view)
+        return view
 
 
 class Gather(Reader):
@@ -109,6 +120,7 @@ class Gather(Reader):
         self.placement = catalog.placement(name, state)
         self.cut = self.placement.cut
         self.dtype = np.dtype(catalog.tensors[name].states[state])
+        self.piece = FAR_CHUNK if paths.is_far(catalog.path) else CHUNK
         self._catalog: Catalog | None = catalog
         self._known_fragments: dict[Holder, tuple[Fragment, ...]] = {}
         self._known_pieces: dict[Holder, list[_Piece]] = {}
@@ -141,7 +153,7 @@ class Gather(Reader):
     def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
         """See Reader. Where source and target hold the same shard, pieces are views of the mapped file."""
         if self.is_straight(cut, at):
-            yield from self._straight(at, lo, hi, limit or CHUNK // self.dtype.itemsize)
+            yield from self._straight(at, lo, hi, limit or self.piece // self.dtype.itemsize)
         else:
             yield from super().chunks(cut, at, lo, hi, limit)
 
@@ -162,9 +174,10 @@ class Gather(Reader):
         holder = self.holders[at]
         for fragment in self._fragments(holder):
             first, last = max(lo, fragment.start), min(hi, fragment.start + fragment.count)
-            stored, flat = fragment.stored, fragment.stored.flat if first < last else np.empty(0)
-            for start in range(first - fragment.start, last - fragment.start, limit):
-                view = flat[start : min(start + limit, last - fragment.start)]
+            stored = fragment.stored
+            if first >= last:
+                continue
+            for start, view in stored.pieces(first - fragment.start, last - fragment.start, limit):
                 touch(stored.path, stored.offset + start * self.dtype.itemsize, view, stored.contiguous)
                 yield view
                 self._count(holder, fragment.dp, view.nbytes)
@@ -203,11 +216,12 @@ class Gather(Reader):
                     for row in dim_rows
                 )
                 per_dim.append([w for w in windows if w is not None])
+            if isinstance(piece.array, Stored):
+                each = itertools.product(*([a for a, _ in windows] for windows in per_dim))
+                paths.ahead(piece.array.window(held).span for held in each)
             for combination in itertools.product(*per_dim):
-                held: Any = (*(a for a, _ in combination), ...)  # with the ellipsis a 0-dim array stays an array
                 wanted: Any = (*(b for _, b in combination), ...)
-                source = piece.array[held]
-                piece.touch(source)
+                source = piece.view(tuple(a for a, _ in combination))
                 np.copyto(out[wanted], source, casting="unsafe")
                 self._count(holder, piece.fragment.dp, source.nbytes)
 
@@ -232,16 +246,21 @@ class Gather(Reader):
         if len(fragments) == 1 and fragments[0].count == math.prod(shape):
             stored = fragments[0].stored
             same = stored.shape == shape
+            if paths.is_far(stored.path) and (same or stored.contiguous):
+                return [_Piece((0,) * len(shape), stored if same else stored.reshape(shape), fragments[0], None)]
             array = stored.map() if same else stored.flat.reshape(shape)
             offset = stored.offset if same or stored.contiguous else None
             return [_Piece((0,) * len(shape), array, fragments[0], offset)]
         pieces = []
         for fragment in fragments:
-            flat, done, stored = fragment.stored.flat, 0, fragment.stored
+            done, stored = 0, fragment.stored
+            distant = paths.is_far(stored.path) and stored.contiguous
+            flat = None if distant else stored.flat
             for starts, sizes in flat_boxes(shape, fragment.start, fragment.start + fragment.count):
                 count = math.prod(sizes)
                 offset = stored.offset + done * self.dtype.itemsize if stored.contiguous else None
-                pieces.append(_Piece(starts, flat[done : done + count].reshape(sizes), fragment, offset))
+                held = stored.elements(done, count) if flat is None else flat[done : done + count]
+                pieces.append(_Piece(starts, held.reshape(sizes), fragment, offset))
                 done += count
         return pieces
 

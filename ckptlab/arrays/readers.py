@@ -24,12 +24,13 @@ Coordinate = tuple[int, ...]
 
 class Reader(ABC):
     """Reads one state of one tensor (`name`, `state`) in any cut. `cut` is the one in which it is stored, `dtype` what
-    elements arrive as."""
+    elements arrive as, `piece` how many bytes `chunks` gives at a time where it is not said."""
 
     name: str
     state: str
     cut: Cut
     dtype: np.dtype
+    piece: int = CHUNK
 
     @abstractmethod
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
@@ -59,11 +60,11 @@ class Reader(ABC):
 
     def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
         """Elements lo … hi-1 of the flattened shard, in pieces of at most `limit` elements (one-dimensional; None: as
-        many as `CHUNK` bytes hold).
+        many as `piece` bytes hold).
 
         A piece is only valid until the next one is asked for: the buffer is used again.
         """
-        shape, limit = cut.shard_shape(at), limit or CHUNK // self.dtype.itemsize
+        shape, limit = cut.shard_shape(at), limit or self.piece // self.dtype.itemsize
         buffer = np.empty(min(limit, hi - lo), self.dtype) if hi > lo else None
         for start in range(lo, hi, limit):
             assert buffer is not None
@@ -91,7 +92,7 @@ class Cast(Reader):
 
     def __init__(self, reader: Reader, dtype: np.dtype) -> None:
         self.reader, self.name, self.state = reader, reader.name, reader.state
-        self.cut, self.dtype = reader.cut, np.dtype(dtype)
+        self.cut, self.dtype, self.piece = reader.cut, np.dtype(dtype), reader.piece
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         if out.dtype == self.dtype:
@@ -121,7 +122,7 @@ class Mean(Reader):
     def __init__(self, replicas: Sequence[Reader], summed: bool = False) -> None:
         self.replicas, self.summed = tuple(replicas), summed
         self.name, self.state = replicas[0].name, replicas[0].state
-        self.cut, self.dtype = replicas[0].cut, replicas[0].dtype
+        self.cut, self.dtype, self.piece = replicas[0].cut, replicas[0].dtype, replicas[0].piece
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         total = np.zeros(out.shape, np.float32)
@@ -142,7 +143,7 @@ class Share(Reader):
 
     def __init__(self, reader: Reader, count: int) -> None:
         self.reader, self.count, self.name, self.state = reader, count, reader.name, reader.state
-        self.cut, self.dtype = reader.cut, reader.dtype
+        self.cut, self.dtype, self.piece = reader.cut, reader.dtype, reader.piece
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         one = np.zeros(out.shape, np.float32)

@@ -5,14 +5,13 @@ are, each file under a temporary name until it is complete. When all are done th
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial as with_arguments
 from typing import Any
 
-from ckptlab import pool
+from ckptlab import paths, pool
 from ckptlab.convert import disk, manifest, names
 from ckptlab.convert.journal import JOURNAL, TEMPORARY, Done, Journal, crc_of, finished
 from ckptlab.convert.sources import Run, Seen, Source, Verified, unchanged
@@ -66,7 +65,9 @@ def run(
     the disk. beside: files to be copied beside the destination; those that are there stay. DestinationError if the
     destination exists, cannot be made, or has no room.
     """
-    destination = os.path.abspath(destination)
+    destination = paths.absolute(destination)
+    if paths.is_far(destination):
+        return _upload(plans, destination, identity, latest, beside, workers, progress, check, source, verify)
     partial = f"{destination}.partial"
     pointer = latest and os.path.join(os.path.dirname(destination), latest)
     if os.path.lexists(destination):
@@ -106,13 +107,46 @@ def run(
     )
 
 
+def _upload(
+    plans: Sequence[FilePlan],
+    destination: str,
+    identity: dict[str, Any],
+    latest: str | None,
+    beside: Sequence[str],
+    workers: pool.Workers,
+    progress: bool,
+    check: Callable[[str], None] | None,
+    source: Source | None,
+    verify: bool,
+) -> Report:
+    from ckptlab.convert import upload
+
+    names.checked((plan.name for plan in plans), destination)
+    up = upload.run(
+        plans,
+        destination,
+        identity,
+        latest=latest,
+        workers=workers,
+        progress=progress,
+        check=check,
+        source=source,
+        verify=verify,
+        beside=beside,
+    )
+    odd = sum((Counter(done.odd) for done in up.files.values()), Counter[str]())
+    pointer = latest and f"{paths.parent(destination)}/{latest}"
+    written = sum(plan.nbytes for plan in plans)
+    return Report(destination, pointer, len(plans), 0, written, up.verified, dict(odd), up.beside)
+
+
 def _copied(files: Iterable[str], folder: str) -> tuple[str, ...]:
     """Copy files into a folder, each under its own name, where nothing has that name; returns the names."""
     copied = []
     for file in files:
         path = os.path.join(folder, os.path.basename(file))
         if not os.path.lexists(path):
-            shutil.copyfile(file, path + TEMPORARY)
+            paths.copy(file, path + TEMPORARY)
             os.replace(path + TEMPORARY, path)
             copied.append(os.path.basename(file))
     return tuple(copied)

@@ -10,17 +10,19 @@ import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckptlab import paths
 from ckptlab.convert import disk
 from ckptlab.convert.sources import Run
 from ckptlab.errors import DestinationError
 from ckptlab.formats.checksum import crc32
 from ckptlab.formats.fileplan import Sum, Written
+from ckptlab.formats.locate import UNFINISHED
 
-JOURNAL = "ckptlab-journal.json"
+JOURNAL = UNFINISHED
 TEMPORARY = ".tmp"  # how a file's name ends until it is complete
 _STEP = 1 << 20
 
@@ -42,7 +44,7 @@ class Journal:
     """
 
     def __init__(self, partial: str, identity: dict[str, Any]) -> None:
-        said = _first_line(identity)
+        said = first_line(identity)
         try:
             os.makedirs(partial, exist_ok=True)
             self.file = Path(partial, JOURNAL).open("a+")  # noqa: SIM115 (open, and locked, until all is done)
@@ -109,7 +111,8 @@ class Journal:
         return trusted or crc_of(path, offset, nbytes) == crc
 
 
-def _first_line(identity: dict[str, Any]) -> str:
+def first_line(identity: Mapping[str, Any]) -> str:
+    """What a journal begins with: what a conversion is."""
     return json.dumps(identity, sort_keys=True, default=str)
 
 
@@ -117,7 +120,7 @@ def finished(folder: str, identity: dict[str, Any]) -> bool:
     """Whether a destination is this conversion's, which was interrupted after that: its journal is still there."""
     try:
         with open(os.path.join(folder, JOURNAL)) as file:
-            return file.readline().rstrip("\n") == _first_line(identity)
+            return file.readline().rstrip("\n") == first_line(identity)
     except OSError:
         return False
 
@@ -133,6 +136,10 @@ def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
 def crc_of(path: str, offset: int, nbytes: int) -> int:
     """The CRC-32 of some bytes of a file, as far as it has them."""
     crc, buffer = 0, bytearray(_STEP)
+    if paths.is_far(path):
+        for start in range(offset, offset + nbytes, _STEP):
+            crc = crc32(paths.read(path, start, min(_STEP, offset + nbytes - start)), crc)
+        return crc
     handle = os.open(path, os.O_RDONLY)
     try:
         while nbytes:

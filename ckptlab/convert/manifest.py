@@ -8,18 +8,24 @@ import json
 import os
 from collections.abc import Mapping
 
+from ckptlab import paths
+
 MANIFEST = "ckptlab-manifest.json"
 _VERSION = 1
 
 
 def write(folder: str, files: Mapping[str, tuple[int, int]]) -> str:
     """Write the manifest of a folder; files: name → bytes, CRC-32. Returns its path."""
-    listed = {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())}
     path = os.path.join(folder, MANIFEST)
     with open(path, "w", encoding="utf-8") as file:
-        json.dump({"ckptlab": _VERSION, "files": listed}, file, indent=1)
-        file.write("\n")
+        file.write(text(files))
     return path
+
+
+def text(files: Mapping[str, tuple[int, int]]) -> str:
+    """What a manifest says; files: name → bytes, CRC-32."""
+    listed = {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())}
+    return json.dumps({"ckptlab": _VERSION, "files": listed}, indent=1) + "\n"
 
 
 def read(folder: str) -> dict[str, tuple[int, int]] | None:
@@ -28,13 +34,12 @@ def read(folder: str) -> dict[str, tuple[int, int]] | None:
     ValueError where it is no manifest. Names that lead out of the folder are none of its files.
     """
     path = os.path.join(folder, MANIFEST)
-    if not os.path.isfile(path):
+    if not paths.is_file(path):
         return None
-    if os.path.getsize(path) > 1 << 28:
+    if paths.size(path) > 1 << 28:
         raise ValueError(f"{path}: it is too large for a manifest")
     try:
-        with open(path, encoding="utf-8") as file:
-            told = json.load(file)["files"]
+        told = json.loads(paths.text(path))["files"]
         found = {name: (int(entry["size"]), int(entry["crc32"], 16)) for name, entry in told.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: it is no manifest of ckptlab ({type(error).__name__})") from None

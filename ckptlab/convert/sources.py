@@ -7,7 +7,6 @@ sums of runs that lie side by side combine, and what of a record was read otherw
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import checksum
 from ckptlab.formats.checksum import crc32
@@ -45,8 +45,7 @@ class Source:
 
     def stamp(self) -> list[tuple[str, int, int, int]]:
         """What shows that a file was changed or replaced: size, time and identity of each."""
-        found = ((path, os.stat(path)) for path in self.files)
-        return [(path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in found]
+        return paths.stamps(self.files)
 
 
 class Seen:
@@ -95,9 +94,10 @@ class Verified:
             self._records[path] = sorted(torchzip.summed(path))
             self._starts[path] = [record.offset for record in self._records[path]]
             small = [record for record in self._records[path] if record.size <= _SMALL]
-            with open(path, "rb") as file:
+            paths.ahead((path, record.offset, record.end) for record in small)
+            with paths.open_binary(path) as file:
                 for record in small:
-                    self._compare(path, record, crc32(os.pread(file.fileno(), record.size, record.offset)))
+                    self._compare(path, record, crc32(paths.read_at(file, record.size, record.offset)))
 
     def add(self, runs: Iterable[Run]) -> None:
         """What was read."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.checkpoint import Reshape
 from ckptlab.findings import Finding
@@ -131,9 +132,9 @@ def _foreign(client: Mapping[str, Any]) -> Iterator[str]:
 
 def _on_disk(catalog: Catalog) -> int | None:
     """Bytes of the files; None if some are not there any more."""
-    paths = [catalog.path] if os.path.isfile(catalog.path) else [os.path.join(catalog.path, f) for f in catalog.files]
+    files = [catalog.path] if paths.is_file(catalog.path) else [os.path.join(catalog.path, f) for f in catalog.files]
     try:
-        return sum(map(os.path.getsize, paths))
+        return sum(map(paths.size, files))
     except OSError:
         return None
 

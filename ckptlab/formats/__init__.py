@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
@@ -23,26 +24,26 @@ __all__ = ["FORMATS", "Format", "Listing", "Match", "every", "found", "get", "lo
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def read(path: Paths, strategy: Strategy | None = None) -> Catalog:
+def read(path: Paths, strategy: Strategy | None = None, storage_options: Mapping[str, Any] | None = None) -> Catalog:
     """The catalog of the checkpoint at a path (see `locate`), or at several that hold parts of one, as the nodes of a
-    run leave them. Headers only; nothing in it is executed.
+    run leave them. Headers only; nothing in it is executed. storage_options: of the file system behind a URL.
 
     Raises the first error that its reader finds.
     """
-    catalog = read_at(found(path), Strict(), strategy)
+    catalog = read_at(found(path, storage_options), Strict(), strategy)
     assert catalog is not None, "a reader that has no catalog has reported why"
     return catalog
 
 
-def found(path: Paths) -> Match:
+def found(path: Paths, storage_options: Mapping[str, Any] | None = None) -> Match:
     """What a path means, or several that hold parts of one checkpoint. CheckpointError where their kinds differ."""
     if isinstance(path, (str, os.PathLike)):
-        return locate(path)
+        return locate(path, storage_options)
     if not isinstance(path, (list, tuple)):
         raise TypeError(f"expected a path, or a list of paths, not {type(path).__name__}")
     if not path:
         raise CheckpointError("no path is given: expected at least one folder")
-    first, *others = (locate(one) for one in path)
+    first, *others = (locate(one, storage_options) for one in path)
     if odd := [match for match in others if match.format != first.format]:
         raise CheckpointError(f"{odd[0]} is no part of {first}: what is opened together is parts of one checkpoint")
     return replace(first, also=tuple(dict.fromkeys(m.path for m in others if m.path != first.path)))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+from ckptlab import paths
 from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, ReshapeError
@@ -30,17 +31,17 @@ class Listing:
 
     @cached_property
     def is_file(self) -> bool:
-        return os.path.isfile(self.path)
+        return paths.is_file(self.path)
 
     @cached_property
     def names(self) -> frozenset[str]:
         """The entries of the folder; nothing of a file."""
-        return frozenset() if self.is_file else frozenset(os.listdir(self.path))
+        return frozenset() if self.is_file else frozenset(paths.names(self.path))
 
     @cached_property
     def folders(self) -> frozenset[str]:
         """Those entries that are folders, or links to some."""
-        return frozenset(name for name in self.names if os.path.isdir(os.path.join(self.path, name)))
+        return frozenset(name for name in self.names if paths.is_folder(os.path.join(self.path, name)))
 
     def below(self, name: str) -> Listing:
         """An entry of the folder."""
@@ -48,8 +49,7 @@ class Listing:
 
     def head(self, count: int) -> bytes:
         """The first bytes of a file."""
-        with open(self.path, "rb") as file:
-            return file.read(count)
+        return paths.read(self.path, 0, count)
 
     def pointed(self, pointer: str) -> str | None:
         """The folder here that the text of a file (or a link) of that name says; None where there is no such file.
@@ -57,12 +57,11 @@ class Listing:
         if pointer not in self.names:
             return None
         file = os.path.join(self.path, pointer)
-        if os.path.isdir(file):
-            return os.path.realpath(file)
-        with open(file, encoding="utf-8", errors="replace") as f:
-            tag = f.read(4096).strip()
+        if paths.is_folder(file):
+            return paths.real(file)
+        tag = paths.text(file, "replace", 4096).strip()
         target = os.path.join(self.path, tag)
-        if not tag or os.path.isabs(tag) or not os.path.isdir(target):
+        if not tag or os.path.isabs(tag) or not paths.is_folder(target):
             tags = sorted(self.folders)
             there = f"there {'is' if len(tags) == 1 else 'are'} {', '.join(tags)}" if tags else "there are no folders"
             raise CheckpointError(

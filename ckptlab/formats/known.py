@@ -7,6 +7,7 @@ import zipfile
 from abc import abstractmethod
 from typing import ClassVar
 
+from ckptlab import paths
 from ckptlab.formats.format import Format, Listing, Match
 
 
@@ -63,7 +64,7 @@ class TorchScript(_Known):
         if not folder.is_file or folder.head(4) != b"PK\x03\x04":
             return False
         try:
-            with zipfile.ZipFile(folder.path) as records:
+            with paths.open_binary(folder.path) as file, zipfile.ZipFile(file) as records:
                 return any(name.split("/", 1)[-1] == "constants.pkl" for name in records.namelist())
         except (zipfile.BadZipFile, ValueError, NotImplementedError):
             return False

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.format import Listing, Match
 from ckptlab.formats.registered import every
 
+UNFINISHED = "ckptlab-journal.json"  # stands in a far folder as long as it is not whole
 _DEPTH = 4  # how far below a folder checkpoints are looked for
 
 
-def locate(path: str | os.PathLike[str]) -> Match:
+def locate(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Match:
     """Find the checkpoint that a user means: what a format recognises at the path itself, else the one that is below.
 
     Weights alone are taken if no training checkpoint stands below them. CheckpointError lists what was found otherwise.
     """
-    if "://" in os.fspath(path):
-        raise CheckpointError(f"{os.fspath(path)}: ckptlab opens local files and folders only: copy or mount it here")
-    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    if not os.path.exists(path):
-        raise CheckpointError(f"{path}: no such file or folder")
+    path = paths.absolute(path, storage_options)
+    try:
+        if not paths.exists(path):
+            raise CheckpointError(f"{path}: no such file or folder")
+        return _found(path)
+    except OSError as error:
+        if not paths.is_far(path):
+            raise
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+
+
+def _found(path: str) -> Match:
     here = at(path)
     found = [match for match in here if not match.weights_only]
     broken: list[CheckpointError] = []
-    if not found and os.path.isdir(path):
-        below = list({(os.path.realpath(m.path), m.format): m for m in _below(path, _DEPTH, broken)}.values())
+    if not found and paths.is_folder(path):
+        below = list({(paths.real(m.path), m.format): m for m in _below(path, _DEPTH, broken)}.values())
         below = [match for match in below if not match.weights_only] or below
         found = [*here, *(match for match in below if not (here and match.weights_only))]
     found = found or here
@@ -35,7 +45,7 @@ def locate(path: str | os.PathLike[str]) -> Match:
         return found[0]
     if broken and not found:
         raise broken[0]
-    if not found and os.path.isfile(path):
+    if not found and paths.is_file(path):
         raise CheckpointError(f"{path}: a single file that no format knows: give the folder that holds the checkpoint")
     if not found:
         known = ", ".join(format.name for format in every() if format.reads)
@@ -49,13 +59,17 @@ def locate(path: str | os.PathLike[str]) -> Match:
 def at(path: str) -> list[Match]:
     """What the formats recognise at this very path: weights alone only if that is all."""
     listing = Listing(path)
+    if paths.is_far(path) and UNFINISHED in listing.names:
+        raise CheckpointError(
+            f"{path}: a conversion writes it, or was interrupted while it did ({UNFINISHED} is there): repeat it, or "
+            "remove what is there"
+        )
     found = [match for format in every() if (match := format.recognise(listing)) is not None]
     return [match for match in found if not match.weights_only] or found
 
 
 def _below(path: str, depth: int, broken: list[CheckpointError]) -> Iterator[Match]:
-    with os.scandir(path) as entries:
-        folders = sorted((e for e in entries if e.is_dir()), key=lambda e: natural(e.name))
+    folders = sorted((e for e in paths.entries(path) if e.is_folder), key=lambda e: natural(e.name))
     for entry in folders:
         try:
             found = at(entry.path)

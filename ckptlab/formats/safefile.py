@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError
 from ckptlab.stored import Stored, row_major_strides
 
@@ -56,8 +56,8 @@ class Header(dict[str, Stored]):
 
 def read_header(path: str) -> Header:
     """What stands in a file's header. CheckpointError if it is damaged or points outside the file."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as f:
+    size = paths.size(path)
+    with paths.open_binary(path) as f:
         head = f.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > size - 8:

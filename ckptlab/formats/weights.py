@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.arrays import Drawn
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.errors import CheckpointError
@@ -39,11 +40,10 @@ class Entry:
 
 def indexed(path: str) -> dict[str, str]:
     """The file of every tensor, by an index. CheckpointError if it is no index, or names a file elsewhere."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        try:
-            index = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{path}: not JSON ({e}): copy it again") from None
+    try:
+        index = json.loads(paths.text(path, "replace"))
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not JSON ({e}): copy it again") from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
         raise CheckpointError(f"{path}: no weight_map of tensor names to files in this folder: copy it again")

@@ -12,7 +12,7 @@ from bisect import bisect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ckptlab import pool
+from ckptlab import paths, pool
 from ckptlab.analysis.checkup.jobs import stored_in
 from ckptlab.convert import manifest
 from ckptlab.convert.journal import crc_of
@@ -112,7 +112,7 @@ def against_manifest(
 
 
 def _size(path: str) -> int | None:
-    return os.path.getsize(path) if os.path.isfile(path) else None
+    return paths.size(path) if paths.is_file(path) else None
 
 
 def _crc(part: tuple[str, int, int]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.analysis.checkup.jobs import Row
 from ckptlab.errors import CheckpointError
 from ckptlab.stored import Stored, add_read
@@ -51,8 +52,9 @@ class Reader:
 
     def elements(self, stored: Stored, start: int, out: np.ndarray) -> None:
         """Elements from `start` on of a stored tensor, as many as `out` has."""
-        if not stored.contiguous:
-            np.copyto(out, stored.flat[start : start + len(out)])
+        if not stored.contiguous or paths.is_far(stored.path):
+            for lo, piece in stored.pieces(start, start + len(out), len(out)):
+                np.copyto(out[lo - start : lo - start + len(piece)], piece)
             add_read(out.nbytes)
             return
         at, raw = stored.offset + start * stored.dtype.itemsize, out.view(np.uint8)

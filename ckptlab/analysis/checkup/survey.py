@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from ckptlab import paths
 from ckptlab.analysis.checkup import data as contents
 from ckptlab.analysis.checkup import jobs, replicas, verdicts
 from ckptlab.analysis.checkup.checksums import against_manifest
@@ -49,7 +50,7 @@ def check(
     place = found(_parts(path.catalog) if isinstance(path, Checkpoint) else path)
     known = {name: t.layout for name, t in given.tensors.items() if t.layout_known} if given else {}
     layouts = LayoutsOf(known) if given and strategy is None else resolve(strategy)
-    faults = Collecting(os.path.dirname(place.path) if os.path.isfile(place.path) else place.path)
+    faults = Collecting(os.path.dirname(place.path) if paths.is_file(place.path) else place.path)
     catalog = read_at(place, faults, layouts)
     catalog = given.catalog if given else catalog
     told = {name: file for name, file in faults.files.items() if isinstance(file, Contents)}
@@ -61,7 +62,7 @@ def check(
         seen, read, looked_at = _survey(catalog, faults, window, workers, progress)
         tensors = tensors or looked_at
         findings += seen
-    if os.path.isdir(place.path):
+    if paths.is_folder(place.path):
         changed, bytes_read = against_manifest(place.path, data, workers, progress)
         findings += changed
         read += bytes_read
@@ -75,7 +76,7 @@ def check(
 def _parts(catalog: Catalog) -> str | list[str]:
     """The folders that a checkpoint was opened from, where there are several."""
     others = (os.path.dirname(file) for file in catalog.files if file.startswith(os.pardir))
-    also = dict.fromkeys(os.path.normpath(os.path.join(catalog.path, folder)) for folder in others)
+    also = dict.fromkeys(paths.normal(os.path.join(catalog.path, folder)) for folder in others)
     return [catalog.path, *also] if also else catalog.path
 
 

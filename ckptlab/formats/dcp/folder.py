@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.formats.dcp.boxes import Boxes
 from ckptlab.formats.dcp.items import EntryItems
 from ckptlab.formats.dcp.metadata import DATA, METADATA, Entry, Metadata, read_metadata
 from ckptlab.formats.dcp.said import Said
 
+_SMALL = 1 << 14  # bytes of an item that is fetched along with others, of far files
 OF_RANK = re.compile(r"__(\d+)\.metadata")
 
 
@@ -25,7 +28,7 @@ def metadata_files(names: frozenset[str] | set[str]) -> list[str]:
 
 def read_folder(folder: str, said: Said) -> Metadata:
     """What `.metadata` says of a folder, and whether its files are there. What is wrong is said."""
-    names = set(os.listdir(folder))
+    names = set(paths.names(folder))
     metadata = read_metadata(folder, metadata_files(names))
     if METADATA not in names:
         _all_ranks(folder, names, said)
@@ -37,10 +40,10 @@ def read_folder(folder: str, said: Said) -> Metadata:
     ends = _ends(metadata)
     for i, name in enumerate(metadata.files):
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
+        if not paths.is_file(path):
             said.error("dcp-missing-file", f"{path}: missing: .metadata says that {_first_in(metadata, i)} lies in it")
             continue
-        size = os.path.getsize(path)
+        size = paths.size(path)
         if size < ends[i]:
             said.error(
                 "dcp-short-file",
@@ -58,7 +61,19 @@ def read_folder(folder: str, said: Said) -> Metadata:
         said.notice(
             "dcp-extra-file", f"{folder}: {_some(strangers)} hold nothing that .metadata names: left from another save"
         )
+    paths.ahead(_small(metadata))
     return metadata
+
+
+def _small(metadata: Metadata) -> Iterator[paths.Range]:
+    """Where what is read at once lies: objects, and tensors of one element."""
+    for blob in metadata.blobs.values():
+        if blob.length <= _SMALL:
+            yield metadata.path(blob.file), blob.offset, blob.offset + blob.length
+    for entry in metadata.tensors.values():
+        if entry.shape == () and len(entry.file):
+            start = int(entry.offset[0])
+            yield metadata.path(int(entry.file[0])), start, start + min(int(entry.length[0]), _SMALL)
 
 
 def boxes_of(metadata: Metadata, entry: Entry) -> Boxes:
@@ -97,12 +112,11 @@ def _first_in(metadata: Metadata, file: int) -> str:
 
 
 def _is_zip(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\3\4"
+    return paths.read(path, 0, 4) == b"PK\3\4"
 
 
 def _size(folder: str, name: str) -> int:
-    return os.path.getsize(os.path.join(folder, name))
+    return paths.size(os.path.join(folder, name))
 
 
 def _some(what: object) -> str:

@@ -9,15 +9,19 @@ import math
 import os
 import struct
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Protocol
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.dcp.metadata import Blob, Entry, Metadata
 from ckptlab.formats.safefile import read_header
 from ckptlab.formats.torch import torchfile
+from ckptlab.formats.torch.torchfile import fetch_headers
 from ckptlab.stored import Stored, row_major_strides
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_MOST = 1024  # items of a tensor whose headers are fetched at once, of far files
 _SMALL = 4096  # bytes of an item that are kept, for objects that many items repeat
 
 
@@ -33,9 +37,14 @@ class EntryItems:
 
     def __init__(self, metadata: Metadata, entry: Entry) -> None:
         self.metadata, self.entry = metadata, entry
+        self._fetched = not paths.is_far(metadata.folder)
 
     def __call__(self, index: int) -> Stored:
         entry = self.entry
+        if not self._fetched:
+            places = zip(entry.file.tolist(), entry.offset.tolist(), entry.length.tolist(), strict=True)
+            fetch_headers([(self.metadata.path(f), offset, length) for f, offset, length in islice(places, _MOST)])
+            self._fetched = True
         file, shape = int(entry.file[index]), tuple(entry.sizes[index].tolist())
         path, offset, length = self.metadata.path(file), int(entry.offset[index]), int(entry.length[index])
         refuse_transforms(self.metadata, file, entry.key)
@@ -60,7 +69,7 @@ def refuse_transforms(metadata: Metadata, file: int, key: str) -> None:
 def tensor_at(path: str, offset: int, length: int, key: str, shape: tuple[int, ...]) -> Stored:
     """The tensor that a place in a file holds. CheckpointError, naming file and key, where it holds none."""
     try:
-        if _is_safetensors(path, os.stat(path).st_mtime_ns):
+        if _is_safetensors(path, _version(path)):
             return _in_safetensors(path, key, shape)
         found = torchfile.read_contents(path, offset, length).value
     except FileNotFoundError:
@@ -82,8 +91,7 @@ def object_at(metadata: Metadata, blob: Blob) -> Any:
     try:
         if blob.length > _SMALL:
             return torchfile.read_contents(path, blob.offset, blob.length).value
-        with open(path, "rb") as file:
-            raw = os.pread(file.fileno(), blob.length, blob.offset)
+        raw = paths.read(path, blob.offset, blob.length)
         if raw in _objects:
             return _objects[raw]
         found = torchfile.read_contents(path, blob.offset, blob.length).value
@@ -100,21 +108,24 @@ _objects: dict[bytes, Any] = {}
 
 
 def _said(path: str, offset: int, length: int, key: str) -> str:
-    with open(path, "rb") as file:
-        start = os.pread(file.fileno(), 4, offset)
+    start = paths.read(path, offset, 4)
     if start == _ZSTD:
         return f"{key}: a stream of zstd, which is not read: save again without extensions"
-    size = os.path.getsize(path)
+    size = paths.size(path)
     if offset + length > size:
         return f"{key}: the item is said to end at byte {offset + length:,}, the file has {size:,}"
     return f"{key}: the item of {length:,} bytes at byte {offset:,}"
 
 
+def _version(path: str) -> int:
+    """A number that changes with a file; of a far one, the size."""
+    return paths.size(path) if paths.is_far(path) else os.stat(path).st_mtime_ns
+
+
 @lru_cache(maxsize=4096)
 def _is_safetensors(path: str, _version: int) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < os.path.getsize(path)
+    head = paths.read(path, 0, 9)
+    return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < paths.size(path)
 
 
 @lru_cache(maxsize=256)
@@ -123,7 +134,7 @@ def _header(path: str, _version: int) -> dict[str, Stored]:
 
 
 def _in_safetensors(path: str, key: str, shape: tuple[int, ...]) -> Stored:
-    header = _header(path, os.stat(path).st_mtime_ns)
+    header = _header(path, _version(path))
     found = header.get(key)
     if found is None:
         raise CheckpointError(f"has no tensor {key!r}: it is of another save; put back this save's")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.dcp.assemble import Client, Found
@@ -42,7 +43,7 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
     """What a `torch_dist` folder holds. The flat buffers of `dp_reshardable`, whose map is not stored, are client
     state."""
     beside = os.path.join(path, COMMON)
-    common = torchfile.read(beside) if os.path.isfile(beside) else {}
+    common = torchfile.read(beside) if paths.is_file(beside) else {}
     if not isinstance(common, dict):
         raise CheckpointError(f"{beside}: holds a {type(common).__name__}, expected a dict: it is no common state")
     args = getattr(common.get("args"), "attributes", {})

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsafeFileError
 from ckptlab.formats.torch import pickles
 from ckptlab.formats.torch.pickles import Foreign, Global, tuple_opcodes_at_most
@@ -224,8 +225,7 @@ def read_metadata(folder: str, names: Iterable[str]) -> Metadata:
     made = _Columns(folder)
     for name in names:
         path = os.path.join(folder, name)
-        with open(path, "rb") as file:
-            root, seen = _load(file.read(), path)
+        root, seen = _load(paths.read(path), path)
         try:
             made.add(root)
         except CheckpointError as error:

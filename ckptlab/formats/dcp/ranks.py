@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.dcp.assemble import Client, Found
@@ -55,8 +56,8 @@ def files_of(names: frozenset[str] | set[str]) -> dict[str, dict[int, str]]:
 
 def find(path: str, said: Said) -> Found:
     """What the files of all ranks hold together. CheckpointError where a rank's is missing."""
-    files = files_of(set(os.listdir(path)))
-    worlds = {int(match[2]) for name in os.listdir(path) if (match := FILE.fullmatch(name))}
+    files = files_of(set(paths.names(path)))
+    worlds = {int(match[2]) for name in paths.names(path) if (match := FILE.fullmatch(name))}
     if len(worlds) > 1:
         raise CheckpointError(f"{path}: holds files of runs of {sorted(worlds)} ranks: keep those of one")
     world = worlds.pop()
@@ -69,7 +70,12 @@ def find(path: str, said: Said) -> Found:
                 "found; copy it again",
             )
     read = {
-        kind: {rank: torchfile.read(os.path.join(path, name)) for rank, name in sorted(by_rank.items())}
+        kind: {
+            rank: torchfile.read(file)
+            for rank, file in torchfile.ready(
+                [(rank, os.path.join(path, name)) for rank, name in sorted(by_rank.items())], lambda one: one[1]
+            )
+        }
         for kind, by_rank in files.items()
     }
     found = Found(path, files=tuple(name for by_rank in files.values() for name in by_rank.values()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.findings import Faults, Strict
@@ -41,7 +42,7 @@ def read_dcp(
     """
     path = os.fspath(path)
     said = Said(faults or Strict(), path)
-    names = set(os.listdir(path))
+    names = set(paths.names(path))
     if "model" in ranks.files_of(names):
         return assemble(ranks.find(path, said), said, strategy, mesh)
     folders = _folders(path)
@@ -49,15 +50,14 @@ def read_dcp(
     files = tuple(
         os.path.normpath(os.path.join(folder, name))
         for folder, metadata in zip(folders, read, strict=True)
-        for name in (*metadata_files(set(os.listdir(metadata.folder))), *metadata.files)
+        for name in (*metadata_files(set(paths.names(metadata.folder))), *metadata.files)
     )
     about = os.path.join(path, megatron.ABOUT)
-    if os.path.isfile(about):
-        with open(about, encoding="utf-8") as file:
-            try:
-                backend = json.load(file).get("sharded_backend")
-            except (ValueError, AttributeError) as error:
-                raise CheckpointError(f"{about}: is no JSON object ({error}): copy it again") from None
+    if paths.is_file(about):
+        try:
+            backend = json.loads(paths.text(about)).get("sharded_backend")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{about}: is no JSON object ({error}): copy it again") from None
         if backend != "torch_dist":
             raise UnsupportedError(f"{about}: its sharded backend is {backend!r}; ckptlab reads torch_dist")
         return assemble(megatron.find(path, read[0], files, said), said, strategy, mesh)
@@ -66,7 +66,7 @@ def read_dcp(
 
 def _folders(path: str) -> list[str]:
     """The folders below that make up one checkpoint; "" for the path itself."""
-    names = set(os.listdir(path))
+    names = set(paths.names(path))
     if metadata_files(names):
         return [""]
     models = sorted(n for n in names if n.startswith(MODEL_FOLDER))
@@ -75,7 +75,7 @@ def _folders(path: str) -> list[str]:
         raise UnsupportedError(
             f"{path}: holds {len(models)} models: open the folder of one of them: {', '.join(models)}"
         )
-    found = [n for n in (*models, *optimizers) if metadata_files(set(os.listdir(os.path.join(path, n))))]
+    found = [n for n in (*models, *optimizers) if metadata_files(set(paths.names(os.path.join(path, n))))]
     if not found:
         raise CheckpointError(
             f"{path}: .metadata is missing, which is written last: the save did not end, or the file was not copied "

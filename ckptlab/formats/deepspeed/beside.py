@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 
+from ckptlab import paths
 from ckptlab.catalog import Catalog
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.format import Beside
@@ -30,8 +31,8 @@ _WEIGHTS = re.compile(
 
 def beside(source: Catalog, target: Catalog) -> Beside:
     """The files beside a source that go along to the target, and findings on those that do not."""
-    folder = os.path.dirname(os.path.realpath(source.path))
-    names = sorted(e.name for e in os.scandir(folder) if e.is_file())
+    folder = paths.parent(paths.real(source.path))
+    names = sorted(e.name for e in paths.entries(folder) if e.is_file)
     trained = source.training.mesh
     same_ranks = trained is not None and trained.size == target.mesh.size and trained == target.mesh
     same_dtype = source.training.dtype == target.training.dtype

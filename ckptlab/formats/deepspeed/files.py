@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ckptlab import paths
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed import checks, names
 from ckptlab.formats.deepspeed.experts import Experts, experts_said
@@ -128,12 +129,12 @@ class _Found:
     """The files that are in folders: `names` as they are called from the first, `heads`, `optims` and `layers` what was
     parsed."""
 
-    def __init__(self, paths: Sequence[str], faults: Faults, optimizer: bool) -> None:
-        self.path, self.faults, self.optimizer = paths[0], faults, optimizer
+    def __init__(self, folders: Sequence[str], faults: Faults, optimizer: bool) -> None:
+        self.path, self.faults, self.optimizer = folders[0], faults, optimizer
         self.names: dict[FileName, str] = {}
         self.doubles: list[str] = []
-        for folder in paths:
-            parsed = {e.name: n for e in os.scandir(folder) if e.is_file() and (n := names.parse(e.name))}
+        for folder in folders:
+            parsed = {e.name: n for e in paths.entries(folder) if e.is_file and (n := names.parse(e.name))}
             # where two names mean the same rank, the one that DeepSpeed writes is the rank's
             mine = {parsed[name]: name for name in sorted(parsed, key=lambda n: (parsed[n].text == n, n))}
             self.doubles += sorted(set(parsed) - set(mine.values()))
@@ -168,13 +169,16 @@ class _Found:
             "expert": self.expert_files,
             "expert_optim": self.expert_optims,
         }
-        for name, file in sorted(self.names.items(), key=lambda item: item[1]):
-            if name.kind not in kinds or (name.kind == "optim" and name.prefix != self.prefix):
-                continue
+        wanted = [
+            (name, file)
+            for name, file in sorted(self.names.items(), key=lambda item: item[1])
+            if name.kind in kinds and (name.kind != "optim" or name.prefix == self.prefix)
+        ]
+        for name, file in torchfile.ready(wanted, lambda one: os.path.join(self.path, one[1])):
             contents = self.faults.read(self.path, file, torchfile.read_contents)
             if contents is not None and name.kind in kept:
                 with self.faults.caught("odd-header", file):
-                    path = os.path.normpath(os.path.join(self.path, file))
+                    path = paths.normal(os.path.join(self.path, file))
                     kept[name.kind][name] = _PARSERS[name.kind](path, contents.value)
                     if name.kind == "layer":
                         self.others[name] = {k: v for k, v in contents.value.items() if not isinstance(v, Stored)}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from ckptlab import paths
 from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, ReshapeError
@@ -99,12 +100,12 @@ class DeepSpeed(Format):
         """What a Trainer, accelerate or Lightning left there."""
         from ckptlab.formats.deepspeed.beside import beside
 
-        return beside(source, target) if os.path.isdir(source.path) else Beside()
+        return beside(source, target) if paths.is_folder(source.path) else Beside()
 
     def pointer(self, destination: str, source: Catalog) -> str | None:
         """`latest`; none in the source's own folder, whose `latest` stays."""
-        parent = os.path.dirname(os.path.abspath(destination))
-        is_sources = parent == os.path.dirname(source.path) and os.path.exists(os.path.join(parent, LATEST))
+        parent = paths.parent(paths.absolute(destination))
+        is_sources = parent == paths.parent(source.path) and paths.exists(os.path.join(parent, LATEST))
         return None if is_sources else LATEST
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import DTYPES, PARAM, Catalog, Extents, ParameterGroup, Tensor, Training
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
@@ -199,10 +200,9 @@ def head_counts(client: Mapping[str, Any], path: str) -> tuple[int | None, int |
     """(attention heads, key/value heads) by the client's `args`, or by a config.json in the folder or beside it."""
     args = getattr(client.get("args"), "attributes", None) or {}
     config: Mapping[str, Any] = {}
-    for folder in (path, os.path.dirname(path)):
+    for folder in (path, paths.parent(path)):
         try:
-            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-                found = json.load(f)
+            found = json.loads(paths.text(os.path.join(folder, "config.json")))
         except (OSError, ValueError):
             continue
         config = found if isinstance(found, dict) else {}
@@ -235,18 +235,17 @@ def layouts_are_told(info: UniversalInfo | None, strategy: Strategy | None) -> b
 
 def _newer(path: str) -> Iterator[Finding]:
     """A step folder beside this one that is newer and as whole, where `latest` names this one."""
-    parent, name = os.path.split(os.path.realpath(path))
+    parent, name = os.path.split(paths.real(path))
     try:
-        with open(os.path.join(parent, "latest"), encoding="utf-8", errors="replace") as f:
-            named = f.read(4096).strip()
-        mine, beside = set(os.listdir(path)), [e.name for e in os.scandir(parent) if e.is_dir()]
+        named = paths.text(os.path.join(parent, "latest"), "replace", 4096).strip()
+        mine, beside = set(paths.names(path)), [e.name for e in paths.entries(parent) if e.is_folder]
     except OSError:
         return
     step = re.fullmatch(r"(.*?)(\d+)", name)
     if named != name or step is None:
         return
     later = {int(m[2]): m[0] for m in (re.fullmatch(r"(.*?)(\d+)", n) for n in beside) if m and m[1] == step[1]}
-    whole = [n for n in later if n > int(step[2]) and mine <= set(os.listdir(os.path.join(parent, later[n])))]
+    whole = [n for n in later if n > int(step[2]) and mine <= set(paths.names(os.path.join(parent, later[n])))]
     if whole:
         found = f"`latest` names {name}, and {later[max(whole)]} beside it is newer and has all files"
         todo = f"open {later[max(whole)]} itself if that is the one you mean"

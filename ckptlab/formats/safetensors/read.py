@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import MASTER, PARAM, Catalog, Extents, Fragment, Tensor
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where, contradiction
@@ -25,6 +26,7 @@ from ckptlab.stored import Stored
 from ckptlab.words import number_of, some
 
 INDEX = "model.safetensors.index.json"
+_HEAD = 1 << 16  # bytes at the start of far files that are fetched together: most headers
 _SHARD = re.compile(r"shard-(?P<rank>\d{5})-(?P<of>model-\d{5}-of-\d{5})\.safetensors")
 
 
@@ -34,10 +36,11 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
     What torch's distributed writer left in boxes, a file a rank, is one tensor each, cut over axes (`shard`) that stand
     for whatever its mesh was. None where `faults` was told of files that are missing, damaged or contradictory.
     """
-    folder, names = (os.path.split(path)[0], [os.path.basename(path)]) if os.path.isfile(path) else (path, None)
+    folder, names = (os.path.split(path)[0], [os.path.basename(path)]) if paths.is_file(path) else (path, None)
     index: dict[str, str] = {}
     if names is None:
         names, index = _files(path, faults)
+    paths.ahead((os.path.join(folder, file), 0, _HEAD) for file in names)
     headers = {file: found for file in names if (found := faults.read(folder, file, read_header)) is not None}
     for finding in _contradictions(folder, headers, index):
         faults.report(finding)
@@ -179,12 +182,12 @@ def _remarks(headers: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]
 
 def _files(path: str, faults: Faults) -> tuple[list[str], dict[str, str]]:
     """The names of a folder's files, those in its index or all; and what the index says: tensor → file."""
-    names = sorted(n for n in os.listdir(path) if n.endswith(".safetensors"))
+    names = sorted(n for n in paths.names(path) if n.endswith(".safetensors"))
     index: dict[str, str] = {}
-    if os.path.isfile(os.path.join(path, INDEX)):
+    if paths.is_file(os.path.join(path, INDEX)):
         index = faults.read(path, INDEX, indexed) or {}
         names = sorted(set(index.values())) or names
-    lost = [n for n in names if not os.path.isfile(os.path.join(path, n))]
+    lost = [n for n in names if not paths.is_file(os.path.join(path, n))]
     if lost or not names:
         faults.report(missing(path, lost or ["every .safetensors file"], f"the files of {INDEX}"))
     return [n for n in names if n not in lost], index

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where
-from ckptlab.formats.torch.torchfile import read_contents
+from ckptlab.formats.torch.torchfile import read_contents, ready
 from ckptlab.formats.weights import indexed, missing
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
@@ -26,11 +27,11 @@ def read_weights(path: str, faults: Faults, weights: re.Pattern[str]) -> Catalog
     """The tensors of a file, or of all files of a folder whose names match: no mesh, no optimizer; one state, master or
     param by dtype. Names of one tensor (tied) are aliases. None where `faults` was told of files that are missing or
     damaged."""
-    folder, files = os.path.split(path) if os.path.isfile(path) else (path, "")
+    folder, files = os.path.split(path) if paths.is_file(path) else (path, "")
     names = [files] if files else _files(path, weights, faults)
     tensors: dict[str, Tensor] = {}
     pieces: dict[tuple[str, str], dict[Any, tuple[Fragment, ...]]] = {}
-    for file in names:
+    for file in ready(names, lambda name: os.path.join(folder, name)):
         contents = faults.read(folder, file, read_contents)
         if contents is None:
             continue
@@ -75,7 +76,7 @@ def _tensors(path: str, content: Any) -> dict[str, Stored]:
 
 def _files(path: str, weights: re.Pattern[str], faults: Faults) -> list[str]:
     """The files in an index, or all that match."""
-    here = sorted(os.listdir(path))
+    here = sorted(paths.names(path))
     names = [n for n in here if weights.fullmatch(n)]
     index = next((n for n in here if n.endswith(".bin.index.json")), None)
     if index is not None:

@@ -9,14 +9,17 @@ import math
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
@@ -25,6 +28,8 @@ from ckptlab.formats.torch.pickles import Global, named
 from ckptlab.formats.torch.torchzip import RecordPlanner, RecordReader
 from ckptlab.stored import Stored, row_major_strides, touch
 from ckptlab.words import brief
+
+T = TypeVar("T")
 
 # The storage class that stands for a dtype.
 _STORAGES: dict[str, np.dtype] = {
@@ -50,6 +55,13 @@ _UNTYPED: dict[str, np.dtype] = {
         for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
     },
 }
+
+# Of far files:
+_SMALL_FILE = 1 << 16  # bytes of one that is fetched whole
+_HEAD = 1 << 12  # bytes at the start of a larger one, where it is told what it is
+_TAIL = 1 << 14  # bytes at the end of a larger one, of which most directories have less
+_SMALL_PICKLE = 1 << 22  # bytes of a record that is fetched along with others
+_MOST_HEADERS = 4096  # records of a file of which headers are fetched together
 
 _MOST_DIMS = 32  # numpy's limit before 2.0
 _CHUNK = 1 << 18  # elements that are copied at a time
@@ -133,14 +145,44 @@ def read_contents(path: str | os.PathLike[str], base: int = 0, length: int | Non
     base, length: the bytes of the file that are such a `.pt` file, where it is a part of another.
     """
     path = os.fspath(path)
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not (paths.is_far(path) or stat.S_ISREG(os.stat(path).st_mode)):
         raise CheckpointError(f"{path} is no ordinary file (a folder, pipe or device): nothing is read of it")
-    with open(path, "rb") as file:
+    with paths.open_binary(path) as file:
         records = RecordReader(path, file, base, length)
         if "byteorder" in records and records.bytes_of("byteorder") != b"little":
             raise UnsupportedError(f"{path}: its numbers are not little-endian; load it with torch and save it again")
         unpickler = _TensorUnpickler(records)
         return Contents(unpickler.load(), frozenset(unpickler.globals_seen))
+
+
+def ready(items: Iterable[T], path_of: Callable[[T], str]) -> Iterator[T]:
+    """The same items, one file each: of far files the headers of many are fetched at once, before they are used."""
+    for group in paths.together((path_of(item), item) for item in items):
+        if paths.is_far(group[0][0]):
+            fetch_headers([(path, 0, None) for path, _ in group])
+        yield from (item for _, item in group)
+
+
+def fetch_headers(places: Sequence[tuple[str, int, int | None]]) -> None:
+    """Fetch what `read_contents` will read of far files (path, base, length): first where their directories are, of
+    small files all; then what those point to."""
+    known: list[tuple[str, int, int | None]] = []
+    ranges: list[paths.Range] = []
+    sizes = paths.far_sizes(path for path, _, _ in places)
+    for path, base, length in places:
+        nbytes = sizes.get(path, 0) - base if length is None else length
+        small = nbytes <= _SMALL_FILE
+        ranges.append((path, base, base + (nbytes if small else _HEAD)))
+        if not small:
+            ranges.append((path, base + nbytes - _TAIL, base + nbytes))
+            known.append((path, base, length))
+    paths.ahead(ranges)
+    wanted: list[paths.Range] = []
+    for path, base, length in known:
+        with suppress(OSError, CheckpointError), paths.open_binary(path) as file:
+            records = RecordReader(path, file, base, length)
+            wanted += [(path, lo, hi) for lo, hi in islice(records.places(_SMALL_PICKLE), _MOST_HEADERS)]
+    paths.ahead(wanted)
 
 
 class _TensorUnpickler(pickles.Unpickler):
@@ -342,9 +384,8 @@ class _Flat:
     stored: Stored
 
     def chunks(self, lo: int, hi: int) -> Iterator[np.ndarray]:
-        flat, size = self.stored.flat, self.stored.dtype.itemsize
-        for start in range(lo, hi, _CHUNK):
-            view = flat[start : min(start + _CHUNK, hi)]
+        size = self.stored.dtype.itemsize
+        for start, view in self.stored.pieces(lo, hi, _CHUNK):
             touch(self.stored.path, self.stored.offset + start * size, view, self.stored.contiguous)
             yield view
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats.checksum import crc32
 from ckptlab.formats.fileplan import Checksum, FilePlan, Literal, Part, merged
@@ -30,6 +31,8 @@ _LIMIT = 0x7FFFFFFF  # from here on the directory has a zip64 field (in 32 bits 
 _FULL = 0xFFFFFFFF  # says that the number stands in the zip64 field
 _MOST_RECORDS = 0xFFFF
 _SMALL = 1 << 16  # bytes of records such as `byteorder`
+TAIL = 1 << 12  # bytes at the end of a file, among which its directory ends
+_LARGEST_END = 1 << 17  # bytes after the directory, at most: a comment has 65,535
 _LARGEST_DIRECTORY = 1 << 28  # bytes: some two million records
 _TAR = b"ustar", 257  # what stands where in a tar
 _VERSION = 45  # of the format: with zip64
@@ -68,7 +71,7 @@ class Window(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         left = max(self._length - self._at, 0)
         count = left if size is None or size < 0 else min(size, left)
-        data = os.pread(self._file.fileno(), count, self._base + self._at)
+        data = paths.read_at(self._file, count, self._base + self._at)
         self._at += len(data)
         return data
 
@@ -89,7 +92,7 @@ class Summed(NamedTuple):
 def summed(path: str) -> list[Summed]:
     """The records of a file that carry checksums; none where it is no zip, or was saved without
     (`torch.serialization.set_crc32_options`: every one is 0 then)."""
-    with open(path, "rb") as file:
+    with paths.open_binary(path) as file:
         if file.read(4) != b"PK\3\4":
             return []
         file.seek(0)
@@ -168,7 +171,16 @@ class RecordReader:
                     yield Summed(*self.extent(name), info.CRC, name)
 
     def _at(self, offset: int, size: int) -> bytes:
-        return os.pread(self._file.fileno(), size, self._base + offset) if offset >= 0 else b""
+        return paths.read_at(self._file, size, self._base + offset) if offset >= 0 else b""
+
+    def places(self, most: int) -> Iterator[tuple[int, int]]:
+        """First byte and end of what `extent` and `bytes_of` will look at: the headers of records, and the records
+        that are no tensors and of at most so many bytes."""
+        for info in self._directory.infolist():
+            start = self._base + info.header_offset
+            _, _, name = info.filename.partition("/")
+            small = not name.startswith("data/") and info.file_size <= most
+            yield start, start + _LOCAL_HEADER.size + len(info.filename) + small * (info.file_size + _ALIGNMENT)
 
 
 def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:
@@ -192,9 +204,12 @@ def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:
 def _directory_size(file: BinaryIO) -> int:
     """What the end of a zip says of its directory, which is read at once: its bytes; 0 where there is no end."""
     length = file.seek(0, os.SEEK_END)
-    file.seek(max(length - (1 << 17), 0))
-    tail = file.read(1 << 17)
-    at = tail.rfind(b"PK\5\6")
+    tail, at = b"", -1
+    for count in (TAIL, _LARGEST_END):
+        if at < _END64.size + _END64_LOCATOR.size:  # torch's files end there; others may have a comment behind
+            file.seek(max(length - count, 0))
+            tail = file.read(count)
+            at = tail.rfind(b"PK\5\6")
     if at < 0 or at + _END.size > len(tail):
         return 0
     sizes = [_END.unpack_from(tail, at)[5]]

@@ -6,8 +6,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
+from ckptlab import paths
 from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, ParameterGroup, Tensor, whole_placements
 from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
@@ -130,7 +132,7 @@ class _Common:
 def _common(path: str, faults: Faults) -> _Common | None:
     """What `optimizer_state.pt` says; None where it is damaged."""
     name = os.path.join(FOLDER, OPTIMIZER)
-    if not os.path.isfile(os.path.join(path, name)):
+    if not paths.is_file(os.path.join(path, name)):
         return _Common()
     contents = faults.read(path, name, torchfile.read_contents)
     if contents is not None:
@@ -151,24 +153,28 @@ class _Stored:
 def _stored(path: str, faults: Faults) -> Iterator[tuple[str, _Stored]]:
     """(tensor name, what is stored of it) of every folder under zero/ that holds states."""
     root = os.path.join(path, FOLDER)
-    for at, folders, files in os.walk(root):
+    for at, states in groupby(torchfile.ready(_states(root), lambda one: os.path.join(*one)), lambda one: one[0]):
+        one = _Stored()
+        for _, file in states:
+            name = os.path.relpath(os.path.join(at, file), path)
+            contents = faults.read(path, name, torchfile.read_contents)
+            if contents is None:
+                continue
+            content, state = contents.value, state_of(file.removesuffix(".pt"))
+            value = content.get("param") if isinstance(content, Mapping) else content
+            if isinstance(value, Stored) and state != "step":
+                one.states[state] = value
+            else:
+                one.scalars[state] = value
+            one.files.append(name)
+        yield os.path.relpath(at, root).replace(os.sep, "/"), one
+
+
+def _states(root: str) -> Iterator[tuple[str, str]]:
+    """(folder, file) of every state below `root`."""
+    for at, folders, files in paths.walk(root):
         folders.sort()
-        states = sorted(f for f in files if f.endswith(".pt") and at != root)
-        if states:
-            one = _Stored()
-            for file in states:
-                name = os.path.relpath(os.path.join(at, file), path)
-                contents = faults.read(path, name, torchfile.read_contents)
-                if contents is None:
-                    continue
-                content, state = contents.value, state_of(file.removesuffix(".pt"))
-                value = content.get("param") if isinstance(content, Mapping) else content
-                if isinstance(value, Stored) and state != "step":
-                    one.states[state] = value
-                else:
-                    one.scalars[state] = value
-                one.files.append(name)
-            yield os.path.relpath(at, root).replace(os.sep, "/"), one
+        yield from ((at, file) for file in sorted(files) if file.endswith(".pt") and at != root)
 
 
 @dataclass

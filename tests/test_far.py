@@ -1,0 +1,409 @@
+"""Checkpoints behind URLs: the same as near ones, at a bounded number of requests and bytes, both counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ckptlab
+from ckptlab import far, paths
+from ckptlab.convert import upload
+from ckptlab.errors import CheckpointError
+from ckptlab.formats.torch import torchfile
+
+fsspec = pytest.importorskip("fsspec")
+DATA = Path(__file__).parent.parent / "data"
+KINDS = {
+    "deepspeed": "gpt_tp2_pp2_dp2/global_step3",
+    "stage 3": "plain_zero3_dp2",
+    "experts": "moe_ep2_dp4",
+    "universal": "gpt_tp2_pp2_dp2/universal",
+    "safetensors": "weights",
+    "torch": "bin",
+    "dcp": "dcp",
+}
+
+
+class Server:
+    """A process that serves; `url` is what it is reached by."""
+
+    def __init__(self, *arguments: str) -> None:
+        script = str(Path(__file__).with_name("far_server.py"))
+        environment = {**os.environ, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        self.process = subprocess.Popen(
+            [sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+        assert self.process.stdout is not None
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+
+    def told(self, **asked: Any) -> Any:
+        """Requests and bytes since it was last asked."""
+        query = "&".join(f"{key}={value}" for key, value in asked.items())
+        with urllib.request.urlopen(f"{self.url}/__told?{query}") as answer:
+            return json.load(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def near(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkpoint of every kind."""
+    from test_dcp import Folder
+
+    root = tmp_path_factory.mktemp("near")
+    for name in ("gpt_tp2_pp2_dp2", "plain_zero3_dp2", "moe_ep2_dp4"):
+        shutil.copytree(DATA / name, root / name)
+    ckpt = ckptlab.open(root / "gpt_tp2_pp2_dp2")
+    ckptlab.save_weights(ckpt, root / "weights", max_shard_bytes=100_000)
+    weights = {name: np.array(array) for name, array in ckpt.full("master", stack=False).items()}
+    (root / "bin").mkdir()
+    torchfile.write(root / "bin/pytorch_model.bin", weights)
+    folder = Folder(root / "dcp")
+    halves = {"model.w": (16, 8), "optim.state.w.exp_avg": (16, 8)}
+    for key, shape in halves.items():
+        whole = np.random.default_rng(len(key)).normal(size=shape).astype(np.float32)
+        folder.tensor(key, whole, [(0, (0, 0), (8, 8)), (1, (8, 0), (8, 8))])
+    folder.write()
+    return root
+
+
+@pytest.fixture(scope="module")
+def memory(near: Path) -> Iterator[str]:
+    store = fsspec.filesystem("memory")
+    store.put(str(near), "/far/run", recursive=True)
+    yield "memory://far/run"
+    store.rm("/far", recursive=True)
+
+
+@pytest.fixture(scope="module")
+def s3(near: Path) -> Iterator[tuple[Server, dict[str, Any]]]:
+    """A server of S3's protocol with all of it in s3://bucket/run, and the options for it."""
+    pytest.importorskip("s3fs")
+    server = Server("s3")
+    options = {"key": "a", "secret": "b", "endpoint_url": server.url}
+    store = fsspec.filesystem("s3", **options)
+    store.mkdir("bucket")
+    store.put(str(near), "bucket/run", recursive=True)
+    yield server, options
+    server.close()
+
+
+@pytest.fixture(scope="module", params=["http", "bare"])
+def http(request: pytest.FixtureRequest, near: Path) -> Iterator[tuple[str, Server]]:
+    pytest.importorskip("aiohttp")
+    server = Server(request.param, str(near))
+    yield request.param, server
+    server.close()
+
+
+def same(one: ckptlab.Checkpoint, other: ckptlab.Checkpoint) -> None:
+    """Equal in names, shapes, findings and every bit."""
+    assert list(one) == list(other)
+    assert [f.code for f in one.findings] == [f.code for f in other.findings]
+    for state in one.states:
+        mine, theirs = one.full(state, stack=False), other.full(state, stack=False)
+        for name in mine:
+            a, b = np.asarray(mine[name].values), np.asarray(theirs[name].values)
+            assert a.dtype == b.dtype
+            assert a.tobytes() == b.tobytes(), f"{name}: {state}"
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Folders of the same files."""
+    names = sorted(str(p.relative_to(one)) for p in one.rglob("*") if p.is_file())
+    assert names == sorted(str(p.relative_to(other)) for p in other.rglob("*") if p.is_file())
+    assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_is_the_same_from_a_url(kind: str, near: Path, memory: str) -> None:
+    here, there = ckptlab.open(near / KINDS[kind]), ckptlab.open(f"{memory}/{KINDS[kind]}")
+    assert there.path.startswith("memory://far/run/")
+    assert (there.format, there.mesh) == (here.format, here.mesh)
+    same(here, there)
+    assert ckptlab.check(there).verdict == ckptlab.check(here).verdict
+    assert ckptlab.check(f"{memory}/{KINDS[kind]}", checksums=True).verdict == ckptlab.check(here).verdict
+    assert ckptlab.diff(here, there).equal
+    a, b = ckptlab.stats(here), ckptlab.stats(there)
+    assert a.drop_attrs().equals(b.drop_attrs())
+
+
+@pytest.mark.parametrize(("kind", "to", "axes"), [
+    ("deepspeed", "deepspeed", {"tp": 4, "pp": 1, "dp": 1}),
+    ("stage 3", "universal", {}),
+    ("universal", "deepspeed", {"tp": 1, "dp": 2}),
+    ("experts", "safetensors", {}),
+    ("dcp", "safetensors", {}),
+])  # fmt: skip
+def test_a_conversion_from_a_url_writes_the_same_bytes(
+    kind: str, to: str, axes: dict[str, int], near: Path, memory: str, tmp_path: Path
+) -> None:
+    for source, name in ((str(near), "here"), (memory, "there")):
+        report = ckptlab.open(f"{source}/{KINDS[kind]}").reshape(format=to, **axes).save(tmp_path / name / "new")
+        assert report.verified > 0 or kind == "dcp"
+    same_files(tmp_path / "here/new", tmp_path / "there/new")
+
+
+def test_damage_is_found_from_far_too(near: Path, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(near / "plain_zero3_dp2"), "/damaged", recursive=True)
+    ckpt = ckptlab.open("memory://damaged")
+    stored = next(s for s in ckpt.catalog.stored if s.nbytes > 100)
+    data = bytearray(store.cat(stored.path))
+    data[stored.offset] ^= 1
+    store.pipe(stored.path, bytes(data))
+    with pytest.raises(CheckpointError, match=r"memory://damaged/.*has other bytes than were written"):
+        ckptlab.open("memory://damaged").reshape(dp=1).save(tmp_path / "new")
+    assert any(f.code == "checksum" for f in ckptlab.check("memory://damaged", checksums=True).findings)
+    store.pipe(stored.path, bytes(data[: stored.offset]))
+    with pytest.raises(CheckpointError, match=r"memory://damaged/.*no usable directory"):
+        ckptlab.open("memory://damaged")
+    store.rm("/damaged", recursive=True)
+
+
+def test_an_archive_opens_where_it_lies(near: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "all.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(near.rglob("*")):
+            archive.write(path, path.relative_to(near))
+    here = ckptlab.open(near / KINDS["deepspeed"])
+    same(here, ckptlab.open(f"zip://gpt_tp2_pp2_dp2::{packed}"))
+    fsspec.filesystem("memory").pipe("/packed/all.zip", packed.read_bytes())
+    there = ckptlab.open("zip://gpt_tp2_pp2_dp2/global_step3::memory://packed/all.zip")
+    same(here, there)
+    assert there.path == "memory://packed/all.zip::zip://gpt_tp2_pp2_dp2/global_step3"
+
+
+def test_file_urls_are_paths(near: Path) -> None:
+    ckpt = ckptlab.open(f"file://{near / KINDS['deepspeed']}")
+    assert ckpt.path == str(near / KINDS["deepspeed"])
+    with pytest.raises(ckptlab.CkptlabError, match="storage_options are for URLs"):
+        ckptlab.open(ckpt.path, storage_options={"anon": True})
+
+
+def test_what_is_not_there_is_said_by_its_url(near: Path, memory: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^memory://far/none: no such file or folder"):
+        ckptlab.open("memory://far/none")
+    with pytest.raises(CheckpointError, match=r"^nosuch://far: Protocol not known: nosuch"):
+        ckptlab.open("nosuch://far/none")
+    store = fsspec.filesystem("memory")
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    store.put(str(near / "plain_zero3_dp2"), "/holed", recursive=True)
+    lost = next(path for path in store.find("/holed") if path.endswith(name))
+    store.rm(lost)
+    with pytest.raises(CheckpointError, match=rf"^memory://holed/.*{name} missing"):
+        ckptlab.open("memory://holed")
+    store.rm("/holed", recursive=True)
+
+
+def test_the_cache_is_bounded_and_parts_are_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 3_000_000, np.uint8).tobytes()
+    fsspec.filesystem("memory").pipe("/bytes/file", data)
+    url = paths.absolute("memory://bytes/file")
+    monkeypatch.setattr(far, "CACHE", 1 << 20)
+    monkeypatch.setattr(far, "_blocks", far._Blocks())
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        lo, hi = sorted(rng.integers(0, len(data), 2).tolist())
+        assert far.fetch([(url, lo, hi), (url, 0, 10)]) == [data[lo:hi], data[:10]]
+        assert far.read(url, lo, 100_000) == data[lo : lo + 100_000]
+        assert far._blocks._nbytes == sum(map(len, far._blocks._held.values())) <= 1 << 20
+    with pytest.raises(CheckpointError, match="has 3000000 bytes, but a tensor in it ends at byte 3000001"):
+        far.fetch([(url, 0, len(data) + 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_s3_gives_the_same(kind: str, near: Path, s3: tuple[Server, dict[str, Any]], tmp_path: Path) -> None:
+    server, options = s3
+    here = ckptlab.open(near / KINDS[kind])
+    there = ckptlab.open(f"s3://bucket/run/{KINDS[kind]}", storage_options=options)
+    same(here, there)
+    assert ckptlab.check(there).verdict == ckptlab.check(here).verdict
+    server.told(refuse=2)
+    same(here, ckptlab.open(f"s3://bucket/run/{KINDS[kind]}"))  # options are known; what is refused is asked for again
+
+
+@pytest.mark.slow
+def test_s3_by_the_environment_and_the_command_line(
+    near: Path, s3: tuple[Server, dict[str, Any]], tmp_path: Path
+) -> None:
+    server, _ = s3
+    environment = {
+        **os.environ,
+        **{"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"},
+        "AWS_ENDPOINT_URL": server.url,
+    }
+    url = "s3://bucket/run/plain_zero3_dp2"
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "ckptlab", *arguments]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    assert "s3://bucket/run/plain_zero3_dp2/global_step3" in run("info", url)
+    run("convert", url, str(tmp_path / "new"), "--to", "deepspeed", "--dp", "1")
+    ckptlab.open(near / "plain_zero3_dp2").reshape(dp=1).save(tmp_path / "here")
+    same_files(tmp_path / "here", tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_http_gives_the_same_by_listings_or_by_manifests(http: tuple[str, Server], near: Path, tmp_path: Path) -> None:
+    kind, server = http
+    server.told()
+    if kind == "bare":
+        same(ckptlab.open(near / "weights"), ckptlab.open(f"{server.url}/weights"))  # it has a manifest
+        with pytest.raises(CheckpointError, match=r"^http://127.0.0.1:\d+/bin: no such file or folder"):
+            ckptlab.open(f"{server.url}/bin")
+        same(ckptlab.open(near / "bin"), ckptlab.open(f"{server.url}/bin/pytorch_model.bin"))
+        return
+    for name in KINDS.values():
+        same(ckptlab.open(near / name), ckptlab.open(f"{server.url}/{name}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["s3", "http"])
+def test_opening_384_ranks_costs_a_bounded_number_of_requests_and_bytes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """On S3 files are small and fetched whole; over HTTP they are holes of 0.1 to 14 GB, and headers are fetched."""
+    monkeypatch.syspath_prepend(str(DATA.parent / "benchmarks"))
+    import holes
+
+    monkeypatch.setattr(holes, "LAYERS", 12)
+    monkeypatch.setattr(holes, "LAST", 16)
+    if kind == "s3":
+        monkeypatch.setattr(holes, "HIDDEN", 8)
+        for name in ("BLOCK", "EMBED", "NORM"):
+            small = {k: tuple(min(n, 64) for n in shape) for k, shape in getattr(holes, name).items()}
+            monkeypatch.setattr(holes, name, small)
+        monkeypatch.setitem(holes.INFO, "original_vocab_size", 250)
+    root = tmp_path / "holes"
+    holes.make(root)
+    count = sum(path.is_file() for path in root.rglob("*"))
+    assert count > 384
+    if kind == "s3":
+        server, options = request.getfixturevalue("s3")
+        fsspec.filesystem("s3", **options).put(str(root), "bucket/holes", recursive=True)
+        url, options = "s3://bucket/holes", {"storage_options": options}
+    else:
+        pytest.importorskip("aiohttp")
+        server = Server("http", str(root))
+        request.addfinalizer(server.close)
+        url, options = server.url, {}
+    server.told(latency=0.05)
+    there = ckptlab.open(url, **options)
+    told = server.told(latency=0)
+    assert there.mesh.size == 384
+    a_file, nbytes = (1, 1 << 16) if kind == "s3" else (8, 160 << 10)
+    assert count < len(told["requests"]) <= a_file * count + 20
+    assert told["bytes"] <= nbytes * count
+    assert 8 < told["most"] <= far.AT_ONCE  # many at a time, and not too many
+    assert ckptlab.open(root).reshape(tp=2).cost() == there.reshape(tp=2).cost()
+
+
+def resume(source: str, destination: str, **running: Any) -> Any:
+    return ckptlab.open(source).reshape(tp=1, pp=1, dp=2).save(destination, **running)
+
+
+def test_a_destination_in_memory_is_what_a_near_one_is(near: Path, memory: str, tmp_path: Path) -> None:
+    source = near / KINDS["deepspeed"]
+    (source.parent / "config.json").write_text("{}")
+    report = resume(str(source), "memory://out/run/new")
+    (source.parent / "config.json").unlink()
+    assert (report.destination, report.latest) == ("memory://out/run/new", "memory://out/run/latest")
+    assert report.beside == ("config.json",)
+    resume(str(source), str(tmp_path / "new"))
+    store = fsspec.filesystem("memory")
+    names = {path.removeprefix("/out/run/") for path in store.find("/out/run")}
+    assert {"latest", "config.json", "new/ckptlab-manifest.json"} < names
+    assert "new/ckptlab-journal.json" not in names
+    near_names = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "new").rglob("*") if p.is_file())
+    assert sorted(n for n in names if n.startswith("new/")) == near_names
+    assert all(store.cat(f"/out/run/{name}") == (tmp_path / name).read_bytes() for name in near_names)
+    assert ckptlab.check("memory://out/run").verdict == ckptlab.check(tmp_path / "new").verdict
+    with pytest.raises(ckptlab.DestinationError, match="memory://out/run/new exists already"):
+        resume(str(source), "memory://out/run/new")
+    store.rm("/out", recursive=True)
+
+
+def test_what_is_not_whole_is_no_checkpoint(near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    source = str(near / KINDS["deepspeed"])
+    put = far.Upload.send
+
+    def killed(self: Any, path: str) -> None:
+        put(self, path)
+        raise SystemExit  # kill -9 would not even remove what is up
+
+    with monkeypatch.context() as patched:
+        patched.setattr(far.Upload, "send", killed)
+        patched.setattr(far, "remove", lambda gone: None)
+        with pytest.raises(SystemExit):
+            resume(source, "memory://out/run/new", workers=1)
+    assert store.find("/out/run/new")
+    with pytest.raises(CheckpointError, match=r"^memory://out/run/new: a conversion writes it, or was interrupted"):
+        ckptlab.open("memory://out/run/new")
+    with pytest.raises(ckptlab.DestinationError, match="exists already"):
+        ckptlab.open(source).reshape(tp=4).save("memory://out/run/new")  # another conversion
+    resume(source, "memory://out/run/new")
+    assert ckptlab.check("memory://out/run/new").healthy
+    store.rm("/out", recursive=True)
+
+
+def test_a_failure_leaves_nothing(near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(folder: str, source: Any, target: Any) -> None:
+        raise CheckpointError("not what was planned")
+
+    reshape = ckptlab.open(near / KINDS["deepspeed"]).reshape(tp=4)
+    monkeypatch.setattr(type(reshape.format), "verify", lambda self, *args: fails(*args))
+    with pytest.raises(CheckpointError, match="not what was planned"):
+        reshape.save("memory://out/run/new")
+    assert not fsspec.filesystem("memory").find("/out")
+
+
+@pytest.mark.slow
+def test_on_s3_a_destination_appears_at_once(
+    s3: tuple[Server, dict[str, Any]], near: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, options = s3
+    store = fsspec.filesystem("s3", **options)
+    source = f"s3://bucket/run/{KINDS['deepspeed']}"
+    ckptlab.open(source, storage_options=options)
+    seen: list[list[str]] = []
+    complete = upload._Uploads.complete
+
+    def watched(self: Any, last: Any) -> None:
+        store.invalidate_cache()
+        seen.append(store.find("bucket/out"))
+        complete(self, last)
+
+    monkeypatch.setattr(upload._Uploads, "complete", watched)
+    resume(source, "s3://bucket/out/new")
+    assert seen == [["bucket/out/new/ckptlab-journal.json"]]  # all is up, and nothing to be seen
+    resume(str(near / KINDS["deepspeed"]), str(tmp_path / "new"))
+    store.invalidate_cache()
+    store.get("bucket/out/new", str(tmp_path / "got"), recursive=True)
+    same_files(tmp_path / "new", tmp_path / "got")
+    assert store.cat("bucket/out/latest") == b"new"
+    monkeypatch.setattr(upload._Uploads, "complete", lambda self, last: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        resume(source, "s3://bucket/failed/new")
+    store.invalidate_cache()
+    assert not store.find("bucket/failed")
+    assert not store.list_multipart_uploads("bucket")

@@ -429,16 +429,22 @@ def diff(
     ctx.exit(0 if found.equal else 1)
 
 
-@main.command(short_help="What is registered: formats, strategies, backends.")
+@main.command(short_help="What is registered: formats, strategies, families, backends.")
 @_json
 def formats(as_json: bool) -> None:
-    """What is registered here: formats that open, strategies for layouts, array libraries. Packages may add to each."""
+    """What is registered here: formats that open, strategies for layouts, families of names, array libraries. Packages
+    may add to each."""
     from ckptlab.arrays.backends import BACKENDS
     from ckptlab.formats import every
+    from ckptlab.sharding.families import FAMILIES
     from ckptlab.sharding.strategies import REGISTRY
 
     known = every()
-    others = {"strategies": list(REGISTRY.names()), "backends": list(BACKENDS.names())}
+    others = {
+        "strategies": list(REGISTRY.names()),
+        "families": list(FAMILIES.names()),
+        "backends": list(BACKENDS.names()),
+    }
     if as_json:
         listed = [{"name": f.name, "title": f.title, "reads": f.reads, "writes": f.writes} for f in known]
         _print({"formats": listed, **others})

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab.catalog.extents import Extents, FlatGroup, Fragment, Placements
+from ckptlab.catalog.seen import Piece
 from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor
 from ckptlab.catalog.training import Training
 from ckptlab.errors import CheckpointError
@@ -31,6 +32,9 @@ class Catalog:
     each of several copies. `flat_groups`: the flat buffers that placements refer to. `extents`: in which bytes elements
     lie; None where nothing is stored. `findings`: what the user must hear. `client`: what the training program put in.
     `private`: what the format's own writer must know; nobody else looks into it.
+
+    A catalog may be another, `base`, seen otherwise: `seen` then says of which pieces of the base's tensors each of its
+    own is made, and extents are the base's.
     """
 
     path: str
@@ -45,6 +49,8 @@ class Catalog:
     private: Any = None
     findings: tuple[Finding, ...] = ()
     files: tuple[str, ...] = ()
+    base: Catalog | None = None
+    seen: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
@@ -123,7 +129,13 @@ class Catalog:
         return total
 
     def fragments(self, name: str, state: str, holder: Holder) -> tuple[Fragment, ...]:
-        """Where the shard of a holder lies, in the order of its flattened elements."""
+        """Where the shard of a holder lies, in the order of its flattened elements. CheckpointError of a tensor that is
+        seen otherwise than it is stored."""
+        if self.base is not None:
+            piece, *others = self.seen[name]
+            if others or not piece.is_all(self.tensors[name].shape, self.base.tensors[piece.name].shape):
+                raise CheckpointError(f"{self.path}: {name} is made of others: look at fragments of what is stored")
+            return self.base.fragments(piece.name, state, holder)
         pieces = self.stored.pieces.get((name, state))
         if pieces is not None:
             return pieces[holder]

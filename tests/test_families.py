@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import ckptlab
-from ckptlab import Mesh
+from ckptlab import Layout, Mesh
 from ckptlab.arrays import reader
 from ckptlab.errors import LawError, LayoutError, NotationError
 from ckptlab.sharding import families
@@ -198,6 +200,102 @@ def test_a_wrong_line_is_caught_by_data_of_both_programs() -> None:
     for wrong in (Family("level", "", (level, true.lines[1])), Family("rotary", "", (QKV, Rename("wo", "o")))):
         with pytest.raises(LawError, match="the same elements in another order|other elements"):
             check_family(wrong, left, right, heads=4, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of DeepSpeed as a folder for transformers."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    ckptlab.save_pretrained(ckptlab.open(DATA / "gpt_tp2_pp2_dp2"), folder)
+    return folder
+
+
+def test_a_run_is_exported_with_a_config_of_its_own(exported: Path) -> None:
+    said = json.loads((exported / "config.json").read_text())
+    assert said["architectures"] == ["GPT2LMHeadModel"]
+    assert {k: said[k] for k in ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size", "n_inner")} == {
+        "n_embd": 16,
+        "n_head": 4,
+        "n_layer": 4,
+        "n_positions": 12,
+        "vocab_size": 101,
+        "n_inner": 64,
+    }
+    assert (said["tie_word_embeddings"], said["dtype"]) == (True, "float32")
+    assert "lm_head.weight" not in load_file(exported / "model.safetensors")
+
+
+def test_what_nobody_says_of_a_model_is_told(tmp_path: Path) -> None:
+    from ckptlab.pretrained import pretrained
+
+    told = {finding.code: finding.found for finding in pretrained(ckptlab.open(DATA / "gpt_tp2_pp2_dp2")).check()}
+    assert told["config-assumed"].startswith("nobody says layer_norm_epsilon")
+    held = families.resolve("gpt2-megatron").arrays(_gpt2(), "left", heads=2)
+    ckpt = _saved(tmp_path / "a", held)
+    with pytest.raises(LayoutError, match="say heads= and kv_heads="):
+        pretrained(ckpt)
+    renamed = pretrained(_saved(tmp_path / "b", _gpt2()))
+    assert [f.found for f in renamed.check()] == ["nobody says its heads: no config.json is written"]
+    assert [plan.name for plan in renamed.files] == ["model.safetensors"]
+
+
+def _gpt2() -> dict[str, np.ndarray]:
+    """The weights of a GPT2 of one layer."""
+    rng, layer = np.random.default_rng(1), "transformer.h.0"
+    shapes = {f"{layer}.attn.c_attn": (4, 12), f"{layer}.attn.c_proj": (4, 4), f"{layer}.mlp.c_fc": (4, 8)}
+    shapes[f"{layer}.mlp.c_proj"] = (8, 4)
+    found = {f"{name}.weight": rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    found |= {f"{name}.bias": rng.normal(size=shape[1]).astype("f4") for name, shape in shapes.items()}
+    norms = (f"{layer}.ln_1", f"{layer}.ln_2", "transformer.ln_f")
+    found |= {f"{n}.{kind}": rng.normal(size=4).astype("f4") for n in norms for kind in ("weight", "bias")}
+    found |= {f"transformer.{n}.weight": rng.normal(size=(7, 4)).astype("f4") for n in ("wte", "wpe")}
+    return found
+
+
+def test_a_run_and_its_export_are_equal_bit_for_bit(exported: Path) -> None:
+    found = ckptlab.diff(DATA / "gpt_tp2_pp2_dp2", exported)
+    assert found.equal
+    assert found.verdict.startswith("equal: 52 tensors, bit for bit")
+    assert ckptlab.diff(exported, DATA / "gpt_tp2_pp2_dp2" / "universal", family="gpt2").equal
+
+
+def test_an_export_by_a_wrong_line_is_told_by_what_is_permuted(exported: Path, tmp_path: Path) -> None:
+    weights = load_file(exported / "model.safetensors")
+    name = "transformer.h.2.attn.c_attn.weight"
+    there = weights[name].reshape(16, 3, 4, 4).transpose(0, 2, 1, 3).reshape(16, 48)  # heads before q, k, v
+    other = "transformer.h.1.mlp.c_fc.bias"
+    wrong = {**weights, name: np.ascontiguousarray(there), other: weights[other] + 1}
+    found = ckptlab.diff(DATA / "gpt_tp2_pp2_dp2", _saved(tmp_path / "wrong", wrong))
+    assert (found.permuted, set(found.changed)) == ((name,), {name, other})
+    assert found.verdict == ("different: 1 tensor with other values, 1 tensor with the same values in another order")
+    assert {d.name: d.reason for d in found.differences} == {name: "order", other: "values"}
+    assert "the same in another order" in repr(found)
+
+
+def test_of_families_that_take_the_same_names_the_layouts_tell(tmp_path: Path) -> None:
+    """Fused q, k, v that are cut part by part are no heads that interleave."""
+    fused = "((tp q) + (tp k) + (tp v)) in"
+    rng, layer = np.random.default_rng(2), "2"
+    shapes = {
+        f"{layer}.self_attention.query_key_value.weight": (32, 8),
+        f"{layer}.self_attention.dense.weight": (8, 16),
+    }
+    shapes |= {f"{layer}.mlp.dense_h_to_4h.weight": (24, 8), f"{layer}.mlp.dense_4h_to_h.weight": (8, 12)}
+    shapes |= {f"{layer}.{norm}_layernorm.weight": (8,) for norm in ("input", "post_attention")}
+    shapes |= {"1.word_embeddings.weight": (11, 8), "3.weight": (8,), "4.lm_head.weight": (11, 8)}
+    ckpt = _saved(tmp_path / "a", {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()})
+    for text, chosen in (("(tp out) in", "(kv (q d + d + d)) in"), (fused, "(kv q d + kv d + kv d) in")):
+        layouts = {".*query_key_value.weight": Layout(text, totals={"q": 16, "k": 8} if "+" in text else {})}
+        on_tp = ckpt.reshape(Mesh(tp=2), strategy=layouts).target
+        told = replace(on_tp, extents=ckpt.catalog.extents)
+        made = families.towards(told, "right", heads=4, kv_heads=2)
+        assert not [f for f in made.findings if f.code.startswith("family-")], text
+        line = next(line for line in families.resolve("llama-megatron-deepspeed").lines if "query" in line.whole)
+        line = replace(line, text=chosen)
+        assert made["model.layers.0.self_attn.q_proj.weight"].layout.text == "(tp out) in"
+        pieces = made.seen["model.layers.0.self_attn.k_proj.weight"]
+        expected = line.piece_of(1, pieces[0].name, (8, 8), {"kv": 2, "q": 2, "d": 4, "in": 8})
+        assert np.array_equal(pieces[0].dims[0][1], expected.dims[0][1])  # type: ignore[index]
 
 
 def test_a_wrapper_takes_its_prefix_away() -> None:

@@ -6,7 +6,8 @@ this order; programs.py and models.py are those that are known here.
 
 from ckptlab.sharding.families.family import Bound, Family, Taken
 from ckptlab.sharding.families.lines import Join, Line, Permute, Rename, Side, Stack
-from ckptlab.sharding.families.registered import FAMILIES, found, resolve
+from ckptlab.sharding.families.numbers import told_numbers
+from ckptlab.sharding.families.registered import FAMILIES, found, resolve, towards
 
 __all__ = [
     "FAMILIES",
@@ -21,4 +22,6 @@ __all__ = [
     "Taken",
     "found",
     "resolve",
+    "told_numbers",
+    "towards",
 ]

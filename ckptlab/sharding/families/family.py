@@ -182,7 +182,16 @@ class Family:
             raise LayoutError(f"{base.path}: {error}{_hint(error)}") from None
         known = self._with_defaults(taken.numbers)
         left = [n for n in (*taken.left, *taken.partial) if self._match(n, towards, known) is None]
-        return seen_as(base, views, (*base.findings, *_findings(self, left, taken.partial, towards)))
+        aliases = [alias for tensor in base.tensors.values() for alias in tensor.aliases]
+        called = {alias: self._called(alias, towards, known) for alias in aliases}
+        return seen_as(base, views, (*base.findings, *_findings(self, left, taken.partial, towards)), called)
+
+    def _called(self, alias: str, towards: Side, known: Mapping[str, int]) -> str:
+        """A further name of a tensor on the other side: the same where no line renames it."""
+        match = self._match(alias, other(towards), known)
+        if match is None or self.lines[match[0]].text is not None:
+            return alias
+        return self.lines[match[0]].templates[towards][0].name(match[2], known)
 
     def _with_defaults(self, numbers: Mapping[str, int]) -> dict[str, int]:
         """The numbers, and those that follow from them."""

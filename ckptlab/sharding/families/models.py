@@ -7,6 +7,7 @@ each key/value head its queries, then its key, then its value.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ckptlab.sharding.families.family import Family
 from ckptlab.sharding.families.lines import Join, Line, Permute, Rename, Stack
@@ -57,7 +58,7 @@ def _network(program: Program) -> Iterator[Line]:
 
 
 def _narrow(left: str, right: str) -> Line:
-    """The layer behind a gated one, whose width is as `ffn` there: it tells a gated network from one without."""
+    """The layer behind one that widens, whose width is `ffn` there: this tells a gated network from one without."""
     return Permute(left, right, "out ffn -> out ffn")
 
 
@@ -128,8 +129,12 @@ def gpt2(program: Program) -> Family:
     qkv = program.at(program.qkv)
     lines.append(Permute(f"{qkv}.weight", f"{layer}.attn.c_attn.weight", "(h qkv d) in -> in (qkv h d)", qkv=3))
     lines.append(Permute(f"{qkv}.bias", f"{layer}.attn.c_attn.bias", "(h qkv d) -> (qkv h d)", qkv=3))
-    for ours, other in ((program.dense, "attn.c_proj"), (program.up, "mlp.c_fc"), (program.down, "mlp.c_proj")):
-        lines.append(Permute(f"{program.at(ours)}.weight", f"{layer}.{other}.weight", "out in -> in out"))
+    for ours, other, text in (
+        (program.dense, "attn.c_proj", "out in -> in out"),
+        (program.up, "mlp.c_fc", "ffn in -> in ffn"),
+        (program.down, "mlp.c_proj", "out ffn -> ffn out"),
+    ):
+        lines.append(Permute(f"{program.at(ours)}.weight", f"{layer}.{other}.weight", text))
         lines.append(Rename(f"{program.at(ours)}.bias", f"{layer}.{other}.bias"))
     lines.append(Rename(f"{program.head}.weight", "lm_head.weight"))
     title = f"{program.name} ↔ transformers' GPT2"
@@ -151,8 +156,10 @@ def _fused(program: Program, layer: str, attention: str) -> Iterator[Line]:
                 yield Rename(f"{program.at(norm)}{kind}", f"{layer}.{other}.{kind}")
         yield Rename(f"{program.at(program.qkv)}.{kind}", f"{layer}.{attention}.query_key_value.{kind}")
         yield Rename(f"{program.at(program.dense)}.{kind}", f"{layer}.{attention}.dense.{kind}")
-        yield Rename(f"{program.at(program.up)}.{kind}", f"{layer}.mlp.dense_h_to_4h.{kind}")
-        yield Rename(f"{program.at(program.down)}.{kind}", f"{layer}.mlp.dense_4h_to_h.{kind}")
+    yield Permute(f"{program.at(program.up)}.weight", f"{layer}.mlp.dense_h_to_4h.weight", "ffn in -> ffn in")
+    yield Rename(f"{program.at(program.up)}.bias", f"{layer}.mlp.dense_h_to_4h.bias")
+    yield _narrow(f"{program.at(program.down)}.weight", f"{layer}.mlp.dense_4h_to_h.weight")
+    yield Rename(f"{program.at(program.down)}.bias", f"{layer}.mlp.dense_4h_to_h.bias")
 
 
 def bloom(program: Program) -> Family:
@@ -190,7 +197,7 @@ def gpt_neox(prefix: str = "") -> Family:
     lines += [Rename(f"{_NEOX.final[0]}.{kind}", f"gpt_neox.final_layer_norm.{kind}") for kind in ("weight", "bias")]
     lines.append(Rename(f"{_NEOX.head}.weight", "embed_out.weight"))
     lines += _fused(_NEOX, "gpt_neox.layers.{i}", "attention")
-    named = tuple(Line(f"{prefix}{line.whole}", line.parts) for line in lines)
+    named = tuple(replace(line, whole=f"{prefix}{line.whole}") for line in lines)
     name = "gpt-neox" if not prefix else "gpt-neox-sequential"
     return Family(
         name,

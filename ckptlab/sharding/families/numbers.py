@@ -58,6 +58,12 @@ def numbers(catalog: Catalog | None, given: Mapping[str, Any]) -> dict[str, int]
     return found
 
 
+def told_numbers(catalog: Catalog) -> dict[str, int]:
+    """The heads that a checkpoint tells, by the names under which they are given."""
+    found = numbers(catalog, {})
+    return {name: found[length] for name, length in (("heads", "h"), ("kv_heads", "kv")) if length in found}
+
+
 def _kv_heads(source: Mapping[str, Any]) -> int | None:
     """Megatron's args always have num_query_groups, and mean it only with group_query_attention."""
     if source.get("group_query_attention") is False:

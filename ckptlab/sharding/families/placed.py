@@ -136,5 +136,5 @@ def _candidates(
             yield f"({over} {str(line)[1:-1]})", {n: lengths[n] for n in told[1:]}
     for term in (f"({over} {name})", f"(2 {over} {name})", f"(3 {over} {name})", f"({name} {over})"):
         yield term, {}
-    if len(axes) == 1:
+    if len(axes) == 1 and all(len(of) for of in held.values()):  # who has nothing of it has no share of its heads
         yield f"({over} {name})", {name: tuple(len(held[at]) for at in sorted(held))}

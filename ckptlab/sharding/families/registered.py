@@ -3,40 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
+from ckptlab.catalog import Catalog
 from ckptlab.errors import LayoutError
+from ckptlab.findings import Finding
 from ckptlab.registry import Registry
 from ckptlab.sharding.families.family import Family
-from ckptlab.sharding.families.lines import Side
+from ckptlab.sharding.families.lines import SIDES, Side, other
 from ckptlab.sharding.families.models import families
+from ckptlab.words import number_of, some
 
 FAMILIES: Registry[Family] = Registry("family", "ckptlab.families", LayoutError, families())
 
 
-def resolve(family: Family | str, names: Iterable[str] = (), side: Side = "left") -> Family:
+def resolve(family: Family | str, names: Iterable[str] = (), side: Side | None = None) -> Family:
     """A family from its object, its name, or that of a model ("llama", "mixtral"), of whose families the one that takes
-    most of the names. LayoutError, with the names there are, where there is none."""
-    if isinstance(family, Family):
-        return family
-    if family in FAMILIES.names():
-        return FAMILIES.get(family)
-    model = family.lower().replace("_", "-")
-    mine = [f for f in every() if f.name.startswith(f"{model}-") or model.replace("-", "_") in f.model_types]
-    if not mine:
-        return FAMILIES.get(family)  # the error that lists them
-    names = list(names)
-    return max(mine, key=lambda f: f.fits(names, side)[0])
-
-
-def every() -> list[Family]:
-    """All that are registered."""
-    return [FAMILIES.get(name) for name in FAMILIES.names()]
+    most of the names (on that side; None: on either). LayoutError, with the names there are, where there is none."""
+    return _alike(family, list(names), SIDES if side is None else (side,))[0]
 
 
 def found(names: Iterable[str], side: Side = "left") -> Family | None:
-    """The family that takes the most of the names on a side, and all that a model's weights need of a layer; None where
-    none takes more than half."""
-    names = list(names)
-    counts = [(f.fits(names, side)[0], f) for f in every() if f.model_types]
-    best, family = max(counts, key=lambda count: count[0], default=(0, None))
-    return family if best * 2 > len(names) else None
+    """The family that takes the most of the names on a side; None where none takes more than half."""
+    alike = _alike(None, list(names), (side,))
+    return alike[0] if alike else None
+
+
+def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **numbers: Any) -> Catalog:
+    """A catalog under the names of one side, what wrappers put before them taken away; the same if it has them already.
+
+    family: as `resolve` takes it; None finds one by the names. Of several that fit alike it takes the first by which
+    ranks hold whole heads, and a finding says so. LayoutError where no family takes the names, and as `Family.onto`.
+    """
+    bare, wrappers = catalog, FAMILIES.get("wrappers")
+    while wrappers.fits(bare.tensors, "left")[0] * 2 > len(bare.tensors):
+        bare = wrappers.onto(bare, "right")
+    names = [*bare.tensors]
+    alike = _alike(family, names, (other(side),))
+    there = _alike(family, names, (side,))
+    if there and (not alike or there[0].fits(names, side) > alike[0].fits(names, other(side))):
+        return bare
+    if not alike:
+        raise LayoutError(
+            f"{catalog.path}: no family takes the names of {number_of(len(names), 'tensor')} ({some(names, 4)}): say "
+            f"which, family=, one of {', '.join(FAMILIES.names())}, or lines of your own"
+        )
+    seen: list[tuple[Family, Catalog]] = []
+    refused: LayoutError | None = None
+    for one in alike:
+        try:
+            seen.append((one, one.onto(bare, side, **numbers)))
+        except LayoutError as error:
+            refused = refused or error
+    if refused is not None and not seen:
+        raise refused
+    fewest = min(_unplaced(made) for _, made in seen)
+    best = [(one, made) for one, made in seen if _unplaced(made) == fewest]
+    chosen, made = best[0]
+    others = [one for one, _ in best[1:] if one.lines != chosen.lines]
+    if not others:
+        return made
+    told = Finding(
+        "family-assumed",
+        "warning",
+        expected="names that one family takes",
+        found=f"the family {chosen.name} is assumed; {', '.join(map(str, others))} would fit as well",
+        todo="say family= if it is not so",
+        about="headers",
+    )
+    return replace(made, findings=(*made.findings, told))
+
+
+def _alike(family: Family | str | None, names: list[str], sides: Iterable[Side]) -> list[Family]:
+    """The families that take the most of the names, of those that a user says (of none: more than half of them)."""
+    if isinstance(family, Family):
+        return [family]
+    if family in FAMILIES.names():
+        return [FAMILIES.get(str(family))]
+    every = [FAMILIES.get(name) for name in FAMILIES.names()]
+    if family is None:
+        mine = [one for one in every if one.model_types]
+    else:
+        model = family.lower().replace("_", "-")
+        mine = [f for f in every if f.name.startswith(f"{model}-") or model.replace("-", "_") in f.model_types]
+        if not mine:
+            FAMILIES.get(family)  # the error that lists them
+    counts = [max(one.fits(names, side)[0] for side in sides) for one in mine]
+    best = max(counts)
+    if family is None and best * 2 <= len(names):
+        return []
+    return [one for one, count in zip(mine, counts, strict=True) if count == best]
+
+
+def _unplaced(catalog: Catalog) -> int:
+    """How many tensors ranks hold no whole parts of."""
+    return sum(len(finding.where.tensors) for finding in catalog.findings if finding.code == "family-unplaced")

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ckptlab.catalog import Catalog, ParameterGroup, Piece, Tensor
-from ckptlab.findings import Finding
+from ckptlab.findings import Finding, Where
 from ckptlab.layout import Cut
 from ckptlab.plan import Placement
 from ckptlab.sharding.families.placed import dims, layout_of
 from ckptlab.sharding.strategies import replicated
+from ckptlab.words import number_of, some
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class View:
     lengths: Mapping[str, int] = field(default_factory=dict)
 
 
-def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding]) -> Catalog:
-    """The catalog of these tensors, each in the order of the first that it is made of.
+def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding], called: Mapping[str, str]) -> Catalog:
+    """The catalog of these tensors, each in the order of the first that it is made of. called: what aliases are called.
 
     A tensor is where its pieces are; where no line of notation that is known says what a rank then has of it, the first
     rank of its stage is said to have all of it. Flat buffers are the base's alone.
@@ -36,9 +37,14 @@ def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding]) -
     order = {name: i for i, name in enumerate(base.tensors)}
     views = sorted(views, key=lambda view: min(order[piece.name] for piece in view.pieces))
     tensors: dict[str, Tensor] = {}
+    unplaced: list[str] = []
     placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
     for view in views:
-        tensors[view.name], places = _tensor(base, view)
+        tensor, places = _tensor(base, view)
+        stored = [base.tensors[piece.name] for piece in view.pieces]
+        if tensor.cut.is_whole and any(t.layout_known and _is_cut(t) for t in stored):
+            unplaced.append(view.name)
+        tensors[view.name] = replace(tensor, aliases=tuple(called[alias] for alias in tensor.aliases))
         placements.update(((view.name, state), place) for state, place in places.items())
     members: dict[int | None, list[str]] = {}
     for name, tensor in tensors.items():
@@ -53,7 +59,7 @@ def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding]) -
         flat_groups=(),
         training=replace(base.training, groups=groups, layer_stages={}),
         private=None,
-        findings=tuple(findings),
+        findings=(*findings, *([_unplaced(unplaced)] if unplaced else ())),
         base=base,
         seen={view.name: view.pieces for view in views},
     )
@@ -95,6 +101,24 @@ def _tensor(base: Catalog, view: View) -> tuple[Tensor, dict[str, tuple[Placemen
         at, stages = (alone, place.stages[:1]) if whole else (place.at, place.stages)
         found[state] = (Placement(cut, stages, None, place.replicas, at),)
     return tensor, found
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    """Whether ranks hold different parts of it."""
+    return any(tensor.cut.mesh[axis] > 1 for axis in tensor.cut.axes)
+
+
+def _unplaced(names: Sequence[str]) -> Finding:
+    return Finding(
+        "family-unplaced",
+        "warning",
+        Where(tensors=tuple(names)),
+        "ranks that hold whole parts, as they do of heads",
+        f"{number_of(len(names), 'tensor')} of which no line says what a rank has, as the stored ones are cut: "
+        f"{some(names, 4)}",
+        "see whether the family's notation is right; on a mesh they are said to be with the first rank",
+        "headers",
+    )
 
 
 def _alike(places: Iterable[Placement]) -> bool:

@@ -14,6 +14,9 @@ from ckptlab.sharding import families
 from ckptlab.sharding.families import Family
 from ckptlab.sharding.families.config import CLASSES
 
+Said = Mapping[str, Any]
+Numbers = Mapping[str, int]
+
 
 def as_pretrained(source: Catalog | Checkpoint, family: Family | str | None = None, **numbers: Any) -> Checkpoint:
     """A checkpoint under transformers' names, nothing read yet.
@@ -33,10 +36,10 @@ def save_pretrained(
     family: Family | str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Said | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
-    numbers: Mapping[str, int] | None = None,
+    numbers: Numbers | None = None,
     **running: Any,
 ) -> convert.Report:
     """Write the weights as a folder that transformers opens: safetensors under its names, tied ones once, and a
@@ -57,7 +60,7 @@ def pretrained(
     family: Family | str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Said | None = None,
     **numbers: Any,
 ) -> Reshape:
     """What `save_pretrained` writes, worked out: see `Reshape.check` for what has to be heard of it."""

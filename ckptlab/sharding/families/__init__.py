@@ -1,5 +1,7 @@
-"""Families: the same model under another program's names. Read names.py, tables.py, lines.py, family.py, seen.py in
-this order; programs.py and models.py are those that are known here.
+"""The names and shapes that a model has in another program. A family is a list of lines, read both ways.
+
+Read names.py, tables.py, lines.py, family.py, seen.py in this order; programs.py and models.py are those that are known
+here.
 
     families.resolve("llama").onto(ckpt)        # its names and shapes are transformers'; nothing is read yet
 """

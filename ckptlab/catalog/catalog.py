@@ -128,14 +128,26 @@ class Catalog:
                 total += placement.numel * self.tensors[name].states[state].itemsize
         return total
 
+    @property
+    def as_stored(self) -> Catalog:
+        """The catalog of what is stored, which this one may be another view of."""
+        return self if self.base is None else self.base.as_stored
+
+    def is_made(self, name: str) -> bool:
+        """Whether a tensor is put together from others, or otherwise not as it is stored."""
+        if self.base is None:
+            return False
+        piece, *others = self.seen[name]
+        whole = piece.is_all(self.tensors[name].shape, self.base.tensors[piece.name].shape)
+        return bool(others) or not whole or self.base.is_made(piece.name)
+
     def fragments(self, name: str, state: str, holder: Holder) -> tuple[Fragment, ...]:
         """Where the shard of a holder lies, in the order of its flattened elements. CheckpointError of a tensor that is
         seen otherwise than it is stored."""
         if self.base is not None:
-            piece, *others = self.seen[name]
-            if others or not piece.is_all(self.tensors[name].shape, self.base.tensors[piece.name].shape):
-                raise CheckpointError(f"{self.path}: {name} is made of others: look at fragments of what is stored")
-            return self.base.fragments(piece.name, state, holder)
+            if self.is_made(name):
+                raise CheckpointError(f"{self.path}: {name} is not stored as it is seen: look at what is stored")
+            return self.base.fragments(self.seen[name][0].name, state, holder)
         pieces = self.stored.pieces.get((name, state))
         if pieces is not None:
             return pieces[holder]

@@ -30,6 +30,13 @@ class Piece:
             for i, (dim, n) in enumerate(zip(self.dims, shape, strict=True))
         )
 
+    def same(self, other: Piece) -> bool:
+        """Whether both say the same."""
+        return (self.name, self.at, len(self.dims)) == (other.name, other.at, len(other.dims)) and all(
+            a == b if isinstance(a, int) or isinstance(b, int) else a[0] == b[0] and np.array_equal(a[1], b[1])
+            for a, b in zip(self.dims, other.dims, strict=True)
+        )
+
 
 def identity(name: str, shape: tuple[int, ...]) -> Piece:
     """A stored tensor as it is."""

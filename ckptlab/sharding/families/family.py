@@ -53,8 +53,9 @@ class Family:
     that can.
 
     `title`: what its sides are. `defaults`: numbers in names of the left side that nobody gives, as sums of others:
-    {"final": "layers+first"}. `model_type`: transformers' own word for the right side. `strategy`: how tensors of the
-    left side are cut (a registered strategy's name).
+    {"final": "layers+first"}. `model_types`: transformers' own words for the right side. `strategy`: how tensors of the
+    left side are cut (a registered strategy's name). `told`: what the program's args say where it is this family
+    (what they do not say is False).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     defaults: Mapping[str, str] = field(default_factory=dict, hash=False)
     model_types: tuple[str, ...] = ()
     strategy: str | None = None
+    told: tuple[tuple[str, bool], ...] = ()
 
     def take(self, names: Iterable[str], side: Side, given: Mapping[str, int]) -> Taken:
         """What lines make of the names of tensors on one side."""
@@ -228,7 +230,7 @@ def _views(bound: Bound, towards: Side, shapes: Mapping[str, Shape], known: Mapp
         if odd := next((n for n in names if shapes[n] != shapes[names[0]]), None):
             raise LayoutError(f"{odd} has shape {shapes[odd]}, {names[0]} has {shapes[names[0]]}: they are no stack")
     given = [shapes[names[0]] for names in bound.names]
-    made, lengths = line.shapes(towards, given, known, len(bound.names[0]))
+    made, lengths = line.shapes(towards, [names[0] for names in bound.names], given, known, len(bound.names[0]))
     templates = line.templates[towards]
     if towards == line.joined:
         pieces = line.pieces(bound.names, made[0], lengths)

@@ -82,19 +82,20 @@ class Line:
         return frozenset() if self.text is None else frozenset(n for t in term_names(self.text) for d in t for n in d)
 
     def shapes(
-        self, towards: Side, given: Sequence[Shape], numbers: Lengths, count: int = 1
+        self, towards: Side, names: Sequence[str], given: Sequence[Shape], numbers: Lengths, count: int = 1
     ) -> tuple[tuple[Shape, ...], dict[str, int]]:
-        """The shapes on the side `towards` of tensors that have the shapes `given` on the other, in the order of names
-        (of a stack one for all its `count` parts); and every length. LayoutError where they do not fit the line."""
+        """The shapes on the side `towards` of tensors `names` that have the shapes `given` on the other, in the order
+        of the line's names (of a stack one for all its `count` parts); and every length. LayoutError where they do not
+        fit the line."""
         if self.text is None:
             return (given[0],), {}
         lengths: dict[str, int] = {**{k: n for k, n in numbers.items() if k in self.known}, **dict(self.lengths)}
         if towards != self.joined:
-            lengths = solved(self.text, given[0], lengths, self.whole)
+            lengths = solved(self.text, given[0], lengths, names[0])
             return tuple(shape_of(text, lengths) for text in self.texts), lengths
         if self.stacks:
             lengths[_INDEX] = count
-        for (name, _), text, shape in zip(self.parts, self.texts, given, strict=True):
+        for name, text, shape in zip(names, self.texts, given, strict=True):
             lengths |= solved(text, shape, lengths, name)
         return (shape_of(self.text, lengths),), lengths
 

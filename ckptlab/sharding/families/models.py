@@ -13,8 +13,8 @@ from ckptlab.sharding.families.family import Family
 from ckptlab.sharding.families.lines import Join, Line, Permute, Rename, Stack
 from ckptlab.sharding.families.programs import PIPELINE, PROGRAMS, TIED_PIPELINE, Program
 
-GROUPED = "(kv (q d + d + d))"  # Megatron's: heads of one key/value head together
-APART = "(kv q d + kv d + kv d)"  # first all queries, then all keys, then all values
+GROUPED = "(kv (q {d} + {d} + {d}))"  # Megatron's: heads of one key/value head together
+APART = "(kv q {d} + kv {d} + kv {d})"  # first all queries, then all keys, then all values
 
 _ATTENTION = (
     "model.layers.{i}.self_attn.q_proj",
@@ -40,14 +40,20 @@ def _around(program: Program) -> Iterator[Line]:
     yield Rename(f"{program.head}.weight", "lm_head.weight")
 
 
-def _attention(program: Program, qkv: str) -> Iterator[Line]:
-    yield Join(f"{program.at(program.qkv)}.weight", f"{qkv} in", _of(_ATTENTION, "weight"))
-    yield Join(f"{program.at(program.qkv)}.bias", qkv, _of(_ATTENTION, "bias"))
-    for kind in ("weight", "bias"):
+def _attention(program: Program, qkv: str = GROUPED, neighbours: bool = False) -> Iterator[Line]:
+    """neighbours: rotary turns rows 2 p and 2 p + 1 of a head of q and k there, transformers' p and p + d/2."""
+    head = "p two" if neighbours else "d"
+    turned = ("(kv q two p)", "(kv two p)", "(kv p two)") if neighbours else (None, None, None)
+    text, two = qkv.format(d=head), (("two", 2),) if neighbours else ()
+    for kind, rest in (("weight", " in"), ("bias", "")):
+        parts = zip(_of(_ATTENTION, kind), (None if t is None else t + rest for t in turned), strict=True)
+        yield Line(f"{program.at(program.qkv)}.{kind}", tuple(parts), text + rest, lengths=two)
         yield Rename(f"{program.at(program.dense)}.{kind}", f"model.layers.{{i}}.self_attn.o_proj.{kind}")
     for norm, other in ((program.q_norm, "q_norm"), (program.k_norm, "k_norm")):
-        if norm is not None:
-            yield Rename(f"{program.at(norm)}.weight", f"model.layers.{{i}}.self_attn.{other}.weight")
+        if norm is None:
+            continue
+        names = f"{program.at(norm)}.weight", f"model.layers.{{i}}.self_attn.{other}.weight"
+        yield Permute(*names, "(p two) -> (two p)", two=2) if neighbours else Rename(*names)
 
 
 def _network(program: Program) -> Iterator[Line]:
@@ -62,19 +68,21 @@ def _narrow(left: str, right: str) -> Line:
     return Permute(left, right, "out ffn -> out ffn")
 
 
-def llama(program: Program, qkv: str = GROUPED, name: str = "llama") -> Family:
-    """Llama 2 and 3, Mistral, Qwen 2 and 3, with the biases and the norms of q and k that some of them have. qkv: how
-    q, k and v are joined."""
-    lines = (*_around(program), *_attention(program, qkv), *_network(program))
-    title = f"{program.name} ↔ transformers' Llama, Mistral, Qwen2, Qwen3"
+def llama(program: Program, apart: bool = False, neighbours: bool = False) -> Family:
+    """Llama 2 and 3, Mistral, Qwen 2 and 3, with the biases and the norms of q and k that some of them have. apart: q,
+    k and v are joined one after the other; neighbours: rotary over neighbours (Megatron's --rotary-interleaved)."""
+    lines = (*_around(program), *_attention(program, APART if apart else GROUPED, neighbours), *_network(program))
+    variant = "-apart" * apart + "-interleaved" * neighbours
+    title = f"{program.name}{', q, k, v apart' * apart}{', rotary interleaved' * neighbours} ↔ transformers' Llamas"
     strategy = "megatron-swiglu" if program.strategy == "megatron" else program.strategy
-    return Family(f"{name}-{program.name}", title, lines, program.defaults, LLAMAS, strategy)
+    told = (("rotary_interleaved", neighbours),)
+    return Family(f"llama{variant}-{program.name}", title, lines, program.defaults, LLAMAS, strategy, told)
 
 
 def mixtral(program: Program) -> Family:
     """Mixtral, each expert by itself, as its files have them."""
     moe = "model.layers.{i}.block_sparse_moe"
-    lines: list[Line] = [*_around(program), *_attention(program, GROUPED)]
+    lines: list[Line] = [*_around(program), *_attention(program)]
     lines.append(Rename(f"{program.at(str(program.router))}.weight", f"{moe}.gate.weight"))
     for up, down in program.experts:
         parts = (f"{moe}.experts.{{e}}.w1.weight", f"{moe}.experts.{{e}}.w3.weight")
@@ -87,7 +95,7 @@ def mixtral(program: Program) -> Family:
 def qwen_moe(program: Program) -> Family:
     """Qwen 2 and 3 with experts, each by itself, and with those that all tokens share."""
     moe = "model.layers.{i}.mlp"
-    lines: list[Line] = [*_around(program), *_attention(program, GROUPED), *_network(program)]
+    lines: list[Line] = [*_around(program), *_attention(program), *_network(program)]
     lines.append(Rename(f"{program.at(str(program.router))}.weight", f"{moe}.gate.weight"))
     for up, down in program.experts:
         parts = (f"{moe}.experts.{{e}}.gate_proj.weight", f"{moe}.experts.{{e}}.up_proj.weight")
@@ -257,8 +265,9 @@ def families() -> dict[str, Family]:
     found = [wrappers(), torchtitan(), gpt_neox(), gpt_neox("sequential."), conv1d()]
     found.append(stacked("mixtral", "block_sparse_moe.experts", ("w1", "w3", "w2")))
     found.append(stacked("qwen-moe", "mlp.experts", ("gate_proj", "up_proj", "down_proj")))
-    found += [llama(p) for p in PROGRAMS]
-    found += [llama(p, APART, "llama-apart") for p in (PIPELINE, TIED_PIPELINE)]
+    found += [llama(p, neighbours=neighbours) for neighbours in (False, True) for p in PROGRAMS]
+    for neighbours in (False, True):
+        found += [llama(p, apart=True, neighbours=neighbours) for p in (PIPELINE, TIED_PIPELINE)]
     found += [make(p) for make in (gpt2, bloom) for p in PROGRAMS]
     found += [mixtral(moe), qwen_moe(moe)]
     return {family.name: family for family in found}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ckptlab.catalog import Catalog
+from ckptlab.catalog import Catalog, Piece
 from ckptlab.errors import LayoutError
 from ckptlab.findings import Finding
 from ckptlab.registry import Registry
 from ckptlab.sharding.families.family import Family
 from ckptlab.sharding.families.lines import SIDES, Side, other
 from ckptlab.sharding.families.models import families
+from ckptlab.sharding.families.numbers import told
 from ckptlab.words import number_of, some
 
 FAMILIES: Registry[Family] = Registry("family", "ckptlab.families", LayoutError, families())
@@ -40,7 +41,9 @@ def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **
     while wrappers.fits(bare.tensors, "left")[0] * 2 > len(bare.tensors):
         bare = wrappers.onto(bare, "right")
     names = [*bare.tensors]
+    said = list(told(bare))
     alike = _alike(family, names, (other(side),))
+    alike = [one for one in alike if len(alike) == 1 or all(_says(said, word) is value for word, value in one.told)]
     there = _alike(family, names, (side,))
     if there and (not alike or there[0].fits(names, side) > alike[0].fits(names, other(side))):
         return bare
@@ -61,10 +64,10 @@ def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **
     fewest = min(_unplaced(made) for _, made in seen)
     best = [(one, made) for one, made in seen if _unplaced(made) == fewest]
     chosen, made = best[0]
-    others = [one for one, _ in best[1:] if one.lines != chosen.lines]
+    others = [one for one, of in best[1:] if not _same(made, of)]
     if not others:
         return made
-    told = Finding(
+    assumed = Finding(
         "family-assumed",
         "warning",
         expected="names that one family takes",
@@ -72,7 +75,7 @@ def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **
         todo="say family= if it is not so",
         about="headers",
     )
-    return replace(made, findings=(*made.findings, told))
+    return replace(made, findings=(*made.findings, assumed))
 
 
 def _alike(family: Family | str | None, names: list[str], sides: Iterable[Side]) -> list[Family]:
@@ -94,6 +97,19 @@ def _alike(family: Family | str | None, names: list[str], sides: Iterable[Side])
     if family is None and best * 2 <= len(names):
         return []
     return [one for one, count in zip(mine, counts, strict=True) if count == best]
+
+
+def _says(said: Iterable[Mapping[str, Any]], word: str) -> bool:
+    """What a program's args say of a switch; False where they do not."""
+    return next((bool(source[word]) for source in said if source.get(word) is not None), False)
+
+
+def _same(a: Catalog, b: Catalog) -> bool:
+    """Whether two views of one catalog are the same."""
+    return a.seen.keys() == b.seen.keys() and all(
+        len(pieces) == len(b.seen[name]) and all(map(Piece.same, pieces, b.seen[name]))
+        for name, pieces in a.seen.items()
+    )
 
 
 def _unplaced(catalog: Catalog) -> int:

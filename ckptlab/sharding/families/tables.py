@@ -55,8 +55,8 @@ def solved(text: str, shape: Shape, known: Lengths, name: str) -> dict[str, int]
     try:
         geometry = Geometry(tree, shape, Mesh(), {k: n for k, n in known.items() if k in there}, {}, {})
     except LayoutError as error:
-        given = ", ".join(f"{k} {n}" for k, n in known.items() if k in there) or "nothing"
-        raise LayoutError(f"{name}, shape {shape}, is not {text!r} with {given}: {error}") from None
+        given = ", ".join(f"{k} {n}" for k, n in known.items() if k in there)
+        raise LayoutError(f"{name}, shape {shape}, read as {text!r}{given and f' with {given}'}: {error}") from None
     return {k: n for k, n in geometry.lengths.items() if isinstance(n, int)}
 
 

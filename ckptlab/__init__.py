@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
     from ckptlab.plan import Cluster
+    from ckptlab.pretrained import save_pretrained
+    from ckptlab.sharding import families
     from ckptlab.sharding.strategies import Megatron, Rules, Strategy
     from ckptlab.stored import reading
     from ckptlab.widgets import explore, playground
@@ -77,6 +79,7 @@ __all__ = [
     "check",
     "diff",
     "explore",
+    "families",
     "merge",
     "merge_flat",
     "open_run",
@@ -86,6 +89,7 @@ __all__ = [
     "plots",
     "reading",
     "reshape",
+    "save_pretrained",
     "save_weights",
     "split",
     "split_flat",
@@ -113,11 +117,12 @@ _HOMES = {
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "plan": "Cluster",
+    "pretrained": "save_pretrained",
     "stored": "reading",
     "sharding.strategies": "Megatron Rules Strategy",
     "widgets": "explore playground",
 }
-_MODULES = ("analysis", "plan", "viz")
+_MODULES = {"analysis": "analysis", "families": "sharding.families", "plan": "plan", "viz": "viz"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
@@ -128,7 +133,7 @@ def __getattr__(name: str) -> Any:
 
         value: Any = version("ckptlab")
     elif name in _MODULES:
-        value = import_module(f"ckptlab.{name}")
+        value = import_module(f"ckptlab.{_MODULES[name]}")
     elif name in _HOME_OF:
         value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
     elif name.isupper() and hasattr(constants := import_module("ckptlab.deepspeed.constants"), name):

@@ -146,6 +146,12 @@ _scheduler = click.option(
     metavar="tcp://HOST:PORT",
     help="Run on the workers of this dask.distributed scheduler, which must see the same files.",
 )
+_family = click.option(
+    "--family",
+    metavar="NAME",
+    help="Whose names the tensors have, of a model (llama, gpt2, mixtral, …) or of a registered family: see `ckptlab "
+    "formats`.",
+)
 _mesh = _options(
     click.option("--tp", type=click.IntRange(1), metavar="N", help="Tensor-parallel degree."),
     click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline-parallel degree."),
@@ -290,7 +296,15 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
     required=True,
     metavar="FORMAT",
     help="deepspeed: files that a plain load_checkpoint on the new mesh reads. universal: DeepSpeed's universal "
-    "checkpoint. safetensors: the weights alone, whole. `ckptlab formats` lists those that are registered.",
+    "checkpoint. safetensors: the weights alone, whole. huggingface: the same under transformers' names, with a "
+    "config.json. `ckptlab formats` lists those that are registered.",
+)
+@click.option(
+    "--from", "origin", type=click.Choice(["huggingface"]), help="SRC has transformers' names: to those of --family."
+)
+@_family
+@click.option(
+    "--config", type=click.Path(dir_okay=False, exists=True), help="What config.json is to say, with --to huggingface."
 )
 @_mesh
 @_target
@@ -305,6 +319,9 @@ def convert(
     source: str,
     destination: str,
     form: str,
+    origin: str | None,
+    family: str | None,
+    config: str | None,
     max_shard_size: int | None,
     workers: int | None,
     scheduler: str | None,
@@ -327,20 +344,34 @@ def convert(
     With --to safetensors, --dtype is that of the weights; if it is not said, the master weights are written as they are
     (fp32) and what has none (frozen tensors, buffers) in its own.
 
+    With --to huggingface they get transformers' names and shapes, and a config.json made from shapes and from what the
+    run says of itself, so that from_pretrained opens DST. --family is then whose names SRC has, where those do not
+    tell. With --from huggingface, --family is whose names and shapes DST is to have.
+
     \b
       ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1 --dp 2
       ckptlab convert run out/universal --to universal
       ckptlab convert run out/weights --to safetensors --dtype bf16
+      ckptlab convert run out/hf --to huggingface --dtype bf16
+      ckptlab convert hf out/core --from huggingface --family llama-megatron-core --to safetensors
     """
     began = time.monotonic()
-    if max_shard_size is not None and form != "safetensors":
-        raise click.UsageError(f"--max-shard-size goes with --to safetensors, not with {form}")
+    if max_shard_size is not None and form not in ("safetensors", "huggingface"):
+        raise click.UsageError(f"--max-shard-size goes with --to safetensors and huggingface, not with {form}")
+    if config is not None and form != "huggingface":
+        raise click.UsageError(f"--config goes with --to huggingface, not with {form}")
+    if origin is not None and (family is None or form == "huggingface"):
+        raise click.UsageError("--from huggingface needs --family, whose names DST is to have, and another --to")
     _writes(form)
     ckpt = _open(source, strategy)
+    if family is not None and form != "huggingface":
+        ckpt = _renamed(ckpt, family, options)
     progress = sys.stderr.isatty() and not no_progress
     with _workers(scheduler, workers) as on:
         running = {"workers": on, "progress": progress, "verify": not no_verify, "sync": not no_sync}
-        if form == "safetensors":
+        if form == "huggingface":
+            said, report = _write_pretrained(ckpt, destination, family, config, options, max_shard_size, running)
+        elif form == "safetensors":
             said, report = _write_weights(ckpt, destination, options, max_shard_size, running)
         else:
             said, report = _write_run(ckpt, destination, form, options, running)
@@ -416,6 +447,9 @@ def check(
 @click.argument("b", metavar="B")
 @click.option("--states", metavar="fp32,exp_avg,…", help="Compare these states alone.")
 @_scheduler
+@_family
+@click.option("--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where neither side tells.")
+@click.option("--kv-heads", type=click.IntRange(1), metavar="N", help="Key/value heads, likewise.")
 @click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
 @_strategy
 @_json
@@ -426,6 +460,9 @@ def diff(
     b: str,
     states: str | None,
     scheduler: str | None,
+    family: str | None,
+    heads: int | None,
+    kv_heads: int | None,
     no_progress: bool,
     strategy: str | None,
     as_json: bool,
@@ -433,7 +470,8 @@ def diff(
     """Compare two checkpoints tensor by tensor, state by state, bit for bit, whatever format and mesh each has.
 
     Every state and hyperparameter that both have is compared; a state that one side alone has is named, and makes no
-    difference.
+    difference. A run and what it became under transformers' names are compared under those; --family says whose names
+    the other side has, where they do not tell.
 
     Exit status: 0 the same, 1 different, 2 trouble.
 
@@ -445,8 +483,10 @@ def diff(
 
     wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
     progress = sys.stderr.isatty() and not no_progress
+    numbers: dict[str, Any] = {name: n for name, n in (("heads", heads), ("kv_heads", kv_heads)) if n is not None}
+    sides = _open(a, strategy), _open(b, strategy)
     with _workers(scheduler) as on:
-        found = compare(_open(a, strategy), _open(b, strategy), states=wanted, progress=progress, workers=on)
+        found = compare(*sides, states=wanted, family=family, progress=progress, workers=on, **numbers)
     if as_json:
         _print(found.to_dict())
     else:
@@ -454,16 +494,22 @@ def diff(
     ctx.exit(0 if found.equal else 1)
 
 
-@main.command(short_help="What is registered: formats, strategies, backends.")
+@main.command(short_help="What is registered: formats, strategies, families, backends.")
 @_json
 def formats(as_json: bool) -> None:
-    """What is registered here: formats that open, strategies for layouts, array libraries. Packages may add to each."""
+    """What is registered here: formats that open, strategies for layouts, families of names, array libraries. Packages
+    may add to each."""
     from ckptlab.arrays.backends import BACKENDS
     from ckptlab.formats import every
+    from ckptlab.sharding.families import FAMILIES
     from ckptlab.sharding.strategies import REGISTRY
 
     known = every()
-    others = {"strategies": list(REGISTRY.names()), "backends": list(BACKENDS.names())}
+    others = {
+        "strategies": list(REGISTRY.names()),
+        "families": list(FAMILIES.names()),
+        "backends": list(BACKENDS.names()),
+    }
     if as_json:
         listed = [{"name": f.name, "title": f.title, "reads": f.reads, "writes": f.writes} for f in known]
         _print({"formats": listed, **others})
@@ -557,20 +603,71 @@ def _write_weights(
     running: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Report]:
     """Write safetensors: what is to be said of them, and the report."""
-    from ckptlab.catalog import MASTER, PARAM
     from ckptlab.checkpoint import save_weights
 
+    _weights_only(options, "safetensors")
+    dtype = options["dtype"]
+    report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
+    notices = [{"code": n.code, "text": n.text} for n in ckpt.findings] + _left_out(ckpt)
+    return {"format": "safetensors", "dtype": dtype, "latest": None, "notices": notices}, report
+
+
+def _renamed(ckpt: Checkpoint, family: str, options: dict[str, Any]) -> Checkpoint:
+    """A checkpoint under the other names of a family; heads are numbers of it."""
+    from ckptlab.sharding import families
+
+    numbers = {name: options.pop(name, None) for name in ("heads", "kv_heads")}
+    return families.resolve(family, ckpt).onto(ckpt, **numbers)
+
+
+def _write_pretrained(
+    ckpt: Checkpoint,
+    destination: str,
+    family: str | None,
+    config: str | None,
+    options: Mapping[str, Any],
+    max_shard_bytes: int | None,
+    running: Mapping[str, Any],
+) -> tuple[dict[str, Any], Report]:
+    """Write a folder that transformers opens: what is to be said of it, and the report."""
+    from ckptlab.pretrained import pretrained
+
+    numbers = {k: options[k] for k in ("heads", "kv_heads")}
+    _weights_only({k: v for k, v in options.items() if k not in numbers}, "huggingface")
+    said = None
+    if config is not None:
+        with open(config, encoding="utf-8") as file:
+            try:
+                said = json.load(file)
+            except ValueError as error:
+                raise CkptlabError(f"{config}: expected a JSON object: {error}") from None
+        if not isinstance(said, dict):
+            raise CkptlabError(f"{config}: expected a JSON object, found a {type(said).__name__}")
+    dtype = options["dtype"]
+    reshape = pretrained(ckpt, family, dtype, max_shard_bytes, said, **numbers)
+    report = reshape.save(destination, **running)
+    notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
+    return {"format": "huggingface", "dtype": dtype, "latest": None, "notices": [*notices, *_left_out(ckpt)]}, report
+
+
+def _weights_only(options: Mapping[str, Any], form: str) -> None:
+    """A UsageError for an option that means nothing where weights alone are written."""
     named = [k for k, v in options.items() if v is not None and k != "dtype"]
     if named:
         option = f"--{named[0].replace('_', '-')}"
-        raise click.UsageError(f"{option} has no meaning with --to safetensors, which holds whole weights")
-    dtype = options["dtype"]
-    report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
-    notices = [{"code": n.code, "text": n.text} for n in ckpt.findings]
+        raise click.UsageError(f"{option} has no meaning with --to {form}, which holds whole weights")
+
+
+def _left_out(ckpt: Checkpoint) -> list[dict[str, Any]]:
+    """A notice of states that weights alone do not have."""
+    from ckptlab.catalog import MASTER, PARAM
+
     lost = [s for s in ckpt.states if s not in (MASTER, PARAM)]
-    if lost:
-        notices.append({"code": "states-left-out", "text": f"safetensors hold weights: {', '.join(lost)} are left out"})
-    return {"format": "safetensors", "dtype": dtype, "latest": None, "notices": notices}, report
+    return (
+        [{"code": "states-left-out", "text": f"safetensors hold weights: {', '.join(lost)} are left out"}]
+        if lost
+        else []
+    )
 
 
 def _print(content: Mapping[str, Any]) -> None:

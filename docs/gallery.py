@@ -35,6 +35,11 @@ def zero3() -> ckptlab.Checkpoint:
     return ckptlab.open(ROOT / "data" / "plain_zero3_dp2")
 
 
+def line(family: str, ending: str) -> ckptlab.families.Line:
+    """The line of a family that takes names of this ending."""
+    return next(one for one in ckptlab.families.FAMILIES.get(family).lines if one.whole.endswith(ending))
+
+
 def row(*drawings: viz.Drawing) -> str:
     """Drawings beside one another."""
     shown = "".join(d._repr_html_() for d in drawings)
@@ -66,6 +71,7 @@ PICTURES: dict[str, Callable[[], str]] = {
         viz.tensor(Layout("(tp head qkv d) in", sizes={"qkv": 3, "d": 16}), (384, 128), Mesh(tp=4), name="by heads"),
         viz.tensor(Layout("(head tp d) in", sizes={"head": 64}), (4096, 1024), Mesh(tp=4), name="256 strips"),
     ),
+    "family": lambda: column(viz.family(line("llama-megatron-core", "linear_qkv.weight"), q=3)),
     "flat": lambda: column(viz.flat(gpt().catalog.flat_groups[0]), viz.flat(zero3().catalog.flat_groups[0])),
     "flat_512": lambda: column(
         viz.flat(

@@ -49,6 +49,7 @@ EXAMPLES = {
     "Tensor": "ckpt[name].layout, ckpt[name].cut, ckpt[name].states",
     "check": "ckptlab.check(ckpt).verdict",
     "diff": 'ckptlab.diff(ckpt, "data/gpt_tp2_pp2_dp2/universal").equal',
+    "families": 'ckptlab.families.resolve("gpt2", ckpt).onto(ckpt)["transformer.h.0.attn.c_attn.weight"].layout',
     "merge": 'ckptlab.merge(ckpt.shards("master", stack=False)[name], "(tp out) in")',
     "open_run": 'ckptlab.open_run("data/plain_zero1_dp2_steps").full("master")',
     "paper_model": "ckptlab.paper_model(Mesh(tp=8, dp=2), heads=16, hidden=128, kv_heads=2)",

@@ -49,6 +49,14 @@ def test_the_python_of_the_page_on_plans(monkeypatch: pytest.MonkeyPatch) -> Non
     assert names["took"].seconds > 0
 
 
+def test_the_python_of_the_page_on_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["seen"]["transformer.h.0.attn.c_attn.weight"].layout.text == "in (3 tp out)"
+
+
 def test_the_reference_is_up_to_date_and_its_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(ROOT)

@@ -23,7 +23,9 @@ from ckptlab import Layout, LayoutError, Mesh, MeshError, viz
 from ckptlab.draw import Drawing, Side, matrix
 from ckptlab.draw.svg import width_of
 from ckptlab.plan import FlatBuffer
+from ckptlab.sharding import families
 from ckptlab.stored import Stored
+from ckptlab.testing.families import example
 
 ROOT = Path(__file__).resolve().parents[1]
 GQA = Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 32, "k": 16, "v": 16})
@@ -597,6 +599,35 @@ def test_drawings_are_values() -> None:
     assert isinstance(a, Drawing)
     assert repr(a).startswith("<Drawing, ")
     assert a._repr_svg_() == a.svg
+
+
+# Families
+
+
+def test_parts_stand_where_the_notation_puts_them() -> None:
+    """Each strip of the joined tensor has the rows that the same strip of its part goes to."""
+    line = families.Join("qkv", "(kv (q d + d + d)) in", ("q", "k", "v"))
+    parts, _ = example(line, {"kv": 2, "q": 3, "d": 4, "in": 2})
+    rows = [array[:, 0] for array in parts.values()]
+    whole = families.Family("", "", (line,)).arrays(parts, "left", kv=2, q=3, d=4)["qkv"][:, 0]
+    drawn = cells(viz.family(line, kv=2, q=3, d=4), "piece")
+    assert len(drawn) == 2 * (2 * 3 + 2 + 2)
+    sides: dict[tuple[str | None, ...], list[tuple[int, int]]] = {}
+    for cell in drawn:
+        at = (int(cell.get("data-start", "")), int(cell.get("data-count", "")))
+        sides.setdefault(tuple(cell.get(f"data-{name}") for name in ("part", "kv", "q")), []).append(at)
+    for (part, *_), ((start, count), (there, same)) in sides.items():
+        assert count == same == 4
+        assert whole[start : start + 4].tolist() == rows[int(part or 0)][there : there + 4].tolist()
+
+
+@pytest.mark.parametrize("name", families.FAMILIES.names())
+def test_every_line_can_be_drawn(name: str) -> None:
+    for line in families.FAMILIES.get(name).lines:
+        drawing = viz.family(line)
+        assert_well_formed(drawing.svg)
+        colours = {cell.get("fill") for cell in cells(drawing, "piece")}
+        assert len(colours) <= 8
 
 
 # The gallery

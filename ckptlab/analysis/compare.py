@@ -26,9 +26,11 @@ from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.layout import Cut
 from ckptlab.pool import Workers
+from ckptlab.sharding import families
+from ckptlab.sharding.families import Family
 from ckptlab.stored import Stored
 
 Source = Checkpoint | Catalog | str | os.PathLike[str]
@@ -40,9 +42,11 @@ def diff(
     b: Source,
     *,
     states: Sequence[str] | None = None,
+    family: Family | str | None = None,
     progress: bool = False,
     workers: Workers = None,
     window: int = elements.WINDOW,
+    **numbers: Any,
 ) -> Diff:
     """Compare two checkpoints: every state that both have of every tensor that both have, bit for bit.
 
@@ -52,9 +56,13 @@ def diff(
     part of a tensor. NaN equals NaN of the same bits. Of tensors that one side alone has, those of one shape and of the
     same or similar content are taken for renamed.
 
+    family: whose names one side has where the other has transformers' (see `ckptlab.families`): both are then compared
+    under those. None: where most names of either are not in the other, the families that are known are tried. numbers:
+    heads, kv_heads, … of the model, where neither says them.
+
     Raises CheckpointError where there is nothing to compare.
     """
-    left, right = _catalog(a), _catalog(b)
+    left, right = _together(_catalog(a), _catalog(b), family, numbers)
     wanted = _wanted(left, right, states)
     pairs, only_a, only_b = _pairs(left, right)
     names = renamed(left, right, only_a, only_b)
@@ -99,6 +107,22 @@ def _catalog(source: Source) -> Catalog:
     if isinstance(source, Catalog):
         return source
     return (source if isinstance(source, Checkpoint) else open_checkpoint(source)).catalog
+
+
+def _together(
+    left: Catalog, right: Catalog, family: Family | str | None, numbers: dict[str, Any]
+) -> tuple[Catalog, Catalog]:
+    """Both under transformers' names, where one has them and the other those of a family."""
+    shared = len(left.tensors.keys() & right.tensors.keys())
+    if family is None and shared * 2 > min(len(left.tensors), len(right.tensors)):
+        return left, right
+    told = {**families.told_numbers(right), **families.told_numbers(left), **numbers}
+    try:
+        return tuple(families.towards(side, "right", family, **told) for side in (left, right))  # type: ignore[return-value]
+    except LayoutError:
+        if family is not None or numbers:
+            raise
+        return left, right
 
 
 def _compared(
@@ -192,7 +216,7 @@ def _compare(task: _Task) -> Found:
     whole, name, state = Cut.whole(task.shape), task.a.name, task.a.state
     count, worst_rel = 0, 0.0
     worst: tuple[float, int, float, float] | None = None
-    sums = Sums()
+    sums, moved = Sums(), 0
     for start in range(0, task.elements, task.window):
         stop = min(start + task.window, task.elements)
         a, b = (elements.joined(gather, whole, (), start, stop) for gather in (task.a, task.b))
@@ -203,6 +227,8 @@ def _compare(task: _Task) -> Found:
         sums.other(a, b)
         count += len(where)
         x, y = a[where], b[where]
+        if x.dtype == y.dtype:
+            moved += elements.content(x) - elements.content(y)
         apart = elements.apart(x, y)
         worst_rel = max(worst_rel, float(elements.relative(apart, x, y).max()))
         i = int(apart.argmax())
@@ -214,7 +240,8 @@ def _compare(task: _Task) -> Found:
         return None if dtypes[0] == dtypes[1] else Difference(name, state, dtypes, task.elements), measure
     at = tuple(int(k) for k in np.unravel_index(worst[1], task.shape))
     figures = worst[0], worst_rel, at, worst[2], worst[3], measure.relative, measure.cosine
-    return Difference(name, state, dtypes, task.elements, count, *figures), measure
+    permuted = dtypes[0] == dtypes[1] and moved % (1 << 64) == 0
+    return Difference(name, state, dtypes, task.elements, count, *figures, permuted), measure
 
 
 def _settings(a: Catalog, b: Catalog, pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Setting]:

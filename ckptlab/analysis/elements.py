@@ -76,6 +76,9 @@ def unfinite(x: np.ndarray) -> np.ndarray:
     return np.flatnonzero(~np.isfinite(wide))
 
 
+_TWO = np.array([0x9E3779B97F4A7C15, 0xD1342543DE82EF95], np.uint64)
+
+
 def unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Indices at which two windows differ: in their bits, or in value where their dtypes differ (NaN equals NaN)."""
     if a.dtype != b.dtype:
@@ -86,6 +89,17 @@ def unequal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.flatnonzero((a.view(np.uint64) != b.view(np.uint64)).reshape(-1, 2).any(axis=1))
     same = np.equal(a.view(bits), b.view(bits))
     return np.flatnonzero(~same) if not same.all() else np.empty(0, np.int64)
+
+
+def content(x: np.ndarray) -> int:
+    """A number of the bits of some elements that does not depend on their order: a sum, modulo 2^64, of each mixed
+    thoroughly."""
+    bits = _BITS.get(x.dtype.itemsize)
+    mixed = x.view(bits).astype(np.uint64) if bits is not None else x.view(np.uint64).reshape(-1, 2) @ _TWO
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's
+        mixed ^= mixed >> np.uint64(shift)
+        mixed *= np.uint64(factor)
+    return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64))
 
 
 def unrounded(master: np.ndarray, weight: np.ndarray, scratch: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ class Difference:
     count: elements that differ, of `elements`. max_abs: the largest |a - b|, inf where only one side is NaN or
     infinite. max_rel: the largest |a - b| / max(|a|, |b|). at: index of the largest |a - b| in the whole tensor, a and
     b the values there. dtypes: those of both sides; where they differ values were compared as float64, and count may
-    be 0. relative: |a - b| / |a| of the whole tensors (norms); cosine: of the angle between them.
+    be 0. relative: |a - b| / |a| of the whole tensors (norms); cosine: of the angle between them. permuted: both have
+    the same elements, in another order.
     """
 
     name: str
@@ -37,10 +38,13 @@ class Difference:
     b: float = 0.0
     relative: float = 0.0
     cosine: float = 1.0
+    permuted: bool = False
 
     @property
     def reason(self) -> str:
-        """What is not the same: "values", "dtype", or "values and dtype"."""
+        """What is not the same: "values", "dtype", "values and dtype", or the "order" of the values alone."""
+        if self.permuted:
+            return "order"
         if self.dtypes[0] == self.dtypes[1]:
             return "values"
         return "values and dtype" if self.count else "dtype"
@@ -112,7 +116,8 @@ class Diff(Shown):
             states = ", ".join(self.states)
             return f"equal: {number_of(self.tensors, 'tensor')}, bit for bit, in every state that both have ({states})"
         counts = (
-            (len(self.changed), "tensor", "with other values"),
+            (len(self.changed) - len(self.permuted), "tensor", "with other values"),
+            (len(self.permuted), "tensor", "with the same values in another order"),
             (len(self.only_a) + len(self.only_b), "tensor", "on one side only"),
             (len(self.renamed), "tensor", "under another name"),
             (len(self.shapes), "tensor", "of another shape"),
@@ -134,6 +139,12 @@ class Diff(Shown):
     def changed(self) -> tuple[str, ...]:
         """The tensors (names of a) that differ in some state that both have."""
         return tuple(dict.fromkeys(d.name for d in self.differences))
+
+    @property
+    def permuted(self) -> tuple[str, ...]:
+        """The tensors that differ in the order of their elements alone, in every state that differs."""
+        others = {d.name for d in self.differences if not d.permuted}
+        return tuple(name for name in self.changed if name not in others)
 
     @property
     def unchanged(self) -> tuple[str, ...]:
@@ -171,7 +182,8 @@ class Diff(Shown):
         """Plain values, as `ckptlab diff --json` prints them; what is infinite or NaN is text.
 
         Keys: equal, a, b (paths), tensors (compared), compared [{state, tensors, elements, differ}], differences
-        [{name, state, dtypes, elements, count, max_abs, max_rel, at, a, b, relative, cosine, reason}], only_a, only_b
+        [{name, state, dtypes, elements, count, max_abs, max_rel, at, a, b, relative, cosine, permuted,
+        reason}], only_a, only_b
         (names), renamed [{a, b, same, distance}], shapes [{name, a, b}], states_only_a, states_only_b [{state, tensors,
         everywhere}], settings [{where, key, a, b}], unchanged (names), layers and kinds {state: [{label, tensors,
         differ, max_abs, relative, cosine}]}, of states in which something differs.

@@ -17,6 +17,7 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.arrays.boxes import flat_boxes, flat_start, plain_rows, restrict
+from ckptlab.arrays.composed import Composed, Renamed
 from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, is_sum
 from ckptlab.catalog import Catalog, Fragment
 from ckptlab.errors import CheckpointError
@@ -58,6 +59,9 @@ def reader(
     Cheap to make. Pickled, it is the files' paths and offsets and the cut, without catalog and tally.
     """
     tensor = catalog[name]
+    if catalog.base is not None:
+        seen = _seen(catalog, tensor.name, state, stage, holder, tally)
+        return seen if dtype is None or np.dtype(dtype) == seen.dtype else Cast(seen, dtype)
     placement = catalog.placement(tensor.name, state)
     copies: list[dict[Coordinate, Holder]]
     if holder is not None:
@@ -71,6 +75,23 @@ def reader(
     gathers = [Gather(catalog, tensor.name, state, held, holder is not None, tally) for held in copies]
     found: Reader = gathers[0] if len(gathers) == 1 else Mean(gathers, is_sum(placement.replicas, state))
     return found if dtype is None or np.dtype(dtype) == found.dtype else Cast(found, dtype)
+
+
+def _seen(
+    catalog: Catalog, name: str, state: str, stage: int | None, holder: Holder | None, tally: Tally | None
+) -> Reader:
+    """What reads a tensor that is another, or made of others, of the catalog's base."""
+    base, pieces = catalog.base, catalog.seen[name]
+    assert base is not None
+    places = [base.placement(piece.name, state) for piece in pieces]
+    if catalog.placement(name, state).cut.is_whole and not all(place.cut.is_whole for place in places):
+        holder = None  # one holder is said to have all of it
+    parts = [reader(base, p.name, state, stage=stage, holder=holder, tally=tally) for p in pieces]
+    shapes = [base.tensors[p.name].shape for p in pieces]
+    shape = catalog.tensors[name].shape
+    if len(pieces) == 1 and pieces[0].is_all(shape, shapes[0]):
+        return Renamed(parts[0], name)
+    return Composed(name, Cut.whole(shape), list(zip(pieces, parts, shapes, strict=True)), holder is not None)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""What headers tell of a checkpoint: read tensor.py, extents.py, training.py, catalog.py in this order."""
+"""What headers tell of a checkpoint: read tensor.py, extents.py, training.py, seen.py, catalog.py in this order."""
 
 from ckptlab.catalog.catalog import Catalog
 from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
+from ckptlab.catalog.seen import Piece
 from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor, param_source
 from ckptlab.catalog.training import DTYPES, ZERO_STAGES, Gradients, Training
 
@@ -17,6 +18,7 @@ __all__ = [
     "Fragment",
     "Gradients",
     "ParameterGroup",
+    "Piece",
     "Tensor",
     "Training",
     "param_source",

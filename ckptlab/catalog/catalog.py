@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab.catalog.extents import Extents, FlatGroup, Fragment, Placements
+from ckptlab.catalog.seen import Piece
 from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor
 from ckptlab.catalog.training import Training
 from ckptlab.errors import CheckpointError
@@ -31,6 +32,9 @@ class Catalog:
     each of several copies. `flat_groups`: the flat buffers that placements refer to. `extents`: in which bytes elements
     lie; None where nothing is stored. `findings`: what the user must hear. `client`: what the training program put in.
     `private`: what the format's own writer must know; nobody else looks into it.
+
+    A catalog may be another, `base`, seen otherwise: `seen` then says of which pieces of the base's tensors each of its
+    own is made, and extents are the base's.
     """
 
     path: str
@@ -45,6 +49,8 @@ class Catalog:
     private: Any = None
     findings: tuple[Finding, ...] = ()
     files: tuple[str, ...] = ()
+    base: Catalog | None = None
+    seen: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
@@ -122,8 +128,26 @@ class Catalog:
                 total += placement.numel * self.tensors[name].states[state].itemsize
         return total
 
+    @property
+    def as_stored(self) -> Catalog:
+        """The catalog of what is stored, which this one may be another view of."""
+        return self if self.base is None else self.base.as_stored
+
+    def is_made(self, name: str) -> bool:
+        """Whether a tensor is put together from others, or otherwise not as it is stored."""
+        if self.base is None:
+            return False
+        piece, *others = self.seen[name]
+        whole = piece.is_all(self.tensors[name].shape, self.base.tensors[piece.name].shape)
+        return bool(others) or not whole or self.base.is_made(piece.name)
+
     def fragments(self, name: str, state: str, holder: Holder) -> tuple[Fragment, ...]:
-        """Where the shard of a holder lies, in the order of its flattened elements."""
+        """Where the shard of a holder lies, in the order of its flattened elements. CheckpointError of a tensor that is
+        seen otherwise than it is stored."""
+        if self.base is not None:
+            if self.is_made(name):
+                raise CheckpointError(f"{self.path}: {name} is not stored as it is seen: look at what is stored")
+            return self.base.fragments(self.seen[name][0].name, state, holder)
         pieces = self.stored.pieces.get((name, state))
         if pieces is not None:
             return pieces[holder]

@@ -150,7 +150,8 @@ def _row(d: Difference) -> list[str]:
     dtypes = f" ({d.dtypes[0]} → {d.dtypes[1]})" if d.dtypes[0] != d.dtypes[1] else ""
     at = f"[{', '.join(map(str, d.at))}]"
     figures = [f"{d.count:,} of {d.elements:,}", _number(d.max_abs), _number(d.relative), _cosine(d.cosine)]
-    return [d.name, d.state, *figures, at, f"{_number(d.a, 7)} → {_number(d.b, 7)}{dtypes}"]
+    values = f"{_number(d.a, 7)} → {_number(d.b, 7)}{dtypes}"
+    return [d.name, d.state, *figures, at, f"{values}, the same in another order" if d.permuted else values]
 
 
 def _cosine(value: float) -> str:

@@ -16,6 +16,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "deepspeed": "ckptlab.formats.deepspeed.format:DeepSpeed",
         "universal": "ckptlab.formats.deepspeed.format:Universal",
         "safetensors": "ckptlab.formats.safetensors.format:Safetensors",
+        "huggingface": "ckptlab.formats.safetensors.huggingface:HuggingFace",
         "torch": "ckptlab.formats.torch.format:Torch",
         "paper": "ckptlab.formats.paper.format:Paper",
         "dcp": "ckptlab.formats.dcp.format:DCP",

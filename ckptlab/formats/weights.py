@@ -57,11 +57,11 @@ def missing(path: str, names: Sequence[str], expected: str) -> Finding:
     return Finding("missing-file", "error", Where(tuple(names)), expected, found, todo, "files", f"{path}: {found}")
 
 
-def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[Entry]:
+def entries(source: Catalog, dtype: np.dtype | None, aliases: bool = True) -> Iterator[Entry]:
     """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
 
-    dtype converts floating-point weights; None keeps the master's, buffers keep theirs. Aliases are written out under
-    their own names, so that a strict load finds them.
+    dtype converts floating-point weights; None keeps the master's, buffers keep theirs. aliases: they are written out
+    under their own names, so that a strict load finds them.
     """
     for tensor in source.tensors.values():
         wanted = dtype
@@ -72,7 +72,7 @@ def entries(source: Catalog, dtype: np.dtype | None) -> Iterator[Entry]:
             continue
         stored = np.dtype(tensor.states[state])
         convertible = tensor.kind != "buffer" and stored.kind not in "iub"
-        for name in (tensor.name, *tensor.aliases):
+        for name in (tensor.name, *(tensor.aliases if aliases else ())):
             yield Entry(name, tensor, state, wanted if wanted is not None and convertible else stored)
 
 
@@ -82,12 +82,14 @@ def sharded(
     limit: int,
     single: str,
     plan: Callable[[str, Catalog, Sequence[Entry]], FilePlan],
+    aliases: bool = True,
 ) -> Iterator[FilePlan]:
     """Whole tensors in the file `single`, or, where that would have more than `limit` bytes of them, in numbered ones
-    (a larger tensor has one of its own) and an index of them. plan: of a file of this name and these tensors."""
+    (a larger tensor has one of its own) and an index of them. plan: of a file of this name and these tensors. aliases:
+    see `entries`."""
     shards: list[list[Entry]] = [[]]
     filled = 0
-    for entry in entries(source, dtype):
+    for entry in entries(source, dtype, aliases):
         if shards[-1] and filled + entry.nbytes > limit:
             shards.append([])
             filled = 0

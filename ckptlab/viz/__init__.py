@@ -1,4 +1,4 @@
-"""Drawings of meshes, layouts, flat buffers, checkpoints and plans: pure functions to SVG, from headers or paper alone.
+"""Drawings of meshes, layouts, families, buffers, checkpoints and plans: pure functions to SVG, from headers or paper.
 
 Each gives a `Drawing`: a notebook shows it, `.svg` is its text, `.save(path)` writes it. Every cell has a tooltip and
 `data-*` attributes that say what it stands for. With many ranks neighbours are drawn together, and the picture says so;
@@ -7,6 +7,7 @@ Each gives a `Drawing`: a notebook shows it, `.svg` is its text, `.save(path)` w
 
 from ckptlab.draw import Drawing
 from ckptlab.viz.buffers import flat
+from ckptlab.viz.families import family
 from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
 from ckptlab.viz.moves import plan
@@ -17,6 +18,7 @@ from ckptlab.viz.tensors import tensor
 __all__ = [
     "KINDS",
     "Drawing",
+    "family",
     "flat",
     "fullest",
     "memory",

@@ -65,7 +65,8 @@ def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple
             if not len(among):
                 continue
             at, dp = placement.coordinate(holder), int(among[0])
-            stored = catalog.fragments(name, state, holder) if catalog.extents else ()
+            told = catalog.extents is not None and not catalog.is_made(name)
+            stored = catalog.fragments(name, state, holder) if told else ()
             if placement.flats:
                 flat, index = placement.flats[holder]
                 own = {f.start: f.stored for f in stored if f.dp == dp}

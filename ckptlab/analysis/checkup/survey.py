@@ -38,7 +38,8 @@ def check(
 ) -> Health:
     """Check a checkpoint: its files, what they say of one another, and (unless data=False) every element once.
 
-    path: what `ckptlab.open` takes, or a checkpoint that is open. It need not open: files that are missing, cut or
+    path: what `ckptlab.open` takes, or a checkpoint that is open (of one that is seen through a family, what is
+    stored). It need not open: files that are missing, cut or
     foreign are findings, and what can be read is looked at all the same. checksums: also read every file once more and
     compare it with the checksums that torch wrote into it. progress: show bars on stderr. strategy: see `open`.
     workers: how many threads (None: as many as there are cores), or a `concurrent.futures.Executor`. window: bytes that
@@ -46,6 +47,7 @@ def check(
 
     Raises CheckpointError where there is no checkpoint at all, LayoutError for a strategy that is none.
     """
+    path = Checkpoint(path.catalog.as_stored) if isinstance(path, Checkpoint) else path
     given = path if isinstance(path, Checkpoint) else None
     place = found(_parts(path.catalog) if isinstance(path, Checkpoint) else path)
     known = {name: t.layout for name, t in given.tensors.items() if t.layout_known} if given else {}

@@ -20,10 +20,10 @@ from ckptlab.formats.weights import Entry, sharded
 SINGLE = "model.safetensors"
 
 
-def files(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int) -> Iterator[FilePlan]:
+def files(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int, aliases: bool = True) -> Iterator[FilePlan]:
     """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an
-    index."""
-    return sharded(source, dtype, max_shard_bytes, SINGLE, _plan)
+    index. aliases: tensors that have several names stand there under each."""
+    return sharded(source, dtype, max_shard_bytes, SINGLE, _plan, aliases)
 
 
 def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:

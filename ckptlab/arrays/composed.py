@@ -1,0 +1,124 @@
+"""Readers of tensors that are seen otherwise than they are stored: what is asked for of one is asked of its pieces.
+
+A shard of the seen tensor is, of each stored one, a shard of a cut that has the rows of that piece and no others: it is
+read straight into its place, whatever the order, the strides and the order of dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from ckptlab.arrays.readers import Coordinate, Reader
+from ckptlab.catalog.seen import Piece, Runs
+from ckptlab.layout import Cut, DimCut
+from ckptlab.layout.rows import intersect
+from ckptlab.mesh import Mesh
+
+
+class Renamed(Reader):
+    """A reader under another tensor's name."""
+
+    def __init__(self, reader: Reader, name: str) -> None:
+        self.reader, self.name, self.state = reader, name, reader.state
+        self.cut, self.dtype = reader.cut, reader.dtype
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        self.reader.read_into(out, cut, at, starts)
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        return self.reader.leaves_gaps(cut)
+
+    def box(self, cut: Cut, at: Coordinate, starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+        return self.reader.box(cut, at, starts, sizes)
+
+    def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
+        return self.reader.chunks(cut, at, lo, hi, limit)
+
+    def is_straight(self, cut: Cut, at: Coordinate) -> bool:
+        return self.reader.is_straight(cut, at)
+
+    def unordered(self, cut: Cut, at: Coordinate) -> list[tuple[Cut, Coordinate]]:
+        return self.reader.unordered(cut, at)
+
+
+class Composed(Reader):
+    """A tensor of shape `cut.logical`, put together from pieces of others, each with the reader of that other.
+
+    alone: the readers give what one holder has, and the rest is 0.
+    """
+
+    def __init__(
+        self, name: str, cut: Cut, pieces: Sequence[tuple[Piece, Reader, tuple[int, ...]]], alone: bool = False
+    ) -> None:
+        self.name, self.state, self.cut, self.alone = name, pieces[0][1].state, cut, alone
+        self.dtype = np.result_type(*{reader.dtype for _, reader, _ in pieces})
+        self.parts = tuple(_Part(piece, reader, shape) for piece, reader, shape in pieces)
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        return self.alone or any(b > a for a, b in zip(self.cut.logical, cut.shape, strict=True))
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        for part in self.parts:
+            part.read_into(out, cut, at, starts)
+
+
+class _Part:
+    """A piece and the reader of the stored tensor, of that true shape. It remembers the cut that was asked for last."""
+
+    def __init__(self, piece: Piece, reader: Reader, shape: tuple[int, ...]) -> None:
+        self.piece, self.reader, self.shape = piece, reader, shape
+        self._known: tuple[Cut, Coordinate, Cut, tuple[tuple[int, int], ...]] | None = None
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        inner, places = self._inner(cut, at)
+        if inner is None:
+            return
+        index: list[int | slice] = [slice(None)] * out.ndim
+        for dim, place in places:
+            if not starts[dim] <= place < starts[dim] + out.shape[dim]:
+                return
+            index[dim] = place - starts[dim]
+        kept = [dim for dim in range(out.ndim) if isinstance(index[dim], slice)]
+        view = out[(*index, ...)]  # with the ellipsis what is left of it stays a view
+        dims = [None if isinstance(dim, int) else dim[0] for dim in self.piece.dims]
+        view = view.transpose([kept.index(dim) for dim in dims if dim is not None])
+        view = view[(*(np.newaxis if dim is None else slice(None) for dim in dims), ...)]
+        self.reader.read_into(view, inner, (), [0 if dim is None else starts[dim] for dim in dims])
+
+    def _inner(self, cut: Cut, at: Coordinate) -> tuple[Cut | None, tuple[tuple[int, int], ...]]:
+        """The shard as one of the stored tensor; and where in it the dims lie that only the seen one has."""
+        known = self._known
+        if known is None or known[0] is not cut or known[1] != at:
+            places = cut.per_dim(at)
+            fixed = []
+            for dim, index in self.piece.at:
+                point = np.array([[index, 0, 1, 1, 0, 0]], np.int64)
+                found = intersect(cut.dims[dim].runs[places[dim]], point)
+                if not len(found):
+                    return None, ()
+                fixed.append((dim, int(found[0, 0])))
+            dims: list[DimCut] = []
+            for of, size in zip(self.piece.dims, self.shape, strict=True):
+                if isinstance(of, int):
+                    dims.append(_Strided.of(np.array([[of, 0, 1, 1, 0, 0]], np.int64), size, 1))
+                    continue
+                seen = cut.dims[of[0]]
+                shared = intersect(seen.runs[places[of[0]]], of[1])
+                dims.append(_Strided.of(shared[:, [1, 0, 2, 3, 5, 4]], size, seen.widths[places[of[0]]]))
+            known = self._known = cut, at, Cut(self.shape, Mesh(), tuple(dims)), tuple(fixed)
+        return known[2], known[3]
+
+
+class _Strided(DimCut):
+    """A dim whose rows are runs already, with a stride in the shard too."""
+
+    @staticmethod
+    def of(rows: Runs, size: int, width: int) -> _Strided:
+        return _Strided(size, (), {(): rows}, {(): width})
+
+    @cached_property
+    def runs(self) -> dict[Coordinate, Runs]:
+        return dict(self.rows)

@@ -1,0 +1,78 @@
+"""A run as a folder that `transformers.AutoModel.from_pretrained` opens, and such a folder under a program's names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ckptlab import convert
+from ckptlab.arguments import explained
+from ckptlab.catalog import Catalog
+from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.sharding import families
+from ckptlab.sharding.families import Family
+from ckptlab.sharding.families.config import CLASSES
+
+Said = Mapping[str, Any]
+Numbers = Mapping[str, int]
+
+
+def as_pretrained(source: Catalog | Checkpoint, family: Family | str | None = None, **numbers: Any) -> Checkpoint:
+    """A checkpoint under transformers' names, nothing read yet.
+
+    family: which program's names it has, as `families.resolve` takes it (None: found by its names). numbers: heads,
+    kv_heads, … where the checkpoint does not say them. LayoutError where no family takes its names, and as `onto`.
+    """
+    catalog = source.catalog if isinstance(source, Checkpoint) else source
+    return Checkpoint(families.towards(catalog, "right", family, **numbers))
+
+
+@explained
+def save_pretrained(
+    source: Catalog | Checkpoint,
+    destination: str | os.PathLike[str],
+    *,
+    family: Family | str | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    config: Said | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    numbers: Numbers | None = None,
+    **running: Any,
+) -> convert.Report:
+    """Write the weights as a folder that transformers opens: safetensors under its names, tied ones once, and a
+    config.json made from shapes and from what the run says of itself.
+
+    family: which program's names they have now ("llama", "gpt2", a registered one's, a Family; None: found by the
+    names). dtype: "bf16", "fp16", "fp32"; None keeps the master's. Files are cut at `max_shard_bytes` (None: 5 GB).
+    config: what config.json is to say, where it is known. heads, kv_heads, numbers: where the run does not say them.
+    running: workers, progress, verify, sync; see `Reshape.save`.
+    """
+    return pretrained(
+        source, family, dtype, max_shard_bytes, config, heads=heads, kv_heads=kv_heads, **(numbers or {})
+    ).save(destination, **running)
+
+
+def pretrained(
+    source: Catalog | Checkpoint,
+    family: Family | str | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    config: Said | None = None,
+    **numbers: Any,
+) -> Reshape:
+    """What `save_pretrained` writes, worked out: see `Reshape.check` for what has to be heard of it."""
+    seen = as_pretrained(source, family, **numbers)
+    kind = family.lower().replace("-", "_") if isinstance(family, str) else None
+    given = {
+        "dtype": dtype,
+        "max_shard_bytes": max_shard_bytes,
+        "config": config,
+        "heads": numbers.get("heads"),
+        "kv_heads": numbers.get("kv_heads"),
+        "model_type": kind if kind in CLASSES else None,
+    }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return Reshape.of(seen.catalog, None, "huggingface", **options)

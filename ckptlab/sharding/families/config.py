@@ -1,0 +1,221 @@
+"""What transformers' config.json says of a model: from the shapes of its tensors, and from what its program tells.
+
+Sources: transformers 5.24, `models/*/configuration_*.py`; the `args` of Megatron-LM, Megatron-DeepSpeed and GPT-NeoX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptlab.catalog import Tensor
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "bloom": "BloomForCausalLM",
+}
+"""transformers' word for a model, and the class that reads it."""
+
+
+@dataclass
+class Config:
+    """A config.json: its `values`, what nobody said (`assumed`: transformers' own defaults then hold), and what has to
+    be said before a model can be made (`missing`)."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    assumed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def model_type(names: Mapping[str, object], asked: str | None = None) -> str | None:
+    """transformers' word for the model whose weights have these names; None where no class that is known here has.
+    asked: what the user calls it, if it is one of those."""
+    if asked in CLASSES:
+        return asked
+    if any(name.startswith("gpt_neox.") for name in names):
+        return "gpt_neox"
+    if "transformer.wte.weight" in names:
+        return "gpt2"
+    if "transformer.word_embeddings_layernorm.weight" in names:
+        return "bloom"
+    layer = {name.split(".", 3)[3] for name in names if name.startswith("model.layers.") and name.count(".") > 3}
+    if any(name.startswith("block_sparse_moe.") for name in layer):
+        return "mixtral"
+    normed = "self_attn.q_norm.weight" in layer
+    if any(name.startswith("mlp.experts.") for name in layer):
+        return "qwen3_moe" if normed else "qwen2_moe"
+    if "self_attn.q_proj.weight" not in layer:
+        return None
+    biased = "self_attn.q_proj.bias" in layer and "self_attn.o_proj.bias" not in layer
+    return "qwen3" if normed else "qwen2" if biased else "llama"
+
+
+def config(
+    kind: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], told: Sequence[Mapping[str, Any]], dtype: str
+) -> Config:
+    """The config.json of a model of that kind. tensors: under transformers' names; numbers: h and kv; told: what the
+    program says, by its own words; dtype: of the weights that are written."""
+    found = Config({"architectures": [CLASSES[kind]], "model_type": kind, "dtype": dtype})
+    _MAKERS[kind](_Known(found, tensors, numbers, told))
+    return found
+
+
+@dataclass
+class _Known:
+    """What is known of a model, and the config that is made of it."""
+
+    config: Config
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, int]
+    told: Sequence[Mapping[str, Any]]
+
+    def size(self, name: str, dim: int = 0) -> int:
+        """A size of a tensor."""
+        return self.tensors[name].shape[dim]
+
+    def has(self, name: str) -> bool:
+        return name in self.tensors
+
+    @property
+    def names(self) -> set[str]:
+        return {name for t in self.tensors.values() for name in (t.name, *t.aliases)}
+
+    def set(self, **values: Any) -> None:
+        self.config.values.update(values)
+
+    def layers(self, before: str) -> int:
+        """How many layers there are below a name."""
+        return 1 + max(int(n[len(before) :].split(".")[0]) for n in self.tensors if n.startswith(before))
+
+    def take(self, key: str, *words: str, to: Callable[[Any], Any] = lambda value: value) -> None:
+        """A value that the program says, by one of these words; else transformers' own default, which is noted."""
+        for source in self.told:
+            for word in (key, *words):
+                if (value := source.get(word)) is not None and isinstance(value, (int, float, str, bool)):
+                    self.config.values[key] = to(value)
+                    return
+        self.config.assumed.append(key)
+
+    def heads(self, key: str = "num_attention_heads") -> int | None:
+        """Attention heads, which no shape tells."""
+        if "h" not in self.numbers:
+            self.config.missing.append("heads")
+            return None
+        self.set(**{key: self.numbers["h"]})
+        return self.numbers["h"]
+
+
+def _llama(known: _Known) -> None:
+    layer = "model.layers.0"
+    known.set(
+        vocab_size=known.size("model.embed_tokens.weight"),
+        hidden_size=known.size("model.embed_tokens.weight", 1),
+        num_hidden_layers=known.layers("model.layers."),
+        hidden_act="silu",
+        tie_word_embeddings="lm_head.weight" not in known.tensors,
+    )
+    if (heads := known.heads()) is not None:
+        head = known.size(f"{layer}.self_attn.q_proj.weight") // heads
+        known.set(head_dim=head, num_key_value_heads=known.size(f"{layer}.self_attn.k_proj.weight") // head)
+    if known.has(f"{layer}.mlp.down_proj.weight"):
+        known.set(intermediate_size=known.size(f"{layer}.mlp.down_proj.weight", 1))
+    if known.config.values["model_type"] in ("llama", "qwen3", "qwen3_moe"):
+        known.set(attention_bias=known.has(f"{layer}.self_attn.q_proj.bias"))
+    if known.config.values["model_type"] == "llama":
+        known.set(mlp_bias=known.has(f"{layer}.mlp.down_proj.bias"))
+    known.take("rms_norm_eps", "layernorm_epsilon", "norm_epsilon", "norm_eps")
+    known.take("rope_theta", "rotary_base", "rotary_emb_base")
+    known.take("max_position_embeddings", "seq_length", "max_seq_len")
+
+
+def _mixtral(known: _Known) -> None:
+    _llama(known)
+    moe = "model.layers.0.block_sparse_moe"
+    known.set(
+        num_local_experts=known.size(f"{moe}.gate.weight"), intermediate_size=known.size(f"{moe}.experts.0.w1.weight")
+    )
+    known.take("num_experts_per_tok", "moe_router_topk")
+
+
+def _qwen_moe(known: _Known) -> None:
+    _llama(known)
+    moe = "model.layers.0.mlp"
+    known.set(
+        num_experts=known.size(f"{moe}.gate.weight"),
+        moe_intermediate_size=known.size(f"{moe}.experts.0.gate_proj.weight"),
+        decoder_sparse_step=1,
+    )
+    if known.has(shared := f"{moe}.shared_expert.gate_proj.weight"):
+        known.set(shared_expert_intermediate_size=known.size(shared))
+    known.take("num_experts_per_tok", "moe_router_topk")
+    known.take("norm_topk_prob")
+
+
+def _gpt2(known: _Known) -> None:
+    known.set(
+        vocab_size=known.size("transformer.wte.weight"),
+        n_embd=known.size("transformer.wte.weight", 1),
+        n_layer=known.layers("transformer.h."),
+        n_inner=known.size("transformer.h.0.mlp.c_fc.weight", 1),
+        tie_word_embeddings="lm_head.weight" not in known.tensors,
+    )
+    known.heads("n_head")
+    if known.has("transformer.wpe.weight"):
+        known.set(n_positions=known.size("transformer.wpe.weight"))
+    else:
+        known.config.missing.append("position embeddings, which every GPT2 has")
+    known.take("layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon")
+    known.take("activation_function", "bias_gelu_fusion", to=_gelu)
+
+
+def _gelu(said: Any) -> str:
+    """Megatron fuses bias and the approximation of GELU by tanh."""
+    return said if isinstance(said, str) else "gelu_pytorch_tanh" if said else "gelu"
+
+
+def _bloom(known: _Known) -> None:
+    known.set(
+        vocab_size=known.size("transformer.word_embeddings.weight"),
+        hidden_size=known.size("transformer.word_embeddings.weight", 1),
+        n_layer=known.layers("transformer.h."),
+    )
+    known.heads("n_head")
+    known.take("layer_norm_epsilon", "layernorm_epsilon")
+    known.take("apply_residual_connection_post_layernorm")
+
+
+def _gpt_neox(known: _Known) -> None:
+    known.set(
+        vocab_size=known.size("gpt_neox.embed_in.weight"),
+        hidden_size=known.size("gpt_neox.embed_in.weight", 1),
+        num_hidden_layers=known.layers("gpt_neox.layers."),
+        intermediate_size=known.size("gpt_neox.layers.0.mlp.dense_h_to_4h.weight"),
+        tie_word_embeddings="embed_out.weight" not in known.tensors,
+        attention_bias=known.has("gpt_neox.layers.0.attention.query_key_value.bias"),
+    )
+    known.heads()
+    known.take("layer_norm_eps", "layernorm_epsilon")
+    known.take("rotary_pct")
+    known.take("rotary_emb_base", "rope_theta")
+    known.take("use_parallel_residual", "gpt_j_residual")
+    known.take("max_position_embeddings", "seq_length")
+
+
+_MAKERS: Mapping[str, Callable[[_Known], None]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama),
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen_moe,
+    "qwen3_moe": _qwen_moe,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+}

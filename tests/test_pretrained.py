@@ -1,0 +1,215 @@
+"""Families against transformers: tiny random models made on the spot, the other programs being passes of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import references
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+import ckptlab
+from ckptlab.errors import LawError
+from ckptlab.sharding import families
+from ckptlab.sharding.families import Family, Join, Rename
+from ckptlab.testing import check_family
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+
+TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 35], [8, 9, 7, 9, 3, 2, 38, 4]])
+EPS, THETA = 1e-5, 500000.0
+LLAMA = {
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 28,
+    "rms_norm_eps": EPS,
+    "rope_theta": THETA,
+    "max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of transformers, the family that takes it to a program's names, and that program's forward pass."""
+
+    config: str
+    fields: dict[str, Any]
+    family: str
+    forward: Callable[[dict[str, Tensor]], Tensor]
+    heads: tuple[int, int] = (6, 2)
+    args: tuple[tuple[str, Any], ...] = ()
+
+
+def _core(w: dict[str, Tensor], **more: Any) -> Tensor:
+    return references.core(w, TOKENS, 2, 2, 3, EPS, THETA, **more)
+
+
+GPT = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 12, "layer_norm_epsilon": EPS}
+CASES = {
+    "llama": Case("LlamaConfig", LLAMA, "llama-megatron-core", _core),
+    "llama-tied": Case("LlamaConfig", {**LLAMA, "tie_word_embeddings": True}, "llama-megatron-core", _core),
+    "llama-biases": Case(
+        "LlamaConfig", {**LLAMA, "attention_bias": True, "mlp_bias": True}, "llama-megatron-core", _core
+    ),
+    "mistral": Case("MistralConfig", {**LLAMA, "sliding_window": None}, "llama-megatron-core", _core),
+    "qwen2": Case("Qwen2Config", LLAMA | {"head_dim": 4}, "llama-megatron-core", _core),
+    "qwen3": Case("Qwen3Config", LLAMA, "llama-megatron-core", _core),
+    "mixtral": Case(
+        "MixtralConfig",
+        {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        "mixtral-megatron-core",
+        lambda w: _core(w, top=2),
+    ),
+    "qwen3_moe": Case(
+        "Qwen3MoeConfig",
+        {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True},
+        "qwen-moe-megatron-core",
+        lambda w: _core(w, top=2),
+    ),
+    "torchtitan": Case(
+        "LlamaConfig", LLAMA, "llama-torchtitan", lambda w: references.titan(w, TOKENS, 2, 6, 2, EPS, THETA)
+    ),
+    "gpt2": Case("GPT2Config", GPT, "gpt2-megatron", lambda w: references.gpt(w, TOKENS, 2, 4, EPS), (4, 4)),
+    "gpt_neox": Case(
+        "GPTNeoXConfig",
+        {
+            "vocab_size": 40,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 44,
+            "rotary_pct": 0.5,
+            "layer_norm_eps": EPS,
+        },
+        "gpt-neox-sequential",
+        lambda w: references.neox(w, TOKENS, 2, 4, EPS, 10000.0, 0.5),
+        (4, 4),
+    ),
+    "bloom": Case(
+        "BloomConfig",
+        {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 4, "layer_norm_epsilon": EPS},
+        "bloom-megatron-deepspeed-tied",
+        lambda w: references.bloom(w, TOKENS, 2, 4, EPS),
+        (4, 4),
+    ),
+}
+
+
+@cache
+def model(name: str) -> Any:
+    """The model, every parameter drawn, norms and biases too."""
+    case = CASES[name]
+    torch.manual_seed(5)
+    config = getattr(transformers, case.config)(**case.fields)
+    made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder that transformers writes of a case."""
+    root = tmp_path_factory.mktemp("transformers")
+
+    def save(name: str) -> Path:
+        if not (root / name).exists():
+            model(name).save_pretrained(root / name)
+        return root / name
+
+    return save
+
+
+def logits(of: Any) -> Tensor:
+    with torch.no_grad():
+        return of(TOKENS).logits
+
+
+def _numbers(case: Case) -> dict[str, int]:
+    heads, kv_heads = case.heads
+    return {"heads": heads, "kv_heads": kv_heads}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_other_program_computes_the_same(name: str, saved: Callable[[str], Path]) -> None:
+    """transformers' weights under the program's names, through the program's own forward pass."""
+    case, right = CASES[name], load_file(saved(name) / "model.safetensors")
+    family = families.resolve(case.family)
+    left = family.arrays(right, "left", **_numbers(case))
+    assert not [n for n in left if n in right]
+    computed = case.forward({n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in left.items()})
+    torch.testing.assert_close(computed, logits(model(name)), rtol=1e-5, atol=1e-5)
+    assert "right" in check_family(family, left, right, **_numbers(case))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_made_of_the_programs_weights_opens_and_computes_the_same(
+    name: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What the program would have written, converted: config.json is made from shapes and its args alone."""
+    case, right = CASES[name], load_file(saved(name) / "model.safetensors")
+    left = families.resolve(case.family).arrays(right, "left", **_numbers(case))
+    (tmp_path / "run").mkdir()
+    save_file({n: np.ascontiguousarray(a) for n, a in left.items()}, tmp_path / "run" / "model.safetensors")
+    rest = {k: v for k, v in case.fields.items() if k in _SAID}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(rest))
+    word = name if name in ("mistral",) else case.family
+    ckptlab.save_pretrained(ckptlab.open(tmp_path / "run"), tmp_path / "out", family=word, **_numbers(case))
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert type(opened) is type(model(name))
+    assert torch.equal(logits(opened), logits(model(name)))
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == right.keys()
+
+
+# what no shape says: a program's args would
+_SAID = (
+    *("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "rope_theta", "rotary_pct", "activation_function"),
+    *("num_experts_per_tok", "norm_topk_prob", "max_position_embeddings"),
+)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_memory_are_those_of_the_files(name: str, saved: Callable[[str], Path]) -> None:
+    held = {n: t.numpy() for n, t in model(name).state_dict().items() if ".mlp.experts." in n}
+    there = {n: a for n, a in load_file(saved(name) / "model.safetensors").items() if ".experts." in n}
+    family = families.resolve("mixtral-stacked" if name == "mixtral" else "qwen-moe-stacked")
+    assert "left" in check_family(family, held, there)
+
+
+@pytest.mark.parametrize("wrong", ["level", "rotary"])
+def test_a_wrong_line_is_caught_by_the_law_and_by_diff(
+    wrong: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Interleaved a level off, or with the rotary permutation forgotten."""
+    name = "llama" if wrong == "level" else "torchtitan"
+    case, right = CASES[name], load_file(saved(name) / "model.safetensors")
+    family = families.resolve(case.family)
+    left = family.arrays(right, "left", **_numbers(case))
+    lines = [_planted(line) for line in family.lines]
+    planted = Family("planted", "", tuple(lines))
+    with pytest.raises(LawError, match="the same elements in another order|other elements"):
+        check_family(planted, left, right, **_numbers(case))
+
+
+def _planted(line: Any) -> Any:
+    if line.whole.endswith("linear_qkv.weight"):
+        return Join(line.whole, "(kv q d + kv d + kv d) in", [name for name, _ in line.parts])
+    if line.whole.endswith((".wq.weight", ".wk.weight")):
+        return Rename(line.whole, line.parts[0][0])
+    return line

@@ -37,6 +37,7 @@ class DeepSpeed(Format):
     home = "deepspeed"
     writes = True
     cuts = ("tp",)
+    pointed = True
 
     def recognise(self, folder: Listing) -> Match | None:
         kinds = {n.kind for name in folder.names if (n := names.parse(name)) is not None}

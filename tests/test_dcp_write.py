@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from compare import GPT, ZERO2, ZERO3, whole
+from real_deepspeed import requires_deepspeed, resume
 
 import ckptlab
 from ckptlab import Mesh
@@ -357,3 +358,96 @@ def test_fsdp_and_tensor_parallel_ranks_load_it(how: str, world: int, tmp_path: 
         port = free.getsockname()[1]
     arguments = (world, port, str(tmp_path / "dcp"), str(tmp_path / "source"), how)
     processes.spawn(_load, arguments, nprocs=world)
+
+
+# Back to DeepSpeed.
+
+
+def through_dcp(case: Path, path: Path, **options: Any) -> tuple[Checkpoint, Checkpoint]:
+    return written(case, path / "dcp", mesh=Mesh(dp=4), **options)
+
+
+@pytest.mark.parametrize(
+    ("form", "stage"), [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3), ("universal", 2), ("universal", 3)]
+)
+def test_deepspeeds_files_are_made_of_it(form: str, stage: int, tmp_path: Path) -> None:
+    ckpt, there = through_dcp(ZERO2, tmp_path)
+    reshape = there.reshape(format=form, dp=2, zero_stage=stage, dtype="bf16")
+    reshape.save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out" / "step")
+    found = ckptlab.diff(ckpt, back)
+    assert found.equal
+    assert {n: t.aliases for n, t in back.items()} == {n: t.aliases for n, t in ckpt.items()}
+    assert (back.iteration, back.catalog.training.dtype) == (3, "bf16")
+    assert [g.options["weight_decay"] for g in back.catalog.groups] == [
+        g.options["weight_decay"] for g in ckpt.catalog.groups
+    ]
+    assert ckptlab.check(back).healthy
+
+
+def test_tensor_parallel_layouts_come_back_from_labels_or_a_strategy(tmp_path: Path) -> None:
+    ckpt, there = through_dcp(GPT, tmp_path)
+    there.reshape(format="deepspeed", tp=2, dp=2, zero_stage=1, dtype="bf16").save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out" / "step")
+    name = "3.self_attention.query_key_value.weight"
+    assert back[name].layout.text == ckpt[name].layout.text
+    assert ckptlab.diff(ckpt, back, states=[MASTER, "exp_avg", "exp_avg_sq"]).equal
+    bare, plain = written(ZERO2, tmp_path / "bare", mesh=Mesh(dp=2))
+    with pytest.raises(ReshapeError, match="nothing says how"):
+        plain.reshape(format="deepspeed", tp=2)
+    told = {r".*fc1\.weight": "out (tp in)", r".*fc2\.weight": "(tp out) in"}
+    reshape = plain.reshape(format="deepspeed", mesh=Mesh(tp=3, dp=2), zero_stage=1, strategy=told)
+    assert reshape.target["blocks.0.fc1.weight"].layout.text == "out (tp in)"
+    reshape.save(tmp_path / "cut" / "step")
+    assert ckptlab.diff(bare, ckptlab.open(tmp_path / "cut"), states=[MASTER, "exp_avg"]).equal
+
+
+def test_axes_that_nobody_named_are_not_kept_beside_those_that_are(tmp_path: Path) -> None:
+    _, there = through_dcp(ZERO2, tmp_path)
+    metadata = Path(there.path, ".metadata")
+    metadata.write_bytes(metadata.read_bytes().replace(b"X\x07\x00\x00\x00ckptlab", b"X\x07\x00\x00\x00unknown"))
+    plain = ckptlab.open(there.path)
+    assert plain.mesh == Mesh(shard0=4)
+    reshape = plain.reshape(format="deepspeed", dp=2)
+    assert (reshape.mesh, reshape.zero_stage) == (Mesh(dp=2), 1)
+    assert [f.code for f in reshape.target.findings] == ["zero-stage-assumed"]
+    with pytest.raises(ReshapeError, match="has no axis 'shard0'"):
+        plain.reshape(format="deepspeed")
+
+
+def test_what_deepspeed_cannot_resume_from_is_refused_with_every_reason(tmp_path: Path) -> None:
+    kept = {"w": torch.ones(4, 2), "v": torch.ones(4), "free": torch.ones(2)}
+    state = {n: {"exp_avg": torch.ones_like(kept[n]).bfloat16()} for n in ("w", "v")}
+    state["v"]["exp_avg_sq"] = torch.ones(4)
+    groups = [{"lr": 0.5, "params": ["w", "v", "gone"]}]
+    content = {"model": kept, "optimizer": {"state": state | {"free": {"m": torch.ones(2)}}, "param_groups": groups}}
+    dcp.save(content, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    with pytest.raises(ReshapeError) as refused:
+        ckptlab.open(tmp_path / "a").reshape(format="deepspeed", dp=2)
+    for reason in (
+        "does not hold: gone",
+        "in no parameter group: free",
+        "keeps exp_avg of bfloat16",
+        "different states",
+    ):
+        assert reason in str(refused.value)
+    dcp.save({"model": kept}, checkpoint_id=str(tmp_path / "b"), no_dist=True)
+    with pytest.raises(ReshapeError, match="holds weights alone, and no optimizer"):
+        ckptlab.open(tmp_path / "b").reshape(format="universal", dp=2)
+
+
+@pytest.mark.slow
+@requires_deepspeed
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("deepspeed", {"dp": 3, "zero_stage": 2}), ("deepspeed", {"dp": 2, "zero_stage": 3}), ("universal", {"dp": 3})],
+    ids=str,
+)
+def test_real_deepspeed_resumes_what_came_from_dcp(form: str, options: dict[str, int], tmp_path: Path) -> None:
+    _, there = through_dcp(ZERO2, tmp_path)
+    there.reshape(format=form, dtype="bf16", **{"zero_stage": 2, **options}).save(tmp_path / "out" / "step")
+    stage = {"zero": options["zero_stage"]} if "zero_stage" in options else {}
+    universal = form == "universal"
+    report = resume(tmp_path / "out" / "step", ZERO2.name, universal=universal, steps=1, dp=options["dp"], **stage)
+    assert report["status"] == "equal", report.get("error") or report["differences"]
+    assert report["compared"]["exp_avg_sq"] > 20

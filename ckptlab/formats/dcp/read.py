@@ -175,7 +175,10 @@ def _groups(
     for name, options in keys.flat.items():
         values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
         together.setdefault(repr(sorted(values.items())), (values, []))[1].append(name)
-    made += [(values, tuple(names)) for values, names in together.values()]
+    order = {name: i for i, name in enumerate(keys.weights)}  # options are strewn over ranks; weights less so
+    made += [
+        (values, tuple(sorted(names, key=lambda n: order.get(n, len(order))))) for values, names in together.values()
+    ]
     return tuple(ParameterGroup(options, names, _scalars_of(names, scalars)) for options, names in made)
 
 

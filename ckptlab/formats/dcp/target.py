@@ -43,7 +43,8 @@ class DCPOptions:
     none). `rename`: "regex=replacement", one after the other, on the names of tensors. `chunks`: "fsdp" (as FSDP2 cuts:
     what a layout says, and dim 0 over dp within; the default), "layouts" (what layouts say alone), "whole" (one file).
     `dtype`: "bf16", "fp16" or "fp32" of the weights; master weights of another are then kept beside the moments, as
-    `master_param`. None: master weights are the model's, but a DCP source keeps what it has. `param_groups`:
+    `master_param`. None: master weights are the model's, but a DCP source keeps what it has (not Megatron-core's, whose
+    masters torch's own optimizers have no place for). `param_groups`:
     hyperparameters of each group, added to the source's or in their place. `padded_vocab`: rows of a vocabulary that is
     padded in the source, which keep what they held there.
     """
@@ -112,12 +113,12 @@ def _states(source: Catalog, tensor: Tensor, options: DCPOptions, keys: KeyStyle
     """The states that are written: the weight, as the model's program is to have it, and what its optimizer keeps."""
     held = {state: np.dtype(tensor.states[state]) for state in source.held(tensor.name)}
     weight = held.get(MASTER, held.get(PARAM))
-    if weight is None:
-        return {}
+    if weight is None:  # of a weight that is stored in parts, fused
+        return {} if keys.optimizer is None else held
     wanted = None if options.dtype is None or tensor.kind == "buffer" else DTYPES[options.dtype]
     if wanted is not None and weight.kind not in "iub":
         found = {PARAM: wanted} if wanted != held.get(MASTER) else {MASTER: wanted}
-    elif source.format == "dcp" and PARAM in held:
+    elif isinstance(source.private, KeyStyle) and PARAM in held:
         found = {PARAM: held[PARAM]}
     else:
         found = {MASTER: held[MASTER]} if MASTER in held else {PARAM: held[PARAM]}

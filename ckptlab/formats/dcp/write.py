@@ -243,7 +243,7 @@ def differences(target: Catalog, found: Catalog | None) -> Iterator[str]:
 def _told(tensor: Tensor) -> tuple[tuple[int, ...], dict[str, str]]:
     """Shape and dtypes, the weight's by its own name whether or not it is the master."""
     states = {state: dtype.name for state, dtype in tensor.states.items()}
-    if PARAM not in states:
+    if PARAM not in states and MASTER in states:
         states[PARAM] = states.pop(MASTER)
     return tensor.shape, states
 

@@ -146,7 +146,8 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
         options: what that format takes; see TargetOptions for DeepSpeed's (zero_stage, dtype, pipeline, padded_vocab,
         heads, …). ReshapeError, with the reasons and the nearest meshes that work, if it cannot be.
         """
-        trained = (self.catalog.training.mesh or self.mesh).joined()
+        told = self.catalog.training.mesh
+        trained = (told or self.mesh).joined()
         axes = {name: options.pop(name) for name in list(options) if name in trained}
         if axes and mesh is not None:
             raise ReshapeError(f"a mesh and {next(iter(axes))}= are both given: say the degree in one of them")
@@ -154,7 +155,9 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
             if not isinstance(mesh, Mapping):
                 raise ReshapeError(f"reshape takes a mesh, Mesh(tp=4), or degrees by axis, tp=4; not {mesh!r}")
             mesh = Mesh(**mesh)
-        return Reshape.of(self.catalog, trained.replace(**axes) if axes else mesh, format, strategy, **options)
+        if axes:  # axes that nobody named are none to keep
+            mesh = Mesh(**axes) if told is None else trained.replace(**axes)
+        return Reshape.of(self.catalog, mesh, format, strategy, **options)
 
     def state_dict(
         self, state: str | None = None, backend: Any = "torch", dtype: Any = None, device: Any = None
@@ -235,7 +238,7 @@ class Reshape(Viewed, Shown):
         given, mesh = form.options(**options), mesh or source.training.mesh or source.mesh
         said, laid = resolve(strategy), source
         if said is not None or (format == PAPER and not source.training.numbers):
-            laid = relaid(source, mesh, said or Rules(()))
+            laid = relaid(source, mesh, said or Rules(()), form.cuts)
             _check_cuts(laid, mesh, form)
         return Reshape(source, form.target(laid, mesh, given), given, said)
 

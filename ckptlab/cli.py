@@ -178,6 +178,13 @@ _target = _options(
         metavar="FILE.json",
         help="Hyperparameters of each parameter group: a JSON list of objects with lr, weight_decay, …",
     ),
+    click.option("--keys", metavar="STYLE", help="DCP: torch, torch-flat, torchtitan, accelerate, weights."),
+    click.option("--model-key", metavar="KEY", help="DCP: what stands before a weight's name, dotted, or ''."),
+    click.option("--optimizer-key", metavar="KEY", help="DCP: what stands before state and param_groups."),
+    click.option("--chunks", metavar="HOW", help="DCP: fsdp (dim 0 over dp), layouts (these alone), whole (one file)."),
+    click.option(
+        "--rename", multiple=True, metavar="REGEX=TEXT", help="DCP: rules for names of tensors, one after the other."
+    ),
     _strategy,
 )
 
@@ -296,8 +303,8 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
     required=True,
     metavar="FORMAT",
     help="deepspeed: files that a plain load_checkpoint on the new mesh reads. universal: DeepSpeed's universal "
-    "checkpoint. safetensors: the weights alone, whole. huggingface: the same under transformers' names, with a "
-    "config.json. `ckptlab formats` lists those that are registered.",
+    "checkpoint. dcp: torch Distributed Checkpoint, for FSDP and others. safetensors: the weights alone, whole. "
+    "huggingface: the same under transformers' names, with a config.json. `ckptlab formats` lists those that are registered.",
 )
 @click.option(
     "--from", "origin", type=click.Choice(["huggingface"]), help="SRC has transformers' names: to those of --family."
@@ -563,7 +570,7 @@ def _writes(form: str) -> None:
 
 def _reshape(ckpt: Checkpoint, options: Mapping[str, Any], form: str | None = None) -> Reshape:
     """The target that the options say; axes that they do not name keep the degree that the run had."""
-    given = {k: v for k, v in options.items() if v is not None}
+    given = {k: v for k, v in options.items() if v is not None and v != ()}
     if "param_groups" in given:
         given["param_groups"] = _param_groups(given["param_groups"])
     return ckpt.reshape(format=form, **given)
@@ -587,7 +594,7 @@ def _write_run(
     reshape = _reshape(ckpt, options, form)
     report = reshape.save(destination, **running)
     notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
-    if report.latest is None:
+    if report.latest is None and reshape.format.pointed:
         tag = os.path.basename(report.destination)
         text = f"`latest` beside it is the source run's and was left alone: load it with tag={tag!r}"
         notices.append({"code": "latest-left-alone", "text": text})
@@ -652,7 +659,7 @@ def _write_pretrained(
 
 def _weights_only(options: Mapping[str, Any], form: str) -> None:
     """A UsageError for an option that means nothing where weights alone are written."""
-    named = [k for k, v in options.items() if v is not None and k != "dtype"]
+    named = [k for k, v in options.items() if v is not None and v != () and k != "dtype"]
     if named:
         option = f"--{named[0].replace('_', '-')}"
         raise click.UsageError(f"{option} has no meaning with --to {form}, which holds whole weights")

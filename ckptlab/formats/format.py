@@ -104,7 +104,8 @@ class Format(ABC):
     `name` is what users call it, `title` a line about it; `options` the frozen dataclass of what a user may say of a
     target (see `Checkpoint.reshape`); `home`: the format that its checkpoints are reshaped to where none is said
     (None: they say too little of a run to be laid out on a mesh); `sharded`: its files are those of a mesh's ranks;
-    `cuts`: the mesh axes that may cut a tensor in them (None: any, or none at all).
+    `cuts`: the mesh axes that may cut a tensor in them (None: any, or none at all); `pointed`: a file beside its
+    folders names one of them (see `pointer`).
     """
 
     name: ClassVar[str]
@@ -115,6 +116,7 @@ class Format(ABC):
     writes: ClassVar[bool] = False
     sharded: ClassVar[bool] = True
     cuts: ClassVar[tuple[str, ...] | None] = None
+    pointed: ClassVar[bool] = False
 
     @abstractmethod
     def recognise(self, folder: Listing) -> Match | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ckptlab.errors import LayoutError
 from ckptlab.layout.layout import Layout
-from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names
+from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, show
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
 
@@ -75,6 +76,31 @@ def on_degree(layout: Layout, axis: str, degree: int) -> Layout:
         sizes={n: w for n, w in layout.sizes if n not in uneven},
         totals={**dict(layout.totals), **{n: total for n, total in found.items() if total is not None}},
     )
+
+
+def without(layout: Layout, axes: Iterable[str]) -> Layout:
+    """The layout over the other mesh axes alone: what these cut is whole. Widths of an uneven cut in their dims go."""
+    left_out = set(axes)
+    touched = [bool(left_out & set(names(node))) for node in layout.tree]
+    if not any(touched):
+        return layout
+    tree = tuple(_less(node, left_out) for node in layout.tree)
+    uneven = {n for node, cut in zip(layout.tree, touched, strict=True) if cut for n in names(node)}
+    known = {name for node in tree for name in names(node)}
+
+    def kept(lengths: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        return {n: k for n, k in lengths if n in known and not (isinstance(k, tuple) and n in uneven)}
+
+    return layout.replace(text=show(tree), dims=layout.dims, sizes=kept(layout.sizes), totals=kept(layout.totals))
+
+
+def _less(node: Node, left_out: set[str]) -> Node:
+    if isinstance(node, Sum):
+        return Sum(tuple(_less(term, left_out) for term in node.terms))
+    if not isinstance(node, Product):
+        return node
+    kept = tuple(_less(f, left_out) for f in node.factors if not (isinstance(f, Name) and f.text in left_out))
+    return kept[0] if len(kept) == 1 else Product(kept)
 
 
 def with_lengths(layout: Layout, known: Layout, shape: Shape, mesh: Mesh) -> Layout:

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
-from ckptlab.layout import Layout, on_degree, with_lengths
+from ckptlab.layout import Layout, on_degree, with_lengths, without
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
 
 
-def relaid(source: Catalog, mesh: Mesh, strategy: Strategy) -> Catalog:
+def relaid(source: Catalog, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...] | None = None) -> Catalog:
     """The source with the layouts that its tensors are to have on `mesh`: the strategy's, or where it has no say their
-    own. Nothing else is changed: cuts and placements are still those of what is stored.
+    own, over those of its axes that the mesh has (and `cuts`, where that is not None). Nothing else is changed: cuts
+    and placements are still those of what is stored.
 
     Lengths of parts (q, k, v) that the strategy leaves open are those of the source's layout; a vocabulary that is
     padded there is padded to what the new cut needs. ReshapeError, with the tensor's name, where a layout does not fit.
@@ -23,17 +24,18 @@ def relaid(source: Catalog, mesh: Mesh, strategy: Strategy) -> Catalog:
     tensors = {}
     for name, tensor in source.tensors.items():
         try:
-            tensors[name] = _tensor(tensor, mesh, strategy)
+            tensors[name] = _tensor(tensor, mesh, strategy, cuts)
         except LayoutError as error:
             raise ReshapeError(f"{source.path}: {name} cannot be laid out as the strategy says: {error}") from None
     training = replace(source.training, layouts_told=False, numbers={})
     return replace(source, tensors=tensors, training=training)
 
 
-def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy) -> Tensor:
+def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...] | None) -> Tensor:
     layout = strategy.layout(tensor.name, [tensor.shape])
     if layout is None:
-        layout = tensor.layout.replace(stages=None)
+        gone = [a for a in tensor.cut.mesh.axes if a not in mesh or (cuts is not None and a not in cuts)]
+        layout = without(tensor.layout.replace(stages=None), gone)
         for axis in dict.fromkeys(name for node in layout.tree for name in names(node) if name in mesh):
             layout = on_degree(layout, axis, mesh[axis])
     elif len(layout.dims) != len(tensor.shape):

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ckptlab.catalog import Catalog
+from ckptlab.catalog.stacks import split
+from ckptlab.errors import ReshapeError
+
 
 def stage_of(layer: int, starts: Sequence[int]) -> int:
     """The stage that layer is on, given the first layer of each stage."""
@@ -48,3 +52,36 @@ def balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
     for j in range(pp, 0, -1):
         ends.append(int(cut[ends[-1], j]))
     return tuple(reversed(ends[1:]))
+
+
+def dealt(source: Catalog, pp: int) -> dict[str, tuple[int, ...]]:
+    """The pp stages of every tensor of a source, the canonical one first: those that a layout says, else the source's
+    where pp stays, else layers dealt evenly by the first number in their names, what comes before them to the first
+    stage and what comes behind to the last. ReshapeError where a stage would hold nothing."""
+    trained = source.training.mesh or source.mesh
+    numbers = {name: split(name)[1] for name in source.tensors}
+    layers = sorted({n for n in numbers.values() if n is not None})
+    starts = uniform(len(layers), pp)
+    said = {name: t.layout.stages for name, t in source.tensors.items() if t.layout.stages is not None}
+    if trained.pp != pp and said == {name: t.stages for name, t in source.tensors.items()}:
+        said = {}  # nobody's word on the target, but where the source has them
+    found: dict[str, tuple[int, ...]] = {}
+    seen = False
+    for name, tensor in source.tensors.items():
+        number = numbers[name]
+        seen = seen or number is not None
+        if name in said:
+            found[name] = said[name]
+        elif trained.pp == pp:
+            found[name] = tensor.stages
+        elif len(tensor.stages) > 1:
+            found[name] = tuple(dict.fromkeys((0, pp - 1)))
+        elif number is None:
+            found[name] = (pp - 1 if seen else 0,)
+        else:
+            found[name] = (stage_of(layers.index(number), starts),)
+    if missing := set(range(pp)) - {stage for held in found.values() for stage in held}:
+        raise ReshapeError(
+            f"{source.path}: pp {pp}: stage {min(missing)} would hold no tensor: there are {len(layers)} layers to deal"
+        )
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,8 @@ class Found:
 
     `axes`: the mesh axes that may cut tensors, where that is known (then `mesh` is the run's); `parts`: in how many
     equal parts a dim may be cut first. `stages`: the pp stage of a tensor. `layouts`: how tensors are said to be cut by
-    the files themselves. `told`: these layouts are exact.
+    the files themselves. `kinds`: what tensors are, where that is said. `aliases`: further names of a weight. `shapes`:
+    those of tensors that are padded in the files. `untold`: of which nobody knows how tensor parallelism cuts them.
     """
 
     path: str
@@ -61,6 +62,11 @@ class Found:
     parts: tuple[int, ...] = (1,)
     stages: Mapping[str, int] = field(default_factory=dict)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    untold: frozenset[str] = frozenset()
+    dtype: str | None = None
     step: int | None = None
     files: tuple[str, ...] = ()
     private: Any = None
@@ -115,6 +121,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
             if laid is None:
                 laid = lay_alone(grid)
                 known = False
+            laid = laid.within(found.shapes.get(name, grid.shape))
             first = first or laid
             own = laid.cut.mesh == mesh
             placement = Placement(laid.cut, (stage if own and stage < mesh.pp else 0,))
@@ -126,14 +133,14 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
             first.cut.logical,
             first.layout.replace(stages=(stage,)) if mesh.pp > 1 else first.layout,
             first.cut,
-            _kind(name, found, grids[name].dtype, group_of),
+            found.kinds.get(name) or _kind(name, found, grids[name].dtype, group_of),
             {state: grid.dtype for state, grid in by_state.items()},
             group_of.get(name),
             (stage if stage < mesh.pp else 0,),
-            (),
-            known and first.cut.mesh == mesh and not (neutral and first.cut.axes),
+            tuple(found.aliases.get(name, ())),
+            known and first.cut.mesh == mesh and not (neutral and first.cut.axes) and name not in found.untold,
         )
-    _say_axes(found.path, tensors, neutral, axes, said)
+    _say_axes(found.path, [t for t in tensors.values() if t.name not in found.untold], neutral, axes, said)
     return Catalog(
         found.path,
         format,
@@ -145,7 +152,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
         Training(
             mesh=None if neutral else mesh,
             step=found.step,
-            dtype=_dtype(states),
+            dtype=found.dtype or _dtype(states),
             groups=found.groups,
             heads=found.heads,
             kv_heads=found.kv_heads,
@@ -251,8 +258,8 @@ def _dtype(states: Mapping[str, Mapping[str, Grid]]) -> str | None:
     return max(found, key=lambda name: found[name]) if found else None
 
 
-def _say_axes(path: str, tensors: Mapping[str, Tensor], neutral: bool, axes: Axes, said: Said) -> None:
-    unnamed = [t.name for t in tensors.values() if not t.layout_known]
+def _say_axes(path: str, tensors: Sequence[Tensor], neutral: bool, axes: Axes, said: Said) -> None:
+    unnamed = [t.name for t in tensors if not t.layout_known]
     if not unnamed:
         return
     which = ", ".join(f"{name} ({n})" for name, n in axes) if neutral else "of its own"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -47,6 +47,13 @@ class Laid:
     layout: Layout
     cut: Cut
     ways: Ways | None
+
+    def within(self, shape: tuple[int, ...]) -> Laid:
+        """The same of a tensor that is smaller: what is beyond is padding."""
+        padded = {d: size for d, (size, n) in enumerate(zip(self.cut.shape, shape, strict=True)) if size > n}
+        if not padded:
+            return self
+        return replace(self, layout=self.layout.replace(padded=padded), cut=replace(self.cut, logical=shape))
 
     def spans(self, grid: Grid, holder: Mapping[str, int]) -> list[list[Span]]:
         """For each dim the intervals that a holder has."""
@@ -85,7 +92,7 @@ def _even(grid: Grid, count: int) -> bool:
 def lay(grid: Grid, mesh: Mesh, axes: Axes, parts: Sequence[int] = (1,)) -> Laid | None:
     """A grid on some axes of a mesh; None where they cannot have cut it so."""
     ways = _best(grid, mesh, axes, tuple(parts))
-    return None if ways is None else _laid(grid, mesh, ways)
+    return None if ways is None else laid(grid.shape, mesh, ways)
 
 
 def lay_as(grid: Grid, mesh: Mesh, layout: Layout, name: str) -> Laid:
@@ -101,7 +108,7 @@ def lay_as(grid: Grid, mesh: Mesh, layout: Layout, name: str) -> Laid:
                 f"{name}: dim {d} of {layout.text!r} on {mesh} would be cut at {_some(said)}, its chunks begin at "
                 f"{_some(grid.edges[d][:-1].tolist())}: say another layout, or another mesh"
             )
-    made = _laid(grid, mesh, ways)
+    made = laid(grid.shape, mesh, ways)
     return (
         Laid(layout.replace(sizes={**dict(made.layout.sizes), **dict(layout.sizes)}), made.cut, ways)
         if ({n for n, _ in made.layout.sizes} <= {n for node in layout.tree for n in names(node)})
@@ -292,20 +299,20 @@ def _dim_cut(size: int, axes: tuple[str, ...], table: Mapping[tuple[int, ...], l
     return DimCut(size, axes, rows, widths)
 
 
-def _laid(grid: Grid, mesh: Mesh, ways: Ways) -> Laid:
+def laid(shape: tuple[int, ...], mesh: Mesh, ways: Ways) -> Laid:
+    """A tensor cut in these ways, as torch cuts."""
     dims = tuple(
-        _axes_cut(n, way, mesh) if way.axes else Cut.whole((n,)).dims[0]
-        for n, way in zip(grid.shape, ways, strict=True)
+        _axes_cut(n, way, mesh) if way.axes else Cut.whole((n,)).dims[0] for n, way in zip(shape, ways, strict=True)
     )
     labels = dim_names(len(ways))
     text, sizes = [], {}
     for d, (label, way) in enumerate(zip(labels, ways, strict=True)):
         before = " ".join([*([str(way.parts)] if way.parts > 1 else []), *way.axes])
         text.append(f"({before} {label})" if way.axes else label)
-        widths = _inner_widths(grid.shape[d], way, mesh)
+        widths = _inner_widths(shape[d], way, mesh)
         if widths is not None:
             sizes[label] = widths
-    return Laid(Layout(" ".join(text), dims=labels, sizes=_uneven(sizes)), Cut(grid.shape, mesh, dims), ways)
+    return Laid(Layout(" ".join(text), dims=labels, sizes=_uneven(sizes)), Cut(shape, mesh, dims), ways)
 
 
 @lru_cache(maxsize=4096)

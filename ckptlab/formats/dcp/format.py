@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
+from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
-from ckptlab.findings import Faults
+from ckptlab.errors import CheckpointError
+from ckptlab.findings import Faults, Strict
 from ckptlab.formats.dcp import megatron, ranks
 from ckptlab.formats.dcp.folder import OF_RANK
 from ckptlab.formats.dcp.metadata import DATA, METADATA
-from ckptlab.formats.dcp.read import MODEL_FOLDER, OPTIMIZER_FOLDER, read_dcp
+from ckptlab.formats.dcp.read import read_dcp
+from ckptlab.formats.dcp.styles import MODEL_FOLDER, OPTIMIZER_FOLDER
+from ckptlab.formats.dcp.target import DCPOptions
+from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
 
 _LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's
@@ -24,6 +32,9 @@ class DCP(Format):
 
     name = "dcp"
     title = "torch Distributed Checkpoint (FSDP, torchtitan, accelerate, Megatron-core)"
+    options = DCPOptions
+    home = "dcp"
+    writes = True
 
     def recognise(self, folder: Listing) -> Match | None:
         """This folder, or the one that Megatron's latest_checkpointed_iteration.txt names. Files without `.metadata`
@@ -43,6 +54,29 @@ class DCP(Format):
             catalog = read_dcp(path, strategy, faults)
             return None if faults.failed else catalog
         return None
+
+    def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
+        from ckptlab.formats.dcp.target import reshape
+
+        return reshape(source, mesh, options)
+
+    def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
+        from ckptlab.formats.dcp.write import files
+
+        return files(source, target, tally)
+
+    def payload(self, source: Catalog, target: Catalog) -> int:
+        from ckptlab.formats.dcp.target import payload
+
+        return payload(target)
+
+    def verify(self, folder: str, source: Catalog, target: Catalog) -> None:
+        """The folder must open, and say of every tensor and state what the target says."""
+        from ckptlab.formats.dcp.write import differences
+
+        found = self.read(folder, Strict(), None)
+        for text in differences(target, found):
+            raise CheckpointError(f"{folder}: {text}: this is a fault of ckptlab; please report it")
 
 
 def _marked(folder: Listing) -> bool:

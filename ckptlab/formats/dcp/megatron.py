@@ -47,7 +47,7 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
     if not isinstance(common, dict):
         raise CheckpointError(f"{beside}: holds a {type(common).__name__}, expected a dict: it is no common state")
     args = getattr(common.get("args"), "attributes", {})
-    found = Found(path, files=(ABOUT, *((COMMON,) if common else ()), *files), private=(metadata,))
+    found = Found(path, files=(ABOUT, *((COMMON,) if common else ()), *files))
     found.mesh = _mesh(args, metadata)
     found.axes = (("tp", found.mesh.tp),) if found.mesh.tp > 1 else ()
     found.parts = _HALVES

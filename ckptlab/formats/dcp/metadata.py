@@ -29,6 +29,8 @@ from ckptlab.formats.torch.pickles import Foreign, Global, tuple_opcodes_at_most
 Int64 = NDArray[np.int64]
 
 METADATA = ".metadata"
+CHECKPOINT = "torch.distributed.checkpoint.metadata"  # the module of its classes
+LABELS = "ckptlab"  # the attribute in which ckptlab's own writer says what torch has no word for
 DATA = re.compile(r"__(\d{1,9})_(\d+)\.distcp")
 _MOST_DIMS = 32
 _STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
@@ -108,14 +110,13 @@ def _path(*parts: Any) -> Any:
     return os.path.join(*parts) if parts and all(type(part) is str for part in parts) else NotImplemented
 
 
-_METADATA = "torch.distributed.checkpoint.metadata"
 _OLD = "torch.distributed._shard.sharded_tensor.metadata"
 _KNOWN: dict[tuple[str, str], Any] = {
-    (_METADATA, "ChunkStorageMetadata"): _Chunk,
-    (_METADATA, "MetadataIndex"): _Index,
-    (_METADATA, "TensorStorageMetadata"): _Tensor,
-    (_METADATA, "BytesStorageMetadata"): _Bytes,
-    (_METADATA, "TensorProperties"): _Properties,
+    (CHECKPOINT, "ChunkStorageMetadata"): _Chunk,
+    (CHECKPOINT, "MetadataIndex"): _Index,
+    (CHECKPOINT, "TensorStorageMetadata"): _Tensor,
+    (CHECKPOINT, "BytesStorageMetadata"): _Bytes,
+    (CHECKPOINT, "TensorProperties"): _Properties,
     (_OLD, "TensorProperties"): _Properties,  # torch 2.1
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Info,
     ("torch", "Size"): Global("torch", "Size", _size),
@@ -193,7 +194,7 @@ class Metadata:
     """What one or several `.metadata` files say together.
 
     `folder`: relative paths of `files` begin there. `transforms`: file index → what its streams went through. `saves`:
-    the ids of the saves. `extra`: what Megatron-core adds (`mcore_data`; `ranks`, how many planned).
+    the ids of the saves. `extra`: what Megatron-core adds (`mcore_data`; `ranks`, how many planned), and `LABELS`.
     """
 
     folder: str
@@ -271,7 +272,7 @@ class _Columns:
 
     def add(self, root: Any) -> None:
         if not isinstance(root, Foreign) or root.name != "Metadata" or not isinstance(root.state, dict):
-            raise CheckpointError(f"holds {_said(root)}, expected a Metadata of {_METADATA}: no `.metadata` of torch")
+            raise CheckpointError(f"holds {_said(root)}, expected a Metadata of {CHECKPOINT}: no `.metadata` of torch")
         entries, storage = root.state.get("state_dict_metadata"), root.state.get("storage_data")
         if not isinstance(entries, dict) or not isinstance(storage, dict):
             raise CheckpointError(
@@ -293,6 +294,8 @@ class _Columns:
             self.saves.append(meta.attributes["save_id"])
         if isinstance(root.state.get("mcore_data"), dict):
             self.extra["mcore_data"] = root.state["mcore_data"]
+        if isinstance(root.state.get(LABELS), dict):
+            self.extra[LABELS] = root.state[LABELS]
         if isinstance(root.state.get("all_local_plans"), list):
             self.extra["ranks"] = len(root.state["all_local_plans"])
 

@@ -14,19 +14,17 @@ from ckptlab import paths
 from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.findings import Faults, Strict
-from ckptlab.formats.dcp import megatron, ranks
+from ckptlab.formats.dcp import labels, megatron, ranks
 from ckptlab.formats.dcp.assemble import Client, Found, assemble
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
 from ckptlab.formats.dcp.items import object_at
 from ckptlab.formats.dcp.keys import Keys, sort_keys
-from ckptlab.formats.dcp.metadata import Metadata
+from ckptlab.formats.dcp.metadata import LABELS, METADATA, Metadata
 from ckptlab.formats.dcp.said import Said
+from ckptlab.formats.dcp.styles import MODEL_FOLDER, OPTIMIZER_FOLDER, found_style
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
-
-MODEL_FOLDER = "pytorch_model_fsdp_"  # accelerate's, a number behind
-OPTIMIZER_FOLDER = "optimizer_"
 
 
 def read_dcp(
@@ -95,11 +93,10 @@ def grids_of(metadata: Metadata, keys: Mapping[str, str], said: Said) -> dict[st
 
 def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -> Found:
     of = {key: metadata for metadata in read for key in (*metadata.tensors, *metadata.blobs)}
-    keys = sort_keys(
-        {key: e.path for m in read for key, e in m.tensors.items()},
-        {key: b.path for m in read for key, b in m.blobs.items()},
-    )
-    found = Found(path, files=files, private=tuple(read))
+    tensors = {key: e.path for m in read for key, e in m.tensors.items()}
+    keys = sort_keys(tensors, {key: b.path for m in read for key, b in m.blobs.items()})
+    found = Found(path, files=files, private=found_style(keys, tensors, len(read)))
+    _same_items(keys, of, found)
     for name, key in keys.weights.items():
         found.weights |= grids_of(of[key], {name: key}, said)
     scalars: dict[str, dict[str, Any]] = {}
@@ -119,7 +116,25 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
     found.groups = _groups(keys, of, scalars)
     found.client = Client({at: partial(_client, of[key], key) for key, at in keys.client.items()})
     found.step = _step(found)
+    told = next((m.extra[LABELS] for m in read if LABELS in m.extra), None)
+    if told is not None:
+        labels.put(found, told, os.path.join(path, METADATA))
     return found
+
+
+def _same_items(keys: Keys, of: Mapping[str, Metadata], found: Found) -> None:
+    """Weights of which every item is another's too become aliases of it: ckptlab writes tied tensors so."""
+    known: dict[Any, str] = {}
+    for name, key in list(keys.weights.items()):
+        entry = of[key].tensors[key]
+        lies = (of[key].folder, entry.shape, entry.starts.tobytes(), entry.file.tobytes(), entry.offset.tobytes())
+        first = known.setdefault(lies, name) if len(entry.starts) else name
+        if first != name and first not in keys.states and name in keys.states:
+            first, name = name, first  # the one that the optimizer knows
+            known[lies] = first
+        if first != name:
+            del keys.weights[name]
+            found.aliases.setdefault(first, []).append(name)
 
 
 def _scalar_states(keys: Keys, of: Mapping[str, Metadata]) -> set[str]:
@@ -160,7 +175,10 @@ def _groups(
     for name, options in keys.flat.items():
         values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
         together.setdefault(repr(sorted(values.items())), (values, []))[1].append(name)
-    made += [(values, tuple(names)) for values, names in together.values()]
+    order = {name: i for i, name in enumerate(keys.weights)}  # options are strewn over ranks; weights less so
+    made += [
+        (values, tuple(sorted(names, key=lambda n: order.get(n, len(order))))) for values, names in together.values()
+    ]
     return tuple(ParameterGroup(options, names, _scalars_of(names, scalars)) for options, names in made)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ckptlab import paths
 from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
-from ckptlab.errors import CheckpointError, ReshapeError
+from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Strict
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.options import TargetOptions
@@ -38,6 +38,7 @@ class DeepSpeed(Format):
     home = "deepspeed"
     writes = True
     cuts = ("tp",)
+    pointed = True
 
     def recognise(self, folder: Listing) -> Match | None:
         kinds = {n.kind for name in folder.names if (n := names.parse(name)) is not None}
@@ -61,20 +62,17 @@ class DeepSpeed(Format):
         return read_native(match.path, faults, strategy, match.also)
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
-        from ckptlab.formats.deepspeed.read import Native
+        from ckptlab.formats.deepspeed.adopted import adopted, assumed
         from ckptlab.formats.deepspeed.target import reshape
 
-        if not isinstance(source.private, Native):
-            raise ReshapeError(
-                f"{source.path}: a {source.format} checkpoint does not say what DeepSpeed's engine resumes from (its "
-                f"own state, the program's layers): {self.name} files cannot be written; write safetensors"
-            )
-        return replace(reshape(source, mesh, options), format=self.name)
+        made = reshape(adopted(source), mesh, options)
+        return replace(made, format=self.name, findings=(*made.findings, *assumed(source, options)))
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
+        from ckptlab.formats.deepspeed.adopted import adopted
         from ckptlab.formats.deepspeed.write import files
 
-        return files(source, target, tally)
+        return files(adopted(source), target, tally)
 
     def payload(self, source: Catalog, target: Catalog) -> int:
         from ckptlab.formats.deepspeed.write import payload
@@ -83,7 +81,9 @@ class DeepSpeed(Format):
 
     def verify(self, folder: str, source: Catalog, target: Catalog) -> None:
         """The folder must open, and say of every tensor what the target says."""
-        silent = source.private.autotp and target.mesh.tp == 1  # AutoTP says nothing there
+        from ckptlab.formats.deepspeed.adopted import adopted
+
+        silent = adopted(source).private.autotp and target.mesh.tp == 1  # AutoTP says nothing there
         told = target.training.layouts_told and not silent
         layouts = LayoutsOf({name: tensor.layout for name, tensor in target.tensors.items()})
         found = self.read(folder, Strict(), None if not silent and (told or target.mesh.tp == 1) else layouts)
@@ -144,9 +144,10 @@ class Universal(DeepSpeed):
         return super().target(source, mesh, replace(options, zero_stage=1))
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
+        from ckptlab.formats.deepspeed.adopted import adopted
         from ckptlab.formats.deepspeed.universal.write import files
 
-        return files(source, target, tally)
+        return files(adopted(source, target.tensors), target, tally)
 
     def payload(self, source: Catalog, target: Catalog) -> int:
         return sum(plan.nbytes for plan in self.files(source, target))

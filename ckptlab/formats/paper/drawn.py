@@ -24,11 +24,10 @@ from ckptlab.catalog import (
     Tensor,
     placements_of,
 )
-from ckptlab.catalog.stacks import split
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
-from ckptlab.sharding.stages import stage_of, uniform
+from ckptlab.sharding.stages import dealt
 
 
 def drawn(source: Catalog, mesh: Mesh, zero_stage: int) -> Catalog:
@@ -40,7 +39,7 @@ def drawn(source: Catalog, mesh: Mesh, zero_stage: int) -> Catalog:
     """
     if zero_stage not in ZERO_STAGES:
         raise ReshapeError(f"ZeRO stage {zero_stage}: expected 0, 1, 2 or 3")
-    stages = _stages(source, mesh.pp)
+    stages = dealt(source, mesh.pp)
     tensors = {name: _tensor(source, t, mesh, stages[name], zero_stage) for name, t in source.tensors.items()}
     training = source.training
     groups = source.groups or (ParameterGroup({}, tuple(n for n, t in tensors.items() if t.kind == "parameter")),)
@@ -77,34 +76,6 @@ def _tensor(source: Catalog, tensor: Tensor, mesh: Mesh, stages: tuple[int, ...]
         if zero_stage == 3 and Placement(cut, stages).data:
             del states[PARAM]  # made from the master's fragments
     return replace(tensor, layout=layout, cut=cut, states=states, stages=stages)
-
-
-def _stages(source: Catalog, pp: int) -> dict[str, tuple[int, ...]]:
-    """The pp stages of every tensor, the canonical one first."""
-    trained = source.training.mesh or source.mesh
-    numbers = {name: split(name)[1] for name in source.tensors}
-    layers = sorted({n for n in numbers.values() if n is not None})
-    starts = uniform(len(layers), pp)
-    found: dict[str, tuple[int, ...]] = {}
-    seen = False
-    for name, tensor in source.tensors.items():
-        number = numbers[name]
-        seen = seen or number is not None
-        if tensor.layout.stages is not None:
-            found[name] = tensor.layout.stages
-        elif trained.pp == pp:
-            found[name] = tensor.stages
-        elif len(tensor.stages) > 1:
-            found[name] = tuple(dict.fromkeys((0, pp - 1)))
-        elif number is None:
-            found[name] = (pp - 1 if seen else 0,)
-        else:
-            found[name] = (stage_of(layers.index(number), starts),)
-    if missing := set(range(pp)) - {stage for held in found.values() for stage in held}:
-        raise ReshapeError(
-            f"{source.path}: pp {pp}: stage {min(missing)} would hold no tensor: there are {len(layers)} layers to deal"
-        )
-    return found
 
 
 def _flat_groups(

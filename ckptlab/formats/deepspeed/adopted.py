@@ -1,0 +1,164 @@
+"""A checkpoint of another kind as DeepSpeed's writers need their source: with the model file that an engine would have
+saved for it on one rank.
+
+Weights, optimizer states, groups and the step are the source's. What an engine keeps beside (its scheduler, random
+states, the program's client state) is not in it, and begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup, Tensor
+from ckptlab.errors import ReshapeError
+from ckptlab.findings import Finding
+from ckptlab.formats.deepspeed.experts import layer_of
+from ckptlab.formats.deepspeed.files import StepFolder
+from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
+from ckptlab.formats.deepspeed.module import ModuleWeights
+from ckptlab.formats.deepspeed.options import TargetOptions
+from ckptlab.formats.deepspeed.read import Native
+from ckptlab.layout import without
+from ckptlab.layout.notation import names
+from ckptlab.mesh import Mesh
+from ckptlab.stored import Stored, row_major_strides, scalar
+from ckptlab.words import some
+
+VERSION = "0.19.8"  # of DeepSpeed: whose engine was seen to load such files
+ZERO_STAGE = 1  # where nobody says another
+
+
+def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None) -> Catalog:
+    """The source itself where DeepSpeed wrote it; else the same tensors over the same bytes, with what DeepSpeed's
+    writers ask for. tensors: those of the target, whose layouts are then taken.
+
+    ReshapeError, with every reason, where an engine could not resume from it.
+    """
+    if isinstance(source.private, Native):
+        return source
+    if reasons := list(_reasons(source)):
+        raise ReshapeError(
+            f"{source.path}: DeepSpeed cannot resume from this {source.format} checkpoint:\n"
+            + "\n".join(f"  - {reason}" for reason in reasons)
+        )
+    tp = any("tp" in names(node) for t in source.tensors.values() for node in t.layout.tree)
+    held = {name: _tensor(t, tp, (tensors or {}).get(name)) for name, t in source.tensors.items()}
+    groups = tuple(replace(group, scalars=_scalars(group)) for group in source.groups)
+    stage = source.zero_stage if source.zero_stage is not None else ZERO_STAGE
+    training = replace(source.training, mesh=Mesh(), groups=groups, zero_stage=stage, layouts_told=False)
+    head = ModelFile.of(source.path, _model_file(source, held, stage))
+    folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)})
+    native = Native(folder, Wrapper.NONE, False, ModuleWeights(), {}, False, False)
+    return replace(source, tensors=held, training=training, private=native)
+
+
+def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
+    """What a user must hear of a source that DeepSpeed did not write."""
+    if isinstance(source.private, Native):
+        return
+    if options.zero_stage is None and source.zero_stage is None:
+        yield Finding(
+            "zero-stage-assumed",
+            "info",
+            found=f"{source.path} says no ZeRO stage: written for ZeRO-{ZERO_STAGE}; say zero_stage=",
+            about="target",
+        )
+    if left := [key for key in source.client if key not in ("train_state", "lr_scheduler")]:
+        yield Finding(
+            "client-left-out",
+            "info",
+            found=f"what the program put into {source.path} ({some(left, 4)}) is not DeepSpeed's to restore, and is "
+            "left out: data loaders and random states begin anew",
+            about="target",
+        )
+
+
+def _reasons(source: Catalog) -> Iterator[str]:
+    if not source.groups:
+        yield "it holds weights alone, and no optimizer that could be resumed"
+        return
+    members = {name: i for i, group in enumerate(source.groups) for name in group.tensors}
+    if lost := [name for name in members if name not in source.tensors]:
+        yield f"its parameter groups name tensors that it does not hold: {some(lost, 4)}"
+    if free := [t.name for t in source.tensors.values() if t.kind == "parameter" and t.name not in members]:
+        yield f"tensors that are in no parameter group: {some(free, 4)}: as whose the optimizer steps them is not told"
+    trained = [source.tensors[name] for name in members if name in source.tensors]
+    for tensor in trained:
+        kept = {state: np.dtype(d) for state, d in tensor.states.items() if state != PARAM}
+        if MASTER not in kept:
+            yield f"{tensor.name} has no float32 master weight, which DeepSpeed steps"
+            break
+        if odd := [f"{state} of {dtype}" for state, dtype in kept.items() if dtype != np.float32]:
+            yield f"{tensor.name} keeps {some(odd, 4)}: DeepSpeed's optimizers keep float32"
+            break
+    for group in source.groups:
+        states = {frozenset(source.tensors[n].states) - {PARAM} for n in group.tensors if n in source.tensors}
+        if len(states) > 1:
+            said = sorted(" and ".join(sorted(one)) for one in states)
+            yield f"tensors of one parameter group keep different states: {some(said, 4)}"
+    if experts := [t.name for t in source.tensors.values() if layer_of(t.name)]:
+        yield f"{some(experts, 2)} are experts of DeepSpeed-MoE, of whose places on ranks nothing is told here"
+
+
+def _tensor(tensor: Tensor, tp_is_told: bool, target: Tensor | None) -> Tensor:
+    """The same with a layout over tp alone, known where the source speaks of tp at all."""
+    others = [axis for axis in tensor.cut.mesh.axes if axis != "tp"]
+    layout = without(tensor.layout if target is None else target.layout, others)
+    known = tensor.layout_known and tp_is_told
+    rank = {MASTER: 0, PARAM: 2}
+    states = dict(sorted(tensor.states.items(), key=lambda item: (rank.get(item[0], 1), item[0])))
+    return replace(tensor, layout=layout.replace(stages=(0,)), stages=(0,), states=states, layout_known=known)
+
+
+def _scalars(group: ParameterGroup) -> dict[str, Any]:
+    """What is kept once, numbers as tensors: as torch's optimizers count."""
+    found = {}
+    for name, value in group.scalars.items():
+        number = scalar(value) if name == "step" else None
+        found[name] = value if number is None else np.array(number, np.float32)
+    return found
+
+
+def _schedule(client: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """How far the learning rate's schedule is, for DeepSpeed's schedulers and for torch's: an engine that has one fails
+    without."""
+    own = client.get("lr_scheduler") if "lr_scheduler" in client else None
+    told = dict(own) if isinstance(own, Mapping) and type(own.get("last_epoch")) is int else {}
+    return {"last_epoch": step, "lr_lambdas": [], **told, "last_batch_iteration": told.get("last_epoch", step) - 1}
+
+
+def _model_file(source: Catalog, tensors: Mapping[str, Tensor], stage: int) -> dict[str, Any]:
+    """What an engine on one rank would have in its model file; tensors are just named there."""
+    dtype, step = source.training.dtype or "fp32", source.training.step or 0
+    engine = {"bf16": {"enabled": False}} if dtype == "fp32" else {dtype: {"enabled": True}}
+    module = {
+        name: Stored(source.path, 0, next(iter(t.states.values())), t.shape, row_major_strides(t.shape))
+        for t in tensors.values()
+        for name in (t.name, *t.aliases)
+    }
+    return {
+        "module": module,
+        "buffer_names": [t.name for t in tensors.values() if t.kind == "buffer"],
+        "optimizer": None,
+        "param_shapes": None,
+        "frozen_param_shapes": None,
+        "shared_params": {alias: t.name for t in tensors.values() for alias in t.aliases},
+        "frozen_param_fragments": None,
+        "lr_scheduler": _schedule(source.client, step),
+        "data_sampler": None,
+        "random_ltd": None,
+        "sparse_tensor_module_names": [],
+        "skipped_steps": 0,
+        "global_steps": step,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": {"zero_optimization": {"stage": stage}, **engine},
+        "ds_version": VERSION,
+        "iteration": step,
+    }

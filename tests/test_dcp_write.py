@@ -1,0 +1,453 @@
+"""DCP folders that ckptlab wrote, loaded by torch itself and read again by ckptlab."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from compare import GPT, ZERO2, ZERO3, whole
+from real_deepspeed import requires_deepspeed, resume
+
+import ckptlab
+from ckptlab import Mesh
+from ckptlab.catalog import MASTER, PARAM
+from ckptlab.checkpoint import Checkpoint, save_weights
+from ckptlab.cli import main
+from ckptlab.errors import CkptlabError, ReshapeError
+from ckptlab.formats.dcp.metadata import read_metadata
+from ckptlab.testing import check_format
+
+torch: Any = pytest.importorskip("torch")
+dcp: Any = pytest.importorskip("torch.distributed.checkpoint")
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+HYPER = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable")
+
+
+def written(source: Any, path: Path, **options: Any) -> tuple[Checkpoint, Checkpoint]:
+    """A source as a DCP folder: both opened."""
+    ckpt = source if isinstance(source, Checkpoint) else ckptlab.open(source)
+    ckpt.reshape(format="dcp", **options).save(path)
+    return ckpt, ckptlab.open(path)
+
+
+def wanted(ckpt: Checkpoint, dtype: Any = None) -> dict[str, Any]:
+    """What a program with the model of a checkpoint loads into: {"model": …, "optimizer": …} of get_state_dict."""
+    names = [n for n, t in ckpt.items() if t.kind == "parameter"]
+
+    def empty(name: str, state: str) -> Any:
+        kind = ckpt[name].states[state].name
+        return torch.full(ckpt[name].cut.shape, 7, dtype=getattr(torch, kind))
+
+    model = {}
+    for name, tensor in ckpt.items():
+        for alias in (name, *tensor.aliases):
+            model[alias] = empty(name, MASTER if MASTER in tensor.states else PARAM)
+    state = {n: {s: empty(n, s) for s in ckpt[n].states if s not in (MASTER, PARAM)} for n in names}
+    state = {n: {**its, "step": torch.tensor(-1.0)} for n, its in state.items()}
+    groups = [{**dict.fromkeys(HYPER), "params": None} for _ in ckpt.catalog.groups]
+    return {"model": model, "optimizer": {"state": state, "param_groups": groups}}
+
+
+def judge(loaded: Mapping[str, Any], ckpt: Checkpoint) -> None:
+    """Every tensor, state and hyperparameter that torch loaded is the checkpoint's."""
+    for name, tensor in ckpt.items():
+        state = MASTER if MASTER in tensor.states else PARAM
+        for alias in (name, *tensor.aliases):
+            equal(loaded["model"][alias], whole(ckpt.catalog, name, state), alias)
+    optimizer = loaded["optimizer"]
+    for group, found in zip(ckpt.catalog.groups, optimizer["param_groups"], strict=True):
+        assert found["params"] == list(group.tensors)
+        assert {k: found[k] for k in ("lr", "betas", "eps", "weight_decay")} == {
+            k: group.options[k] for k in ("lr", "betas", "eps", "weight_decay")
+        }
+        for name in group.tensors:
+            assert float(optimizer["state"][name]["step"]) == ckpt.iteration
+            for state in ("exp_avg", "exp_avg_sq"):
+                equal(optimizer["state"][name][state], whole(ckpt.catalog, name, state), f"{name}: {state}")
+
+
+def equal(found: Any, expected: np.ndarray, what: str) -> None:
+    raw = found.detach()[tuple(map(slice, expected.shape))].contiguous()
+    held = raw.view(torch.uint8).numpy() if raw.ndim else raw.reshape(1).view(torch.uint8).numpy()
+    assert held.tobytes() == np.ascontiguousarray(expected).tobytes(), what
+
+
+@pytest.mark.parametrize("chunks", ["fsdp", "layouts", "whole"])
+@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
+def test_torch_loads_what_a_deepspeed_run_held(case: Path, chunks: str, tmp_path: Path) -> None:
+    ckpt, again = written(case, tmp_path / "dcp", chunks=chunks)
+    loaded = wanted(ckpt)
+    dcp.load(loaded, checkpoint_id=tmp_path / "dcp")
+    judge(loaded, ckpt)
+    assert ckptlab.diff(ckpt, again).equal
+    assert ckptlab.check(again).healthy
+    files = sorted(p.name for p in (tmp_path / "dcp").glob("*.distcp"))
+    world = 1 if chunks == "whole" else ckpt.reshape(format="dcp").mesh.size
+    assert files == sorted(f"__{rank}_0.distcp" for rank in range(world))
+
+
+def test_there_and_back_to_the_bit_with_the_runs_own_labels(tmp_path: Path) -> None:
+    ckpt, there = written(GPT, tmp_path / "there", mesh=Mesh(dp=4), dtype="bf16")
+    assert there.mesh == Mesh(dp=4)
+    assert there["3.self_attention.query_key_value.weight"].layout.text == "(tp dp out) in"
+    assert there["tied_modules.embed.word_embeddings.weight"].shape[0] == 101  # and 112 rows are stored
+    _, back = written(there, tmp_path / "back", mesh=Mesh(tp=2, pp=2, dp=2))
+    assert back["3.self_attention.query_key_value.weight"].layout.text == "(tp dp out) in"
+    assert (back.iteration, back.catalog.training.dtype) == (3, "bf16")
+    found = ckptlab.diff(ckpt, back)
+    assert found.equal
+    assert {s for t in back.values() for s in t.states} == {MASTER, "exp_avg", "exp_avg_sq", PARAM}
+    assert {n: (t.kind, t.aliases) for n, t in back.items()} == {n: (t.kind, t.aliases) for n, t in ckpt.items()}
+    assert [dict(g.options) | {"name": None} for g in back.catalog.groups] == [
+        dict(g.options) | {"name": None} for g in ckpt.catalog.groups
+    ]
+
+
+@pytest.mark.slow
+def test_the_laws_of_formats(tmp_path: Path) -> None:
+    _, there = written(ZERO2, tmp_path / "dcp", mesh=Mesh(dp=2))
+    assert "to another mesh and back is the identity" in check_format("dcp", there.path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("torch", {"model.wpe.weight", "optimizer.state.wpe.weight.step", "optimizer.param_groups.0.params"}),
+        ("torch-flat", {"model.wpe.weight", "optimizer.state.wpe.weight.step", "optimizer.param_groups.wpe.weight.lr"}),
+        ("torchtitan", {"wpe.weight", "optimizer.state.wpe.weight.step", "train_state.step"}),
+        ("weights", {"wpe.weight", "train_state.step"}),
+    ],
+)
+def test_keys_are_those_of_a_program(keys: str, expected: set[str], tmp_path: Path) -> None:
+    ckpt, again = written(ZERO2, tmp_path / "dcp", keys=keys)
+    found = dcp.FileSystemReader(tmp_path / "dcp").read_metadata()
+    assert expected <= set(found.state_dict_metadata)
+    assert all(".".join(map(str, path)) == key for key, path in found.planner_data.items())
+    assert ckptlab.diff(ckpt, again, states=[MASTER, PARAM]).equal
+    _, third = written(again, tmp_path / "third")  # keeps them
+    assert set(dcp.FileSystemReader(third.path).read_metadata().state_dict_metadata) == set(found.state_dict_metadata)
+
+
+def test_accelerates_two_folders(tmp_path: Path) -> None:
+    ckpt, again = written(ZERO2, tmp_path / "dcp", keys="accelerate")
+    assert {p.name for p in (tmp_path / "dcp").iterdir() if p.is_dir()} == {"pytorch_model_fsdp_0", "optimizer_0"}
+    assert ckptlab.diff(ckpt, again).equal
+    loaded = wanted(ckpt)
+    dcp.load({"model": loaded["model"]}, checkpoint_id=tmp_path / "dcp" / "pytorch_model_fsdp_0")
+    dcp.load({"optimizer": loaded["optimizer"]}, checkpoint_id=tmp_path / "dcp" / "optimizer_0")
+    judge(loaded, ckpt)
+
+
+def test_names_and_prefixes_of_ones_own(tmp_path: Path) -> None:
+    options = {
+        "rename": (r"^blocks\.(\d+)\.=layers.\1.", "^wte=embed"),
+        "model_key": "app.model",
+        "optimizer_key": "app.optim",
+    }
+    ckpt, again = written(ZERO2, tmp_path / "dcp", **options)
+    assert "layers.0.ln1.weight" in again
+    assert "embed.weight" in again
+    assert "wte.weight" not in again
+    assert again["embed.weight"].aliases == ("lm_head.weight",)
+    np.testing.assert_array_equal(
+        whole(again.catalog, "layers.0.ln1.weight", "exp_avg"), whole(ckpt.catalog, "blocks.0.ln1.weight", "exp_avg")
+    )
+    found = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata
+    assert {"app.model.embed.weight", "app.optim.state.embed.weight.exp_avg"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"keys": "fsdp"}, "keys 'fsdp': expected one of torch"),
+        ({"chunks": "some"}, "chunks 'some': expected one of fsdp"),
+        ({"dtype": "int8"}, "dtype 'int8': expected one of bf16"),
+        ({"rename": ("no rule",)}, "rename 'no rule': expected regex=replacement"),
+        ({"rename": ("(=x",)}, "expected regex=replacement: missing"),
+        ({"rename": (r"a=\7",)}, "invalid group reference 7"),
+        ({"rename": (r"^blocks\.\d+=block",)}, "names must differ"),
+        ({"param_groups": ({}, {}, {})}, "param_groups: 3 given"),
+        ({"padded_vocab": 5}, None),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(options: dict[str, Any], says: str | None, tmp_path: Path) -> None:
+    case, says = (GPT, "padded_vocab 5: .* has 101 rows that are used") if says is None else (ZERO2, says)
+    with pytest.raises(ReshapeError, match=says):
+        ckptlab.open(case).reshape(format="dcp", **options)
+
+
+def test_weights_of_sixteen_bits_beside_their_masters(tmp_path: Path) -> None:
+    ckpt, again = written(ZERO2, tmp_path / "dcp", dtype="bf16")
+    keys = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata
+    assert keys["model.wpe.weight"].properties.dtype == torch.bfloat16
+    assert keys["optimizer.state.wpe.weight.master_param"].properties.dtype == torch.float32
+    assert ckptlab.diff(ckpt, again).equal
+    assert PARAM in again["wpe.weight"].states
+    assert again["wpe.weight"].states[PARAM] == np.dtype(ml_dtypes.bfloat16)
+
+
+def test_whole_weights_become_a_models_state_dict(tmp_path: Path) -> None:
+    save_weights(ckptlab.open(ZERO2), tmp_path / "weights")
+    weights, again = written(tmp_path / "weights", tmp_path / "dcp", mesh=Mesh(dp=3))
+    loaded = {
+        "model": {
+            n: torch.zeros(t.shape, dtype=getattr(torch, t.states[s].name))
+            for n, t in weights.items()
+            for s in t.states
+        }
+    }
+    dcp.load(loaded, checkpoint_id=again.path)
+    for name, tensor in weights.items():
+        equal(loaded["model"][name], whole(weights.catalog, name, next(iter(tensor.states))), name)
+
+
+def test_what_a_dcp_source_put_in_comes_along(tmp_path: Path) -> None:
+    put = {"train_state": {"step": 9, "seen": torch.arange(3)}, "loader": {"at": {"epoch": 2}, "rank": [1, "a"]}}
+    dcp.save({"model": {"w": torch.ones(4, 2)}, **put}, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    _, again = written(tmp_path / "a", tmp_path / "b", mesh=Mesh(dp=2))
+    loaded: Any = {
+        "model": {"w": torch.zeros(4, 2)},
+        "train_state": {"step": 0, "seen": torch.zeros(3, dtype=torch.int64)},
+    }
+    loaded["loader"] = {"at": {"epoch": 0}, "rank": None}
+    dcp.load(loaded, checkpoint_id=again.path)
+    assert loaded["train_state"]["step"] == 9
+    assert loaded["loader"] == put["loader"]
+    assert loaded["train_state"]["seen"].tolist() == [0, 1, 2]
+    assert again.iteration == 9
+
+
+def test_an_uneven_tensor_has_a_chunk_for_each_rank_and_one_that_is_empty(tmp_path: Path) -> None:
+    dcp.save(
+        {"model": {"w": torch.arange(10.0).view(5, 2), "one": torch.ones(1)}},
+        checkpoint_id=str(tmp_path / "a"),
+        no_dist=True,
+    )
+    _, again = written(tmp_path / "a", tmp_path / "b", mesh=Mesh(dp=4))
+    found = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata["model.w"].chunks
+    assert [(tuple(c.offsets), tuple(c.sizes)) for c in found] == [
+        ((0, 0), (2, 2)), ((2, 0), (2, 2)), ((4, 0), (1, 2)), ((5, 0), (0, 2)),
+    ]  # fmt: skip
+    loaded = {"model": {"w": torch.zeros(5, 2), "one": torch.zeros(1)}}
+    dcp.load(loaded, checkpoint_id=again.path)
+    assert loaded["model"]["w"].flatten().tolist() == list(range(10))
+    assert again["one"].layout.text == "(dp out)"
+
+
+def test_missing_hyperparameters_are_torchs_defaults_and_said(tmp_path: Path) -> None:
+    reshape = ckptlab.open(ZERO2).reshape(
+        format="dcp", param_groups=({"lr": 0.5},) * len(ckptlab.open(ZERO2).catalog.groups)
+    )
+    assert [g.options["lr"] for g in reshape.target.groups] == [0.5] * len(reshape.target.groups)
+    source = ckptlab.open(ZERO2).catalog
+    bare = [{k: v for k, v in g.options.items() if k != "amsgrad"} for g in source.groups]
+    for group, options in zip(source.groups, bare, strict=True):
+        group.options.pop("amsgrad")  # type: ignore[attr-defined]
+        assert group.options == options
+    again = Checkpoint(source).reshape(format="dcp")
+    assert [f.code for f in again.check() if f.code == "hyperparameters-assumed"] == ["hyperparameters-assumed"]
+    assert all(g.options["amsgrad"] is False for g in again.target.groups)
+
+
+def test_equal_values_lie_once_and_the_same_conversion_has_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (ckptlab.open(ZERO2).reshape(format="dcp", keys="torch-flat") for _ in range(2))
+    for a, b in zip(first.files, second.files, strict=True):
+        assert pickle.dumps(a.parts[-1]) == pickle.dumps(b.parts[-1]) if a.parts else not b.parts
+    first.save(tmp_path / "dcp")
+    metadata = read_metadata(str(tmp_path / "dcp"), [".metadata"])
+    rates = [b for key, b in metadata.blobs.items() if key.endswith(".lr")]
+    assert len(rates) > 30
+    assert len({(b.file, b.offset) for b in rates}) == len({g.options["lr"] for g in first.target.groups})
+    steps = [e for key, e in metadata.tensors.items() if key.endswith(".step")]
+    assert len({tuple(e.offset) for e in steps}) == 1
+
+
+def test_labels_that_are_forged_are_refused(tmp_path: Path) -> None:
+    _, again = written(ZERO2, tmp_path / "dcp", mesh=Mesh(dp=2))
+    file = Path(again.path, ".metadata")
+    data = file.read_bytes()
+    assert data.count(b"(dp out) in") >= 1
+    faults = {b"(dp out) i)": "labels in it are not what ckptlab writes", b"out (dp in)": "its chunks begin at"}
+    for fault, says in faults.items():
+        file.write_bytes(data.replace(b"(dp out) in", fault))
+        with pytest.raises(CkptlabError, match=says):
+            ckptlab.open(again.path)
+        assert not ckptlab.check(again.path, data=False).healthy
+
+
+def test_the_command_line_writes_it(tmp_path: Path) -> None:
+    arguments = ["convert", str(ZERO2), str(tmp_path / "dcp"), "--to", "dcp", "--dp", "3", "--keys", "torchtitan"]
+    ran = CliRunner().invoke(main, [*arguments, "--rename", "wpe=position", "--rename", "wte=token", "--no-sync"])
+    assert ran.exit_code == 0, ran.output
+    assert "3 files" not in ran.output
+    assert "4 files" in ran.output
+    assert "latest" not in ran.output
+    assert {"position.weight", "token.weight"} <= set(ckptlab.open(tmp_path / "dcp"))
+
+
+# Real ranks.
+
+
+def small_model() -> Any:
+    layers = {"up": torch.nn.Linear(6, 10), "down": torch.nn.Linear(10, 7)}
+    return torch.nn.Sequential(OrderedDict(layers))
+
+
+def _load(rank: int, world: int, port: int, path: str, source: str, how: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        torch.manual_seed(rank + 5)
+        model = small_model()
+        tp = 2 if how == "fsdp2 x tp" else 1
+        mesh = init_device_mesh("cpu", (world // tp, tp), mesh_dim_names=("dp", "tp"))
+        if tp > 1:
+            parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+        weights, states = get_state_dict(model, optimizer)
+        loaded = {"model": weights, "optimizer": states}
+        dcp.load(loaded, checkpoint_id=path)
+        ckpt = ckptlab.open(source)
+        for name in ckpt:
+            for state in (MASTER, "exp_avg", "exp_avg_sq"):
+                found = weights[name] if state == MASTER else states["state"][name][state]
+                found = found.full_tensor() if isinstance(found, DTensor) else found
+                equal(found, whole(ckpt.catalog, name, state), f"{name}: {state}")
+        assert states["param_groups"][0]["lr"] == 0.25
+        assert all(float(s["step"]) == 2 for s in states["state"].values())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "world"), [("fsdp2", 2), ("fsdp2 x tp", 4)])
+def test_fsdp_and_tensor_parallel_ranks_load_it(how: str, world: int, tmp_path: Path) -> None:
+    import torch.multiprocessing as processes
+
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    for _ in range(2):
+        model(torch.ones(2, 6)).square().sum().backward()
+        optimizer.step()
+    names = [n for n, _ in model.named_parameters()]
+    group = {**{k: v for k, v in optimizer.param_groups[0].items() if k != "params"}, "params": names}
+    state = {n: optimizer.state[p] for n, p in model.named_parameters()}
+    content = {"model": model.state_dict(), "optimizer": {"state": state, "param_groups": [group]}}
+    dcp.save(content, checkpoint_id=str(tmp_path / "source"), no_dist=True)
+    written(tmp_path / "source", tmp_path / "dcp", mesh=Mesh(dp=4))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (world, port, str(tmp_path / "dcp"), str(tmp_path / "source"), how)
+    processes.spawn(_load, arguments, nprocs=world)
+
+
+# Back to DeepSpeed.
+
+
+def through_dcp(case: Path, path: Path, **options: Any) -> tuple[Checkpoint, Checkpoint]:
+    return written(case, path / "dcp", mesh=Mesh(dp=4), **options)
+
+
+@pytest.mark.parametrize(
+    ("form", "stage"), [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3), ("universal", 2), ("universal", 3)]
+)
+def test_deepspeeds_files_are_made_of_it(form: str, stage: int, tmp_path: Path) -> None:
+    ckpt, there = through_dcp(ZERO2, tmp_path)
+    reshape = there.reshape(format=form, dp=2, zero_stage=stage, dtype="bf16")
+    reshape.save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out" / "step")
+    found = ckptlab.diff(ckpt, back)
+    assert found.equal
+    assert {n: t.aliases for n, t in back.items()} == {n: t.aliases for n, t in ckpt.items()}
+    assert (back.iteration, back.catalog.training.dtype) == (3, "bf16")
+    assert [g.options["weight_decay"] for g in back.catalog.groups] == [
+        g.options["weight_decay"] for g in ckpt.catalog.groups
+    ]
+    assert ckptlab.check(back).healthy
+
+
+def test_tensor_parallel_layouts_come_back_from_labels_or_a_strategy(tmp_path: Path) -> None:
+    ckpt, there = through_dcp(GPT, tmp_path)
+    there.reshape(format="deepspeed", tp=2, dp=2, zero_stage=1, dtype="bf16").save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out" / "step")
+    name = "3.self_attention.query_key_value.weight"
+    assert back[name].layout.text == ckpt[name].layout.text
+    assert ckptlab.diff(ckpt, back, states=[MASTER, "exp_avg", "exp_avg_sq"]).equal
+    bare, plain = written(ZERO2, tmp_path / "bare", mesh=Mesh(dp=2))
+    with pytest.raises(ReshapeError, match="nothing says how"):
+        plain.reshape(format="deepspeed", tp=2)
+    told = {r".*fc1\.weight": "out (tp in)", r".*fc2\.weight": "(tp out) in"}
+    reshape = plain.reshape(format="deepspeed", mesh=Mesh(tp=3, dp=2), zero_stage=1, strategy=told)
+    assert reshape.target["blocks.0.fc1.weight"].layout.text == "out (tp in)"
+    reshape.save(tmp_path / "cut" / "step")
+    assert ckptlab.diff(bare, ckptlab.open(tmp_path / "cut"), states=[MASTER, "exp_avg"]).equal
+
+
+def test_axes_that_nobody_named_are_not_kept_beside_those_that_are(tmp_path: Path) -> None:
+    _, there = through_dcp(ZERO2, tmp_path)
+    metadata = Path(there.path, ".metadata")
+    metadata.write_bytes(metadata.read_bytes().replace(b"X\x07\x00\x00\x00ckptlab", b"X\x07\x00\x00\x00unknown"))
+    plain = ckptlab.open(there.path)
+    assert plain.mesh == Mesh(shard0=4)
+    reshape = plain.reshape(format="deepspeed", dp=2)
+    assert (reshape.mesh, reshape.zero_stage) == (Mesh(dp=2), 1)
+    assert [f.code for f in reshape.target.findings] == ["zero-stage-assumed"]
+    with pytest.raises(ReshapeError, match="has no axis 'shard0'"):
+        plain.reshape(format="deepspeed")
+
+
+def test_what_deepspeed_cannot_resume_from_is_refused_with_every_reason(tmp_path: Path) -> None:
+    kept = {"w": torch.ones(4, 2), "v": torch.ones(4), "free": torch.ones(2)}
+    state = {n: {"exp_avg": torch.ones_like(kept[n]).bfloat16()} for n in ("w", "v")}
+    state["v"]["exp_avg_sq"] = torch.ones(4)
+    groups = [{"lr": 0.5, "params": ["w", "v", "gone"]}]
+    content = {"model": kept, "optimizer": {"state": state | {"free": {"m": torch.ones(2)}}, "param_groups": groups}}
+    dcp.save(content, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    with pytest.raises(ReshapeError) as refused:
+        ckptlab.open(tmp_path / "a").reshape(format="deepspeed", dp=2)
+    for reason in (
+        "does not hold: gone",
+        "in no parameter group: free",
+        "keeps exp_avg of bfloat16",
+        "different states",
+    ):
+        assert reason in str(refused.value)
+    dcp.save({"model": kept}, checkpoint_id=str(tmp_path / "b"), no_dist=True)
+    with pytest.raises(ReshapeError, match="holds weights alone, and no optimizer"):
+        ckptlab.open(tmp_path / "b").reshape(format="universal", dp=2)
+
+
+@pytest.mark.slow
+@requires_deepspeed
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("deepspeed", {"dp": 3, "zero_stage": 2}), ("deepspeed", {"dp": 2, "zero_stage": 3}), ("universal", {"dp": 3})],
+    ids=str,
+)
+def test_real_deepspeed_resumes_what_came_from_dcp(form: str, options: dict[str, int], tmp_path: Path) -> None:
+    _, there = through_dcp(ZERO2, tmp_path)
+    there.reshape(format=form, dtype="bf16", **{"zero_stage": 2, **options}).save(tmp_path / "out" / "step")
+    stage = {"zero": options["zero_stage"]} if "zero_stage" in options else {}
+    universal = form == "universal"
+    report = resume(tmp_path / "out" / "step", ZERO2.name, universal=universal, steps=1, dp=options["dp"], **stage)
+    assert report["status"] == "equal", report.get("error") or report["differences"]
+    assert report["compared"]["exp_avg_sq"] > 20

@@ -304,7 +304,8 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
     metavar="FORMAT",
     help="deepspeed: files that a plain load_checkpoint on the new mesh reads. universal: DeepSpeed's universal "
     "checkpoint. dcp: torch Distributed Checkpoint, for FSDP and others. safetensors: the weights alone, whole. "
-    "huggingface: the same under transformers' names, with a config.json. `ckptlab formats` lists those that are registered.",
+    "huggingface: the same under transformers' names, with a config.json. `ckptlab formats` lists those that are "
+    "registered.",
 )
 @click.option(
     "--from", "origin", type=click.Choice(["huggingface"]), help="SRC has transformers' names: to those of --family."

@@ -151,3 +151,10 @@ def command(page: Any, name: str, **arguments: Any) -> None:
     page.evaluate(
         "([name, args]) => { window.jupyterapp.commands.execute(name, args); return null; }", [name, arguments]
     )
+
+
+def shown(page: Any, selector: str) -> None:
+    """Wait until a notebook shows something; AssertionError with what a cell raised instead, where one did."""
+    error = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    page.locator(selector).or_(error).first.wait_for()
+    assert not error.count(), error.first.inner_text()[-2000:]

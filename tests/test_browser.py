@@ -1,4 +1,4 @@
-"""The tour in a real browser: JupyterLab runs it, a slider is moved, a rank is clicked, pictures change."""
+"""The widget in a real browser: in JupyterLab, sliders dragged fast, and a page of it from disk with no kernel."""
 
 from __future__ import annotations
 
@@ -10,15 +10,52 @@ from typing import Any
 
 import lab
 import pytest
-from compare import DATA
+from compare import DATA, GPT
 
-HANGS = 600  # seconds after which a page that waits for nothing is closed: no bound on how long a machine may take
-TOUR = DATA.parent / "notebooks" / "00_tour.ipynb"
+import ckptlab
+from ckptlab import Mesh
+
+HANGS = 900  # seconds after which a page that waits for nothing is closed: no bound on how long a machine may take
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(lab.missing()), reason=f"no {lab.missing()} here"),
 ]
+
+# Looks at the widget after every change of it: what is shown beside each other is of one mesh.
+WATCH = """root => {
+    window.seen = { wrong: [], busy: 0, settled: 0 };
+    const look = () => {
+        const text = (one) => one?.textContent ?? "";
+        const panel = root.querySelector('.panel:not([hidden])');
+        const said = new Set([...panel.querySelectorAll("figure[data-of]")].map((f) => f.dataset.of));
+        if (!said.size) return;
+        const [mesh] = said;
+        if (said.size > 1) window.seen.wrong.push(["figures", ...said]);
+        const title = text(root.querySelector(".title"));
+        const heads = [...panel.querySelectorAll("figure svg text.title")].map(text);
+        if (!title.includes(mesh)) window.seen.wrong.push(["title", title, mesh]);
+        if (heads[0] && !heads[0].startsWith(`${mesh} (`)) window.seen.wrong.push(["picture", heads[0], mesh]);
+        if (root.getAttribute("aria-busy") === "true") {
+            window.seen.busy += 1;
+            if (!text(root.querySelector(".status"))) window.seen.wrong.push(["says nothing while it works"]);
+            return;
+        }
+        window.seen.settled += 1;
+        const hands = [...panel.querySelectorAll(".slider:not([data-axis=ZeRO])")];
+        const slid = hands.map((s) => `${s.dataset.axis} ${text(s.querySelector("output"))}`).join(" · ");
+        const refused = panel.querySelector(".refused[role=alert]");
+        const line = text(root.querySelector("pre.line"));
+        if (refused) {
+            if (slid === mesh || !line.startsWith("#")) window.seen.wrong.push(["refused", slid, mesh, line]);
+            return;
+        }
+        if (slid && slid !== mesh) window.seen.wrong.push(["sliders", slid, mesh]);
+        const code = mesh.split(" · ").filter((p) => !p.endsWith(" 1")).map((p) => p.replace(" ", "=")).join(", ");
+        if (slid && !line.includes(`.reshape(ckptlab.Mesh(${code})`)) window.seen.wrong.push(["line", line, mesh]);
+    };
+    new MutationObserver(look).observe(root, { subtree: true, childList: true, attributes: true, characterData: true });
+}"""
 
 
 @contextmanager
@@ -37,55 +74,109 @@ def time_out(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_slider_and_a_click_change_the_picture(tmp_path: Path) -> None:
-    import nbformat
+def slide(root: Any, axis: str, degree: int) -> None:
+    """Move a slider as a hand does, and wait for nothing."""
+    root.evaluate(
+        """(root, [axis, degree]) => {
+            const box = root.querySelector(`.panel:not([hidden]) .slider[data-axis="${axis}"]`);
+            const options = [...box.querySelectorAll("[data-degree]")].map((tick) => Number(tick.dataset.degree));
+            const input = box.querySelector("input");
+            input.value = options.indexOf(degree);
+            input.dispatchEvent(new Event("input", { bubbles: true }));
+        }""",
+        [axis, degree],
+    )
 
+
+def settled(page: Any, mesh: str) -> None:
+    page.locator(f'.ckptlab-explorer[data-shown="{mesh}"][aria-busy="false"]').first.wait_for()
+
+
+def test_no_state_of_the_widget_contradicts_itself_in_jupyterlab(tmp_path: Path) -> None:
     notebooks, private = tmp_path / "notebooks", tmp_path / "private"
     notebooks.mkdir()
     private.mkdir()
-    (tmp_path / "data").symlink_to(DATA)
-    tour = nbformat.read(TOUR, as_version=4)
-    for cell in tour.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    nbformat.write(tour, notebooks / "tour.ipynb")
+    (notebooks / "data").symlink_to(DATA)
+    opened = f'import ckptlab\nshown = ckptlab.explore(ckptlab.open("data/{GPT.name}"))\nshown'
+    lab.write_notebook(notebooks / "widget.ipynb", opened)
     with time_out(HANGS), lab.server(notebooks, private) as address, lab.browser(private) as page:
         page.set_default_timeout(HANGS * 1000)
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
-        lab.run_notebook(page, address, "tour.ipynb")
-        output = page.locator(".jp-OutputArea-output:has(.ckptlab-picture)").last
-        output.locator(".ckptlab-picture svg").first.wait_for()
+        lab.run_notebook(page, address, "widget.ipynb")
+        lab.shown(page, ".ckptlab-explorer")
+        root = page.locator(".ckptlab-explorer")
+        settled(page, "tp 2 · pp 2 · dp 2")
 
         # hover: the file and the bytes; click: all that the rank holds
-        mesh = output.locator(".ckptlab-picture:visible").first
-        before = mesh.inner_html()
-        mesh.locator('[data-rank="2"]').first.hover()
-        output.get_by_text("zero_pp_rank_1_mp_rank_00_optim_states.pt, bytes").or_(
-            output.get_by_text("holds nothing of master")
-        ).first.wait_for()
-        mesh.locator('[data-rank="5"]').first.click()
-        output.get_by_text("rank 5: tp 1 · pp 1 · dp 0 holds").wait_for()
-        assert mesh.inner_html() != before
+        root.locator('figure[data-slot="look.mesh"] [data-rank="2"]').hover()
+        root.locator(".tip").get_by_text("rank 2: tp 0 · pp 0 · dp 1").first.wait_for()
+        root.locator('figure[data-slot="look.mesh"] [data-rank="5"]').click()
+        root.get_by_text("rank 5: tp 1 · pp 1 · dp 0 holds").wait_for()
+        root.get_by_text("rank 5 (tp 1 · pp 1 · dp 0) holds nothing of it").wait_for()
 
-        # the slider: tp 2 → 3, which cannot be, → 4
-        output.get_by_role("tab", name="Reshape").click()
-        tensor = output.locator(".ckptlab-picture:visible").nth(1)
-        tensor.locator("svg").wait_for()
-        before = tensor.inner_html()
-        output.locator(".noUi-handle:visible").first.press("ArrowRight")
-        output.get_by_text("4 attention heads are not divisible by it").wait_for()
-        output.locator(".noUi-handle:visible").first.press("ArrowRight")
-        output.get_by_text("→ tp 4 · pp 2 · dp 2").first.wait_for()
-        tensor.locator('[data-tp="3"]').first.wait_for()
-        assert tensor.inner_html() != before
+        # sliders, faster than they are answered, over degrees that cannot be
+        root.get_by_role("tab", name="Reshape").click()
+        root.get_by_role("button", name="Python").click()
+        root.locator('figure[data-slot="to.plan"] svg').wait_for()
+        root.evaluate(WATCH)
+        for degree in (3, 4, 5, 6, 4, 3, 2, 1):
+            for dp in (2, 3, 4, 6, 8):
+                slide(root, "dp", dp)
+            slide(root, "tp", degree)
+        settled(page, "tp 1 · pp 2 · dp 8")
+        slide(root, "tp", 3)
+        root.get_by_text("4 attention heads are not divisible by it").first.wait_for()
+        root.locator('.panel:not([hidden]) .degrees [data-axis="tp"][data-degree="4"]').click()
+        settled(page, "tp 4 · pp 2 · dp 8")
+        seen = page.evaluate("window.seen")
+        assert seen["wrong"] == []
+        assert seen["busy"] > 5
+        assert seen["settled"] > 5
 
         # the tree: search, choose; step by step
-        output.get_by_placeholder("search tensors").fill("5 4h_to_h weight")
-        output.get_by_role("button", name="5.mlp.dense_4h_to_h.weight").click()
-        output.get_by_role("tab", name="Step by step").click()
-        output.get_by_text("ZeRO lays the tensors of a group").wait_for()
-        output.locator("button:has(.fa-arrow-right)").click()
-        output.get_by_text("Merge dp: the fragments").wait_for()
-        assert "5.mlp.dense_4h_to_h.weight" in output.locator(".ckptlab-picture:visible").first.inner_html()
+        root.get_by_placeholder("search tensors").fill("5 4h_to_h weight")
+        root.locator('.leaf[data-name="5.mlp.dense_4h_to_h.weight"]').click()
+        root.get_by_role("tab", name="Step by step").click()
+        root.get_by_text("ZeRO lays the tensors of a group").wait_for()
+        root.get_by_role("button", name="the next step").click()
+        root.get_by_text("Merge dp: the fragments").wait_for()
+        assert "5.mlp.dense_4h_to_h.weight" in root.locator('figure[data-slot="step.pictures"]').inner_html()
         assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def test_an_exported_page_answers_from_disk(tmp_path: Path) -> None:
+    explorer = ckptlab.explore(ckptlab.open(GPT))
+    explorer.choose(tensor="2.mlp.dense_h_to_4h.weight", rank=3)
+    names = ["2.mlp.dense_h_to_4h.weight", "5.mlp.dense_4h_to_h.weight"]
+    explorer.to_html(tmp_path / "page.html", meshes=[Mesh(tp=4, pp=2, dp=2), Mesh(tp=2, pp=1, dp=2)], tensors=names)
+    with time_out(HANGS), lab.browser(tmp_path / "private") as page:
+        page.set_default_timeout(HANGS * 1000)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "page.html").as_uri())
+        root = page.locator(".ckptlab-explorer")
+        settled(page, "tp 2 · pp 2 · dp 2")
+        root.locator('figure[data-slot="look.mesh"] [data-rank="3"]').hover()
+        root.locator(".tip").get_by_text("bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes").wait_for()
+        root.locator('figure[data-slot="look.mesh"] [data-rank="6"]').click()
+        root.get_by_text("rank 6: tp 0 · pp 1 · dp 1 holds").wait_for()
+        root.get_by_role("tab", name="Reshape").click()
+        root.evaluate(WATCH)
+        slide(root, "tp", 4)
+        settled(page, "tp 4 · pp 2 · dp 2")
+        slide(root, "tp", 8)
+        root.get_by_text("not in this page").wait_for()
+        root.locator('[data-axis="tp"] [data-degree="2"]').click()
+        slide(root, "pp", 1)
+        settled(page, "tp 2 · pp 1 · dp 2")
+        root.locator('.leaf[data-name="5.mlp.dense_4h_to_h.weight"]').or_(
+            root.get_by_text("5", exact=True)
+        ).first.click()
+        assert page.evaluate("window.seen.wrong") == []
+        root.locator('figure[data-slot="to.mesh"]').focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        root.get_by_text("rank 1: tp 1 · pp 0 · dp 0 holds").wait_for()
+        assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []

@@ -114,11 +114,11 @@ def test_a_mesh_whose_dp_is_split(zero_stage: int) -> None:
 
 
 def test_the_explorer_shows_a_mesh_whose_dp_is_split() -> None:
-    pytest.importorskip("ipywidgets")
+    pytest.importorskip("anywidget")
     model = ckptlab.paper_model(Mesh(pp=2, dp=4, tp=2).split("dp", edp=2, ep=2), 1)
     explorer = ckptlab.explore(model)
     explorer.choose(rank=13, tensor="layers.3.mlp.dense_4h_to_h.weight", state="exp_avg")
-    for i, tab in enumerate(explorer.tabs.values()):
-        explorer.pages.selected_index = i
-        assert tab.box.children
-    assert "pp 1 · tp 1" in explorer.look.flat.svg
+    for tab in explorer.tabs:
+        explorer.tab = tab
+        assert explorer.view["parts"]
+    assert "pp 1 · tp 1" in explorer.shown("look.flat")

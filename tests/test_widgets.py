@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
+import json
 import math
 import re
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import GPT, ZERO3
+from compare import DATA, GPT, ZERO3
 
 import ckptlab
 from ckptlab import Mesh, viz
 from ckptlab.catalog import PARAM
 from ckptlab.formats import read
-from ckptlab.widgets import page, steps
-from ckptlab.widgets.cells import rank_of, told
-from ckptlab.widgets.held import inventory, pieces, sizes
-from ckptlab.widgets.subject import Refusal, Subject
+from ckptlab.widgets import page, parts, steps
+from ckptlab.widgets.held import by_rank, inventory, pieces, sizes
+from ckptlab.widgets.subject import Refusal, Subject, mesh_code
 
 QKV = "2.self_attention.query_key_value.weight"
 DENSE = "2.mlp.dense_h_to_4h.weight"
@@ -69,29 +72,26 @@ def test_an_inventory_is_all_that_is_in_the_ranks_files() -> None:
     }
 
 
-def test_hovering_tells_rank_file_bytes_and_indices(subject: Subject) -> None:
-    (line,) = told({"rank": "3"}, subject.catalog, DENSE, "master")
+def test_all_ranks_at_once_are_told_what_each_is_told(subject: Subject) -> None:
+    for name, state in (
+        (DENSE, "master"),
+        (QKV, "exp_avg"),
+        (DENSE, PARAM),
+        ("tied_modules.embed.word_embeddings.weight", "master"),
+    ):
+        lines, of = by_rank(subject.catalog, name, state)
+        for rank, index in enumerate(of):
+            told = [str(piece) for piece in pieces(subject.catalog, name, state, rank)]
+            assert (lines[index] if index >= 0 else []) == told
+    lines, of = by_rank(subject.catalog, DENSE, "master")
     (piece,) = pieces(subject.catalog, DENSE, "master", 3)
-    assert line.startswith(
-        "rank 3: tp 1 · pp 0 · dp 1 · elements 480–511 of the shard's 512 · indices [62, 0] to [63, 15]"
-    )
     assert piece.stored is not None
     last = piece.stored.offset + piece.nbytes - 1
-    assert line.endswith(
+    assert lines[of[3]] == [
+        "elements 480–511 of the shard's 512 · indices [62, 0] to [63, 15] · "
         f"master: bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes {piece.stored.offset:,}–{last:,}"
-    )
-    (nothing,) = told({"rank": "4"}, subject.catalog, DENSE, "master")
-    assert "holds nothing of master" in nothing
-    assert len(told({"tp": "1"}, subject.catalog, DENSE, "master")) == 2  # a piece of the picture: both dp ranks
-    assert told({}, subject.catalog, DENSE, "master") == []
-
-
-def test_cells_that_stand_for_several_give_the_first(subject: Subject) -> None:
-    assert rank_of({"rank": "4-7"}, subject.catalog, QKV) == 4
-    assert rank_of({"rank": "2,6"}, subject.catalog, QKV) == 2
-    assert rank_of({"rank": "99"}, subject.catalog, QKV) is None
-    assert rank_of({"tp": "1", "dp": "1"}, subject.catalog, QKV) == subject.catalog.mesh.rank(tp=1, dp=1, pp=0)
-    assert rank_of({"bytes": "3"}, subject.catalog, QKV) is None
+    ]
+    assert of[4] == -1
 
 
 # ---------------------------------------------------------------- target, memory, steps
@@ -110,14 +110,17 @@ def test_an_impossible_mesh_is_one_readable_line(subject: Subject) -> None:
 
 def test_the_line_is_the_python_that_does_the_same(subject: Subject) -> None:
     start = subject.start()
-    tensor = eval(subject.line(start), {"ckptlab": ckptlab})
+    tensor = eval(subject.opening(start), {"ckptlab": ckptlab})
     assert tensor.shape == subject.catalog[start.tensor].shape
-    line = subject.line(replace(start, mesh=Mesh(tp=4)))
+    line = subject.reshaping(replace(start, mesh=Mesh(tp=4)))
     assert line.endswith('.reshape(ckptlab.Mesh(tp=4)).save("reshaped/step")')
     reshaped = eval(line.removesuffix('.save("reshaped/step")'), {"ckptlab": ckptlab})
     assert reshaped.mesh == Mesh(tp=4)
-    on_paper = Subject.of_checkpoint(ckptlab.paper_model(Mesh(tp=2), 1, layers=2, kv_heads=2))
-    line = on_paper.line(replace(on_paper.start(), mesh=Mesh(dp=4), zero_stage=3))
+    assert subject.reshaping(replace(start, mesh=Mesh(tp=3))).startswith("# tp 3 · pp 1 · dp 1: Cannot be reshaped")
+    split = Mesh(tp=2, dp=4).split("dp", edp=2, ep=2)
+    on_paper = Subject.of_checkpoint(ckptlab.paper_model(split, 1, layers=2, kv_heads=2))
+    assert eval(on_paper.opening(on_paper.start()), {"ckptlab": ckptlab}).mesh == split
+    line = on_paper.reshaping(replace(on_paper.start(), mesh=Mesh(dp=4), zero_stage=3))
     reshaped = eval(line, {"ckptlab": ckptlab})
     assert (reshaped.mesh, reshaped.zero_stage) == (Mesh(dp=4), 3)
     assert len(reshaped.source.tensors) == 14
@@ -194,9 +197,9 @@ def test_a_static_page_shows_source_target_and_line(subject: Subject) -> None:
     assert "not divisible" in refused
 
 
-def test_names_are_escaped(subject: Subject) -> None:
-    assert "<img" not in page.told(["<img src=x>"], "")
+def test_names_are_escaped() -> None:
     assert "<b>" not in page.code("<b>")
+    assert "<b>" not in page.refusal(Refusal("<b>"))
 
 
 @pytest.mark.slow
@@ -208,126 +211,179 @@ def test_whole_formats_and_large_models_can_be_looked_at() -> None:
     assert len(html) < 600_000
 
 
-# ---------------------------------------------------------------- the face
+# ---------------------------------------------------------------- the widget
 
 
 @pytest.fixture
 def explorer() -> Iterator[Any]:
-    pytest.importorskip("ipywidgets")
     pytest.importorskip("anywidget")
     made = ckptlab.explore(ckptlab.open(GPT))
     yield made
     made.close_all()
 
 
-def test_a_slider_changes_layout_memory_and_cost(explorer: Any) -> None:
-    explorer.pages.selected_index = 1
-    change = explorer.change
-    before = change.tensor.svg, change.memory.svg, change.plan.svg, change.figures.value
-    change.sliders.degrees["tp"].value = 4
-    after = change.tensor.svg, change.memory.svg, change.plan.svg, change.figures.value
-    assert all(a != b for a, b in zip(before, after, strict=True))
-    assert explorer.choice.mesh == Mesh(tp=4, pp=2, dp=2)
-    change.sliders.degrees["tp"].value = 3
-    assert "not divisible" in change.figures.value
-    assert change.pictures.layout.display == "none"
-    change.sliders.degrees["tp"].value = 1
-    assert change.pictures.layout.display == ""
+def drive(explorer: Any, **wanted: Any) -> None:
+    """What the page does: set fields in one message, and ask."""
+    explorer.set_state({**wanted, "asked": explorer.asked + 1})
 
 
-def test_a_long_plan_is_worked_out_beside(explorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "MANY", 0)
-    change = explorer.change
+def test_what_is_chosen_is_in_traits(explorer: Any) -> None:
+    heard = []
+    explorer.observe(lambda change: heard.append((change["name"], change["new"])), ["tensor", "rank", "mesh"])
+    explorer.tensor = DENSE
+    explorer.rank = 5
+    explorer.mesh = {"tp": 4, "dp": 2}
+    assert heard == [("tensor", DENSE), ("rank", 5), ("mesh", Mesh(tp=4, dp=2))]
+    drive(explorer, rank=2, mesh=[["tp", 1], ["pp", 2], ["dp", 2]])
+    assert heard[3:] == [("rank", 2), ("mesh", Mesh(pp=2, dp=2))]
+    with pytest.raises(ckptlab.CheckpointError, match="did you mean"):
+        explorer.tensor = DENSE.replace("dense", "dens")
+    with pytest.raises(ckptlab.MeshError, match="rank 8 is not on"):
+        explorer.rank = 8
+    with pytest.raises(ckptlab.CheckpointError, match="there is no tab 'Looks'"):
+        explorer.tab = "Looks"
+    assert (explorer.tensor, explorer.rank, explorer.tab) == (DENSE, 2, "Look")
+
+
+def test_every_answer_is_of_one_state(explorer: Any) -> None:
+    """Whatever is slid to: heading, picture, cost and line that come in one answer are of the mesh that was asked
+    for."""
+    explorer.tab = "Reshape"
+    for tp, pp, dp in itertools.product((1, 2, 3, 4, 5), (1, 2, 4, 9), (1, 3, 4)):
+        mesh = Mesh(tp=tp, pp=pp, dp=dp)
+        drive(explorer, mesh=[["tp", tp], ["pp", pp], ["dp", dp]])
+        assert explorer.view["asked"] == explorer.asked
+        found = {name.split("[")[0]: content for name, content in explorer.view["parts"].items()}
+        assert all(
+            str([["tp", tp], ["pp", pp], ["dp", dp]]).replace(" ", "").replace("'", '"') in name
+            for name in explorer.view["parts"]
+            if name.startswith("to.")
+        )
+        if "refused" in found["to.figures"]:
+            assert found["line.Reshape"].startswith(f"# {mesh}: ")
+            assert {found[slot] for slot in ("to.mesh", "to.tensor", "to.memory", "to.plan", "to.holdings")} == {None}
+            continue
+        assert f"{mesh} · ZeRO-1" in found["to.figures"]["title"]
+        assert f">{mesh} (" in found["to.mesh"]
+        assert f"8 → {mesh.size} ranks" in found["to.plan"]
+        assert f".reshape({mesh_code(mesh)})" in found["line.Reshape"]
+        assert dict(found["to.figures"]["axes"]) == dict(mesh.degrees)
+
+
+def test_a_refused_mesh_tells_the_degrees_that_work(explorer: Any) -> None:
+    explorer.choose(tab="Reshape", mesh=Mesh(tp=3, pp=2, dp=2))
+    assert "4 attention heads are not divisible" in explorer.shown("to.figures")["refused"]
+    explorer.settled()
+    works = explorer.shown("to.works")
+    assert works["tp"] == [1, 2, 4]
+    assert 3 not in works["tp"]
+    for tp in works["tp"]:
+        assert not isinstance(explorer.subject.target(replace(explorer.choice, mesh=Mesh(tp=tp, pp=2, dp=2))), Refusal)
+
+
+def test_stale_work_is_dropped(explorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptlab.widgets.explorer.AT_ONCE", 0)  # everything beside the kernel
     start = threading.Event()
-    change.later.do(lambda: start.wait(30) and None)  # work that goes on while two sliders are moved
-    explorer.pages.selected_index = 1
-    explorer.choose(mesh=Mesh(tp=1, dp=2))
-    superseded = change.later.last
-    explorer.choose(mesh=Mesh(tp=4, dp=2))
-    assert (change.plan.svg, change.figures.value.count("…")) == ("", 3)
-    assert "tp 3" in change.tensor.svg
+    explorer._worker.submit(start.wait, 30)
+    explorer.tab = "Reshape"
+    explorer.mesh = Mesh(tp=1, dp=2)
+    explorer.mesh = Mesh(tp=4, dp=2)
+    before = explorer.view
     start.set()
-    change.later.last.result(30)
-    assert superseded.cancelled()
-    assert "<svg" in change.plan.svg
-    assert "…" not in change.figures.value
-    stale = explorer.subject.target(replace(explorer.choice, mesh=Mesh(dp=2)))
-    before = change.figures.value
-    change._count(stale)
-    assert change.figures.value == before
+    explorer.settled()
+    made = {name for name in explorer._parts if name.startswith("to.plan")}
+    assert explorer.view != before
+    assert len(made) == 1
+    assert '[["tp",4],["pp",1],["dp",2]]' in made.pop()
 
 
-def test_a_click_on_a_rank_shows_what_it_holds(explorer: Any) -> None:
-    before = explorer.look.mesh.svg
-    explorer.look.mesh._handle_custom_msg({"event": "click", "cell": {"rank": "5"}}, [])
-    assert explorer.choice.rank == 5
-    assert "rank 5: tp 1 · pp 1 · dp 0 holds" in explorer.look.holdings.value
-    assert explorer.look.mesh.svg != before
-    explorer.look.mesh._handle_custom_msg({"event": "hover", "cell": {"rank": "1"}}, [])
-    assert "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt, bytes" in explorer.look.hearing.line.value
-    explorer.look.mesh._handle_custom_msg({"event": "hover", "cell": {}}, [])
-    assert "Hover over a cell" in explorer.look.hearing.line.value
+def test_a_rank_that_holds_nothing_is_shown_so(explorer: Any) -> None:
+    explorer.choose(tensor=DENSE, rank=5)
+    assert "rank 5 (tp 1 · pp 1 · dp 0) holds nothing of it" in explorer.shown("look.tensor")
+    assert explorer.shown("look.held")["of"][5] == -1
+    assert "rank 5: tp 1 · pp 1 · dp 0 holds" in explorer.shown("look.holdings")
+    explorer.rank = 3
+    assert "tp 1 dp 1 holds 32 of 512" in explorer.shown("look.tensor")
+    explorer.state = PARAM
+    assert "tp 1 holds 32 × 16" in explorer.shown("look.tensor")
+    assert explorer.shown("look.flat") == ""
 
 
-def test_strange_messages_do_nothing(explorer: Any) -> None:
-    choice = explorer.choice
-    for message in ({}, {"event": "click"}, {"event": "click", "cell": {"rank": "-"}}, {"event": "x", "cell": {}}, "?"):
-        explorer.look.mesh._handle_custom_msg(message, [])
-    explorer.look.mesh._handle_custom_msg({"event": "click", "cell": {"tensor": "no such"}}, [])
-    assert explorer.choice == choice
+def test_the_line_belongs_to_the_tab(explorer: Any) -> None:
+    assert ".full(" in explorer.shown("line.Look")
+    explorer.choose(tab="Reshape", mesh=Mesh(dp=4))
+    assert explorer.shown("line.Reshape").endswith('.reshape(ckptlab.Mesh(dp=4)).save("reshaped/step")')
+    assert ".full(" in explorer.shown("line.Look")
 
 
-def test_the_tree_and_a_fragment_choose_a_tensor(explorer: Any) -> None:
-    assert explorer.tree.names == list(explorer.subject.catalog.tensors)
-    explorer.tree.chosen = DENSE
-    assert DENSE in explorer.look.tensor.svg
-    explorer.look.flat._handle_custom_msg({"event": "click", "cell": {"tensor": QKV, "dp": "1", "tp": "0"}}, [])
-    assert (explorer.choice.tensor, explorer.tree.chosen) == (QKV, QKV)
-    assert explorer.subject.catalog.mesh.coordinate(explorer.choice.rank)["dp"] == 1
-    explorer.look.state.value = PARAM
-    assert explorer.look.flat.svg == ""
+def test_a_choice_that_a_tensor_lacks_is_moved(explorer: Any) -> None:
+    explorer.state = "exp_avg"
+    buffers = ckptlab.explore(ckptlab.open_run(DATA / "plain_zero1_dp2_steps")[2])
+    lone = next(t.name for t in buffers.subject.catalog.tensors.values() if "exp_avg" not in t.states)
+    buffers.state = "exp_avg"
+    buffers.tensor = lone
+    assert buffers.state in buffers.shown("states")
+    buffers.close_all()
 
 
-def test_stepping_through(explorer: Any) -> None:
-    explorer.choose(mesh=Mesh(tp=4, dp=2))
-    explorer.pages.selected_index = 2
-    seen = []
-    for _ in steps.TITLES:
-        seen.append(explorer.steps.text.value)
-        explorer.steps.next.click()
-    assert len(set(seen)) == len(steps.TITLES)
-    assert explorer.steps.next.disabled
-    explorer.steps.back.click()
-    assert explorer.choice.step == len(steps.TITLES) - 2
-
-
-def test_the_python_button(explorer: Any) -> None:
-    assert explorer.code.value == ""
-    explorer.python.value = True
-    explorer.choose(mesh=Mesh(dp=4))
-    assert "reshape(ckptlab.Mesh(dp=4))" in explorer.code.value
+@pytest.mark.parametrize("mesh", [Mesh(tp=2, dp=4).split("dp", edp=2, ep=2), Mesh(cp=2, tp=2, dp=2)], ids=str)
+def test_sliders_are_the_axes_of_the_mesh(mesh: Mesh) -> None:
+    explorer = ckptlab.explore(ckptlab.paper_model(mesh, 1))
+    assert [axis for axis, _ in explorer.get_state("mesh")["mesh"]] == list(
+        dict.fromkeys(["tp", "pp", "dp", *mesh.joined()])
+    )
+    assert dict(explorer.shown("about")["axes"]) == dict(mesh.degrees)
+    for tab in explorer.tabs:
+        explorer.tab = tab
+        assert all(explorer.shown(slot) is not None for slot in parts.TABS[tab])
+    explorer.mesh = {**explorer.mesh.degrees, "tp": 1}
+    assert explorer.mesh.get("cp", 1) == mesh.get("cp", 1)
+    explorer.close_all()
 
 
 def test_the_playground_answers_to_its_numbers() -> None:
     pytest.importorskip("anywidget")
     play = ckptlab.playground(layers=2)
-    fields = play.numbers.fields
-    assert play.subject.catalog.mesh == Mesh(tp=2, pp=2, dp=2)
-    before = play.numbers.stages.svg
-    fields["layers"].value = 6
+    before = play.shown("model.zero")
+    drive(play, model={**play.model, "layers": 6})
     assert len(play.subject.catalog.tensors) == 6 * 6 + 2
-    assert play.numbers.stages.svg != before
-    fields["heads"].value = 5
-    assert "hidden(64) is not divisible by heads(5)" in play.numbers.told.value
-    assert len(play.subject.catalog.tensors) == 6 * 6 + 2  # the last model that could be stays
-    play.numbers.preset.value = "Llama 3 70B"
-    assert play.subject.catalog.training.numbers["kv_heads"] == 8
-    play.numbers.sliders.zero.value = 3
-    assert play.subject.catalog.zero_stage == 3
-    assert "ZeRO-1 only" in play.numbers.told.value
-    play.pages.selected_index = 2
-    assert "<svg" in play.change.plan.svg
+    assert play.shown("model.zero") != before
+    play.source_mesh = Mesh(tp=4, pp=2, dp=2)
+    assert play.mesh == Mesh(tp=4, pp=2, dp=2)  # the target follows
+    assert "reshape(ckptlab.Mesh(tp=4, pp=2, dp=2))" in play.shown("line.Reshape")
+    play.model = {**play.model, "heads": 5}
+    assert "hidden(64) is not divisible by heads(5)" in play.shown("about")["refused"]
+    assert play.shown("look.mesh") is None
+    play.model = {**play.model, "heads": 8}
+    drive(play, model=play.presets["Llama 3 70B"]["model"], mesh=[["tp", 2], ["pp", 1], ["dp", 2]])
+    play.source_mesh = Mesh(tp=8, pp=2, dp=2)
+    assert play.mesh == Mesh(tp=2, dp=2)  # it was moved, and stays
+    play.source_stage = 3
+    assert "ZeRO-1 only" in play.shown("model.told")
     play.close_all()
+
+
+def test_a_page_without_a_kernel_has_what_it_is_to_answer(explorer: Any, tmp_path: Path) -> None:
+    explorer.choose(tensor=DENSE, rank=3)
+    explorer.to_html(tmp_path / "page.html", meshes=[Mesh(tp=4, dp=2)], tensors=[QKV])
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "http" not in html.replace("http://www.w3.org/2000/svg", "")
+    packed = re.search(r'id="parts">([^<]*)<', html)
+    assert packed
+    stored = json.loads(zlib.decompress(base64.b64decode(packed[1])))
+    for changes in (
+        {},
+        {"tensor": QKV},
+        {"rank": 6},
+        {"tensor": DENSE, "rank": 3, "tab": "Reshape", "mesh": Mesh(tp=4, dp=2)},
+        {"tab": "Steps", "step": 4},
+    ):
+        explorer.choose(**{"width": 520, **changes})
+        for slot, name in parts.wanted(explorer.wanted()):
+            if slot not in parts.OPTIONAL:
+                assert stored["contents"][stored["of"][name]] == json.loads(json.dumps(explorer.shown(slot))), name
+    with pytest.raises(ckptlab.CkptlabError, match="tp 3"):
+        explorer.to_html(tmp_path / "other.html", meshes=[Mesh(tp=3)])
 
 
 @pytest.mark.slow
@@ -365,7 +421,7 @@ import ckptlab
 try:
     ckptlab.playground()
 except ckptlab.UnsupportedError as error:
-    assert "ipywidgets and anywidget" in str(error) and "pip install 'ckptlab[widgets]'" in str(error), error
+    assert "anywidget" in str(error) and "pip install 'ckptlab[widgets]'" in str(error), error
 else:
     raise SystemExit(1)
 """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, swatch, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, fitted, swatch, text, width_of, wrapped
 from ckptlab.words import size
 
 _WIDTH, _HEIGHT, _STEP = 520.0, 20.0, 26.0
@@ -21,39 +21,48 @@ class Stack:
     data: Mapping[str, object] = field(default_factory=dict)
 
 
-def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = ()) -> Drawing:
-    """Bars to one scale; kinds in the order in which they first come, which is also that of their colours.
+def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = (), width: float | None = None) -> Drawing:
+    """Bars to one scale, drawn for a page of a width (pixels; None: as wide as they like); kinds in the order in which
+    they first come, which is also that of their colours.
 
     A kind of which there is nothing is not in the legend, but keeps its colour.
     """
     kinds = list(dict.fromkeys(kind for stack in stacks for kind in stack.amounts))
     most = max([sum(stack.amounts.values()) for stack in stacks] + [1])
     left = max([width_of(stack.label) for stack in stacks] + [0]) + 12
+    if width is not None:
+        left = min(left, max(0.42 * width, 90.0))
+    longest = _WIDTH if width is None else max(width - left - 80, 80.0)
     parts = [text(0, 8, title, "title")] if title else []
-    y = 28.0 if title else 8.0
-    x = left
+    y, wide = 28.0 if title else 8.0, 0.0
+    x = left if width is None else 0.0
     for k, kind in enumerate(kinds):
         if not any(stack.amounts.get(kind) for stack in stacks):
             continue
+        if width is not None and x and x + width_of(kind) + 15 > width:
+            x, y = 0.0, y + 18
         parts += [swatch(x, y, colour(k)), text(x + 15, y, kind, "legend")]
         x += width_of(kind) + 34
-    wide = x
+        wide = max(wide, x)
     y += 18
     for stack in stacks:
-        parts.append(text(left - 8, y + _HEIGHT / 2, stack.label, "end bar-label"))
+        parts.append(text(left - 8, y + _HEIGHT / 2, fitted(stack.label, left - 12, 12), "end bar-label"))
         x = left
         for k, kind in enumerate(kinds):
             amount = stack.amounts.get(kind, 0)
             if amount:
-                width = _WIDTH * amount / most
+                length = longest * amount / most
                 tip = f"{stack.label} · {kind} · {size(amount)}"
                 data = {"kind": kind, "bytes": amount, **stack.data}
-                parts.append(cell((x, y, width, _HEIGHT), colour(k), tip, kind="amount", label=size(amount), data=data))
-                x += width
+                parts.append(
+                    cell((x, y, length, _HEIGHT), colour(k), tip, kind="amount", label=size(amount), data=data)
+                )
+                x += length
         parts.append(text(x + 8, y + _HEIGHT / 2, size(sum(stack.amounts.values())), "strong total"))
         y += _STEP
-    for line in notes:
+    said = wrapped(notes, width)
+    for line in said:
         y += 18
         parts.append(text(0, y - 9, line, "quiet note"))
-    width = max([left + _WIDTH + 76, wide, *(width_of(line) for line in notes)])
-    return drawing(title or "bars", parts, width, y + 2)
+    total = max([left + longest + 76, wide if width is None else 0.0, *(width_of(line) for line in said)])
+    return drawing(title or "bars", parts, total if width is None else min(total, width), y + 2)

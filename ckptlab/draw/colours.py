@@ -18,6 +18,11 @@ def colour(k: int) -> str:
     return base if not round_ else _mix(base, "#ffffff" if round_ == 1 else "#000000", 0.45)
 
 
+def tinted(k: int, shade: int) -> str:
+    """The k-th colour, every second shade of it lighter: neighbours of one colour are told apart."""
+    return _mix(colour(k), "#ffffff", 0.38) if shade % 2 else colour(k)
+
+
 def ink(fill: str) -> str:
     """ "white" or "black", whichever stands out on a colour (WCAG 2: 4.58 to 1 at least)."""
     r, g, b = (_linear(int(fill[i : i + 2], 16) / 255) for i in (1, 3, 5))

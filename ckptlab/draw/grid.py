@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ckptlab.draw.axes import Axes
 from ckptlab.draw.blocks import span, thinned, told
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
 
 COLUMNS, ROWS, PANELS = 8, 16, 8  # the most that are drawn one by one along each side
 CELLS = 128  # the most cells
@@ -30,6 +30,7 @@ def grid(
     groups: Sequence[Sequence[int]] = (),
     along: str = "",
     title: str = "",
+    width: float | None = None,
 ) -> Drawing:
     """Ranks 0, 1, … over axes with `degrees`, the last running fastest; each axis goes to one direction.
 
@@ -45,7 +46,7 @@ def grid(
     size = _cell_size(step, ranks.size, bool(groups))
     left = max([width_of(sides[1].label(b)) for b in cut[1]] + [0]) + 8
     panel_w, panel_h = len(cut[2]) * size[0], len(cut[1]) * size[1]
-    across = max(1, min(len(cut[0]), int(900 // (panel_w + _GAP))))
+    across = max(1, min(len(cut[0]), int(((width or 900) - left + _GAP) // (panel_w + _GAP))))
     top = 24 if title else 4
     head = (18 if sides[0].size > 1 else 0) + (16 if sides[2].size > 1 else 0)
     parts = [text(0, 8, title, "title")] if title else []
@@ -68,13 +69,12 @@ def grid(
         parts += _panel(ranks, sides, cut, panel, (x0, y0), size, frozenset(marked), group_of, groups, along)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
-    width = left + across * (panel_w + _GAP) - _GAP + 6
-    for note in _notes(step, ranks.size, marked, groups, along, cut):
+    total = left + across * (panel_w + _GAP) - _GAP + 6
+    for note in wrapped(_notes(step, ranks.size, marked, groups, along, cut), width):
         height += 18
         parts.append(text(0, height - 9, note, "quiet note"))
-        width = max(width, width_of(note))
-    width = max(width, width_of(title, 14))
-    return drawing(title or "ranks", parts, width, height + 2)
+        total = max(total, width_of(note))
+    return drawing(title or "ranks", parts, max(total, width_of(title, 14)), height + 2)
 
 
 def _cell_size(step: int, ranks: int, grouped: bool) -> tuple[float, float]:

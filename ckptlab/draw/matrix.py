@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckptlab.draw.colours import SHADE, strength
-from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
 from ckptlab.words import figure, size, unit_of
 
 _HEIGHT, _MARGIN = 26.0, 90.0
@@ -29,11 +29,13 @@ def matrix(
     *,
     title: str = "",
     notes: Sequence[str] = (),
+    width: float | None = None,
 ) -> Drawing:
     """table[i][j] bytes go from i to j; of these kept[i][j] do not change rank, and a frame says so."""
     most = max([n for row in table for n in row] + [1])
     unit, name = unit_of(most)
-    wide = max([width_of(label, 11) for label in columns.labels] + [44]) + 8
+    wide = max([width_of(label, 11) for label in columns.labels] + [44 if width is None else 36]) + 8
+    margin = _MARGIN if width is None else 46.0
     left = max([width_of(label) for label in rows.labels] + [0]) + 34
     parts = [text(0, 8, title, "title")] if title else []
     down, turned = _HEIGHT * len(rows.labels), width_of(f"from {rows.name}")
@@ -52,7 +54,7 @@ def matrix(
         for j, nbytes in enumerate(table[i]):
             box = (left + j * wide + 1, y + 1, wide - 2, _HEIGHT - 2)
             parts.append(_cell(nbytes, kept[i][j], most, unit, box, rows, columns, i, j))
-        parts += _sum(left + across + 10, y + 6, sums[i], max(sums, default=0))
+        parts += _sum(left + across + 10, y + 6, sums[i], max(sums, default=0), margin)
     received = [sum(column) for column in zip(*table, strict=True)]
     for j, nbytes in enumerate(received):
         parts.append(text(left + (j + 0.5) * wide, top + down + 12, size(nbytes), "small middle quiet sum"))
@@ -60,11 +62,12 @@ def matrix(
     said = [f"figures in {name}", *notes]
     if any(n for row in kept for n in row):
         said[0] += "; thick frame: stays on the rank where it is; thin frame: some of it does"
+    said = wrapped(said, width)
     for line in said:
         y += 18
         parts.append(text(0, y - 9, line, "quiet note"))
-    width = max([left + across + _MARGIN + 60, *(width_of(line) for line in said), width_of(title, 14)])
-    return drawing(title or "matrix", parts, width, y + 2)
+    total = max([left + across + margin + 60, *(width_of(line) for line in said), width_of(title, 14)])
+    return drawing(title or "matrix", parts, total, y + 2)
 
 
 def _cell(
@@ -104,7 +107,7 @@ def _turned(x: float, y: float) -> str:
     return f"rotate(-90 {x:.1f} {y:.1f})"
 
 
-def _sum(x: float, y: float, nbytes: int, most: int) -> list[str]:
-    width = _MARGIN * nbytes / most if most else 0.0
+def _sum(x: float, y: float, nbytes: int, most: int, margin: float) -> list[str]:
+    width = margin * nbytes / most if most else 0.0
     bar = rect(x, y, width, _HEIGHT - 12, fill=SHADE, fill_opacity=".5", class_="sum")
     return [bar, text(x + width + 5, y + (_HEIGHT - 12) / 2, size(nbytes), "small quiet")]

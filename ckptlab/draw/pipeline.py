@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, tail, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, tail, text, width_of, wrapped
 from ckptlab.words import elements
 
 _WIDTH, _HEIGHT, _GAP = 200.0, 42.0, 50.0
@@ -24,7 +24,13 @@ class Box:
     data: Mapping[str, object] = field(default_factory=dict)
 
 
-def pipeline(columns: Sequence[tuple[str, Sequence[Box]]], *, title: str = "", notes: Sequence[str] = ()) -> Drawing:
+def pipeline(
+    columns: Sequence[tuple[str, Sequence[Box]]],
+    *,
+    title: str = "",
+    notes: Sequence[str] = (),
+    width: float | None = None,
+) -> Drawing:
     """(label, boxes) of each stage, in the order in which data flows."""
     left = 24 if any(box.link for _, boxes in columns for box in boxes) else 2
     largest = max([box.size for _, boxes in columns for box in boxes] + [1])
@@ -46,11 +52,12 @@ def pipeline(columns: Sequence[tuple[str, Sequence[Box]]], *, title: str = "", n
     height = top + 20 + deepest * (_HEIGHT + 6)
     parts += [_link(places, k, height) for k, places in enumerate(linked.values()) if len(places) > 1]
     height += 12 + 8 * sum(len(places) > 1 for places in linked.values())
-    for line in notes:
+    said = wrapped(notes, width)
+    for line in said:
         height += 18
         parts.append(text(0, height - 9, line, "quiet note"))
-    width = max([left + 6 + len(columns) * (_WIDTH + _GAP) - _GAP, *(width_of(line) for line in notes)])
-    return drawing(title or "stages", parts, width, height + 2)
+    total = max([left + 6 + len(columns) * (_WIDTH + _GAP) - _GAP, *(width_of(line) for line in said)])
+    return drawing(title or "stages", parts, total, height + 2)
 
 
 def _box(box: Box, x: float, y: float, largest: int, tint: str) -> str:

@@ -19,15 +19,15 @@ def shard_beside(
     corner: tuple[float, float],
     whole: tuple[float, float],
     marked: Mapping[str, int],
-) -> tuple[list[str], float]:
-    """The shard to the scale of the whole, its pieces behind one another; and where it ends on the right."""
+) -> tuple[list[str], tuple[float, float]]:
+    """The shard to the scale of the whole, its pieces behind one another; and where it ends (right, bottom)."""
     across = _runs([edges[i] for i in columns], [shard[i] for i in columns], whole[0])
     down = _runs([edges[i] for i in rows], [shard[i] for i in rows], whole[1])
     number = 0
     for edge in edges:
         block = next(i for i, b in enumerate(edge.blocks) if edge.axes.where(dict(marked)).intersection(b))
         number = number * len(edge.blocks) + block
-    who = " ".join(f"{axis} {k}" for axis, k in marked.items()) or "every rank"
+    who = " ".join(f"{axis} {k}" for axis, k in marked.items()) or "each rank"
     size = " × ".join(f"{sum(n for _, n in pieces):,}" for pieces in shard)
     x, y = corner
     found = [text(x, y - 11, f"{who} holds {size}", "strong shard-label")]
@@ -38,7 +38,8 @@ def shard_beside(
     labels = [(end + 8, y + at + a / 2, names) for names, at, a in down if len(down) > 1 and a >= 9]
     found += [text(*label, "small quiet") for label in labels]
     widest = max([width_of(names, 10) for _, _, names in labels] + [0])
-    return found, max(end + widest + 16, x + width_of(f"{who} holds {size}", 13))
+    bottom = y + (down[-1][1] + down[-1][2] if down else 0)
+    return found, (max(end + widest + 16, x + width_of(f"{who} holds {size}", 13)), bottom)
 
 
 def _runs(

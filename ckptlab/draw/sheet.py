@@ -11,10 +11,11 @@ from typing import Any
 
 from ckptlab.draw.colours import PALETTE, colour
 from ckptlab.draw.edge import Edge, Strip
+from ckptlab.draw.fragments import Fragment, areas_drawn, fragment_beside
 from ckptlab.draw.shard import shard_beside
-from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, text, text_of, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, text, text_of, width_of, wrapped
 
-_SIDE, _THIN = 340.0, 46.0
+_SIDES, _THIN = (340.0, 280.0, 230.0, 180.0), 46.0
 _STRIPES = 4  # holders whose colours are striped; more are grey
 
 
@@ -36,12 +37,54 @@ def sheet(
     marked: Mapping[str, int] | None = None,
     shard: Sequence[Sequence[tuple[int, int]]] | None = None,
     notes: Sequence[str] = (),
+    fragments: Sequence[Fragment] = (),
+    nothing: str = "",
+    everyone: str = "every rank",
+    room: float | None = None,
 ) -> Drawing:
     """One tensor. copies: (axis, number) of those that hold the same; marked: the coordinate that stands out; shard:
     what it holds, drawn beside: for each dim its intervals (start in the whole, length), in the shard's order.
+
+    fragments: what each shard is cut into further, drawn in its place (see Fragment). nothing: what is said of a rank
+    that holds nothing of it; everyone: who has what is not cut. room: the width of the page; the largest scale that
+    fits it is taken, and what stands beside the tensor goes below it where that does not.
     """
+    told: dict[str, Any] = {
+        "title": title,
+        "notation": notation,
+        "copies": copies,
+        "marked": marked,
+        "shard": shard,
+        "notes": notes,
+    }
+    told |= {"fragments": fragments, "nothing": nothing, "everyone": everyone, "room": room}
+    for below in (False, True):
+        for side in _SIDES if room is not None else _SIDES[:1]:
+            made = _sheet(edges, side, below, **told)
+            if room is None or made.width <= room:
+                return made
+    return made
+
+
+def _sheet(
+    edges: Sequence[Edge],
+    side: float,
+    below: bool,
+    *,
+    title: str,
+    notation: str,
+    copies: Sequence[tuple[str, int]],
+    marked: Mapping[str, int] | None,
+    shard: Sequence[Sequence[tuple[int, int]]] | None,
+    notes: Sequence[str],
+    fragments: Sequence[Fragment],
+    nothing: str,
+    everyone: str,
+    room: float | None,
+) -> Drawing:
+    """The tensor with its longer side so long; below: what a rank holds is drawn below it, not beside."""
     rows, columns = _directions(edges)
-    width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns])
+    width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns], side)
     left, top = _margins([edges[i] for i in rows], [edges[i] for i in columns], title, notation)
     sheets = min(2, math.prod(n for _, n in copies) - 1)
     parts = [text(0, 8, title, "title")] if title else []
@@ -52,18 +95,31 @@ def sheet(
     down, over = _bands([edges[i] for i in rows], height), _bands([edges[i] for i in columns], width)
     allowed = [edge.axes.where(dict(marked)) if marked is not None else None for edge in edges]
     defs: list[str] = []
+    if fragments:
+        across, deep = (math.prod(edges[i].size for i in side) for side in (columns, rows))
+        parts += areas_drawn(fragments, (left, top, width, height), across, deep, marked, bool(nothing))
     for a, b in itertools.product(down, over):
         strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
-        parts.append(_cell(edges, strips, (left + b.at, top + a.at, b.length, a.length), allowed, defs))
+        box = (left + b.at, top + a.at, b.length, a.length)
+        parts.append(_cell(edges, strips, box, allowed, defs, bool(copies), everyone, bool(fragments), bool(nothing)))
     parts.append(_frame((left, top, width, height), "whole overlay", "1.5"))
     parts += _labels([edges[i] for i in rows], down, left, top, width, height, vertical=True)
     parts += _labels([edges[i] for i in columns], over, left, top, width, height, vertical=False)
     right = left + width + 5 * sheets + 46
-    if shard is not None:
-        cells, right = shard_beside(edges, shard, rows, columns, (right + 30, top), (width, height), marked or {})
-        parts += cells
     bottom = top + height + 5 * sheets + (28 if len(over) > 1 else 6)
-    said = [*_said(edges, rows, columns, copies), *notes]
+    corner = (left, bottom + 34) if below else (right + 30, top)
+    cells: list[str] = []
+    end = corner
+    if nothing:
+        cells, end = _empty(nothing, corner, (width, height))
+    elif fragments and marked is not None:
+        cells, end = fragment_beside(fragments, corner, (width, height), edges, rows, columns, marked)
+    elif shard is not None:
+        cells, end = shard_beside(edges, shard, rows, columns, corner, (width, height), marked or {})
+    if cells:
+        parts += cells
+        right, bottom = max(right, end[0]), max(bottom, end[1] + 6)
+    said = wrapped([*_said(edges, rows, columns, copies), *notes], room)
     for line in said:
         bottom += 18
         parts.append(text(0, bottom - 9, line, "quiet note"))
@@ -89,15 +145,15 @@ def _directions(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
     return shown[:-1], shown[-1:]
 
 
-def _extent(rows: Sequence[int], columns: Sequence[int]) -> tuple[float, float]:
+def _extent(rows: Sequence[int], columns: Sequence[int], side: float) -> tuple[float, float]:
     """Width and height: the true ratio, unless one side would be too thin."""
     if not columns:
         return _THIN, _THIN
     if not rows:
-        return _SIDE * 1.4, _THIN
+        return side * 1.4, _THIN
     ratio = math.prod(rows) / max(math.prod(columns), 1)
     ratio = min(max(ratio, 0.45), 1.6)
-    return (_SIDE, _SIDE * ratio) if ratio <= 1 else (_SIDE / ratio, _SIDE)
+    return (side, side * ratio) if ratio <= 1 else (side / ratio, side)
 
 
 def _bands(edges: Sequence[Edge], extent: float) -> list[_Band]:
@@ -117,6 +173,10 @@ def _cell(
     box: tuple[float, float, float, float],
     allowed: Sequence[set[int] | None],
     defs: list[str],
+    copied: bool,
+    everyone: str,
+    fragmented: bool,
+    away: bool,
 ) -> str:
     holders = [strips[i].holders if i in strips else tuple(range(len(e.blocks))) for i, e in enumerate(edges)]
     fill = _fill(edges, holders, defs)
@@ -129,7 +189,7 @@ def _cell(
     hit = all(ok is None or ok.intersection(k) for ok, k in zip(allowed, held, strict=True))
     kinds = ["piece", *(["padding"] if padding else []), *(["replicated"] if shared else [])]
     if any(ok is not None for ok in allowed):
-        kinds.append("marked" if hit else "dimmed")
+        kinds.append("marked" if hit and not away else "dimmed")
     sizes = [strips[i].length if i in strips else e.size for i, e in enumerate(edges)]
     starts = [strips[i].start if i in strips else 0 for i in range(len(edges))]
     names = [e.parts[s.part][0] for i, e in enumerate(edges) if (s := strips.get(i)) and s.part is not None]
@@ -142,11 +202,24 @@ def _cell(
     if names:
         data["part"] = " ".join(names)
     along = ", ".join(f"{e.name} {s}–{s + n - 1}" for e, s, n in zip(edges, starts, sizes, strict=True))
-    who = f"{label or 'every rank'}{' (each holds it)' if shared else ''}"
+    everyone = everyone if copied else "whole"
+    who = f"{label or everyone}{' (each holds it)' if shared else ''}"
     tip = f"{who} · {' '.join([*names, along])} · {math.prod(sizes):,} elements{' · padding' if padding else ''}"
-    told: dict[str, Any] = {"kind": " ".join(kinds), "label": "every rank" if uncut else label, "data": data}
+    told: dict[str, Any] = {"kind": " ".join(kinds), "label": everyone if uncut else label, "data": data}
     faint: dict[str, Any] = {"fill_opacity": ".15"} if "dimmed" in kinds else {}
+    if fragmented:  # they lie below, and are what the mouse is to find
+        fill, faint = "none", {"pointer_events": "none"}
+        told |= {"kind": "shard-of-fragments", "label": ""}
     return cell(box, fill, tip, hatch=padding, **told, **faint)
+
+
+def _empty(said: str, corner: tuple[float, float], whole: tuple[float, float]) -> tuple[list[str], tuple[float, float]]:
+    """An empty place where a shard would stand, and what is said of it; and where it ends."""
+    x, y = corner
+    w, h = min(whole[0], 120.0), min(whole[1], 60.0)
+    place = rect(x, y, w, h, fill="none", stroke="currentColor", stroke_opacity=".5", stroke_dasharray="4 4", rx="4")
+    found = [text(x, y - 11, said, "strong shard-label"), place, text(x + w / 2, y + h / 2, "∅", "middle quiet")]
+    return found, (max(x + w, x + width_of(said, 13)), y + h)
 
 
 def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str]) -> str:

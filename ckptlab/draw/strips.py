@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptlab.draw.colours import PALETTE, colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, swatch, text, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, swatch, text, width_of, wrapped
 
 _WIDTH, _HEIGHT, _STEP = 760.0, 30.0, 46.0
 CUTS = 16  # cuts of a whole that are drawn through it
@@ -47,8 +47,10 @@ def strips(
     cuts: Sequence[tuple[int, str]] = (),
     title: str = "",
     notes: Sequence[str] = (),
+    width: float | None = None,
 ) -> Drawing:
-    """Bars to one scale, one below the other; a text among them stands for bars that are left out.
+    """Bars to one scale, for a page of a width (pixels; None: as wide as they like), one below the other; a text among
+    them stands for bars that are left out.
 
     whole: what the bars are cut from, drawn above to its own scale, with `cuts`: where each bar begins in it, and what
     that bar is called.
@@ -59,13 +61,14 @@ def strips(
     parts = [text(0, 8, title, "title")] if title else []
     y = 30.0 if title else 8.0
     merged = 0
-    scaled = [(bar, _WIDTH / longest) for bar in bars if isinstance(bar, Bar)]
+    across = _WIDTH if width is None else max(width - left - 12, 120.0)
+    scaled = [(bar, across / longest) for bar in bars if isinstance(bar, Bar)]
     if whole is not None:
-        scaled.append((whole, _WIDTH / max(whole.length, 1)))
+        scaled.append((whole, across / max(whole.length, 1)))
         y += 14
         parts.append(text(left - 8, y + _HEIGHT / 2, whole.label, "end whole-label"))
         cells, merged = _bar(whole, left, y, scaled[-1][1])
-        parts += [*cells, *_cuts(cuts, whole, left, y)]
+        parts += [*cells, *_cuts(cuts, whole, left, y, across)]
         y += _STEP + 8
     for bar in bars:
         if isinstance(bar, str):
@@ -73,23 +76,24 @@ def strips(
             y += 26
             continue
         parts.append(text(left - 8, y + _HEIGHT / 2, bar.label, "end bar-label"))
-        cells, thin = _bar(bar, left, y, _WIDTH / longest)
+        cells, thin = _bar(bar, left, y, across / longest)
         parts += cells
         merged += thin
-        width = _WIDTH * bar.length / longest
+        length = across * bar.length / longest
         parts.append(text(left, y + _HEIGHT + 8, "0", "small quiet"))
-        parts.append(text(left + width, y + _HEIGHT + 8, f"{bar.length:,}", "small quiet end"))
+        parts.append(text(left + length, y + _HEIGHT + 8, f"{bar.length:,}", "small quiet end"))
         y += _STEP
-    legend, y = _legend(scaled, left, y)
+    legend, y = _legend(scaled, left, y, across)
     parts += legend
     said = [*notes]
     if merged:
         said.append(f"{merged:,} pieces are too thin to be seen; they are drawn together with their neighbours")
+    said = wrapped(said, width)
     for line in said:
         y += 18
         parts.append(text(0, y - 9, line, "quiet note"))
-    width = max([left + _WIDTH + 12, *(width_of(line) for line in said)])
-    return drawing(title or "buffers", parts, width, y + 2)
+    total = max([left + across + 12, *(width_of(line) for line in said)])
+    return drawing(title or "buffers", parts, total if width is None else min(total, width), y + 2)
 
 
 def _bar(bar: Bar, left: float, y: float, scale: float) -> tuple[list[str], int]:
@@ -115,12 +119,12 @@ def _bar(bar: Bar, left: float, y: float, scale: float) -> tuple[list[str], int]
     return found, thin
 
 
-def _cuts(cuts: Sequence[tuple[int, str]], whole: Bar, left: float, y: float) -> list[str]:
+def _cuts(cuts: Sequence[tuple[int, str]], whole: Bar, left: float, y: float, across: float) -> list[str]:
     """A dashed line where each bar begins, of many a mark outside; and what the bar is called, if there is room."""
     found = []
     ends = [*(at for at, _ in cuts[1:]), whole.length]
     for (at, label), end in zip(cuts, ends, strict=True):
-        x, width = left + _WIDTH * at / max(whole.length, 1), _WIDTH * (end - at) / max(whole.length, 1)
+        x, width = left + across * at / max(whole.length, 1), across * (end - at) / max(whole.length, 1)
         if at:
             high, low = y - 10, y + _HEIGHT + 6
             path = f"M{x:.2f} {high:.1f}V{low:.1f}"
@@ -148,7 +152,7 @@ def _fits(piece: Piece, scale: float) -> bool:
     return piece.length * scale >= width_of(piece.name, 10) + 6
 
 
-def _legend(bars: Sequence[tuple[Bar, float]], left: float, y: float) -> tuple[list[str], float]:
+def _legend(bars: Sequence[tuple[Bar, float]], left: float, y: float, across: float) -> tuple[list[str], float]:
     """Names of the pieces that have only a number, in columns; and where the legend ends."""
     found: dict[int, Piece] = {}
     for bar, scale in bars:
@@ -156,8 +160,8 @@ def _legend(bars: Sequence[tuple[Bar, float]], left: float, y: float) -> tuple[l
             if not _fits(piece, scale) and piece.length * scale >= _THIN:
                 found.setdefault(piece.hue, piece)
     shown = [found[hue] for hue in sorted(found)][:LEGEND]
-    columns = max(1, int(_WIDTH // max([width_of(p.name, 10) + 46 for p in shown] + [1])))
-    wide = _WIDTH / columns
+    columns = max(1, int(across // max([width_of(p.name, 10) + 46 for p in shown] + [1])))
+    wide = across / columns
     parts = []
     for i, piece in enumerate(shown):
         x, at = left + i % columns * wide, y + 8 + 16 * (i // columns)

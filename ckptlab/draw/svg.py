@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -28,7 +29,7 @@ _STYLE = (
     ".ckptlab-drawing text{fill:currentColor;dominant-baseline:central;pointer-events:none}"
     ".ckptlab-drawing .title{font-weight:600;font-size:13px}"
     ".ckptlab-drawing .small{font-size:10px}"
-    ".ckptlab-drawing .tiny{font-size:8px;opacity:.8}"
+    ".ckptlab-drawing .tiny{font-size:10px;opacity:.8}"
     ".ckptlab-drawing .quiet{opacity:.68}"
     ".ckptlab-drawing .strong{font-weight:600}"
     ".ckptlab-drawing .mono{font-family:ui-monospace,monospace}"
@@ -202,6 +203,14 @@ def swatch(x: float, y: float, fill: str, hatch: bool = False) -> str:
 def width_of(content: str, size: float = 12) -> float:
     """About how wide text is, in pixels: system-ui's mean character."""
     return 0.6 * size * len(content)
+
+
+def wrapped(lines: Iterable[str], width: float | None, size: float = 12) -> list[str]:
+    """Lines broken between words so that each fits the width; None: as they are."""
+    if width is None:
+        return list(lines)
+    most = max(int(width / width_of("x", size)), 12)
+    return [part for line in lines for part in (textwrap.wrap(line, most, break_long_words=False) or [""])]
 
 
 def tail(name: str, width: float, size: float = 12) -> str:

@@ -11,6 +11,7 @@ from ckptlab.viz.families import family
 from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
 from ckptlab.viz.moves import plan
+from ckptlab.viz.placed import placed
 from ckptlab.viz.plots import plot_memory, plot_plan
 from ckptlab.viz.sizes import KINDS, fullest, memory, memory_by_rank
 from ckptlab.viz.tensors import tensor
@@ -24,6 +25,7 @@ __all__ = [
     "memory",
     "memory_by_rank",
     "mesh",
+    "placed",
     "plan",
     "plot_memory",
     "plot_plan",

@@ -13,16 +13,17 @@ SHOWN = 8  # dp ranks that are drawn; of more the first and the last
 
 
 @explained
-def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, **at: int) -> Drawing:
+def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, width: float | None = None, **at: int) -> Drawing:
     """The flat buffer of one group (of a catalog's FlatGroup, that of coordinates such as tp=1), one bar for each dp
     rank.
 
     Above lies the whole buffer with the cuts between dp ranks. Fragments have their tensors' names and colours; where a
     tensor goes on in the next rank's buffer it is torn; padding is hatched. dp: this rank's alone, without the whole.
 
-    Widths are proportional to elements. Cells: class `fragment` (`merged`: several that are too thin; data-tensors
-    counts them) or `padding`, in the whole `span`; data-tensor, data-dp, data-tp, data-start and data-count (in the
-    rank's buffer), data-from (in the tensor's flattened shard). IndexError for a rank that is not there.
+    width: of the page, in pixels (None: as wide as it likes). Widths are proportional to elements. Cells: class
+    `fragment` (`merged`: several that are too thin; data-tensors counts them) or `padding`, in the whole `span`;
+    data-tensor, data-dp, data-tp, data-start and data-count (in the rank's buffer), data-from (in the tensor's
+    flattened shard). IndexError for a rank that is not there.
     """
     holder = Holder(**at) if isinstance(group, FlatBuffer) else group.holder(at)
     buffer = group if isinstance(group, FlatBuffer) else group.flats[holder]
@@ -37,7 +38,8 @@ def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, **at: int) -> 
     if omitted:
         made.insert(len(made) - 1, f"… and {omitted:,} dp ranks, {shown[-2] + 1} to {shown[-1] - 1}")
     whole, cuts = _whole(buffer) if dp is None else (None, [])
-    return strips(made, whole=whole, cuts=cuts, title=_title(group, buffer, holder), notes=_notes(group, buffer))
+    title, notes = _title(group, buffer, holder), _notes(group, buffer)
+    return strips(made, whole=whole, cuts=cuts, title=title, notes=notes, width=width)
 
 
 def _title(group: FlatGroup | FlatBuffer, buffer: FlatBuffer, holder: Holder) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ckptlab.draw import Axes, Drawing, Edge, sheet
+from ckptlab.draw import Axes, Drawing, Edge, Fragment, sheet
 from ckptlab.errors import LayoutError
 from ckptlab.layout import Cut, DimCut, Layout
 from ckptlab.layout.rows import intervals
@@ -24,10 +24,17 @@ def picture(
     notation: str = "",
     rank: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
+    copies: Sequence[tuple[str, int]] | None = None,
+    fragments: Sequence[Fragment] = (),
+    nothing: str = "",
+    everyone: str = "every rank",
+    width: float | None = None,
 ) -> Drawing:
     """A cut drawn. dims: names; parts: for each dim (name, length) of what is cut on its own, or nothing.
 
-    rank: the coordinate that stands out; axes that do not cut the tensor are passed over.
+    rank: the coordinate that stands out; axes that do not cut the tensor are passed over. copies: (axis,
+    number) of those that hold the same (None: all axes that do not cut it). fragments, nothing, everyone, width: see
+    `sheet`.
     """
     edges = [
         _edge(dim, true, name, part, cut.mesh)
@@ -36,12 +43,25 @@ def picture(
     for axis, k in (rank or {}).items():
         if axis in cut.axes and not (isinstance(k, int) and 0 <= k < cut.mesh[axis]):
             raise LayoutError(f"rank: {axis}={k!r} is outside {axis}({cut.mesh[axis]}) of {cut.mesh!r}")
-    marked = None if rank is None else {axis: k for axis, k in rank.items() if axis in cut.axes}
+    over = {*cut.axes, *(axis for f in fragments for axis in f.place)}
+    marked = None if rank is None else {axis: k for axis, k in rank.items() if axis in over}
     shard = None
-    if marked is not None and len(marked) == len(cut.axes):
+    if marked is not None and not set(cut.axes) - set(marked):
         places = zip(cut.dims, cut.per_dim(cut.coordinate(marked)), strict=True)
         shard = [[(int(s), int(n)) for s, n in intervals(dim.runs[at])[:, [0, 2]]] for dim, at in places]
-    return sheet(edges, title=title, notation=notation, copies=_copies(cut), marked=marked, shard=shard, notes=notes)
+    return sheet(
+        edges,
+        title=title,
+        notation=notation,
+        copies=_copies(cut) if copies is None else copies,
+        marked=marked,
+        shard=shard,
+        notes=notes,
+        fragments=fragments,
+        nothing=nothing,
+        everyone=everyone,
+        room=width,
+    )
 
 
 def by_itself(cut: Cut) -> Drawing:

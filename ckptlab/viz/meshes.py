@@ -12,12 +12,18 @@ from ckptlab.shown import shows
 
 
 @explained
-def mesh(mesh: Mesh, *, highlight: Mapping[str, int] | int | None = None, group: str | None = None) -> Drawing:
+def mesh(
+    mesh: Mesh,
+    *,
+    highlight: Mapping[str, int] | int | None = None,
+    group: str | None = None,
+    width: float | None = None,
+) -> Drawing:
     """Every rank of a mesh: a grid for each pp stage (and coordinate on axes other than dp and tp), dp down, tp across.
 
     highlight: a rank, or a coordinate (`{"tp": 1}`: all ranks there) that stands out. group: the axis whose process
-    groups are framed, each in its own colour. Cells: class `rank`, data-rank, data-tp, data-pp, data-dp, data-group.
-    Raises MeshError for a rank or an axis that the mesh does not have.
+    groups are framed, each in its own colour. width: of the page, in pixels. Cells: class `rank`, data-rank, data-tp,
+    data-pp, data-dp, data-group. Raises MeshError for a rank or an axis that the mesh does not have.
     """
     marked: list[int] = []
     if isinstance(highlight, int):
@@ -27,7 +33,13 @@ def mesh(mesh: Mesh, *, highlight: Mapping[str, int] | int | None = None, group:
         marked = mesh.ranks(**highlight)
     groups = mesh.groups(group) if group is not None else []
     return draw_grid(
-        mesh.degrees, *mesh.directions(), marked=marked, groups=groups, along=group or "", title=mesh.title()
+        mesh.degrees,
+        *mesh.directions(),
+        marked=marked,
+        groups=groups,
+        along=group or "",
+        title=mesh.title(),
+        width=width,
     )
 
 

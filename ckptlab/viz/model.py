@@ -18,8 +18,8 @@ BOXES = 12  # boxes of a stage that are drawn
 
 
 @explained
-def stages(catalog: Catalog) -> Drawing:
-    """The layers of each pp stage, in order; like layers next to one another as one.
+def stages(catalog: Catalog, *, width: float | None = None) -> Drawing:
+    """The layers of each pp stage, in order; like layers next to one another as one. width: of the page, in pixels.
 
     Tensors that live on several stages have a dashed box in each, joined by a line. The bar in a box is proportional to
     its elements. Cells: class `layer` (`tied`), data-pp, data-tensors, data-elements, data-tensor (the first's name).
@@ -29,7 +29,7 @@ def stages(catalog: Catalog) -> Drawing:
     for tensor in catalog.tensors.values():
         by_stages.setdefault(tensor.stages, []).append(tensor)
     pp = max([catalog.mesh.pp, *(s + 1 for held in by_stages for s in held)])  # whole tensors know their run's stages
-    folds = blocks(pp, COLUMNS)
+    folds = blocks(pp, COLUMNS if width is None else min(max(int(width // 250), 1), COLUMNS))
     for block in folds:
         mine = (t for held, tensors in by_stages.items() if set(held).intersection(block) for t in tensors)
         columns.append((f"pp {span(block)}" if pp > 1 else "one stage", _boxes(mine, block)))
@@ -37,7 +37,7 @@ def stages(catalog: Catalog) -> Drawing:
     if any(len(held) > 1 for held in by_stages):
         notes.append("dashed and joined: one tensor, of which each of these stages holds a copy")
     title = f"{number_of(len(catalog.tensors), 'tensor')} over {number_of(pp, 'pp stage')}"
-    return pipeline(columns, title=title, notes=notes)
+    return pipeline(columns, title=title, notes=notes, width=width)
 
 
 _Key = tuple[str, int | None]  # what comes before the first number in a name, and the number

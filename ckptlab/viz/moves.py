@@ -21,30 +21,32 @@ Int64 = NDArray[np.int64]
 
 
 @explained
-def plan(plan: Plan, source: Mesh | None = None, target: Mesh | None = None) -> Drawing:
+def plan(plan: Plan, source: Mesh | None = None, target: Mesh | None = None, *, width: float | None = None) -> Drawing:
     """Who sends how much to whom: a matrix from source (down) to target (across) with the sums at its edges.
 
-    Of many ranks, each row or column is a pp stage if the mesh of that side is given and has several, else a block of
-    ranks; the picture says which. Framed is what does not change rank. Cells: class `move` (`none` where nothing goes),
-    data-source, data-target (`3` or `0-7`), data-bytes, data-kept.
+    width: of the page, in pixels (None: as wide as it likes). Of many ranks, each row or column is a pp stage if the
+    mesh of that side is given and has several, else a block of ranks; the picture says which. Framed is what does not
+    change rank. Cells: class `move` (`none` where nothing goes), data-source, data-target (`3` or `0-7`), data-bytes,
+    data-kept.
     """
-    rows, columns = _side("source", plan.sources, source), _side("target", plan.targets, target)
+    most = RANKS if width is None else min(max(int((width - 170) // 46), 4), RANKS)
+    rows, columns = _side("source", plan.sources, source, RANKS), _side("target", plan.targets, target, most)
     table, kept = _summed(plan, rows, columns)
     title = f"{plan.sources:,} → {plan.targets:,} ranks: {size(plan.sent)} read, {size(plan.moved)} change rank"
     notes = []
     for what, side, ranks in (("source", rows, plan.sources), ("target", columns, plan.targets)):
         if len(side.labels) < ranks:
             notes.append(f"{ranks:,} {what} ranks in {len(side.labels):,} {side.name.removeprefix(what).strip()}")
-    return matrix(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes)
+    return matrix(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes, width=width)
 
 
-def _side(what: str, ranks: int, mesh: Mesh | None) -> Side:
+def _side(what: str, ranks: int, mesh: Mesh | None, most: int) -> Side:
     """Ranks one by one; of many the pp stages (their ranks are neighbours, pp being slowest), or blocks."""
-    if mesh is not None and ranks > RANKS and 1 < mesh.pp <= RANKS and mesh.axes[0] == "pp":
+    if mesh is not None and ranks > most and 1 < mesh.pp <= most and mesh.axes[0] == "pp":
         step = ranks // mesh.pp
         stages = range(mesh.pp)
         return Side(f"{what} pp stages", [f"pp {k}" for k in stages], [range(k * step, (k + 1) * step) for k in stages])
-    found = blocks(ranks, RANKS)
+    found = blocks(ranks, most)
     name = f"{what} rank" if len(found) == ranks else f"{what} blocks"
     return Side(name, [span(b) for b in found], found)
 

@@ -28,18 +28,19 @@ Model: TypeAlias = Catalog | Mapping[str, Mapping[str, int]]
 
 
 @explained
-def memory(model: Model) -> Drawing:
+def memory(model: Model, *, width: float | None = None) -> Drawing:
     """Bytes on each rank, by kind, as stacked bars: see `memory_by_rank`.
 
     model: a catalog, or any mapping from labels of ranks to {kind: bytes}. Of many ranks, each bar is the fullest of
-    its block. Lengths are proportional to bytes. Cells: class `amount`, data-kind, data-bytes, data-rank.
+    its block. Lengths are proportional to bytes.
+    width: of the page, in pixels (None: as wide as it likes). Cells: class `amount`, data-kind, data-bytes, data-rank.
     """
     found, kinds, labels = table(model)
     if isinstance(model, Mapping):
-        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [])
+        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [], width)
     axes = Axes(model.mesh.axes, model.mesh.shape)
     notes = ["padding of flat buffers is in it; activations and buffers of the communication are not"]
-    return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", title(model), notes)
+    return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", title(model), notes, width)
 
 
 def title(model: Model) -> str:
@@ -61,7 +62,12 @@ def table(model: Model) -> tuple[Table, Sequence[str], list[str]]:
 
 
 def _drawn(
-    found: Table, kinds: Sequence[str], label: Callable[[Sequence[int]], str], title: str, notes: list[str]
+    found: Table,
+    kinds: Sequence[str],
+    label: Callable[[Sequence[int]], str],
+    title: str,
+    notes: list[str],
+    width: float | None,
 ) -> Drawing:
     """Bars for (rank, kind) bytes: a bar a rank; of many, one for those that are alike; of very many, of neighbours."""
     sets: list[list[int]] = [[r] for r in range(len(found))]
@@ -80,7 +86,7 @@ def _drawn(
         amounts = dict(zip(kinds, found[fullest].tolist(), strict=True))
         many = f" ({len(ranks):,} ranks)" if len(ranks) > 1 else ""
         stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": ranges(ranks, to="-").replace(" ", "")}))
-    return bars(stacks, title=title, notes=notes)
+    return bars(stacks, title=title, notes=notes, width=width)
 
 
 def _ends(labels: Sequence[str], ranks: Sequence[int]) -> str:

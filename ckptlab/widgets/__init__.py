@@ -1,7 +1,8 @@
 """Interaction: `explore` a checkpoint, `playground` for a model on paper. Needs the extra `widgets`.
 
-From the ground up: subject.py (what is explored and chosen), held.py, steps.py, cells.py, page.py (pictures,
-tables and texts, all without a widget); picture.py (the two pieces of JavaScript), tabs.py, face.py.
+From the ground up: subject.py (what is explored and chosen), held.py, steps.py, pictures.py, page.py (pictures, tables
+and texts), parts.py (which of them a state of the page is made of), presets.py; explorer.py (the widget, whose page is
+static/explorer.js), export.py (the same without a kernel).
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from ckptlab.errors import UnsupportedError
 from ckptlab.mesh import Mesh
 
 if TYPE_CHECKING:
-    from ckptlab.widgets.face import Explorer, Playground
+    from ckptlab.widgets.explorer import Explorer, Playground
 
-NEEDED = ("ipywidgets", "anywidget")
+NEEDED = ("anywidget",)
 
 
 def explore(ckpt: Checkpoint) -> Explorer:
     """Look into a checkpoint and its reshapes in a notebook: tensors, ranks, files; target meshes, memory, cost.
 
-    Shows itself as the last line of a cell. ckpt: what `ckptlab.open` or `ckptlab.paper_model` gave. Headers only: no
-    data is read. UnsupportedError where ipywidgets or anywidget is not installed.
+    Shows itself as the last line of a cell, in Jupyter and in marimo. ckpt: what `ckptlab.open` or
+    `ckptlab.paper_model` gave. Headers only: no data is read. What is chosen is in traits, `.tensor`, `.rank`, `.mesh`,
+    …, to read, set and observe; `.to_html(path)` writes a page that answers without a kernel. UnsupportedError where
+    anywidget is not installed.
     """
     _require()
-    from ckptlab.widgets.face import Explorer
+    from ckptlab.widgets.explorer import Explorer
     from ckptlab.widgets.subject import Subject
 
     return Explorer(Subject.of_checkpoint(ckpt))
@@ -36,11 +39,11 @@ def playground(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) ->
     """The same with no checkpoint at all, for a model described by a few numbers that can be changed: for teaching.
 
     Arguments as for `ckptlab.paper_model`; without any, a small model on tp 2 · pp 2 · dp 2. UnsupportedError where
-    ipywidgets or anywidget is not installed.
+    anywidget is not installed.
     """
     _require()
     from ckptlab.sharding.transformer import PaperModel
-    from ckptlab.widgets.face import Playground
+    from ckptlab.widgets.explorer import Playground
 
     return Playground(PaperModel(**numbers), mesh or Mesh(tp=2, pp=2, dp=2), zero_stage)
 

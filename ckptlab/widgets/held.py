@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.layout.cut import Coordinate
+from ckptlab.layout.rows import intervals
 from ckptlab.stored import Stored
 from ckptlab.words import size
 
@@ -80,12 +82,48 @@ def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple
 
 def _piece(tensor: Tensor, state: str, at: Coordinate, start: int, count: int, stored: Stored | None) -> Piece:
     shape = tensor.cut.shard_shape(at)
-    positions = [dim.positions(k) for dim, k in zip(tensor.cut.dims, tensor.cut.per_dim(at), strict=True)]
+    places = [intervals(dim.runs[k]) for dim, k in zip(tensor.cut.dims, tensor.cut.per_dim(at), strict=True)]
     ends = [
-        tuple(int(p[i]) for p, i in zip(positions, np.unravel_index(k, shape), strict=True)) if count else ()
+        tuple(_index(rows, int(i)) for rows, i in zip(places, np.unravel_index(k, shape), strict=True)) if count else ()
         for k in (start, start + count - 1)
     ]
     return Piece(tensor.name, state, start, count, math.prod(shape), ends[0], ends[1], tensor.states[state], stored)
+
+
+def _index(rows: NDArray[np.int64], place: int) -> int:
+    """The index in the whole of what lies at a place of the shard."""
+    row = rows[(rows[:, 1] <= place) & (place < rows[:, 1] + rows[:, 2])][0]
+    return int(row[0] + place - row[1])
+
+
+def by_rank(catalog: Catalog, name: str, state: str) -> tuple[list[list[str]], list[int]]:
+    """Of every rank what it holds of one state of a tensor, in words: (different texts, which of them each rank has).
+
+    Nothing at all is -1. As `pieces` says it rank by rank, but each holder is looked at once.
+    """
+    tensor = catalog[name]
+    held: list[list[str]] = [[] for _ in range(catalog.mesh.size)]
+    for placement in catalog.placements.get((tensor.name, state), ()):
+        for holder in placement.holders:
+            ranks, at = placement.ranks(holder).tolist(), placement.coordinate(holder)
+            stored = catalog.fragments(tensor.name, state, holder) if catalog.extents else ()
+            if placement.flats:
+                flat, index = placement.flats[holder]
+                own = {(f.dp, f.start): f.stored for f in stored}
+                for dp, start, _, count in flat.fragments(index).tolist():
+                    piece = _piece(tensor, state, at, start, count, own.get((dp, start)))
+                    held[ranks[dp]].append(str(piece))
+                continue
+            shard = math.prod(placement.shape(holder))
+            spans: list[tuple[int, int, Stored | None]] = [(f.start, f.count, f.stored) for f in stored]
+            if not spans and shard:
+                spans = [(0, shard, None)]
+            told = [str(_piece(tensor, state, at, *span)) for span in spans]
+            for rank in ranks:
+                held[rank] += told
+    texts: dict[tuple[str, ...], int] = {}
+    of = [texts.setdefault(tuple(lines), len(texts)) if lines else -1 for lines in held]
+    return [list(lines) for lines in texts], of
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from html import escape
 
 from ckptlab import viz
@@ -10,7 +9,7 @@ from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Cost, Reshape
 from ckptlab.widgets.held import in_words, inventory, sizes
 from ckptlab.widgets.pictures import buffer, layout
-from ckptlab.widgets.steps import TITLES, Step
+from ckptlab.widgets.steps import Step
 from ckptlab.widgets.subject import Choice, Refusal, Subject
 from ckptlab.words import count, number_of, shorten, size
 
@@ -22,7 +21,7 @@ STYLE = """
 .ckptlab-text p{margin:.4em 0;max-width:56em}
 .widget-html-content:has(>.ckptlab-text){min-width:0;width:100%}
 .ckptlab-text .quiet{overflow-wrap:anywhere}
-.ckptlab-text .head{font-weight:600;font-size:14px}
+.ckptlab-text .subhead{font-weight:600;font-size:14px}
 .ckptlab-text .quiet{opacity:.68}
 .ckptlab-text .told{font:12px/1.5 ui-monospace,monospace;min-height:6em}
 .ckptlab-text .refused{border-left:3px solid #d97706;padding-left:.6em;margin-bottom:.5em}
@@ -45,10 +44,6 @@ def block(content: str) -> str:
     return f'<div class="ckptlab-text"><style>{STYLE}</style>{content}</div>'
 
 
-def heading(subject: Subject) -> str:
-    return block(f'<div class="head">{escape(subject.title)}</div>')
-
-
 def model(subject: Subject) -> str:
     """A model on paper in numbers, and what DeepSpeed would say to it."""
     catalog = subject.catalog
@@ -57,21 +52,15 @@ def model(subject: Subject) -> str:
     kept = f"{size(sum(full.values()))} on the fullest rank: {sizes(full)}"
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in catalog.findings)
     said = f"{count(parameters)} parameters in {number_of(len(catalog.tensors), 'tensor')} · {kept}"
-    return block(f"<p>{escape(said)}</p>{notes}")
-
-
-def told(lines: Iterable[str], otherwise: str) -> str:
-    """What a cell stands for, or what to do to hear it."""
-    said = "<br>".join(map(escape, lines)) or f'<span class="quiet">{escape(otherwise)}</span>'
-    return block(f'<div class="told">{said}</div>')
+    return f"<p>{escape(said)}</p>{notes}"
 
 
 def code(line: str) -> str:
-    return block(f"<pre>{escape(line)}</pre>")
+    return f"<pre>{escape(line)}</pre>"
 
 
 def refusal(reason: Refusal) -> str:
-    return block(f'<div class="refused">{escape(str(reason))}</div>')
+    return f'<div class="refused">{escape(str(reason))}</div>'
 
 
 def holdings(catalog: Catalog, rank: int) -> str:
@@ -91,11 +80,11 @@ def holdings(catalog: Catalog, rank: int) -> str:
     more = f'<div class="quiet">and {len(found.rows) - ROWS:,} more</div>' if len(found.rows) > ROWS else ""
     quiet = "".join(f'<div class="quiet">{escape(fact)}</div>' for fact in facts)
     table = f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return block(f'<div class="head">{escape(head)}</div>{quiet}{table}{more}')
+    return f'<div class="subhead">{escape(head)}</div>{quiet}{table}{more}'
 
 
 def figures(reshape: Reshape, cost: Cost | None) -> str:
-    """The plan's cost (None: it is being worked out), the memory of the fullest rank before and after, and what the
+    """The plan's cost (None: it was not worked out), the memory of the fullest rank before and after, and what the
     user must hear."""
     kept = [size(sum(viz.fullest(c).values())) for c in (reshape.source, reshape.target) if c.zero_stage is not None]
     shown = [
@@ -106,16 +95,19 @@ def figures(reshape: Reshape, cost: Cost | None) -> str:
     ]
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.findings)
     cells = "".join(f'<span><span class="quiet">{name}</span> <b>{value}</b></span>' for name, value in shown)
+    return f'<div class="figures">{cells}</div>{notes}'
+
+
+def towards(reshape: Reshape) -> str:
+    """`tp 2 · pp 2 · dp 2 · ZeRO-1 → tp 4 · pp 1 · dp 2 · ZeRO-1`."""
     ends = list(dict.fromkeys(map(_named, (reshape.source, reshape.target))))
-    way = " → ".join(ends) if len(ends) > 1 else f'{ends[0]}, as it is <span class="quiet">(move a slider)</span>'
-    return block(f'<div class="head">{way}</div><div class="figures">{cells}</div>{notes}')
+    return " → ".join(ends) if len(ends) > 1 else f"{ends[0]}, as it is"
 
 
-def step(number: int, step: Step, with_code: bool) -> str:
-    """A step's place, title, sentence and, of a checkpoint, the Python that shows the same."""
-    way = " → ".join(f"<b>{t}</b>" if i == number else f'<span class="quiet">{t}</span>' for i, t in enumerate(TITLES))
-    line = f"<pre>{escape(step.code)}</pre>" if with_code and step.code else ""
-    return block(f"<div>{way}</div><p>{escape(step.text)}</p>{line}")
+def step(step: Step, with_code: bool) -> str:
+    """A step's sentence and, of a checkpoint, the Python that shows the same."""
+    line = f'<pre class="line">{escape(step.code)}</pre>' if with_code and step.code else ""
+    return f"<p>{escape(step.text)}</p>{line}"
 
 
 def _named(catalog: Catalog) -> str:
@@ -128,7 +120,7 @@ def static(subject: Subject, choice: Choice) -> str:
     catalog, name = subject.catalog, subject.tensor(choice).name
     flat = buffer(catalog, name, choice.state, choice.rank)
     parts = [
-        f'<div class="head">{escape(subject.title)}</div>',
+        f'<div class="subhead">{escape(subject.title)}</div>',
         _row(
             viz.mesh(catalog.mesh, highlight=choice.rank).svg,
             layout(catalog, name, choice.state, choice.rank),
@@ -136,25 +128,27 @@ def static(subject: Subject, choice: Choice) -> str:
         *([_row(flat)] if flat else []),
     ]
     target = subject.target(choice)
+    start = subject.start()
+    changed = (choice.mesh, choice.zero_stage) != (start.mesh, start.zero_stage)
     if isinstance(target, Refusal):
         parts.append(refusal(target))
     else:
         quick = len(catalog.tensors) < MANY or "plan" in vars(target)
-        changed = target.mesh != catalog.mesh or target.zero_stage != catalog.zero_stage
         if changed:
             parts += [
+                f'<div class="subhead">{towards(target)}</div>',
                 figures(target, target.cost() if quick else None),
                 _row(layout(target.target, name, choice.state), moves(target) if quick else ""),
             ]
         parts.append(_row(viz.memory(target.target).svg))
-    parts.append(code(subject.line(choice)))
+    parts.append(code(subject.reshaping(choice) if changed else subject.opening(choice)))
     quiet = "A picture of the widget as it was when the cell ran; with a kernel it answers to the mouse."
     return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))
 
 
-def moves(reshape: Reshape) -> str:
+def moves(reshape: Reshape, width: int | None = None) -> str:
     """Who sends how much to whom. SVG."""
-    return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh).svg
+    return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh, width=width).svg
 
 
 def _row(*pictures: str) -> str:

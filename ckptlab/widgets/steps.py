@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ckptlab import viz
 from ckptlab.catalog import PARAM, Catalog, Tensor
 from ckptlab.checkpoint import Reshape
-from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.words import number_of, ranges, shape_text
 
@@ -30,28 +29,28 @@ class Step:
 TITLES = ("buffers", "shards", "whole", "stages", "new shards", "new buffers")
 
 
-def step(reshape: Reshape, name: str, number: int) -> Step:
-    """The step of that number (see TITLES) for the tensor of that name."""
+def step(reshape: Reshape, name: str, number: int, width: int | None = None) -> Step:
+    """The step of that number (see TITLES) for the tensor of that name, drawn for a page of a width (pixels)."""
     tensor, wanted = reshape.source[name], reshape.target.tensors[name]
     make = (
-        lambda: _buffers(reshape.source, tensor, SOURCE),
-        lambda: _shards(reshape.source, tensor),
-        lambda: _whole(reshape.source, tensor),
-        lambda: _stages(reshape, tensor, wanted),
-        lambda: _new_shards(reshape, tensor, wanted),
-        lambda: _buffers(reshape.target, wanted, TARGET),
+        lambda: _buffers(reshape.source, tensor, SOURCE, width),
+        lambda: _shards(reshape.source, tensor, width),
+        lambda: _whole(reshape.source, tensor, width),
+        lambda: _stages(reshape, tensor, wanted, width),
+        lambda: _new_shards(reshape, tensor, wanted, width),
+        lambda: _buffers(reshape.target, wanted, TARGET, width),
     )
     return make[number]()
 
 
-def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
+def _buffers(catalog: Catalog, tensor: Tensor, what: str, width: int | None) -> Step:
     """The flat buffer of the tensor on its first stage and tp rank 0."""
     title = TITLES[0] if what == SOURCE else TITLES[-1]
     stage, dp = tensor.stages[0], catalog.mesh.dp
     state = next((s for s in tensor.states if s != PARAM), None)
     if state is None or not catalog.is_flat(tensor.name, state):
         text = f"No flat buffer holds {tensor.name}: every one of the {number_of(dp, 'dp rank')} has its whole shard."
-        return Step(title, text, (viz.mesh(catalog.mesh).svg,))
+        return Step(title, text, (viz.mesh(catalog.mesh, width=width).svg,))
     holder = catalog.placement(tensor.name, state).holders[0]
     group, index = catalog.flat(tensor.name, holder)
     flat = group.flats[holder]
@@ -69,19 +68,24 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str) -> Step:
     )
     alike = [g for g in catalog.flat_groups if (g.stage, g.group) == (stage, group.group)]
     sub = f"/sub{alike.index(group)}" if len(alike) > 1 else ""
-    return Step(title, text, (viz.flat(group, **holder).svg,), f'{what}.flat()["pp{stage}/group{group.group}{sub}"]')
+    return Step(
+        title,
+        text,
+        (viz.flat(group, width=width, **holder).svg,),
+        f'{what}.flat()["pp{stage}/group{group.group}{sub}"]',
+    )
 
 
-def _shards(catalog: Catalog, tensor: Tensor) -> Step:
+def _shards(catalog: Catalog, tensor: Tensor, width: int | None) -> Step:
     text = (
         "Merge dp: the fragments of the dp ranks are put one behind the other and get their shape back. "
         f"{_each_shard(tensor, catalog.mesh)}"
     )
-    picture = viz.tensor(tensor.layout, tensor.shape, Mesh(tp=catalog.mesh.tp), name=tensor.name)
+    picture = _cut(catalog, tensor, width)
     return Step(TITLES[1], text, (picture.svg,), f'{SOURCE}.shards("{_state(tensor)}", stack=False)["{tensor.name}"]')
 
 
-def _whole(catalog: Catalog, tensor: Tensor) -> Step:
+def _whole(catalog: Catalog, tensor: Tensor, width: int | None) -> Step:
     if tensor.cut.axes:
         text = f"Merge tp: the shards are put together as the layout {tensor.layout.text} says."
     else:
@@ -92,28 +96,41 @@ def _whole(catalog: Catalog, tensor: Tensor) -> Step:
     if len(tensor.stages) > 1:
         text += f" Merge pp: the copies on stages {ranges(tensor.stages)} are tied, the first is taken."
     text += " This is the tensor as the model's author wrote it, without a mesh."
-    layout = on_degree(tensor.layout, "tp", 1).replace(padded={})
-    picture = viz.tensor(layout, tensor.shape, Mesh(), name=tensor.name)
+    picture = viz.tensor(" ".join(tensor.layout.dims), tensor.shape, Mesh(), name=tensor.name, width=width)
     return Step(TITLES[2], text, (picture.svg,), f'{SOURCE}.full("{_state(tensor)}", stack=False)["{tensor.name}"]')
 
 
-def _stages(reshape: Reshape, tensor: Tensor, wanted: Tensor) -> Step:
+def _stages(reshape: Reshape, tensor: Tensor, wanted: Tensor, width: int | None) -> Step:
     before, after = reshape.source.mesh.pp, reshape.target.mesh.pp
     moves = f"goes from stage {_on(tensor)} to stage {_on(wanted)}"
     move = f"{tensor.name} {moves if tensor.stages != wanted.stages else f'stays on stage {_on(tensor)}'}."
     if before == after == 1:
-        return Step(TITLES[3], "Split pp: there is one stage, before and after.", (viz.stages(reshape.target).svg,))
+        return Step(
+            TITLES[3], "Split pp: there is one stage, before and after.", (viz.stages(reshape.target, width=width).svg,)
+        )
     instead = f" instead of {before}" if before != after else ", as before"
     text = f"Split pp: the layers are dealt to {number_of(after, 'stage')}{instead}. {move}"
-    return Step(TITLES[3], text, (viz.stages(reshape.source).svg, viz.stages(reshape.target).svg))
+    after_all = viz.stages(reshape.target, width=width).svg
+    if before == after:
+        return Step(TITLES[3], text, (after_all,))
+    return Step(TITLES[3], text, (viz.stages(reshape.source, width=width).svg, after_all))
 
 
-def _new_shards(reshape: Reshape, tensor: Tensor, wanted: Tensor) -> Step:
+def _new_shards(reshape: Reshape, tensor: Tensor, wanted: Tensor, width: int | None) -> Step:
     mesh = reshape.target.mesh
     text = f"Split tp: the same layout on tp {mesh.tp}. {_each_shard(wanted, mesh)}"
-    picture = viz.tensor(wanted.layout, wanted.shape, Mesh(tp=mesh.tp), name=tensor.name)
+    picture = _cut(reshape.target, wanted, width)
     code = f'{TARGET}.shards("{_state(wanted)}", stack=False)["{tensor.name}"]'
     return Step(TITLES[4], text, (picture.svg,), code)
+
+
+def _cut(catalog: Catalog, tensor: Tensor, width: int | None) -> viz.Drawing:
+    """The tensor cut over the axes of its holders alone: whole over dp, on one stage."""
+    placement = catalog.placement(tensor.name, _state(tensor))
+    one = dict.fromkeys((*catalog.mesh.leaves("pp"), *placement.data, *placement.at), 1)
+    return viz.tensor(
+        tensor.layout.replace(stages=None), tensor.shape, catalog.mesh.replace(**one), name=tensor.name, width=width
+    )
 
 
 def _each_shard(tensor: Tensor, mesh: Mesh) -> str:

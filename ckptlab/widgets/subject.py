@@ -11,17 +11,21 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from ckptlab import formats
 from ckptlab.catalog import ZERO_STAGES, Catalog, Tensor
 from ckptlab.checkpoint import Checkpoint, Reshape, paper_model
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.transformer import PaperModel
 
+DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""What sliders offer, and static/explorer.js with them."""
+
 
 @dataclass(frozen=True)
 class Choice:
     """The chosen tensor, one of its states, a rank of the source; the target's mesh and ZeRO stage, a rank of it; the
-    step of the reshape that is shown (from 0)."""
+    step of the reshape that is shown (from 0); for how wide a page pictures are drawn, in pixels."""
 
     tensor: str
     state: str
@@ -30,6 +34,7 @@ class Choice:
     zero_stage: int
     target_rank: int = 0
     step: int = 0
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Subject:
     def __init__(self, catalog: Catalog, code: str) -> None:
         self.catalog, self.code = catalog, code
         self.reshape = lru_cache(maxsize=8)(self._reshape)
+        self._fits = lru_cache(maxsize=4096)(self._refusal)
 
     @staticmethod
     def of_checkpoint(ckpt: Checkpoint) -> Subject:
@@ -67,9 +73,14 @@ class Subject:
         return bool(self.catalog.training.numbers)
 
     @property
+    def home(self) -> str | None:
+        """The format that a target is laid out in: None, as such checkpoints are; on paper where they have no home."""
+        return None if formats.get(self.catalog.format).home else "paper"
+
+    @property
     def stages(self) -> tuple[int, ...]:
         """The ZeRO stages that a target may have."""
-        return ZERO_STAGES if self.is_paper else (1, 2, 3)
+        return ZERO_STAGES if self.is_paper or self.home else (1, 2, 3)
 
     def at_stage(self, zero_stage: int) -> Catalog:
         """Of a model on paper: the same on the same mesh under another ZeRO stage."""
@@ -93,7 +104,9 @@ class Subject:
         cut = (t for t in tensors if t.cut.axes and len(t.shape) > 1 and len(t.stages) == 1)
         first = next(cut, next((t for t in tensors if len(t.shape) > 1), tensors[0]))
         stage = self.catalog.zero_stage
-        return Choice(first.name, next(iter(first.states)), 0, self.trained_on, 1 if stage is None else stage)
+        if stage is None:
+            stage = 0 if self.home else 1
+        return Choice(first.name, next(iter(first.states)), 0, self.trained_on.joined(), stage)
 
     def tensor(self, choice: Choice) -> Tensor:
         return self.catalog[choice.tensor]
@@ -104,27 +117,62 @@ class Subject:
 
     def _reshape(self, mesh: Mesh, zero_stage: int) -> Reshape | Refusal:
         try:
-            return Reshape.of(self.catalog, mesh, zero_stage=zero_stage)
+            return Reshape.of(self.catalog, mesh, self.home, zero_stage=zero_stage)
         except CkptlabError as error:
             return Refusal(one_line(error, self.catalog.path))
 
-    def line(self, choice: Choice) -> str:
-        """The Python line that does what was chosen: opens the tensor, or reshapes and, a checkpoint, saves."""
-        if (choice.mesh, choice.zero_stage) == (self.catalog.mesh, self.catalog.zero_stage):
-            return self.code if self.is_paper else f'{self.code}.full("{choice.state}", stack=False)["{choice.tensor}"]'
-        line = f"{self.code}.{self.reshaping(choice)}"
-        return line if self.is_paper else f'{line}.save("reshaped/step")'
+    def works(self, mesh: Mesh, zero_stage: int, most: int) -> dict[str, list[int]]:
+        """For each axis of a mesh the degrees that it can have while the others stay, and the ZeRO stages ("ZeRO")."""
+        found = {}
+        for axis, degree in mesh.degrees.items():
+            tried = sorted({degree, *(n for n in DEGREES if n <= max(most, 4 * degree))})
+            found[axis] = [n for n in tried if self.fits(mesh.replace(**{axis: n}), zero_stage)]
+        found["ZeRO"] = [stage for stage in self.stages if self.fits(mesh, stage)]
+        return found
+
+    def fits(self, mesh: Mesh, zero_stage: int) -> bool:
+        """Whether there is a target on a mesh. Remembered."""
+        return self._fits(mesh, zero_stage)
+
+    def _refusal(self, mesh: Mesh, zero_stage: int) -> bool:
+        try:
+            if numbers := self.catalog.training.numbers:  # a model of few layers has the same reasons
+                few = min(numbers["layers"], max(mesh.pp, numbers["dense_layers"] + 1))
+                paper_model(mesh, zero_stage, **{**numbers, "layers": few})
+            else:
+                Reshape.of(self.catalog, mesh, self.home, zero_stage=zero_stage)
+        except CkptlabError:
+            return False
+        return True
+
+    def opening(self, choice: Choice) -> str:
+        """The Python line that opens the chosen tensor; of a model on paper, that makes the model."""
+        return self.code if self.is_paper else f'{self.code}.full("{choice.state}", stack=False)["{choice.tensor}"]'
 
     def reshaping(self, choice: Choice) -> str:
-        """`reshape(ckptlab.Mesh(tp=4, dp=2), zero_stage=1)`; without a stage if it is the source's."""
+        """The Python line that reshapes and, of what has files, saves: `….reshape(ckptlab.Mesh(tp=4, dp=2),
+        zero_stage=1)`, without a stage if it is the source's; where there is no such target, a comment that says
+        why."""
+        target = self.target(choice)
+        if isinstance(target, Refusal):
+            return f"# {choice.mesh}: {target}"
         stage = "" if choice.zero_stage == self.catalog.zero_stage else f", zero_stage={choice.zero_stage}"
-        return f"reshape({mesh_code(choice.mesh)}{stage})"
+        there = f', "{self.home}"' if self.home else ""
+        line = f"{self.code}.reshape({mesh_code(choice.mesh)}{there}{stage})"
+        return line if self.is_paper or self.home else f'{line}.save("reshaped/step")'
 
 
 def mesh_code(mesh: Mesh) -> str:
-    """`ckptlab.Mesh(tp=4, dp=2)`."""
-    degrees = ", ".join(f"{axis}={mesh[axis]}" for axis in ("tp", "pp", "dp") if mesh[axis] > 1)
-    return f"ckptlab.Mesh({degrees})"
+    """`ckptlab.Mesh(tp=4, dp=2)`; with its parts where an axis was split."""
+    if mesh.joined() != mesh:
+        return f"ckptlab.{mesh!r}"
+    return f"ckptlab.Mesh({', '.join(f'{axis}={n}' for axis, n in pairs(mesh) if n > 1)})"
+
+
+def pairs(mesh: Mesh) -> list[tuple[str, int]]:
+    """Axes and degrees in the order in which people name them."""
+    degrees = mesh.joined().degrees
+    return [(axis, degrees[axis]) for axis in dict.fromkeys(("tp", "pp", "dp", *degrees))]
 
 
 def one_line(error: Exception, path: Any = "") -> str:

@@ -1,12 +1,13 @@
 """Take the pictures of the widgets anew: `PYTHONPATH=tests python docs/pictures/take.py`. Needs chromium.
 
-Each is the output of a cell in JupyterLab, in its light and its dark theme.
+Each is the output of a cell in JupyterLab, in its light and its dark theme, at three widths of the window.
 """
 
 from __future__ import annotations
 
 import tempfile
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import lab
@@ -14,31 +15,20 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "data"
+OPEN = 'import ckptlab\nshown = ckptlab.explore(ckptlab.open("data/gpt_tp2_pp2_dp2"))\n'
 SHOTS = {
-    "explore": """
-import ckptlab
-shown = ckptlab.explore(ckptlab.open("data/gpt_tp2_pp2_dp2"))
-shown.choose(tensor="2.mlp.dense_h_to_4h.weight", rank=3)
-shown""",
-    "explore_reshape": """
-import ckptlab
-shown = ckptlab.explore(ckptlab.open("data/gpt_tp2_pp2_dp2"))
-shown.pages.selected_index = 1
-shown.python.value = True
-shown.choose(mesh=ckptlab.Mesh(tp=4, dp=2), target_rank=5)
-shown""",
-    "explore_steps": """
-import ckptlab
-shown = ckptlab.explore(ckptlab.open("data/gpt_tp2_pp2_dp2"))
-shown.pages.selected_index = 2
-shown.choose(tensor="4.mlp.dense_h_to_4h.weight", mesh=ckptlab.Mesh(tp=4, dp=2), step=4)
+    "explore": f'{OPEN}shown.choose(tensor="2.mlp.dense_h_to_4h.weight", rank=3)\nshown',
+    "explore_reshape": f'{OPEN}shown.choose(tab="Reshape", mesh=ckptlab.Mesh(tp=4, dp=2), target_rank=5)\nshown',
+    "explore_steps": f"""{OPEN}shown.choose(tab="Steps", mesh=ckptlab.Mesh(tp=4, dp=2), step=4)
+shown.tensor = "4.mlp.dense_h_to_4h.weight"
 shown""",
     "playground": """
 import ckptlab
 shown = ckptlab.playground(ckptlab.Mesh(tp=4, pp=2, dp=8), 1)
-shown.numbers.preset.value = "Llama 2 7B"
+shown.model = shown.presets["Llama 3 70B"]["model"]
 shown""",
 }
+WIDTHS = (900, 1200, 1600)  # of the browser, in pixels; the middle one is what the docs show
 
 
 def main() -> None:
@@ -49,23 +39,26 @@ def main() -> None:
         (notebooks / "data").symlink_to(DATA)
         for name, source in SHOTS.items():
             lab.write_notebook(notebooks / f"{name}.ipynb", source.strip())
-        with lab.server(notebooks, private) as address, lab.browser(private, 1240, 1900) as page:
+        with lab.server(notebooks, private) as address, lab.browser(private, WIDTHS[1], 1900) as page:
             for name in SHOTS:
                 lab.run_notebook(page, address, f"{name}.ipynb")
-                output = page.locator(".jp-OutputArea-output:visible").first
-                output.locator(".ckptlab-picture svg:visible").first.wait_for()
+                lab.shown(page, ".ckptlab-explorer figure svg")
+                output = page.locator(".ckptlab-explorer").first
                 if page.locator(".jp-FileBrowser:visible").count():
                     lab.command(page, "application:toggle-left-area")
-                for theme in ("Light", "Dark"):
+                for theme, width in product(("Light", "Dark"), WIDTHS):
+                    page.set_viewport_size({"width": width, "height": 1900})
                     lab.command(page, "apputils:change-theme", theme=f"JupyterLab {theme}")
                     page.wait_for_function(
                         "light => document.body.dataset.jpThemeLight === light", arg=str(theme == "Light").lower()
                     )
-                    page.wait_for_timeout(1500)  # the theme's style sheet
+                    page.wait_for_timeout(2500)  # the theme's style sheet, and pictures drawn for the width
+                    output.locator("xpath=self::*[@aria-busy='false']").wait_for()
                     if name == "explore":
-                        output.locator('[data-rank="3"]:visible').first.hover()
+                        output.locator('figure[data-slot="look.mesh"] [data-rank="3"]').hover()
                         page.wait_for_timeout(500)
-                    save(output.screenshot(), HERE / f"{name}_{theme.lower()}.png")
+                    place = "" if width == WIDTHS[1] else f"_{width}"
+                    save(output.screenshot(), HERE / f"{name}{place}_{theme.lower()}.png")
 
 
 def save(png: bytes, path: Path) -> None:

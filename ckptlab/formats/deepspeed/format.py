@@ -10,7 +10,7 @@ from typing import Any
 from ckptlab import paths
 from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.findings import Faults, Strict
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.options import TargetOptions

@@ -79,6 +79,8 @@ def _problems(model: PaperModel, mesh: Mesh, zero_stage: int) -> Iterator[str]:
         yield f"tp {mesh.tp}: {model.heads} attention heads are not divisible by it"
     if model.keys % mesh.tp and mesh.tp % model.keys:
         yield f"tp {mesh.tp}: {model.keys} key/value heads are not divisible by it, nor it by them"
+    if model.experts and model.experts % mesh.get("ep", 1):
+        yield f"ep {mesh['ep']}: {model.experts} experts are not divisible by it"
     if model.heads == 1 and mesh.tp > 1:
         yield f"tp {mesh.tp}: one attention head cannot be cut"
 
@@ -93,7 +95,7 @@ def _stages(model: PaperModel, name: str, starts: Sequence[int]) -> tuple[int, .
 
 def _layout(model: PaperModel, name: str, mesh: Mesh, keys_over: str) -> Layout:
     shape = model.shapes[name]
-    layout = model.layout(name, [shape], keys_over)
+    layout = model.layout(name, [shape], keys_over, "ep" if mesh.get("ep", 1) > 1 else "")
     assert layout is not None  # Megatron has a layout for every name
     if name in (EMBEDDING, HEAD) and shape[0] % mesh.tp:
         layout = layout.replace(padded={0: -(-shape[0] // mesh.tp) * mesh.tp})

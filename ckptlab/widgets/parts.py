@@ -1,0 +1,183 @@
+"""What the widget shows, part by part: each part is a function of a subject and of a few fields of a choice.
+
+The page (static/explorer.js) shows a state when it has all parts of its tab, and asks for them by a key that is made of
+those fields alone: so parts of two states are never shown together, and what was shown once needs no kernel.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ckptlab import viz
+from ckptlab.catalog import ZERO_STAGES, Catalog
+from ckptlab.checkpoint import Reshape
+from ckptlab.draw import Stack, bars
+from ckptlab.errors import CkptlabError
+from ckptlab.widgets import page, steps
+from ckptlab.widgets.held import by_rank
+from ckptlab.widgets.pictures import buffer, layout
+from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
+from ckptlab.words import shape_text
+
+State = Mapping[str, Any]
+"""The fields of what is wanted, as the page has them: see FIELDS."""
+
+SOURCE = ("model", "source_mesh", "source_stage")
+TARGET = (*SOURCE, "mesh", "zero_stage")
+FIELDS = ("tab", "tensor", "state", "rank", "mesh", "zero_stage", "target_rank", "step", "width", *SOURCE)
+"""What a state is made of: what the hands are on in the source, in the target, and what the source is."""
+
+SLOTS: dict[str, tuple[str, ...]] = {
+    "about": SOURCE,
+    "tensors": ("model",),
+    "source.works": SOURCE,
+    "line.Model": SOURCE,
+    "line.Look": (*SOURCE, "tensor", "state"),
+    "line.Reshape": TARGET,
+    "line.Steps": TARGET,
+    "model.told": SOURCE,
+    "model.zero": (*SOURCE, "width"),
+    "states": (*SOURCE, "tensor"),
+    "look.mesh": (*SOURCE, "width"),
+    "look.tensor": (*SOURCE, "tensor", "state", "rank", "width"),
+    "look.flat": (*SOURCE, "tensor", "state", "rank", "width"),
+    "look.held": (*SOURCE, "tensor", "state"),
+    "look.holdings": (*SOURCE, "rank"),
+    "to.figures": TARGET,
+    "to.works": TARGET,
+    "to.mesh": (*TARGET, "width"),
+    "to.tensor": (*TARGET, "tensor", "state", "target_rank", "width"),
+    "to.memory": (*TARGET, "width"),
+    "to.plan": (*TARGET, "width"),
+    "to.held": (*TARGET, "tensor", "state"),
+    "to.holdings": (*TARGET, "target_rank"),
+    "step.text": (*TARGET, "tensor", "step"),
+    "step.pictures": (*TARGET, "tensor", "step", "width"),
+}
+"""Part → the fields that it follows from."""
+
+TABS: dict[str, tuple[str, ...]] = {
+    "Model": ("about", "tensors", "line.Model", "model.told", "model.zero", "source.works"),
+    "Look": (
+        *("about", "tensors", "line.Look", "states"),
+        *("look.mesh", "look.tensor", "look.flat", "look.held", "look.holdings"),
+    ),
+    "Reshape": (
+        *("about", "tensors", "line.Reshape", "to.figures", "to.mesh", "to.tensor", "to.memory", "to.plan"),
+        *("to.held", "to.holdings", "to.works"),
+    ),
+    "Steps": ("about", "tensors", "line.Steps", "to.figures", "step.text", "step.pictures", "to.works"),
+}
+"""Tab → its parts."""
+
+OPTIONAL = ("source.works", "to.works")
+"""What comes when there is time for it: which degrees work."""
+
+MOST = 16  # degree to which sliders go at least
+RANKS = 4096  # of more, nobody is told what each holds
+
+
+def key(slot: str, state: State) -> str:
+    """What a part is asked for by; the page makes the same text."""
+    return slot + json.dumps([state[name] for name in SLOTS[slot]], separators=(",", ":"), ensure_ascii=False)
+
+
+def part(slot: str, subject: Subject | Refusal, choice: Choice, most: int = MOST) -> Any:
+    """The content of a part: text, HTML, SVG or a small table; None where there is nothing to show."""
+    if isinstance(subject, Refusal):
+        return {"refused": str(subject), "axes": []} if slot == "about" else None
+    if slot in _OF_SOURCE:
+        return _OF_SOURCE[slot](subject, choice, most)
+    target = subject.target(choice)
+    if isinstance(target, Refusal):
+        return {"refused": str(target)} if slot == "to.figures" else None
+    return _OF_TARGET[slot](subject, choice, target)
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    return {"title": subject.title, "axes": list(subject.catalog.mesh.degrees.items())}
+
+
+def _tensors(subject: Subject) -> dict[str, list[str]]:
+    tensors = subject.catalog.tensors.values()
+    return {"names": [t.name for t in tensors], "notes": [shape_text(t.shape) for t in tensors]}
+
+
+def _zero(subject: Subject, width: int | None) -> str:
+    kept = [Stack(f"ZeRO-{s}", viz.fullest(subject.at_stage(s)), {}) for s in ZERO_STAGES]
+    title = "memory of the fullest rank by ZeRO stage, gradients included"
+    return bars(kept, title=title, notes=["activations are not in it"], width=width).svg
+
+
+def _held(catalog: Catalog, choice: Choice) -> dict[str, Any] | None:
+    if catalog.mesh.size > RANKS or choice.state not in catalog[choice.tensor].states:
+        return None
+    lines, of = by_rank(catalog, choice.tensor, choice.state)
+    return {"lines": lines, "of": of}
+
+
+def _figures(target: Reshape) -> dict[str, Any]:
+    try:
+        html = page.figures(target, target.cost())
+    except CkptlabError as error:
+        return {"refused": one_line(error)}
+    return {"html": html, "title": page.towards(target), "axes": list(target.mesh.degrees.items())}
+
+
+def _plan(target: Reshape, width: int | None) -> str | None:
+    try:
+        return page.moves(target, width)
+    except CkptlabError:
+        return None  # the figures say why
+
+
+def _target_rank(choice: Choice, target: Reshape) -> int:
+    return min(choice.target_rank, target.mesh.size - 1)
+
+
+def _pictures(step: steps.Step) -> str:
+    return f'<div class="row">{"".join(f"<div>{svg}</div>" for svg in step.pictures)}</div>'
+
+
+_OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
+    "about": lambda s, c, _: _about(s),
+    "tensors": lambda s, c, _: _tensors(s),
+    "source.works": lambda s, c, most: s.works(s.catalog.mesh.joined(), s.catalog.zero_stage or 0, most),
+    "line.Model": lambda s, c, _: s.code,
+    "line.Look": lambda s, c, _: s.opening(c),
+    "line.Reshape": lambda s, c, _: s.reshaping(c),
+    "line.Steps": lambda s, c, _: s.reshaping(c),
+    "model.told": lambda s, c, _: page.model(s),
+    "model.zero": lambda s, c, _: _zero(s, c.width),
+    "states": lambda s, c, _: list(s.tensor(c).states),
+    "look.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, width=c.width).svg,
+    "look.tensor": lambda s, c, _: layout(s.catalog, c.tensor, c.state, c.rank, c.width),
+    "look.flat": lambda s, c, _: buffer(s.catalog, c.tensor, c.state, c.rank, _across(c.width)),
+    "look.held": lambda s, c, _: _held(s.catalog, c),
+    "look.holdings": lambda s, c, _: page.holdings(s.catalog, c.rank),
+    "to.works": lambda s, c, most: s.works(c.mesh, c.zero_stage, most),
+}
+_OF_TARGET: dict[str, Callable[[Subject, Choice, Reshape], Any]] = {
+    "to.figures": lambda s, c, t: _figures(t),
+    "to.mesh": lambda s, c, t: viz.mesh(t.mesh, width=c.width).svg,
+    "to.tensor": lambda s, c, t: layout(t.target, c.tensor, c.state, _target_rank(c, t), c.width),
+    "to.memory": lambda s, c, t: viz.memory(t.target, width=c.width).svg,
+    "to.plan": lambda s, c, t: _plan(t, c.width),
+    "to.held": lambda s, c, t: _held(t.target, c),
+    "to.holdings": lambda s, c, t: page.holdings(t.target, _target_rank(c, t)),
+    "step.text": lambda s, c, t: page.step(steps.step(t, c.tensor, c.step, c.width), with_code=not s.is_paper),
+    "step.pictures": lambda s, c, t: _pictures(steps.step(t, c.tensor, c.step, c.width)),
+}
+
+
+def _across(width: int | None) -> int | None:
+    """A flat buffer has the whole panel: two columns of a wide one are drawn for as many pixels as fit both."""
+    return None if width is None else min(max(width, 420), 900)
+
+
+def wanted(state: State) -> Iterator[tuple[str, str]]:
+    """(slot, key) of all parts of a state's tab."""
+    for slot in TABS[state["tab"]]:
+        yield slot, key(slot, state)

@@ -16,8 +16,6 @@ from ckptlab.formats.format import Listing, Match
 from ckptlab.formats.safetensors.format import Safetensors, WeightOptions
 from ckptlab.formats.weights import entries
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.families.config import CLASSES, config, model_type
-from ckptlab.sharding.families.numbers import numbers, told
 from ckptlab.words import some
 
 CONFIG = "config.json"
@@ -69,6 +67,9 @@ def _config(
     source: Catalog, target: Catalog, options: HuggingFaceOptions
 ) -> tuple[dict[str, Any] | None, list[Finding]]:
     """What config.json says, None where it cannot be made; and what the user must hear of it."""
+    from ckptlab.sharding.families.config import CLASSES, config, model_type
+    from ckptlab.sharding.families.numbers import numbers, told
+
     dtypes = {str(next(iter(t.states.values()))) for t in target.tensors.values() if t.kind != "buffer"}
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else "float32"
     if options.config is not None:

@@ -139,7 +139,7 @@ def test_a_universal_folder_tells_where_it_comes_from() -> None:
 
 
 def test_unknown_layouts_are_marked() -> None:
-    text = repr(made_of(tensor("a.w"), replace(tensor("b.w"), layout_known=False)))
+    text = repr(made_of(tensor("a.w"), replace(tensor("b.w"), layout=Layout("out in"), layout_known=False)))
     assert re.search(r"^b\.w +8 × 4 +\? ", text, re.MULTILINE)
     assert "? nothing in the checkpoint says how this tensor is cut over tp" in text
 

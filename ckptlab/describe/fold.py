@@ -35,13 +35,19 @@ class Line:
 
     @property
     def layout(self) -> str:
-        """The notation, and what is beside it; `?` where nothing says how the tensor would be cut."""
+        """The notation, and what is beside it; `?` where nothing says how the tensor would be cut over tp."""
         layout = self.tensor.layout
-        if not self.tensor.layout_known:
+        if not (self.tensor.layout_known or self.is_cut):
             return "?"
         uneven = [f"{name} {'+'.join(map(str, n))}" for name, n in layout.sizes if isinstance(n, tuple)]
         beside = ["uneven" if len(u) > 20 else u for u in uneven] + ["averaged"] * (layout.replicas == "mean")
         return ", ".join([layout.text, *beside])
+
+    @property
+    def is_cut(self) -> bool:
+        """The notation says more than the names of the dims."""
+        layout = self.tensor.layout
+        return layout.text.split() != list(layout.dims)
 
     @property
     def pp(self) -> str:
@@ -68,7 +74,7 @@ def fold(tensors: Iterable[Tensor]) -> list[Line]:
         pattern = tuple(["" if is_number(p) else p for p in parts])
         layout = tensor.layout
         alike = (layout.text, layout.padded, layout.sizes, layout.replicas, tensor.layout_known, tensor.kind)
-        key = (pattern, tensor.shape, tuple(tensor.states.items()), *alike)
+        key = (pattern, tensor.shape, frozenset(tensor.states.items()), *alike)
         groups.setdefault(key, []).append((tensor, numbers))
     return [_line(pattern, members) for (pattern, *_), members in groups.items()]
 

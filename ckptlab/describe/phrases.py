@@ -110,7 +110,7 @@ def client(about: About) -> str:
 def columns(lines: Sequence[Line]) -> list[Column]:
     """The columns that have something to tell of these tensors."""
     shown: list[Column] = [("tensor", "l", lambda n: n.name), ("shape", "l", lambda n: n.shape)]
-    if any(_cut(line) for line in lines):
+    if any(line.is_cut for line in lines):
         shown.append(("layout", "l", lambda n: n.layout))
     if any(line.stages != ((0,),) for line in lines):
         shown.append(("pp", "l", lambda n: n.pp))
@@ -122,16 +122,11 @@ def columns(lines: Sequence[Line]) -> list[Column]:
     return [*shown, ("elements", "r", lambda n: elements(n.elements))]
 
 
-def _cut(line: Line) -> bool:
-    layout = line.tensor.layout
-    return layout.text.split() != list(layout.dims)
-
-
 def legend(shown_columns: Sequence[Column], lines: Sequence[Line]) -> list[str]:
     """What signs in a table of these columns mean, of those that are in it."""
     shown = {title for title, *_ in shown_columns}
     said = []
-    if "layout" in shown and any(not line.tensor.layout_known for line in lines):
+    if "layout" in shown and any(line.layout == "?" for line in lines):
         said.append("? nothing in the checkpoint says how this tensor is cut over tp")
     if "pp" in shown and any(len(s) > 1 for line in lines for s in line.stages):
         said.append("0+1 copies on both pp stages")

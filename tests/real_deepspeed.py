@@ -1,14 +1,17 @@
 """Real DeepSpeed as the judge of the checkpoints that tests write.
 
-`resume` runs data/foundry/resume.py, which loads a checkpoint in fresh ranks and compares what the engine
-then holds, bit by bit, with the truth that was gathered when the case was trained.
+`resume` loads a checkpoint in fresh ranks and compares what the engine then holds, bit by bit, with the truth that was
+gathered when the case was trained; `make_case` trains one. Both are jobs of data/foundry/serve.py, one process a
+session, since importing DeepSpeed takes longer than most of them.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -36,57 +39,71 @@ def requires_deepspeed(test: Callable[..., None]) -> Callable[..., None]:
     return test
 
 
+class _Server:
+    """data/foundry/serve.py in a session of its own, so that its ranks end with it."""
+
+    def __init__(self) -> None:
+        read, write = os.pipe()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, str(DATA / "foundry" / "serve.py"), str(write)],
+            stdin=subprocess.PIPE,
+            stdout=self.log,
+            stderr=self.log,
+            pass_fds=(write,),
+            text=True,
+            start_new_session=True,
+        )
+        os.close(write)
+        self.answers = os.fdopen(read)
+        atexit.register(self.end)
+
+    def ask(self, limit: float, *job: Any) -> Any:
+        """The value of a job. RuntimeError if it fails; after `limit` seconds TimeoutError, and the end of all ranks."""
+        assert self.process.stdin is not None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        if not select.select([self.answers], [], [], limit)[0]:
+            self.end()
+            raise TimeoutError(f"DeepSpeed took longer than {limit:g} s: {job}")
+        line = self.answers.readline()
+        answer = json.loads(line) if line else {"error": "the server ended"}
+        if "error" in answer:
+            self.log.seek(0)
+            said = self.log.read()[-2000:].decode(errors="replace")
+            raise RuntimeError(f"{job} failed:\n{said}\n{answer['error']}")
+        return answer["value"]
+
+    def end(self) -> None:
+        """End it and its ranks."""
+        global _server
+        _server = None
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+_server: _Server | None = None
+
+
+def _ask(limit: float, *job: Any) -> Any:
+    global _server
+    if _server is None or _server.process.poll() is not None:
+        _server = _Server()
+    return _server.ask(limit, *job)
+
+
 def resume(
-    folder: Path,
-    case: str | Path,
-    *,
-    universal: bool = False,
-    limit: float = HANGS,
-    **changes: object,
+    folder: Path, case: str | Path, *, universal: bool = False, steps: int = 2, limit: float = HANGS, **changes: object
 ) -> dict[str, Any]:
     """Resume `folder` as `case` (of data/, or a folder made by make.py) and return the report of resume.py.
 
-    `changes` are its options: tp, pp, dp, zero, dtype, zero_config, steps. `status` in the report is "equal",
-    "different" (then `differences` says where) or "failed" (then `error` says why). After `limit` seconds all
-    ranks are ended and TimeoutError is raised.
+    `changes` are fields of the case: tp, pp, dp, ep, zero, dtype, zero_config. `steps` are trained after loading.
+    `status` in the report is "equal", "different" (then `differences` says where) or "failed" (then `error` says why).
+    After `limit` seconds all ranks are ended and TimeoutError is raised.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch, "report.json")
-        command = [sys.executable, DATA / "foundry" / "resume.py", folder, case, "--json", report]
-        command += ["--universal"] if universal else []
-        for name, value in changes.items():
-            option = "--" + name.replace("_", "-")
-            command += [option, json.dumps(value) if isinstance(value, dict) else value]
-        output = _run(list(map(str, command)), limit)
-        if not report.exists():
-            raise RuntimeError(f"resume.py made no report:\n{output}")
-        return json.loads(report.read_text())
+    return _ask(limit, "judge", str(folder.resolve()), str(case), changes, universal, steps)
 
 
 def make_case(case: str, out: Path, *, universal: bool = False, limit: float = HANGS) -> Path:
     """Train a case of data/foundry/make.py that is not committed, in `out`; returns its folder."""
-    command = [sys.executable, str(DATA / "foundry" / "make.py"), case, "--out", str(out)]
-    output = _run(command + (["--universal"] if universal else []), limit)
-    if not (out / case / "truth.json").exists():
-        raise RuntimeError(f"make.py did not make {case}:\n{output}")
-    return out / case
-
-
-def _run(command: list[str], limit: float) -> str:
-    """Run a command in a session of its own, so that its ranks end with it; returns what it printed."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        return process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"DeepSpeed took longer than {limit:g} s: {' '.join(command)}") from error
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return Path(_ask(limit, "make", case, str(out.resolve()), universal))

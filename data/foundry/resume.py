@@ -90,6 +90,14 @@ def judge(folder: Path, case_folder: Path, changes: dict[str, Any], universal: b
     return result | {"case": description["name"], "mesh": case.mesh, "uninterrupted": uninterrupted}
 
 
+def case_folder(case: str) -> Path:
+    """The folder of a case of data/, or one that holds truth.json. FileNotFoundError if there is none."""
+    for folder in (DATA / case, Path(case)):
+        if (folder / "truth.json").is_file():
+            return folder
+    raise FileNotFoundError(f"no truth.json in {DATA / case} nor in {case}")
+
+
 def show(result: dict[str, Any]) -> None:
     """Print a report for a person."""
     mesh = " · ".join(f"{axis} {degree}" for axis, degree in result["mesh"].items())
@@ -116,13 +124,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2, help="steps to train after loading (default: 2)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
     options = parser.parse_args()
-    here = DATA / options.case
-    case_folder = here if (here / "truth.json").is_file() else Path(options.case)
-    if not (case_folder / "truth.json").is_file():
-        parser.error(f"no truth.json in {here} nor in {case_folder}")
+    try:
+        folder = case_folder(options.case)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     asked = {name: getattr(options, name) for name in ("tp", "pp", "dp", "ep", "zero", "dtype", "zero_config")}
     changes = {name: value for name, value in asked.items() if value is not None}
-    result = judge(options.folder.resolve(), case_folder, changes, options.universal, options.steps)
+    result = judge(options.folder.resolve(), folder, changes, options.universal, options.steps)
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -59,7 +59,7 @@ class _Server:
         atexit.register(self.end)
 
     def ask(self, limit: float, *job: Any) -> Any:
-        """The value of a job. RuntimeError if it fails; after `limit` seconds TimeoutError, and the end of all ranks."""
+        """The value of a job. RuntimeError if it fails; TimeoutError, and the end of all ranks, after `limit` s."""
         assert self.process.stdin is not None
         print(json.dumps(job), file=self.process.stdin, flush=True)
         if not select.select([self.answers], [], [], limit)[0]:

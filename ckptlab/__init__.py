@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ckptlab.sharding import families
     from ckptlab.sharding.strategies import Megatron, Rules, Strategy
     from ckptlab.stored import reading
+    from ckptlab.views.saved import open_view, save_view
     from ckptlab.widgets import explore, playground
 
     __version__: str
@@ -83,6 +84,7 @@ __all__ = [
     "merge",
     "merge_flat",
     "open_run",
+    "open_view",
     "paper_model",
     "plan",
     "playground",
@@ -90,6 +92,7 @@ __all__ = [
     "reading",
     "reshape",
     "save_pretrained",
+    "save_view",
     "save_weights",
     "split",
     "split_flat",
@@ -120,6 +123,7 @@ _HOMES = {
     "pretrained": "save_pretrained",
     "stored": "reading",
     "sharding.strategies": "Megatron Rules Strategy",
+    "views.saved": "open_view save_view",
     "widgets": "explore playground",
 }
 _MODULES = {"analysis": "analysis", "families": "sharding.families", "plan": "plan", "viz": "viz"}

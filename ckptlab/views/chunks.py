@@ -12,11 +12,12 @@ import xarray as xr
 from ckptlab.arrays.backends.base import Backend
 from ckptlab.arrays.duck import refuse_dask
 from ckptlab.catalog import Tensor
+from ckptlab.errors import InputError
 from ckptlab.views.tensors import ByName
 
 
 def chunked(tree: xr.DataTree, backend: Backend, chunks: Any) -> xr.DataTree:
-    """A tree cut into chunks (see xarray's `chunk`); {} is a layer each. TypeError, with the node, where dask would
+    """A tree cut into chunks (see xarray's `chunk`); {} is a layer each. InputError, with the node, where dask would
     give other numbers."""
     nodes = {node.path: node.to_dataset(inherit=False) for node in tree.subtree}
     return xr.DataTree.from_dict({path: _cut(path.strip("/"), node, backend, chunks) for path, node in nodes.items()})
@@ -37,7 +38,10 @@ def _cut(name: str, found: Any, backend: Backend, chunks: Any) -> Any:
         try:
             refuse_dask(backend, array.dtype)
         except TypeError as error:
-            raise TypeError(f"{name}: {array.name}: {error}") from None
+            raise InputError(f"{name}: {array.name}: {error}") from None
     if isinstance(chunks, Mapping):
         chunks = {dim: size for dim, size in (chunks or {"layer": 1}).items() if dim in found.dims}
-    return found.chunk(chunks)
+    try:
+        return found.chunk(chunks)
+    except (ValueError, TypeError) as error:
+        raise InputError(f'{name}: chunks={chunks!r}: {error}: expected a size for each dim, {{"layer": 1}}') from None

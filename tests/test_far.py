@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from far_server import Server
 
 import ckptlab
 from ckptlab import far, paths
@@ -22,7 +25,6 @@ from ckptlab.convert import upload
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.torch import torchfile
 
-fsspec = pytest.importorskip("fsspec")
 DATA = Path(__file__).parent.parent / "data"
 KINDS = {
     "deepspeed": "gpt_tp2_pp2_dp2/global_step3",
@@ -33,30 +35,6 @@ KINDS = {
     "torch": "bin",
     "dcp": "dcp",
 }
-
-
-class Server:
-    """A process that serves; `url` is what it is reached by."""
-
-    def __init__(self, *arguments: str) -> None:
-        script = str(Path(__file__).with_name("far_server.py"))
-        environment = {**os.environ, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-        self.process = subprocess.Popen(
-            [sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
-        assert self.process.stdout is not None
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
-
-    def told(self, **asked: Any) -> Any:
-        """Requests and bytes since it was last asked."""
-        query = "&".join(f"{key}={value}" for key, value in asked.items())
-        with urllib.request.urlopen(f"{self.url}/__told?{query}") as answer:
-            return json.load(answer)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +70,6 @@ def memory(near: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def s3(near: Path) -> Iterator[tuple[Server, dict[str, Any]]]:
     """A server of S3's protocol with all of it in s3://bucket/run, and the options for it."""
-    pytest.importorskip("s3fs")
     server = Server("s3")
     options = {"key": "a", "secret": "b", "endpoint_url": server.url}
     store = fsspec.filesystem("s3", **options)
@@ -104,7 +81,6 @@ def s3(near: Path) -> Iterator[tuple[Server, dict[str, Any]]]:
 
 @pytest.fixture(scope="module", params=["http", "bare"])
 def http(request: pytest.FixtureRequest, near: Path) -> Iterator[tuple[str, Server]]:
-    pytest.importorskip("aiohttp")
     server = Server(request.param, str(near))
     yield request.param, server
     server.close()
@@ -302,7 +278,6 @@ def test_opening_384_ranks_costs_a_bounded_number_of_requests_and_bytes(
         fsspec.filesystem("s3", **options).put(str(root), "bucket/holes", recursive=True)
         url, options = "s3://bucket/holes", {"storage_options": options}
     else:
-        pytest.importorskip("aiohttp")
         server = Server("http", str(root))
         request.addfinalizer(server.close)
         url, options = server.url, {}
@@ -407,3 +382,32 @@ def test_on_s3_a_destination_appears_at_once(
     store.invalidate_cache()
     assert not store.find("bucket/failed")
     assert not store.list_multipart_uploads("bucket")
+
+
+@pytest.mark.slow
+def test_processes_read_from_s3_and_write_to_it(s3: tuple[Server, dict[str, Any]], near: Path, tmp_path: Path) -> None:
+    """They are told the options, and complete each file themselves."""
+    _, options = s3
+    source = ckptlab.open(f"s3://bucket/run/{KINDS['stage 3']}", storage_options=options)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        source.reshape(dp=1).save("s3://bucket/processes/new", workers=processes)
+        assert ckptlab.stats(source, workers=processes).equals(ckptlab.stats(source, workers=1))
+    ckptlab.open(near / KINDS["stage 3"]).reshape(dp=1).save(tmp_path / "new")
+    store = fsspec.filesystem("s3", **options)
+    store.invalidate_cache()
+    store.get("bucket/processes/new", str(tmp_path / "got"), recursive=True)
+    same_files(tmp_path / "new", tmp_path / "got")
+
+
+def test_what_is_pickled_takes_the_options_along(near: Path, memory: str) -> None:
+    ckpt = ckptlab.open(f"{memory}/{KINDS['deepspeed']}", storage_options={"use_listings_cache": False})
+    view = ckpt.full("master", stack=False)
+    name, array = next(iter(view.items()))
+    there = pickle.dumps(array)
+    assert b"use_listings_cache" in there
+    far.options.clear()
+    assert pickle.loads(there).equals(array)
+    assert far.options == {"memory://far": {"use_listings_cache": False}}
+    far.options.clear()
+    assert b"use_listings_cache" not in pickle.dumps(array)
+    assert name in view

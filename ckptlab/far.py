@@ -237,8 +237,10 @@ def list_below(folder: str) -> None:
         except FileNotFoundError:
             found = {}
     start = len(path.strip("/"))
-    if found:
-        _take(folder, {name.strip("/")[start:].lstrip("/"): _said(one) for name, one in found.items()})
+    files = {name.strip("/")[start:].lstrip("/"): _said(one) for name, one in found.items()}
+    files = {name: one for name, one in files.items() if name and not one.is_folder}
+    if files:
+        _take(folder, files)
 
 
 def _take(folder: str, files: Mapping[str, Listed]) -> None:

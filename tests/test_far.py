@@ -21,7 +21,7 @@ from far_server import Server
 
 import ckptlab
 from ckptlab import far, paths
-from ckptlab.convert import upload
+from ckptlab.convert import execute, upload
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.torch import torchfile
 
@@ -75,6 +75,8 @@ def s3(near: Path) -> Iterator[tuple[Server, dict[str, Any]]]:
     store = fsspec.filesystem("s3", **options)
     store.mkdir("bucket")
     store.put(str(near), "bucket/run", recursive=True)
+    for folder in ("universal", "universal/global_step3_universal/zero"):  # as consoles make folders
+        store.call_s3("put_object", Bucket="bucket", Key=f"run/gpt_tp2_pp2_dp2/{folder}/", Body=b"")
     yield server, options
     server.close()
 
@@ -383,6 +385,46 @@ def test_on_s3_a_destination_appears_at_once(
     store.invalidate_cache()
     assert not store.find("bucket/failed")
     assert not store.list_multipart_uploads("bucket")
+
+
+@pytest.mark.slow
+def test_data_is_fetched_once_and_by_what_is_asked_for(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    shapes = {f"{i}.weight": np.random.default_rng(i).normal(size=(1024, 1024)).astype(np.float32) for i in range(4)}
+    torchfile.write(tmp_path / "pytorch_model.bin", shapes)
+    size = (tmp_path / "pytorch_model.bin").stat().st_size
+    server = Server("http", str(tmp_path))
+    request.addfinalizer(server.close)
+    ckpt = ckptlab.open(server.url)
+    server.told()
+    ckpt.full("master", stack=False)["2.weight"][10:20].load()
+    told = server.told()
+    assert len(told["requests"]) == 1
+    assert told["bytes"] <= 10 * 4096 + 2 * far.BLOCK
+    ckptlab.save_weights(ckpt, tmp_path / "new", workers=1)
+    told = server.told()
+    assert 0.95 * size <= told["bytes"] <= 1.05 * size  # headers and some rows were there
+    assert len(told["requests"]) <= 2 * size / far.REQUEST + 12
+    found = ckptlab.open(tmp_path / "new").full("master", stack=False)
+    assert all(np.array_equal(found[name], array) for name, array in shapes.items())
+
+
+def test_a_source_that_changes_meanwhile_is_refused(
+    near: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(near / "plain_zero3_dp2"), "/changing", recursive=True)
+    ckpt = ckptlab.open("memory://changing")
+    write = execute._write_files
+
+    def replaced(*arguments: Any) -> None:
+        write(*arguments)
+        path = next(iter(store.find("/changing")))
+        store.pipe(path, store.cat(path))
+
+    monkeypatch.setattr(execute, "_write_files", replaced)
+    with pytest.raises(CheckpointError, match=r"memory://changing/.*: the file was changed or replaced while"):
+        ckpt.reshape(dp=1).save(tmp_path / "new")
+    store.rm("/changing", recursive=True)
 
 
 @pytest.mark.slow

@@ -328,12 +328,12 @@ class Reshape(Viewed, Shown):
         name. Both may be URLs that fsspec can write to; storage_options are of the file system behind it.
 
         format: that of the target, or another that takes the same options ("universal"), or whole weights
-        ("safetensors", see `save_weights` for its own). workers: how many threads, or a `concurrent.futures.Executor`
-        whose workers see the same files. verify: compare what is read with the checksums that it carries, and stop
-        where it is damaged. sync: wait until all is on the disk. The destination appears when it is complete; a
-        conversion that was interrupted goes on where it stopped when it is called again. DestinationError if the
-        destination exists, or has no room; ReshapeError where a strategy calls copies equal that are not
-        (`arrays.copies`).
+        ("safetensors", see `save_weights` for its own). workers: how many threads, a `concurrent.futures.Executor`
+        or a client of dask.distributed, whose workers see the same files. verify: compare what is read with the
+        checksums that it carries, and stop where it is damaged. sync: wait until all is on the disk. The destination
+        appears when it is complete; a conversion that was interrupted goes on where it stopped when it is called again.
+        DestinationError if the destination exists, or has no room; ReshapeError where a strategy calls copies equal
+        that are not (`arrays.copies`).
         """
         _ = self.source.stored  # or an error, at once
         destination = paths.absolute(destination, storage_options)

@@ -189,9 +189,10 @@ def _listing(folder: str) -> dict[str, Listed] | None:
 def _ask(folder: str) -> dict[str, Listed] | None:
     system, path = inside(folder)
     try:
-        found = _again(lambda: system.ls(path, detail=True))
+        found = _again(system, lambda: system.ls(path, detail=True))
     except Exception as error:
-        if not (isinstance(error, FileNotFoundError | NotADirectoryError) or path.startswith(_HTTP)):
+        refused = path.startswith(_HTTP) and _lasts(error, system)
+        if not (isinstance(error, FileNotFoundError | NotADirectoryError) or refused):
             raise
         found = []
     inner = {}
@@ -232,12 +233,14 @@ def list_below(folder: str) -> None:
     system, path = inside(folder)
     with _named(folder):
         try:
-            found = _again(lambda: system.find(path, detail=True))
+            found = _again(system, lambda: system.find(path, detail=True))
         except FileNotFoundError:
             found = {}
     start = len(path.strip("/"))
-    if found:
-        _take(folder, {name.strip("/")[start:].lstrip("/"): _said(one) for name, one in found.items()})
+    files = {name.strip("/")[start:].lstrip("/"): _said(one) for name, one in found.items()}
+    files = {name: one for name, one in files.items() if name and not one.is_folder}
+    if files:
+        _take(folder, files)
 
 
 def _take(folder: str, files: Mapping[str, Listed]) -> None:
@@ -275,7 +278,7 @@ def _info(path: str) -> Listed | None:
     system, name = inside(path)
     with _named(path):
         try:
-            told = _again(lambda: system.info(name))
+            told = _again(system, lambda: system.info(name))
         except FileNotFoundError:
             return None
     return None if path.startswith(_HTTP) and told.get("mimetype") == "text/html" else _said(told)
@@ -456,6 +459,10 @@ def _runs(numbers: Sequence[int], end: int) -> Iterator[tuple[int, int]]:
         yield start * BLOCK, min((last + 1) * BLOCK, end)
 
 
+class _ShortError(OSError):
+    """Less arrived than was asked for."""
+
+
 def _get(requests: Sequence[Range]) -> list[bytes]:
     """Ranges of files as they are, asked for again where that fails."""
     found: list[bytes | None] = [None] * len(requests)
@@ -469,13 +476,14 @@ def _get(requests: Sequence[Range]) -> list[bytes]:
             elif len(data) > hi - lo:
                 raise OSError(errno.EIO, "the server sends whole files, and no ranges of them: copy it here", path)
             elif len(data) < hi - lo:
-                failed.append((i, OSError(errno.EIO, f"{len(data)} of {hi - lo} bytes arrived", path)))
+                failed.append((i, _ShortError(errno.EIO, f"{len(data)} of {hi - lo} bytes arrived", path)))
             else:
                 found[i] = data
-        lasting = [one for one in failed if attempt == TRIES - 1 or _lasts(one[1])]
-        for i, error in lasting:
-            with _named(requests[i][0]):
-                raise error
+        for i, error in failed:
+            path = requests[i][0]
+            if attempt == TRIES - 1 or _lasts(error, None if isinstance(error, _ShortError) else inside(path)[0]):
+                with _named(path):
+                    raise error
         left = [i for i, _ in failed]
         if not left:
             break
@@ -503,20 +511,21 @@ def _get_once(requests: Sequence[Range]) -> list[bytes | Exception]:
     return found
 
 
-def _lasts(error: Exception) -> bool:
-    """Whether to ask again is no use: without credentials, or of what a server refuses and will refuse again."""
+def _lasts(error: Exception, system: Any) -> bool:
+    """Whether to ask again is no use: without credentials, of what a server refuses and will refuse again, and of file
+    systems that have asked again themselves."""
     status = getattr(error, "status", 0) or 0
     refused = "Credentials" in type(error).__name__ or (400 <= status < 500 and status not in (408, 429))
-    return refused or isinstance(error, _LASTING)
+    return refused or isinstance(error, _LASTING) or getattr(system, "retries", 0) > 1
 
 
-def _again(ask: Any) -> Any:
+def _again(system: Any, ask: Any) -> Any:
     """What a question to a file system is answered, asked again where it fails."""
     for attempt in range(TRIES):
         try:
             return ask()
         except Exception as error:
-            if attempt == TRIES - 1 or _lasts(error):
+            if attempt == TRIES - 1 or _lasts(error, system):
                 raise
             time.sleep(_FIRST_WAIT * 2**attempt)
 
@@ -545,7 +554,7 @@ def write(path: str, data: bytes) -> None:
     """Make a small file, which appears whole."""
     system, name = inside(path)
     with _named(path):
-        _again(lambda: system.pipe_file(name, data))
+        _again(system, lambda: system.pipe_file(name, data))
     _changed(path)
 
 
@@ -553,7 +562,7 @@ def put(near: str, path: str) -> None:
     """Copy a file of this machine, which appears whole."""
     system, name = inside(path)
     with _named(path):
-        _again(lambda: system.put_file(near, name))
+        _again(system, lambda: system.put_file(near, name))
     _changed(path)
 
 
@@ -562,7 +571,7 @@ def remove(gone: Iterable[str]) -> None:
     for path in gone:
         system, name = inside(path)
         with suppress(FileNotFoundError), _named(path):
-            _again(lambda: system.rm_file(name))  # noqa: B023 (called at once)
+            _again(system, lambda: system.rm_file(name))  # noqa: B023 (called at once)
         _changed(path)
 
 

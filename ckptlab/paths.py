@@ -7,9 +7,7 @@ with it, is imported when a URL is first met. What cannot be reached is an OSErr
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -196,6 +194,9 @@ def read(path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
 
 def copy(path: str, destination: str) -> None:
     """Copy a file. A far one appears whole."""
+    import shutil
+    import tempfile
+
     if not is_far(destination):
         with open_binary(path) as file, open(destination, "wb") as made:
             shutil.copyfileobj(file, made, _COPIED)

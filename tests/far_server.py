@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -18,6 +20,29 @@ from urllib.parse import parse_qs, unquote
 from werkzeug.serving import make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
+
+
+class Server:
+    """A process that serves; `url` is what it is reached by."""
+
+    def __init__(self, *arguments: str) -> None:
+        environment = {**os.environ, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+        assert self.process.stdout is not None
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+
+    def told(self, **asked: Any) -> Any:
+        """Requests and bytes since it was last asked."""
+        query = "&".join(f"{key}={value}" for key, value in asked.items())
+        with urllib.request.urlopen(f"{self.url}/__told?{query}") as answer:
+            return json.load(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()  # type: ignore[union-attr]
 
 
 class Counted:
@@ -32,19 +57,15 @@ class Counted:
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/__told":
             return self._told(environ, start)
-        time.sleep(self.latency)
         with self.lock:
             self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {environ.get('HTTP_RANGE', '')}")
             self.refuse -= (refused := self.refuse > 0)
             self.now += 1
             self.most = max(self.most, self.now)
-        try:
-            if refused:
-                return Response("too much", 503)(environ, start)
-            body = b"".join(self.app(environ, start))
-        finally:
-            self.now -= 1
+        time.sleep(self.latency)
+        body = b"".join((Response("too much", 503) if refused else self.app)(environ, start))
         with self.lock:
+            self.now -= 1
             self.bytes += len(body)
         return [body]
 

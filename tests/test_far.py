@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
-import urllib.request
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from far_server import Server
 
 import ckptlab
 from ckptlab import far, paths
-from ckptlab.convert import upload
+from ckptlab.convert import execute, upload
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.torch import torchfile
 
-fsspec = pytest.importorskip("fsspec")
 DATA = Path(__file__).parent.parent / "data"
 KINDS = {
     "deepspeed": "gpt_tp2_pp2_dp2/global_step3",
@@ -33,30 +35,6 @@ KINDS = {
     "torch": "bin",
     "dcp": "dcp",
 }
-
-
-class Server:
-    """A process that serves; `url` is what it is reached by."""
-
-    def __init__(self, *arguments: str) -> None:
-        script = str(Path(__file__).with_name("far_server.py"))
-        environment = {**os.environ, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-        self.process = subprocess.Popen(
-            [sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        )
-        assert self.process.stdout is not None
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
-
-    def told(self, **asked: Any) -> Any:
-        """Requests and bytes since it was last asked."""
-        query = "&".join(f"{key}={value}" for key, value in asked.items())
-        with urllib.request.urlopen(f"{self.url}/__told?{query}") as answer:
-            return json.load(answer)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +70,19 @@ def memory(near: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def s3(near: Path) -> Iterator[tuple[Server, dict[str, Any]]]:
     """A server of S3's protocol with all of it in s3://bucket/run, and the options for it."""
-    pytest.importorskip("s3fs")
     server = Server("s3")
     options = {"key": "a", "secret": "b", "endpoint_url": server.url}
     store = fsspec.filesystem("s3", **options)
     store.mkdir("bucket")
     store.put(str(near), "bucket/run", recursive=True)
+    for folder in ("universal", "universal/global_step3_universal/zero"):  # as consoles make folders
+        store.call_s3("put_object", Bucket="bucket", Key=f"run/gpt_tp2_pp2_dp2/{folder}/", Body=b"")
     yield server, options
     server.close()
 
 
 @pytest.fixture(scope="module", params=["http", "bare"])
 def http(request: pytest.FixtureRequest, near: Path) -> Iterator[tuple[str, Server]]:
-    pytest.importorskip("aiohttp")
     server = Server(request.param, str(near))
     yield request.param, server
     server.close()
@@ -273,6 +251,7 @@ def test_http_gives_the_same_by_listings_or_by_manifests(http: tuple[str, Server
         same(ckptlab.open(near / "bin"), ckptlab.open(f"{server.url}/bin/pytorch_model.bin"))
         return
     for name in KINDS.values():
+        server.told(refuse=3)  # they are asked for again
         same(ckptlab.open(near / name), ckptlab.open(f"{server.url}/{name}"))
 
 
@@ -302,7 +281,6 @@ def test_opening_384_ranks_costs_a_bounded_number_of_requests_and_bytes(
         fsspec.filesystem("s3", **options).put(str(root), "bucket/holes", recursive=True)
         url, options = "s3://bucket/holes", {"storage_options": options}
     else:
-        pytest.importorskip("aiohttp")
         server = Server("http", str(root))
         request.addfinalizer(server.close)
         url, options = server.url, {}
@@ -407,3 +385,73 @@ def test_on_s3_a_destination_appears_at_once(
     store.invalidate_cache()
     assert not store.find("bucket/failed")
     assert not store.list_multipart_uploads("bucket")
+
+
+@pytest.mark.slow
+def test_data_is_fetched_once_and_by_what_is_asked_for(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    shapes = {f"{i}.weight": np.random.default_rng(i).normal(size=(1024, 1024)).astype(np.float32) for i in range(4)}
+    torchfile.write(tmp_path / "pytorch_model.bin", shapes)
+    size = (tmp_path / "pytorch_model.bin").stat().st_size
+    server = Server("http", str(tmp_path))
+    request.addfinalizer(server.close)
+    ckpt = ckptlab.open(server.url)
+    server.told()
+    ckpt.full("master", stack=False)["2.weight"][10:20].load()
+    told = server.told()
+    assert len(told["requests"]) == 1
+    assert told["bytes"] <= 10 * 4096 + 2 * far.BLOCK
+    ckptlab.save_weights(ckpt, tmp_path / "new", workers=1)
+    told = server.told()
+    assert 0.95 * size <= told["bytes"] <= 1.05 * size  # headers and some rows were there
+    assert len(told["requests"]) <= 2 * size / far.REQUEST + 12
+    found = ckptlab.open(tmp_path / "new").full("master", stack=False)
+    assert all(np.array_equal(found[name], array) for name, array in shapes.items())
+
+
+def test_a_source_that_changes_meanwhile_is_refused(
+    near: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(near / "plain_zero3_dp2"), "/changing", recursive=True)
+    ckpt = ckptlab.open("memory://changing")
+    write = execute._write_files
+
+    def replaced(*arguments: Any) -> None:
+        write(*arguments)
+        path = next(iter(store.find("/changing")))
+        store.pipe(path, store.cat(path))
+
+    monkeypatch.setattr(execute, "_write_files", replaced)
+    with pytest.raises(CheckpointError, match=r"memory://changing/.*: the file was changed or replaced while"):
+        ckpt.reshape(dp=1).save(tmp_path / "new")
+    store.rm("/changing", recursive=True)
+
+
+@pytest.mark.slow
+def test_processes_read_from_s3_and_write_to_it(s3: tuple[Server, dict[str, Any]], near: Path, tmp_path: Path) -> None:
+    """They are told the options, and complete each file themselves."""
+    _, options = s3
+    here = ckptlab.open(near / KINDS["stage 3"])
+    there = ckptlab.open(f"s3://bucket/run/{KINDS['stage 3']}", storage_options=options)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        here.reshape(dp=1).save("s3://bucket/processes/new", workers=processes)
+        assert ckptlab.stats(there, workers=processes).equals(ckptlab.stats(here))
+    here.reshape(dp=1).save(tmp_path / "new")
+    store = fsspec.filesystem("s3", **options)
+    store.invalidate_cache()
+    store.get("bucket/processes/new", str(tmp_path / "got"), recursive=True)
+    same_files(tmp_path / "new", tmp_path / "got")
+
+
+def test_what_is_pickled_takes_the_options_along(near: Path, memory: str) -> None:
+    ckpt = ckptlab.open(f"{memory}/{KINDS['deepspeed']}", storage_options={"use_listings_cache": False})
+    view = ckpt.full("master", stack=False)
+    name, array = next(iter(view.items()))
+    there = pickle.dumps(array)
+    assert b"use_listings_cache" in there
+    far.options.clear()
+    assert pickle.loads(there).equals(array)
+    assert far.options == {"memory://far": {"use_listings_cache": False}}
+    far.options.clear()
+    assert b"use_listings_cache" not in pickle.dumps(array)
+    assert name in view

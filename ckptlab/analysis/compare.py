@@ -51,7 +51,7 @@ def diff(
     """Compare two checkpoints: every state that both have of every tensor that both have, bit for bit.
 
     a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar
-    on stderr. workers: how many threads (None: as many as there are cores), or a `concurrent.futures.Executor`. window:
+    on stderr. workers: how many threads (None: as many as there are cores), an executor or a dask client. window:
     elements of each side that a worker holds at a time. Averaged replicas are averaged first; vocabulary padding is no
     part of a tensor. NaN equals NaN of the same bits. Of tensors that one side alone has, those of one shape and of the
     same or similar content are taken for renamed.

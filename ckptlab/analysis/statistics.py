@@ -75,7 +75,7 @@ def stats(
     view: a checkpoint or its path, a view of one (`full()`, `shards()`: with a dim more for each mesh axis that it
     has), by name or as a tree, a node of it, an array, or a run (with a dim `step` more). Dask's arrays are taken block
     by block on dask's scheduler; everything else is streamed, in windows of so many elements, on `workers`: a number of
-    threads (None: as many as there are cores) or a `concurrent.futures.Executor`. The result is the same on all.
+    threads (None: as many as there are cores), an executor or a dask client. The result is the same on all.
 
     by: what a row of `tensor` is. "tensor": one tensor, by the model's name, with the coordinates stack (the name that
     it shares with other layers), layer (its number, -1 where it stands alone), kind, group, pp, layout, shape (as text)

@@ -92,7 +92,7 @@ def run(
     targets = {plan.name: f"{destination}/{plan.name}" for plan in plans}
     up = [marker]
     try:
-        far.write(marker, said.encode())
+        _begin(marker, said, destination)
         stamp = source.stamp() if source is not None else []
         verified = Verified(source) if source is not None and verify else None
         elsewhere = isinstance(pool.executor_of(workers), Executor)
@@ -121,7 +121,9 @@ def run(
         far.write(up[-1], manifest.text({name: one[:2] for name, one in done.items()}).encode())
     except BaseException:
         uploads.discard()
-        far.remove(up)
+        for path in up:
+            with suppress(OSError):  # the first error is the one to be told
+                far.remove([path])
         raise
     parent = paths.parent(destination)
     copied = copy_beside(beside, parent)
@@ -129,6 +131,13 @@ def run(
         far.write(f"{parent}/{latest}", os.path.basename(destination).encode())
     far.remove([marker])
     return Uploaded(done, verified.nbytes if verified else 0, copied)
+
+
+def _begin(marker: str, said: str, destination: str) -> None:
+    try:
+        far.write(marker, said.encode())
+    except OSError as error:
+        raise DestinationError(f"{destination} cannot be written: {error.strerror}") from error
 
 
 def copy_beside(files: Iterable[str], folder: str) -> tuple[str, ...]:

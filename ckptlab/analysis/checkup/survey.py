@@ -42,7 +42,7 @@ def check(
     stored). It need not open: files that are missing, cut or
     foreign are findings, and what can be read is looked at all the same. checksums: also read every file once more and
     compare it with the checksums that torch wrote into it. progress: show bars on stderr. strategy: see `open`.
-    workers: how many threads (None: as many as there are cores), or a `concurrent.futures.Executor`. window: bytes that
+    workers: how many threads (None: as many as there are cores), an executor or a dask client. window: bytes that
     a worker holds at a time, whatever the size. Files are only read.
 
     Raises CheckpointError where there is no checkpoint at all, LayoutError for a strategy that is none.

@@ -177,6 +177,17 @@ def _bits(shown: Any) -> bytes:
     return b"".join(array.values.tobytes() for array in shown.data_vars.values())
 
 
+def test_what_is_averaged_is_joined_as_the_mean() -> None:
+    """Readers that compute (means, sums) say nothing of what is beside their piece, and leave it alone."""
+    averaged = Layout("out", replicas="mean")
+    ckpt = ckptlab.open(DATA / "gpt_tp2_pp2_dp2", strategy={r"\d+\.\w+_layernorm\.weight": averaged})
+    line = Join("both", "(d + d)", ("2.input_layernorm.weight", "2.post_attention_layernorm.weight"))
+    seen = Family("mine", "", (line,)).onto(ckpt, "left")
+    parts = [ckpt.full("exp_avg", stack=False)[name].values for name, _ in line.parts]
+    assert np.abs(parts[0]).min() > 0
+    assert np.array_equal(seen.full("exp_avg", stack=False)["both"].values, np.concatenate(parts))
+
+
 def test_a_reader_of_what_is_seen_travels_to_another_process() -> None:
     import pickle
 

@@ -314,6 +314,12 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 @click.option(
     "--config", type=click.Path(dir_okay=False, exists=True), help="What config.json is to say, with --to huggingface."
 )
+@click.option(
+    "--adapter",
+    type=click.Choice(["alone", "merged"]),
+    help="Of a run with a low-rank adapter, with --to huggingface: its weights alone, or the base with them added.",
+)
+@click.option("--lora-alpha", type=float, metavar="N", help="The adapter's alpha, where nothing beside SRC says it.")
 @_mesh
 @_target
 @click.option("--max-shard-size", type=Size(), help="Safetensors are cut into files of at most this (5GB if not said).")
@@ -330,6 +336,8 @@ def convert(
     origin: str | None,
     family: str | None,
     config: str | None,
+    adapter: str | None,
+    lora_alpha: float | None,
     max_shard_size: int | None,
     workers: int | None,
     scheduler: str | None,
@@ -366,8 +374,9 @@ def convert(
     began = time.monotonic()
     if max_shard_size is not None and form not in ("safetensors", "huggingface"):
         raise click.UsageError(f"--max-shard-size goes with --to safetensors and huggingface, not with {form}")
-    if config is not None and form != "huggingface":
-        raise click.UsageError(f"--config goes with --to huggingface, not with {form}")
+    for option, given in (("config", config), ("adapter", adapter), ("lora-alpha", lora_alpha)):
+        if given is not None and form != "huggingface":
+            raise click.UsageError(f"--{option} goes with --to huggingface, not with {form}")
     if origin is not None and (family is None or form == "huggingface"):
         raise click.UsageError("--from huggingface needs --family, whose names DST is to have, and another --to")
     _writes(form)
@@ -378,7 +387,8 @@ def convert(
     with _workers(scheduler, workers) as on:
         running = {"workers": on, "progress": progress, "verify": not no_verify, "sync": not no_sync}
         if form == "huggingface":
-            said, report = _write_pretrained(ckpt, destination, family, config, options, max_shard_size, running)
+            lora = {"adapter": adapter, "lora_alpha": lora_alpha}
+            said, report = _write_pretrained(ckpt, destination, family, config, lora, options, max_shard_size, running)
         elif form == "safetensors":
             said, report = _write_weights(ckpt, destination, options, max_shard_size, running)
         else:
@@ -633,6 +643,7 @@ def _write_pretrained(
     destination: str,
     family: str | None,
     config: str | None,
+    lora: Mapping[str, Any],
     options: Mapping[str, Any],
     max_shard_bytes: int | None,
     running: Mapping[str, Any],
@@ -652,7 +663,7 @@ def _write_pretrained(
         if not isinstance(said, dict):
             raise CkptlabError(f"{config}: expected a JSON object, found a {type(said).__name__}")
     dtype = options["dtype"]
-    reshape = pretrained(ckpt, family, dtype, max_shard_bytes, said, **numbers)
+    reshape = pretrained(ckpt, family, dtype, max_shard_bytes, said, **lora, **numbers)
     report = reshape.save(destination, **running)
     notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
     return {"format": "huggingface", "dtype": dtype, "latest": None, "notices": [*notices, *_left_out(ckpt)]}, report

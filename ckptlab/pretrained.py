@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ckptlab import convert
+from ckptlab import adapters, convert
 from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.errors import ReshapeError
 from ckptlab.sharding import families
 from ckptlab.sharding.families import Family
 from ckptlab.sharding.families.config import CLASSES
@@ -40,6 +41,8 @@ def save_pretrained(
     heads: int | None = None,
     kv_heads: int | None = None,
     numbers: Numbers | None = None,
+    adapter: str | None = None,
+    lora_alpha: float | None = None,
     **running: Any,
 ) -> convert.Report:
     """Write the weights as a folder that transformers opens: safetensors under its names, tied ones once, and a
@@ -48,11 +51,13 @@ def save_pretrained(
     family: which program's names they have now ("llama", "gpt2", a registered one's, a Family; None: found by the
     names). dtype: "bf16", "fp16", "fp32"; None keeps the master's. Files are cut at `max_shard_bytes` (None: 5 GB).
     config: what config.json is to say, where it is known. heads, kv_heads, numbers: where the run does not say them.
-    running: workers, progress, verify, sync; see `Reshape.save`.
+    adapter: of a run with a low-rank adapter, "alone" writes that, as PEFT reads it, "merged" the base with it added,
+    in float32, rounded once; lora_alpha: where no adapter_config.json beside the run says it. running: workers,
+    progress, verify, sync; see `Reshape.save`.
     """
-    return pretrained(
-        source, family, dtype, max_shard_bytes, config, heads=heads, kv_heads=kv_heads, **(numbers or {})
-    ).save(destination, **running)
+    given = {"heads": heads, "kv_heads": kv_heads, **(numbers or {})}
+    made = pretrained(source, family, dtype, max_shard_bytes, config, adapter, lora_alpha, **given)
+    return made.save(destination, **running)
 
 
 def pretrained(
@@ -61,18 +66,31 @@ def pretrained(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     config: Said | None = None,
+    adapter: str | None = None,
+    lora_alpha: float | None = None,
     **numbers: Any,
 ) -> Reshape:
     """What `save_pretrained` writes, worked out: see `Reshape.check` for what has to be heard of it."""
+    source = source.catalog if isinstance(source, Checkpoint) else source
+    said_of = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    weights: dict[str, Any] = {name: value for name, value in said_of.items() if value is not None}
+    if adapter not in (None, "alone", "merged"):
+        raise ReshapeError(f"adapter {adapter!r}: expected alone or merged")
+    if adapter is not None:
+        one = adapters.find(source)
+        if adapter == "alone":
+            said = adapters.config(source, one, lora_alpha)
+            return Reshape.of(adapters.alone(source, one), None, "huggingface", adapter=said, **weights)
+        source = adapters.merged(source, one, lora_alpha)
+    elif adapters.has_adapter(source.tensors):
+        raise ReshapeError(f"{source.path}: holds a low-rank adapter: say adapter= alone or merged")
     seen = as_pretrained(source, family, **numbers)
     kind = family.lower().replace("-", "_") if isinstance(family, str) else None
     given = {
-        "dtype": dtype,
-        "max_shard_bytes": max_shard_bytes,
         "config": config,
         "heads": numbers.get("heads"),
         "kv_heads": numbers.get("kv_heads"),
         "model_type": kind if kind in CLASSES else None,
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Reshape.of(seen.catalog, None, "huggingface", **options)
+    return Reshape.of(seen.catalog, None, "huggingface", **options, **weights)

@@ -64,8 +64,19 @@ def apart(joined: Tensor, kv: int, q: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(x.transpose(1, 2) for x in (queries, heads[..., q, :], heads[..., q + 1, :]))  # type: ignore[return-value]
 
 
-def core(w: Weights, tokens: Tensor, layers: int, kv: int, q: int, eps: float, theta: float, top: int = 0) -> Tensor:
-    """Megatron-core's Llama with Transformer Engine's names; top: experts of each token, 0 without. Logits."""
+def core(
+    w: Weights,
+    tokens: Tensor,
+    layers: int,
+    kv: int,
+    q: int,
+    eps: float,
+    theta: float,
+    top: int = 0,
+    turn: Callable[[Tensor, Tensor], Tensor] = turn_halves,
+) -> Tensor:
+    """Megatron-core's Llama with Transformer Engine's names; top: experts of each token, 0 without; turn: its rotary.
+    Logits."""
     x = w["embedding.word_embeddings.weight"][tokens]
     for i in range(layers):
         at = f"decoder.layers.{i}."
@@ -75,7 +86,7 @@ def core(w: Weights, tokens: Tensor, layers: int, kv: int, q: int, eps: float, t
             queries = rms_norm(norm, queries, eps)
             keys = rms_norm(w[f"{at}self_attention.k_layernorm.weight"], keys, eps)
         angle = angles(x.shape[1], keys.shape[-1], theta)
-        mixed = attend(turn_halves(queries, angle), turn_halves(keys, angle), values)
+        mixed = attend(turn(queries, angle), turn(keys, angle), values)
         x = x + linear(w, f"{at}self_attention.linear_proj", mixed)
         norm = w.get(f"{at}mlp.linear_fc1.layer_norm_weight", w.get(f"{at}pre_mlp_layernorm.weight"))
         assert norm is not None

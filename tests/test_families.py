@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -25,7 +26,9 @@ from ckptlab.testing.families import example, placement, there_and_back
 from ckptlab.testing.strategies import cuts
 
 DATA = Path(__file__).parents[1] / "data"
-LINES = [(name, line) for name in FAMILIES.names() for line in FAMILIES.get(name).lines]
+EVERY = (line for name in FAMILIES.names() for line in FAMILIES.get(name).lines)
+KINDS = {(line.text, line.texts, line.stacks): line for line in EVERY if line.text is not None}
+LINES = [*KINDS.values()]
 QKV = Join("qkv", "(kv (q d + d + d)) in", ("q", "k", "v"))
 
 
@@ -37,7 +40,7 @@ def test_every_family_obeys_the_laws(name: str) -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_there_and_back_is_the_identity_for_all_lines_and_lengths(data: st.DataObject) -> None:
-    _, line = data.draw(st.sampled_from([(n, one) for n, one in LINES if one.text is not None]))
+    line = data.draw(st.sampled_from(LINES))
     lengths = {name: data.draw(st.integers(1, 4), label=name) for name in sorted(line.known)}
     assert [*placement(line, lengths), *there_and_back(line, lengths)] == []
 
@@ -121,8 +124,7 @@ def test_a_tensor_that_is_seen_is_read_in_any_cut(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """The readers, against the arrays that the reference puts together."""
-    lines = [one for _, one in LINES if one.text is not None and len(one.text.split()) > 1]
-    line = data.draw(st.sampled_from(lines))
+    line = data.draw(st.sampled_from(LINES))
     lengths = {name: data.draw(st.integers(1, 4), label=name) for name in sorted(line.known)}
     parts, known = example(line, lengths)
     family = Family("line", "", (line,))
@@ -174,6 +176,17 @@ def test_a_checkpoint_is_seen_with_all_its_states_and_shards() -> None:
 
 def _bits(shown: Any) -> bytes:
     return b"".join(array.values.tobytes() for array in shown.data_vars.values())
+
+
+def test_what_is_averaged_is_joined_as_the_mean() -> None:
+    """Readers that compute (means, sums) say nothing of what is beside their piece, and leave it alone."""
+    averaged = Layout("out", replicas="mean")
+    ckpt = ckptlab.open(DATA / "gpt_tp2_pp2_dp2", strategy={r"\d+\.\w+_layernorm\.weight": averaged})
+    line = Join("both", "(d + d)", ("2.input_layernorm.weight", "2.post_attention_layernorm.weight"))
+    seen = Family("mine", "", (line,)).onto(ckpt, "left")
+    parts = [ckpt.full("exp_avg", stack=False)[name].values for name, _ in line.parts]
+    assert np.abs(parts[0]).min() > 0
+    assert np.array_equal(seen.full("exp_avg", stack=False)["both"].values, np.concatenate(parts))
 
 
 def test_a_reader_of_what_is_seen_travels_to_another_process() -> None:
@@ -296,6 +309,71 @@ def test_of_families_that_take_the_same_names_the_layouts_tell(tmp_path: Path) -
         pieces = made.seen["model.layers.0.self_attn.k_proj.weight"]
         expected = line.piece_of(1, pieces[0].name, (8, 8), {"kv": 2, "q": 2, "d": 4, "in": 8})
         assert np.array_equal(pieces[0].dims[0][1], expected.dims[0][1])  # type: ignore[index]
+
+
+def test_the_command_line_goes_to_transformers_and_back(tmp_path: Path) -> None:
+    out, back = tmp_path / "hf", tmp_path / "back"
+    made = run("convert", DATA / "gpt_tp2_pp2_dp2", out, "--to", "huggingface", "--dtype", "bf16", "--json")
+    assert made.exit_code == 0
+    codes = [notice["code"] for notice in json.loads(made.stdout)["notices"]]
+    assert codes[-2:] == ["config-assumed", "states-left-out"]
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert run("diff", DATA / "gpt_tp2_pp2_dp2", out).exit_code == 0
+    family = ("--family", "gpt2-megatron-core")
+    assert run("convert", out, back, "--from", "huggingface", *family, "--to", "safetensors").exit_code == 0
+    there = ckptlab.open(back)
+    assert there["decoder.layers.3.self_attention.linear_qkv.weight"].shape == (48, 16)
+    assert run("diff", DATA / "gpt_tp2_pp2_dp2", back).exit_code == 0
+
+
+def test_the_command_line_says_what_does_not_go_together(tmp_path: Path) -> None:
+    to = (DATA / "gpt_tp2_pp2_dp2", tmp_path / "out", "--to")
+    for arguments, said in (
+        (("safetensors", "--from", "huggingface"), "--from huggingface needs --family"),
+        (("safetensors", "--config", __file__), "--config goes with --to huggingface"),
+        (("huggingface", "--tp", "2"), "--tp has no meaning with --to huggingface"),
+        (("huggingface", "--config", __file__), "expected a JSON object"),
+        (("huggingface", "--family", "lama"), "no family is called 'lama'"),
+    ):
+        result = run("convert", *to, *arguments)
+        assert result.exit_code == 2
+        assert said in result.stderr, arguments
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_starts_a_run_on_paper(exported: Path) -> None:
+    """A published model under a program's names, cut as that program cuts it: what each rank would hold."""
+    family = families.resolve("gpt2-megatron-core")
+    start = family.onto(ckptlab.open(exported), "left")
+    on_tp = start.reshape(Mesh(tp=2), strategy=families.start(family, 2, {"heads": 4}))
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert on_tp.target[name].layout.text == "(tp h qkv d) in"
+    assert on_tp.target["embedding.word_embeddings.weight"].cut.shape == (102, 16)
+    with pytest.raises(ckptlab.ReshapeError, match=r"linear_qkv.weight.*4 of h are not divided by tp 3"):
+        start.reshape(Mesh(tp=3), strategy=families.start(family, 3, {"heads": 4}))
+    shards = on_tp.shards("master", stack=False)[name].values
+    trained = ckptlab.open(DATA / "gpt_tp2_pp2_dp2").shards("master", stack=False)
+    assert np.array_equal(shards, trained["2.self_attention.query_key_value.weight"].values)
+
+
+def test_what_the_programs_args_say_decides(tmp_path: Path) -> None:
+    held = families.resolve("llama-megatron-core").arrays(_llama(), "left", heads=4, kv_heads=2)
+    for rotary in (False, True):
+        folder = tmp_path / str(rotary)
+        ckpt = _saved(folder, held)
+        (folder / "config.json").write_text(json.dumps({"rotary_interleaved": rotary, "num_attention_heads": 4}))
+        q = families.towards(ckpt.catalog, "right", kv_heads=2).seen["model.layers.0.self_attn.q_proj.weight"]
+        assert (len(q[0].dims[0][1]) > 2) == rotary  # type: ignore[index,arg-type]
+
+
+def _llama() -> dict[str, np.ndarray]:
+    """The weights of a Llama of one layer."""
+    rng, layer = np.random.default_rng(3), "model.layers.0"
+    shapes: dict[str, tuple[int, ...]] = {f"{layer}.self_attn.{n}_proj": (16 if n == "q" else 8, 8) for n in "qkv"}
+    shapes |= {f"{layer}.self_attn.o_proj": (8, 16), f"{layer}.mlp.gate_proj": (6, 8), f"{layer}.mlp.up_proj": (6, 8)}
+    shapes |= {f"{layer}.mlp.down_proj": (8, 6), "model.embed_tokens": (11, 8), "lm_head": (11, 8), "model.norm": (8,)}
+    shapes |= {f"{layer}.{norm}_layernorm": (8,) for norm in ("input", "post_attention")}
+    return {f"{name}.weight": rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
 
 
 def test_a_wrapper_takes_its_prefix_away() -> None:

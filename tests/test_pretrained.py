@@ -69,6 +69,18 @@ CASES = {
     "mistral": Case("MistralConfig", {**LLAMA, "sliding_window": None}, "llama-megatron-core", _core),
     "qwen2": Case("Qwen2Config", LLAMA | {"head_dim": 4}, "llama-megatron-core", _core),
     "qwen3": Case("Qwen3Config", LLAMA, "llama-megatron-core", _core),
+    "llama-interleaved": Case(
+        "LlamaConfig",
+        {**LLAMA, "attention_bias": True},
+        "llama-interleaved-megatron-core",
+        lambda w: _core(w, turn=references.turn_neighbours),
+    ),
+    "qwen3-interleaved": Case(
+        "Qwen3Config",
+        LLAMA,
+        "llama-interleaved-megatron-core",
+        lambda w: _core(w, turn=references.turn_neighbours),
+    ),
     "mixtral": Case(
         "MixtralConfig",
         {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},

@@ -12,9 +12,9 @@ from functools import cached_property
 import numpy as np
 
 from ckptlab.arrays.readers import Coordinate, Reader
-from ckptlab.catalog.seen import Piece, Runs
+from ckptlab.catalog.seen import LowRank, Piece, Runs
 from ckptlab.layout import Cut, DimCut
-from ckptlab.layout.rows import intersect
+from ckptlab.layout.rows import intersect, intervals
 from ckptlab.mesh import Mesh
 
 
@@ -23,7 +23,7 @@ class Renamed(Reader):
 
     def __init__(self, reader: Reader, name: str) -> None:
         self.reader, self.name, self.state = reader, name, reader.state
-        self.cut, self.dtype = reader.cut, reader.dtype
+        self.cut, self.dtype, self.spares = reader.cut, reader.dtype, reader.spares
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         self.reader.read_into(out, cut, at, starts)
@@ -50,6 +50,8 @@ class Composed(Reader):
     alone: the readers give what one holder has, and the rest is 0.
     """
 
+    spares = True
+
     def __init__(
         self, name: str, cut: Cut, pieces: Sequence[tuple[Piece, Reader, tuple[int, ...]]], alone: bool = False
     ) -> None:
@@ -63,6 +65,50 @@ class Composed(Reader):
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         for part in self.parts:
             part.read_into(out, cut, at, starts)
+
+
+class Adapted(Reader):
+    """A weight, and the product of two narrow ones added to it, in float32; rounded by whoever asks for less.
+
+    Of b (out, rank) and a (rank, in) just the rows and columns of what is asked for are read.
+    """
+
+    def __init__(self, weight: Reader, a: Reader, b: Reader, shapes: tuple[tuple[int, ...], ...], by: LowRank) -> None:
+        self.weight, self.a, self.b, self.by = weight, a, b, by
+        self.name, self.state, self.cut, self.dtype = weight.name, weight.state, weight.cut, np.dtype(np.float32)
+        self.shapes = shapes
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        return self.weight.leaves_gaps(cut)
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        total = np.zeros(out.shape, np.float32)
+        self.weight.read_into(total, cut, at, starts)
+        rows, columns = (1, 0) if self.by.transposed else (0, 1)
+        a = self._narrow(self.a, self.shapes[0], 1, cut, at, columns, starts[columns], out.shape[columns])
+        b = self._narrow(self.b, self.shapes[1], 0, cut, at, rows, starts[rows], out.shape[rows])
+        turned = total.T if self.by.transposed else total
+        turned += np.float32(self.by.scale) * (b @ a)
+        np.copyto(out, total, casting="unsafe")
+
+    @staticmethod
+    def _narrow(
+        one: Reader, shape: tuple[int, ...], along: int, cut: Cut, at: Coordinate, dim: int, start: int, size: int
+    ) -> np.ndarray:
+        """Of a narrow matrix what belongs to a box along one dim of the cut; all of its rank; what is not held is 0."""
+        seen, place, rank = cut.dims[dim], cut.per_dim(at)[dim], shape[1 - along]
+        shared = intersect(seen.runs[place], _all(shape[along]))[:, [1, 0, 2, 3, 5, 4]]
+        dims = [_Strided.of(shared, shape[along], seen.widths[place]), _Strided.of(_all(rank), rank, rank)]
+        sizes, first = [size, rank], [start, 0]
+        if along:
+            dims, sizes, first = dims[::-1], sizes[::-1], first[::-1]
+        found = np.zeros(sizes, np.float32)
+        one.read_into(found, Cut(shape, Mesh(), tuple(dims)), (), first)
+        return found
+
+
+def _all(length: int) -> Runs:
+    return np.array([[0, 0, length, 1, 0, 0]], np.int64)
 
 
 class _Part:
@@ -86,7 +132,16 @@ class _Part:
         dims = [None if isinstance(dim, int) else dim[0] for dim in self.piece.dims]
         view = view.transpose([kept.index(dim) for dim in dims if dim is not None])
         view = view[(*(np.newaxis if dim is None else slice(None) for dim in dims), ...)]
-        self.reader.read_into(view, inner, (), [0 if dim is None else starts[dim] for dim in dims])
+        first = [0 if dim is None else starts[dim] for dim in dims]
+        if self.reader.spares:
+            self.reader.read_into(view, inner, (), first)
+            return
+        found = np.zeros(view.shape, view.dtype)
+        self.reader.read_into(found, inner, (), first)
+        held = np.ix_(
+            *(_held(dim, start, size) for dim, start, size in zip(inner.dims, first, view.shape, strict=True))
+        )
+        view[held] = found[held]
 
     def _inner(self, cut: Cut, at: Coordinate) -> tuple[Cut | None, tuple[tuple[int, int], ...]]:
         """The shard as one of the stored tensor; and where in it the dims lie that only the seen one has."""
@@ -110,6 +165,16 @@ class _Part:
                 dims.append(_Strided.of(shared[:, [1, 0, 2, 3, 5, 4]], size, seen.widths[places[of[0]]]))
             known = self._known = cut, at, Cut(self.shape, Mesh(), tuple(dims)), tuple(fixed)
         return known[2], known[3]
+
+
+def _held(dim: DimCut, start: int, size: int) -> np.ndarray:
+    """Which indices of a window of a dim are held."""
+    plain = intervals(dim.runs[()])
+    inside = np.zeros(size + 1, np.int64)
+    low, high = (np.clip(edge - start, 0, size) for edge in (plain[:, 1], plain[:, 1] + plain[:, 2]))
+    np.add.at(inside, low, 1)
+    np.add.at(inside, high, -1)
+    return np.flatnonzero(np.cumsum(inside)[:size])
 
 
 class _Strided(DimCut):

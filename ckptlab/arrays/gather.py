@@ -17,9 +17,9 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.arrays.boxes import flat_boxes, flat_start, plain_rows, restrict
-from ckptlab.arrays.composed import Composed, Renamed
+from ckptlab.arrays.composed import Adapted, Composed, Renamed
 from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, is_sum
-from ckptlab.catalog import Catalog, Fragment
+from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
 from ckptlab.plan import Holder
@@ -61,6 +61,7 @@ def reader(
     tensor = catalog[name]
     if catalog.base is not None:
         seen = _seen(catalog, tensor.name, state, stage, holder, tally)
+        dtype = tensor.states[state] if dtype is None else dtype
         return seen if dtype is None or np.dtype(dtype) == seen.dtype else Cast(seen, dtype)
     placement = catalog.placement(tensor.name, state)
     copies: list[dict[Coordinate, Holder]]
@@ -83,15 +84,25 @@ def _seen(
     """What reads a tensor that is another, or made of others, of the catalog's base."""
     base, pieces = catalog.base, catalog.seen[name]
     assert base is not None
+    if name in catalog.added and state not in base.tensors[pieces[0].name].states:
+        state = PARAM  # what is added to a weight of 16 bits makes one of 32
     places = [base.placement(piece.name, state) for piece in pieces]
-    if catalog.placement(name, state).cut.is_whole and not all(place.cut.is_whole for place in places):
+    if catalog.tensors[name].cut.is_whole and not all(place.cut.is_whole for place in places):
         holder = None  # one holder is said to have all of it
     parts = [reader(base, p.name, state, stage=stage, holder=holder, tally=tally) for p in pieces]
     shapes = [base.tensors[p.name].shape for p in pieces]
     shape = catalog.tensors[name].shape
     if len(pieces) == 1 and pieces[0].is_all(shape, shapes[0]):
-        return Renamed(parts[0], name)
-    return Composed(name, Cut.whole(shape), list(zip(pieces, parts, shapes, strict=True)), holder is not None)
+        found: Reader = Renamed(parts[0], name)
+    else:
+        found = Composed(name, Cut.whole(shape), list(zip(pieces, parts, shapes, strict=True)), holder is not None)
+    by = catalog.added.get(name)
+    if by is None:
+        return found
+    narrow = [base.tensors[one] for one in (by.a, by.b)]
+    states = [MASTER if MASTER in one.states else PARAM for one in narrow]
+    a, b = (reader(base, one.name, s, tally=tally) for one, s in zip(narrow, states, strict=True))
+    return Adapted(found, a, b, tuple(one.shape for one in narrow), by)
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,8 @@ class Gather(Reader):
 
     `alone`: only one of several is read, and what others hold too comes from it as well.
     """
+
+    spares = True
 
     def __init__(
         self,

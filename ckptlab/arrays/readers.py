@@ -24,18 +24,21 @@ Coordinate = tuple[int, ...]
 
 class Reader(ABC):
     """Reads one state of one tensor (`name`, `state`) in any cut. `cut` is the one in which it is stored, `dtype` what
-    elements arrive as, `piece` how many bytes `chunks` gives at a time where it is not said."""
+    elements arrive as, `piece` how many bytes `chunks` gives at a time where it is not said. `spares`: what the source
+    does not hold (padding, the rest of a tensor of which this is a piece) is left as it is by `read_into`; else it may
+    be 0."""
 
     name: str
     state: str
     cut: Cut
     dtype: np.dtype
     piece: int = CHUNK
+    spares = False
 
     @abstractmethod
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         """Write into `out` (of any strides and dtype) the box of shard `at` of `cut` that begins at `starts` and has
-        the shape of `out`. What the source does not hold (padding) is left as it is."""
+        the shape of `out`."""
 
     def leaves_gaps(self, cut: Cut) -> bool:
         """Whether a shard of `cut` may have elements that are not held, which `read_into` leaves alone."""

@@ -2,7 +2,7 @@
 
 from ckptlab.catalog.catalog import Catalog
 from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
-from ckptlab.catalog.seen import Piece
+from ckptlab.catalog.seen import LowRank, Piece
 from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor, param_source
 from ckptlab.catalog.training import DTYPES, ZERO_STAGES, Gradients, Training
 
@@ -17,6 +17,7 @@ __all__ = [
     "FlatGroup",
     "Fragment",
     "Gradients",
+    "LowRank",
     "ParameterGroup",
     "Piece",
     "Tensor",

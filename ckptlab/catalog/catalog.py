@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab.catalog.extents import Extents, FlatGroup, Fragment, Placements
-from ckptlab.catalog.seen import Piece
+from ckptlab.catalog.seen import LowRank, Piece
 from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor
 from ckptlab.catalog.training import Training
 from ckptlab.errors import CheckpointError
@@ -34,7 +34,7 @@ class Catalog:
     `private`: what the format's own writer must know; nobody else looks into it.
 
     A catalog may be another, `base`, seen otherwise: `seen` then says of which pieces of the base's tensors each of its
-    own is made, and extents are the base's.
+    own is made, `added` what is added to some, and extents are the base's.
     """
 
     path: str
@@ -51,6 +51,7 @@ class Catalog:
     files: tuple[str, ...] = ()
     base: Catalog | None = None
     seen: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    added: Mapping[str, LowRank] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:
@@ -139,7 +140,7 @@ class Catalog:
             return False
         piece, *others = self.seen[name]
         whole = piece.is_all(self.tensors[name].shape, self.base.tensors[piece.name].shape)
-        return bool(others) or not whole or self.base.is_made(piece.name)
+        return bool(others) or not whole or name in self.added or self.base.is_made(piece.name)
 
     def fragments(self, name: str, state: str, holder: Holder) -> tuple[Fragment, ...]:
         """Where the shard of a holder lies, in the order of its flattened elements. CheckpointError of a tensor that is

@@ -38,6 +38,17 @@ class Piece:
         )
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a weight (out, in) that is seen: `scale` times the product of two stored tensors, b (out, rank)
+    and a (rank, in); transposed: of a weight (in, out)."""
+
+    a: str
+    b: str
+    scale: float
+    transposed: bool = False
+
+
 def identity(name: str, shape: tuple[int, ...]) -> Piece:
     """A stored tensor as it is."""
     return Piece(name, tuple((i, np.array([[0, 0, n, 1, 0, 0]], np.int64)) for i, n in enumerate(shape)))

@@ -18,19 +18,21 @@ from ckptlab.formats.weights import entries
 from ckptlab.mesh import Mesh
 from ckptlab.words import some
 
-CONFIG = "config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class HuggingFaceOptions(WeightOptions):
     """What a user may say of a folder for transformers, beside what may be said of weights. `config`: what config.json
-    is to say, instead of what is found (`heads`, `kv_heads`: of that); `model_type`: transformers' word for the
-    model."""
+    is to say, instead of what is found (`heads`, `kv_heads`: of that); `model_type`: transformers' word for the model;
+    `adapter`: the weights are those of an adapter, and this is what adapter_config.json says."""
 
     config: Mapping[str, Any] | None = None
     model_type: str | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    adapter: Mapping[str, Any] | None = None
 
 
 class HuggingFace(Safetensors):
@@ -51,13 +53,18 @@ class HuggingFace(Safetensors):
         return replace(made, format=self.name, private=(options, said), findings=tuple(findings))
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
-        from ckptlab.formats.safetensors.write import files
+        from ckptlab.formats.safetensors.write import SINGLE, files
 
         options, said = target.private
         dtype = DTYPES[options.dtype] if options.dtype else None
-        yield from files(source, dtype, options.max_shard_bytes, aliases=False)
+        alone = options.adapter is not None
+        single = ADAPTER if alone else SINGLE
+        yield from files(source, dtype, options.max_shard_bytes, aliases=False, single=single)
         if said is not None:
-            yield FilePlan(CONFIG, (Literal(json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"),))
+            yield FilePlan(
+                ADAPTER_CONFIG if alone else CONFIG,
+                (Literal(json.dumps(said, indent=2, sort_keys=True).encode() + b"\n"),),
+            )
 
     def payload(self, source: Catalog, target: Catalog) -> int:
         return sum(entry.nbytes for entry in entries(target, None, aliases=False))
@@ -72,6 +79,8 @@ def _config(
 
     dtypes = {str(next(iter(t.states.values()))) for t in target.tensors.values() if t.kind != "buffer"}
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else "float32"
+    if options.adapter is not None:
+        return dict(options.adapter), []
     if options.config is not None:
         return {**options.config, "dtype": dtype}, []
     kind = model_type(source.tensors, options.model_type)

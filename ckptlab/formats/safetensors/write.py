@@ -20,10 +20,12 @@ from ckptlab.formats.weights import Entry, sharded
 SINGLE = "model.safetensors"
 
 
-def files(source: Catalog, dtype: np.dtype | None, max_shard_bytes: int, aliases: bool = True) -> Iterator[FilePlan]:
-    """`model.safetensors`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an
+def files(
+    source: Catalog, dtype: np.dtype | None, max_shard_bytes: int, aliases: bool = True, single: str = SINGLE
+) -> Iterator[FilePlan]:
+    """The file `single`, or numbered shards of at most `max_shard_bytes` (a larger tensor has one of its own) and an
     index. aliases: tensors that have several names stand there under each."""
-    return sharded(source, dtype, max_shard_bytes, SINGLE, _plan, aliases)
+    return sharded(source, dtype, max_shard_bytes, single, _plan, aliases)
 
 
 def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:

@@ -10,6 +10,7 @@ from ckptlab.sharding.families.family import Bound, Family, Taken
 from ckptlab.sharding.families.lines import Join, Line, Permute, Rename, Side, Stack
 from ckptlab.sharding.families.numbers import told_numbers
 from ckptlab.sharding.families.registered import FAMILIES, found, resolve, towards
+from ckptlab.sharding.families.start import Start, start
 
 __all__ = [
     "FAMILIES",
@@ -21,9 +22,11 @@ __all__ = [
     "Rename",
     "Side",
     "Stack",
+    "Start",
     "Taken",
     "found",
     "resolve",
+    "start",
     "told_numbers",
     "towards",
 ]

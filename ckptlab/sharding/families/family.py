@@ -73,7 +73,7 @@ class Family:
         groups: dict[tuple[int, tuple[tuple[str, int | str], ...]], dict[int, dict[int, str]]] = {}
         left: list[str] = []
         for name in names:
-            match = self._match(name, side, given)
+            match = self.match(name, side, given)
             if match is None:
                 left.append(name)
                 continue
@@ -106,7 +106,7 @@ class Family:
         ]
         return {**given, "first": min(counted)} if counted else given
 
-    def _match(
+    def match(
         self, name: str, side: Side, given: Mapping[str, int]
     ) -> tuple[int, int, dict[str, int | str], int] | None:
         """The number of the line that takes a name, which of its names it is, its places, and its index in a stack."""
@@ -183,14 +183,14 @@ class Family:
         except LayoutError as error:
             raise LayoutError(f"{base.path}: {error}{_hint(error)}") from None
         known = self._with_defaults(taken.numbers)
-        left = [n for n in (*taken.left, *taken.partial) if self._match(n, towards, known) is None]
+        left = [n for n in (*taken.left, *taken.partial) if self.match(n, towards, known) is None]
         aliases = [alias for tensor in base.tensors.values() for alias in tensor.aliases]
         called = {alias: self._called(alias, towards, known) for alias in aliases}
         return seen_as(base, views, (*base.findings, *_findings(self, left, taken.partial, towards)), called)
 
     def _called(self, alias: str, towards: Side, known: Mapping[str, int]) -> str:
         """A further name of a tensor on the other side: the same where no line renames it."""
-        match = self._match(alias, other(towards), known)
+        match = self.match(alias, other(towards), known)
         if match is None or self.lines[match[0]].text is not None:
             return alias
         return self.lines[match[0]].templates[towards][0].name(match[2], known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -59,7 +59,7 @@ def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding], c
         flat_groups=(),
         training=replace(base.training, groups=groups, layer_stages={}),
         private=None,
-        findings=(*findings, *([_unplaced(unplaced)] if unplaced else ())),
+        findings=(*findings, *_told(unplaced, [n for n, t in tensors.items() if not t.states])),
         base=base,
         seen={view.name: view.pieces for view in views},
     )
@@ -108,17 +108,30 @@ def _is_cut(tensor: Tensor) -> bool:
     return any(tensor.cut.mesh[axis] > 1 for axis in tensor.cut.axes)
 
 
-def _unplaced(names: Sequence[str]) -> Finding:
-    return Finding(
-        "family-unplaced",
-        "warning",
-        Where(tensors=tuple(names)),
-        "ranks that hold whole parts, as they do of heads",
-        f"{number_of(len(names), 'tensor')} of which no line says what a rank has, as the stored ones are cut: "
-        f"{some(names, 4)}",
-        "see whether the family's notation is right; on a mesh they are said to be with the first rank",
-        "headers",
-    )
+def _told(unplaced: Sequence[str], without: Sequence[str]) -> Iterator[Finding]:
+    """What has to be heard of tensors that no rank has parts of, and of those that have no state."""
+    if unplaced:
+        yield Finding(
+            "family-unplaced",
+            "warning",
+            Where(tensors=tuple(unplaced)),
+            "ranks that hold whole parts, as they do of heads",
+            f"{number_of(len(unplaced), 'tensor')} of which no line says what a rank has, as the stored ones are cut: "
+            f"{some(unplaced, 4)}",
+            "see whether the family's notation is right; on a mesh they are said to be with the first rank",
+            "headers",
+        )
+    if without:
+        yield Finding(
+            "family-stateless",
+            "warning",
+            Where(tensors=tuple(without)),
+            "parts that have a state in common",
+            f"{number_of(len(without), 'tensor')} whose parts have none (some are trained, some are frozen): "
+            f"{some(without, 4)}",
+            "they have no elements here: look at the parts themselves",
+            "headers",
+        )
 
 
 def _alike(places: Iterable[Placement]) -> bool:

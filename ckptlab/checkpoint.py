@@ -41,6 +41,7 @@ def open(
     path: formats.Paths,
     strategy: Strategy | Mapping[str, str | Layout] | str | None = None,
     *,
+    mesh: Mesh | Mapping[str, int] | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
@@ -49,13 +50,15 @@ def open(
     folder with exactly one of these somewhere below; or a list of step folders that hold parts of one checkpoint, as
     nodes without a shared disk leave them. strategy: layouts where the checkpoint does not tell them, or
     instead of what it tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a
-    Strategy. Any of the paths may be a URL that fsspec knows (s3://, gs://, http://, …); storage_options are of the
-    file system behind it, and hold for all that lies in the same bucket or on the same host.
+    Strategy. mesh: the run's, where the files do not say it (torch's DCP). Any of the paths may be a URL that fsspec
+    knows (s3://, gs://, http://, …); storage_options are of the file system behind it, and hold for all that lies in
+    the same bucket or on the same host.
 
     Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could
     execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
-    return Checkpoint(formats.read(path, resolve(strategy), storage_options))
+    said = Mesh(**mesh) if mesh is not None and not isinstance(mesh, Mesh) else mesh
+    return Checkpoint(formats.read(path, resolve(strategy), storage_options, said))
 
 
 @explained

@@ -9,8 +9,11 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 import pytest
+from compare import whole
 from real_deepspeed import DATA
 from safetensors.numpy import load_file
+
+import ckptlab
 
 CASES = ["gpt_tp2_pp2_dp2", "plain_zero2_dp2", "plain_zero2_dp2_round_robin", "plain_zero3_dp2"]
 
@@ -61,3 +64,25 @@ def test_the_case_with_sub_groups_has_several() -> None:
     torch = pytest.importorskip("torch")
     [file] = Path(DATA / "plain_zero3_dp2" / "global_step3").glob("zero_pp_rank_0_*model_states.pt")
     assert len(torch.load(file, weights_only=False)["param_shapes"]) == 5
+
+
+def test_what_fsdp_saved_is_its_truth_and_says_how_it_is_cut() -> None:
+    case = DATA / "fsdp2_tp2_dp2"
+    described = json.loads((case / "truth.json").read_text())
+    ckpt = ckptlab.open(case / "step-3", mesh=described["mesh"])
+    truth = load_file(case / "truth.safetensors")
+    assert {(state, name) for name in ckpt for state in ckpt.catalog.held(name)} == {
+        (state, name) for state, _, name in (key.partition("/") for key in truth)
+    }
+    for key, expected in truth.items():
+        state, _, name = key.partition("/")
+        np.testing.assert_array_equal(whole(ckpt.catalog, name, state), expected, err_msg=key)
+    said = {
+        "(_StridedShard(dim=0, sf=2), Shard(dim=0))": ("(tp dp out) in", "(tp dp out)"),
+        "(Shard(dim=0), Shard(dim=1))": ("(dp out) (tp in)",),
+        "(Shard(dim=0),)": ("(dp out) in", "(dp out)"),
+    }
+    assert set(described["placements"].values()) == set(said)
+    for name, placements in described["placements"].items():
+        assert ckpt[name].layout.text in said[placements]
+    assert (ckpt.iteration, ckpt.findings) == (described["step"], ())

@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from compare import DATA
 
 import ckptlab
 from ckptlab.arrays import reader
@@ -217,6 +218,19 @@ def test_axes_named_by_a_mesh_or_by_layouts(tmp_path: Path, by: str) -> None:
         np.testing.assert_array_equal(fragment.stored.map(), arrays["column.weight"][start : start + 4])
         rank = int(placement.ranks(holder)[0])
         assert os.path.basename(fragment.stored.path) == f"__{rank}_0.distcp"
+
+
+def test_the_mesh_of_a_run_is_said_when_it_is_opened(tmp_path: Path) -> None:
+    path, _ = parallel(tmp_path / "dcp")
+    assert "mesh=Mesh(dp=2, tp=2)" in ckptlab.open(path).findings[0].text
+    for mesh in (Mesh(dp=2, tp=2), {"dp": 2, "tp": 2}):
+        ckpt = ckptlab.open(path, mesh=mesh)
+        assert (ckpt.mesh, ckpt.findings) == (Mesh(dp=2, tp=2), ())
+        assert ckpt["column.weight"].layout.text == "(tp dp out) in"
+    with pytest.raises(LayoutError, match=r"no tensor is cut as its chunks are: column.weight lies in 4 × 1 of them"):
+        ckptlab.open(path, mesh=Mesh(dp=3))
+    with pytest.raises(CheckpointError, match=r"says itself on which mesh it lies: leave mesh= out"):
+        ckptlab.open(DATA / "plain_zero2_dp2", mesh=Mesh(dp=2))
 
 
 def test_layouts_that_the_chunks_contradict_are_refused(tmp_path: Path) -> None:
@@ -517,6 +531,33 @@ def test_files_missing_cut_longer_or_left_over(tmp_path: Path) -> None:
     (Path(path) / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"\.metadata is missing, which is written last"):
         ckptlab.open(path)
+
+
+def test_metadata_that_is_older_than_its_data_is_said(tmp_path: Path) -> None:
+    path, _ = parallel(tmp_path / "dcp")
+    written = os.stat(os.path.join(path, ".metadata")).st_mtime
+    for seconds, codes in ((30, ["dcp-axes"]), (3600, ["dcp-older-metadata", "dcp-axes"])):
+        os.utime(os.path.join(path, "__1_0.distcp"), (written + seconds, written + seconds))
+        found = read_dcp(path).findings
+        assert [n.code for n in found] == codes
+    assert "older than __1_0.distcp, by 3,600 seconds" in found[0].text
+
+
+@pytest.mark.parametrize("steps", [(3, 3), (3, 4)])
+def test_files_of_different_saves_are_told_by_their_steps(tmp_path: Path, steps: tuple[int, int]) -> None:
+    folder = Folder(tmp_path)
+    for rank, step in enumerate(steps):
+        name = f"layers.{rank}.w"
+        folder.tensor(f"model.{name}", array(2, 2), [(rank, (0, 0), (2, 2))], ("model", name))
+        for state, values in (("exp_avg", array(2, 2)), ("step", np.array(step, np.float32))):
+            key = ("optimizer", "state", name, state)
+            folder.tensor(".".join(key), values, [(rank, (0,) * values.ndim, values.shape)], key)
+    path = folder.write()
+    found = [f for f in ckptlab.check(path).findings if f.code == "dcp-steps-apart"]
+    assert len(found) == (steps[0] != steps[1])
+    for one in found:
+        assert one.severity == "warning"
+        assert "step is 3 in __0_0.distcp and 4 in __1_0.distcp" in one.text
 
 
 def test_an_item_of_another_shape_is_refused_when_it_is_read(tmp_path: Path) -> None:

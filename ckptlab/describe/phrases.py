@@ -41,7 +41,7 @@ def title(about: About) -> str:
 
 def stage(side: About) -> str:
     """`ZeRO-1 (BF16_Optimizer) · bf16`."""
-    zero = f"ZeRO-{side['zero_stage']}"
+    zero = "no word of ZeRO" if side["zero_stage"] is None else f"ZeRO-{side['zero_stage']}"
     wrapper = f" ({side['optimizer']})" if side["optimizer"] not in (None, zero, "ZeRO-1/2") else ""
     return " · ".join(filter(None, [zero + wrapper, side["dtype"]]))
 

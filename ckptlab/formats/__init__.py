@@ -16,6 +16,7 @@ from ckptlab.findings import Faults, Strict
 from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.formats.locate import locate
 from ckptlab.formats.registered import FORMATS, every, get
+from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
 
 __all__ = ["FORMATS", "Format", "Listing", "Match", "every", "found", "get", "locate", "read", "read_at"]
@@ -24,13 +25,19 @@ __all__ = ["FORMATS", "Format", "Listing", "Match", "every", "found", "get", "lo
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def read(path: Paths, strategy: Strategy | None = None, storage_options: Mapping[str, Any] | None = None) -> Catalog:
+def read(
+    path: Paths,
+    strategy: Strategy | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> Catalog:
     """The catalog of the checkpoint at a path (see `locate`), or at several that hold parts of one, as the nodes of a
-    run leave them. Headers only; nothing in it is executed. storage_options: of the file system behind a URL.
+    run leave them. Headers only; nothing in it is executed. storage_options: of the file system behind a URL. mesh: the
+    run's, for a format that does not say it.
 
     Raises the first error that its reader finds.
     """
-    catalog = read_at(found(path, storage_options), Strict(), strategy)
+    catalog = read_at(found(path, storage_options), Strict(), strategy, mesh)
     assert catalog is not None, "a reader that has no catalog has reported why"
     return catalog
 
@@ -49,7 +56,9 @@ def found(path: Paths, storage_options: Mapping[str, Any] | None = None) -> Matc
     return replace(first, also=tuple(dict.fromkeys(m.path for m in others if m.path != first.path)))
 
 
-def read_at(match: Match, faults: Faults, strategy: Strategy | None = None) -> Catalog | None:
+def read_at(match: Match, faults: Faults, strategy: Strategy | None = None, mesh: Mesh | None = None) -> Catalog | None:
     """The catalog of what a format matched; None where `faults` was told of an error."""
     format = get(match.format)
+    if mesh is not None:
+        return format.read_on(mesh, match.path, faults, strategy)
     return format.read_parts(match, faults, strategy) if match.also else format.read(match.path, faults, strategy)

@@ -129,6 +129,11 @@ class Format(ABC):
         faults.report(not_read_yet(f"{path}: this is {self.title}, which ckptlab cannot open yet"))
         return None
 
+    def read_on(self, mesh: Mesh, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        """The catalog of a checkpoint on the mesh that somebody says its run had. CheckpointError where it says itself
+        on which mesh it lies."""
+        raise CheckpointError(f"{path}: {self.title} says itself on which mesh it lies: leave mesh= out")
+
     def read_parts(self, match: Match, faults: Faults, strategy: Strategy | None) -> Catalog | None:
         """The catalog of a checkpoint whose parts are in several folders."""
         faults.report(not_read_yet(f"{match.path}: {self.title}: ckptlab opens such folders one at a time"))

@@ -105,8 +105,9 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     """
     states = _states(found, said)
     grids = {name: next(iter(by_state.values())) for name, by_state in states.items()}
-    layouts = _layouts(grids, strategy) or dict(found.layouts)
-    mesh, axes, neutral = _mesh(found, grids, layouts, strategy, mesh)
+    given = mesh
+    layouts = _layouts(grids, strategy) or (dict(found.layouts) if given in (None, found.mesh) else {})
+    mesh, axes, neutral = _mesh(found, grids, layouts, strategy, given)
     tensors: dict[str, Tensor] = {}
     placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
     pieces: dict[tuple[str, str], Held] = {}
@@ -140,6 +141,8 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
             tuple(found.aliases.get(name, ())),
             known and first.cut.mesh == mesh and not (neutral and first.cut.axes) and name not in found.untold,
         )
+    if given is not None:
+        _refuse(found.path, given, grids, tensors)
     _say_axes(found.path, [t for t in tensors.values() if t.name not in found.untold], neutral, axes, said)
     return Catalog(
         found.path,
@@ -243,6 +246,14 @@ def _mesh(
     return Mesh(**dict(axes)), axes, True
 
 
+def _refuse(path: str, mesh: Mesh, grids: Mapping[str, Grid], tensors: Mapping[str, Tensor]) -> None:
+    """LayoutError where no tensor at all is cut as a mesh would cut it."""
+    cut = [name for name, grid in grids.items() if max(grid.counts, default=1) > 1]
+    if cut and not any(tensors[name].cut.mesh == mesh for name in cut):
+        counts = " × ".join(map(str, grids[cut[0]].counts))
+        raise LayoutError(f"{path}: on {mesh} no tensor is cut as its chunks are: {cut[0]} lies in {counts} of them")
+
+
 def _axes(mesh: Mesh) -> Axes:
     return tuple((axis, n) for axis, n in mesh.degrees.items() if n > 1 and axis not in mesh.leaves("pp"))
 
@@ -266,7 +277,7 @@ def _say_axes(path: str, tensors: Sequence[Tensor], neutral: bool, axes: Axes, s
     said.notice(
         "dcp-axes",
         f"{path}: {len(unnamed)} tensors are cut ({unnamed[0]}, …); the files do not say over which mesh axes: they "
-        f"are called {which}. Name them with layouts, "
+        f"are called {which}. Name them by the run's mesh, ckptlab.open(path, mesh=Mesh(dp=2, tp=2)), or with layouts, "
         'strategy={".*wq.*": "(tp dp out) in"}',
     )
 

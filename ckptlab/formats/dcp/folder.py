@@ -15,6 +15,8 @@ from ckptlab.formats.dcp.metadata import DATA, METADATA, Entry, Metadata, read_m
 from ckptlab.formats.dcp.said import Said
 
 _SMALL = 1 << 14  # bytes of an item that is fetched along with others, of far files
+_SLACK = 60  # seconds for which a copy, or a file system's clock, may put files in another order
+
 OF_RANK = re.compile(r"__(\d+)\.metadata")
 
 
@@ -62,6 +64,7 @@ def read_folder(folder: str, said: Said) -> Metadata:
             "dcp-extra-file", f"{folder}: {_some(strangers)} hold nothing that .metadata names: left from another save"
         )
     paths.ahead(_small(metadata))
+    _times(metadata, names, said)
     return metadata
 
 
@@ -80,6 +83,23 @@ def boxes_of(metadata: Metadata, entry: Entry) -> Boxes:
     """The chunks of an entry."""
     ranks = metadata.ranks[entry.file] if len(entry.file) else entry.file
     return Boxes(entry.shape, entry.dtype, entry.starts, entry.sizes, ranks, EntryItems(metadata, entry))
+
+
+def _times(metadata: Metadata, names: set[str], said: Said) -> None:
+    """What says where items lie is written last. (Of far files nobody tells when they were.)"""
+    if paths.is_far(metadata.folder):
+        return
+    there = [name for name in metadata.files if os.path.isfile(os.path.join(metadata.folder, name))]
+    written = max(os.stat(os.path.join(metadata.folder, name)).st_mtime for name in metadata_files(names))
+    later = {name: os.stat(os.path.join(metadata.folder, name)).st_mtime - written for name in there}
+    newer = sorted(name for name, seconds in later.items() if seconds > _SLACK)
+    if newer:
+        said.notice(
+            "dcp-older-metadata",
+            f"{metadata.folder}: .metadata, which is written last, is older than {_some(newer)}, by "
+            f"{max(later.values()):,.0f} seconds: another save into this folder did not end, unless the files "
+            "were copied in this order",
+        )
 
 
 def _all_ranks(folder: str, names: set[str], said: Said) -> None:

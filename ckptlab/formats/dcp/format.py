@@ -50,8 +50,14 @@ class DCP(Format):
 
     def read(self, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
         """See `read_dcp`."""
+        return self._read(path, faults, strategy, None)
+
+    def read_on(self, mesh: Mesh, path: str, faults: Faults, strategy: Strategy | None) -> Catalog | None:
+        return self._read(path, faults, strategy, mesh)
+
+    def _read(self, path: str, faults: Faults, strategy: Strategy | None, mesh: Mesh | None) -> Catalog | None:
         with faults.caught():
-            catalog = read_dcp(path, strategy, faults)
+            catalog = read_dcp(path, strategy, faults, mesh)
             return None if faults.failed else catalog
         return None
 

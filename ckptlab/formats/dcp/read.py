@@ -26,6 +26,8 @@ from ckptlab.formats.dcp.styles import MODEL_FOLDER, OPTIMIZER_FOLDER, found_sty
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
 
+_FILES, _EACH = 64, 2  # of how many files, and how many in each, steps are looked at
+
 
 def read_dcp(
     path: str | os.PathLike[str],
@@ -112,6 +114,7 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
     for name, states in keys.others.items():
         for state, key in states.items():
             scalars.setdefault(name, {})[state] = partial(object_at, of[key], of[key].blobs[key])
+    _steps_agree(path, keys, of, said)
     found.optimizer = bool(keys.states or keys.listed or keys.flat or keys.whole_groups)
     found.groups = _groups(keys, of, scalars)
     found.client = Client({at: partial(_client, of[key], key) for key, at in keys.client.items()})
@@ -135,6 +138,26 @@ def _same_items(keys: Keys, of: Mapping[str, Metadata], found: Found) -> None:
         if first != name:
             del keys.weights[name]
             found.aliases.setdefault(first, []).append(name)
+
+
+def _steps_agree(path: str, keys: Keys, of: Mapping[str, Metadata], said: Said) -> None:
+    """A step stands beside each parameter's moments, strewn over the files: those of one save agree."""
+    by_file: dict[str, list[str]] = {}
+    for key in (states["step"] for states in keys.states.values() if "step" in states):
+        entry = of[key].tensors[key]
+        if entry.shape == () and len(entry.file):
+            by_file.setdefault(of[key].path(int(entry.file[0])), []).append(key)
+    steps = {}
+    for file, held in list(by_file.items())[:_FILES]:
+        if paths.is_file(file):
+            steps[os.path.basename(file)] = max(_scalar(of[key], key) for key in held[:_EACH])
+    if len(set(steps.values())) > 1:
+        low, high = min(steps, key=lambda f: steps[f]), max(steps, key=lambda f: steps[f])
+        said.warn(
+            "dcp-steps-apart",
+            f"{path}: the optimizer's step is {steps[low]:g} in {low} and {steps[high]:g} in {high}: the files are of "
+            "different saves, unless some parameters were not trained in every step",
+        )
 
 
 def _scalar_states(keys: Keys, of: Mapping[str, Metadata]) -> set[str]:

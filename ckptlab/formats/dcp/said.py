@@ -24,6 +24,10 @@ class Said:
         """Data is lost or wrong."""
         self._report(code, "error", text, "a checkpoint whose files agree with .metadata", PUT_BACK)
 
+    def warn(self, code: str, text: str) -> None:
+        """Something may be wrong."""
+        self._report(code, "warning", text, "files of one save", PUT_BACK)
+
     def notice(self, code: str, text: str) -> None:
         """Worth knowing."""
         self._report(code, "info", text, "", "")

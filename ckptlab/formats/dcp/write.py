@@ -325,8 +325,6 @@ class _Items:
 
 # ------------------------------------------------------------------ `.metadata`
 
-_STORED = "torch.distributed.checkpoint.filesystem"
-
 
 class _Pairs(tuple[tuple[Any, Any], ...]):
     """A dict to be written whose keys are placeholders: told apart by what they hold, not by what they are."""
@@ -334,8 +332,38 @@ class _Pairs(tuple[tuple[Any, Any], ...]):
     __slots__ = ()
 
 
+class _Once(NamedTuple):
+    """An object of a class of torch's that nothing else refers to: made by `__new__`, then given its state."""
+
+    kind: pickles.Global
+    state: Mapping[str, Any]
+
+
+class _Lengths(tuple[int, ...]):
+    """A `torch.Size` that nothing else refers to."""
+
+    __slots__ = ()
+
+
 class _MetadataPickler(pickles.Pickler):
+    """Writes what comes by the hundred thousand without a number in the memo, which a reader would fill as well."""
+
     dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickles.Pickler.dispatch)
+
+    def save_once(self, obj: _Once) -> None:
+        self.save(obj.kind)
+        self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.EMPTY_DICT + pickle.MARK)
+        for key, value in obj.state.items():
+            self.save(key)
+            self.save(value)
+        self.write(pickle.SETITEMS + pickle.BUILD)
+
+    def save_lengths(self, obj: _Lengths) -> None:
+        self.save(pickles.TORCH_SIZE)
+        self.write(pickle.MARK)
+        for length in obj:
+            self.save(length)
+        self.write(pickle.TUPLE + pickle.TUPLE1 + pickle.REDUCE)
 
     def save_pairs(self, obj: _Pairs) -> None:
         self.write(pickle.EMPTY_DICT)
@@ -346,47 +374,47 @@ class _MetadataPickler(pickles.Pickler):
             self.write(pickle.SETITEM)
 
     dispatch[_Pairs] = save_pairs
+    dispatch[_Once] = save_once
+    dispatch[_Lengths] = save_lengths
+
+
+_CHUNK, _INDEX, _BYTES = (
+    named(CHECKPOINT, name) for name in ("ChunkStorageMetadata", "MetadataIndex", "BytesStorageMetadata")
+)
+_INFO = named("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 
 
 def _metadata(folder: _Folder, save_id: str, told: Mapping[str, Any] | None) -> bytes:
     """The pickle of torch's `Metadata`, built as torch's own pickler builds it."""
-    size = lru_cache(maxsize=None)(pickles.Size)
     layout = foreign("torch.serialization", "_get_layout", "torch.strided")
     memory = foreign(CHECKPOINT, "_MEM_FORMAT_ENCODING", 0)
     properties: dict[np.dtype, Foreign] = {}
     entries: dict[str, Any] = {}
     places: list[tuple[Any, Any]] = []
     for key, place in folder.objects:
-        entries[key] = _made(CHECKPOINT, "BytesStorageMetadata", None)
-        places.append((_made(CHECKPOINT, "MetadataIndex", {"fqn": key, "index": None}), _info(place)))
+        entries[key] = Foreign(_BYTES, new=True)
+        places.append((_Once(_INDEX, {"fqn": key, "index": None}), _info(place)))
     for key, shape, dtype, chunks in folder.tensors:
         if dtype not in properties:
             its = (named("torch", dtype.name), layout, False, memory, False)
-            properties[dtype] = _made(CHECKPOINT, "TensorProperties", its)
+            properties[dtype] = foreign(CHECKPOINT, "TensorProperties", state=its, new=True)
         held = []
         for i, (start, lengths, place) in enumerate(chunks):
-            at = size(start)
-            held.append(_made(CHECKPOINT, "ChunkStorageMetadata", {"offsets": at, "sizes": size(lengths)}))
-            index = _made(CHECKPOINT, "MetadataIndex", {"fqn": key, "offset": at, "index": i})
-            places.append((index, _info(place)))
-        state = {"properties": properties[dtype], "size": size(shape), "chunks": held}
-        entries[key] = _made(CHECKPOINT, "TensorStorageMetadata", state)
+            held.append(_Once(_CHUNK, {"offsets": _Lengths(start), "sizes": _Lengths(lengths)}))
+            places.append((_Once(_INDEX, {"fqn": key, "offset": _Lengths(start), "index": i}), _info(place)))
+        state = {"properties": properties[dtype], "size": pickles.Size(shape), "chunks": held}
+        entries[key] = foreign(CHECKPOINT, "TensorStorageMetadata", state=state, new=True)
     about: dict[str, Any] = {"checkpoint_id": None, "save_id": save_id, "load_id": None, "modules": []}
     root = {
         "state_dict_metadata": entries,
         "planner_data": folder.paths,
         "storage_data": _Pairs(places),
-        "storage_meta": _made(CHECKPOINT, "StorageMeta", about),
+        "storage_meta": foreign(CHECKPOINT, "StorageMeta", state=about, new=True),
         "version": VERSION,
         **({} if told is None else {LABELS: told}),
     }
-    return pickles.dumps(_made(CHECKPOINT, "Metadata", root), _MetadataPickler)
+    return pickles.dumps(foreign(CHECKPOINT, "Metadata", state=root, new=True), _MetadataPickler)
 
 
-def _made(module: str, name: str, state: Any) -> Foreign:
-    return foreign(module, name, state=state, new=True)
-
-
-def _info(place: Place) -> Foreign:
-    state = {"relative_path": place.file, "offset": place.offset, "length": place.length}
-    return _made(_STORED, "_StorageInfo", state)
+def _info(place: Place) -> _Once:
+    return _Once(_INFO, {"relative_path": place.file, "offset": place.offset, "length": place.length})

@@ -15,12 +15,10 @@ import numpy as np
 
 from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup, Tensor
 from ckptlab.errors import ReshapeError
-from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.files import StepFolder
 from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
-from ckptlab.formats.deepspeed.options import TargetOptions
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import without
 from ckptlab.layout.notation import names
@@ -54,27 +52,6 @@ def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None) -> Cat
     folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)})
     native = Native(folder, Wrapper.NONE, False, ModuleWeights(), {}, False, False)
     return replace(source, tensors=held, training=training, private=native)
-
-
-def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
-    """What a user must hear of a source that DeepSpeed did not write."""
-    if isinstance(source.private, Native):
-        return
-    if options.zero_stage is None and source.zero_stage is None:
-        yield Finding(
-            "zero-stage-assumed",
-            "info",
-            found=f"{source.path} says no ZeRO stage: written for ZeRO-{ZERO_STAGE}; say zero_stage=",
-            about="target",
-        )
-    if left := [key for key in source.client if key not in ("train_state", "lr_scheduler")]:
-        yield Finding(
-            "client-left-out",
-            "info",
-            found=f"what the program put into {source.path} ({some(left, 4)}) is not DeepSpeed's to restore, and is "
-            "left out: data loaders and random states begin anew",
-            about="target",
-        )
 
 
 def _reasons(source: Catalog) -> Iterator[str]:

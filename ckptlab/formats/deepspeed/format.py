@@ -62,8 +62,8 @@ class DeepSpeed(Format):
         return read_native(match.path, faults, strategy, match.also)
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
-        from ckptlab.formats.deepspeed.adopted import adopted, assumed
-        from ckptlab.formats.deepspeed.target import reshape
+        from ckptlab.formats.deepspeed.adopted import adopted
+        from ckptlab.formats.deepspeed.target import assumed, reshape
 
         made = reshape(adopted(source), mesh, options)
         return replace(made, format=self.name, findings=(*made.findings, *assumed(source, options)))

@@ -15,14 +15,17 @@ from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, Parameter
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import autotp, pipeline
+from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import gradients
 from ckptlab.formats.deepspeed.options import TargetOptions, fused_of, head_counts, problems, stage_of
+from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
+from ckptlab.words import some
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,21 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
         private=NativeTarget(wrapper, dtype, options, layer_stages, experts),
         findings=tuple(findings),
     )
+
+
+def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
+    """What a user must hear of a target whose source DeepSpeed did not write."""
+    if isinstance(source.private, Native):
+        return
+    if options.zero_stage is None and source.zero_stage is None:
+        text = f"{source.path} says no ZeRO stage: written for ZeRO-{ZERO_STAGE}; say zero_stage="
+        yield _told("zero-stage-assumed", "info", text)
+    if left := [key for key in source.client if key not in ("train_state", "lr_scheduler")]:
+        text = (
+            f"what the program put into {source.path} ({some(left, 4)}) is not DeepSpeed's to restore, and is left "
+            "out: data loaders and random states begin anew"
+        )
+        yield _told("client-left-out", "info", text)
 
 
 def _told(code: str, severity: str, found: str) -> Finding:

@@ -64,6 +64,12 @@ def normal(path: str) -> str:
     return far.normal(path)
 
 
+def join(folder: str, name: str) -> str:
+    """A name in a folder. One that leads out of it, to a part of a checkpoint elsewhere, is resolved if it is far."""
+    path = os.path.join(folder, name)
+    return normal(path) if is_far(path) and ".." in name else path
+
+
 def real(path: str) -> str:
     """A path without links; far away there are none."""
     return path if is_far(path) else os.path.realpath(path)

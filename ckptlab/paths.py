@@ -203,6 +203,9 @@ def copy(path: str, destination: str) -> None:
     import shutil
     import tempfile
 
+    if not is_far(path) and not is_far(destination):
+        shutil.copyfile(path, destination)
+        return
     if not is_far(destination):
         with open_binary(path) as file, open(destination, "wb") as made:
             shutil.copyfileobj(file, made, _COPIED)

@@ -444,6 +444,16 @@ def test_processes_read_from_s3_and_write_to_it(s3: tuple[Server, dict[str, Any]
     same_files(tmp_path / "new", tmp_path / "got")
 
 
+def test_what_lies_beside_goes_along_from_far_to_near(near: Path, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(near / "plain_zero3_dp2"), "/beside", recursive=True)
+    store.pipe("/beside/tokenizer.json", b"{}")
+    report = ckptlab.open("memory://beside").reshape(dp=1).save(tmp_path / "new")
+    assert report.beside == ("tokenizer.json",)
+    assert (tmp_path / "tokenizer.json").read_bytes() == b"{}"
+    store.rm("/beside", recursive=True)
+
+
 def test_large_tensors_come_in_pieces_and_rows_without_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
     fsspec.filesystem("memory").pipe("/bytes/array", b"head" + data.tobytes())

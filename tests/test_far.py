@@ -507,3 +507,15 @@ def test_what_is_pickled_takes_the_options_along(near: Path, memory: str) -> Non
     far.options.clear()
     assert b"use_listings_cache" not in pickle.dumps(array)
     assert name in view
+
+
+def test_what_is_to_be_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(far, "_systems", {})
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "s3fs", None)
+        without.setattr(sys.modules["fsspec.registry"], "_registry", {})
+        with pytest.raises(CheckpointError, match=r"^s3://bucket: .*[Ii]nstall s3fs"):
+            ckptlab.open("s3://bucket/run")
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(CheckpointError, match=r"^memory://far: URLs need fsspec: pip install 'ckptlab\[remote\]'$"):
+        ckptlab.open("memory://far/run")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab import paths
 from ckptlab.catalog import MASTER, PARAM, Catalog, LowRank
 from ckptlab.catalog.seen import identity
 from ckptlab.errors import CheckpointError
@@ -79,13 +80,12 @@ def has_adapter(names: Iterable[str]) -> bool:
 
 def told(catalog: Catalog) -> Mapping[str, Any]:
     """The adapter_config.json in the run's folder, or beside it; empty where there is none."""
-    for folder in (catalog.path, os.path.dirname(os.path.realpath(catalog.path))):
-        if os.path.isfile(path := os.path.join(folder, CONFIG)):
-            with open(path, encoding="utf-8") as file:
-                try:
-                    found = json.load(file)
-                except ValueError as error:
-                    raise CheckpointError(f"{path}: not JSON ({error}): copy it again") from None
+    for folder in (catalog.path, paths.parent(paths.real(catalog.path))):
+        if paths.is_file(path := os.path.join(folder, CONFIG)):
+            try:
+                found = json.loads(paths.text(path))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: not JSON ({error}): copy it again") from None
             return found if isinstance(found, dict) else {}
     return {}
 

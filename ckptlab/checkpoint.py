@@ -402,7 +402,7 @@ def save_weights(
 
 def source_of(catalog: Catalog) -> convert.Source:
     """What a conversion of a checkpoint reads."""
-    files = [os.path.join(catalog.path, name) for name in catalog.files] if paths.is_folder(catalog.path) else []
+    files = [paths.join(catalog.path, name) for name in catalog.files] if paths.is_folder(catalog.path) else []
     return convert.Source(tuple(files) or (catalog.path,), catalog.lying_in)
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -566,8 +567,14 @@ def _workers(scheduler: str | None, threads: int | None = None) -> Iterator[Work
         client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise CkptlabError(f"{scheduler}: no scheduler of dask.distributed answers there ({error})") from None
-    with client:
-        yield client
+    try:
+        with client:
+            yield client
+    except Exception as error:  # workers that die again and again, a scheduler that is lost
+        if not (isinstance(error, CancelledError) or type(error).__module__.startswith("distributed")):
+            raise
+        said = str(error) or type(error).__name__
+        raise CkptlabError(f"{scheduler}: the cluster gave up: {said}; repeat the command when it is back") from None
 
 
 def _writes(form: str) -> None:

@@ -63,7 +63,8 @@ def _after_fork() -> None:
     _one_at_a_time, _blocks = threading.Lock(), _Blocks()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def opened(url: str, given: Mapping[str, Any] | None) -> str:
@@ -155,7 +156,7 @@ def _named(path: str) -> Iterator[None]:
 
 def _forget(store: str) -> None:
     for known in (_folders, _alone):
-        for path in [path for path in known if path == store or path.startswith(f"{store}/")]:
+        for path in [path for path in list(known) if path == store or path.startswith(f"{store}/")]:
             known.pop(path, None)
     if store in _systems:
         _systems[store][0].invalidate_cache()

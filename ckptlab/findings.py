@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ckptlab import paths
 from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError, UnsupportedError
 from ckptlab.plain import plain
 from ckptlab.shown import Shown
@@ -131,7 +132,7 @@ class Faults(ABC):
     def read(self, folder: str, name: str, parse: Callable[[str], T]) -> T | None:
         """What `parse` makes of a file; None if it cannot be read, which is a finding."""
         try:
-            return parse(os.path.join(folder, name))
+            return parse(paths.join(folder, name))
         except (CkptlabError, OSError) as error:
             self.report(unreadable(folder, name, error))
             return None

@@ -64,6 +64,12 @@ def normal(path: str) -> str:
     return far.normal(path)
 
 
+def join(folder: str, name: str) -> str:
+    """A name in a folder. One that leads out of it, to a part of a checkpoint elsewhere, is resolved if it is far."""
+    path = os.path.join(folder, name)
+    return normal(path) if is_far(path) and ".." in name else path
+
+
 def real(path: str) -> str:
     """A path without links; far away there are none."""
     return path if is_far(path) else os.path.realpath(path)
@@ -197,6 +203,9 @@ def copy(path: str, destination: str) -> None:
     import shutil
     import tempfile
 
+    if not is_far(path) and not is_far(destination):
+        shutil.copyfile(path, destination)
+        return
     if not is_far(destination):
         with open_binary(path) as file, open(destination, "wb") as made:
             shutil.copyfileobj(file, made, _COPIED)

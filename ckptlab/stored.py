@@ -22,6 +22,7 @@ from ckptlab import paths
 from ckptlab.errors import CheckpointError, LayoutError, UnsafeFileError
 
 _POPULATE_READ = 22  # Linux 5.14 on
+_FAR_PIECE = 32 << 20  # bytes of a far file that are fetched at a time
 RESIDENT = 64 << 20  # bytes of mapped files that are read before their pages are let go
 
 
@@ -85,7 +86,7 @@ class Stored:
         if self.numel == 0:
             return _read_only(np.empty(self.shape, self.dtype))
         if paths.is_far(self.path):
-            return far_array(self)
+            return _read_only(_far_array(self))
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         whole = _mapped_files.get(self.path, self.offset + (last + 1) * self.dtype.itemsize)
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
@@ -97,7 +98,8 @@ class Stored:
         Raises CheckpointError where the file has become too short, or was replaced, since it was opened.
         """
         if paths.is_far(self.path):
-            return far_array(self).copy()
+            found = _far_array(self)
+            return found if found.flags.writeable else found.copy()
         _mapped_files.get(self.path, self.offset + self.nbytes)  # is the file as long as it must be?
         skipped = self.offset % mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as file:
@@ -160,13 +162,20 @@ def _with_options(options: dict[str, dict[str, Any]], *where: Any) -> Stored:
     return Stored(*where)
 
 
-def far_array(stored: Stored) -> np.ndarray:
-    """A tensor in a far file as an array of its own, read-only: what lies between its rows is left where it is."""
+def _far_array(stored: Stored) -> np.ndarray:
+    """A tensor in a far file as an array of its own: what lies between its rows is left where it is. Large ones come in
+    pieces, so that they are in memory once."""
     from ckptlab.far import GAP, fetch
 
     if stored.numel == 0:
         return _read_only(np.empty(stored.shape, stored.dtype))
     path, lo, hi = stored.span
+    if stored.contiguous and hi - lo > _FAR_PIECE:
+        whole = np.empty(hi - lo, np.uint8)
+        for at in range(lo, hi, _FAR_PIECE):
+            end = min(at + _FAR_PIECE, hi)
+            whole[at - lo : end - lo] = np.frombuffer(fetch([(path, at, end)], further=True)[0], np.uint8)
+        return whole.view(stored.dtype).reshape(stored.shape)
     if len(stored.shape) > 1 and stored.strides[0] * stored.dtype.itemsize > GAP and hi - lo > 2 * stored.nbytes:
         parts = [slice(0, n) for n in stored.shape[1:]]
         rows = [stored.window([slice(i, i + 1), *parts]) for i in range(stored.shape[0])]
@@ -174,7 +183,7 @@ def far_array(stored: Stored) -> np.ndarray:
     else:
         rows, fetched = [stored], fetch([(path, lo, hi)], further=True)
     made = [_viewed(row, data) for row, data in zip(rows, fetched, strict=True)]
-    return made[0] if len(made) == 1 else _read_only(np.concatenate(made))
+    return made[0] if len(made) == 1 else np.concatenate(made)
 
 
 def _viewed(stored: Stored, data: bytes) -> np.ndarray:

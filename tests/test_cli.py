@@ -33,7 +33,7 @@ from ckptlab.formats.torch.placeholders import foreign as made_by
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
 
-HEAVY = ("torch", "xarray", "jax", "einx", "deepspeed", "pandas", "dask", "matplotlib")
+HEAVY = ("torch", "xarray", "jax", "einx", "deepspeed", "pandas", "dask", "distributed", "fsspec", "matplotlib")
 
 
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

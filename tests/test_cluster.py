@@ -33,6 +33,10 @@ def client() -> Iterator[Any]:
         yield found
 
 
+def _die(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -116,6 +120,17 @@ def test_the_command_line_takes_a_scheduler(client: Any, tmp_path: Path) -> None
     none = run("check", str(GPT), "--scheduler", "tcp://127.0.0.1:1")
     assert none.returncode == 2
     assert "ckptlab: tcp://127.0.0.1:1: no scheduler of dask.distributed answers there" in none.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_that_gives_up_is_said_so(client: Any) -> None:
+    from ckptlab import cli, pool
+
+    client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
+    gives_up = pytest.raises(ckptlab.CkptlabError, match=r"^tcp://.*: the cluster gave up: .*repeat the command")
+    with gives_up, cli._workers(client.scheduler.address) as on:
+        list(pool.run(_die, [signal.SIGKILL], on=on))
+    client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 3))
 
 
 @pytest.mark.slow

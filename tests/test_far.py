@@ -20,10 +20,11 @@ import pytest
 from far_server import Server
 
 import ckptlab
-from ckptlab import far, paths
+from ckptlab import far, paths, stored
 from ckptlab.convert import execute, upload
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.torch import torchfile
+from ckptlab.stored import Stored
 
 DATA = Path(__file__).parent.parent / "data"
 KINDS = {
@@ -140,14 +141,14 @@ def test_damage_is_found_from_far_too(near: Path, tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     store.put(str(near / "plain_zero3_dp2"), "/damaged", recursive=True)
     ckpt = ckptlab.open("memory://damaged")
-    stored = next(s for s in ckpt.catalog.stored if s.nbytes > 100)
-    data = bytearray(store.cat(stored.path))
-    data[stored.offset] ^= 1
-    store.pipe(stored.path, bytes(data))
+    hit = next(s for s in ckpt.catalog.stored if s.nbytes > 100)
+    data = bytearray(store.cat(hit.path))
+    data[hit.offset] ^= 1
+    store.pipe(hit.path, bytes(data))
     with pytest.raises(CheckpointError, match=r"memory://damaged/.*has other bytes than were written"):
         ckptlab.open("memory://damaged").reshape(dp=1).save(tmp_path / "new")
     assert any(f.code == "checksum" for f in ckptlab.check("memory://damaged", checksums=True).findings)
-    store.pipe(stored.path, bytes(data[: stored.offset]))
+    store.pipe(hit.path, bytes(data[: hit.offset]))
     with pytest.raises(CheckpointError, match=r"memory://damaged/.*no usable directory"):
         ckptlab.open("memory://damaged")
     store.rm("/damaged", recursive=True)
@@ -443,6 +444,57 @@ def test_processes_read_from_s3_and_write_to_it(s3: tuple[Server, dict[str, Any]
     same_files(tmp_path / "new", tmp_path / "got")
 
 
+def test_what_lies_beside_goes_along_from_far_to_near(near: Path, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(near / "plain_zero3_dp2"), "/beside", recursive=True)
+    store.pipe("/beside/tokenizer.json", b"{}")
+    report = ckptlab.open("memory://beside").reshape(dp=1).save(tmp_path / "new")
+    assert report.beside == ("tokenizer.json",)
+    assert (tmp_path / "tokenizer.json").read_bytes() == b"{}"
+    store.rm("/beside", recursive=True)
+
+
+def test_large_tensors_come_in_pieces_and_rows_without_what_is_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.random.default_rng(0).normal(size=(64, 4096)).astype(np.float32)
+    fsspec.filesystem("memory").pipe("/bytes/array", b"head" + data.tobytes())
+    whole = Stored(paths.absolute("memory://bytes/array"), 4, data.dtype, data.shape, (4096, 1))
+    asked: list[int] = []
+    fetch = far.fetch
+
+    def watched(ranges: Any, **options: Any) -> Any:
+        asked.append(sum(hi - lo for _, lo, hi in ranges))
+        return fetch(ranges, **options)
+
+    monkeypatch.setattr(far, "fetch", watched)
+    monkeypatch.setattr(stored, "_FAR_PIECE", 100_000)
+    found = whole.map()
+    assert found.tobytes() == data.tobytes()
+    assert not found.flags.writeable
+    assert max(asked) == 100_000
+    own = whole.private()
+    own[0] = 1
+    assert whole.map().tobytes() == data.tobytes()
+    monkeypatch.setattr(far, "GAP", 1000)
+    asked.clear()
+    columns = whole.window([slice(3, 64, 2), slice(10, 20)])
+    np.testing.assert_array_equal(columns.map(), data[3::2, 10:20])
+    np.testing.assert_array_equal(columns.private(), data[3::2, 10:20])
+    assert asked == [columns.nbytes] * 2
+
+
+def test_parts_of_nodes_may_each_lie_elsewhere(near: Path, tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for path in (near / "plain_zero3_dp2/global_step3").iterdir():
+        node = "node1" if "rank_1" in path.name else "node0"
+        store.put(str(path), f"/{node}/run/global_step3/{path.name}")
+    ckpt = ckptlab.open(["memory://node0/run", "memory://node1/run"])
+    same(ckptlab.open(near / "plain_zero3_dp2"), ckpt)
+    assert ckptlab.check(ckpt, checksums=True).healthy
+    assert ckpt.reshape(dp=1).save(tmp_path / "new").verified
+    store.rm("/node0", recursive=True)
+    store.rm("/node1", recursive=True)
+
+
 def test_what_is_pickled_takes_the_options_along(near: Path, memory: str) -> None:
     ckpt = ckptlab.open(f"{memory}/{KINDS['deepspeed']}", storage_options={"use_listings_cache": False})
     view = ckpt.full("master", stack=False)
@@ -455,3 +507,15 @@ def test_what_is_pickled_takes_the_options_along(near: Path, memory: str) -> Non
     far.options.clear()
     assert b"use_listings_cache" not in pickle.dumps(array)
     assert name in view
+
+
+def test_what_is_to_be_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(far, "_systems", {})
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "s3fs", None)
+        without.setattr(sys.modules["fsspec.registry"], "_registry", {})
+        with pytest.raises(CheckpointError, match=r"^s3://bucket: .*[Ii]nstall s3fs"):
+            ckptlab.open("s3://bucket/run")
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(CheckpointError, match=r"^memory://far: URLs need fsspec: pip install 'ckptlab\[remote\]'$"):
+        ckptlab.open("memory://far/run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -132,7 +131,7 @@ def _foreign(client: Mapping[str, Any]) -> Iterator[str]:
 
 def _on_disk(catalog: Catalog) -> int | None:
     """Bytes of the files; None if some are not there any more."""
-    files = [catalog.path] if paths.is_file(catalog.path) else [os.path.join(catalog.path, f) for f in catalog.files]
+    files = [catalog.path] if paths.is_file(catalog.path) else [paths.join(catalog.path, f) for f in catalog.files]
     try:
         return sum(map(paths.size, files))
     except OSError:

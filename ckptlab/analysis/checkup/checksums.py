@@ -35,7 +35,7 @@ def checksums(found: Collecting, workers: Workers = None, progress: bool = False
     """Findings on records whose bytes are not those that were written: those that torch reads, and no others.
     (Safetensors have no checksums.)"""
     names = [n for n, contents in found.files.items() if isinstance(contents, Contents)]
-    files = [_records(os.path.join(found.folder, n), found.files[n].value) for n in names]
+    files = [_records(paths.join(found.folder, n), found.files[n].value) for n in names]
     with pool.progress(sum(map(_bytes, files)), "checksums", "B", progress) as bar:
         results = pool.run(_wrong, files, on=workers, size=_bytes, bar=bar)
         for name, (_, records), wrong in zip(names, files, results, strict=True):

@@ -174,7 +174,7 @@ class _Found:
             for name, file in sorted(self.names.items(), key=lambda item: item[1])
             if name.kind in kinds and (name.kind != "optim" or name.prefix == self.prefix)
         ]
-        for name, file in torchfile.ready(wanted, lambda one: os.path.join(self.path, one[1])):
+        for name, file in torchfile.ready(wanted, lambda one: paths.join(self.path, one[1])):
             contents = self.faults.read(self.path, file, torchfile.read_contents)
             if contents is not None and name.kind in kept:
                 with self.faults.caught("odd-header", file):

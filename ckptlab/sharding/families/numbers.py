@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ckptlab import paths
 from ckptlab.catalog import Catalog
 
 HEADS = ("heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -25,11 +26,10 @@ def told(catalog: Catalog) -> Iterator[Mapping[str, Any]]:
         found = value if isinstance(value, Mapping) else getattr(value, "attributes", None)
         if isinstance(found, Mapping):
             yield found
-    for folder in (catalog.path, os.path.dirname(os.path.realpath(catalog.path))):
-        if os.path.isfile(path := os.path.join(folder, "config.json")):
+    for folder in (catalog.path, paths.parent(paths.real(catalog.path))):
+        if paths.is_file(path := os.path.join(folder, "config.json")):
             try:
-                with open(path, encoding="utf-8") as file:
-                    found = json.load(file)
+                found = json.loads(paths.text(path))
             except (OSError, ValueError):
                 continue
             if isinstance(found, Mapping):

@@ -90,7 +90,8 @@ class Family:
             else:
                 partial.update((name, missing) for of in parts.values() for name in of.values())
         layers = [int(b.places["i"]) + 1 for b in bound if "i" in b.places]
-        return Taken(tuple(bound), tuple(left), partial, {**given, "layers": max(layers, default=0)})
+        told = {k: int(n) for b in bound for k, n in b.places.items() if k not in ("i", "e", "*")}
+        return Taken(tuple(bound), tuple(left), partial, {**told, **given, "layers": max(layers, default=0)})
 
     def _first(self, names: Iterable[str], side: Side, given: Mapping[str, int]) -> Mapping[str, int]:
         """The numbers, with the number from which layers are counted in names, if it stands in them."""

@@ -36,8 +36,8 @@ class Template:
         return frozenset(term for place in self.places for term in _terms(place) if term in ("i", "e", "*"))
 
     def match(self, name: str, numbers: Mapping[str, int]) -> dict[str, int | str] | None:
-        """What stands at the places of a name; None where it is not of this form. A number that is not given is found
-        (`first` of `{i+first}` is not: then the place is its sum, as if `first` were 0)."""
+        """What stands at the places of a name; None where it is not of this form. A number that is not given, and
+        stands there without a counter, is found (`final` of `{final}`); `first` of `{i+first}` is 0 where not given."""
         found = self._pattern.fullmatch(name)
         if found is None:
             return None
@@ -49,10 +49,9 @@ class Template:
             terms = list(_terms(place))
             counted = [t for t in terms if t in ("i", "e")] or terms[:1]
             value = int(text) - sum(_value(t, numbers) for t in terms if t not in counted)
-            if counted[0] in ("i", "e"):
-                if value < 0 or places.setdefault(counted[0], value) != value:
-                    return None
-            elif counted[0] in numbers and value != numbers[counted[0]]:
+            if counted[0] not in ("i", "e") and value != numbers.get(counted[0], value):
+                return None
+            if value < 0 or places.setdefault(counted[0], value) != value:
                 return None
         return places
 

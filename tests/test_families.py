@@ -189,6 +189,30 @@ def test_what_is_averaged_is_joined_as_the_mean() -> None:
     assert np.array_equal(seen.full("exp_avg", stack=False)["both"].values, np.concatenate(parts))
 
 
+def test_a_run_goes_on_under_another_programs_names(tmp_path: Path) -> None:
+    """A pipeline of Megatron's becomes a run of DeepSpeed with transformers' names, moments and all, on a new mesh."""
+    run_ = ckptlab.open(DATA / "gpt_tp2_pp2_dp2")
+    seen = families.resolve("gpt2", run_).onto(run_)
+    seen.reshape(Mesh(tp=4, dp=2), format="deepspeed").save(tmp_path / "run" / "global_step3")
+    found = ckptlab.open(tmp_path / "run")
+    assert found.mesh == Mesh(tp=4, dp=2)
+    compared = ckptlab.diff(run_, found)
+    assert compared.equal
+    assert compared.states == ("master", "exp_avg", "exp_avg_sq", "param")
+
+
+def test_a_tensor_that_is_put_together_shows_no_file_of_its_own() -> None:
+    pytest.importorskip("ipywidgets")
+    ckpt = ckptlab.open(DATA / "gpt_tp2_pp2_dp2")
+    seen = families.resolve("gpt2", ckpt).onto(ckpt)
+    assert ckptlab.explore(seen) is not None
+    name = "transformer.h.0.attn.c_attn.weight"
+    holder = seen.catalog.placement(name, "master").holders[0]
+    with pytest.raises(ckptlab.CheckpointError, match="c_attn.weight is not stored as it is seen"):
+        seen.catalog.fragments(name, "master", holder)
+    assert ckptlab.check(seen).verdict == ckptlab.check(ckpt).verdict
+
+
 def test_a_reader_of_what_is_seen_travels_to_another_process() -> None:
     import pickle
 

@@ -189,13 +189,14 @@ def test_what_is_averaged_is_joined_as_the_mean() -> None:
     assert np.array_equal(seen.full("exp_avg", stack=False)["both"].values, np.concatenate(parts))
 
 
-def test_a_run_goes_on_under_another_programs_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", [Mesh(tp=4, dp=2), Mesh(dp=2)], ids=str)
+def test_a_run_goes_on_under_another_programs_names(mesh: Mesh, tmp_path: Path) -> None:
     """A pipeline of Megatron's becomes a run of DeepSpeed with transformers' names, moments and all, on a new mesh."""
     run_ = ckptlab.open(DATA / "gpt_tp2_pp2_dp2")
     seen = families.resolve("gpt2", run_).onto(run_)
-    seen.reshape(Mesh(tp=4, dp=2), format="deepspeed").save(tmp_path / "run" / "global_step3")
+    seen.reshape(mesh, format="deepspeed").save(tmp_path / "run" / "global_step3")
     found = ckptlab.open(tmp_path / "run")
-    assert found.mesh == Mesh(tp=4, dp=2)
+    assert found.mesh == mesh
     compared = ckptlab.diff(run_, found)
     assert compared.equal
     assert compared.states == ("master", "exp_avg", "exp_avg_sq", "param")

@@ -31,6 +31,13 @@ class Template:
         return tuple(_PLACE.findall(self.text))
 
     @cached_property
+    def form(self) -> str | None:
+        """What `form_of` makes of all names of this form; None where names of it differ in more."""
+        if any(place == "*" for place in self.places) or re.search(r"[^.]\{|\}[^.]", self.text):
+            return None
+        return form_of(_PLACE.sub("0", self.text))
+
+    @cached_property
     def counters(self) -> frozenset[str]:
         """The names of places that are found in a tensor's name, not given."""
         return frozenset(term for place in self.places for term in _terms(place) if term in ("i", "e", "*"))
@@ -80,6 +87,11 @@ class Template:
 
     def __str__(self) -> str:
         return self.text
+
+
+def form_of(name: str) -> str:
+    """A name with 0 for each number in it: the same for all layers and experts."""
+    return ".".join("0" if part.isdecimal() else part for part in name.split("."))
 
 
 def _terms(place: str) -> Iterator[str]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ckptlab.layout import Cut, Layout
     from ckptlab.mesh import Mesh
     from ckptlab.plan import Cluster
-    from ckptlab.pretrained import save_pretrained
+    from ckptlab.pretrained import save_pretrained, with_weights
     from ckptlab.sharding import families
     from ckptlab.sharding.strategies import Megatron, Rules, Strategy
     from ckptlab.stored import reading
@@ -100,6 +100,7 @@ __all__ = [
     "to",
     "updates",
     "viz",
+    "with_weights",
 ]
 
 _HOMES = {
@@ -120,7 +121,7 @@ _HOMES = {
     "layout": "Cut Layout",
     "mesh": "Mesh",
     "plan": "Cluster",
-    "pretrained": "save_pretrained",
+    "pretrained": "save_pretrained with_weights",
     "stored": "reading",
     "sharding.strategies": "Megatron Rules Strategy",
     "views.saved": "open_view save_view",

@@ -8,9 +8,7 @@ and `X.modules_to_save.default.weight`. What the model computes with is base + a
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab import paths
 from ckptlab.catalog import MASTER, PARAM, Catalog, LowRank
 from ckptlab.catalog.seen import identity
 from ckptlab.errors import CheckpointError
+from ckptlab.sharding.families.numbers import said_beside
 from ckptlab.sharding.families.seen import View, seen_as
 from ckptlab.words import some
 
@@ -80,14 +78,7 @@ def has_adapter(names: Iterable[str]) -> bool:
 
 def told(catalog: Catalog) -> Mapping[str, Any]:
     """The adapter_config.json in the run's folder, or beside it; empty where there is none."""
-    for folder in (catalog.path, paths.parent(paths.real(catalog.path))):
-        if paths.is_file(path := os.path.join(folder, CONFIG)):
-            try:
-                found = json.loads(paths.text(path))
-            except ValueError as error:
-                raise CheckpointError(f"{path}: not JSON ({error}): copy it again") from None
-            return found if isinstance(found, dict) else {}
-    return {}
+    return said_beside(catalog, CONFIG) or {}
 
 
 def alone(catalog: Catalog, adapter: Adapter) -> Catalog:

@@ -403,7 +403,8 @@ def save_weights(
 def source_of(catalog: Catalog) -> convert.Source:
     """What a conversion of a checkpoint reads."""
     files = [paths.join(catalog.path, name) for name in catalog.files] if paths.is_folder(catalog.path) else []
-    return convert.Source(tuple(files) or (catalog.path,), catalog.lying_in)
+    filled = () if catalog.filled is None else source_of(catalog.filled).files
+    return convert.Source((*(files or [catalog.path]), *filled), catalog.lying_in)
 
 
 def _check_cuts(laid: Catalog, mesh: Mesh, form: Format) -> None:

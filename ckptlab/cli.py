@@ -313,6 +313,11 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 )
 @_family
 @click.option(
+    "--weights",
+    metavar="PATH",
+    help="Begin with these weights, a Hugging Face folder's, instead of SRC's own: what the optimizer keeps is 0.",
+)
+@click.option(
     "--config", type=click.Path(dir_okay=False, exists=True), help="What config.json is to say, with --to huggingface."
 )
 @click.option(
@@ -336,6 +341,7 @@ def convert(
     form: str,
     origin: str | None,
     family: str | None,
+    weights: str | None,
     config: str | None,
     adapter: str | None,
     lora_alpha: float | None,
@@ -363,7 +369,8 @@ def convert(
 
     With --to huggingface they get transformers' names and shapes, and a config.json made from shapes and from what the
     run says of itself, so that from_pretrained opens DST. --family is then whose names SRC has, where those do not
-    tell. With --from huggingface, --family is whose names and shapes DST is to have.
+    tell. With --from huggingface, --family is whose names and shapes DST is to have. With --weights, SRC is a run that
+    its program saved at its first step, say, and DST the same with the weights of a published model.
 
     \b
       ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1 --dp 2
@@ -371,6 +378,7 @@ def convert(
       ckptlab convert run out/weights --to safetensors --dtype bf16
       ckptlab convert run out/hf --to huggingface --dtype bf16
       ckptlab convert hf out/core --from huggingface --family llama-megatron-core --to safetensors
+      ckptlab convert run/global_step0 out/global_step0 --weights hf --to deepspeed --tp 4
     """
     began = time.monotonic()
     if max_shard_size is not None and form not in ("safetensors", "huggingface"):
@@ -382,7 +390,12 @@ def convert(
         raise click.UsageError("--from huggingface needs --family, whose names DST is to have, and another --to")
     _writes(form)
     ckpt = _open(source, strategy)
-    if family is not None and form != "huggingface":
+    if weights is not None:
+        from ckptlab.pretrained import with_weights
+
+        numbers = {k: options[k] for k in ("heads", "kv_heads") if options[k] is not None}
+        ckpt = with_weights(ckpt, _open(weights, None), family, **numbers)
+    elif family is not None and form != "huggingface":
         ckpt = _renamed(ckpt, family, options)
     progress = sys.stderr.isatty() and not no_progress
     with _workers(scheduler, workers) as on:

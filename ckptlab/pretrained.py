@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ckptlab import adapters, convert
 from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Checkpoint, Reshape
-from ckptlab.errors import ReshapeError
+from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.errors import LayoutError, ReshapeError
+from ckptlab.findings import Finding, Where
 from ckptlab.sharding import families
 from ckptlab.sharding.families import Family
 from ckptlab.sharding.families.config import CLASSES
+from ckptlab.words import number_of, some
 
 Said = Mapping[str, Any]
 Numbers = Mapping[str, int]
@@ -94,3 +98,43 @@ def pretrained(
     }
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Reshape.of(seen.catalog, None, "huggingface", **options, **weights)
+
+
+@explained
+def with_weights(
+    run: Catalog | Checkpoint,
+    weights: Catalog | Checkpoint | str | os.PathLike[str],
+    family: Family | str | None = None,
+    **numbers: Any,
+) -> Checkpoint:
+    """A run with the weights of another checkpoint, a published model's: what training begins with.
+
+    run: one that its program saved, at its first step say: from it come names, layouts, mesh, parameter groups and the
+    program's own state; what its optimizer keeps of tensors is 0. Reshape and save the result as any checkpoint.
+    weights: opened, or the path of a folder.
+    family: whose names the run has, where the weights have transformers' (None: found by the names). numbers: heads,
+    kv_heads, … where neither says them. LayoutError where a tensor of the run has no weights, or others of another
+    shape.
+    """
+    mine = run.catalog if isinstance(run, Checkpoint) else run
+    given = weights if isinstance(weights, (Catalog, Checkpoint)) else open_checkpoint(weights)
+    theirs = given.catalog if isinstance(given, Checkpoint) else given
+    needed = {name: t for name, t in mine.tensors.items() if t.kind != "buffer"}
+    if not needed.keys() <= theirs.tensors.keys():
+        told = {**families.told_numbers(theirs), **families.told_numbers(mine), **numbers}
+        theirs = families.like(theirs, mine, family, **told)
+    if lacking := [name for name in needed if name not in theirs.tensors]:
+        raise LayoutError(
+            f"{theirs.path}: no weights for {number_of(len(lacking), 'tensor')} of {mine.path}: {some(lacking, 4)}"
+        )
+    for name, tensor in needed.items():
+        if tensor.shape != (there := theirs.tensors[name].shape):
+            raise LayoutError(f"{theirs.path}: {name} has shape {there}, in {mine.path} it has {tensor.shape}")
+    kept = {name: theirs.tensors[name] for name in needed}
+    filled = replace(theirs, tensors=kept, findings=())
+    left = [name for name in theirs.tensors if name not in needed]
+    findings = [*mine.findings, *theirs.findings]
+    if left:
+        found = f"{number_of(len(left), 'tensor')} of {theirs.path} that the run has not: {some(left, 4)}"
+        findings.append(Finding("weights-left", "warning", Where(tensors=tuple(left)), "", found, "", "target"))
+    return Checkpoint(replace(mine, filled=filled, findings=tuple(findings)))

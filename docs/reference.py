@@ -59,6 +59,7 @@ EXAMPLES = {
     "stats": 'ckptlab.stats(ckpt, by="stack")["norm"]',
     "to": 'ckptlab.to(ckpt.full("master", stack=False)[name], "numpy")',
     "updates": "ckptlab.updates(ckpt).update_ratio",
+    "with_weights": 'ckptlab.with_weights(ckpt, "data/gpt_tp2_pp2_dp2/universal").reshape(tp=4).cost()',
     "viz": "ckptlab.viz.mesh(ckpt.mesh)",
 }
 

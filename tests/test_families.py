@@ -189,6 +189,31 @@ def test_what_is_averaged_is_joined_as_the_mean() -> None:
     assert np.array_equal(seen.full("exp_avg", stack=False)["both"].values, np.concatenate(parts))
 
 
+@pytest.mark.parametrize("mesh", [Mesh(tp=4, dp=2), Mesh(dp=2)], ids=str)
+def test_a_run_goes_on_under_another_programs_names(mesh: Mesh, tmp_path: Path) -> None:
+    """A pipeline of Megatron's becomes a run of DeepSpeed with transformers' names, moments and all, on a new mesh."""
+    run_ = ckptlab.open(DATA / "gpt_tp2_pp2_dp2")
+    seen = families.resolve("gpt2", run_).onto(run_)
+    seen.reshape(mesh, format="deepspeed").save(tmp_path / "run" / "global_step3")
+    found = ckptlab.open(tmp_path / "run")
+    assert found.mesh == mesh
+    compared = ckptlab.diff(run_, found)
+    assert compared.equal
+    assert compared.states == ("master", "exp_avg", "exp_avg_sq", "param")
+
+
+def test_a_tensor_that_is_put_together_shows_no_file_of_its_own() -> None:
+    pytest.importorskip("ipywidgets")
+    ckpt = ckptlab.open(DATA / "gpt_tp2_pp2_dp2")
+    seen = families.resolve("gpt2", ckpt).onto(ckpt)
+    assert ckptlab.explore(seen) is not None
+    name = "transformer.h.0.attn.c_attn.weight"
+    holder = seen.catalog.placement(name, "master").holders[0]
+    with pytest.raises(ckptlab.CheckpointError, match="c_attn.weight is not stored as it is seen"):
+        seen.catalog.fragments(name, "master", holder)
+    assert ckptlab.check(seen).verdict == ckptlab.check(ckpt).verdict
+
+
 def test_a_reader_of_what_is_seen_travels_to_another_process() -> None:
     import pickle
 
@@ -354,6 +379,42 @@ def test_a_model_starts_a_run_on_paper(exported: Path) -> None:
     shards = on_tp.shards("master", stack=False)[name].values
     trained = ckptlab.open(DATA / "gpt_tp2_pp2_dp2").shards("master", stack=False)
     assert np.array_equal(shards, trained["2.self_attention.query_key_value.weight"].values)
+
+
+def test_a_published_model_starts_a_run(exported: Path, tmp_path: Path) -> None:
+    """On another mesh, in DeepSpeed's own files: weights are the model's, moments 0, all else is the run's."""
+    rng = np.random.default_rng(4)
+    published = {n: rng.normal(size=t.shape).astype("f4") for n, t in load_file(exported / "model.safetensors").items()}
+    folder = tmp_path / "published"
+    _saved(folder, published)
+    run_, out = DATA / "gpt_tp2_pp2_dp2", tmp_path / "start" / "global_step3"
+    mesh = ("--tp", "4", "--pp", "1", "--dp", "1")
+    made = run("convert", run_, out, "--weights", folder, "--to", "deepspeed", *mesh)
+    assert made.exit_code == 0, made.stderr
+    began, trained = ckptlab.open(out), ckptlab.open(run_)
+    assert began.mesh == Mesh(tp=4)
+    heads = began.full(stack=False)["4.self_attention.query_key_value.weight"]
+    there = published["transformer.h.2.attn.c_attn.weight"].reshape(16, 3, 4, 4).transpose(2, 1, 3, 0).reshape(48, 16)
+    assert np.array_equal(heads.master.values, there)
+    assert np.array_equal(heads.param.values, there.astype(heads.param.dtype))
+    assert not heads.exp_avg.values.any()
+    assert not heads.exp_avg_sq.values.any()
+    assert [g.options for g in began.catalog.groups] == [g.options for g in trained.catalog.groups]
+    assert ckptlab.diff(began, folder, states=["master"]).equal
+    assert {f.code for f in ckptlab.check(began).findings if f.severity != "info"} == {"dead-moments"}
+
+
+def test_weights_that_are_not_a_runs_are_refused(exported: Path, tmp_path: Path) -> None:
+    weights, trained = load_file(exported / "model.safetensors"), ckptlab.open(DATA / "gpt_tp2_pp2_dp2")
+    fewer = {n: t for n, t in weights.items() if ".h.3." not in n}
+    with pytest.raises(LayoutError, match=r"no weights for 12 tensors of .*: 5\."):
+        ckptlab.with_weights(trained, _saved(tmp_path / "fewer", fewer))
+    longer = {**weights, "transformer.wpe.weight": np.zeros((24, 16), "f4")}
+    with pytest.raises(LayoutError, match=r"position_embeddings.weight has shape \(24, 16\), in .* \(12, 16\)"):
+        ckptlab.with_weights(trained, _saved(tmp_path / "longer", longer))
+    more = {**weights, "lm_head.weight": weights["transformer.wte.weight"]}
+    told = ckptlab.with_weights(trained, _saved(tmp_path / "more", more)).findings
+    assert told[-1].code == "weights-left"
 
 
 def test_what_the_programs_args_say_decides(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from ckptlab import paths
 from ckptlab.arrays.boxes import flat_boxes, flat_start, plain_rows, restrict
 from ckptlab.arrays.composed import Adapted, Composed, Renamed
-from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, is_sum
-from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment
+from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, Zeros, is_sum
+from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
 from ckptlab.plan import Holder
@@ -59,6 +59,8 @@ def reader(
     Cheap to make. Pickled, it is the files' paths and offsets and the cut, without catalog and tally.
     """
     tensor = catalog[name]
+    if catalog.filled is not None and tensor.name in catalog.filled.tensors:
+        return _filled(catalog.filled, tensor, state, tensor.states[state] if dtype is None else np.dtype(dtype))
     if catalog.base is not None:
         seen = _seen(catalog, tensor.name, state, stage, holder, tally)
         dtype = tensor.states[state] if dtype is None else dtype
@@ -76,6 +78,14 @@ def reader(
     gathers = [Gather(catalog, tensor.name, state, held, holder is not None, tally) for held in copies]
     found: Reader = gathers[0] if len(gathers) == 1 else Mean(gathers, is_sum(placement.replicas, state))
     return found if dtype is None or np.dtype(dtype) == found.dtype else Cast(found, dtype)
+
+
+def _filled(weights: Catalog, tensor: Tensor, state: str, dtype: np.dtype) -> Reader:
+    """What reads a tensor whose weights are those of another catalog, and all else of which is 0."""
+    if state not in (MASTER, PARAM):
+        return Zeros(tensor.name, state, tensor.cut, dtype)
+    stored = weights.tensors[tensor.name].states
+    return reader(weights, tensor.name, next(s for s in (state, MASTER, PARAM) if s in stored), dtype=dtype)
 
 
 def _seen(

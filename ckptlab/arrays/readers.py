@@ -158,6 +158,16 @@ class Share(Reader):
         return self.reader.leaves_gaps(cut)
 
 
+class Zeros(Reader):
+    """Nothing but zeros, of a tensor that lies in a cut."""
+
+    def __init__(self, name: str, state: str, cut: Cut, dtype: np.dtype) -> None:
+        self.name, self.state, self.cut, self.dtype = name, state, cut, np.dtype(dtype)
+
+    def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
+        out[...] = 0
+
+
 def is_sum(replicas: str, state: str) -> bool:
     """Whether copies of that state are parts of a sum: weights are; what an optimizer keeps of them is equal."""
     return replicas == "sum" and state in (MASTER, PARAM)

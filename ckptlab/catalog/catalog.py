@@ -34,7 +34,8 @@ class Catalog:
     `private`: what the format's own writer must know; nobody else looks into it.
 
     A catalog may be another, `base`, seen otherwise: `seen` then says of which pieces of the base's tensors each of its
-    own is made, `added` what is added to some, and extents are the base's.
+    own is made, `added` what is added to some, and extents are the base's. Where `filled` is given, weights are those
+    of that catalog's tensors of the same names, and what an optimizer keeps of them is 0.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Catalog:
     base: Catalog | None = None
     seen: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     added: Mapping[str, LowRank] = field(default_factory=dict)
+    filled: Catalog | None = None
 
     @property
     def groups(self) -> tuple[ParameterGroup, ...]:

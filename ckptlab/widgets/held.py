@@ -106,7 +106,8 @@ def by_rank(catalog: Catalog, name: str, state: str) -> tuple[list[list[str]], l
     for placement in catalog.placements.get((tensor.name, state), ()):
         for holder in placement.holders:
             ranks, at = placement.ranks(holder).tolist(), placement.coordinate(holder)
-            stored = catalog.fragments(tensor.name, state, holder) if catalog.extents else ()
+            lies = catalog.extents is not None and not catalog.is_made(tensor.name)
+            stored = catalog.fragments(tensor.name, state, holder) if lies else ()
             if placement.flats:
                 flat, index = placement.flats[holder]
                 own = {(f.dp, f.start): f.stored for f in stored}

@@ -65,7 +65,11 @@ class DeepSpeed(Format):
         from ckptlab.formats.deepspeed.adopted import adopted
         from ckptlab.formats.deepspeed.target import assumed, reshape
 
-        made = reshape(adopted(source), mesh, options)
+        native = adopted(source)
+        if native is not source and mesh.tp == 1 and options.padded_vocab is None:  # nobody would say what is padding
+            true = next((t.shape[0] for t in source.tensors.values() if t.layout.padded), None)
+            options = replace(options, padded_vocab=true)
+        made = reshape(native, mesh, options)
         return replace(made, format=self.name, findings=(*made.findings, *assumed(source, options)))
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:

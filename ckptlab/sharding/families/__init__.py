@@ -9,7 +9,7 @@ here.
 from ckptlab.sharding.families.family import Bound, Family, Taken
 from ckptlab.sharding.families.lines import Join, Line, Permute, Rename, Side, Stack
 from ckptlab.sharding.families.numbers import told_numbers
-from ckptlab.sharding.families.registered import FAMILIES, found, resolve, towards
+from ckptlab.sharding.families.registered import FAMILIES, found, like, resolve, towards
 from ckptlab.sharding.families.start import Start, start
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Start",
     "Taken",
     "found",
+    "like",
     "resolve",
     "start",
     "told_numbers",

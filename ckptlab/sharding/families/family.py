@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from ckptlab.catalog.seen import identity
 from ckptlab.errors import LayoutError
 from ckptlab.findings import Finding, Where
 from ckptlab.sharding.families.lines import SIDES, Line, Side, other
-from ckptlab.sharding.families.names import Places
+from ckptlab.sharding.families.names import Places, Template, form_of
 from ckptlab.sharding.families.numbers import numbers as numbers_of
 from ckptlab.sharding.families.seen import View, seen_as
 from ckptlab.sharding.families.tables import Shape
@@ -90,7 +91,8 @@ class Family:
             else:
                 partial.update((name, missing) for of in parts.values() for name in of.values())
         layers = [int(b.places["i"]) + 1 for b in bound if "i" in b.places]
-        return Taken(tuple(bound), tuple(left), partial, {**given, "layers": max(layers, default=0)})
+        told = {k: int(n) for b in bound for k, n in b.places.items() if k not in ("i", "e", "*")}
+        return Taken(tuple(bound), tuple(left), partial, {**told, **given, "layers": max(layers, default=0)})
 
     def _first(self, names: Iterable[str], side: Side, given: Mapping[str, int]) -> Mapping[str, int]:
         """The numbers, with the number from which layers are counted in names, if it stands in them."""
@@ -98,11 +100,10 @@ class Family:
             return given
         counted = [
             int(places["i"])
-            for line in self.lines
-            for template in line.templates[side]
-            if any("first" in place and place.startswith("i") for place in template.places)
             for name in names
-            if (places := template.match(name, given)) is not None
+            for _, _, template in self._takers(form_of(name), side)
+            if any("first" in place and place.startswith("i") for place in template.places)
+            and (places := template.match(name, given)) is not None
         ]
         return {**given, "first": min(counted)} if counted else given
 
@@ -110,19 +111,40 @@ class Family:
         self, name: str, side: Side, given: Mapping[str, int]
     ) -> tuple[int, int, dict[str, int | str], int] | None:
         """The number of the line that takes a name, which of its names it is, its places, and its index in a stack."""
-        for number, line in enumerate(self.lines):
-            for part, template in enumerate(line.templates[side]):
-                places = template.match(name, given)
-                if places is not None:
-                    index = int(places.pop("e")) if line.stacks and side != line.joined else 0
-                    return number, part, places, index
+        for number, part, template in self._takers(form_of(name), side):
+            places = template.match(name, given)
+            if places is not None:
+                line = self.lines[number]
+                index = int(places.pop("e")) if line.stacks and side != line.joined else 0
+                return number, part, places, index
         return None
+
+    def _takers(self, form: str, side: Side) -> list[tuple[int, int, Template]]:
+        """The lines, by number and in their order, that may take names of a form, and which of their names it is."""
+        known = self._known.setdefault((form, side), [])
+        if not known:
+            for number, line in enumerate(self.lines):
+                for part, template in enumerate(line.templates[side]):
+                    if template.form in (None, form):
+                        known.append((number, part, template))
+        return known
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, Side], list[tuple[int, int, Template]]]:
+        return {}
 
     def fits(self, names: Iterable[str], side: Side) -> tuple[int, int]:
         """How many of the names are taken on that side, and how many are not."""
-        taken = self.take(names, side, {})
-        took = sum(len(of) for bound in taken.bound for of in bound.names)
-        return took, len(taken.left) + len(taken.partial)
+        forms: dict[str, list[str]] = {}
+        for name in names:
+            forms.setdefault(form_of(name), []).append(name)
+        total = sum(map(len, forms.values()))
+        took = sum(len(of) for form, of in forms.items() if self._takers(form, side) and self._fits(of, side))
+        return took, total - took
+
+    def _fits(self, alike: list[str], side: Side) -> bool:
+        """Whether names of one form are taken: of many the last is, which has the largest numbers."""
+        return self.match(alike[-1], side, {}) is not None
 
     def side_of(self, names: Iterable[str]) -> Side:
         """The side that most of the names are of; "left" where as many are of both. LayoutError if none are of any."""

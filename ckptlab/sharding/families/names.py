@@ -31,13 +31,20 @@ class Template:
         return tuple(_PLACE.findall(self.text))
 
     @cached_property
+    def form(self) -> str | None:
+        """What `form_of` makes of all names of this form; None where names of it differ in more."""
+        if any(place == "*" for place in self.places) or re.search(r"[^.]\{|\}[^.]", self.text):
+            return None
+        return form_of(_PLACE.sub("0", self.text))
+
+    @cached_property
     def counters(self) -> frozenset[str]:
         """The names of places that are found in a tensor's name, not given."""
         return frozenset(term for place in self.places for term in _terms(place) if term in ("i", "e", "*"))
 
     def match(self, name: str, numbers: Mapping[str, int]) -> dict[str, int | str] | None:
-        """What stands at the places of a name; None where it is not of this form. A number that is not given is found
-        (`first` of `{i+first}` is not: then the place is its sum, as if `first` were 0)."""
+        """What stands at the places of a name; None where it is not of this form. A number that is not given, and
+        stands there without a counter, is found (`final` of `{final}`); `first` of `{i+first}` is 0 where not given."""
         found = self._pattern.fullmatch(name)
         if found is None:
             return None
@@ -49,10 +56,9 @@ class Template:
             terms = list(_terms(place))
             counted = [t for t in terms if t in ("i", "e")] or terms[:1]
             value = int(text) - sum(_value(t, numbers) for t in terms if t not in counted)
-            if counted[0] in ("i", "e"):
-                if value < 0 or places.setdefault(counted[0], value) != value:
-                    return None
-            elif counted[0] in numbers and value != numbers[counted[0]]:
+            if counted[0] not in ("i", "e") and value != numbers.get(counted[0], value):
+                return None
+            if value < 0 or places.setdefault(counted[0], value) != value:
                 return None
         return places
 
@@ -81,6 +87,11 @@ class Template:
 
     def __str__(self) -> str:
         return self.text
+
+
+def form_of(name: str) -> str:
+    """A name with 0 for each number in it: the same for all layers and experts."""
+    return ".".join("0" if part.isdecimal() else part for part in name.split("."))
 
 
 def _terms(place: str) -> Iterator[str]:

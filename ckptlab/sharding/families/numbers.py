@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ckptlab import paths
 from ckptlab.catalog import Catalog
+from ckptlab.errors import CheckpointError
 
 HEADS = ("heads", "num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = ("kv_heads", "num_key_value_heads", "num_query_groups", "num_kv_heads", "n_kv_heads")
@@ -26,15 +26,23 @@ def told(catalog: Catalog) -> Iterator[Mapping[str, Any]]:
         found = value if isinstance(value, Mapping) else getattr(value, "attributes", None)
         if isinstance(found, Mapping):
             yield found
-    for folder in (catalog.path, paths.parent(paths.real(catalog.path))):
-        if paths.is_file(path := os.path.join(folder, "config.json")):
-            try:
-                found = json.loads(paths.text(path))
-            except (OSError, ValueError):
-                continue
-            if isinstance(found, Mapping):
-                yield found
-                return
+    if (beside := said_beside(catalog, "config.json")) is not None:
+        yield beside
+
+
+def said_beside(catalog: Catalog, name: str) -> Mapping[str, Any] | None:
+    """What a file of JSON in a checkpoint's folder, or beside it, says; None where there is none. CheckpointError where
+    it is no JSON."""
+    for folder in dict.fromkeys((catalog.path, paths.parent(paths.real(catalog.path)))):
+        path = paths.join(folder, name)
+        if not paths.is_folder(folder) or not paths.is_file(path):
+            continue
+        try:
+            found = json.loads(paths.text(path))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not JSON ({error}): copy it again") from None
+        return found if isinstance(found, Mapping) else {}
+    return None
 
 
 def numbers(catalog: Catalog | None, given: Mapping[str, Any]) -> dict[str, int]:

@@ -115,7 +115,7 @@ TIED_PIPELINE = Program(
     down=PIPELINE.down,
     final=PIPELINE.final,
     head=PIPELINE.head,
-    defaults={"first": "3", "final": "layers+first+1"},
+    defaults={"first": "3", "final": "layers+first+1", "head": "final+1"},
 )
 
 PROGRAMS = (CORE, LEGACY, PIPELINE, TIED_PIPELINE)

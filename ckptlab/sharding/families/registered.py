@@ -11,7 +11,7 @@ from ckptlab.errors import LayoutError
 from ckptlab.findings import Finding
 from ckptlab.registry import Registry
 from ckptlab.sharding.families.family import Family
-from ckptlab.sharding.families.lines import SIDES, Side, other
+from ckptlab.sharding.families.lines import SIDES, Rename, Side, other
 from ckptlab.sharding.families.models import families
 from ckptlab.sharding.families.numbers import told
 from ckptlab.words import number_of, some
@@ -76,6 +76,31 @@ def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **
         about="headers",
     )
     return replace(made, findings=(*made.findings, assumed))
+
+
+def like(catalog: Catalog, model: Catalog, family: Family | str | None = None, **numbers: Any) -> Catalog:
+    """A catalog with transformers' names under those that another of the same model has, what wrappers put before them
+    too. LayoutError where no family takes the model's names, and as `Family.onto`."""
+    bare, wrappers, prefixes = [*model.tensors], FAMILIES.get("wrappers"), list[str]()
+    while bare and (prefix := _prefix(wrappers, bare)):
+        prefixes.append(prefix)
+        bare = [name.removeprefix(prefix) for name in bare]
+    alike = _alike(family, bare, ("left",))
+    said = list(told(model))
+    alike = [one for one in alike if len(alike) == 1 or all(_says(said, word) is value for word, value in one.told)]
+    if not alike:
+        raise LayoutError(f"{model.path}: no family takes its names ({some(bare, 4)}): say which, family=")
+    found = {k: n for k, n in alike[0].take(bare, "left", {}).numbers.items() if k != "layers"}
+    made = alike[0].onto(catalog, "left", **{**found, **numbers})
+    for prefix in reversed(prefixes):
+        made = Family("wrapper", "", (Rename(f"{prefix}{{*}}", "{*}"),)).onto(made, "left")
+    return made
+
+
+def _prefix(wrappers: Family, names: list[str]) -> str:
+    """What a wrapper puts before all of the names; nothing if none does."""
+    prefixes = (line.whole.removesuffix("{*}") for line in wrappers.lines)
+    return next((prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)), "")
 
 
 def _alike(family: Family | str | None, names: list[str], sides: Iterable[Side]) -> list[Family]:

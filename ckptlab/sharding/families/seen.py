@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ckptlab.catalog import Catalog, ParameterGroup, Piece, Tensor
 from ckptlab.findings import Finding, Where
-from ckptlab.layout import Cut
+from ckptlab.layout import Cut, Layout
 from ckptlab.plan import Placement
 from ckptlab.sharding.families.placed import dims, layout_of
 from ckptlab.sharding.strategies import replicated
@@ -39,8 +39,9 @@ def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding], c
     tensors: dict[str, Tensor] = {}
     unplaced: list[str] = []
     placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    known: dict[Hashable, Layout | None] = {}
     for view in views:
-        tensor, places = _tensor(base, view)
+        tensor, places = _tensor(base, view, known)
         stored = [base.tensors[piece.name] for piece in view.pieces]
         if tensor.cut.is_whole and any(t.layout_known and _is_cut(t) for t in stored):
             unplaced.append(view.name)
@@ -65,8 +66,10 @@ def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding], c
     )
 
 
-def _tensor(base: Catalog, view: View) -> tuple[Tensor, dict[str, tuple[Placement, ...]]]:
-    """The tensor, and how each of its states lies."""
+def _tensor(
+    base: Catalog, view: View, known: dict[Hashable, Layout | None]
+) -> tuple[Tensor, dict[str, tuple[Placement, ...]]]:
+    """The tensor, and how each of its states lies. known: layouts of tensors that are made alike, of other layers."""
     stored = [base.tensors[piece.name] for piece in view.pieces]
     first = stored[0]
     if len(stored) == 1 and view.pieces[0].is_all(view.shape, first.shape):
@@ -76,7 +79,12 @@ def _tensor(base: Catalog, view: View) -> tuple[Tensor, dict[str, tuple[Placemen
     held = [state for state in states if all((tensor.name, state) in base.placements for tensor in stored)]
     there = {state: [base.placement(tensor.name, state) for tensor in stored] for state in held}
     alike = all(_alike(places) for places in there.values()) and len({tensor.stages for tensor in stored}) == 1
-    layout = layout_of(view.shape, view.pieces, base, view.text, view.lengths) if alike else None
+    layout = None
+    if alike:
+        key = (view.shape, view.text, tuple((p.key, t.cut.dims) for p, t in zip(view.pieces, stored, strict=True)))
+        if key not in known:
+            known[key] = layout_of(view.shape, view.pieces, base, view.text, view.lengths)
+        layout = known[key]
     whole = layout is None
     if layout is None:
         layout = replicated(len(view.shape)).replace(dims=dims(view.text, len(view.shape)))

@@ -52,12 +52,18 @@ def solved(text: str, shape: Shape, known: Lengths, name: str) -> dict[str, int]
     if len(tree) != len(shape):
         raise LayoutError(f"{name}: {text!r} has {len(tree)} dims, shape {shape} has {len(shape)}")
     there = {name for dim in tree for name in names(dim)}
+    given = tuple((k, n) for k, n in sorted(known.items()) if k in there)
     try:
-        geometry = Geometry(tree, shape, Mesh(), {k: n for k, n in known.items() if k in there}, {}, {})
+        return dict(_solved(text, shape, given))
     except LayoutError as error:
-        given = ", ".join(f"{k} {n}" for k, n in known.items() if k in there)
-        raise LayoutError(f"{name}, shape {shape}, read as {text!r}{given and f' with {given}'}: {error}") from None
-    return {k: n for k, n in geometry.lengths.items() if isinstance(n, int)}
+        said = ", ".join(f"{k} {n}" for k, n in given)
+        raise LayoutError(f"{name}, shape {shape}, read as {text!r}{said and f' with {said}'}: {error}") from None
+
+
+@lru_cache(maxsize=1024)
+def _solved(text: str, shape: Shape, given: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+    geometry = Geometry(parse(text), shape, Mesh(), dict(given), {}, {})
+    return tuple((k, n) for k, n in geometry.lengths.items() if isinstance(n, int))
 
 
 def shape_of(text: str, lengths: Lengths) -> Shape:
@@ -67,7 +73,13 @@ def shape_of(text: str, lengths: Lengths) -> Shape:
 
 def terms(text: str, lengths: Lengths) -> list[Term]:
     """The terms of a line, in the order in which they stand there."""
-    return list(itertools.product(*(_terms_of(dim, lengths)[1] for dim in parse(text))))
+    return list(_terms(text, tuple(sorted(lengths.items()))))
+
+
+@lru_cache(maxsize=1024)
+def _terms(text: str, lengths: tuple[tuple[str, int], ...]) -> tuple[Term, ...]:
+    known = dict(lengths)
+    return tuple(itertools.product(*(_terms_of(dim, known)[1] for dim in parse(text))))
 
 
 def term_names(text: str) -> list[tuple[tuple[str, ...], ...]]:

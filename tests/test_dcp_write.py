@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import socket
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from ckptlab import Mesh
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.cli import main
-from ckptlab.errors import CkptlabError, ReshapeError
+from ckptlab.errors import CheckpointError, CkptlabError, ReshapeError
 from ckptlab.formats.dcp.metadata import read_metadata
 from ckptlab.testing import check_format
 
@@ -293,6 +294,22 @@ def test_the_command_line_writes_it(tmp_path: Path) -> None:
     assert "4 files" in ran.output
     assert "latest" not in ran.output
     assert {"position.weight", "token.weight"} <= set(ckptlab.open(tmp_path / "dcp"))
+
+
+@pytest.mark.parametrize("which", [0, 7, -1])
+def test_a_damaged_item_is_not_copied_on(which: int, tmp_path: Path) -> None:
+    _, there = written(ZERO2, tmp_path / "dcp", mesh=Mesh(dp=2))
+    fragments = [f for by in there.catalog.stored.pieces.values() for held in by.values() for f in held]
+    inside = sorted((f.stored for f in fragments if "__1_0" in f.stored.path), key=lambda stored: stored.offset)
+    spoilt = inside[which]
+    data = bytearray(Path(spoilt.path).read_bytes())
+    data[spoilt.offset] ^= 1
+    Path(spoilt.path).write_bytes(data)
+    names = list(there.catalog.lying_in(spoilt.path, spoilt.offset, spoilt.offset + 1))
+    again = ckptlab.open(there.path).reshape(format="dcp", mesh=Mesh(dp=3))
+    with pytest.raises(CheckpointError, match=rf"record 'data/0', which holds {re.escape(names[0])}, has other bytes"):
+        again.save(tmp_path / "out")
+    again.save(tmp_path / "taken", verify=False)
 
 
 # Real ranks.

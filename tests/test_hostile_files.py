@@ -639,6 +639,22 @@ def doubled(last: bytes, kind: bytes = b"\x86") -> bytes:
     return raw(b"}", b"N\x85q\x00", steps, last)
 
 
+def test_placeholders_as_keys_are_told_apart_by_what_they_hold():
+    def keys(kind):
+        return {foreign("m", "Index", state={"fqn": f"layers.{i}", "of": kind(i)}, new=True): i for i in range(20_000)}
+
+    found = pickles.loads(pickles.dumps(keys(lambda i: None)), "a.pt")
+    assert list(found.values()) == list(range(20_000))
+    assert found == keys(lambda i: None)
+
+
+def test_placeholders_that_are_alike_on_their_surface_are_compared_so_often_and_no_more(monkeypatch):
+    monkeypatch.setattr(pickles, "COMPARISONS", 1000)
+    data = pickles.dumps({foreign("m", "n", [[[i]]]): i for i in range(100)})
+    with pytest.raises(UnsafeFileError, match="more objects of unknown classes as keys, alike on their surface"):
+        pickles.loads(data, "a.pt")
+
+
 BOMBS = {
     "a memo of 3 GB": raw(b"N", op(b"r", 200_000_000)),
     "a memo of 5 GB": raw(b"N", b"p1000000000\n"),

@@ -25,6 +25,7 @@ from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsafeFileError
 from ckptlab.formats.torch import pickles
 from ckptlab.formats.torch.pickles import Foreign, Global, tuple_opcodes_at_most
+from ckptlab.formats.torch.placeholders import comparisons_at_most
 
 Int64 = NDArray[np.int64]
 
@@ -145,7 +146,8 @@ class _Unpickler(pickles.Unpickler):
 
         def run() -> None:
             try:
-                found.set_result(pickle.Unpickler.load(self))
+                with comparisons_at_most(pickles.COMPARISONS):
+                    found.set_result(pickle.Unpickler.load(self))
             except BaseException as error:  # to be raised where it is waited for
                 found.set_exception(error)
 

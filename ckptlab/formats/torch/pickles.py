@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from ckptlab.errors import CheckpointError, CkptlabError, UnsafeFileError
 from ckptlab.formats.torch import budget
-from ckptlab.formats.torch.placeholders import Foreign, Global, foreign, keys_at_most, named
+from ckptlab.formats.torch.placeholders import Foreign, Global, comparisons_at_most, foreign, named
 from ckptlab.words import brief, shorten
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 # 150,000 deep ends the process.
 DEEPEST_TUPLE = 50_000
 LARGEST_TUPLE = 10_000_000
-FOREIGN_KEYS = 2_000  # placeholders in the place of keys: those of one class are compared with one another
+COMPARISONS = 2_000_000  # of placeholders in the place of keys, those that are alike on their surface
 
 # Their opcodes' methods are no documented interface, and are missing from the type stubs.
 _PythonPickler: Any = pickle._Pickler
@@ -128,7 +128,7 @@ class Unpickler(pickle.Unpickler):
         unfolds = budget.examine(self._data)
         if unfolds or tuple_opcodes_at_most(self._data) > DEEPEST_TUPLE:
             _Rehearsal(io.BytesIO(self._data), encoding="utf-8").load()
-        with keys_at_most(FOREIGN_KEYS):
+        with comparisons_at_most(COMPARISONS):
             return super().load()
 
     def load(self) -> Any:

@@ -17,9 +17,9 @@ from ckptlab.errors import CheckpointError, UnsafeFileError
 from ckptlab.words import brief, shorten
 
 Build = Callable[..., Any]
-_DEEPEST_SHOWN, _MOST_SHOWN = 3, 20
+_DEEPEST_SHOWN, _MOST_SHOWN, _MOST_HASHED = 3, 20, 8
 _depth: ContextVar[int] = ContextVar("depth", default=0)
-_keys_left: ContextVar[list[int] | None] = ContextVar("keys_left", default=None)
+_comparisons_left: ContextVar[list[int] | None] = ContextVar("comparisons_left", default=None)
 _GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}
 
 
@@ -107,17 +107,20 @@ class Foreign:
         return self.callee, self.new, self.args, self.kwargs, self.state, self.elements, self.items
 
     def __eq__(self, other: object) -> bool:
-        return self._parts() == other._parts() if isinstance(other, Foreign) else NotImplemented
-
-    def __hash__(self) -> int:
-        left = _keys_left.get()
+        if not isinstance(other, Foreign):
+            return NotImplemented
+        left = _comparisons_left.get()
         if left is not None:
             left[0] -= 1
             if left[0] < 0:
                 raise UnsafeFileError(
-                    "its pickle uses more objects of unknown classes as keys than any checkpoint does"
+                    "its pickle uses more objects of unknown classes as keys, alike on their surface, than any "
+                    "checkpoint does; do not use it"
                 )
-        return hash((Foreign, self.callee, self.new))
+        return self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash((Foreign, self.callee, self.new, _surface(self.args), _surface(self.state)))
 
     @recursive_repr("…")
     def __repr__(self) -> str:
@@ -133,14 +136,27 @@ class Foreign:
             _depth.reset(depth)
 
 
+def _surface(value: Any, depth: int = 2) -> Any:
+    """What tells values apart at little cost: the first plain values in it, the same of those that are equal."""
+    if isinstance(value, str | int | float | bytes | type(None)):
+        return value
+    if not depth:
+        return None
+    if isinstance(value, tuple | list):
+        return len(value), *(_surface(part, depth - 1) for part in value[:_MOST_HASHED])
+    if isinstance(value, dict) and len(value) <= _MOST_HASHED:
+        return frozenset((key, _surface(part, depth - 1)) for key, part in value.items() if isinstance(key, str))
+    return None
+
+
 @contextmanager
-def keys_at_most(count: int) -> Iterator[None]:
-    """Placeholders may be hashed so often and no more: UnsafeFileError."""
-    before = _keys_left.set([count])
+def comparisons_at_most(count: int) -> Iterator[None]:
+    """Placeholders may be compared so often, as keys of one hash are, and no more: UnsafeFileError."""
+    before = _comparisons_left.set([count])
     try:
         yield
     finally:
-        _keys_left.reset(before)
+        _comparisons_left.reset(before)
 
 
 class _Made:

@@ -91,12 +91,18 @@ class Summed(NamedTuple):
 
 def summed(path: str) -> list[Summed]:
     """The records of a file that carry checksums; none where it is no zip, or was saved without
-    (`torch.serialization.set_crc32_options`: every one is 0 then)."""
+    (`torch.serialization.set_crc32_options`: every one is 0 then). Of a near file that is several zips, one after the
+    other (torch's `.distcp`), those of all."""
     with paths.open_binary(path) as file:
         if file.read(4) != b"PK\3\4":
             return []
         file.seek(0)
-        found = list(RecordReader(path, file).summed())
+        reader = RecordReader(path, file)
+        found = list(reader.summed())
+        with suppress(CheckpointError):  # something else stands before a zip
+            while reader.start > 0 and not paths.is_far(path):
+                reader = RecordReader(path, file, 0, reader.start)
+                found += reader.summed()
     return found if any(record.crc for record in found) else []
 
 
@@ -125,6 +131,11 @@ class RecordReader:
                 f"save the model's state_dict with torch.save instead"
             )
         self._root = names[0].partition("/")[0] if names else ""
+
+    @property
+    def start(self) -> int:
+        """Where the zip begins in what was given of the file."""
+        return min((info.header_offset for info in self._directory.infolist()), default=self._directory.start_dir)
 
     def __contains__(self, name: str) -> bool:
         return f"{self._root}/{name}" in self._directory.NameToInfo

@@ -13,6 +13,7 @@ from ckptlab.catalog.tensor import PARAM, Tensor
 from ckptlab.errors import LayoutError
 from ckptlab.mesh import Mesh
 from ckptlab.plan import FlatBuffer, Holder, Placement
+from ckptlab.plan.placement import Buffers, InBuffers
 from ckptlab.stored import Stored
 
 
@@ -96,18 +97,24 @@ class FlatGroup:
         make = FlatBuffer.per_tensor if zero_stage == 3 else FlatBuffer.contiguous
         made: dict[tuple[int, ...], FlatBuffer] = {}
         flats: dict[Holder, FlatBuffer] = {}
-        placements = [Placement(tensors[name].cut, (at["pp"],), at=at.without("pp")) for name in names]
-        data = placements[0].data
-        apart = next((n for n, p in zip(names, placements, strict=True) if p.data != data), None)
+        fixed = at.without("pp")
+        cuts = [tensors[name].cut for name in names]
+        placements = {id(cut): Placement(cut, (at["pp"],), at=fixed) for cut in {id(cut): cut for cut in cuts}.values()}
+        first = placements[id(cuts[0])]
+        apart = next((n for n, cut in zip(names, cuts, strict=True) if placements[id(cut)].data != first.data), None)
         if apart is not None:
+            other = placements[id(tensors[apart].cut)].data
             raise LayoutError(
-                f"{names[0]} is shared by ranks along {data}, {apart} is not: they are not in one flat buffer"
+                f"{names[0]} is shared by ranks along {first.data}, {apart} is not but along {other}: they are not in "
+                "one flat buffer"
             )
-        for holder in placements[0].on(at["pp"]):
-            counts = tuple(math.prod(p.shape(holder)) for p in placements)
+        for holder in first.on(at["pp"]):
+            sizes = {of: math.prod(placement.shape(holder)) for of, placement in placements.items()}
+            counts = tuple(sizes[id(cut)] for cut in cuts)
             if counts not in made:
-                made[counts] = make(tuple(names), counts, len(placements[0].ranks(holder)))
+                made[counts] = make(tuple(names), counts, len(first.ranks(holder)))
             flats[holder] = made[counts]
+        data = first.data
         dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != PARAM}
         return cls(at, group, flats, dtypes, sub, data[0] if data != mesh.leaves("dp") and len(data) == 1 else "dp")
 
@@ -121,13 +128,15 @@ def placements_of(
     outside: Mapping[tuple[str, str], tuple[int, ...]],
 ) -> dict[tuple[str, str], tuple[Placement, ...]]:
     """How every state lies: those of the flat groups in their buffers, those `outside` whole on the pp stages given."""
-    places: dict[str, dict[Holder, tuple[FlatBuffer, int]]] = {}
+    places: dict[str, Mapping[Holder, tuple[FlatBuffer, int]]] = {}
     known: dict[str, list[FlatGroup]] = {}
     for group in flat_groups:
+        shared = Buffers(group.flats)
         for i, name in enumerate(group.names):
             if name not in tensors:
                 continue
-            places.setdefault(name, {}).update((holder, (flat, i)) for holder, flat in group.flats.items())
+            mine = InBuffers(shared, i)
+            places[name] = {**places[name], **mine} if name in places else mine
             known.setdefault(name, []).append(group)
     found: dict[tuple[str, str], tuple[Placement, ...]] = {}
     for name, groups in known.items():
@@ -149,7 +158,9 @@ ALONE = Holder(pp=0, tp=0)  # who holds everything, where whole tensors are stor
 
 def whole_placements(tensors: Mapping[str, Tensor], states: Iterable[tuple[str, str]]) -> Placements:
     """How states lie that are stored as whole tensors: on the one rank of a mesh."""
-    return {(name, s): (Placement(tensors[name].cut, replicas=tensors[name].layout.replicas),) for name, s in states}
+    states = list(states)
+    ones = {name: (Placement(tensors[name].cut, replicas=tensors[name].layout.replicas),) for name, _ in states}
+    return {(name, state): ones[name] for name, state in states}
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,16 @@ def grid(
     along: str = "",
     title: str = "",
     width: float | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Drawing:
-    """Ranks 0, 1, … over axes with `degrees`, the last running fastest; each axis goes to one direction.
+    """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest; each axis goes to one direction.
 
     marked: ranks that stand out. groups: lists of ranks, each outlined in a colour of its own; `along` names them.
     """
     sides = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in (panels, rows, columns)]
     order = [list(degrees).index(axis) for side in sides for axis in side.names]
-    ranks = np.arange(math.prod(degrees.values())).reshape(tuple(degrees.values())).transpose(order)
+    every = np.arange(math.prod(degrees.values())) if numbers is None else np.asarray(numbers)
+    ranks = every.reshape(tuple(degrees.values())).transpose(order)
     ranks = ranks.reshape([side.size for side in sides])
     cut = thinned(ranks.shape, (PANELS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(b[0]) for b in cut)

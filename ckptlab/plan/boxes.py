@@ -11,7 +11,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,10 @@ class Run:
     length: int
     count: int
     stride: int
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        return self.start, self.length, self.count, self.stride
 
     def locate(self, index: Int64) -> tuple[Int64, NDArray[np.bool_]]:
         """How many of the indices lie before each given one, and whether that is one of them."""
@@ -58,6 +63,10 @@ class Pieces:
 
     starts: Int64
     lengths: Int64
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        return self.starts.tobytes(), self.lengths.tobytes()
 
     def locate(self, index: Int64) -> tuple[Int64, NDArray[np.bool_]]:
         """See Run.locate."""
@@ -89,6 +98,10 @@ class Side:
 
     levels: tuple[tuple[int, Run | Pieces, int], ...]
 
+    @property
+    def content(self) -> tuple[Any, ...]:
+        return tuple((step, *indices.content, weight) for step, indices, weight in self.levels)
+
     def ordinals(self, places: Int64) -> Int64:
         """How many elements of the box come before each place of the flattened shard."""
         if len(self.levels) == 1:
@@ -119,6 +132,11 @@ class Box:
     a: Side
     b: Side
     size: int
+
+    @cached_property
+    def content(self) -> tuple[Any, ...]:
+        """All that the box is: equal for boxes that lie alike in two other shards."""
+        return (self.size, *(side.content for side in (self.a, self.b)))
 
 
 @lru_cache(maxsize=4096)

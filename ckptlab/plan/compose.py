@@ -2,7 +2,7 @@
 
 Reads no data. For each pair of shards that share elements, both sides' dp edges are mapped into the order
 of the shared elements (`boxes.py`) and merged: every piece between neighbouring edges has one source rank
-and one target rank.
+and one target rank. Tensors that lie alike, the layers of a model, are merged together (`spread.py`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.plan.boxes import Box, shared_boxes
 from ckptlab.plan.moves import Move
-from ckptlab.plan.placement import Placement, Shard
+from ckptlab.plan.placement import Placement
 from ckptlab.plan.ranks import Ranks, best_ranks
+from ckptlab.plan.spread import Edges, Spread
 from ckptlab.plan.time import Cluster, Times, time
 from ckptlab.shown import Shown
 
 Int64 = NDArray[np.int64]
 Columns = tuple[Int64, Int64, Int64]
-
-
-_Memo = dict[tuple[tuple[Box, ...], tuple[int, int], tuple[int, int]], Columns]
+Rows = tuple[Int64, Int64, Int64, Int64]
+"""Columns: tensor, source and target (ranks, or fragments of shards), count."""
 
 
 def plan_tensor(a: Placement, b: Placement) -> Columns:
@@ -41,57 +41,58 @@ def plan_tensor(a: Placement, b: Placement) -> Columns:
     that several coordinates hold the lowest; where replicas are averaged, all. Targets are all stages and
     holders of `b`. Elements that only one whole has (padding) are left out. Raises LayoutError.
     """
-    return _concatenate(list(_pairs(a, b, {})))
+    _, source, target, count = _concatenate(list(_alike([0], [a], [b])))
+    return source, target, count
 
 
-def _pairs(a: Placement, b: Placement, memo: _Memo) -> Iterator[Columns]:
-    """The columns of each pair of shards that have something in common."""
-    mean = a.replicas in ("mean", "sum")
-    sources, targets = a.shards(a.stages[:1]), b.shards(b.stages)
-    for at_a, at_b, boxes in shared_boxes(a.cut, b.cut, not mean):
-        for source in sources[at_a][: None if mean else 1]:
-            for target in targets[at_b]:
-                i, j, count = _merged(boxes, source, target, memo)
-                yield source.ranks[source.first + i], target.ranks[target.first + j], count
+def _alike(index: Sequence[int], a: Sequence[Placement], b: Sequence[Placement]) -> Iterator[Rows]:
+    """The rows of tensors that lie alike, all layers of a kind at once: what boxes their shards share is the same, and
+    only where dp cuts them differs. LayoutError where a tensor's two placements do not fit."""
+    mean = a[0].replicas in ("mean", "sum")
+    at = np.asarray(index, np.int64)
+    source, target = Spread.of(a, first=True), Spread.of(b)
+    done: dict[tuple[tuple[Any, ...], int, int], Rows] = {}
+    for at_a, at_b, boxes in shared_boxes(a[0].cut, b[0].cut, not mean):
+        for here in source.holders[at_a][: None if mean else 1]:
+            for there in target.holders[at_b]:
+                key = (tuple(box.content for box in boxes), here.slot, there.slot)
+                if key not in done:
+                    done[key] = _merge(boxes, source.edges[here.slot], target.edges[there.slot])
+                tensor, i, j, count = done[key]
+                yield at[tensor], source.ranks(here, tensor, i), target.ranks(there, tensor, j), count
 
 
-def _merged(boxes: tuple[Box, ...], source: Shard, target: Shard, memo: _Memo) -> Columns:
-    """(source fragment, target fragment, count) of what two shards share."""
-    if source.pattern is None or target.pattern is None:
-        return _merge(boxes, source.edges, target.edges)
-    key = (boxes, source.pattern, target.pattern)
-    if key not in memo:
-        memo[key] = _merge(boxes, source.edges, target.edges)
-    return memo[key]
-
-
-def _merge(boxes: tuple[Box, ...], edges_a: Int64, edges_b: Int64) -> Columns:
-    if len(boxes) == 1:
-        return _merge_box(boxes[0], edges_a, edges_b)
-    i, j, count = _concatenate([_merge_box(box, edges_a, edges_b) for box in boxes])
-    pairs, place = np.unique(i * len(edges_b) + j, return_inverse=True)
+def _merge(boxes: tuple[Box, ...], a: Edges, b: Edges) -> Rows:
+    """(tensor, source fragment, target fragment, count) of what the shards of each tensor share."""
+    found = [_merge_box(box, a, b) for box in boxes]
+    if len(found) == 1:
+        return found[0]
+    tensor, i, j, count = _concatenate(found)
+    wide, high = int(i.max(initial=0)) + 1, int(j.max(initial=0)) + 1
+    pairs, place = np.unique((tensor * wide + i) * high + j, return_inverse=True)
     summed = np.zeros(len(pairs), np.int64)
     np.add.at(summed, place, count)
-    return pairs // len(edges_b), pairs % len(edges_b), summed
+    return pairs // (wide * high), pairs // high % wide, pairs % high, summed
 
 
-def _merge_box(box: Box, edges_a: Int64, edges_b: Int64) -> Columns:
-    """A sorted merge of both sides' edges, in the order of the box's elements."""
-    if len(edges_a) == len(edges_b) == 2:  # neither side is cut
-        return np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([box.size], np.int64)
-    ordinals_a, ordinals_b = box.a.ordinals(edges_a), box.b.ordinals(edges_b)
+def _merge_box(box: Box, a: Edges, b: Edges) -> Rows:
+    """A sorted merge of both sides' edges, in the order of the box's elements: tensor after tensor on one line."""
+    ordinals_a = box.a.ordinals(a.places) + a.tensor * box.size
+    ordinals_b = box.b.ordinals(b.places) + b.tensor * box.size
     merged = np.union1d(ordinals_a, ordinals_b)
     low = merged[:-1]
-    i = np.searchsorted(ordinals_a, low, "right") - 1
-    j = np.searchsorted(ordinals_b, low, "right") - 1
-    return i, j, np.diff(merged)
+    tensor = low // max(box.size, 1)
+    i = np.searchsorted(ordinals_a, low, "right") - 1 - a.first[tensor]
+    j = np.searchsorted(ordinals_b, low, "right") - 1 - b.first[tensor]
+    return tensor, i, j, np.diff(merged)
 
 
-def _concatenate(columns: list[Columns]) -> Columns:
+def _concatenate(columns: Sequence[Rows]) -> Rows:
     if not columns:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    first, second, third = zip(*columns, strict=True)
-    return np.concatenate(first), np.concatenate(second), np.concatenate(third)
+        none = np.zeros(0, np.int64)
+        return none, none, none, none
+    tensor, source, target, count = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return tensor, source, target, count
 
 
 @explained
@@ -199,42 +200,56 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves
     Raises ReshapeError, with the tensor's name, where a tensor's two placements do not fit.
     """
     names: list[str] = []
-    named: list[Move] = []
-    figures: list[tuple[int, int, int, int]] = []
-    parts: list[tuple[NDArray[np.int32], NDArray[np.int32], Int64]] = []
-    memo: _Memo = {}
-    sizes: dict[str, set[int]] = {"source": set(), "target": set()}
-    for name, read_size, written_size, a, b in tensors:
-        try:
-            source, target, count = _concatenate(list(_pairs(a, b, memo)))
-        except LayoutError as error:
-            raise ReshapeError(f"tensor {name!r}: {error}") from error
+    figures: list[tuple[int, int]] = []
+    pairs: list[tuple[Placement, Placement]] = []
+    alike: dict[Any, list[int]] = {}
+    cuts: dict[Cut, int] = {}  # told apart by content, which is looked at once for each that there is
+    numbers: dict[int, int] = {}
+    for i, (name, read_size, written_size, a, b) in enumerate(tensors):
         names.append(name)
-        named.append(Move(name, a, b))
-        figures.append((read_size, written_size, _elements_read(a, b.cut.shape), _elements_written(b, a.cut.shape)))
-        parts.append((source.astype(np.int32), target.astype(np.int32), count))
-        sizes["source"].add(a.mesh.size)
-        sizes["target"].add(b.mesh.size)
-    for side, found in sizes.items():
+        figures.append((read_size, written_size))
+        pairs.append((a, b))
+        for cut in (a.cut, b.cut):
+            if id(cut) not in numbers:
+                numbers[id(cut)] = cuts.setdefault(cut, len(cuts))
+        key = (numbers[id(a.cut)], numbers[id(b.cut)], a.kind(first=True), b.kind())
+        alike.setdefault(key, []).append(i)
+    for side, meshes in (("source", [a.mesh for a, _ in pairs]), ("target", [b.mesh for _, b in pairs])):
+        found = {mesh.size for mesh in set(meshes)}
         if len(found) > 1:
             raise ReshapeError(f"the tensors' {side} meshes differ in size: {', '.join(map(str, sorted(found)))} ranks")
-    rows = [len(count) for _, _, count in parts]
-    table = np.array(figures, np.int64).reshape(-1, 4)
-    empty = (np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64))
-    first, second, third = zip(*(parts or [empty]), strict=True)
+    rows: list[Rows] = []
+    elements = np.zeros((len(names), 2), np.int64)
+    for index in alike.values():
+        sources, targets = ([pairs[i][side] for i in index] for side in (0, 1))
+        try:
+            rows += _alike(index, sources, targets)
+        except LayoutError:
+            for i in index:  # which of them it is
+                try:
+                    plan_tensor(*pairs[i])
+                except LayoutError as error:
+                    raise ReshapeError(f"tensor {names[i]!r}: {error}") from error
+            raise
+        a, b = sources[0], targets[0]
+        elements[index] = _elements_read(a, b.cut.shape), _elements_written(b, a.cut.shape)
+    tensor, source, target, count = _concatenate(rows)
+    order = np.argsort(tensor, kind="stable")
+    sizes = np.array(figures, np.int64).reshape(-1, 2)
+    named = tuple(Move(name, *pair) for name, pair in zip(names, pairs, strict=True)) if moves is None else tuple(moves)
     return Plan(
         tuple(names),
-        max(sizes["source"], default=0),
-        max(sizes["target"], default=0),
-        np.repeat(np.arange(len(names), dtype=np.int32), rows),
-        np.concatenate(first),
-        np.concatenate(second),
-        np.concatenate(third),
-        table[:, 0],
-        table[:, 1],
-        table[:, 2],
-        table[:, 3],
-        tuple(named if moves is None else moves),
+        max((a.mesh.size for a, _ in pairs[:1]), default=0),
+        max((b.mesh.size for _, b in pairs[:1]), default=0),
+        tensor[order].astype(np.int32),
+        source[order].astype(np.int32),
+        target[order].astype(np.int32),
+        count[order],
+        sizes[:, 0],
+        sizes[:, 1],
+        elements[:, 0],
+        elements[:, 1],
+        named,
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +72,52 @@ def _holder(at: dict[str, int]) -> Holder:
     return Holder(**at)
 
 
+@dataclass(eq=False)
+class Buffers:
+    """The flat buffers of one group by holder, which the tensors in it share."""
+
+    flats: Mapping[Holder, FlatBuffer]
+    _slots: dict[tuple[int, int], tuple[tuple[int, ...] | None, list[FlatBuffer]]] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[type[Buffers], tuple[Mapping[Holder, FlatBuffer]]]:
+        return Buffers, (self.flats,)
+
+    def slots(self, grid: _Grid, stage: int) -> tuple[tuple[int, ...] | None, list[FlatBuffer]]:
+        """For each holder of a stage which of the different buffers is its own, and those; None where one has none."""
+        key = (id(grid), stage)
+        if key not in self._slots:
+            held = [self.flats.get(holder) for holder in grid.holders(stage)]
+            different = {id(flat): flat for flat in held if flat is not None and flat.dp == grid.table.shape[2]}
+            numbers = {name: k for k, name in enumerate(different)}
+            whole = all(id(flat) in numbers for flat in held)
+            self._slots[key] = (tuple(numbers[id(flat)] for flat in held) if whole else None, list(different.values()))
+        return self._slots[key]
+
+
+@dataclass(frozen=True, eq=False)
+class InBuffers(Mapping[Holder, tuple[FlatBuffer, int]]):
+    """Where the shards of one tensor lie: in its group's buffers, at one index."""
+
+    group: Buffers
+    index: int
+
+    def __getitem__(self, holder: Holder) -> tuple[FlatBuffer, int]:
+        return self.group.flats[holder], self.index
+
+    def __iter__(self) -> Iterator[Holder]:
+        return iter(self.group.flats)
+
+    def __len__(self) -> int:
+        return len(self.group.flats)
+
+
+def _cut_of(flat: FlatBuffer, index: int) -> tuple[int, int, int]:
+    """(elements, start on the line, elements that each rank has of it) of a tensor in a flat buffer: at ZeRO-3 the line
+    is the tensor's own."""
+    count = flat.counts[index]
+    return count, flat.starts[index] if flat.partition else 0, flat.partition or -(-count // flat.dp)
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Where one tensor (one of its states) lies on one mesh.
@@ -100,11 +147,15 @@ class Placement:
         if not self.stages or not all(0 <= stage < self.mesh.pp for stage in self.stages):
             raise LayoutError(f"stages {self.stages} are not all among the stages of pp({self.mesh.pp})")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of, without what was worked out of it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def mesh(self) -> Mesh:
         return self.cut.mesh
 
-    @property
+    @cached_property
     def _grid(self) -> _Grid:
         return _grid(self.mesh, self.cut.axes, tuple(sorted(self.at.items())))
 
@@ -127,6 +178,15 @@ class Placement:
         """The holders of one stage."""
         return self._grid.holders(stage)
 
+    def holder(self, at: Mapping[str, int]) -> Holder | None:
+        """Who has the shard of a rank at a mesh coordinate; None where that rank has none."""
+        stage = 0
+        for axis in self.mesh.leaves("pp"):
+            stage = stage * self.mesh[axis] + at[axis]
+        if stage not in self.stages or any(at[axis] != k for axis, k in self.at.items()):
+            return None
+        return self.on(stage)[self._grid.place(at)]
+
     def coordinate(self, holder: Mapping[str, int]) -> Coordinate:
         """The cut's coordinate that a holder has."""
         return self.cut.coordinate(holder)
@@ -144,7 +204,55 @@ class Placement:
         """Elements that all holders have together, the padding of flat buffers included."""
         if self.flats:
             return sum(flat.total for flat, _ in self.flats.values())
-        return sum(math.prod(self.shape(holder)) for holder in self.holders)
+        return len(self.stages) * _numel(self.cut, self._grid)
+
+    def kind(self, first: bool = False) -> tuple[Hashable, ...]:
+        """What two placements of one cut have in common that differ in nothing but their stages and their places in
+        flat buffers.
+
+        first: on the canonical stage alone.
+        """
+        number = 1 if first else len(self.stages)
+        at = tuple(sorted(self.at.items())) if self.at else ()
+        return at, self.replicas, number, bool(self.flats), self.slots(first)
+
+    def slots(self, first: bool = False) -> tuple[int, ...]:
+        """For each holder, stage by stage, which of the tensor's flat buffers its shard lies in: see `buffers`."""
+        return self._slots[0][: len(self._slots[0]) // (len(self.stages) if first else 1)]
+
+    def buffers(self, first: bool = False) -> list[tuple[int, int, int]]:
+        """Of each different place in a flat buffer (elements there, start on the line, elements a rank has of it)."""
+        return self._slots[1]
+
+    @property
+    def table(self) -> Int64:
+        """The ranks [stage, holder, data rank], the pp stages and a stage's holders in their order."""
+        return self._grid.table
+
+    @cached_property
+    def _slots(self) -> tuple[tuple[int, ...], list[tuple[int, int, int]]]:
+        """LayoutError where a holder has no flat buffer, or one for another number of ranks."""
+        number = len(self._grid.holders(self.stages[0]))
+        if not self.flats:
+            return (0,) * (number * len(self.stages)), []
+        if isinstance(self.flats, InBuffers) and len(self.stages) == 1:
+            slots, flats = self.flats.group.slots(self._grid, self.stages[0])
+            if slots is not None:
+                return slots, [_cut_of(flat, self.flats.index) for flat in flats]
+        found: dict[tuple[int, int], int] = {}
+        order, buffers = [], []
+        for stage in self.stages:
+            for holder in self.on(stage):
+                held = self.flats.get(holder)
+                if held is None or held[0].dp != self._grid.table.shape[2]:
+                    self.shard(holder)  # says what is wrong
+                    raise AssertionError(holder)
+                key = (id(held[0]), held[1])
+                if key not in found:
+                    found[key] = len(found)
+                    buffers.append(_cut_of(*held))
+                order.append(found[key])
+        return tuple(order), buffers
 
     def shards(self, stages: tuple[int, ...]) -> dict[Coordinate, list[Shard]]:
         """The cut's coordinate → the shards of all holders that have it, on the given stages in turn."""
@@ -155,34 +263,31 @@ class Placement:
         return found
 
     def shard(self, holder: Holder) -> Shard:
-        """What dp makes of a holder's shard."""
+        """What dp makes of a holder's shard. LayoutError where it does not lie in its flat buffer."""
         ranks, shape = self.ranks(holder), self.shape(holder)
         count = math.prod(shape)
         if not self.flats:
-            return Shard(ranks, np.array([0, count] if count else [0], np.int64), 0, (count, 1))
-        where = f"{holder} of {self.mesh!r}"
+            return Shard(ranks, np.array([0, count] if count else [0], np.int64), 0)
         if holder not in self.flats:
-            raise LayoutError(f"no flat buffer is given for {where}")
+            raise LayoutError(f"no flat buffer is given for {holder} of {self.mesh!r}")
         flat, index = self.flats[holder]
         if flat.counts[index] != count:
+            where = f"{holder} of {self.mesh!r}"
             raise LayoutError(f"{flat.counts[index]} elements in the flat buffer of {where}, {count} in shard {shape}")
         if flat.dp != len(ranks):
+            where = f"{holder} of {self.mesh!r}"
             raise LayoutError(f"a flat buffer for dp({flat.dp}) at {where}, where {len(ranks)} ranks share a shard")
         edges, first = flat.edges(index)
-        return Shard(ranks, edges, first, (count, flat.dp) if flat.partition is None else None)
+        return Shard(ranks, edges, first)
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """What dp makes of one shard: fragment j lies on edges[j] … edges[j+1] of it, at ranks[first + j].
-
-    `pattern`, if not None, is all that the edges follow from: plans between such shards are worth remembering.
-    """
+    """What dp makes of one shard: fragment j lies on edges[j] … edges[j+1] of it, at ranks[first + j]."""
 
     ranks: Int64
     edges: Int64
     first: int
-    pattern: tuple[int, int] | None
 
 
 class _Grid:
@@ -203,7 +308,7 @@ class _Grid:
         left = [axis for axis in mesh.axes if axis not in fixed]
         ranks = ranks.transpose([left.index(axis) for axis in (*stages, *self.axes, *self.data)])
         self._degrees = tuple(mesh[axis] for axis in self.axes)
-        self._ranks = ranks.reshape(mesh.pp, math.prod(self._degrees), math.prod(mesh[axis] for axis in self.data))
+        self.table = ranks.reshape(mesh.pp, math.prod(self._degrees), math.prod(mesh[axis] for axis in self.data))
         self._fixed = fixed
         self._holders: dict[int, tuple[Holder, ...]] = {}
 
@@ -214,10 +319,20 @@ class _Grid:
         return self._holders[stage]
 
     def ranks(self, holder: Mapping[str, int]) -> Int64:
+        return self.table[holder["pp"], self.place(holder)]
+
+    def place(self, at: Mapping[str, int]) -> int:
+        """Which of a stage's holders is at a coordinate."""
         place = 0
         for axis, degree in zip(self.axes, self._degrees, strict=True):
-            place = place * degree + holder[axis]
-        return self._ranks[holder["pp"], place]
+            place = place * degree + at[axis]
+        return place
+
+
+@lru_cache(maxsize=4096)
+def _numel(cut: Cut, grid: _Grid) -> int:
+    """Elements that the holders of one stage have together."""
+    return sum(math.prod(cut.shard_shape(cut.coordinate(holder))) for holder in grid.holders(0))
 
 
 @lru_cache(maxsize=1024)

@@ -78,7 +78,7 @@ def placed(
 
 def _holds(placement: Placement, at: dict[str, int]) -> bool:
     """Whether the rank at a coordinate holds an element."""
-    holder = next((h for h in placement.holders if h.within(at)), None)
+    holder = placement.holder(at)
     if holder is None:
         return False
     if not placement.flats:

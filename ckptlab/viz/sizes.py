@@ -125,7 +125,8 @@ def memory_by_rank(catalog: Catalog) -> Table:
     for cut, stages, column, size, cut_over_dp, times in _outside(catalog, kept):
         for at in cut.coordinates():
             held = math.prod(cut.shard_shape(at))
-            nbytes = (-(-held // mesh.dp) if cut_over_dp else held) * size * times
+            left = math.prod(mesh[axis] for axis in mesh.leaves("dp") if axis not in cut.axes)
+            nbytes = (-(-held // left) if cut_over_dp else held) * size * times
             for stage in {min(s, mesh.pp - 1) for s in stages}:  # whole tensors on one rank know their run's stages
                 found[ranks_at(stage, cut.axes, at), column] += nbytes
     return found

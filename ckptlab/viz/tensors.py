@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ckptlab.arguments import explained
 from ckptlab.draw import Drawing
+from ckptlab.errors import InputError
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.viz.cuts import picture
+from ckptlab.viz.neighbours import sharded
 
 
 @explained
 def tensor(
-    layout: Layout | str,
-    shape: Sequence[int],
-    mesh: Mesh,
+    layout: Layout | str | Any,
+    shape: Sequence[int] | None = None,
+    mesh: Mesh | Any = None,
     *,
     rank: Mapping[str, int] | None = None,
     name: str | None = None,
     width: float | None = None,
 ) -> Drawing:
     """A tensor of a (true) shape as a layout, or a line of notation, cuts it over a mesh; no checkpoint is needed.
+
+    Or as torch or jax hold it: a DTensor or its spec, a jax array, a NamedSharding (with a shape), a PartitionSpec
+    (with a shape and a mesh, theirs or ours), over any number of axes, strided and partial ones included.
 
     Each coordinate of the cut has its colour, stripes are held by several, sub-parameters are framed and named,
     padding is hatched, copies lie behind as sheets; sizes stand at the edges. rank: a coordinate that stands out; axes
@@ -32,10 +38,43 @@ def tensor(
     (as `0` or `0-3`), data-start and data-shape (one number a dim), data-count, data-part. Raises LayoutError.
     """
     layout = Layout(layout) if isinstance(layout, str) else layout
+    if not isinstance(layout, Layout):
+        theirs = sharded(layout, shape, mesh)
+        if theirs is None:
+            raise InputError(
+                "tensor takes layout=a Layout or a line of notation, a DTensor, a jax array, a NamedSharding or a "
+                f"PartitionSpec, not {layout!r}"
+            )
+        mesh = theirs.cut.mesh
+        notes = [
+            f"partial over {axis}: what its {mesh[axis]} ranks hold is put together by {op}"
+            for axis, op in theirs.partial
+        ]
+        over = {*theirs.cut.axes, *dict(theirs.partial)}
+        return picture(
+            theirs.cut,
+            theirs.dims,
+            [()] * len(theirs.dims),
+            title=name or "",
+            notation=theirs.notation,
+            rank=rank,
+            notes=notes,
+            copies=[(axis, n) for axis, n in mesh.degrees.items() if n > 1 and axis not in over],
+            width=width,
+        )
+    if shape is None or mesh is None:
+        raise InputError('tensor takes a layout, a shape and a mesh: viz.tensor("(tp out) in", (64, 16), Mesh(tp=2))')
     cut = layout.resolve(shape, mesh)
     parts = layout.parts(shape, mesh)
     return picture(
-        cut, layout.dims, parts, title=name or "", notation=layout.text, rank=rank, notes=notes_of(layout), width=width
+        cut,
+        layout.dims,
+        parts,
+        title=name or "",
+        notation=layout.text,
+        rank=rank,
+        notes=notes_of(layout),
+        width=width,
     )
 
 

@@ -61,23 +61,23 @@ def pieces(catalog: Catalog, name: str, state: str, rank: int) -> tuple[Piece, .
 
 def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple[Coordinate, int, int, Stored | None]]:
     """(coordinate in the cut, start in the shard, count, stored) of the pieces that a rank holds."""
+    where = catalog.mesh.coordinate(rank)
     for placement in catalog.placements.get((name, state), ()):
-        for holder in placement.holders:
-            among = np.flatnonzero(placement.ranks(holder) == rank)
-            if not len(among):
-                continue
-            at, dp = placement.coordinate(holder), int(among[0])
-            told = catalog.extents is not None and not catalog.is_made(name)
-            stored = catalog.fragments(name, state, holder) if told else ()
-            if placement.flats:
-                flat, index = placement.flats[holder]
-                own = {f.start: f.stored for f in stored if f.dp == dp}
-                for _, start, _, count in flat.fragments(index)[flat.fragments(index)[:, 0] == dp].tolist():
-                    yield at, start, count, own.get(start)
-            elif stored:
-                yield from ((at, f.start, f.count, f.stored) for f in stored)
-            else:
-                yield at, 0, math.prod(placement.shape(holder)), None
+        holder = placement.holder(where)
+        if holder is None:
+            continue
+        at, dp = placement.coordinate(holder), placement.ranks(holder).tolist().index(rank)
+        told = catalog.extents is not None and not catalog.is_made(name)
+        stored = catalog.fragments(name, state, holder) if told else ()
+        if placement.flats:
+            flat, index = placement.flats[holder]
+            own = {f.start: f.stored for f in stored if f.dp == dp}
+            for _, start, _, count in flat.fragments(index)[flat.fragments(index)[:, 0] == dp].tolist():
+                yield at, start, count, own.get(start)
+        elif stored:
+            yield from ((at, f.start, f.count, f.stored) for f in stored)
+        else:
+            yield at, 0, math.prod(placement.shape(holder)), None
 
 
 def _piece(tensor: Tensor, state: str, at: Coordinate, start: int, count: int, stored: Stored | None) -> Piece:
@@ -106,8 +106,8 @@ def by_rank(catalog: Catalog, name: str, state: str) -> tuple[list[list[str]], l
     for placement in catalog.placements.get((tensor.name, state), ()):
         for holder in placement.holders:
             ranks, at = placement.ranks(holder).tolist(), placement.coordinate(holder)
-            lies = catalog.extents is not None and not catalog.is_made(tensor.name)
-            stored = catalog.fragments(tensor.name, state, holder) if lies else ()
+            told = catalog.extents is not None and not catalog.is_made(tensor.name)
+            stored = catalog.fragments(tensor.name, state, holder) if told else ()
             if placement.flats:
                 flat, index = placement.flats[holder]
                 own = {(f.dp, f.start): f.stored for f in stored}
@@ -119,9 +119,9 @@ def by_rank(catalog: Catalog, name: str, state: str) -> tuple[list[list[str]], l
             spans: list[tuple[int, int, Stored | None]] = [(f.start, f.count, f.stored) for f in stored]
             if not spans and shard:
                 spans = [(0, shard, None)]
-            told = [str(_piece(tensor, state, at, *span)) for span in spans]
+            words = [str(_piece(tensor, state, at, *span)) for span in spans]
             for rank in ranks:
-                held[rank] += told
+                held[rank] += words
     texts: dict[tuple[str, ...], int] = {}
     of = [texts.setdefault(tuple(lines), len(texts)) if lines else -1 for lines in held]
     return [list(lines) for lines in texts], of

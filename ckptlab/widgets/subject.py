@@ -94,7 +94,10 @@ class Subject:
     @property
     def title(self) -> str:
         """`gpt/global_step3 · tp 2 · pp 2 · dp 2 (8 ranks) · ZeRO-1`."""
-        name = self.catalog.path if self.is_paper else "/".join(self.catalog.path.rstrip("/").split("/")[-2:])
+        numbers = self.catalog.training.numbers
+        name = "/".join(self.catalog.path.rstrip("/").split("/")[-2:])
+        if numbers:
+            name = f"model on paper, {numbers['layers']} layers of {numbers['hidden']:,}"
         stage = "" if self.catalog.zero_stage is None else f" · ZeRO-{self.catalog.zero_stage}"
         return f"{name} · {self.catalog.mesh.title()}{stage}"
 

@@ -40,7 +40,15 @@ def drawn(source: Catalog, mesh: Mesh, zero_stage: int) -> Catalog:
     if zero_stage not in ZERO_STAGES:
         raise ReshapeError(f"ZeRO stage {zero_stage}: expected 0, 1, 2 or 3")
     stages = dealt(source, mesh.pp)
-    tensors = {name: _tensor(source, t, mesh, stages[name], zero_stage) for name, t in source.tensors.items()}
+    made: dict[Any, Tensor] = {}  # layers of a kind lie alike, and are worked out once a stage
+    tensors = {}
+    for name, tensor in source.tensors.items():
+        held = tuple(source.held(name))
+        kind = (id(tensor.layout), tensor.shape, stages[name], tensor.kind, tuple(tensor.states.items()), held)
+        if kind not in made:
+            made[kind] = _tensor(source, tensor, mesh, stages[name], zero_stage)
+        like = made[kind]
+        tensors[name] = replace(tensor, layout=like.layout, cut=like.cut, states=like.states, stages=like.stages)
     training = source.training
     groups = source.groups or (ParameterGroup({}, tuple(n for n, t in tensors.items() if t.kind == "parameter")),)
     flat_groups = tuple(_flat_groups(tensors, groups, mesh, zero_stage)) if zero_stage else ()
@@ -82,14 +90,19 @@ def _flat_groups(
     tensors: Mapping[str, Tensor], groups: Sequence[ParameterGroup], mesh: Mesh, zero_stage: int
 ) -> Iterator[FlatGroup]:
     """Those of a group and a stage that have the same states and are spread over the same ranks, together."""
+    spread: dict[int, tuple[str, ...]] = {}  # a cut → the axes over which its shards have fragments
     for stage in range(mesh.pp):
         for index, group in enumerate(groups):
             alike: dict[Any, list[str]] = {}
             for name in group.tensors:
                 tensor = tensors[name]
-                data = Placement(tensor.cut, tensor.stages).data
+                if stage not in tensor.stages:
+                    continue
+                if id(tensor.cut) not in spread:
+                    spread[id(tensor.cut)] = Placement(tensor.cut, tensor.stages).data
+                data = spread[id(tensor.cut)]
                 states = tuple(state for state in tensor.states if state != PARAM)
-                if stage in tensor.stages and states and data:
+                if states and data:
                     alike.setdefault((data, states), []).append(name)
             for sub, names in enumerate(alike.values()):
                 yield FlatGroup.laid_out(Holder(pp=stage), index, names, tensors, mesh, zero_stage, sub)

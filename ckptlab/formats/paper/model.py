@@ -6,6 +6,7 @@ plans are worked out by the same code. ZeRO: Rajbhandari et al. 2020, arXiv:1910
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
@@ -43,19 +44,16 @@ def laid_out(model: PaperModel, mesh: Mesh, zero_stage: int = 1) -> Catalog:
         mesh = mesh.split("tp", kv=model.keys, rep=mesh.tp // model.keys)
     starts = balanced([0, *[1] * model.layers, 0, 0], mesh.pp)
     states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {PARAM: DTYPES[model.dtype]}
-    tensors = {
-        name: Tensor(
-            name,
-            shape,
-            _layout(model, name, mesh, "kv" if replicated else "tp").replace(stages=_stages(model, name, starts)),
-            Cut.whole(shape),
-            "parameter",
-            states,
-            0,
-            aliases=(HEAD,) if name == EMBEDDING and model.tied else (),
-        )
-        for name, shape in model.shapes.items()
-    }
+    over = "kv" if replicated else "tp"
+    layouts: dict[tuple[str, tuple[int, ...]], Layout] = {}  # layers of a stage have the same
+    tensors = {}
+    for name, shape in model.shapes.items():
+        kind = (re.sub(r"^layers\.\d+", "layers", name), _stages(model, name, starts))
+        if kind not in layouts:
+            layouts[kind] = _layout(model, name, mesh, over).replace(stages=kind[1])
+        aliases = (HEAD,) if name == EMBEDDING and model.tied else ()
+        whole = Cut.whole(shape)
+        tensors[name] = Tensor(name, shape, layouts[kind], whole, "parameter", states, 0, aliases=aliases)
     told = Training(
         dtype=model.dtype,
         groups=(ParameterGroup({}, tuple(tensors)),),
@@ -66,8 +64,8 @@ def laid_out(model: PaperModel, mesh: Mesh, zero_stage: int = 1) -> Catalog:
         numbers={f.name: getattr(model, f.name) for f in fields(model)},
     )
     kept = whole_placements(tensors, [(name, state) for name in tensors for state in states])
-    whole = Catalog(f"paper model ({model})", "paper", Mesh(), tensors, kept, training=told)
-    return replace(drawn(whole, mesh, zero_stage), findings=tuple(_findings(mesh, zero_stage)))
+    catalog = Catalog(f"paper model ({model})", "paper", Mesh(), tensors, kept, training=told)
+    return replace(drawn(catalog, mesh, zero_stage), findings=tuple(_findings(mesh, zero_stage)))
 
 
 def _problems(model: PaperModel, mesh: Mesh, zero_stage: int) -> Iterator[str]:

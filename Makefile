@@ -1,4 +1,5 @@
-# Each target installs what it needs into .venv, once: `demo` the light core, the others everything.
+# Each target installs what it needs into .venv, once: `demo` the light core, `lab` and `docs` what they need,
+# the others everything.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -11,7 +12,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BASE_PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: demo test check lint bench data notebooks clean
+.PHONY: demo lab docs test check lint bench data notebooks clean
 
 demo: $(VENV)/core.stamp
 	rm -rf demo-out
@@ -19,7 +20,13 @@ demo: $(VENV)/core.stamp
 	$(VENV)/bin/ckptlab plan $(SOURCE) --tp 4 --pp 1 --dp 1
 	$(VENV)/bin/ckptlab convert $(SOURCE) demo-out/gpt_tp4_pp1_dp1 --to deepspeed --tp 4 --pp 1 --dp 1
 	$(VENV)/bin/ckptlab diff $(SOURCE) demo-out/gpt_tp4_pp1_dp1
-	@echo 'demo-out/gpt_tp4_pp1_dp1 is the same checkpoint on another mesh. Next: "In a notebook" in README.md.'
+	@echo 'demo-out/gpt_tp4_pp1_dp1 is the same checkpoint on another mesh. Next: `make lab`.'
+
+lab: $(VENV)/lab.stamp
+	$(VENV)/bin/jupyter lab notebooks/00_tour.ipynb
+
+docs: $(VENV)/docs.stamp
+	$(PYTHON) docs/site.py
 
 test: $(VENV)/full.stamp
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
@@ -52,6 +59,14 @@ $(VENV)/made.stamp:
 
 $(VENV)/core.stamp: $(VENV)/made.stamp pyproject.toml constraints.txt
 	$(PIP) --editable .
+	touch $@
+
+$(VENV)/lab.stamp: $(VENV)/core.stamp
+	$(PIP) --editable '.[lab]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/core.stamp
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 $(VENV)/full.stamp: $(VENV)/core.stamp tests/toy/pyproject.toml

@@ -575,7 +575,7 @@ def _workers(scheduler: str | None, threads: int | None = None) -> Iterator[Work
     try:
         from distributed import Client
     except ImportError:
-        raise CkptlabError("--scheduler needs dask.distributed: pip install 'ckptlab[cluster]'") from None
+        raise CkptlabError("--scheduler needs dask.distributed: pip install distributed") from None
     try:
         client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:

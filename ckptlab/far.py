@@ -118,7 +118,7 @@ def _system(store: str) -> tuple[Any, str]:
         try:
             from fsspec.core import url_to_fs
         except ImportError:
-            raise CheckpointError(f"{store}: URLs need fsspec: pip install 'ckptlab[remote]'") from None
+            raise CheckpointError(f"{store}: URLs need fsspec: pip install fsspec") from None
         try:
             _systems[store] = url_to_fs(_turned(store), **options.get(store, {}))
         except Exception as error:  # no such protocol, its package is not there, an archive that is none, …

@@ -207,5 +207,5 @@ def test_matplotlib_is_loaded_when_a_plot_is_made() -> None:
 
 def test_without_matplotlib_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'ckptlab\[widgets\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plots.norms(STEPS)

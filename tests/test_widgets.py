@@ -421,7 +421,7 @@ import ckptlab
 try:
     ckptlab.playground()
 except ckptlab.UnsupportedError as error:
-    assert "anywidget" in str(error) and "pip install 'ckptlab[widgets]'" in str(error), error
+    assert "anywidget" in str(error) and "pip install anywidget" in str(error), error
 else:
     raise SystemExit(1)
 """

@@ -174,7 +174,7 @@ class Diff(Shown):
         """Draw the relative change over depth, a line for each kind of tensor, and return matplotlib's Axes.
 
         state: default the first that was compared. ax: where to draw (default: a new figure). ImportError without
-        matplotlib, which comes with `pip install ckptlab[widgets]`.
+        matplotlib, which comes with the extra `plots`.
         """
         return plot(self, self._state(state), ax)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @explained
 def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
-    """Bytes on every rank by kind, stacked; see `memory`. Needs matplotlib (`pip install ckptlab[widgets]`)."""
+    """Bytes on every rank by kind, stacked; see `memory`. Needs matplotlib (the extra `plots`)."""
     found, kinds, _ = table(model)
     ax = _axes(ax)
     bottom = np.zeros(len(found), np.int64)

@@ -10,5 +10,5 @@ def pyplot() -> Any:
     try:
         from matplotlib import pyplot as found
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'ckptlab[widgets]'") from error
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
     return found

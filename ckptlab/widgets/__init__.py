@@ -52,6 +52,6 @@ def _require() -> None:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UnsupportedError(
-            f"{' and '.join(missing)} not found: the widgets need the extra `widgets`: pip install 'ckptlab[widgets]', "
+            f"{' and '.join(missing)} not found: the widgets need it: pip install anywidget, "
             "then restart the notebook's kernel"
         )

@@ -201,9 +201,7 @@ def _class(name: str) -> Any:
     except ModuleNotFoundError as e:
         if not BACKENDS.is_own(name):
             raise
-        raise BackendError(
-            f"backend {name!r} needs {e.name}, which is not installed: pip install 'ckptlab[{name}]'"
-        ) from None
+        raise BackendError(f"backend {name!r} needs {e.name}, which is not installed: pip install {e.name}") from None
 
 
 def of(array: Any) -> Backend:

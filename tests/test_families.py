@@ -437,6 +437,27 @@ def _llama() -> dict[str, np.ndarray]:
     return {f"{name}.weight": rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
 
 
+def test_a_line_that_is_never_reached_breaks_a_law() -> None:
+    lines = (Rename("a.{i}", "b.{i}"), Rename("a.{i}", "c.{i}"))
+    with pytest.raises(LawError, match=r"a\.\{i\}: the line to c\.\{i\} is never reached"):
+        check_family(Family("mine", "", lines))
+    with pytest.raises(LawError, match="two lines make it"):
+        check_family(Family("mine", "", (lines[0], Rename("a.{i}", "b.{i}"))))
+
+
+def test_one_of_your_own_goes_by_a_name() -> None:
+    mine = Family("mine-megatron", "", (QKV,), model_types=("mine",))
+    FAMILIES.register("mine-megatron", mine)
+    try:
+        assert families.resolve("mine-megatron") is mine
+        assert families.resolve("mine", ["qkv"]) is mine
+        assert families.found(["qkv"]) is mine
+    finally:
+        FAMILIES._own.pop("mine-megatron")
+    with pytest.raises(LayoutError, match="no family is called 'mine-megatron'"):
+        families.resolve("mine-megatron")
+
+
 def test_a_wrapper_takes_its_prefix_away() -> None:
     held = {"module.module.a.weight": np.zeros(1)}
     family = families.resolve("wrappers")

@@ -1,8 +1,8 @@
 """The documentation as a site: `python docs/site.py` builds `build/site`, which opens from disk.
 
-The README, the pages of docs/, the notebooks as they were saved, and two pages of the widget that answer without a
-kernel. Links are rewritten to where things are in the site; what stays in the repository (code, data) is named, and not
-linked. A link that leads nowhere, in the repository or in the site, is an error.
+The README, the pages of docs/, the notebooks as they were saved, and the widget in a page that answers without a kernel.
+Links are rewritten to where things are in the site; what stays in the repository (code, data) is named, not linked. A
+link that leads nowhere, in the repository or in the site, is an error.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def main() -> None:
     write_widget()
     (BUILD / "mkdocs.yml").write_text(config(notebooks), encoding="utf-8")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", BUILD / "mkdocs.yml"]
-    done = subprocess.run(command, check=False)
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, check=False, env={**os.environ, **quiet})
     if done.returncode:
         raise SystemExit(done.returncode)
     print(f"{SITE.relative_to(ROOT)}/index.html")

@@ -108,6 +108,34 @@ def server(folder: Path, private: Path) -> Iterator[str]:
         process.wait(5)
 
 
+@contextmanager
+def marimo(notebook: Path) -> Iterator[str]:
+    """marimo running a notebook of its own, as an app; the address. Ended with its kernel, by its id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--headless", "--no-token", "--host", "127.0.0.1", "--port", str(port), str(notebook)]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    log = notebook.with_suffix(".log")
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "marimo", "--quiet", "run", *options]
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(10)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+
+
 def _wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
@@ -117,7 +145,7 @@ def _wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float
                 return
         except (URLError, OSError):
             time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"the server did not start:\n{log.read_text()[-2000:]}")
 
 
 @contextmanager

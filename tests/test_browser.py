@@ -1,4 +1,4 @@
-"""The widget in a real browser: in JupyterLab, sliders dragged fast, and a page of it from disk with no kernel."""
+"""The widget in a real browser: in JupyterLab and marimo, sliders dragged fast; a page of it from disk, no kernel."""
 
 from __future__ import annotations
 
@@ -143,6 +143,47 @@ def test_no_state_of_the_widget_contradicts_itself_in_jupyterlab(tmp_path: Path)
         root.get_by_text("Merge dp: the fragments").wait_for()
         assert "5.mlp.dense_4h_to_h.weight" in root.locator('figure[data-slot="step.pictures"]').inner_html()
         assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+MARIMO = """
+import marimo
+
+app = marimo.App(width="full")
+
+
+@app.cell
+def _():
+    import ckptlab
+
+    shown = ckptlab.explore(ckptlab.open({path!r}))
+    shown
+    return
+
+
+if __name__ == "__main__":
+    app.run()
+"""
+
+
+def test_no_state_of_the_widget_contradicts_itself_in_marimo(tmp_path: Path) -> None:
+    pytest.importorskip("marimo")
+    (tmp_path / "page.py").write_text(MARIMO.format(path=str(GPT)))
+    with time_out(HANGS), lab.marimo(tmp_path / "page.py") as address, lab.browser(tmp_path / "private") as page:
+        page.set_default_timeout(HANGS * 1000)
+        page.goto(address)
+        root = page.locator(".ckptlab-explorer")
+        settled(page, "tp 2 · pp 2 · dp 2")
+        root.get_by_role("tab", name="Reshape").click()
+        root.locator('figure[data-slot="to.plan"] svg').wait_for()
+        root.evaluate(WATCH)
+        for degree in (3, 4, 6, 2, 1):
+            for dp in (2, 4, 6):
+                slide(root, "dp", dp)
+            slide(root, "tp", degree)
+        settled(page, "tp 1 · pp 2 · dp 6")
+        seen = page.evaluate("window.seen")
+        assert seen["wrong"] == []
+        assert seen["settled"] > 0
 
 
 def test_an_exported_page_answers_from_disk(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The documentation as a site: `python docs/site.py` builds `build/site`, which opens from disk.
 
-The README, the pages of docs/, the notebooks as they were saved, and the widget in a page that answers without a kernel.
-Links are rewritten to where things are in the site; what stays in the repository (code, data) is named, not linked. A
-link that leads nowhere, in the repository or in the site, is an error.
+The README, the pages of docs/, the notebooks as saved, and the widget in a page that answers without a kernel.
+Links are rewritten to where things are in the site; what stays in the repository (code, data) is named, not linked.
+A link that leads nowhere, in the repository or in the site, is an error.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def test_every_answer_is_of_one_state(explorer: Any) -> None:
     """Whatever is slid to: heading, picture, cost and line that come in one answer are of the mesh that was asked
     for."""
     explorer.tab = "Reshape"
-    for tp, pp, dp in itertools.product((1, 2, 3, 4, 5), (1, 2, 4, 9), (1, 3, 4)):
+    for tp, pp, dp in itertools.product((1, 3, 4), (1, 2, 9), (1, 3)):
         mesh = Mesh(tp=tp, pp=pp, dp=dp)
         drive(explorer, mesh=[["tp", tp], ["pp", pp], ["dp", dp]])
         assert explorer.view["asked"] == explorer.asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line, pairs
 STATIC = Path(__file__).parent / "static"
 WIDTH = 560  # of a column, in pixels, until the page says how wide it is
 KEPT = 400  # parts
+REST = 0.3  # seconds that a state must stand before it is found out which degrees work beside it
 AT_ONCE = 2_000_000  # tensors * ranks, of source and target together: beyond, a state is worked out beside the kernel
 
 
@@ -199,13 +201,18 @@ class Explorer(anywidget.AnyWidget):
             self._answer(slots, state, asked, subject, choice)
         later = [slot for slot in parts.TABS[self.tab] if slot in parts.OPTIONAL]
         if later:
-            self._beside = self._worker.submit(self._answer, later, state, asked, subject, choice)
+            self._beside = self._worker.submit(self._afterwards, later, state, asked, subject, choice)
 
     def _heavy(self, subject: Subject | Refusal, choice: Choice) -> bool:
         if isinstance(subject, Refusal):
             return False
         ranks = subject.catalog.mesh.size + (choice.mesh.size if self.tab in ("Reshape", "Steps") else 0)
         return len(subject.catalog.tensors) * ranks > AT_ONCE
+
+    def _afterwards(self, slots: list[str], state: dict[str, Any], asked: int, *of: Any) -> None:
+        """What need not be there at once, of a state that stands for a while."""
+        time.sleep(REST)
+        self._answer(slots, state, asked, *of)
 
     def _answer(
         self, slots: list[str], state: dict[str, Any], asked: int, subject: Subject | Refusal, choice: Choice

@@ -241,7 +241,7 @@ class Reshape(Viewed, Shown):
         given, mesh = form.options(**options), mesh or source.training.mesh or source.mesh
         said, laid = resolve(strategy), source
         if said is not None or (format == PAPER and not source.training.numbers):
-            laid = relaid(source, mesh, said or Rules(()), form.cuts)
+            laid = relaid(source, mesh, said or Rules(()), form.cuts, form.uneven)
             _check_cuts(laid, mesh, form)
         return Reshape(source, form.target(laid, mesh, given), given, said)
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from compare import GPT, ZERO2, ZERO3, whole
+from compare import DATA, GPT, ZERO2, ZERO3, whole
 from real_deepspeed import requires_deepspeed, resume
 
 import ckptlab
@@ -310,6 +310,21 @@ def test_a_damaged_item_is_not_copied_on(which: int, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"record 'data/0', which holds {re.escape(names[0])}, has other bytes"):
         again.save(tmp_path / "out")
     again.save(tmp_path / "taken", verify=False)
+
+
+def test_replicas_of_shards_and_layouts_of_ones_own(tmp_path: Path) -> None:
+    """HSDP: two replicas of two shards, of which the first replica writes; 61 rows are cut as torch cuts them."""
+    source = ckptlab.open(DATA / "fsdp2_tp2_dp2" / "step-3", mesh=Mesh(dp=2, tp=2))
+    mesh = Mesh(dp=4).split("dp", replicate=2, shard=2)
+    told = {".*(norm|bias).*": "(shard out)", ".*": "(shard out) in"}
+    _, again = written(source, tmp_path / "dcp", mesh=mesh, strategy=told)
+    assert again["embed.weight"].layout.text == "(shard out) in"
+    assert again.mesh == Mesh(replicate=2, shard=2)
+    assert ckptlab.diff(source, again).equal
+    sizes = {p.name: p.stat().st_size > 0 for p in (tmp_path / "dcp").glob("*.distcp")}
+    assert sizes == {"__0_0.distcp": True, "__1_0.distcp": True, "__2_0.distcp": False, "__3_0.distcp": False}
+    chunks = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata["model.embed.weight"].chunks
+    assert [(tuple(c.offsets), tuple(c.sizes)) for c in chunks] == [((0, 0), (31, 12)), ((31, 0), (30, 12))]
 
 
 # Real ranks.

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.errors import LayoutError
-from ckptlab.layout import Cut, Laws, Layout, laws, on_degree, overlap
+from ckptlab.layout import Cut, Laws, Layout, laws, on_degree, overlap, without
 from ckptlab.mesh import Mesh
 from ckptlab.testing import strategies
 
@@ -477,3 +478,21 @@ def test_the_laws_find_a_row_that_is_one_off():
     with pytest.raises(IndexError):
         laws(Cut((8,), cut.mesh, (dataclasses.replace(dim, rows=moved),)))
     assert Layout("out in").check((3, 2), Mesh(tp=2), Layout("(tp out) in"), Mesh(tp=3)).to_dict()["there and back"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes", "axes", "expected", "kept"),
+    [
+        ("(tp dp out) in", {}, ("dp",), "(tp out) in", {}),
+        ("(dp out) (tp in)", {"in": (3, 2)}, ("dp",), "out (tp in)", {"in": (3, 2)}),
+        ("(dp out) (tp in)", {"in": (3, 2)}, ("tp",), "(dp out) in", {}),
+        ("((tp q) + (tp k) + v) in", {"q": 4}, ("tp",), "(q + k + v) in", {"q": 4}),
+        ("(3 tp dp out) in", {}, ("dp", "pp"), "(3 tp out) in", {}),
+        ("out in", {"out": 3}, ("tp",), "out in", {"out": 3}),
+    ],
+)
+def test_a_layout_without_some_axes(
+    text: str, sizes: dict[str, Any], axes: tuple[str, ...], expected: str, kept: dict[str, Any]
+) -> None:
+    layout = without(Layout(text, sizes=sizes, dims=("out", "in")), axes)
+    assert (layout.text, dict(layout.sizes), layout.dims) == (expected, kept, ("out", "in"))

@@ -105,7 +105,8 @@ class Format(ABC):
     target (see `Checkpoint.reshape`); `home`: the format that its checkpoints are reshaped to where none is said
     (None: they say too little of a run to be laid out on a mesh); `sharded`: its files are those of a mesh's ranks;
     `cuts`: the mesh axes that may cut a tensor in them (None: any, or none at all); `pointed`: a file beside its
-    folders names one of them (see `pointer`).
+    folders names one of them (see `pointer`); `uneven`: it cuts a dim over an axis that does not divide it,
+    in a way of its own.
     """
 
     name: ClassVar[str]
@@ -117,6 +118,7 @@ class Format(ABC):
     sharded: ClassVar[bool] = True
     cuts: ClassVar[tuple[str, ...] | None] = None
     pointed: ClassVar[bool] = False
+    uneven: ClassVar[bool] = False
 
     @abstractmethod
     def recognise(self, folder: Listing) -> Match | None:

@@ -109,7 +109,8 @@ def with_lengths(layout: Layout, known: Layout, shape: Shape, mesh: Mesh) -> Lay
     `((tp a) + (tp b) + (tp c)) in`)."""
     told = {name for name, _ in (*layout.sizes, *layout.totals)}
     totals: dict[str, int] = {}
-    for node, parts in zip(layout.tree, known.parts(shape, mesh), strict=True):
+    summed = any(isinstance(node, Sum) for node in layout.tree)
+    for node, parts in zip(layout.tree, known.parts(shape, mesh), strict=True) if summed else ():
         terms = node.terms if isinstance(node, Sum) and len(node.terms) == len(parts) else ()
         lasts = [list(names(term))[-1] for term in terms]  # of `kv k` the length: what stands before are mesh axes
         totals.update((n, length) for n, (_, length) in zip(lasts, parts, strict=False) if n not in (*told, *RESERVED))

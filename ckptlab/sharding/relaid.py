@@ -13,25 +13,28 @@ from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
 
 
-def relaid(source: Catalog, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...] | None = None) -> Catalog:
+def relaid(
+    source: Catalog, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...] | None = None, uneven: bool = False
+) -> Catalog:
     """The source with the layouts that its tensors are to have on `mesh`: the strategy's, or where it has no say their
     own, over those of its axes that the mesh has (and `cuts`, where that is not None). Nothing else is changed: cuts
     and placements are still those of what is stored.
 
     Lengths of parts (q, k, v) that the strategy leaves open are those of the source's layout; a vocabulary that is
-    padded there is padded to what the new cut needs. ReshapeError, with the tensor's name, where a layout does not fit.
+    padded there is padded to what the new cut needs. ReshapeError, with the tensor's name, where a layout does not fit;
+    `uneven`: that an axis does not divide a dim is no reason.
     """
     tensors = {}
     for name, tensor in source.tensors.items():
         try:
-            tensors[name] = _tensor(tensor, mesh, strategy, cuts)
+            tensors[name] = _tensor(tensor, mesh, strategy, cuts, uneven)
         except LayoutError as error:
             raise ReshapeError(f"{source.path}: {name} cannot be laid out as the strategy says: {error}") from None
     training = replace(source.training, layouts_told=False, numbers={})
     return replace(source, tensors=tensors, training=training)
 
 
-def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...] | None) -> Tensor:
+def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...] | None, uneven: bool) -> Tensor:
     layout = strategy.layout(tensor.name, [tensor.shape])
     if layout is None:
         gone = [a for a in tensor.cut.mesh.axes if a not in mesh or (cuts is not None and a not in cuts)]
@@ -44,7 +47,8 @@ def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...
         layout = with_lengths(layout, tensor.layout, tensor.shape, tensor.cut.mesh)
     if tensor.layout.padded:
         layout = layout.replace(padded={**_padded(tensor, layout, mesh), **dict(layout.padded)})
-    layout.resolve(tensor.shape, mesh)
+    if not uneven:
+        layout.resolve(tensor.shape, mesh)
     return replace(tensor, layout=layout, layout_known=True)
 
 

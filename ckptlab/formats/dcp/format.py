@@ -35,6 +35,7 @@ class DCP(Format):
     options = DCPOptions
     home = "dcp"
     writes = True
+    uneven = True  # as torch.chunk does
 
     def recognise(self, folder: Listing) -> Match | None:
         """This folder, or the one that Megatron's latest_checkpointed_iteration.txt names. Files without `.metadata`

@@ -12,7 +12,7 @@ import math
 import pickle
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -104,6 +104,7 @@ class _Writer:
         self.model = _Folder(model)
         self.optimizer = self.model if optimizer == model else _Folder(optimizer)
         self._readers: dict[tuple[str, str, Holder], Any] = {}
+        self._alike: dict[tuple[np.dtype, tuple[int, ...]], FilePlan] = {}  # items that differ in their elements alone
 
     @property
     def style(self) -> KeyStyle:
@@ -164,7 +165,11 @@ class _Writer:
             tally = self.tally and self.tally.towards(rank)
             self._readers[key] = shard_reader(self.source, self.target, box.name, box.state, box.holder, tally)
         drawn = Elements(Drawn(self._readers[key], box.cut, box.at), dtype, 0, math.prod(box.size))
-        return torchfile.plan(box.name, Pending(dtype, box.size, (drawn,)))
+        alike = self._alike.get((dtype, box.size))
+        if alike is None:
+            alike = torchfile.plan(box.name, Pending(dtype, box.size, (drawn,)))
+            self._alike[dtype, box.size] = alike
+        return replace(alike, parts=tuple(drawn if isinstance(part, Elements) else part for part in alike.parts))
 
     def _entry(self, name: str, state: str, chunks: list[tuple[Start, tuple[int, ...], Place]]) -> None:
         tensor, style = self.target.tensors[name], self.style

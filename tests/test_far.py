@@ -513,9 +513,9 @@ def test_what_is_to_be_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(far, "_systems", {})
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "s3fs", None)
-        without.setattr(sys.modules["fsspec.registry"], "_registry", {})
+        without.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
         with pytest.raises(CheckpointError, match=r"^s3://bucket: .*[Ii]nstall s3fs"):
             ckptlab.open("s3://bucket/run")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    with pytest.raises(CheckpointError, match=r"^memory://far: URLs need fsspec: pip install 'ckptlab\[remote\]'$"):
+    with pytest.raises(CheckpointError, match=r"^memory://far: URLs need fsspec: pip install"):
         ckptlab.open("memory://far/run")

@@ -239,6 +239,8 @@ def test_an_uneven_tensor_has_a_chunk_for_each_rank_and_one_that_is_empty(tmp_pa
     assert [(tuple(c.offsets), tuple(c.sizes)) for c in found] == [
         ((0, 0), (2, 2)), ((2, 0), (2, 2)), ((4, 0), (1, 2)), ((5, 0), (0, 2)),
     ]  # fmt: skip
+    of_one = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata["model.one"].chunks
+    assert [(tuple(c.offsets), tuple(c.sizes)) for c in of_one] == [((0,), (1,)), ((1,), (0,))]
     loaded = {"model": {"w": torch.zeros(5, 2), "one": torch.zeros(1)}}
     dcp.load(loaded, checkpoint_id=again.path)
     assert loaded["model"]["w"].flatten().tolist() == list(range(10))
@@ -325,6 +327,18 @@ def test_replicas_of_shards_and_layouts_of_ones_own(tmp_path: Path) -> None:
     assert sizes == {"__0_0.distcp": True, "__1_0.distcp": True, "__2_0.distcp": False, "__3_0.distcp": False}
     chunks = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata["model.embed.weight"].chunks
     assert [(tuple(c.offsets), tuple(c.sizes)) for c in chunks] == [((0, 0), (31, 12)), ((31, 0), (30, 12))]
+
+
+@pytest.mark.parametrize(("mesh", "chunks"), [(Mesh(tp=5), 15), (Mesh(tp=1), 3)], ids=str)
+def test_parts_that_are_cut_on_their_own_are_a_chunk_each(mesh: Mesh, chunks: int, tmp_path: Path) -> None:
+    ckpt, again = written(ZERO2, tmp_path / "dcp", mesh=mesh, strategy={r".*fc2\.weight": "(3 tp out) in"})
+    found = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata["model.blocks.0.fc2.weight"]
+    assert len(found.chunks) == chunks
+    loaded = wanted(ckpt)
+    dcp.load(loaded, checkpoint_id=again.path)
+    judge(loaded, ckpt)
+    assert again["blocks.0.fc2.weight"].layout.text == "(3 tp out) in"
+    assert ckptlab.diff(ckpt, again).equal
 
 
 # Real ranks.
@@ -445,6 +459,8 @@ def test_axes_that_nobody_named_are_not_kept_beside_those_that_are(tmp_path: Pat
     assert [f.code for f in reshape.target.findings] == ["zero-stage-assumed"]
     with pytest.raises(ReshapeError, match="has no axis 'shard0'"):
         plain.reshape(format="deepspeed")
+    with pytest.raises(ReshapeError, match="nothing says how"):  # of tp a folder that is cut over dp says nothing
+        ckptlab.open(there.path, mesh=Mesh(dp=4)).reshape(format="deepspeed", tp=3, dp=1)
 
 
 def test_what_deepspeed_cannot_resume_from_is_refused_with_every_reason(tmp_path: Path) -> None:

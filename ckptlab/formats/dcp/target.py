@@ -146,7 +146,7 @@ def _cut(source: Catalog, tensor: Tensor, mesh: Mesh, chunks: str, rows: int | N
     )
     data = mesh.leaves("dp")
     if chunks == "fsdp" and shape and not any(axis in data for way in ways for axis in way.axes):
-        ways = (replace(ways[0], axes=(*ways[0].axes, *data)), *ways[1:])
+        ways = (replace(ways[0], axes=(*ways[0].axes, *(axis for axis in data if mesh[axis] > 1))), *ways[1:])
     return laid(shape, mesh, ways).within(tensor.shape)
 
 

@@ -272,13 +272,8 @@ def _parts(cut: Cut, at: tuple[int, ...]) -> Iterator[tuple[Start, tuple[int, ..
 
 @lru_cache(maxsize=4096)
 def _spans(dim: DimCut, at: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The intervals of a dim that a coordinate has, those that touch as one."""
-    found: list[tuple[int, int]] = []
-    for start, _, length, _, _ in dim.rows[at].tolist():
-        if found and sum(found[-1]) == start:
-            found[-1] = (found[-1][0], found[-1][1] + length)
-        elif length:
-            found.append((start, length))
+    """The intervals of a dim that a coordinate has: several where parts are cut each on its own."""
+    found = [(start, length) for start, _, length, _, _ in dim.rows[at].tolist() if length]
     return found or [(dim.size, 0)]
 
 

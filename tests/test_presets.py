@@ -28,3 +28,16 @@ def test_experts_are_dealt_to_the_axis_that_the_mesh_has() -> None:
     assert dealt[name].cut.shard_shape((0, 0)) == (2, 32, 64)
     kept = [model.catalog.placement(name, "param").numel for model in (whole, dealt)]
     assert kept[0] == kept[1] == 4 * 64 * 64
+
+
+def test_latent_attention_has_the_matrices_of_the_paper() -> None:
+    """arXiv:2412.19437, section 4.2: 128 heads of 128, ranks 1536 and 512, a rotary part of 64."""
+    shapes = PRESETS["DeepSeek-V3"].model.shapes
+    found = {name.split(".")[3]: shape for name, shape in shapes.items() if name.startswith("layers.5.self_attention")}
+    assert found == {
+        "linear_q_down_proj": (1536, 7168),
+        "linear_q_up_proj": (128 * (128 + 64), 1536),
+        "linear_kv_down_proj": (512 + 64, 7168),
+        "linear_kv_up_proj": (128 * (128 + 128), 512),
+        "dense": (7168, 128 * 128),
+    }

@@ -341,6 +341,21 @@ def test_sliders_are_the_axes_of_the_mesh(mesh: Mesh) -> None:
     explorer.close_all()
 
 
+@pytest.mark.parametrize("step", ["step-3", "truth.safetensors"])
+def test_other_formats_are_looked_at_and_reshaped(step: str) -> None:
+    """FSDP2's chunks are uneven, over axes that nobody named; its files know of no ZeRO stage."""
+    explorer = ckptlab.explore(ckptlab.open(DATA / "fsdp2_tp2_dp2" / step))
+    for name in explorer.subject.catalog.tensors:
+        explorer.tensor = name
+        for explorer.tab in ("Look", "Reshape"):
+            assert None not in [explorer.shown(slot) for slot in parts.TABS[explorer.tab] if "held" not in slot]
+    explorer.tab = "Steps"
+    for explorer.step in range(len(steps.TITLES)):
+        assert "<svg" in explorer.shown("step.pictures")
+    assert ("zero_stage" in explorer.shown("line.Reshape")) <= bool(explorer.stages)
+    explorer.close_all()
+
+
 def test_the_playground_answers_to_its_numbers() -> None:
     pytest.importorskip("anywidget")
     play = ckptlab.playground(layers=2)

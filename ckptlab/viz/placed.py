@@ -4,19 +4,20 @@ below."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptlab.arguments import explained
-from ckptlab.catalog import Catalog
+from ckptlab.catalog import Catalog, Tensor
 from ckptlab.draw import Axes, Drawing, Fragment
 from ckptlab.draw.fragments import MOST, Area, rectangles
+from ckptlab.errors import LayoutError
 from ckptlab.layout.cut import Coordinate
 from ckptlab.layout.rows import intervals
 from ckptlab.plan import Placement
-from ckptlab.viz.cuts import picture
+from ckptlab.viz.cuts import Parts, picture
 from ckptlab.viz.tensors import notes_of
 from ckptlab.words import ranges
 
@@ -63,7 +64,7 @@ def placed(
     return picture(
         placement.cut,
         tensor.layout.dims,
-        tensor.layout.parts(tensor.shape, placement.mesh),
+        _parts(tensor, placement),
         title=f"{tensor.name} · {state}",
         notation=tensor.layout.text,
         rank=at,
@@ -74,6 +75,14 @@ def placed(
         everyone="every rank" if catalog.mesh.pp == 1 else f"every rank of pp {ranges(placement.stages)}",
         width=width,
     )
+
+
+def _parts(tensor: Tensor, placement: Placement) -> Sequence[Parts]:
+    """What lies one after the other in each dim; of a layout that does not say its uneven cut itself, nothing."""
+    try:
+        return tensor.layout.parts(tensor.shape, placement.mesh)
+    except LayoutError:
+        return [()] * len(tensor.shape)
 
 
 def _holds(placement: Placement, at: dict[str, int]) -> bool:

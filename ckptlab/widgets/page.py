@@ -91,7 +91,7 @@ def figures(reshape: Reshape, cost: Cost | None) -> str:
         ("read", size(cost.read) if cost else "…"),
         ("written", size(cost.written) if cost else "…"),
         ("changes rank", size(cost.moved) if cost else "…"),
-        ("memory of the fullest rank", " → ".join(kept)),
+        *([("memory of the fullest rank", " → ".join(kept))] if kept else []),
     ]
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in reshape.target.findings)
     cells = "".join(f'<span><span class="quiet">{name}</span> <b>{value}</b></span>' for name, value in shown)

@@ -5,6 +5,7 @@ Each step is a picture, a sentence of what happened, and the Python that shows t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ckptlab import viz
@@ -46,10 +47,10 @@ def step(reshape: Reshape, name: str, number: int, width: int | None = None) -> 
 def _buffers(catalog: Catalog, tensor: Tensor, what: str, width: int | None) -> Step:
     """The flat buffer of the tensor on its first stage and tp rank 0."""
     title = TITLES[0] if what == SOURCE else TITLES[-1]
-    stage, dp = tensor.stages[0], catalog.mesh.dp
+    stage = tensor.stages[0]
     state = next((s for s in tensor.states if s != PARAM), None)
     if state is None or not catalog.is_flat(tensor.name, state):
-        text = f"No flat buffer holds {tensor.name}: every one of the {number_of(dp, 'dp rank')} has its whole shard."
+        text = f"No flat buffer holds {tensor.name}: whoever has a shard of it has the whole shard."
         return Step(title, text, (viz.mesh(catalog.mesh, width=width).svg,))
     holder = catalog.placement(tensor.name, state).holders[0]
     group, index = catalog.flat(tensor.name, holder)
@@ -87,7 +88,7 @@ def _shards(catalog: Catalog, tensor: Tensor, width: int | None) -> Step:
 
 def _whole(catalog: Catalog, tensor: Tensor, width: int | None) -> Step:
     if tensor.cut.axes:
-        text = f"Merge tp: the shards are put together as the layout {tensor.layout.text} says."
+        text = f"Merge {_over(tensor)}: the shards are put together as the layout {tensor.layout.text} says."
     else:
         text = f"Merge tp: the {number_of(catalog.mesh.tp, 'tp rank')} hold the same, one copy is taken."
     if tensor.layout.padded:
@@ -118,7 +119,7 @@ def _stages(reshape: Reshape, tensor: Tensor, wanted: Tensor, width: int | None)
 
 def _new_shards(reshape: Reshape, tensor: Tensor, wanted: Tensor, width: int | None) -> Step:
     mesh = reshape.target.mesh
-    text = f"Split tp: the same layout on tp {mesh.tp}. {_each_shard(wanted, mesh)}"
+    text = f"Split {_over(wanted)}: the same layout on {_ranks(wanted, mesh)}. {_each_shard(wanted, mesh)}"
     picture = _cut(reshape.target, wanted, width)
     code = f'{TARGET}.shards("{_state(wanted)}", stack=False)["{tensor.name}"]'
     return Step(TITLES[4], text, (picture.svg,), code)
@@ -127,18 +128,30 @@ def _new_shards(reshape: Reshape, tensor: Tensor, wanted: Tensor, width: int | N
 def _cut(catalog: Catalog, tensor: Tensor, width: int | None) -> viz.Drawing:
     """The tensor cut over the axes of its holders alone: whole over dp, on one stage."""
     placement = catalog.placement(tensor.name, _state(tensor))
+    if not placement.flats:  # then it lies as its cut says
+        return viz.placed(catalog, tensor.name, _state(tensor), width=width)
     one = dict.fromkeys((*catalog.mesh.leaves("pp"), *placement.data, *placement.at), 1)
     return viz.tensor(
         tensor.layout.replace(stages=None), tensor.shape, catalog.mesh.replace(**one), name=tensor.name, width=width
     )
 
 
+def _over(tensor: Tensor) -> str:
+    """The axes that cut a tensor, or tp, which might."""
+    return " · ".join(tensor.cut.axes) or "tp"
+
+
+def _ranks(tensor: Tensor, mesh: Mesh) -> str:
+    """`4 tp ranks`."""
+    return number_of(math.prod(mesh[axis] for axis in tensor.cut.axes or ("tp",)), f"{_over(tensor)} rank")
+
+
 def _each_shard(tensor: Tensor, mesh: Mesh) -> str:
     shapes = list(dict.fromkeys(tensor.cut.shard_shape(at) for at in tensor.cut.coordinates()))
-    if not tensor.cut.axes or mesh.tp == 1:
-        return f"Each of the {number_of(mesh.tp, 'tp rank')} has all of it, {shape_text(tensor.cut.shape)}."
+    if shapes == [tensor.cut.shape]:
+        return f"Each of the {_ranks(tensor, mesh)} has all of it, {shape_text(tensor.cut.shape)}."
     sizes = " or ".join(map(shape_text, shapes[:3]))
-    return f"Each of the {number_of(mesh.tp, 'tp rank')} has a shard of {sizes}."
+    return f"Each of the {_ranks(tensor, mesh)} has a shard of {sizes}."
 
 
 def _on(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ of the widgets is a function of the two.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -79,8 +79,14 @@ class Subject:
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The ZeRO stages that a target may have."""
-        return ZERO_STAGES if self.is_paper or self.home else (1, 2, 3)
+        """The ZeRO stages that a target may have; none where its format knows of none."""
+        form = formats.get(self.home or formats.get(self.catalog.format).home or "paper")
+        if "zero_stage" not in {field.name for field in fields(form.options)}:
+            return ()
+        return ZERO_STAGES if form.name == "paper" else (1, 2, 3)
+
+    def _options(self, zero_stage: int) -> dict[str, Any]:
+        return {"zero_stage": zero_stage} if self.stages else {}
 
     def at_stage(self, zero_stage: int) -> Catalog:
         """Of a model on paper: the same on the same mesh under another ZeRO stage."""
@@ -108,7 +114,7 @@ class Subject:
         first = next(cut, next((t for t in tensors if len(t.shape) > 1), tensors[0]))
         stage = self.catalog.zero_stage
         if stage is None:
-            stage = 0 if self.home else 1
+            stage = 0 if self.home or not self.stages else 1
         return Choice(first.name, next(iter(first.states)), 0, self.trained_on.joined(), stage)
 
     def tensor(self, choice: Choice) -> Tensor:
@@ -120,7 +126,7 @@ class Subject:
 
     def _reshape(self, mesh: Mesh, zero_stage: int) -> Reshape | Refusal:
         try:
-            return Reshape.of(self.catalog, mesh, self.home, zero_stage=zero_stage)
+            return Reshape.of(self.catalog, mesh, self.home, **self._options(zero_stage))
         except CkptlabError as error:
             return Refusal(one_line(error, self.catalog.path))
 
@@ -130,7 +136,8 @@ class Subject:
         for axis, degree in mesh.degrees.items():
             tried = sorted({degree, *(n for n in DEGREES if n <= max(most, 4 * degree))})
             found[axis] = [n for n in tried if self.fits(mesh.replace(**{axis: n}), zero_stage)]
-        found["ZeRO"] = [stage for stage in self.stages if self.fits(mesh, stage)]
+        if self.stages:
+            found["ZeRO"] = [stage for stage in self.stages if self.fits(mesh, stage)]
         return found
 
     def fits(self, mesh: Mesh, zero_stage: int) -> bool:
@@ -143,7 +150,7 @@ class Subject:
                 few = min(numbers["layers"], max(mesh.pp, numbers["dense_layers"] + 1))
                 paper_model(mesh, zero_stage, **{**numbers, "layers": few})
             else:
-                Reshape.of(self.catalog, mesh, self.home, zero_stage=zero_stage)
+                Reshape.of(self.catalog, mesh, self.home, **self._options(zero_stage))
         except CkptlabError:
             return False
         return True
@@ -159,7 +166,8 @@ class Subject:
         target = self.target(choice)
         if isinstance(target, Refusal):
             return f"# {choice.mesh}: {target}"
-        stage = "" if choice.zero_stage == self.catalog.zero_stage else f", zero_stage={choice.zero_stage}"
+        same = not self.stages or choice.zero_stage == self.catalog.zero_stage
+        stage = "" if same else f", zero_stage={choice.zero_stage}"
         there = f', "{self.home}"' if self.home else ""
         line = f"{self.code}.reshape({mesh_code(choice.mesh)}{there}{stage})"
         return line if self.is_paper or self.home else f'{line}.save("reshaped/step")'

@@ -209,7 +209,7 @@ function render({ model, el }) {
     const set = (state) => {
       const pairs = state[meshField];
       const works = worksSlot ? part(worksSlot, state) : null;
-      const axes = [...pairs.map(([axis]) => axis), "ZeRO"];
+      const axes = [...pairs.map(([axis]) => axis), ...(model.get("stages").length ? ["ZeRO"] : [])];
       if (String(Object.keys(made)) !== String(axes)) {
         made = Object.fromEntries(
           axes.map((axis) => [
@@ -224,7 +224,7 @@ function render({ model, el }) {
       let degrees = works;
       if (!live && worksSlot) degrees = Object.fromEntries(axes.map((axis) => [axis, inPage(state, axis, meshField, stageField)]));
       for (const [axis, n] of pairs) made[axis].set(n, degrees && degrees[axis]);
-      made.ZeRO.set(state[stageField], degrees && degrees.ZeRO);
+      made.ZeRO?.set(state[stageField], degrees && degrees.ZeRO);
     };
     return { box, set };
   };

@@ -49,6 +49,7 @@ def test_maps_are_lines_of_notation() -> None:
     assert tensors["lm_head.weight"].shape == (61, 24)  # the vocabulary is padded for nobody
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked", [{"tp": 3, "dp": 1}, {"tp": 1, "dp": 2}, {"tp": 4, "dp": 1}, {"dp": 3}, {"zero_stage": 2}], ids=str
 )

@@ -100,6 +100,7 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
     base._resolve.cache_clear()
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_asked_for() -> None:
     code = (
         "import sys, ckptlab\n"
@@ -211,6 +212,7 @@ MIXED: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", MIXED)
 @pytest.mark.parametrize("second", [np.float32, np.int64, np.float64], ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("first", [np.int64, np.int32, np.float32], ids=lambda d: np.dtype(d).name)
@@ -224,6 +226,7 @@ def test_dtypes_that_meet_become_numpys(operation: str, first: type, second: typ
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-6 if found.dtype == np.float32 else 1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn], ids=lambda d: np.dtype(d).name
 )

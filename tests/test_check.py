@@ -72,6 +72,7 @@ def test_clean_checkpoints_have_no_findings(case: Path) -> None:
     assert found.checked.tensors == len(ckptlab.open(case).tensors)
 
 
+@pytest.mark.slow
 def test_what_ckptlab_writes_is_healthy(tmp_path: Path) -> None:
     ckptlab.open(ZERO2).reshape(Mesh(dp=3), zero_stage=1).save(tmp_path / "native" / "step")
     ckptlab.open(GPT).reshape(Mesh(tp=4, dp=3)).save(tmp_path / "tp4" / "step")
@@ -570,6 +571,7 @@ def test_each_stored_byte_is_read_once(case: Path, monkeypatch: pytest.MonkeyPat
         assert found.checked.bytes == sum(stored.nbytes for stored in read(case).stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1 << 6, 1 << 9, 1 << 14])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_windows_and_jobs_of_any_size_see_the_same(gpt: Path, window: int, workers: int) -> None:
@@ -712,6 +714,7 @@ def deep() -> list:
     return outer
 
 
+@pytest.mark.slow
 def test_what_is_nested_without_end_has_a_text_and_no_tensors() -> None:
     assert checks.text_of(deep()) == "(nested too deep)"
     assert list(stored_in(deep())) == []

@@ -499,6 +499,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert trouble.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_bar_in_a_terminal_only(tmp_path: Path) -> None:
     shown = {}
     for name, options in (("bar", []), ("none", ["--no-progress"])):

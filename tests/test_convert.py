@@ -192,6 +192,7 @@ def plans_of(case: Path, form: str) -> list[FilePlan]:
     return list(files(source, Reshape.of(source, Mesh(tp=2 if case == GPT else 1, dp=3)).target))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.relative_to(DATA)))
 def test_every_plan_travels_is_small_and_says_what_is_written(case: Path, form: str, tmp_path: Path) -> None:
@@ -214,6 +215,7 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         yield executor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_whoever_writes_it_writes_the_same_bytes(
     form: str, tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
@@ -228,6 +230,7 @@ def test_whoever_writes_it_writes_the_same_bytes(
     assert made["1"] == made["2"] == made["8"] == made["processes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["deepspeed", "universal"])
 def test_a_conversion_says_how_many_bytes_of_tensors_it_writes(form: str, tmp_path: Path) -> None:
     reshaped = Reshape.of(read(GPT), Mesh(tp=2, dp=3))
@@ -237,6 +240,7 @@ def test_a_conversion_says_how_many_bytes_of_tensors_it_writes(form: str, tmp_pa
         assert report.bytes_written == reshaped.cost().written
 
 
+@pytest.mark.slow
 def test_the_content_of_a_file_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     plan = torchfile.plan

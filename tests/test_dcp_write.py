@@ -83,6 +83,7 @@ def equal(found: Any, expected: np.ndarray, what: str) -> None:
     assert held.tobytes() == np.ascontiguousarray(expected).tobytes(), what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", ["fsdp", "layouts", "whole"])
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
 def test_torch_loads_what_a_deepspeed_run_held(case: Path, chunks: str, tmp_path: Path) -> None:
@@ -97,6 +98,7 @@ def test_torch_loads_what_a_deepspeed_run_held(case: Path, chunks: str, tmp_path
     assert files == sorted(f"__{rank}_0.distcp" for rank in range(world))
 
 
+@pytest.mark.slow
 def test_there_and_back_to_the_bit_with_the_runs_own_labels(tmp_path: Path) -> None:
     ckpt, there = written(GPT, tmp_path / "there", mesh=Mesh(dp=4), dtype="bf16")
     assert there.mesh == Mesh(dp=4)
@@ -120,6 +122,7 @@ def test_the_laws_of_formats(tmp_path: Path) -> None:
     assert "to another mesh and back is the identity" in check_format("dcp", there.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
@@ -298,6 +301,7 @@ def test_the_command_line_writes_it(tmp_path: Path) -> None:
     assert {"position.weight", "token.weight"} <= set(ckptlab.open(tmp_path / "dcp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 7, -1])
 def test_a_damaged_item_is_not_copied_on(which: int, tmp_path: Path) -> None:
     _, there = written(ZERO2, tmp_path / "dcp", mesh=Mesh(dp=2))
@@ -413,6 +417,7 @@ def through_dcp(case: Path, path: Path, **options: Any) -> tuple[Checkpoint, Che
     return written(case, path / "dcp", mesh=Mesh(dp=4), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "stage"), [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3), ("universal", 2), ("universal", 3)]
 )
@@ -431,6 +436,7 @@ def test_deepspeeds_files_are_made_of_it(form: str, stage: int, tmp_path: Path) 
     assert ckptlab.check(back).healthy
 
 
+@pytest.mark.slow
 def test_tensor_parallel_layouts_come_back_from_labels_or_a_strategy(tmp_path: Path) -> None:
     ckpt, there = through_dcp(GPT, tmp_path)
     there.reshape(format="deepspeed", tp=2, dp=2, zero_stage=1, dtype="bf16").save(tmp_path / "out" / "step")

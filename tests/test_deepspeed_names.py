@@ -164,6 +164,7 @@ def test_client_state_needs_no_class_of_the_client() -> None:
     assert random_states["torch_rng_state"].dtype == torch.uint8
 
 
+@pytest.mark.slow
 def test_an_unknown_class_stays_a_placeholder(tmp_path: Path) -> None:
     code = f"""
 import torch, types, sys
@@ -290,6 +291,7 @@ def shard_of(name: str, tp: int, rank: int, state: str) -> torch.Tensor:
     return torch.from_numpy(tensor.cut.take(whole, tensor.cut.coordinate({"tp": rank})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize(
     "name",

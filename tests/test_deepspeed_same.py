@@ -261,6 +261,7 @@ def compare(real: ModuleType, folder: str, degrees: tuple[int, int, int], final_
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", list(itertools.product((1, 2), repeat=3)), ids="tp{0[0]}_pp{0[1]}_dp{0[2]}".format)
 def test_files_layers_and_merged_states_of_a_gpt(real: ModuleType, degrees: tuple[int, int, int]) -> None:
     assert compare(real, GPT, degrees, -1) == []

@@ -94,6 +94,7 @@ def test_the_largest_difference_is_the_one_that_is_located(window: int, tmp_path
     assert (one.count, one.at, one.b) == (3, np.unravel_index(500, (61, 15)), -9.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "equal"), [(math.nan, False), (math.inf, False), (-0.0, False), (0.0, True)])
 def test_values_that_compare_oddly(value: float, equal: bool, tmp_path: Path) -> None:
     a, b = copy(ZERO2, tmp_path / "a"), copy(ZERO2, tmp_path / "b")

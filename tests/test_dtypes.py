@@ -134,6 +134,7 @@ def test_float16_sums_do_not_overflow(tmp_path: Path) -> None:
     assert (lazy.sum().item(), lazy.mean().item()) == (1.8e7, 60000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_operations_are_those_of_float64(operation: str, pair: tuple[xr.DataArray, xr.DataArray]) -> None:
     compute = OPERATIONS[operation]

@@ -82,6 +82,7 @@ def test_a_healthy_one_has_no_finding() -> None:
     assert ckptlab.check(MOE).findings == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", SPREAD, ids=str)
 @pytest.mark.parametrize("form", ["deepspeed", "universal"])
 def test_there_and_back_is_the_identity(asked: dict[str, Any], form: str, tmp_path: Path) -> None:

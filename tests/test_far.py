@@ -108,6 +108,7 @@ def same_files(one: Path, other: Path) -> None:
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_is_the_same_from_a_url(kind: str, near: Path, memory: str) -> None:
     here, there = ckptlab.open(near / KINDS[kind]), ckptlab.open(f"{memory}/{KINDS[kind]}")
@@ -121,6 +122,7 @@ def test_every_format_is_the_same_from_a_url(kind: str, near: Path, memory: str)
     assert a.drop_attrs().equals(b.drop_attrs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "to", "axes"), [
     ("deepspeed", "deepspeed", {"tp": 4, "pp": 1, "dp": 1}),
     ("stage 3", "universal", {}),

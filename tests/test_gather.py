@@ -20,6 +20,7 @@ from ckptlab.layout import Cut
 DTYPES = [np.float32, np.float64, np.float16, np.int64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 
 
+@pytest.mark.slow
 @given(cut(), cut(), st.booleans(), st.integers(0, 9), st.sampled_from(DTYPES), st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_cut_out_of_any_other(

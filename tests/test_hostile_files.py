@@ -639,6 +639,7 @@ def doubled(last: bytes, kind: bytes = b"\x86") -> bytes:
     return raw(b"}", b"N\x85q\x00", steps, last)
 
 
+@pytest.mark.slow
 def test_placeholders_as_keys_are_told_apart_by_what_they_hold():
     def keys(kind):
         return {foreign("m", "Index", state={"fqn": f"layers.{i}", "of": kind(i)}, new=True): i for i in range(20_000)}
@@ -671,6 +672,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_pickle_costs_little_whatever_it_asks_for(tmp_path, bomb):
     path = forge(tmp_path / "a.pt", data=BOMBS[bomb])

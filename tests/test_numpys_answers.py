@@ -68,6 +68,7 @@ EXACT: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXACT)
 def test_the_answer_is_numpys_or_refused(kind: str, backend: Backend) -> None:  # noqa: F811
     compute, values = EXACT[kind]
@@ -153,6 +154,7 @@ IDIOMS: dict[str, Callable[[xr.DataArray], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idiom", IDIOMS)
 def test_what_one_asks_of_layers(idiom: str, backend: Backend) -> None:  # noqa: F811
     values = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)

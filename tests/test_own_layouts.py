@@ -67,6 +67,7 @@ def test_kv_heads_that_several_ranks_hold() -> None:
     assert "kv 2, rep 2" in repr(reshaped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 @pytest.mark.parametrize("case", [GPT, ZERO2], ids=lambda c: c.name)
 def test_cut_over_dp_by_the_layout(case: Path, zero_stage: int) -> None:

@@ -55,6 +55,7 @@ def test_norms_by_layer(tmp_path: Path) -> None:
     assert len({line.get_color() for line in lines.values()}) == len(lines)
 
 
+@pytest.mark.slow
 def test_norms_of_a_run_are_the_last_steps(tmp_path: Path) -> None:
     run = ckptlab.open_run(STEPS)
     figure = plots.norms(run, states=["master"], tensors="fc1.weight")
@@ -154,6 +155,7 @@ def test_drift_over_tp(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image[replicated], 0)
 
 
+@pytest.mark.slow
 def test_drift_of_replicas_alone(tmp_path: Path) -> None:
     ckpt = ckptlab.open(GPT)
     figure = plots.drift(ckpt, replicas=True)
@@ -200,6 +202,7 @@ def test_spectrum(tmp_path: Path) -> None:
         plots.spectrum(GPT, tensors="bias")
 
 
+@pytest.mark.slow
 def test_matplotlib_is_loaded_when_a_plot_is_made() -> None:
     code = "import sys, ckptlab.analysis.plots; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -80,6 +80,7 @@ def test_no_tasks_no_results() -> None:
     assert list(run(square, [], on=2)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failure_is_raised_as_it_is(kind: str, ordered: bool) -> None:
@@ -172,6 +173,7 @@ def test_a_caller_that_wants_no_more_ends_it() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("ckptlab_")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ordered", [True, False])
 def test_few_tasks_are_taken_before_results_are_asked_for(kind: str, ordered: bool) -> None:

@@ -41,6 +41,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **wanted: entries.select(**wanted))
 
 
+@pytest.mark.slow
 def test_ours_are_imported_when_they_are_asked_for(made: Registry[object]) -> None:
     assert made.names() == ("pi", "one")
     assert (made.get("pi"), made.get("one")) == (pytest.approx(3.14159), 1)

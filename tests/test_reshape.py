@@ -77,6 +77,7 @@ def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, f
     assert digest(case) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "mesh", "options"), THERE, ids=ids)
 def test_the_plans_figures_are_what_happens(case: Path, mesh: Mesh, options: dict, tmp_path: Path) -> None:
     source = read(case)

@@ -30,6 +30,7 @@ def same(a: xr.DataTree, b: xr.DataTree) -> None:
             assert array.values.tobytes() == there[name].values.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("view", ["full", "shards", "flat"])
 def test_a_tree_comes_back(view: str, end: str, tmp_path: Path) -> None:

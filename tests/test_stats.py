@@ -233,6 +233,7 @@ def test_blocks_of_any_size(dtype: Any, block: int) -> None:
 # -------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3, STEPS], ids=lambda c: c.name)
 def test_real_checkpoints_tensor_by_tensor(case: Path) -> None:
     ckpt = ckptlab.open(case)

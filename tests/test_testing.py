@@ -88,6 +88,7 @@ def test_a_strategy_that_is_wrong_is_told_how(how: str, says: str) -> None:
         check_strategy(Wrong(how), SHAPES)
 
 
+@pytest.mark.slow
 def test_hypothesis_is_asked_for_where_it_is_missing() -> None:
     code = (
         "import sys; sys.modules['hypothesis'] = None\n"

@@ -169,6 +169,7 @@ def test_what_adam_did_not_train_is_refused(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- laws
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=30), st.integers(0, 30))
 def test_merged_parts_are_the_whole(values: list[float], at: int) -> None:
     w = np.array(values, np.float32)
@@ -182,6 +183,7 @@ def test_merged_parts_are_the_whole(values: list[float], at: int) -> None:
     assert Moved().merge(whole) == whole.merge(Moved()) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [GPT, ZERO3], ids=lambda c: c.name)
 def test_windows_of_any_size(case: Path) -> None:
     expected = updates(case)

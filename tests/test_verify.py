@@ -41,6 +41,7 @@ def records(path: Path) -> dict[str, tuple[int, int]]:
     return {record.name: (record.offset, record.size) for record in torchzip.summed(str(path))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["deepspeed --tp 4 --dp 1", "deepspeed --tp 1 --dp 3", "universal", "safetensors"])
 def test_a_bit_that_flipped_in_the_source_stops_the_conversion(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -518,6 +518,7 @@ TARGETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "mesh", "options"), TARGETS, ids=[f"{c.name} {m}" for c, m, _ in TARGETS])
 def test_views_of_a_target_are_those_of_what_is_then_saved(
     case: Path, mesh: Mesh, options: dict[str, Any], tmp_path: Path

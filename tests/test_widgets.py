@@ -245,6 +245,7 @@ def test_what_is_chosen_is_in_traits(explorer: Any) -> None:
     assert (explorer.tensor, explorer.rank, explorer.tab) == (DENSE, 2, "Look")
 
 
+@pytest.mark.slow
 def test_every_answer_is_of_one_state(explorer: Any) -> None:
     """Whatever is slid to: heading, picture, cost and line that come in one answer are of the mesh that was asked
     for."""
@@ -270,6 +271,7 @@ def test_every_answer_is_of_one_state(explorer: Any) -> None:
         assert dict(found["to.figures"]["axes"]) == dict(mesh.degrees)
 
 
+@pytest.mark.slow
 def test_a_refused_mesh_tells_the_degrees_that_work(explorer: Any) -> None:
     explorer.choose(tab="Reshape", mesh=Mesh(tp=3, pp=2, dp=2))
     assert "4 attention heads are not divisible" in explorer.shown("to.figures")["refused"]
@@ -356,6 +358,7 @@ def test_other_formats_are_looked_at_and_reshaped(step: str) -> None:
     explorer.close_all()
 
 
+@pytest.mark.slow
 def test_the_playground_answers_to_its_numbers() -> None:
     pytest.importorskip("anywidget")
     play = ckptlab.playground(layers=2)
@@ -427,6 +430,7 @@ def test_importing_ckptlab_takes_no_widgets_with_it() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_without_ipywidgets_the_error_says_what_to_install() -> None:
     code = """
 import sys

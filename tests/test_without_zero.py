@@ -25,6 +25,7 @@ def saved(case: Path, to: Path, **options: Any) -> Path:
 
 
 class TestThereAndBack:
+    @pytest.mark.slow
     @pytest.mark.parametrize("fused", [True, False])
     @pytest.mark.parametrize(("case", "stage"), [(ZERO2, 2), (ZERO2, 1), (ZERO3, 3)], ids=str)
     def test_of_a_plain_model(self, case: Path, stage: int, fused: bool, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def processes() -> Iterator[Executor]:
         yield executor
 
 
+@pytest.mark.slow
 @CASES
 def test_stats_are_the_same_on_all_workers(case: Path, processes: Executor) -> None:
     for view in (ckptlab.open(case), ckptlab.open(case).shards()):
@@ -68,6 +69,7 @@ def test_what_processes_read_is_counted_here(processes: Executor) -> None:
         assert read.bytes == size
 
 
+@pytest.mark.slow
 def test_a_view_is_counted_as_it_is_read() -> None:
     with ckptlab.reading() as read:
         array = ckptlab.open(GPT).full("master", stack=False)["3.self_attention.dense.weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import entry_points
+from multiprocessing import get_context
 from pathlib import Path
 
 import ml_dtypes
@@ -92,7 +93,7 @@ def test_it_is_reshaped_by_processes_too(toy: Path, tmp_path: Path) -> None:
     assert "tp 2 → 4" in repr(reshape)
     assert_well_formed(viz.plan(reshape.plan)._repr_html_())
     reshape.save(tmp_path / "threads", workers=2)
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         reshape.save(tmp_path / "processes", workers=pool)
     assert digest(tmp_path / "threads") == digest(tmp_path / "processes")
     with pytest.raises(ReshapeError, match="toy checkpoints know ring and tp, not pp"):

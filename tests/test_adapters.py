@@ -129,6 +129,7 @@ def test_what_is_beside_the_run_says_alpha_and_how(tmp_path: Path) -> None:
     assert adapters.config(run.catalog, adapters.find(run.catalog), None)["lora_dropout"] == 0.1
 
 
+@pytest.mark.slow
 @given(data=st.data(), turned=st.booleans())
 def test_a_merged_weight_is_read_in_any_cut(
     data: st.DataObject, turned: bool, tmp_path_factory: pytest.TempPathFactory

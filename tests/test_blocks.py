@@ -37,6 +37,7 @@ def run(tmp_path: Path, code: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_jax_cuts_as_the_layout_does(tmp_path: Path) -> None:
     run(
         tmp_path,

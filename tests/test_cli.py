@@ -68,6 +68,7 @@ def test_nothing_heavy_is_imported(code: str, light: tuple[str, ...]) -> None:
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
+@pytest.mark.slow
 def test_analysis_has_the_same_names() -> None:
     code = (
         "import ckptlab.analysis.adam; from ckptlab.analysis import check, diff, open_run, plots, stats, updates; "
@@ -532,6 +533,7 @@ def test_a_bar_in_a_terminal_only(tmp_path: Path) -> None:
     assert b"writing" not in shown["none"]
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_no_arrows() -> None:
     done = process("plan", GPT, "--tp", "4", encoding="latin-1", env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert done.returncode == 0

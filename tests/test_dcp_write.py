@@ -265,6 +265,7 @@ def test_missing_hyperparameters_are_torchs_defaults_and_said(tmp_path: Path) ->
     assert all(g.options["amsgrad"] is False for g in again.target.groups)
 
 
+@pytest.mark.slow
 def test_equal_values_lie_once_and_the_same_conversion_has_the_same_bytes(tmp_path: Path) -> None:
     first, second = (ckptlab.open(ZERO2).reshape(format="dcp", keys="torch-flat") for _ in range(2))
     for a, b in zip(first.files, second.files, strict=True):

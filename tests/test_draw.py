@@ -74,6 +74,7 @@ def test_what_is_referred_to_is_there_and_belongs_to_one_drawing() -> None:
     assert len(set().union(*ids)) == sum(map(len, ids))
 
 
+@pytest.mark.slow
 def test_the_same_numbers_give_the_same_text_in_every_process() -> None:
     script = "import test_draw as t; print(*[d.svg for d in t.every_kind('w')])"
     runs = []
@@ -195,6 +196,7 @@ def test_strips_give_every_holder_what_it_holds(tp: int, repeats: int, width: in
         assert made.folded == (tp * repeats if tp > 1 and tp * repeats > STRIPS else 0)
 
 
+@pytest.mark.slow
 def test_thousands_of_strips_are_few_and_the_picture_says_so() -> None:
     drawing = draw.sheet([edge("out", 1 << 20, 4, 1 << 16), edge("in", 8, 1)])
     assert len(cells(drawing, "piece")) == 64

@@ -189,6 +189,7 @@ def test_what_is_averaged_is_joined_as_the_mean() -> None:
     assert np.array_equal(seen.full("exp_avg", stack=False)["both"].values, np.concatenate(parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [Mesh(tp=4, dp=2), Mesh(dp=2)], ids=str)
 def test_a_run_goes_on_under_another_programs_names(mesh: Mesh, tmp_path: Path) -> None:
     """A pipeline of Megatron's becomes a run of DeepSpeed with transformers' names, moments and all, on a new mesh."""

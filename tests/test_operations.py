@@ -130,6 +130,7 @@ def test_two_axes(name: str) -> None:
     assert merge(shards, "(tp out) (dp in)").values.tolist() == whole.values.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_axis_that_is_split(name: str) -> None:
     """Two kv heads on tp 4: each stands on two ranks."""

@@ -53,6 +53,7 @@ def assert_merges_back(reshaped: ckptlab.Reshape) -> int:
     return checked
 
 
+@pytest.mark.slow
 def test_kv_heads_that_several_ranks_hold() -> None:
     mesh = Mesh(tp=4, dp=2).split("tp", kv=2, rep=2)
     reshaped = grouped().reshape(mesh, strategy=REPLICATED)
@@ -128,6 +129,7 @@ def test_files_that_can_hold_it_do(tmp_path: Path) -> None:
     assert ckptlab.diff(ckpt, again).equal
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_follows_the_cut() -> None:
     ckpt = ckptlab.open(GPT)
     name = "tied_modules.embed.word_embeddings.weight"

@@ -38,6 +38,7 @@ def drawn(figure: matplotlib.figure.Figure, path: Path) -> list[matplotlib.axes.
     return [axis for axis in figure.axes if axis.get_visible()]
 
 
+@pytest.mark.slow
 def test_norms_by_layer(tmp_path: Path) -> None:
     figure = plots.norms(ckptlab.open(GPT))
     axes = drawn(figure, tmp_path)
@@ -67,6 +68,7 @@ def test_norms_of_a_run_are_the_last_steps(tmp_path: Path) -> None:
     np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_ydata(), expected)
 
 
+@pytest.mark.slow
 def test_norms_over_steps_are_of_all_layers_together(tmp_path: Path) -> None:
     run = ckptlab.open_run(STEPS)
     found = ckptlab.stats(run)  # with histograms, whose coordinates are no norms'
@@ -140,6 +142,7 @@ def test_histograms_between_given_edges(tmp_path: Path) -> None:
         plots.histograms(found, over="step")
 
 
+@pytest.mark.slow
 def test_drift_over_tp(tmp_path: Path) -> None:
     ckpt = ckptlab.open(GPT)
     figure = plots.drift(ckpt)

@@ -50,12 +50,14 @@ def reads(x: int) -> int:
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_come_in_the_order_of_tasks(kind: str) -> None:
     with workers(kind) as on:
         assert list(run(square, range(100), on=on)) == [x * x for x in range(100)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_come_as_they_arrive_each_once(kind: str) -> None:
     with workers(kind) as on:

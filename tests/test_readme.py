@@ -57,6 +57,7 @@ def test_the_python_of_the_page_on_families(monkeypatch: pytest.MonkeyPatch) -> 
     assert names["seen"]["transformer.h.0.attn.c_attn.weight"].layout.text == "in (3 tp out)"
 
 
+@pytest.mark.slow
 def test_the_reference_is_up_to_date_and_its_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(ROOT)

@@ -99,6 +99,7 @@ def test_every_statistic_is_numpys_on_the_whole(dtype: Any, histogram: Any) -> N
     assert found["dtype"].item() == array.dtype.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_octaves_hold_what_lies_between_their_edges(dtype: Any) -> None:
     array = sample(dtype, 5_003)
@@ -531,6 +532,7 @@ def test_a_matrix_of_zeros_has_rank_zero(shape: tuple[int, int]) -> None:
 # -------------------------------------------------------------------------------- for people
 
 
+@pytest.mark.slow
 def test_the_table_and_its_html() -> None:
     found = stats(GPT)
     text = repr(found.ckptlab.table)
@@ -548,6 +550,7 @@ def test_the_table_and_its_html() -> None:
     assert "<b>w" not in hostile.ckptlab.table._repr_html_()
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     shown = run("stats", GPT, "--by", "model", "--states", "master,exp_avg")
     assert (shown.exit_code, shown.stderr) == (0, "")

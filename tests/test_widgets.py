@@ -381,6 +381,7 @@ def test_the_playground_answers_to_its_numbers() -> None:
     play.close_all()
 
 
+@pytest.mark.slow
 def test_a_page_without_a_kernel_has_what_it_is_to_answer(explorer: Any, tmp_path: Path) -> None:
     explorer.choose(tensor=DENSE, rank=3)
     explorer.to_html(tmp_path / "page.html", meshes=[Mesh(tp=4, dp=2)], tensors=[QKV])

@@ -41,6 +41,7 @@ def test_updates_are_the_same_on_all_workers(case: Path, processes: Executor) ->
         xr.testing.assert_identical(ckptlab.updates(case, workers=workers, window=1), one)
 
 
+@pytest.mark.slow
 @CASES
 def test_differences_are_the_same_on_all_workers(case: Path, processes: Executor) -> None:
     other = case / "universal" if case == GPT else GPT

@@ -62,7 +62,6 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-@pytest.mark.slow
 def test_the_reading_finds_a_circle_wherever_the_import_stands() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {frozenset("bc")}
     found = imports(HOUSE)
@@ -75,7 +74,6 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles(imports(HOUSE)) == set()
 
 
-@pytest.mark.slow
 def test_nobody_outside_a_formats_folder_imports_from_it() -> None:
     formats = [path.name for path in (HOUSE / "formats").iterdir() if (path / "__init__.py").exists()]
     assert {"deepspeed", "paper", "safetensors", "torch"} <= set(formats)

@@ -67,7 +67,7 @@ def measured(tree: Path, arguments: list[str]) -> dict[str, float]:
     """Step → seconds of processor, of a process on that tree."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-c", MEASURED, *arguments]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, cwd=tree, check=True, stdout=subprocess.PIPE, text=True)
     rows = (line.split("\t") for line in done.stdout.splitlines())
     return {what: float(seconds) for what, seconds in rows}
 

@@ -76,9 +76,10 @@ def _tensors(lines: Sequence[Line], tensors: int) -> str:
     columns = phrases.columns(lines)
     header = [title for title, *_ in columns]
     rows = []
+    meshes = {line.tensor.cut.mesh for line in lines[:ROWS]}
+    names = {name for mesh in meshes for axis in mesh for name in (axis, *mesh.leaves(axis))}
+    axes = re.compile(rf"\b({'|'.join(names)})\b")
     for line in lines[:ROWS]:
-        mesh = line.tensor.cut.mesh
-        axes = re.compile(rf"\b({'|'.join({*mesh, *(leaf for axis in mesh for leaf in mesh.leaves(axis))})})\b")
         cells = [escape(cell(line)) for *_, cell in columns]
         rows.append([axes.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)])
     table = table_html(header, rows, "".join(side for _, side, _ in columns), escaped=True)

@@ -5,9 +5,12 @@ Each gives a `Drawing`: a notebook shows it, `.svg` is its text, `.save(path)` w
 `plot_memory` and `plot_plan` plot every rank, with matplotlib.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from ckptlab.draw import Drawing
 from ckptlab.viz.buffers import flat
-from ckptlab.viz.families import family
 from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
 from ckptlab.viz.moves import plan
@@ -15,6 +18,9 @@ from ckptlab.viz.placed import placed
 from ckptlab.viz.plots import plot_memory, plot_plan
 from ckptlab.viz.sizes import KINDS, fullest, memory, memory_by_rank
 from ckptlab.viz.tensors import tensor
+
+if TYPE_CHECKING:
+    from ckptlab.viz.families import family
 
 __all__ = [
     "KINDS",
@@ -32,3 +38,12 @@ __all__ = [
     "stages",
     "tensor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`family`, loaded when it is asked for: what shows a checkpoint needs no families."""
+    if name != "family":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ckptlab.viz.families import family
+
+    return family

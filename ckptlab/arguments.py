@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import collections.abc
+import difflib
 import inspect
 import os
 import sys
@@ -58,16 +59,34 @@ def explained(function: T) -> T:
 
 
 def _wrong(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-    """What is to be said of the first argument that does not fit; None where all do, or where some are missing."""
+    """What is to be said of the first argument that does not fit, or that there is not; None where all do, or where
+    some are missing."""
+    signature = inspect.signature(function)
     try:
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        given = signature.bind(*args, **kwargs).arguments
     except TypeError:
-        return None
+        return _unknown(function, signature, kwargs)
     for name, value in given.items():
         hint = _hint(function, name)
         if not fits(value, hint):
             owner = function.__qualname__.removesuffix(".__init__").replace(".__getitem__", "[…]")
             return f"{owner} takes {name}={described(hint)}, not {_kind(value)}{_advice(hint, value)}"
+    return None
+
+
+def _unknown(function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any]) -> str | None:
+    """What is to be said of the first keyword that a function does not take, the nearest first; None if it takes
+    all."""
+    parameters = signature.parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+    for name in kwargs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            taken = ", ".join([*near, *(k for k in known if k not in near)])
+            owner = function.__qualname__.removesuffix(".__init__")
+            return f"{owner} takes no {name}=: it takes {taken or 'nothing by name'}"
     return None
 
 

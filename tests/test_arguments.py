@@ -92,6 +92,8 @@ def test_the_argument_is_named_with_what_is_taken() -> None:
         (lambda: ckptlab.merge(xr.Dataset(), "out"), "not a xarray.Dataset: take one of its variables"),
         (lambda: ckptlab.open(5), "open takes path=str, path or Sequence of str or path, not 5"),
         (lambda: Layout(3), "Layout takes text=str, not 3"),
+        (lambda: Layout("out", dim=("out",)), "^Layout takes no dim=: it takes dims, text, "),
+        (lambda: CKPT.full(dtyp="float32"), "full takes no dtyp=: it takes dtype, "),
         (lambda: ckptlab.diff(CKPT.full(), CKPT), "diff takes a=.*Checkpoint.*, not a xarray.DataTree"),
         (lambda: ckptlab.viz.plan(CKPT), "plan takes plan=Plan, not a ckptlab.Checkpoint"),
         (lambda: CKPT.full(dtype="float33"), "not 'float33'"),

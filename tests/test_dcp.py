@@ -681,3 +681,18 @@ def test_a_chunk_of_several_layers_is_windows_of_it(tmp_path: Path) -> None:
     found = read_dcp(folder.write())
     for layer in range(3):
         same(found, f"decoder.layers.{layer}.w", MASTER, values[layer])
+
+
+@pytest.mark.slow
+def test_files_of_safetensors_say_byte_0_of_every_item(tmp_path: Path) -> None:
+    """torch's own reader cannot read them back; tensors of one shape are no copies of each other."""
+    torch = pytest.importorskip("torch")
+    dcp = torch.distributed.checkpoint
+    weights = {f"layers.{i}.weight": torch.full((4, 3), float(i)) for i in range(3)}
+    kind = dcp.filesystem.SerializationFormat.SAFETENSORS
+    dcp.save(weights, storage_writer=dcp.FileSystemWriter(str(tmp_path / "run"), serialization_format=kind))
+    ckpt = ckptlab.open(tmp_path / "run")
+    assert list(ckpt) == list(weights)
+    assert not any(tensor.aliases for tensor in ckpt.values())
+    for name, array in ckpt.full(ckpt.states[0], stack=False).items():
+        assert array.values.tolist() == weights[name].tolist()

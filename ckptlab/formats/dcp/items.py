@@ -117,6 +117,15 @@ def _said(path: str, offset: int, length: int, key: str) -> str:
     return f"{key}: the item of {length:,} bytes at byte {offset:,}"
 
 
+def found_by_key(metadata: Metadata, file: int) -> bool:
+    """Whether a file is one of safetensors, whose items are found by key: `.metadata` says byte 0 of all."""
+    path = metadata.path(file)
+    try:
+        return _is_safetensors(path, _version(path))
+    except OSError:  # that it is missing is said where it is read
+        return False
+
+
 def _version(path: str) -> int:
     """A number that changes with a file; of a far one, the size."""
     return paths.size(path) if paths.is_far(path) else os.stat(path).st_mtime_ns

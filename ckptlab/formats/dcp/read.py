@@ -18,7 +18,7 @@ from ckptlab.formats.dcp import labels, megatron, ranks
 from ckptlab.formats.dcp.assemble import Client, Found, assemble
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
-from ckptlab.formats.dcp.items import object_at
+from ckptlab.formats.dcp.items import found_by_key, object_at
 from ckptlab.formats.dcp.keys import Keys, sort_keys
 from ckptlab.formats.dcp.metadata import LABELS, METADATA, Metadata
 from ckptlab.formats.dcp.said import Said
@@ -132,6 +132,8 @@ def _same_items(keys: Keys, of: Mapping[str, Metadata], found: Found) -> None:
         entry = of[key].tensors[key]
         lies = (of[key].folder, entry.shape, entry.starts.tobytes(), entry.file.tobytes(), entry.offset.tobytes())
         first = known.setdefault(lies, name) if len(entry.starts) else name
+        if first != name and any(found_by_key(of[key], file) for file in set(entry.file.tolist())):
+            continue
         if first != name and first not in keys.states and name in keys.states:
             first, name = name, first  # the one that the optimizer knows
             known[lies] = first

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from ckptlab import convert
 from ckptlab.arrays import Partition
 from ckptlab.checkpoint import Reshape
 from ckptlab.convert import execute
+from ckptlab.convert.journal import Journal
 from ckptlab.errors import CkptlabError, DestinationError
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import write as native
@@ -250,3 +252,16 @@ def test_the_content_of_a_file_is_made_once(tmp_path: Path, monkeypatch: pytest.
     assert reshaped.file_sizes.keys() == {plan.name for plan in reshaped.files}
     report = reshaped.save(tmp_path / "step")
     assert len(made) == len(set(made)) == report.files
+
+
+def test_what_a_worker_writes_too_late_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that ran twice may make the temporary file of one that is complete again."""
+    complete = Journal.complete
+
+    def late(self: Journal, name: str, done: Any) -> None:
+        complete(self, name, done)
+        (Path(self.partial) / f"{name}.tmp").write_bytes(b"late")
+
+    monkeypatch.setattr(Journal, "complete", late)
+    Reshape.of(read(GPT), Mesh(tp=4)).save(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tmp"))

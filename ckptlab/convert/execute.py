@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial as with_arguments
 from typing import Any
@@ -98,6 +99,9 @@ def run(
             files = [os.path.join(partial, name) for name in (*(plan.name for plan in plans), manifest.MANIFEST)]
             disk.sync([*files, *folders])
         copied = _copied(beside, os.path.dirname(destination))
+        for plan in plans:  # a worker that was taken for dead may have written a piece once more
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(partial, plan.name) + TEMPORARY)
         os.rename(partial, destination)
         _appear(destination, latest, sync)
     odd = sum((Counter(done[plan.name].odd) for plan in plans), Counter[str]())

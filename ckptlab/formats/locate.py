@@ -19,7 +19,8 @@ _DEPTH = 4  # how far below a folder checkpoints are looked for
 def locate(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Match:
     """Find the checkpoint that a user means: what a format recognises at the path itself, else the one that is below.
 
-    Weights alone are taken if no training checkpoint stands below them. CheckpointError lists what was found otherwise.
+    Weights alone are taken if no training checkpoint stands below them. CheckpointError otherwise, as where both are
+    there: it lists what was found.
     """
     path = paths.absolute(path, storage_options)
     try:

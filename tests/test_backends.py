@@ -18,34 +18,26 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
+from devices import BACKENDS, NAMES, spoken
 from helpers.arrays import OPERATIONS
 
 import ckptlab
-from ckptlab.arrays.backends import BACKENDS, Backend, base, resolve
+from ckptlab.arrays import backends
+from ckptlab.arrays.backends import Backend, base, resolve
 from ckptlab.arrays.backends.numpy import NumpyBackend
 from ckptlab.arrays.dtypes import is_narrow
 from ckptlab.arrays.duck import Duck, duck
 from ckptlab.errors import BackendError
 
-pytest.importorskip("torch")
-pytest.importorskip("jax")
-
-NAMES = ["numpy", "torch", "jax"]
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]
 DTYPES += [np.int64, np.int32, np.uint8, np.bool_]
 FLOATS = DTYPES[:5]
 
 
-def devices() -> list[tuple[str, str]]:
-    """Every backend on the CPU, and on CUDA where there is one."""
-    import torch
-
-    return [(name, "cpu") for name in NAMES] + ([("torch", "cuda")] if torch.cuda.is_available() else [])
-
-
-@pytest.fixture(params=devices(), ids=lambda d: "-".join(d))
+@pytest.fixture(params=BACKENDS, ids=spoken)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return resolve(*request.param)
+    found: Backend = request.param
+    return found
 
 
 def on(
@@ -82,7 +74,7 @@ def test_a_library_that_is_missing_is_named_with_how_to_get_it(monkeypatch: pyte
         raise ModuleNotFoundError(f"No module named {name!r}", name="torch")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    monkeypatch.setattr(BACKENDS, "_own", {"torch": "ckptlab.arrays.backends.torch:TorchBackend"})
+    monkeypatch.setattr(backends.BACKENDS, "_own", {"torch": "ckptlab.arrays.backends.torch:TorchBackend"})
     with pytest.raises(BackendError, match=r"needs torch.*pip install torch"):
         resolve("torch", "meta")
 
@@ -92,9 +84,9 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
         name = "mine"
 
     monkeypatch.setattr(sys.modules[__name__], "Mine", Mine, raising=False)
-    entries = EntryPoints([EntryPoint("mine", f"{__name__}:Mine", BACKENDS.group)])
-    monkeypatch.setattr(BACKENDS, "_installed", entries)
-    assert BACKENDS.names() == ("numpy", "torch", "jax", "mine")
+    entries = EntryPoints([EntryPoint("mine", f"{__name__}:Mine", backends.BACKENDS.group)])
+    monkeypatch.setattr(backends.BACKENDS, "_installed", entries)
+    assert backends.BACKENDS.names() == ("numpy", "torch", "jax", "mine")
     found = ckptlab.open(GPT).full("master", backend="mine")["6.weight"].master
     assert found.values.tobytes() == ckptlab.open(GPT).full("master")["6.weight"].master.values.tobytes()
     base._resolve.cache_clear()
@@ -275,8 +267,8 @@ def _set(array: xr.DataArray) -> xr.DataArray:
 
 @pytest.mark.parametrize(
     "backend",
-    [pytest.param(d, marks=pytest.mark.slow) if d[0] == "jax" else d for d in devices()],  # each is compiled
-    ids="-".join,
+    [pytest.param(b, marks=pytest.mark.slow) if b.name == "jax" else b for b in BACKENDS],  # each is compiled
+    ids=spoken,
     indirect=True,
 )
 @pytest.mark.parametrize("operation", MORE)

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
+from devices import BACKENDS, spoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ckptlab
 from ckptlab import (
+    Backend,
     Layout,
     LayoutError,
     Mesh,
@@ -37,10 +39,7 @@ from ckptlab.catalog import Catalog, FlatGroup, Tensor
 from ckptlab.layout import Cut
 from ckptlab.plan import FlatBuffer, Holder
 
-pytest.importorskip("torch")
-pytest.importorskip("jax")
-
-NAMES = ["numpy", "torch", "jax"]
+COMPILED = [pytest.param(b, marks=pytest.mark.slow) if b.name == "jax" else b for b in BACKENDS]
 DTYPES = [np.float32, np.float64, np.int64, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn]
 
 
@@ -70,8 +69,8 @@ def cases(draw: st.DrawFn) -> tuple[Layout, tuple[int, ...], Mesh, Mesh]:
 
 @pytest.mark.slow
 @settings(max_examples=60)
-@given(cases(), st.sampled_from(NAMES), st.sampled_from(DTYPES), st.booleans())
-def test_laws(case: Any, name: str, dtype: type, stacked: bool) -> None:
+@given(cases(), st.sampled_from(BACKENDS), st.sampled_from(DTYPES), st.booleans())
+def test_laws(case: Any, backend: Backend, dtype: type, stacked: bool) -> None:
     """Split is what `Cut.take` says, merge undoes it, and reshape is one after the other: bit for bit."""
     layout, shape, first, second = case
     try:
@@ -81,7 +80,7 @@ def test_laws(case: Any, name: str, dtype: type, stacked: bool) -> None:
     batch = (2,) if stacked else ()
     values = np.arange(math.prod((*batch, *shape)), dtype=np.int64).reshape((*batch, *shape)).astype(dtype)
     whole = xr.DataArray(values, dims=(*(["layer"] if stacked else []), *layout.dims), attrs={"kind": "parameter"})
-    shards = split(whole, layout, first, backend=name)
+    shards = split(whole, layout, first, backend=backend)
     assert (shards.dtype, shards.attrs) == (dtype, whole.attrs)
     for tp in range(first.tp):
         at = cut.coordinate({"tp": tp})
@@ -103,13 +102,13 @@ def test_laws(case: Any, name: str, dtype: type, stacked: bool) -> None:
 @settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 7), min_size=2, max_size=4),
-    st.sampled_from(NAMES),
+    st.sampled_from(BACKENDS),
     st.sampled_from([np.float32, ml_dtypes.bfloat16]),
 )
-def test_uneven_shards_stand_in_the_corner_of_the_widest(widths: list[int], name: str, dtype: type) -> None:
+def test_uneven_shards_stand_in_the_corner_of_the_widest(widths: list[int], backend: Backend, dtype: type) -> None:
     layout = Layout("(tp out) in", sizes={"out": tuple(widths)})
     values = np.arange(sum(widths) * 3).reshape(-1, 3).astype(dtype)
-    shards = split(xr.DataArray(values, dims=("out", "in")), layout, Mesh(tp=len(widths)), backend=name)
+    shards = split(xr.DataArray(values, dims=("out", "in")), layout, Mesh(tp=len(widths)), backend=backend)
     start = 0
     for tp, width in enumerate(widths):
         mine = shards.isel(tp=tp).values
@@ -121,29 +120,29 @@ def test_uneven_shards_stand_in_the_corner_of_the_widest(widths: list[int], name
     assert merge(shards, layout).values.tobytes() == values.tobytes()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_axes(name: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=spoken)
+def test_two_axes(backend: Backend) -> None:
     whole = xr.DataArray(np.arange(48.0).reshape(8, 6), dims=("out", "in"))
-    shards = split(whole, "(tp out) (dp in)", Mesh(tp=4, dp=2), backend=name)
+    shards = split(whole, "(tp out) (dp in)", Mesh(tp=4, dp=2), backend=backend)
     assert dict(shards.sizes) == {"dp": 2, "tp": 4, "out": 2, "in": 3}
     assert shards.sel(dp=1, tp=2).values.tolist() == [[27, 28, 29], [33, 34, 35]]
     assert merge(shards, "(tp out) (dp in)").values.tolist() == whole.values.tolist()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_an_axis_that_is_split(name: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=spoken)
+def test_an_axis_that_is_split(backend: Backend) -> None:
     """Two kv heads on tp 4: each stands on two ranks."""
     layout = Layout("((tp q) + (kv k)) in", totals={"q": 8, "k": 4})
     mesh, narrow = Mesh(tp=4).split("tp", kv=2, rep=2), Mesh(tp=2).split("tp", kv=2, rep=1)
     whole = xr.DataArray(np.arange(36).reshape(12, 3), dims=layout.dims)
-    shards = split(whole, layout, mesh, backend=name)
+    shards = split(whole, layout, mesh, backend=backend)
     assert dict(shards.sizes) == {"kv": 2, "rep": 2, "dim0": 4, "in": 3}
     assert (shards.sel(kv=1, rep=0).values[:, 0] // 3).tolist() == [4, 5, 10, 11]
     assert merge(shards, layout, shape=(12, 3), on=mesh).values.tolist() == whole.values.tolist()
     fewer = reshape(shards, layout, narrow, shape=(12, 3), on=mesh)
     assert fewer.values.tolist() == split(whole, layout, narrow).values.tolist()
-    replicated = split(whole, "dim0 in", mesh, backend=name)
+    replicated = split(whole, "dim0 in", mesh, backend=backend)
     assert (replicated.sizes["kv"], replicated.sizes["rep"]) == (2, 2)
     assert merge(replicated, "dim0 in", shape=(12, 3), on=mesh).values.tolist() == whole.values.tolist()
     with pytest.raises(LayoutError, match="split.*shape="):
@@ -152,65 +151,63 @@ def test_an_axis_that_is_split(name: str) -> None:
         merge(shards, layout, shape=(12, 3), on=narrow)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_padding_is_cut_off_where_the_true_shape_is_said(name: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=spoken)
+def test_padding_is_cut_off_where_the_true_shape_is_said(backend: Backend) -> None:
     layout = Layout("(tp out) in", padded={0: 8})
     whole = xr.DataArray(np.arange(1.0, 15).reshape(7, 2), dims=("out", "in"))
-    shards = split(whole, layout, Mesh(tp=2), backend=name)
+    shards = split(whole, layout, Mesh(tp=2), backend=backend)
     assert dict(shards.sizes) == {"tp": 2, "out": 4, "in": 2}
     assert shards.isel(tp=1, out=3).values.tolist() == [0, 0]
     assert merge(shards, layout, shape=(7, 2)).values.tolist() == whole.values.tolist()
     assert merge(shards, layout).sizes["out"] == 8
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", BACKENDS, ids=spoken)
 class TestReplicas:
-    def shards(self, name: str, dtype: type = np.float32) -> xr.DataArray:
-        backend = resolve(name)
+    def shards(self, backend: Backend, dtype: type = np.float32) -> xr.DataArray:
         values = np.array([[1, 2, np.nan], [1, 4, np.nan]], dtype)
         return xr.DataArray(duck(backend.from_numpy(values), backend), dims=("tp", "out"), name="norm.weight")
 
-    def test_equal_ones_are_one(self, name: str) -> None:
-        same = self.shards(name).isel(tp=[0, 0])
+    def test_equal_ones_are_one(self, backend: Backend) -> None:
+        same = self.shards(backend).isel(tp=[0, 0])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             np.testing.assert_array_equal(merge(same, "out").values, [1, 2, np.nan])
 
-    def test_a_difference_is_reported(self, name: str) -> None:
+    def test_a_difference_is_reported(self, backend: Backend) -> None:
         with pytest.warns(ReplicaWarning, match=r"norm\.weight: tp 1 differ from tp 0"):
-            assert merge(self.shards(name), "out").values[1] == 2
+            assert merge(self.shards(backend), "out").values[1] == 2
 
-    def test_they_are_averaged_where_the_layout_says_so(self, name: str) -> None:
+    def test_they_are_averaged_where_the_layout_says_so(self, backend: Backend) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = merge(self.shards(name, ml_dtypes.bfloat16), Layout("out", replicas="mean"))
+            found = merge(self.shards(backend, ml_dtypes.bfloat16), Layout("out", replicas="mean"))
             assert found.dtype == ml_dtypes.bfloat16
             np.testing.assert_array_equal(found.values.astype(np.float32), [1, 3, np.nan])
-            assert merge(self.shards(name), Layout("out", replicas="first")).values[1] == 2
+            assert merge(self.shards(backend), Layout("out", replicas="first")).values[1] == 2
 
 
-@pytest.mark.parametrize("name", ["numpy", "torch"])
-def test_a_destination_is_written_to(name: str) -> None:
-    backend = resolve(name)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name != "jax"], ids=spoken)
+def test_a_destination_is_written_to(backend: Backend) -> None:
     layout, mesh = Layout("((tp q) + (tp k)) in", totals={"q": 8, "k": 4}), Mesh(tp=4)
     whole = xr.DataArray(np.arange(36, dtype=np.float32).reshape(12, 3), dims=("dim0", "in"))
-    shards = split(whole, layout, mesh, backend=name)
+    shards = split(whole, layout, mesh, backend=backend)
     out = backend.empty((12, 3), np.dtype(np.float32))
     merged = merge(shards, layout, out=out)
     assert backend.to_numpy(out).tobytes() == whole.values.tobytes() == merged.values.tobytes()
-    held = merged.data if name == "numpy" else merged.data.array
-    assert held.data_ptr() == out.data_ptr() if name == "torch" else np.shares_memory(held, out)
+    held = merged.data if backend.name == "numpy" else merged.data.array
+    assert held.data_ptr() == out.data_ptr() if backend.name == "torch" else np.shares_memory(held, out)
     with pytest.raises(LayoutError, match=r"out has shape \(12, 3\), dtype float64; expected \(12, 3\)"):
         merge(shards, layout, out=backend.empty((12, 3), np.dtype(np.float64)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_array_is_moved_with_its_labels(name: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=spoken)
+def test_an_array_is_moved_with_its_labels(backend: Backend) -> None:
     here = xr.DataArray(np.arange(3, dtype=np.int64) * 2**40, {"out": [5, 6, 7]}, ["out"], "w", {"kind": "buffer"})
-    there = to(here, name)
+    there = to(here, backend)
     assert (there.name, there.attrs, there.dtype) == ("w", {"kind": "buffer"}, np.int64)
     assert there.sel(out=7) == 2**41
-    assert to(there, name) is there
+    assert to(there, backend) is there
     assert to(there).data is there.data
     assert to(there, "numpy").identical(here)
 
@@ -275,14 +272,14 @@ def nodes(catalog: Catalog, tree: xr.DataTree) -> Iterator[tuple[FlatGroup, xr.D
         seen[path] += 1
 
 
-@pytest.mark.parametrize("name", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", COMPILED, ids=spoken)
 @pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
-def test_from_buffers_to_other_buffers_by_hand(case: Any, name: str) -> None:
+def test_from_buffers_to_other_buffers_by_hand(case: Any, backend: Backend) -> None:
     """Merge dp, merge tp, split tp, split dp: step by step in memory it is what the reshape's views show."""
     ckpt = ckptlab.open(case)
     to = ckpt.reshape(Mesh(tp=1, dp=3) if ckpt.mesh.tp > 1 else Mesh(dp=3))
     whole: dict[str, xr.DataArray] = {}
-    for group, node in nodes(ckpt.catalog, ckpt.flat(backend=name)):
+    for group, node in nodes(ckpt.catalog, ckpt.flat(backend=backend.name, device=backend.device)):
         shards = merge_flat(node.exp_avg, group, ckpt.tensors)
         assert set(shards) == set(group.names)
         known = ckpt.shards("exp_avg", stack=False)
@@ -303,13 +300,12 @@ def test_from_buffers_to_other_buffers_by_hand(case: Any, name: str) -> None:
     st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
     st.integers(1, 5),
     st.booleans(),
-    st.sampled_from(NAMES),
+    st.sampled_from(BACKENDS),
     st.sampled_from(DTYPES),
 )
-def test_flat_laws(counts: list[int], dp: int, zero3: bool, name: str, dtype: type) -> None:
+def test_flat_laws(counts: list[int], dp: int, zero3: bool, backend: Backend, dtype: type) -> None:
     names = [f"w{i}" for i in range(len(counts))]
     flat = (FlatBuffer.per_tensor if zero3 else FlatBuffer.contiguous)(names, counts, dp)
-    backend = resolve(name)
     shards = {}
     for i, (tensor, n) in enumerate(zip(names, counts, strict=True)):
         array = backend.from_numpy((np.arange(n) + 10 * i + 1).astype(dtype))
@@ -347,10 +343,10 @@ def spread(draw: st.DrawFn) -> tuple[Mesh, list[Layout], list[tuple[int, ...]]]:
     return mesh, layouts, shapes
 
 
-@pytest.mark.parametrize("name", ["numpy", "torch", pytest.param("jax", marks=pytest.mark.slow)])  # compiles each shape
+@pytest.mark.parametrize("backend", COMPILED, ids=spoken)  # compiles each shape
 @settings(max_examples=25)
 @given(spread(), st.booleans())
-def test_flat_laws_where_experts_are_spread(name: str, case: Any, zero3: bool) -> None:
+def test_flat_laws_where_experts_are_spread(backend: Backend, case: Any, zero3: bool) -> None:
     """Holders differ on ep and tp, edp cuts the buffers: each holds what the cut says, and merging undoes splitting."""
     mesh, layouts, shapes = case
     tensors, wholes, shards = {}, {}, {}
@@ -360,7 +356,7 @@ def test_flat_laws_where_experts_are_spread(name: str, case: Any, zero3: bool) -
         tensors[f"w{i}"] = Tensor(f"w{i}", shape, layout, cut, "parameter", states, 0)
         whole = 100 * (i + 1) + np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
         wholes[f"w{i}"] = whole
-        shards[f"w{i}"] = split(xr.DataArray(whole, dims=layout.dims), layout, mesh, backend=name)
+        shards[f"w{i}"] = split(xr.DataArray(whole, dims=layout.dims), layout, mesh, backend=backend)
     group = FlatGroup.laid_out(Holder(pp=0), 0, list(tensors), tensors, mesh, 3 if zero3 else 1)
     assert (group.axes, group.over) == (("ep", "tp"), "edp")
     buffers = split_flat(shards, group)

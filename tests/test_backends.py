@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pickle
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from helpers.arrays import OPERATIONS
 
 import ckptlab
 from ckptlab.arrays import backends
-from ckptlab.arrays.backends import Backend, base, resolve
+from ckptlab.arrays.backends import Backend, resolve
 from ckptlab.arrays.backends.numpy import NumpyBackend
 from ckptlab.arrays.dtypes import is_narrow
 from ckptlab.arrays.duck import Duck, duck
@@ -89,7 +91,6 @@ def test_an_installed_package_may_add_one(monkeypatch: pytest.MonkeyPatch) -> No
     assert backends.BACKENDS.names() == ("numpy", "torch", "jax", "mine")
     found = ckptlab.open(GPT).full("master", backend="mine")["6.weight"].master
     assert found.values.tobytes() == ckptlab.open(GPT).full("master")["6.weight"].master.values.tobytes()
-    base._resolve.cache_clear()
 
 
 @pytest.mark.slow
@@ -424,17 +425,35 @@ class Stream:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
 def test_staging_waits_before_a_buffer_is_used_again(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logic of copies to CUDA, on the CPU."""
+    found, views, stream, expected = staged(dtype, 1, monkeypatch)
+    assert found.tobytes() == expected.tobytes()
+    waited = ["waited for 0", "copied 2", "waited for 1", "copied 3"]
+    assert stream.said == ["copied 0", "copied 1", *waited, "finished"]
+    assert np.shares_memory(views[1], views[3])  # the second buffer again
+
+
+def test_many_threads_read_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, views, stream, expected = staged(np.float32, 3, monkeypatch, rows=200)
+    assert found.tobytes() == expected.tobytes()
+    assert (len(views), stream.said[-1]) == (50, "finished")
+    assert len({view.ctypes.data for view in views}) <= 4
+
+
+def staged(dtype: type, readers: int, monkeypatch: pytest.MonkeyPatch, rows: int = 14) -> Any:
+    """What so many threads bring to a device that is none, what they read into, the stream, and what it should be."""
     import torch
 
     from ckptlab.arrays.backends import torch as module
 
     stream, backend = Stream(), resolve("torch")
     monkeypatch.setattr(module, "STAGE", 4 * 6 * np.dtype(dtype).itemsize)  # four rows
+    monkeypatch.setattr(module, "READERS", readers)
     monkeypatch.setattr(module, "_pinned", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(backend, "_device", type("Device", (), {"type": "cuda"})())
     monkeypatch.setattr(backend, "empty", lambda shape, dtype: torch.empty(tuple(shape), dtype=module._DTYPES[dtype]))
-    values = np.arange(14 * 6).reshape(14, 6).astype(dtype)
+    values = np.arange(rows * 6).reshape(rows, 6).astype(dtype)
     views = []
 
     def read(rows: slice, out: np.ndarray | None) -> np.ndarray:
@@ -443,11 +462,42 @@ def test_staging_waits_before_a_buffer_is_used_again(dtype: type, monkeypatch: p
         views.append(out)
         return out
 
-    found = backend.receive(read, values.shape, values.dtype)
-    assert backend.to_numpy(found).tobytes() == values.tobytes()
-    waited = ["waited for 0", "copied 2", "waited for 1", "copied 3"]
-    assert stream.said == ["copied 0", "copied 1", *waited, "finished"]
-    assert np.shares_memory(views[1], views[3])  # the second buffer again
+    return backend.to_numpy(backend.receive(read, values.shape, values.dtype)), views, stream, values
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype", "itemsize"),
+    [
+        ("out (tp in)", (4, 32), np.float16, 16),
+        ("out (tp in)", (4, 24), np.float16, 4),  # 6 elements a shard
+        ("(tp out) in", (4, 3), np.float16, 2),
+        ("out (tp in)", (3, 16), np.float64, 16),
+        ("(3 tp out) in", (12, 8), np.uint8, 8),
+    ],
+)
+def test_a_gpu_copies_in_the_largest_units_that_hold(
+    text: str, shape: tuple[int, int], dtype: type, itemsize: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckptlab.arrays.backends import torch as module
+
+    backend = resolve("torch")
+    whole = np.arange(math.prod(shape)).reshape(shape).astype(dtype)
+    layout, mesh = ckptlab.Layout(text), ckptlab.Mesh(tp=4)
+    seen = set()
+
+    def assign(out: Any, source: Any) -> None:
+        units = module._in_large_units(out, source)
+        seen.add(units[0].itemsize)
+        units[0].copy_(units[1])
+
+    monkeypatch.setattr(backend, "assign", assign)
+    array = xr.DataArray(duck(backend.from_numpy(whole), backend), dims=layout.dims)
+    shards = ckptlab.split(array, layout, mesh)
+    assert ckptlab.merge(shards, layout).values.tobytes() == whole.tobytes()
+    assert seen == {itemsize}
+    assert (
+        shards.values.tobytes() == ckptlab.split(xr.DataArray(whole, dims=layout.dims), layout, mesh).values.tobytes()
+    )
 
 
 @pytest.mark.skipif("not __import__('torch').cuda.is_available()")

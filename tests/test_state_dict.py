@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from compare import DATA, GPT, ZERO2, ZERO3, whole
+from devices import BACKENDS, spoken
 
 import ckptlab
-from ckptlab.arrays.backends import resolve
+from ckptlab import Backend
 from ckptlab.errors import BackendError, CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -48,20 +49,19 @@ def test_a_run_is_a_mapping_of_steps() -> None:
         run[3]
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("backend", BACKENDS, ids=spoken)
 @pytest.mark.parametrize("case", [GPT, ZERO2], ids=lambda c: c.name)
-def test_a_state_dict_holds_what_is_stored(case: Path, backend: str) -> None:
-    pytest.importorskip(backend)
+def test_a_state_dict_holds_what_is_stored(case: Path, backend: Backend) -> None:
     ckpt = ckptlab.open(case)
-    of = resolve(backend)
-    found = ckpt.state_dict(backend=backend)
+    found = ckpt.state_dict(backend=backend.name, device=backend.device)
     assert set(found) == {name for t in ckpt.values() for name in (t.name, *t.aliases)}
     for tensor in ckpt.values():
         state = "master" if "master" in tensor.states else "param"
         array = found[tensor.name]
-        assert of.is_array(array)
-        assert of.to_numpy(array).tobytes() == whole(ckpt.catalog, tensor.name, state).tobytes(), tensor.name
-        assert of.to_numpy(array).dtype == tensor.states[state]
+        assert backend.is_array(array)
+        assert backend.device_of(array) in (None, backend.device)
+        assert backend.to_numpy(array).tobytes() == whole(ckpt.catalog, tensor.name, state).tobytes(), tensor.name
+        assert backend.to_numpy(array).dtype == tensor.states[state]
         assert all(found[alias] is array for alias in tensor.aliases)
 
 
@@ -98,14 +98,15 @@ def shapes(ckpt: Any) -> dict[str, tuple[int, ...]]:
     return {t.name: t.shape for t in ckpt.values()}
 
 
+@pytest.mark.parametrize("device", sorted({b.device for b in BACKENDS if b.name == "torch"}))
 @pytest.mark.parametrize("case", [GPT, ZERO3], ids=lambda c: c.name)
-def test_a_module_is_loaded(case: Any) -> None:
+def test_a_module_is_loaded(case: Any, device: str) -> None:
     ckpt = ckptlab.open(case)
-    module = Module(shapes(ckpt))
+    module = Module(shapes(ckpt), device=device)
     assert ckpt.load_into(module) == ([], [])
     for name, value in module.state_dict().items():
         state = "master" if "master" in ckpt[name].states else "param"
-        np.testing.assert_array_equal(value.numpy(), whole(ckpt.catalog, name, state).astype(np.float32))
+        np.testing.assert_array_equal(value.cpu().numpy(), whole(ckpt.catalog, name, state).astype(np.float32))
 
 
 def test_what_is_loaded_is_rounded_and_padded_as_the_module_wants(gpt: Any) -> None:

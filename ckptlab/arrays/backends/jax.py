@@ -221,6 +221,6 @@ def _device(wanted: str) -> Any:
         devices = []
     found = [d for d in devices if not index or str(d.id) == index]
     if not found:
-        have = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+        have = ", ".join(dict.fromkeys(f"{d.platform}:{d.id}" for d in (*jax.devices(), *jax.devices("cpu"))))
         raise BackendError(f"jax has no device {wanted!r} here: it has {have}")
     return found[0]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import torch
 
+from ckptlab import pool
 from ckptlab.arrays.backends import torch_functions
 from ckptlab.arrays.backends.base import Backend, Coordinate, Read
 from ckptlab.arrays.moves import View
@@ -27,7 +30,8 @@ _DTYPES: dict[np.dtype, torch.dtype] = {
         if hasattr(torch, name)
     },
 }
-STAGE = 1 << 26  # bytes of each pinned buffer
+STAGE = 1 << 24  # bytes of each pinned buffer
+READERS = min(4, os.cpu_count() or 1)  # threads that read into them
 _NUMPY_DTYPES = {mine: theirs for theirs, mine in _DTYPES.items()}
 _BITS = {1: torch.uint8, 2: torch.uint16}  # numpy and torch share no dtype of these sizes for floats of theirs
 
@@ -124,17 +128,19 @@ class TorchBackend(Backend):
         return array if view.order is None else array.permute(view.order)
 
     def assign(self, out: torch.Tensor, source: torch.Tensor) -> None:
+        if self._device.type == "cuda" and out.dtype == source.dtype:
+            out, source = _in_large_units(out, source)
         out.copy_(source)
 
     def receive(self, read: Read, shape: Sequence[int], dtype: np.dtype) -> torch.Tensor:
         if self._device.type != "cuda" or not shape:
             return self.from_numpy(read(slice(None), None), owned=True)
         out = self.empty(shape, dtype)
-        staging = Staging(self._device)
+        staging = Staging(self._device, READERS + 1)
         rows = max(1, STAGE // max(1, math.prod(shape[1:]) * dtype.itemsize))
-        for first in range(0, shape[0], rows):
-            part = out[first : first + rows]
-            staging.send(read(slice(first, first + rows), staging.memory(part.shape, dtype)), part)
+        parts = (slice(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows))
+        for _ in pool.run(lambda part: staging.send(read, part, out[part]), parts, on=READERS, ordered=False):
+            pass
         staging.finish()
         return out
 
@@ -172,31 +178,32 @@ def _is_place(k: Any) -> bool:
 
 
 class Staging:
-    """Two pinned buffers between files and a CUDA device: while one is copied, the other is read into."""
+    """Pinned buffers between files and a CUDA device: while some are copied, others are read into. For many threads."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, buffers: int) -> None:
         self._stream = torch.cuda.current_stream(device)
-        self._buffers = [_pinned(STAGE) for _ in range(2)]
-        self._copied: list[Any] = [None, None]
-        self._turn = 0
+        self._free: SimpleQueue[tuple[torch.Tensor, Any]] = SimpleQueue()  # each with the event of its last copy
+        for _ in range(buffers):
+            self._free.put((_pinned(STAGE), None))
 
-    def memory(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """Memory of the buffer whose turn it is, for one array; what does not fit is allocated as usual."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes > STAGE:
-            return np.empty(tuple(shape), dtype)
-        if self._copied[self._turn] is not None:
-            self._copied[self._turn].synchronize()
-        return self._buffers[self._turn].numpy()[:nbytes].view(dtype).reshape(tuple(shape))
+    def send(self, read: Read, rows: slice, out: torch.Tensor) -> None:
+        """Read rows, and start to copy them to their place on the device."""
+        if out.nbytes > STAGE:  # a row of the first dim alone
+            return self._copy(_same_bits(read(rows, None), out.dtype), out)
+        pinned, copied = self._free.get()
+        try:
+            if copied is not None:
+                copied.synchronize()
+            mine = pinned[: out.nbytes]
+            read(rows, mine.numpy().view(_NUMPY_DTYPES[out.dtype]).reshape(out.shape))
+            self._copy(mine.view(out.dtype).view(out.shape), out)
+            copied = self._stream.record_event()
+        finally:
+            self._free.put((pinned, copied))
 
-    def send(self, array: np.ndarray, out: torch.Tensor) -> None:
-        """Start to copy an array to its place on the device."""
-        pinned = self._buffers[self._turn]
-        mine = array.nbytes and array.ctypes.data == pinned.data_ptr()
-        source = pinned[: array.nbytes].view(out.dtype).view(out.shape) if mine else _same_bits(array, out.dtype)
-        out.copy_(source, non_blocking=bool(mine))
-        self._copied[self._turn] = self._stream.record_event()
-        self._turn = 1 - self._turn
+    def _copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        with torch.cuda.stream(self._stream):  # a thread has a stream of its own
+            out.copy_(source, non_blocking=source.is_pinned())
 
     def finish(self) -> None:
         """Wait until all is copied, so that the buffers may be freed."""
@@ -205,6 +212,21 @@ class Staging:
 
 def _pinned(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _in_large_units(out: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as tensors of the largest units of which neither breaks one: a GPU's strided copy moves a unit a thread."""
+    for unit in (torch.complex128, torch.int64, torch.int32):
+        if all(_has_units(array, unit.itemsize) for array in (out, source)):
+            return out.view(unit), source.view(unit)
+    return out, source
+
+
+def _has_units(array: torch.Tensor, nbytes: int) -> bool:
+    many, odd = divmod(nbytes, array.itemsize)
+    if odd or many < 2 or not array.ndim or array.stride(-1) != 1 or array.data_ptr() % nbytes:
+        return False
+    return not any(n % many for n in (array.shape[-1], array.storage_offset(), *array.stride()[:-1]))
 
 
 def _same_bits(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

@@ -15,10 +15,10 @@ import torch
 _NAMES = """
 abs acos acosh add all any argmax argmin argsort asin asinh atan atan2 atanh bitwise_and bitwise_invert bitwise_or
 bitwise_xor broadcast_arrays broadcast_to ceil clip concat conj cos cosh count_nonzero cumulative_sum diff divide einsum
-empty_like equal exp expand_dims expm1 fabs flip floor floor_divide fmax fmin full_like greater greater_equal
+empty_like equal exp expand_dims expm1 fabs flip floor fmax fmin full_like greater greater_equal
 isfinite isin isinf isnan less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or
 logical_xor matmul max maximum mean min minimum moveaxis multiply nan_to_num negative not_equal ones_like
-permute_dims positive pow ravel reciprocal remainder repeat reshape roll round sign signbit sin
+permute_dims positive pow ravel reciprocal repeat reshape roll round sign signbit sin
 sinh sqrt square squeeze stack std subtract take tan tanh tensordot tile tril triu trunc unstack var vecdot
 where zeros_like
 """
@@ -36,7 +36,6 @@ _CALLED = {
     "amin": "min",
     "concatenate": "concat",
     "invert": "bitwise_invert",
-    "mod": "remainder",
     "power": "pow",
     "true_divide": "divide",
 }
@@ -140,19 +139,39 @@ def _searchsorted(array: torch.Tensor, values: torch.Tensor, side: str = "left",
     return found
 
 
+def _divided(function: Callable[..., torch.Tensor], a: Any, b: Any) -> torch.Tensor:
+    """Quotients and rests as numpy's: of a whole number and 0 both are 0 (torch raises; CUDA gives any number)."""
+    first = a if isinstance(a, torch.Tensor) else b
+    a, b = (x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device=first.device) for x in (a, b))
+    if torch.result_type(a, b).is_floating_point:
+        return function(a, b)
+    none = b == 0
+    return function(a, b.masked_fill(none, 1)).masked_fill(none, 0)
+
+
+_FLOOR_DIVIDE = partial(_divided, xp.floor_divide)
+_REMAINDER = partial(_divided, xp.remainder)
+
+
 def _svd(array: torch.Tensor, full_matrices: bool = True, compute_uv: bool = True, hermitian: bool = False) -> Any:
     return torch.linalg.svd(array, full_matrices) if compute_uv else torch.linalg.svdvals(array)
 
 
 def _lstsq(a: Any, b: Any, rcond: float | None = None) -> Any:
-    """numpy's: b may be a vector; solution, squared residuals, rank, singular values."""
+    """numpy's: b may be a vector; solution, squared residuals, rank, singular values. By singular values, as LAPACK's
+    gelsd, since CUDA has none that takes a matrix of less than full rank."""
     device = next(t.device for t in (a, b) if isinstance(t, torch.Tensor))
     a, b = torch.as_tensor(a, device=device), torch.as_tensor(b, device=device)
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    columns = b if b.ndim > 1 else b[:, None]
-    found = torch.linalg.lstsq(a.to(dtype), columns.to(dtype), rcond=rcond, driver="gelsd")
-    solution = found.solution if b.ndim > 1 else found.solution[:, 0]
-    return solution, found.residuals, found.rank, found.singular_values
+    a, columns = a.to(dtype), (b if b.ndim > 1 else b[:, None]).to(dtype)
+    u, values, v = torch.linalg.svd(a, full_matrices=False)
+    epsilon = torch.finfo(dtype).eps
+    least = epsilon * max(a.shape) if rcond is None else rcond if rcond >= 0 else epsilon
+    kept = values > least * values.amax()
+    solution = v.mH @ ((u.mH @ columns) / torch.where(kept, values, torch.inf)[:, None])
+    rank = kept.sum()
+    apart = (columns - a @ solution).square().sum(0) if rank == a.shape[1] < a.shape[0] else columns.new_empty(0)
+    return solution if b.ndim > 1 else solution[:, 0], apart, rank, values
 
 
 def _quantile(ignore_nan: bool, array: torch.Tensor, q: Any, axis: Any = None, **options: Any) -> torch.Tensor:
@@ -203,6 +222,10 @@ _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "cumprod": partial(_added, partial(_cumulated, torch.cumprod)),
     "nancumsum": partial(_filled, 0.0, partial(_cumulated, torch.cumsum)),
     "nancumprod": partial(_filled, 1.0, partial(_cumulated, torch.cumprod)),
+    "floor_divide": _FLOOR_DIVIDE,
+    "remainder": _REMAINDER,
+    "mod": _REMAINDER,
+    "divmod": lambda a, b: (_FLOOR_DIVIDE(a, b), _REMAINDER(a, b)),
     "searchsorted": _searchsorted,
     "unravel_index": torch.unravel_index,
     "linalg.svd": _svd,

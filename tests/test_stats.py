@@ -595,5 +595,5 @@ def test_the_worst_and_the_plots() -> None:
         _ = xr.Dataset({"master": ("x", [1.0])}).ckptlab.table
     pytest.importorskip("matplotlib")
     assert found.ckptlab.plot("histograms").axes
-    with pytest.raises(CheckpointError, match="expected one of norms"):
+    with pytest.raises(CheckpointError, match="no plot is called .histogram.: expected one of histograms, norms"):
         found.ckptlab.plot("histogram")

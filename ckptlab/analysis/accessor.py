@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib import import_module
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +10,19 @@ import xarray as xr
 
 from ckptlab.errors import CheckpointError
 from ckptlab.plain import plain
+from ckptlab.registry import Registry
 from ckptlab.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLOTS = ("norms", "histograms", "drift", "spectrum")
-
+PLOTS: Registry[Callable[..., Figure]] = Registry(
+    "plot",
+    "ckptlab.plots",
+    CheckpointError,
+    {name: f"ckptlab.analysis.plots:{name}" for name in ("norms", "histograms", "drift", "spectrum")},
+)
+"""What draws a Dataset of statistics, (Dataset, **options) → Figure."""
 
 INNER = ("bin", "rank")  # dims that are no key of a row
 
@@ -85,12 +90,8 @@ class Statistics:
         return found.isel(tensor=order[: min(count, int(sizes.notnull().sum()))])
 
     def plot(self, kind: str = "norms", **options: Any) -> Figure:
-        """A plot of `ckptlab.plots`: "norms", "histograms", "drift" or "spectrum", with its options."""
-        if kind not in PLOTS:
-            raise CheckpointError(f"no plot {kind!r}: expected one of {', '.join(PLOTS)}")
-        plots = import_module("ckptlab.analysis.plots")  # by name: it stands above the statistics that register this
-        drawn: Figure = getattr(plots, kind)(self._statistics(), **options)
-        return drawn
+        """A plot by its name, "norms", "histograms", "drift" or "spectrum" (or one of an installed package), with its options."""
+        return PLOTS.get(kind)(self._statistics(), **options)
 
 
 def row_keys(found: xr.Dataset) -> list[str]:

@@ -1,6 +1,6 @@
 """A plan carried out between live ranks, without files: everybody sends what others need, in rounds of a bounded size.
 
-    torch.distributed   each rank calls `run` with its own arrays and a process group (gloo, NCCL)
+    torch.distributed   each rank calls `plan.run` with its own arrays and a process group (gloo, NCCL)
     jax                 one process calls it with the arrays of all ranks and a mesh of devices, rank by rank
 
 Both sides of a pair of ranks know the order of what goes between them, so that nothing but elements is sent. In a round
@@ -21,27 +21,6 @@ from ckptlab.errors import BackendError, ReshapeError
 from ckptlab.plan.moves import Move, Piece, held_by
 
 Held = Mapping[Hashable, Any]
-
-
-def run(moves: Sequence[Move], shards: Any, group: Any = None, *, limit: int = 1 << 28, ranks: int = 0) -> Any:
-    """What the target's ranks hold, moved from what the source's hold.
-
-    shards: key → array, what this rank has of each tensor: `held_by` says which part of which shard, flattened or in
-    the shard's own shape. Keys are tensors' names, of a reshape (name, state). For jax a sequence of these, one a rank.
-    group: a torch.distributed process group (None: the default one), or a `jax.sharding.Mesh` whose devices are
-    the ranks in order. limit: bytes that a rank may have under way, in each direction.
-
-    Returns key → array in the library's memory, of the shard's shape where the rank has all of it, else flat; for jax a
-    list of these. Copies that dp ranks have of what no flat buffer cuts are not in the plan: rank 0 of dp has it.
-    ReshapeError where arrays are missing or of another size.
-    """
-    if limit < 1 or not isinstance(limit, int):
-        raise ReshapeError(f"limit is a number of bytes, not {limit!r}")
-    if not moves:
-        raise ReshapeError("this plan does not know what it moves: run the plan itself, not a renumbered one")
-    if hasattr(group, "devices"):
-        return _run_jax(moves, shards, group, limit, ranks)
-    return _run_torch(moves, shards, group, limit, ranks)
 
 
 class Rank:
@@ -191,7 +170,7 @@ class _Torch(Exchange):
         return [np.split(came.cpu().numpy(), np.cumsum(lengths)[:-1])]
 
 
-def _run_torch(moves: Sequence[Move], held: Held, group: Any, limit: int, ranks: int) -> dict[Hashable, Any]:
+def run_torch(moves: Sequence[Move], held: Held, group: Any, limit: int, ranks: int) -> dict[Hashable, Any]:
     try:
         import torch.distributed as dist
     except ImportError:
@@ -242,7 +221,7 @@ class _Jax(Exchange):
         return [[came[t, s, : sizes[t][s]] for s in range(self.ranks)] for t in range(self.ranks)]
 
 
-def _run_jax(moves: Sequence[Move], held: Any, mesh: Any, limit: int, ranks: int) -> list[dict[Hashable, Any]]:
+def run_jax(moves: Sequence[Move], held: Any, mesh: Any, limit: int, ranks: int) -> list[dict[Hashable, Any]]:
     devices = list(mesh.devices.flat)
     _check(held, len(devices), ranks, Sequence)
     dtypes = _agreed([_dtypes(one) for one in held])

@@ -8,10 +8,9 @@ and one target rank. Tensors that lie alike, the layers of a model, are merged t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,17 @@ from ckptlab.plan.placement import Placement
 from ckptlab.plan.ranks import Ranks, best_ranks
 from ckptlab.plan.spread import Edges, Spread
 from ckptlab.plan.time import Cluster, Times, time
+from ckptlab.registry import Registry
 from ckptlab.shown import Shown
+
+RUNNERS: Registry[Callable[..., Any]] = Registry(
+    "library that moves between live ranks",
+    "ckptlab.runners",
+    ReshapeError,
+    {"torch": "ckptlab.arrays.live:run_torch", "jax": "ckptlab.arrays.live:run_jax"},
+    ": run takes a process group of torch.distributed or a jax.sharding.Mesh",
+)
+"""The library whose group of ranks is given → (moves, shards, group, limit, ranks) → what the target's ranks hold."""
 
 Int64 = NDArray[np.int64]
 Columns = tuple[Int64, Int64, Int64]
@@ -181,9 +190,24 @@ class Plan(Shown):
         return time(self.matrix(), cluster)
 
     def run(self, shards: Any, group: Any = None, *, limit: int = 1 << 28) -> Any:
-        """Move what live ranks hold, without files: what the target's then hold. See `ckptlab.arrays.live.run`."""
-        live = import_module("ckptlab.arrays.live")  # by name: it stands above
-        return live.run(self.moves, shards, group, limit=limit, ranks=max(self.sources, self.targets))
+        """Move what live ranks hold, without files: what the target's ranks hold, moved from what the source's hold.
+
+        shards: key → array, what this rank has of each tensor: `ckpt.of_rank` gives it, and `held_by` says which part
+        of which shard, flattened or in the shard's own shape. Keys are tensors' names, of a reshape (name, state). For
+        jax a sequence of these, one a rank. group: a torch.distributed process group (None: the default one), or a
+        `jax.sharding.Mesh` whose devices are the ranks in order. limit: bytes that a rank may have under way, in each
+        direction.
+
+        Returns key → array in the library's memory, of the shard's shape where the rank has all of it, else flat; for
+        jax a list of these. Copies that dp ranks have of what no flat buffer cuts are not in the plan: rank 0 of dp has
+        it. ReshapeError where arrays are missing or of another size.
+        """
+        if limit < 1 or not isinstance(limit, int):
+            raise ReshapeError(f"limit is a number of bytes, not {limit!r}")
+        if not self.moves:
+            raise ReshapeError("this plan does not know what it moves: run the plan itself, not a renumbered one")
+        library = "torch" if group is None else type(group).__module__.partition(".")[0]
+        return RUNNERS.get(library)(self.moves, shards, group, limit, max(self.sources, self.targets))
 
     def __repr__(self) -> str:
         figures = f"reads {self.read:,}, writes {self.written:,}, moves {self.moved:,} bytes"

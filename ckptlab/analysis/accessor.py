@@ -90,7 +90,7 @@ class Statistics:
         return found.isel(tensor=order[: min(count, int(sizes.notnull().sum()))])
 
     def plot(self, kind: str = "norms", **options: Any) -> Figure:
-        """A plot by its name, "norms", "histograms", "drift", "spectrum" or an installed package's, with its options."""
+        """A plot by its name, "norms", "histograms", "drift", "spectrum" or a package's, with its options."""
         return PLOTS.get(kind)(self._statistics(), **options)
 
 

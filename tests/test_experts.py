@@ -214,14 +214,6 @@ def test_experts_that_are_spread_over_tp_ranks_too_are_refused(tmp_path: Path) -
         ckptlab.open(changed(tmp_path, change, "*optim_states.pt"))
 
 
-def test_autoep_is_refused_by_name(tmp_path: Path) -> None:
-    def change(content: Any) -> None:
-        content["ds_autoep_layers"] = [{"num_experts": 4}]
-
-    with pytest.raises(UnsupportedError, match="AutoEP"):
-        ckptlab.open(changed(tmp_path, change, "mp_rank*"))
-
-
 def head(local: dict[str, int], first: bool = False) -> Any:
     """What is needed of a model file whose ranks have so many experts of each layer."""
     trained = {f"{layer}{e}.w": (2, 3) for layer, n in local.items() for e in range(n)}

@@ -29,6 +29,7 @@ COMMITTED = {
     "plain_zero3_dp2": Case("plain", dp=2, zero=3, zero_config=SHARDED | {"sub_group_size": 900}),
     "plain_zero1_dp2_steps": Case("plain", dp=2, saved_step=5, further_steps=0, earlier_steps=(2, 4)),
     "moe_ep2_dp4": Case("plain_moe", dp=4, ep=2, zero=2),
+    "autoep_ep2_dp4": Case("plain_autoep", dp=4, ep=2, zero=2),
     "autotp_tp2_dp2": Case("plain_autotp", tp=2, dp=2, grad_accum_dtype="fp32"),
 }
 CASES = COMMITTED | {
@@ -52,6 +53,9 @@ CASES = COMMITTED | {
     "moe_ep2_dp2_zero0": Case("plain_moe", dp=2, ep=2, zero=0),
     "moe_ep2_dp4_data_first": Case("plain_moe", dp=4, ep=2, zero=1, config_extra={DATA_FIRST: True}),
     "moe_ep2_dp4_round_robin": Case("plain_moe", dp=4, ep=2, zero=2, zero_config={"round_robin_gradients": True}),
+    "autoep_ep2_dp2_zero0": Case("plain_autoep", dp=2, ep=2, zero=0),
+    "autoep_ep2_dp4_zero3": Case("plain_autoep", dp=4, ep=2, zero=3, zero_config=SHARDED),
+    "autoep_ep2_dp2_bf16_optimizer": Case("plain_autoep", dp=2, ep=2, grad_accum_dtype="fp32"),
     "autotp_tp3_zero2": Case("plain_autotp", tp=3, zero=2),
     "moe_ep4_dp4": Case("plain_moe", dp=4, ep=4, zero=2),
     "plain_zero3_dp3": Case("plain", dp=3, zero=3, zero_config=SHARDED),

@@ -62,6 +62,7 @@ GQA = ModelConfig(ffn=40, kv_heads=2, rms_norm=True, swiglu=True, untied=True, r
 PLAIN = ModelConfig(vocab=61, seq=10, hidden=15, heads=3, kv_heads=3, ffn=37, layers=3)
 MOE = replace(PLAIN, layers=4, experts=4)
 AUTOTP = ModelConfig(vocab=61, seq=10, hidden=24, heads=6, kv_heads=3, ffn=37, layers=2, bias=False, rms_norm=True)
+AUTOEP = replace(AUTOTP, experts=4)
 LARGE = ModelConfig(vocab=32000, seq=8, hidden=768, heads=12, kv_heads=12, ffn=3072, layers=11)
 """103 million parameters, for benchmarks: as "gpt_large" and "plain_large"."""
 CONFIGS = {
@@ -71,6 +72,7 @@ CONFIGS = {
     "plain": PLAIN,
     "plain_moe": MOE,
     "plain_autotp": AUTOTP,
+    "plain_autoep": AUTOEP,
     "gpt_large": LARGE,
     "plain_large": LARGE,
 }

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foundry import autotp
+from foundry import autoep, autotp
 from foundry.models import CONFIGS, ModelConfig, TensorParallel, initialise_parallel, initialise_plain
 
 BATCH = 24
@@ -64,6 +64,11 @@ class Case:
     def autotp(self) -> bool:
         """Whether DeepSpeed's AutoTP cuts the model."""
         return self.model == "plain_autotp"
+
+    @property
+    def autoep(self) -> bool:
+        """Whether DeepSpeed's AutoEP spreads the model's experts."""
+        return self.model == "plain_autoep"
 
     @property
     def config(self) -> ModelConfig:
@@ -119,6 +124,10 @@ class Run:
         from foundry.plain import PlainTransformer
 
         case = self.case
+        if case.autoep:
+            model: nn.Module = autoep.AutoEPTransformer(case.config)
+            initialise_plain(model, case.config, salt=salt)
+            return model
         if case.config.experts:  # the groups must be there before experts have values
             from deepspeed.utils import groups
 
@@ -215,6 +224,8 @@ def _ds_config(case: Case, universal: bool) -> dict[str, Any]:
         config["tensor_parallel"] = autotp.setting(case.tp)
         del config["train_batch_size"]  # DeepSpeed would count every rank as one of dp
         config["train_micro_batch_size_per_gpu"] = BATCH // case.dp // _accumulation(case.dp)
+    if case.autoep:
+        config["expert_parallel"] = autoep.setting(case.ep)
     if case.parallel:
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if universal:

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from foundry.autoep import EXPERTS
 from foundry.autotp import cut_dim
 from foundry.models import cut_of, global_name, is_vocabulary, unshard
 from foundry.train import Case, Run
@@ -50,6 +51,8 @@ def gather(run: Run) -> Truth:
     mine, settings = _over_dp(run)
     every: list[Any] = [None] * run.case.world
     torch.distributed.all_gather_object(every, (run.coordinate, mine, settings))
+    if run.case.autoep:
+        _over_ep([tensors for _, tensors, _ in every], run.case.ep)
     held = {(c["pp"], c["tp"]): tensors for c, tensors, _ in every if c["dp"] == 0}
     for c, tensors, _ in every:  # other dp ranks have other experts
         held[c["pp"], c["tp"]] = tensors | held[c["pp"], c["tp"]]
@@ -65,6 +68,13 @@ def gather(run: Run) -> Truth:
         on_ranks = {theirs[name] for _, _, theirs in every if name in theirs}
         truth.settings[name] = " or, on other ranks, ".join(sorted(on_ranks))
     return truth
+
+
+def _over_ep(ranks: list[dict[str, Tensor]], ep: int) -> None:
+    """Put all experts of a layer into the first rank's tensors; ranks that follow one another have what follows."""
+    for key in ranks[0]:
+        if EXPERTS.fullmatch(key):
+            ranks[0][key] = torch.cat([ranks[rank][key] for rank in range(ep)])
 
 
 def _over_tp(key: str, shards: list[Tensor], case: Case) -> tuple[Tensor, bool]:

@@ -83,15 +83,16 @@ def _parts(catalog: Catalog) -> str | list[str]:
 
 
 def _without_states(catalog: Catalog) -> Iterator[Finding]:
-    """Trained tensors that lack a state which the format, or another tensor that has all of theirs, has."""
+    """Trained tensors that lack a state which the format, or another tensor that has all of theirs, has; a weight that
+    others of their parameter group have."""
     trained = [t for t in catalog.tensors.values() if t.group is not None]
     kept = {frozenset(t.states) - {PARAM} for t in trained}
-    weights = [t for t in trained if {PARAM, MASTER} <= t.states.keys()]
+    weights = {t.group for t in trained if {PARAM, MASTER} <= t.states.keys()}
     lacking: dict[str, list[str]] = {}
     for tensor in trained:
         mine = frozenset(tensor.states) - {PARAM}
         more = next((states for states in kept if states > mine), mine)
-        needs_weight = bool(weights) or (format_of(catalog.format).sharded and catalog.zero_stage in (1, 2))
+        needs_weight = tensor.group in weights or (format_of(catalog.format).sharded and catalog.zero_stage in (1, 2))
         for state in sorted(more - mine) + [PARAM] * (needs_weight and PARAM not in tensor.states):
             lacking.setdefault(state, []).append(tensor.name)
     for state, names in lacking.items():

@@ -25,7 +25,8 @@ def placements(
     for (name, state), holders in outside.items():
         tensor = tensors[name]
         stages = tuple(dict.fromkeys(h["pp"] for h in holders))
-        spread = {axis: k for axis, k in next(iter(holders), ALONE).items() if axis not in ("pp", "tp", "dp")}
+        cut = ("pp", "tp", "dp", *tensor.cut.axes)
+        spread = {axis: k for axis, k in next(iter(holders), ALONE).items() if axis not in cut}
         whole = Placement(tensor.cut, stages, None, tensor.layout.replicas, spread)
         copies = dict.fromkeys(h["dp"] for h in holders if "dp" in h)
         if copies:

@@ -17,18 +17,16 @@ from typing import Any
 import numpy as np
 
 from ckptlab.catalog import Tensor
-from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
+from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.headers import Header
-from ckptlab.layout import Cut, Layout, cut_dim
+from ckptlab.formats.deepspeed.rows import RowsLayout, Run, Runs
+from ckptlab.layout import Layout, cut_dim
 from ckptlab.layout.notation import Name, Product, Sum, names
-from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Shape, dim_names, replicated
 
 VERSION = 1
 _APART = ("mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # cut evenly, whatever the heads
 _HEADS = ("lm_head", "embed_out")  # likewise, by their whole names
-Run = tuple[int, int, int, int, int]  # a row of a cut: start in the whole, start in the shard, length, count, stride
-Runs = tuple[Run, ...]
 
 
 @dataclass(frozen=True)
@@ -63,46 +61,8 @@ class AffineMap:
                 return Layout(text, dims=dims, **fields)
         dim = cut[0] if cut else 0
         return RowsLayout(
-            " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(dims)), dims=dims, rows=self.rows
+            " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(dims)), dims=dims, axis="tp", rows=self.rows
         )
-
-
-class RowsLayout(Layout):
-    """A layout that no line of notation says: the rows that each tp rank holds. Its text only names the dim that is
-    cut. It is known for one tp degree, and for no other."""
-
-    rows: tuple[tuple[Runs, ...], ...]
-
-    def __init__(self, text: str, *, rows: tuple[tuple[Runs, ...], ...], **fields: Any) -> None:
-        object.__setattr__(self, "rows", rows)
-        super().__init__(text, **fields)
-
-    def replace(self, **fields: Any) -> Layout:
-        known = {name: getattr(self, name) for name in ("text", "dims", "padded", "stages", "replicas")}
-        return RowsLayout(rows=self.rows, **(known | fields))
-
-    def resolve(self, shape: Sequence[int], mesh: Mesh) -> Cut:
-        """The cut. LayoutError for another tp degree than the map's."""
-        if mesh.tp != len(self.rows):
-            raise LayoutError(
-                f"cut for tp {len(self.rows)} by an affine map that follows no rule: how it is cut for tp {mesh.tp} is "
-                "known to the program alone; give its layout with a strategy"
-            )
-        held: dict[tuple[int, ...], Runs]
-        dims: list[tuple[tuple[str, ...], dict[tuple[int, ...], Runs]]] = []
-        for i in range(len(self.dims)):
-            if len({of_rank[i] for of_rank in self.rows}) == 1:
-                dims.append(((), {(): self.rows[0][i]}))
-            else:
-                held = {(t,): tuple(run for run in of_rank[i] if run[2]) for t, of_rank in enumerate(self.rows)}
-                dims.append((("tp",), held))
-        return Cut.from_rows(shape, mesh, dims)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RowsLayout) and (self.rows, self.dims) == (other.rows, other.dims)
-
-    def __hash__(self) -> int:
-        return hash((self.rows, self.dims))
 
 
 @dataclass(frozen=True)
@@ -306,9 +266,10 @@ def told_heads(tensors: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def map_of(tensor: Tensor, tp: int) -> dict[str, Any]:
-    """The affine map of a tensor as DeepSpeed writes it."""
-    at, dims = [tensor.cut.coordinate({"tp": rank}) for rank in range(tp)], range(len(tensor.shape))
+def map_of(tensor: Tensor, axis: str = "tp") -> dict[str, Any]:
+    """The affine map of a tensor that is cut over one axis, as DeepSpeed writes it."""
+    at = [tensor.cut.coordinate({axis: rank}) for rank in range(tensor.cut.mesh[axis])]
+    dims = range(len(tensor.shape))
     rows = [[_plain(of_dim) for of_dim in tensor.cut.rows(place)] for place in at]
     edges = [sorted({edge for of_rank in rows for s, _, n in of_rank[i] for edge in (s, s + n)}) for i in dims]
     boxes = [_boxes([_broken(of_dim, edges[i]) for i, of_dim in enumerate(of_rank)]) for of_rank in rows]

@@ -1,4 +1,4 @@
-"""Experts of DeepSpeed-MoE: spread over a part of data parallelism, and named by where they are.
+"""Experts: spread over a part of data parallelism, and, those of DeepSpeed-MoE, named by where they are.
 
 A rank of the expert parallel group (`ep`) has some of each layer's experts. Its model file and its optimizer files call
 them by *local* numbers, 0 … n-1 on every rank; files of their own, `layer_L_expert_E_mp_rank_XX_model_states.pt`, by
@@ -19,8 +19,10 @@ from typing import Any
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, contradiction, not_read_yet
-from ckptlab.formats.deepspeed.headers import ModelFile
+from ckptlab.formats.deepspeed.autoep import Fused
+from ckptlab.formats.deepspeed.headers import ModelFile, Shape
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 _MANY = 1 << 20  # experts of a layer: more are none
@@ -66,17 +68,22 @@ class Experts:
     `local[layer]` and `total[layer]`: how many of a layer's experts a rank has, and how many there are, in the order in
     which files number the layers. `files[number of the layer, expert, tp]`: the tensors of an expert's file, under
     their global names. `data_first`: ep is the slower part of dp (`use_data_before_expert_parallelism`), else the
-    faster one.
+    faster one. `fused`: layers of AutoEP, whose experts are all in one tensor that ep cuts.
     """
 
     local: Mapping[str, int] = field(default_factory=dict)
     total: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[tuple[int, int, int], Mapping[str, Stored]] = field(default_factory=dict)
     data_first: bool = False
+    fused: tuple[Fused, ...] = ()
 
     @classmethod
     def of(
-        cls, heads: Iterable[ModelFile], files: Mapping[tuple[int, int, int], Mapping[str, Stored]], ep: int
+        cls,
+        heads: Iterable[ModelFile],
+        files: Mapping[tuple[int, int, int], Mapping[str, Stored]],
+        ep: int,
+        fused: tuple[Fused, ...] = (),
     ) -> Experts:
         """From the model files, and those of the experts. ep: over how many ranks these are spread where no model file
         says which tensors are a rank's own."""
@@ -90,10 +97,18 @@ class Experts:
         first = any(head.config.data_before_experts for head in heads)
         number = {layer_of(n): i for (i, _, _), tensors in files.items() for n in tensors}
         layers = sorted({**local, **total}, key=lambda layer: (number.get(layer, -1), natural(layer)))
-        return cls(local, {layer: total.get(layer) or local[layer] for layer in layers}, files, first)
+        return cls(local, {layer: total.get(layer) or local[layer] for layer in layers}, files, first, fused)
 
     def __bool__(self) -> bool:
-        return bool(self.total)
+        return bool(self.total or self.fused)
+
+    @cached_property
+    def _fused(self) -> dict[str, Fused]:
+        return {name: layer for layer in self.fused for name in layer.names}
+
+    def fused_of(self, name: str) -> Fused | None:
+        """The layer whose experts a tensor holds together; None where it is no such tensor."""
+        return self._fused.get(name)
 
     def ep(self, layer: str) -> int:
         """Over how many ranks the experts of a layer are spread."""
@@ -102,12 +117,18 @@ class Experts:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The different ep degrees, ascending."""
-        return tuple(sorted({self.ep(layer) for layer in self.total}))
+        return tuple(sorted({*map(self.ep, self.total), *(layer.ep for layer in self.fused)}))
+
+    def degree(self, name: str) -> int | None:
+        """Over how many ranks a tensor of experts is spread; None for any other."""
+        if fused := self.fused_of(name):
+            return fused.ep
+        layer = layer_of(name)
+        return None if layer is None else self.ep(layer)
 
     def has(self, group: ParameterGroup, degree: int) -> bool:
         """Whether a parameter group is one of experts that are spread over so many ranks."""
-        layer = layer_of(next(iter(group.tensors), ""))
-        return layer is not None and self.ep(layer) == degree
+        return self.degree(next(iter(group.tensors), "")) == degree
 
     def problems(self, path: str, mesh: Mesh) -> Iterator[Finding]:
         """Why they cannot be told apart, or not yet."""
@@ -129,11 +150,15 @@ class Experts:
             return
         if self and mesh.pp > 1:
             yield not_read_yet(f"{path}: experts in a pipeline of {mesh.pp} stages, which ckptlab cannot open yet")
+        if self.fused and (mesh.tp > 1 or len(self.sizes) > 1):
+            beside = f"tp {mesh.tp}" if mesh.tp > 1 else f"experts over {' and '.join(map(str, self.sizes))} ranks"
+            yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")
 
     def spread(self, ep: int | None, data_first: bool | None) -> Experts:
         """The same experts, each layer's over `ep` ranks (None: as they are); nothing is stored of them."""
         local = {layer: n // (ep or self.ep(layer)) for layer, n in self.total.items()}
-        return Experts(local, self.total, {}, self.data_first if data_first is None else data_first)
+        fused = tuple(layer.spread(ep or layer.ep) for layer in self.fused)
+        return Experts(local, self.total, {}, self.data_first if data_first is None else data_first, fused)
 
     def refusals(self, mesh: Mesh, ep: int | None, zero_stage: int) -> Iterator[str]:
         """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
@@ -143,7 +168,7 @@ class Experts:
         for wanted in (ep,) if ep else self.sizes:
             if mesh.dp % wanted:
                 yield f"dp {mesh.dp}: ep {wanted} is a part of it, and does not divide it: say ep="
-        for layer, total in self.total.items():
+        for layer, total in (*self.total.items(), *((f"{f.prefix}.", f.total) for f in self.fused if f.ep != ep)):
             if ep and total % ep:
                 yield f"ep {ep}: the {total} experts of {layer}* cannot be dealt evenly to as many ranks"
 
@@ -157,8 +182,7 @@ class Experts:
     def shares(self, names: Iterable[str], mesh: Mesh) -> tuple[Share, ...]:
         """Who has the same tensors of a buffer of these tensors, ep rank by ep rank; one share where it holds none of
         an expert. CheckpointError where it holds both kinds, or experts that are spread in different ways."""
-        layers = [layer_of(name) for name in names]
-        degrees = {None if layer is None else self.ep(layer) for layer in layers}
+        degrees = {self.degree(name) for name in names}
         if len(degrees) > 1:
             raise CheckpointError(
                 f"a parameter group holds tensors that are spread over ep {', '.join(map(str, degrees))}: DeepSpeed "
@@ -167,8 +191,15 @@ class Experts:
         (degree,) = degrees or {None}
         return _shares(mesh, () if degree is None else axes_of(self.sizes, degree))
 
+    def holder(self, name: str, mesh: Mesh, ep: int = 0, **at: int) -> Holder:
+        """Who, of the ranks at these coordinates, has a tensor or an ep rank's part of it."""
+        spread = {"ep": ep} if self.fused_of(name) else self.at(name, mesh)
+        tp = {"tp": at.pop("tp")} if "tp" in at else {}
+        return Holder(**at, **spread, **tp)
+
     def at(self, name: str, mesh: Mesh) -> Mapping[str, int]:
-        """Where an expert's tensor is: its coordinates on the axes over which its layer is spread."""
+        """Where an expert's tensor is: its coordinates on the axes over which its layer is spread. Nothing for tensors
+        that all have, or have a part of."""
         layer = layer_of(name)
         if layer is None:
             return {}
@@ -181,6 +212,13 @@ class Experts:
         """What an ep rank's tensors are called, by the names in its own files."""
         return tuple(renumbered(n, rank * self.local[layer]) if (layer := layer_of(n)) else n for n in names)
 
+    def shapes_on(self, shapes: Mapping[str, Shape], rank: int) -> Mapping[str, Shape]:
+        """The shapes of the shards that an ep rank has of tensors, by those of the first one."""
+        if not self.fused:
+            return shapes
+        held = {name: len(fused.ranks[rank]) for name in shapes if (fused := self.fused_of(name))}
+        return {name: (held[name], *shape[1:]) if name in held else shape for name, shape in shapes.items()}
+
     def on_rank(self, names: Iterable[str], rank: int) -> list[str]:
         """Those of a group's tensors that a rank has: all, or of experts those of its ep rank."""
         return [n for n in names if (layer := layer_of(n)) is None or number_of(n) // self.local[layer] == rank]
@@ -192,10 +230,6 @@ class Experts:
             if layer_of(name) == layer:
                 found[number_of(name)].append(name)
         return list(found.items())
-
-    def of_rank(self, names: Iterable[str], rank: int) -> list[str]:
-        """Those of experts' tensors that an ep rank has."""
-        return [n for n in names if number_of(n) // self.local[layer_of(n) or ""] == rank]
 
     def locally(self, name: str) -> str:
         """What a tensor is called in the files of the ranks that have it."""
@@ -233,13 +267,14 @@ def regrouped(
     """The parameter groups of a target. Those of experts are called by their degree, and hold at most LARGEST elements
     on a rank: more are several groups (`split_params_into_different_moe_groups_for_optimizer`). `sizes`: elements of
     each tensor. CheckpointError where the source's are not dealt so."""
-    if source.local == target.local:
+    if (source.local, source.fused) == (target.local, target.fused):
         return tuple(groups)
     found: list[ParameterGroup] = []
     for group in groups:
         layer = layer_of(next(iter(group.tensors), ""))
         if layer is None:
-            found.append(group)
+            degree = target.degree(next(iter(group.tensors), ""))
+            found.append(replace(group, options=_called(group, degree)) if degree else group)
             continue
         alike = [g for g in groups if _unnamed(g) == _unnamed(group) and target.has(g, target.ep(layer))]
         if group is not alike[0]:
@@ -253,12 +288,15 @@ def regrouped(
                     f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
                 )
         names = [n for g in alike for n in g.tensors]
-        options = (
-            {**group.options, "name": GROUP.format(target.ep(layer))} if "name" in group.options else group.options
-        )
+        options = _called(group, target.ep(layer))
         for own in _dealt(target, names, sizes):
             found.append(replace(group, options=options, tensors=tuple(target.everywhere(own))))
     return tuple(found)
+
+
+def _called(group: ParameterGroup, degree: int) -> Mapping[str, Any]:
+    """The hyperparameters of a group of experts of another degree."""
+    return {**group.options, "name": GROUP.format(degree)} if "name" in group.options else group.options
 
 
 def _unnamed(group: ParameterGroup) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ckptlab import paths
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
-from ckptlab.formats.deepspeed import checks, names
+from ckptlab.formats.deepspeed import autoep, checks, names
+from ckptlab.formats.deepspeed.autoep import Fused
 from ckptlab.formats.deepspeed.experts import Experts, experts_said
 from ckptlab.formats.deepspeed.headers import (
     Content,
@@ -158,7 +159,11 @@ class _Found:
         """The experts, by the files that could be read."""
         files = {(n.layer, n.expert, n.mp): tensors for n, tensors in self.expert_files.items()}
         spread = 1 + max((n.expert for n in self.names if n.kind == "expert_optim"), default=0)
-        return Experts.of(self.heads.values(), files, spread)
+        fused: tuple[Fused, ...] = ()
+        for head in itertools.islice(self.heads.values(), 1):
+            with self.faults.caught("odd-header", os.path.basename(head.path)):
+                fused = autoep.layers(head.path, head.content)
+        return Experts.of(self.heads.values(), files, spread, fused)
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -330,7 +335,7 @@ class _Found:
         if numbers:
             axis = self.axis or mesh.tp > 1
             wanted["layer"] = [self.layer(i, t, axis) for i in sorted(numbers) for t in range(mesh.tp)]
-        if self.optimizer:
+        if self.optimizer and self.head == "model":  # ZeRO-3 keeps all weights in the optimizer files
             every = itertools.product(experts_said(h.content for h in self.heads.values()), range(mesh.tp))
             if experts := [FileName("expert", mp=t, layer=i, expert=e) for (i, e), t in every]:
                 wanted["expert"] = experts
@@ -382,6 +387,11 @@ class _Found:
             optimizer = self.expert_optims[name]
             of_experts[name.mp] = (*of_experts.get(name.mp, ()), *([optimizer] if optimizer else []))
         heads = {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()}
+        if fused := self.experts.fused:
+            heads = {
+                r: tuple(replace(h, shared={**h.shared, **autoep.aliases(fused, h.module or {})}) for h in of_rank)
+                for r, of_rank in heads.items()
+            }
         for t, (first, *_) in of_experts.items():
             heads[0, t] = tuple(replace(h, optimizer=h.optimizer or first) for h in heads[0, t])
         return StepFolder(

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptlab.catalog import Catalog, Tensor
-from ckptlab.formats.deepspeed import autotp
+from ckptlab.formats.deepspeed import autoep, autotp
+from ckptlab.formats.deepspeed.experts import GROUP
+from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.torch.pickles import Foreign, foreign
 from ckptlab.layout import cut_dim
@@ -30,6 +32,8 @@ def adapt_config(config: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
     adapted["zero_optimization"] = zero
     if native.experts.data_first != bool(adapted.get(DATA_FIRST)):
         adapted[DATA_FIRST] = native.experts.data_first
+    if native.experts.fused and isinstance(adapted.get("expert_parallel"), dict):
+        adapted["expert_parallel"]["autoep_size"] = native.experts.fused[0].ep
     if native.options.dtype is not None:
         for key in ("bf16", "bfloat16", "fp16"):
             if key in adapted:
@@ -62,7 +66,40 @@ def adapt_client(model: dict[str, Any], told: bool, target: Catalog, rank: int) 
         model.pop("universal_checkpoint_info", None)
     else:
         model["universal_checkpoint_info"] = found
+    for held in (model, found or {}):
+        for key in (autoep.KEY, autoep.OLD_KEY):
+            if held.get(key):
+                held[key] = [_autoep(entry, target, rank) for entry in held[key]]
     return model
+
+
+def _autoep(entry: Mapping[str, Any], target: Catalog, rank: int) -> dict[str, Any]:
+    """What AutoEP records of a layer of the target, on one rank of it."""
+    (fused,) = (one for one in target.private.experts.fused if one.number == entry["moe_layer_id"])
+    at, zero3 = target.mesh.coordinate(rank), target.private.wrapper is Wrapper.ZERO3
+    local = len(fused.ranks[at["ep"]])
+    placed = [{"rank": r, "experts": list(held)} for r, held in enumerate(fused.ranks)]
+    maps = {name: autotp.map_of(target.tensors[name], "ep") for name in fused.names}
+    return {
+        **entry,
+        "num_local_experts": local,
+        "ep_size": fused.ep,
+        "expert_placement": {
+            "version": autoep.VERSION,
+            "num_experts": fused.total,
+            "ep_size": fused.ep,
+            "ranks": placed,
+        },
+        "affine_maps": {"version": autotp.VERSION, "params": maps},
+        "checkpoint_format": "zero3_partitioned" if zero3 else "per_expert_files",
+        "checkpoint_format_version": 1 if zero3 else None,
+        "ep_group_name": GROUP.format(fused.ep),
+        "ep_rank": at["ep"],
+        "expert_data_parallel_rank": at["edp"],
+        "expert_data_parallel_world_size": target.mesh["edp"],
+        "global_expert_start": at["ep"] * local,
+        "global_expert_end": (at["ep"] + 1) * local,
+    }
 
 
 def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] | None:
@@ -92,7 +129,7 @@ def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] |
 def _affine(info: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
     """What AutoTP says of the target: the map of every tensor, and the widths of its sub-parameters."""
     tensors = {f"^{re.escape(name)}$": tensor for name, tensor in target.tensors.items() if tensor.kind != "buffer"}
-    maps = {pattern: autotp.map_of(tensor, target.mesh.tp) for pattern, tensor in tensors.items()}
+    maps = {pattern: autotp.map_of(tensor) for pattern, tensor in tensors.items()}
     found: dict[str, Any] = {"affine_map": {"version": autotp.VERSION, "params": maps}}
     if widths := info.get("sub_param_shard_widths"):
         found["sub_param_shard_widths"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -82,12 +83,21 @@ def _from_model_files(folder: StepFolder, weights: ModuleWeights) -> None:
 
 
 def _from_expert_files(folder: StepFolder, weights: ModuleWeights) -> None:
-    for (_, _, tp), tensors in folder.experts.files.items():
-        trained = folder.trained[0, tp]
-        for name, stored in tensors.items():
-            at = folder.experts.at(name, folder.mesh)
-            kind = "parameter" if name in trained else "frozen"
-            weights.add(name, kind, (0, tp), stored.shape, (Fragment(0, stored),), **at)
+    parts = {(tp, name): stored for (_, _, tp), held in folder.experts.files.items() for name, stored in held.items()}
+    for layer in folder.experts.fused:
+        for tp, name in itertools.product(range(folder.mesh.tp), layer.names):
+            kind = "parameter" if name in folder.trained[0, tp] else "frozen"
+            for ep, experts in reversed(list(enumerate(layer.ranks))):  # the first rank's shape is the one that is kept
+                own = [parts.pop((tp, layer.name(name, e)), None) for e in experts]
+                held = [one for one in own if one is not None]
+                if not held or len(held) < len(own):
+                    continue
+                fragments = tuple(Fragment(i * one.numel, one) for i, one in enumerate(held))
+                weights.add(name, kind, (0, tp), (len(held), *held[0].shape), fragments, ep=ep)
+    for (tp, name), stored in parts.items():
+        at = folder.experts.at(name, folder.mesh)
+        kind = "parameter" if name in folder.trained[0, tp] else "frozen"
+        weights.add(name, kind, (0, tp), stored.shape, (Fragment(0, stored),), **at)
 
 
 def _from_zero3(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:

@@ -6,6 +6,7 @@ checked against it, since DeepSpeed writes wrong ones under `round_robin_gradien
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,8 +73,9 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
                 shares[p, b] = folder.experts.shares(shapes, folder.mesh)
                 for finding in _spread_otherwise(files[0], b, shares[p, b][0]):
                     faults.report(finding)
-                for share in shares[p, b]:
-                    flat = _flat_buffer([files[d] for d in share.ranks], b, shapes)
+                for rank, share in enumerate(shares[p, b]):
+                    own = folder.experts.shapes_on(shapes, rank)
+                    flat = _flat_buffer([files[d] for d in share.ranks], b, own)
                     flats.setdefault(Holder(pp=p, tp=t, **share.at), {})[b] = flat
                     for finding in _lengths_and_mappings(folder, (p, t), b, flat, share.ranks, round_robin):
                         faults.report(finding)
@@ -90,17 +92,19 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         for b, local_group in enumerate(leader.group_of):
             group = index[p][local_group]
             dtypes = {state: stored.dtype for state, stored in leader.states[b].items()}
-            for rank, share in enumerate(shares[p, b]):
-                at = Holder(pp=p, **share.at)
+            fused = folder.experts.fused_of(next(iter(flats[Holder(pp=p, tp=0, **shares[p, b][0].at)][b].names), ""))
+            for held in [list(enumerate(shares[p, b]))] if fused else [[one] for one in enumerate(shares[p, b])]:
+                at = Holder(pp=p) if fused else Holder(pp=p, **held[0][1].at)
                 sub = sum(g.at == at and g.group == group for g in flat_groups)
-                by_holder = {}
-                for t in range(folder.mesh.tp):
+                by_holder, ranks = {}, {}
+                for (rank, share), t in itertools.product(held, range(folder.mesh.tp)):
                     flat = flats[holder := Holder(pp=p, **share.at, tp=t)][b]
                     by_holder[holder] = replace(flat, names=folder.experts.globally(flat.names, rank))
-                flat_groups.append(one := FlatGroup(at, group, by_holder, dtypes, sub, share.over))
+                    ranks[holder] = share.ranks
+                flat_groups.append(one := FlatGroup(at, group, by_holder, dtypes, sub, held[0][1].over))
                 for state in dtypes:
                     partitions[one.key, state] = {
-                        holder: tuple(folder.optims[p, holder["tp"]][d].states[b][state] for d in share.ranks)
+                        holder: tuple(folder.optims[p, holder["tp"]][d].states[b][state] for d in ranks[holder])
                         for holder in by_holder
                     }
             scalars.setdefault(group, leader.scalars[b])

@@ -111,7 +111,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
             )
     if experts := native.folder.experts:
         yield from experts.refusals(mesh, options.ep, stage)
-        if stage == 3:
+        if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
         if mesh.tp != trained.tp:
             yield f"tp {mesh.tp}: ckptlab cannot cut experts for another tp than {trained.tp} yet"

@@ -15,9 +15,10 @@ import numpy as np
 from ckptlab import paths
 from ckptlab.catalog import DTYPES, PARAM, Catalog, Extents, ParameterGroup, Tensor, Training
 from ckptlab.errors import CheckpointError, LayoutError
-from ckptlab.findings import Faults, Finding, Where, not_read_yet
+from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import shapes
 from ckptlab.formats.deepspeed.assemble import placements
+from ckptlab.formats.deepspeed.autoep import Fused
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
 from ckptlab.formats.deepspeed.infer import infer, vocabulary
@@ -52,6 +53,8 @@ ENGINE_KEYS = frozenset(
         "ds_config",
         "ds_version",
         "num_experts",
+        "ds_autoep_layers",
+        "autoep_layers",
     )
 )
 
@@ -133,8 +136,6 @@ def read_native(
     for finding in _newer(path):
         faults.report(finding)
     info = universal_info(folder, faults)
-    for finding in _not_read_yet(folder):
-        faults.report(finding)
     module = read_module(folder, faults)
     optimizer = read_optimizer(folder, faults) if folder.optims else whole_optimizer(folder, module)
     if optimizer is None or faults.failed:
@@ -252,11 +253,6 @@ def _newer(path: str) -> Iterator[Finding]:
         yield Finding("latest-old", "info", Where(), "the newest step", found, todo, "headers", f"{path}: {found}")
 
 
-def _not_read_yet(folder: StepFolder) -> Iterator[Finding]:
-    if any(folder.first.content.get(key) for key in ("ds_autoep_layers", "autoep_layers")):
-        yield not_read_yet(f"{folder.path}: AutoEP (ds_autoep_layers), which ckptlab cannot open yet")
-
-
 def build_tensors(
     folder: StepFolder,
     info: UniversalInfo | None,
@@ -293,9 +289,13 @@ def build_tensors(
         with faults.caught():
             shards = shards_of(folder, name, shapes_of[name])
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
-            layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
-            layout = _on_stages(layout, tuple(stages[name]))
-            layout, shape, cut = whole(name, layout, shards, info, mesh)
+            if (fused := folder.experts.fused_of(name)) is not None:
+                layout, shape, cut = all_experts(name, fused, shards[0], mesh)
+                layout_known = True
+            else:
+                layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
+                layout = _on_stages(layout, tuple(stages[name]))
+                layout, shape, cut = whole(name, layout, shards, info, mesh)
             states = dict(states_of.get(name, {}))
             if name in module.pieces:
                 states[PARAM] = _module_dtype(module, name)
@@ -368,6 +368,19 @@ def choose_layout(
     raise CheckpointError(
         f"{path}: {name}: nothing says how its {len(shards)} shards of {shards[0]} make the whole: give a strategy"
     )
+
+
+def all_experts(name: str, fused: Fused, shard: Shape, mesh: Mesh) -> tuple[Layout, Shape, Cut]:
+    """Of a tensor of all experts of a layer, of which the first ep rank has a shard of that shape: layout, whole shape
+    and cut. CheckpointError where they contradict each other."""
+    shape = (fused.total, *shard[1:])
+    found = len(shard) == len(fused.layout(shape).dims) and fused.layout(shape).resolve(shape, mesh)
+    if not found or found.shard_shape(found.coordinate({"ep": 0})) != shard:
+        raise CheckpointError(
+            f"{name}: the first ep rank's shard has shape {shard}, ds_autoep_layers gives it {len(fused.ranks[0])} of "
+            f"{fused.total} experts: the files do not belong together"
+        )
+    return fused.layout(shape), shape, found
 
 
 def whole(

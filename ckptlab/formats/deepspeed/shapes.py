@@ -19,13 +19,41 @@ from ckptlab.catalog import MASTER
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
-from ckptlab.formats.deepspeed.headers import ModelFile, OptimizerFile, Shapes, WholeOptimizer, Wrapper
+from ckptlab.formats.deepspeed.headers import (
+    ModelFile,
+    OptimizerFile,
+    Shape,
+    Shapes,
+    WholeOptimizer,
+    Wrapper,
+)
 from ckptlab.stored import Stored
 
 _SAMPLE = 32  # elements at either end of a tensor by which it is recognised
 _MOST = 20_000  # ways to go on that are followed at a time
 
-Named = Sequence[tuple[str, Stored]]
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of the module, whole or, where experts are one tensor, in a file for each of them."""
+
+    shape: Shape
+    parts: tuple[Stored, ...]
+    of_experts: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def ends(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first element, elements) of a sample at either end."""
+        first, last = self.parts[0].flat, self.parts[-1].flat
+        count = min(_SAMPLE, len(first), len(last))
+        yield 0, first[:count]
+        yield self.numel - count, last[len(last) - count :]
+
+
+Named = Sequence[tuple[str, Weight]]
 
 
 def told(folder: StepFolder, faults: Faults) -> StepFolder:
@@ -137,21 +165,27 @@ def _by_values(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
     return _assigned(list(_weights(folder, rank)), groups)
 
 
-def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Stored]]:
+def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Weight]]:
     """The weights in the module of a rank in the model's order, each once; then its experts', of ep rank 0."""
     head, seen = folder.heads[rank][0], set()
     for name, stored in (head.module or {}).items():
         place = (stored.offset, stored.shape)
         if name not in head.buffers and name not in head.shared and place not in seen:
             seen.add(place)
-            yield name, stored
-    for (_, _, tp), tensors in folder.experts.files.items():
-        for name, stored in tensors.items():
-            if tp == rank[1] and folder.experts.locally(name) == name:
-                yield name, stored
+            yield name, Weight(stored.shape, (stored,))
+    files = {(tp, n): stored for (_, _, tp), tensors in folder.experts.files.items() for n, stored in tensors.items()}
+    for layer in folder.experts.fused:
+        for name in layer.names:
+            parts = tuple(files.pop((rank[1], layer.name(name, e)), None) for e in layer.ranks[0])
+            held = tuple(one for one in parts if one is not None)
+            if held and len(held) == len(parts):
+                yield name, Weight((len(held), *held[0].shape), held, of_experts=True)
+    for (tp, name), stored in files.items():
+        if tp == rank[1] and layer_of(name) and folder.experts.locally(name) == name:
+            yield name, Weight(stored.shape, (stored,), of_experts=True)
 
 
-def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Stored]]:
+def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Weight]]:
     """The weights of a layer file. One that is tied has the name that the training program told, where it did."""
     held = folder.layers[layer][tp]
     info = folder.first.content.get("universal_checkpoint_info")
@@ -159,7 +193,7 @@ def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Stored]]:
     patterns = {p for names in lists if isinstance(names, (list, tuple)) for p in names if isinstance(p, str)}
     tied = {".".join(p.split(".")[:2]) for p in patterns if p.startswith("tied_modules.")}
     prefix = next((t for t in sorted(tied) if any(f"{t}.{key}" in patterns for key in held)), str(layer))
-    return [(f"{prefix}.{key}", stored) for key, stored in held.items()]
+    return [(f"{prefix}.{key}", Weight(stored.shape, (stored,))) for key, stored in held.items()]
 
 
 def _of_stage(
@@ -172,7 +206,11 @@ def _of_stage(
     """
     groups = _Group.of(optimizer)
     if not folder.is_pipeline:
-        return _assigned(list(_weights(folder, rank)), groups), 0
+        named = list(_weights(folder, rank))
+        routers = [one for one in named if any(one[0].startswith(layer.router) for layer in folder.experts.fused)]
+        orders = [named, [*(one for one in named if one not in routers), *routers]]  # AutoEP's may stand last
+        ways = [way for order in orders[: 1 + bool(routers)] if (way := _assigned(order, groups)) is not None]
+        return (ways[0] if ways and all(way == ways[0] for way in ways) else None), 0
     layers = list(folder.layers)
     by_shape = [replace(g, masters=()) for g in groups if g.shapes]  # copies of tied tensors need not be equal
     for wanted, end in itertools.product((groups, by_shape), range(taken + 1, len(layers) + 1)):
@@ -213,11 +251,11 @@ class _Group:
             found.append(cls(held, masters, end, experts))
         return found
 
-    def takes(self, name: str) -> bool:
-        """Whether a tensor of that name may be one of the group's."""
-        return self.experts is None or self.experts == (layer_of(name) is not None)
+    def takes(self, weight: Weight) -> bool:
+        """Whether a weight may be one of the group's."""
+        return self.experts is None or self.experts == weight.of_experts
 
-    def before(self, end: int, weight: Stored) -> int | None:
+    def before(self, end: int, weight: Weight) -> int | None:
         """Where the weight begins if it is what ends at `end`; None if that cannot be."""
         if not self.shapes:
             at = end - weight.numel
@@ -230,20 +268,18 @@ class _Group:
     def places(self, named: Named) -> list[_Places]:
         """For each weight where it may stand, so that those after it can make up the rest of the group."""
         found, reached = [], frozenset({self.end})
-        for name, weight in reversed(named):
-            ends = reached if self.takes(name) else ()
+        for _, weight in reversed(named):
+            ends = reached if self.takes(weight) else ()
             found.append(({at: end for end in ends if (at := self.before(end, weight)) is not None}, reached))
             reached |= found[-1][0].keys()
         return found[::-1]
 
 
-def _rounds(parts: Sequence[Stored], at: int, weight: Stored) -> bool:
+def _rounds(parts: Sequence[Stored], at: int, weight: Weight) -> bool:
     """Whether a weight is the master from element `at` of these pieces on, rounded: by the elements at both ends."""
-    count = min(_SAMPLE, weight.numel)
-    held = weight.flat
-    for lo in (0, weight.numel - count):
-        found = _elements(parts, at + lo, count).astype(held.dtype)
-        if not np.array_equal(held[lo : lo + count], found, equal_nan=held.dtype.kind == "f"):
+    for lo, held in weight.ends():
+        found = _elements(parts, at + lo, len(held)).astype(held.dtype)
+        if not np.array_equal(held, found, equal_nan=held.dtype.kind == "f"):
             return False
     return True
 
@@ -288,7 +324,7 @@ def _assigned(named: Named, groups: Sequence[_Group], frozen: bool = True) -> tu
     reached: tuple[int, ...] | None = tuple(group.end for group in groups)
     if reached not in steps[-1] or steps[-1][reached][0] != 1:
         return None
-    found: list[list[tuple[str, Stored]]] = [[] for _ in groups]
+    found: list[list[tuple[str, Weight]]] = [[] for _ in groups]
     for one, ways in zip(reversed(named), reversed(steps), strict=False):
         assert reached is not None
         _, reached, by = ways[reached]

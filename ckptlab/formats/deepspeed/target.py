@@ -94,7 +94,7 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     heads, kv_heads = head_counts(catalog, options)
     kv_heads = kv_heads or autotp.told_heads(catalog.tensors)
     tensors = {
-        name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole)
+        name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole, experts)
         for name, t in catalog.tensors.items()
     }
     if mesh.tp not in (1, source.folder.mesh.tp) and (kv_heads if source.autotp else heads) is None:
@@ -253,9 +253,12 @@ def _retarget(
     dtype: str,
     kv_heads: int | None,
     whole: bool,
+    experts: Experts,
 ) -> Tensor:
     source = catalog.private
-    if source.autotp and mesh.tp != source.folder.mesh.tp:
+    if (fused := experts.fused_of(tensor.name)) is not None:
+        layout = fused.layout(tensor.shape)
+    elif source.autotp and mesh.tp != source.folder.mesh.tp:
         layout = autotp.on_tp(tensor.layout, tensor.name, tensor.shape, mesh.tp, kv_heads, source.grain)
     else:
         layout = on_degree(tensor.layout, "tp", mesh.tp)
@@ -322,14 +325,19 @@ def _flat_groups(
                 continue
             if not experts:  # those of a model with experts are in order already
                 every = original_order(catalog, every)
-            for rank, share in enumerate(experts.shares(every, mesh)):
-                names = experts.of_rank(every, rank) if share.at else every
+            shares = experts.shares(every, mesh)
+            if experts.fused_of(every[0]):  # ep cuts them: the same tensors are on all its ranks
+                shares = (replace(shares[0], at={}),)
+            for rank, share in enumerate(shares):
+                names = experts.on_rank(every, rank) if share.at else every
                 if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
                     names = round_robin(names, len(share.ranks))
                 zero_stage = 3 if wrapper is Wrapper.ZERO3 else 1
                 found += [
                     FlatGroup.laid_out(Holder(pp=p, **share.at), index, members, tensors, mesh, zero_stage, sub)
-                    for sub, members in enumerate(_sub_groups(names, tensors, mesh, wrapper, options, catalog))
+                    for sub, members in enumerate(
+                        _sub_groups(names, tensors, len(share.ranks), wrapper, options, catalog)
+                    )
                 ]
     return tuple(found)
 
@@ -350,17 +358,17 @@ def original_order(catalog: Catalog, names: list[str]) -> list[str]:
     if not catalog.private.round_robin:
         return names
     (first, *_) = folder.experts.shares(names, folder.mesh)
-    held = folder.experts.of_rank(names, 0) if first.at else names
+    held = folder.experts.on_rank(names, 0)
     dealt = round_robin([str(i) for i in range(len(held))], len(first.ranks))
     position = {int(i): n for i, n in zip(dealt, held, strict=True)}
     ordered = [position[i] for i in range(len(held))]
-    return folder.experts.everywhere(ordered) if first.at else ordered
+    return folder.experts.everywhere(ordered)
 
 
 def _sub_groups(
     names: list[str],
     tensors: Mapping[str, Tensor],
-    mesh: Mesh,
+    dp: int,
     wrapper: Wrapper,
     options: TargetOptions,
     catalog: Catalog,
@@ -370,7 +378,7 @@ def _sub_groups(
         return [names]
     limit = options.sub_group_size or catalog.private.folder.config.sub_group_size or 1_000_000_000
     shards = (cut.shard_shape(next(iter(cut.coordinates()))) for cut in (tensors[n].cut for n in names))
-    sizes = [-(-math.prod(shard) // mesh.dp) for shard in shards]
+    sizes = [-(-math.prod(shard) // dp) for shard in shards]
     if sum(sizes) <= limit:
         return [names]
     groups: list[list[str]] = [[]]

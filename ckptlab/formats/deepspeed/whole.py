@@ -37,8 +37,8 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
         for g, names in enumerate(held):
             scalars.update(dict.fromkeys(names, optimizer.scalars[g]))
         for ep, own in enumerate(folder.expert_optims.get(rank[1], (optimizer,))):
-            for name, at, state, fragment in _fragments(folder, own, head.shapes, module, rank, ep):
-                pieces.setdefault((name, state), {}).setdefault(at, (fragment,))
+            for name, at, state, fragments in _fragments(folder, own, head.shapes, module, rank, ep):
+                pieces.setdefault((name, state), {}).setdefault(at, fragments)
     groups, _ = match_groups(folder.path, stages)
     stage = folder.config.stage
     return OptimizerFiles(
@@ -61,21 +61,21 @@ def _fragments(
     module: ModuleWeights,
     rank: Rank,
     ep: int,
-) -> Iterator[tuple[str, Holder, str, Fragment]]:
+) -> Iterator[tuple[str, Holder, str, tuple[Fragment, ...]]]:
     """(tensor, holder, state, where it lies) of all that the optimizer of a rank keeps, of its experts by their global
     names. What it steps is the module's own weight where it has no other."""
-    for g, names in enumerate(shapes):
-        done = 0
+    for g, of_first in enumerate(shapes):
+        done, names = 0, folder.experts.shapes_on(of_first, ep)
         for k, (name, shape) in enumerate(zip(folder.experts.globally(names, ep), names.values(), strict=True)):
-            holder = Holder(pp=rank[0], **folder.experts.at(name, folder.mesh), tp=rank[1])
+            holder = folder.experts.holder(name, folder.mesh, ep, pp=rank[0], tp=rank[1])
             count = math.prod(shape)
             kept: dict[str, Stored] = dict(optimizer.states[g][0 if optimizer.fused else k])
             if optimizer.masters is not None:
                 kept = {MASTER: optimizer.masters[g][0 if optimizer.fused else k], **kept}
             elif (own := module.pieces.get(name, {}).get(holder)) is not None:
-                yield name, holder, MASTER, own[0]
+                yield name, holder, MASTER, own
             for state, stored in kept.items():
-                yield name, holder, state, Fragment(0, stored.elements(done, count) if optimizer.fused else stored)
+                yield name, holder, state, (Fragment(0, stored.elements(done, count) if optimizer.fused else stored),)
             done += count
 
 
@@ -90,14 +90,14 @@ class Shards(Protocol):
     @property
     def config(self) -> Mapping[str, Any]: ...
 
-    def shard(self, name: str, state: str, stage: int, tp: int, rank: int) -> Pending: ...
+    def shard(self, name: str, state: str, rank: int) -> Pending: ...
 
     def scalars(self, group: int) -> dict[str, Any]: ...
 
 
-def whole_state(writer: Shards, stage: int, tp: int, rank: int, ep: int = 0) -> dict[str, Any]:
-    """The optimizer of a (pp stage, tp rank, ep rank) as its engine keeps it: torch's own in float32, else DeepSpeed's
-    FP16_UnfusedOptimizer or, flat, FP16_Optimizer."""
+def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str, Any]:
+    """The optimizer of a rank, which is of that pp stage and ep rank, as its engine keeps it: torch's own in float32,
+    else DeepSpeed's FP16_UnfusedOptimizer or, flat, FP16_Optimizer."""
     target, source = writer.target, writer.source.private
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
@@ -107,9 +107,7 @@ def whole_state(writer: Shards, stage: int, tp: int, rank: int, ep: int = 0) -> 
         names = [n for n in writer.experts.on_rank(group.tensors, ep) if stage in target.tensors[n].stages]
         if not names:
             continue
-        shards = [
-            {s: writer.shard(n, s, stage, tp, rank) for s in target.tensors[n].states if s != PARAM} for n in names
-        ]
+        shards = [{s: writer.shard(n, s, rank) for s in target.tensors[n].states if s != PARAM} for n in names]
         if fused:
             shards = [{s: _joined([one[s] for one in shards]) for s in shards[0]}]
         ids = list(range(len(state), len(state) + len(shards)))

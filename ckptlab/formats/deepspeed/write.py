@@ -7,6 +7,7 @@ what it ignores, was found by leaving out one key at a time (DeepSpeed 0.19.8).
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,8 @@ import numpy as np
 from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
 from ckptlab.formats.deepspeed import info, names
-from ckptlab.formats.deepspeed.experts import layer_of
+from ckptlab.formats.deepspeed.autoep import Fused
+from ckptlab.formats.deepspeed.experts import GROUP
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.deepspeed.whole import whole_state
@@ -78,41 +80,68 @@ class NativeWriter:
             for expert, held in self.experts.tensors(layer, self.target.tensors):
                 for t in range(mesh.tp):
                     rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, **self.experts.at(held[0], mesh)))[0], tp=t)
-                    tensors = OrderedDict((name, self.module_weight(name, t, rank)) for name in held)
+                    tensors = OrderedDict((name, self.module_weight(name, rank)) for name in held)
                     yield torchfile.plan(names.expert(i, expert, t), tensors)
+        for fused, t in itertools.product(() if zero3 else self.experts.fused, range(mesh.tp)):
+            for expert in range(fused.total):
+                tensors = OrderedDict(
+                    (fused.name(name, expert), self.expert(fused, name, expert)) for name in fused.names
+                )
+                yield torchfile.plan(names.expert(fused.number, expert, t), tensors)
         for ep in range(max(self.experts.sizes, default=0) if inside else 0):
             for t in range(mesh.tp):
                 rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, ep=ep))[0], tp=t)
-                optimizer = whole_state(self, 0, t, rank, ep)
+                optimizer = whole_state(self, 0, rank, ep)
                 yield torchfile.plan(names.expert_optim(ep, t), {"optimizer": optimizer})
 
     # ---------------------------------------------------------------- tensors
 
-    def coordinate(self, tensor: Tensor, tp: int) -> tuple[int, ...]:
-        return tensor.cut.coordinate({"tp": tp})
+    def coordinate(self, tensor: Tensor, rank: int) -> tuple[int, ...]:
+        """The coordinate of the tensor's cut that a rank has."""
+        return tensor.cut.coordinate(self.mesh.coordinate(rank))
 
-    def module_weight(self, name: str, tp: int, rank: int) -> Pending:
-        """A tensor's module weight on a tp rank: as it was stored, or the master rounded to the target's dtype."""
-        return self.shard(name, PARAM, self.target.tensors[name].stages[0], tp, rank)
+    def module_weight(self, name: str, rank: int) -> Pending:
+        """A tensor's module weight on a rank: as it was stored, or the master rounded to the target's dtype."""
+        return self.shard(name, PARAM, rank, self.target.tensors[name].stages[0])
 
-    def shard(self, name: str, state: str, stage: int, tp: int, rank: int) -> Pending:
-        """What a (pp stage, tp rank) has of a state that lies outside of flat buffers."""
+    def shard(self, name: str, state: str, rank: int, stage: int | None = None) -> Pending:
+        """What a rank has of a state that lies outside of flat buffers. stage: the pp stage that stores it (None: the
+        rank's own)."""
         tensor = self.target.tensors[name]
-        at = self.coordinate(tensor, tp)
-        shape, dtype = tensor.cut.shard_shape(at), tensor.states[state]
+        shape = tensor.cut.shard_shape(self.coordinate(tensor, rank))
+        return self._elements(tensor, state, rank, stage, shape, 0)
+
+    def expert(self, fused: Fused, name: str, expert: int) -> Pending:
+        """The module weight of one of the experts that are a tensor together."""
+        tensor = self.target.tensors[name]
+        ep = next(k for k, held in enumerate(fused.ranks) if expert in held)
+        rank = int(self.mesh.ranks(pp=0, ep=ep, tp=0)[0])
+        return self._elements(tensor, PARAM, rank, 0, tensor.shape[1:], fused.ranks[ep].index(expert))
+
+    def _elements(
+        self, tensor: Tensor, state: str, rank: int, stage: int | None, shape: tuple[int, ...], index: int
+    ) -> Pending:
+        """The part number `index` of that shape of a rank's shard."""
+        at, where = self.coordinate(tensor, rank), self.mesh.coordinate(rank)
+        dtype, count = tensor.states[state], math.prod(shape)
+        stage = where["pp"] if stage is None else stage
+        holder = self.experts.holder(tensor.name, self.mesh, where.get("ep", 0), pp=stage, tp=where["tp"])
         tally = self.tally and self.tally.towards(rank)
-        holder = Holder(pp=stage, **self.experts.at(name, self.mesh), tp=tp)
-        one = shard_reader(self.source, self.target, name, state, holder, tally)
-        return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, 0, math.prod(shape)),))
+        one = shard_reader(self.source, self.target, tensor.name, state, holder, tally)
+        return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, index * count, (index + 1) * count),))
 
     def gather(self, name: str, state: str, dtype: np.dtype, rank: int) -> Reader:
         """Reads a tensor of the source for a rank of the target."""
         return reader(self.source, name, state, dtype=dtype, tally=self.tally and self.tally.towards(rank))
 
+    def share(self, group: FlatGroup, tp: int, dp: int) -> tuple[Holder, int]:
+        """Which of a group's buffers a dp rank has a part of, and which part."""
+        holder = group.holder(self.mesh.coordinate(self.mesh.rank(pp=group.stage, dp=dp, tp=tp)))
+        return holder, self.place(holder.without("tp")).index(dp)
+
     def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
         """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
-        part = self.place(group.at).index(dp)
-        held = Partition(self.source, self.target, group, state, group.at.with_(tp=tp), part, self.tally)
+        held = Partition(self.source, self.target, group, state, *self.share(group, tp, dp), self.tally)
         return Pending(held.dtype, (count,), (Elements(held, held.dtype, 0, count),))
 
     # ---------------------------------------------------------------- model files
@@ -135,15 +164,15 @@ class NativeWriter:
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
         rank = mesh.rank(pp=p, dp=d, tp=t)
         weights: dict[str, Pending] = {}
-        module = None if self.source.private.is_pipeline else self.module(template, t, rank, weights)
+        module = None if self.source.private.is_pipeline else self.module(template, rank, weights)
         whole = self.native.wrapper is Wrapper.WHOLE
         aliases = {a: x.name for x in self.target.tensors.values() for a in x.aliases} if rank == 0 else {}
         model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
             module=module,
-            optimizer=whole_state(self, p, t, rank) if whole else None,
-            param_shapes=None if whole else [self._shapes(g, t) for g in self.groups_on(p)],
-            **self._frozen(weights, t, d, rank),
+            optimizer=whole_state(self, p, rank) if whole else None,
+            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(p)],
+            **self._frozen(weights, d, rank),
             shared_params=None if whole else aliases,
             dp_world_size=mesh.dp,
             mp_world_size=mesh.pp * mesh.tp,
@@ -151,41 +180,41 @@ class NativeWriter:
             ds_config=self.config,
         )
         if self.experts:
-            model["num_experts"] = list(self.experts.total.values())
+            model["num_experts"] = list(self.experts.total.values()) or [fused.total for fused in self.experts.fused]
         return info.adapt_client(model, self.target.training.layouts_told, self.target, rank)
 
-    def _frozen(self, module: Mapping[str, Any], t: int, d: int, rank: int) -> dict[str, Any]:
+    def _frozen(self, module: Mapping[str, Any], d: int, rank: int) -> dict[str, Any]:
         """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None."""
         if (self.target.zero_stage or 0) < 2:
             return {"frozen_param_shapes": None, "frozen_param_fragments": None}
         zero3 = self.native.wrapper is Wrapper.ZERO3
-        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen" and layer_of(x.name) is None]
-        fragments = ((x.name, self._fragment(x, t, d, rank) if zero3 else module[x.name]) for x in frozen)
+        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen" and self.experts.degree(x.name) is None]
+        fragments = ((x.name, self._fragment(x, d, rank) if zero3 else module[x.name]) for x in frozen)
         return {
-            "frozen_param_shapes": OrderedDict((x.name, self._shape(x, t)) for x in frozen),
+            "frozen_param_shapes": OrderedDict((x.name, self._shape(x, rank)) for x in frozen),
             "frozen_param_fragments": OrderedDict(fragments),
         }
 
-    def _shape(self, tensor: Tensor, tp: int) -> Size:
-        return Size(tensor.cut.shard_shape(self.coordinate(tensor, tp)))
+    def _shape(self, tensor: Tensor, rank: int) -> Size:
+        return Size(tensor.cut.shard_shape(self.coordinate(tensor, rank)))
 
-    def _shapes(self, group: FlatGroup, tp: int) -> OrderedDict[str, Size]:
-        return OrderedDict((self.experts.locally(n), self._shape(self.target.tensors[n], tp)) for n in group.names)
+    def _shapes(self, group: FlatGroup, rank: int) -> OrderedDict[str, Size]:
+        return OrderedDict((self.experts.locally(n), self._shape(self.target.tensors[n], rank)) for n in group.names)
 
-    def module(self, template: Mapping[str, Any], tp: int, rank: int, made: dict[str, Pending]) -> dict[str, Any]:
+    def module(self, template: Mapping[str, Any], rank: int, made: dict[str, Pending]) -> dict[str, Any]:
         """The model's state dict, a tree of dictionaries where the source's is one; at ZeRO-3 everything but buffers is
         an empty placeholder. Tensors come by name into `made`."""
-        return self._module(template.get("module") or {}, (), tp, rank, made)
+        return self._module(template.get("module") or {}, (), rank, made)
 
     def _module(
-        self, tree: Mapping[str, Any], at: tuple[str, ...], tp: int, rank: int, made: dict[str, Pending]
+        self, tree: Mapping[str, Any], at: tuple[str, ...], rank: int, made: dict[str, Pending]
     ) -> dict[str, Any]:
         zero3 = self.native.wrapper is Wrapper.ZERO3
         places = self.folder.first.places
         module: dict[str, Any] = OrderedDict()
         for key, value in tree.items():
             if isinstance(value, Mapping) and places:
-                module[key] = self._module(value, (*at, key), tp, rank, made)
+                module[key] = self._module(value, (*at, key), rank, made)
                 continue
             if not isinstance(value, Stored):
                 module[key] = value  # `_extra_state` and the like
@@ -195,13 +224,13 @@ class NativeWriter:
                 module[key] = np.empty(0, tensor.states[PARAM])
                 continue
             if tensor.name not in made:  # aliases share the leaf, and so the storage
-                made[tensor.name] = self.module_weight(tensor.name, tp, rank)
+                made[tensor.name] = self.module_weight(tensor.name, rank)
             module[key] = made[tensor.name]
         return module
 
-    def _fragment(self, tensor: Tensor, tp: int, dp: int, rank: int) -> Pending:
+    def _fragment(self, tensor: Tensor, dp: int, rank: int) -> Pending:
         """A dp rank's part of a frozen tensor at ZeRO-3: cut like a parameter."""
-        at = self.coordinate(tensor, tp)
+        at = self.coordinate(tensor, rank)
         numel = math.prod(tensor.cut.shard_shape(at))
         part = -(-numel // self.mesh.dp)
         lo, hi = min(dp * part, numel), min((dp + 1) * part, numel)
@@ -210,7 +239,7 @@ class NativeWriter:
         padding = Zeros((part - (hi - lo)) * dtype.itemsize)
         return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
 
-    def expert_weights(self, tp: int, rank: int) -> OrderedDict[str, Any]:
+    def expert_weights(self, rank: int) -> OrderedDict[str, Any]:
         """The module weights of all experts, under their global names."""
         held = (
             name
@@ -218,13 +247,13 @@ class NativeWriter:
             for _, own in self.experts.tensors(layer, self.target.tensors)
             for name in own
         )
-        return OrderedDict((name, self.module_weight(name, tp, rank)) for name in held)
+        return OrderedDict((name, self.module_weight(name, rank)) for name in held)
 
     def layer_file(self, layer: int, prefix: str, tp: int) -> OrderedDict[str, Any]:
         """The tensors of one layer, under their names within it."""
         rank = self.mesh.rank(pp=self.native.layer_stages[layer], dp=0, tp=tp)
         held = [name for name in self.target.tensors if name.startswith(prefix)]
-        tensors = OrderedDict((name.removeprefix(prefix), self.module_weight(name, tp, rank)) for name in held)
+        tensors = OrderedDict((name.removeprefix(prefix), self.module_weight(name, rank)) for name in held)
         others = self.folder.others.get(layer, ({},))
         return OrderedDict({**tensors, **others[tp % len(others)]})
 
@@ -244,7 +273,8 @@ class NativeWriter:
     def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
         found = {}
         for i, group in enumerate(groups):
-            size = group.flats[group.at.with_(tp=tp)].size(dp)
+            holder, part = self.share(group, tp, dp)
+            size = group.flats[holder].size(part)
             states = {s: self.partition(group, s, tp, dp, size) for s in group.dtypes if s != MASTER}
             found[i] = self.scalars(group.group) | states
         return found
@@ -281,14 +311,39 @@ class NativeWriter:
             "zero_stage": foreign(*ZERO_STAGE, 3),
             **self._scaler(template),
             "partition_count": self.mesh.dp,
+            **self._partition_groups(groups, t, d),
             "optimizer_state_dict": {"state": self._states(groups, t, d), "param_groups": self.param_groups(groups)},
-            "fp32_flat_groups": [self.partition(g, MASTER, t, d, g.flats[g.at.with_(tp=t)].size(d)) for g in groups],
+            "fp32_flat_groups": [
+                self.partition(g, MASTER, t, d, g.flats[holder].size(part))
+                for g in groups
+                for holder, part in (self.share(g, t, d),)
+            ],
         }
+
+    def _partition_groups(self, groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
+        """Who shares each buffer at ZeRO-3, which DeepSpeed says where experts are shared by others."""
+        if not self.experts:
+            return {}
+        found = []
+        for i, group in enumerate(groups):
+            holder, part = self.share(group, t, d)
+            degree = self.experts.degree(group.names[0])
+            found.append(
+                {
+                    "sub_group": i,
+                    "families": ["autoep_expert" if degree else "replicated"],
+                    "group_names": [GROUP.format(degree) if degree else "replicated"],
+                    "partition_count": group.flats[holder].dp,
+                    "partition_rank": part,
+                    "partition_ranks": self.place(holder.without("tp")),
+                }
+            )
+        return {"ds_zero_partition_groups": found}
 
     def _flat_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
         bf16 = self.native.wrapper is Wrapper.BF16
         # each with the place that the rank has among those that share the buffer
-        flats = [(g.flats[g.at.with_(tp=t)], self.place(g.at).index(d)) for g in groups]
+        flats = [(g.flats[holder], part) for g in groups for holder, part in (self.share(g, t, d),)]
         if bf16:
             paddings = [f.total - f.used if i == f.dp - 1 else 0 for f, i in flats]
             masters = [f.size(i) for f, i in flats]

@@ -19,6 +19,7 @@ from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import match_groups
 from ckptlab.formats.deepspeed.read import (
     Native,
+    all_experts,
     choose_layout,
     client_state,
     layouts_are_told,
@@ -220,8 +221,11 @@ class _Tensors:
         info = self.info
         if shards is None:  # not in the model files: what is stored is all there is to know
             shards, info = [next(iter(states.values())).shape], None
-        layout, known = choose_layout(name, "parameter", shards, info, self.strategy, self.folder.path)
-        layout, shape, _ = whole(name, layout, shards, info, self.folder.mesh if len(shards) > 1 else Mesh())
+        if (fused := self.folder.experts.fused_of(name)) is not None:
+            (layout, shape, _), known = all_experts(name, fused, shards[0], self.folder.mesh), True
+        else:
+            layout, known = choose_layout(name, "parameter", shards, info, self.strategy, self.folder.path)
+            layout, shape, _ = whole(name, layout, shards, info, self.folder.mesh if len(shards) > 1 else Mesh())
         for state, one in states.items():
             if one.numel != math.prod(shape):
                 message = (

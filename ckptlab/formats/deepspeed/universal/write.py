@@ -50,7 +50,7 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
                 model = writer.model_file(p, t, d)
                 if target.private.experts:
                     rank = target.mesh.rank(pp=p, dp=d, tp=t)
-                    model["module"] |= writer.expert_weights(t, rank)
+                    model["module"] |= writer.expert_weights(rank)
                 yield torchfile.plan(name, model)
 
 
@@ -60,7 +60,11 @@ def _written(tensor: Tensor) -> list[str]:
 
 def _state_file(source: Catalog, tensor: Tensor, state: str, flat: bool, tally: Tally | None) -> FilePlan:
     leaf = _leaf(source, tensor, state, tensor.states[state], (tensor.numel,) if flat else tensor.shape, tally)
-    content = leaf if flat else {**loader_keys(source, tensor), "param": leaf}
+    fused = source.private.folder.experts.fused_of(tensor.name)
+    of_experts = {"cat_dim": 0, "is_expert_param": True, "ep_num_experts": fused.total} if fused else {}
+    if fused:
+        leaf = replace(leaf, shape=tensor.shape)  # whole at ZeRO-3 too
+    content = leaf if flat and not fused else {**loader_keys(source, tensor), **of_experts, "param": leaf}
     return torchfile.plan(f"{FOLDER}/{tensor.name}/{file_of(state)}.pt", content)
 
 

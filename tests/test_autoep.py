@@ -1,0 +1,265 @@
+"""Experts of DeepSpeed's AutoEP: all of a layer in one tensor, which ep cuts; read, shown, and spread anew."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compare import DATA, differences, differences_from_truth, digest
+from real_deepspeed import make_case, requires_deepspeed, resume
+from safetensors.numpy import load_file
+
+import ckptlab
+from ckptlab.arrays import Tally
+from ckptlab.catalog import MASTER, PARAM
+from ckptlab.checkpoint import Reshape
+from ckptlab.errors import CheckpointError, CkptlabError, ReshapeError, UnsupportedError
+from ckptlab.formats import fileplan, read
+from ckptlab.formats.deepspeed import write
+from ckptlab.formats.deepspeed.autoep import DIMS, Fused, aliases
+from ckptlab.formats.deepspeed.experts import Experts
+from ckptlab.formats.torch import torchfile
+from ckptlab.layout import Layout
+from ckptlab.mesh import Mesh
+
+AUTOEP = DATA / "autoep_ep2_dp4"
+STEP = "global_step3"
+LAYER = "layers.1.mlp.experts"
+W1 = f"{LAYER}.w1"
+SHARDED = {"stage3_param_persistence_threshold": 0}
+
+
+def changed(tmp_path: Path, change: Callable[[Any], None]) -> Path:
+    """A copy of the checkpoint whose model file says something else."""
+    path = Path(shutil.copytree(AUTOEP, tmp_path / "run")) / STEP / "mp_rank_00_model_states.pt"
+    content = torchfile.read_contents(str(path)).value
+    change(content)
+    fileplan.write(torchfile.plan(path.name, content), path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+    return path.parent
+
+
+def placed(*ranks: list[int], total: int = 4) -> Callable[[Any], None]:
+    """A change of what is recorded: who has which experts."""
+
+    def change(content: Any) -> None:
+        for layer in content["ds_autoep_layers"]:
+            said = [{"rank": rank, "experts": held} for rank, held in enumerate(ranks)]
+            layer["expert_placement"] = {"version": 1, "num_experts": total, "ep_size": len(ranks), "ranks": said}
+            layer["ep_size"] = len(ranks)
+
+    return change
+
+
+def test_every_state_is_what_training_held() -> None:
+    catalog = read(AUTOEP)
+    assert differences_from_truth(catalog, AUTOEP / "truth.safetensors") == []
+    tensor = catalog[W1]
+    assert (tensor.shape, tensor.layout.text, tensor.layout.dims) == ((4, 37, 24), "(ep expert) out in", DIMS)
+    assert tensor.states.keys() == {MASTER, "exp_avg", "exp_avg_sq", PARAM}
+    assert "ds_autoep_layers" not in catalog.client
+    assert ckptlab.check(AUTOEP).findings == ()
+
+
+def test_ep_cuts_experts_and_edp_their_buffers() -> None:
+    ckpt = ckptlab.open(AUTOEP)
+    assert ckpt.mesh == Mesh(dp=4).split("dp", edp=2, ep=2)
+    truth = load_file(AUTOEP / "truth.safetensors")
+    shards = ckpt.shards(stack=False)[W1]
+    assert dict(shards.exp_avg.sizes) == {"ep": 2, "tp": 1, "expert": 2, "out": 37, "in": 24}
+    for ep in (0, 1):
+        assert (shards.exp_avg.sel(ep=ep, tp=0).values == truth[f"exp_avg/{W1}"][2 * ep : 2 * ep + 2]).all()
+    placement = ckpt.catalog.placement(W1, MASTER)
+    assert {tuple(placement.ranks(holder).tolist()) for holder in placement.holders} == {(0, 2), (1, 3)}
+    (group,) = (g for g in ckpt.catalog.flat_groups if W1 in g.names)
+    assert (dict(group.at), group.axes, group.over, group.dp) == ({"pp": 0}, ("ep", "tp"), "edp", 2)
+
+
+SPREAD = [
+    {"dp": 4, "ep": 4},
+    {"dp": 4, "ep": 1},
+    {"dp": 2, "ep": 2, "zero_stage": 1},
+    {"dp": 8, "ep": 4},
+    {"dp": 4, "data_before_experts": True},
+    {"dp": 4, "ep": 2, "round_robin": True},
+    {"dp": 2, "ep": 2, "zero_stage": 0},
+    {"dp": 4, "ep": 2, "zero_stage": 3},
+    {"dp": 2, "ep": 1, "zero_stage": 3},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", SPREAD, ids=str)
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_there_and_back_is_the_identity(asked: dict[str, Any], form: str, tmp_path: Path) -> None:
+    source, before = ckptlab.open(AUTOEP), digest(AUTOEP)
+    if form == "universal" and asked.get("zero_stage") == 0:
+        return  # is for training with ZeRO: see test_experts
+    source.reshape(**asked).save(tmp_path / "there" / "step", form)
+    there = ckptlab.open(tmp_path / "there")
+    assert there.catalog.format == form
+    assert differences(source.catalog, there.catalog) == []
+    assert ckptlab.check(tmp_path / "there").findings == ()
+    if form == "deepspeed" and "ep" in asked:
+        assert there.mesh["ep"] == asked["ep"]
+    options = {"zero_stage": 2, "data_before_experts": False, "round_robin": False}
+    there.reshape(dp=4, ep=2, **options).save(tmp_path / "back" / "step")
+    back = ckptlab.open(tmp_path / "back")
+    assert differences(source.catalog, back.catalog) == []
+    assert back.mesh == source.mesh
+    assert digest(AUTOEP) == before
+
+
+def test_what_is_written_is_what_deepspeed_would_write(tmp_path: Path) -> None:
+    """On the same mesh: the same files, and of the engine's keys the same values."""
+    ckptlab.open(AUTOEP).reshape(dp=4).save(tmp_path / "run" / STEP)
+    theirs, mine = AUTOEP / STEP, tmp_path / "run" / STEP
+    names = sorted(p.name for p in theirs.iterdir())
+    assert sorted(p.name for p in mine.iterdir() if p.suffix == ".pt") == [n for n in names if n.endswith(".pt")]
+    a, b = (torchfile.read_contents(str(folder / "mp_rank_00_model_states.pt")).value for folder in (theirs, mine))
+    for key in ("ds_autoep_layers", "num_experts", "param_shapes", "universal_checkpoint_info", "ds_config"):
+        assert a[key] == b[key], key
+    one, other = (
+        torchfile.read_contents(str(f / "layer_0_expert_2_mp_rank_00_model_states.pt")).value for f in (theirs, mine)
+    )
+    assert {n: (x.shape, x.map().tobytes()) for n, x in one.items()} == {
+        n: (x.shape, x.map().tobytes()) for n, x in other.items()
+    }
+
+
+def test_the_plans_figures_are_what_happens(tmp_path: Path) -> None:
+    source = read(AUTOEP)
+    reshaped = Reshape.of(source, Mesh(dp=4), ep=4)
+    tally = Tally()
+    for plan in write.files(source, reshaped.target, tally):
+        fileplan.write(plan, tmp_path / plan.name)
+    cost = reshaped.cost()
+    assert cost.read == sum(tally.read.values())
+    assert cost.moved == sum(n for (a, b), n in tally.read.items() if a != b)
+    assert cost.written == sum(reshaped.file_sizes.values())
+
+
+# ------------------------------------------------------------------------------------------------ other placements
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [([0, 1, 2], [3]), ([2, 0], [3, 1]), ([1], [0, 2, 3]), ([0, 1], [1, 2, 3]), ([0, 1, 2, 3], [])],
+    ids=str,
+)
+def test_a_placement_of_any_kind_is_a_layout(ranks: tuple[list[int], ...]) -> None:
+    fused = Fused(0, LAYER, 4, tuple(map(tuple, ranks)))
+    mesh = Mesh(dp=2).split("dp", edp=1, ep=2)
+    whole = np.arange(24).reshape(4, 3, 2)
+    layout = fused.layout(whole.shape)
+    cut = layout.resolve(whole.shape, mesh)
+    for rank, held in enumerate(ranks):
+        assert cut.take(whole, cut.coordinate({"ep": rank})).tolist() == whole[held].tolist()
+    follows = [e for held in ranks for e in held] == [0, 1, 2, 3]
+    assert (type(layout) is Layout) == follows
+    if not follows:
+        with pytest.raises(CkptlabError, match="cut for ep 2 by a map"):
+            layout.resolve(whole.shape, Mesh(dp=4).split("dp", edp=1, ep=4))
+        assert fused.spread(4).layout(whole.shape) == Layout("(ep expert) out in", dims=DIMS)
+
+
+def test_ranks_that_have_experts_in_another_order(tmp_path: Path) -> None:
+    """The masters on a rank are in its own order; an expert's weight is in the file of its number."""
+    known, truth = read(AUTOEP), load_file(AUTOEP / "truth.safetensors")
+    catalog = read(changed(tmp_path, placed([1, 0], [3, 2])))
+    from compare import whole
+
+    assert (whole(catalog, W1, MASTER) == truth[f"master/{W1}"][[1, 0, 3, 2]]).all()
+    assert (whole(catalog, W1, PARAM).view(np.uint16) == whole(known, W1, PARAM).view(np.uint16)).all()
+
+
+def test_what_nobody_recorded_was_dealt_evenly(tmp_path: Path) -> None:
+    def change(content: Any) -> None:
+        content["autoep_layers"] = [
+            {k: v for k, v in layer.items() if k not in ("expert_placement", "affine_maps")}
+            for layer in content.pop("ds_autoep_layers")
+        ]
+
+    assert differences(read(AUTOEP), read(changed(tmp_path, change))) == []
+
+
+BAD: dict[str, tuple[Callable[[Any], None], type[CkptlabError], str]] = {
+    "no ranks": (placed(), CheckpointError, "ep_size"),
+    "a rank too few": (lambda c: c["ds_autoep_layers"][0].update(ep_size=3), CheckpointError, "4 experts on 3 ranks"),
+    "an expert that nobody has": (placed([0, 1], [2]), CheckpointError, "4 experts on 2 ranks"),
+    "more than the shards hold": (placed([0, 1, 2], [3]), CheckpointError, r"param_shapes says \(2, 37, 24\)"),
+    "a billion": (lambda c: c["ds_autoep_layers"][0].update(num_experts=10**9), CheckpointError, "fewer than"),
+    "no prefix": (lambda c: c["ds_autoep_layers"][0].update(expert_key_prefix=7), CheckpointError, "a name, found 7"),
+    "no list": (lambda c: c.update(ds_autoep_layers=3), CheckpointError, "expected a list"),
+    "newer": (
+        lambda c: c["ds_autoep_layers"][0]["expert_placement"].update(version=2),
+        UnsupportedError,
+        "version 2, ckptlab knows version 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_odd_is_refused(name: str, tmp_path: Path) -> None:
+    change, error, says = BAD[name]
+    with pytest.raises(error, match=says):
+        ckptlab.open(changed(tmp_path, change))
+
+
+def test_what_is_beside_them_is_refused_by_name() -> None:
+    experts = Experts(fused=(Fused(0, LAYER, 4, ((0, 1), (2, 3))),))
+    (finding,) = experts.problems("run", Mesh(dp=2, tp=2))
+    assert "AutoEP (ds_autoep_layers) beside tp 2" in finding.text
+    with pytest.raises(ReshapeError, match=r"the 4 experts of layers\.1\.mlp\.experts\.\* cannot be dealt evenly"):
+        ckptlab.open(AUTOEP).reshape(dp=3, ep=3)
+
+
+def test_a_router_has_the_models_own_name_too() -> None:
+    fused = [Fused(0, "model.layers.3.mlp.experts", 4, ((0, 1), (2, 3)))]
+    router = "model.layers.3.mlp.router.gate.weight"
+    names = [router, "model.layers.3.mlp.gate.gate.weight", "model.layers.2.mlp.gate.gate.weight", "lm_head.weight"]
+    assert aliases(fused, [*names, "model.layers.3.mlp.shared_experts.gate_proj.weight"]) == {names[1]: router}
+
+
+# ------------------------------------------------------------------------------------------------ real DeepSpeed
+
+
+@requires_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "run"),
+    [
+        ({"dp": 4, "ep": 4}, {"ep": 4}),
+        ({"dp": 2, "ep": 1, "zero_stage": 1}, {"dp": 2, "ep": 1, "zero": 1}),
+        ({"dp": 2, "zero_stage": 0}, {"dp": 2, "zero": 0}),
+        ({"dp": 2, "zero_stage": 3}, {"dp": 2, "zero": 3, "zero_config": SHARDED}),
+    ],
+    ids=str,
+)
+def test_deepspeed_resumes_them(asked: dict[str, Any], run: dict[str, Any], tmp_path: Path) -> None:
+    ckptlab.open(AUTOEP).reshape(**asked).save(tmp_path / STEP)
+    report = resume(tmp_path, AUTOEP.name, steps=1, **run)
+    assert report["status"] == "equal", report
+    assert report["losses"]["4"] == pytest.approx(report["uninterrupted"]["4"], rel=1e-4)
+
+
+@requires_deepspeed
+@pytest.mark.slow
+def test_deepspeed_loads_the_universal_folder(tmp_path: Path) -> None:
+    ckptlab.open(AUTOEP).reshape(dp=4).save(tmp_path / STEP, "universal")
+    assert resume(tmp_path, AUTOEP.name, universal=True, steps=0, ep=4)["status"] == "equal"
+
+
+@requires_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["autoep_ep2_dp4_zero3", "autoep_ep2_dp2_zero0", "autoep_ep2_dp2_bf16_optimizer"])
+def test_other_stages_are_read_and_resumed_at_stage_2(case: str, tmp_path: Path) -> None:
+    made = make_case(case, tmp_path / "made")
+    assert differences_from_truth(read(made), made / "truth.safetensors") == []
+    ckptlab.open(made).reshape(dp=4, ep=4, zero_stage=2).save(tmp_path / "run" / STEP)
+    report = resume(tmp_path / "run", made, steps=0, dp=4, ep=4, zero=2, zero_config={})
+    assert report["status"] == "equal", report

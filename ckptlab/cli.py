@@ -477,7 +477,7 @@ def check(
 @main.command(short_help="Compare two checkpoints, of any formats and meshes.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--states", metavar="fp32,exp_avg,…", help="Compare these states alone.")
+@click.option("--states", metavar="master,exp_avg,…", help="Compare these states alone.")
 @_scheduler
 @_family
 @click.option("--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where neither side tells.")
@@ -509,7 +509,7 @@ def diff(
 
     \b
       ckptlab diff run/global_step1000 out/global_step1000
-      ckptlab diff run out --states fp32
+      ckptlab diff run out --states master
     """
     from ckptlab.analysis import diff as compare
 
@@ -726,7 +726,7 @@ def _note(texts: Iterable[str]) -> None:
 @click.option(
     "--by", type=click.Choice(["tensor", "layer", "stack", "kind", "model"]), default="tensor", help="What a row is."
 )
-@click.option("--states", metavar="fp32,exp_avg,…", help="These states alone.")
+@click.option("--states", metavar="master,exp_avg,…", help="These states alone.")
 @click.option("--shards", "by_rank", is_flag=True, help="Each tp rank's shard by itself, instead of whole tensors.")
 @click.option("--steps", "whole_run", is_flag=True, help="Every step of the run whose step folders stand in PATH.")
 @click.option("--updates", "updates", is_flag=True, help="Instead: how large Adam's last update was.")
@@ -757,7 +757,7 @@ def stats(
 
     \b
       ckptlab stats run/global_step1000
-      ckptlab stats run --by stack --states fp32,exp_avg_sq
+      ckptlab stats run --by stack --states master,exp_avg_sq
       ckptlab stats run --steps --by model
       ckptlab stats run --updates
     """

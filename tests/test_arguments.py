@@ -95,7 +95,7 @@ def test_the_argument_is_named_with_what_is_taken() -> None:
         (lambda: Layout("out", dim=("out",)), "^Layout takes no dim=: it takes dims, text, "),
         (lambda: CKPT.full(dtyp="float32"), "full takes no dtyp=: it takes dtype, "),
         (lambda: ckptlab.diff(CKPT.full(), CKPT), "diff takes a=.*Checkpoint.*, not a xarray.DataTree"),
-        (lambda: ckptlab.viz.plan(CKPT), "plan takes plan=Plan, not a ckptlab.Checkpoint"),
+        (lambda: ckptlab.viz.plan(CKPT), "plan takes plan=Plan or Reshape, not a ckptlab.Checkpoint"),
         (lambda: CKPT.full(dtype="float33"), "not 'float33'"),
         (lambda: ckptlab.open(ZERO2, strategy=5), "open takes strategy="),
     ):

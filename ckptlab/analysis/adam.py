@@ -11,7 +11,6 @@ Decoupled weight decay (Loshchilov and Hutter, "Decoupled weight decay regulariz
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +27,7 @@ from ckptlab.arguments import explained
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup, Tensor
 from ckptlab.catalog.stacks import places
-from ckptlab.checkpoint import Checkpoint
-from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.checkpoint import Checkpoint, Source, opened
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
 from ckptlab.pool import Workers
@@ -154,7 +152,7 @@ _FIGURES = {
 
 @explained
 def updates(
-    ckpt: Checkpoint | Catalog | str | os.PathLike[str],
+    ckpt: Source,
     *,
     progress: bool = False,
     workers: Workers = None,
@@ -174,7 +172,7 @@ def updates(
 
     CheckpointError where no tensor has both moments.
     """
-    catalog = ckpt if isinstance(ckpt, Catalog) else _opened(ckpt).catalog
+    catalog = opened(ckpt).catalog
     trained = [t for t in catalog.tensors.values() if _is_adams(catalog, t)]
     if not trained:
         raise CheckpointError(
@@ -184,10 +182,6 @@ def updates(
     settings = _settings(catalog)
     found = _all_moved(catalog, trained, settings, window, workers, progress)
     return _dataset(catalog, trained, settings, found)
-
-
-def _opened(ckpt: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
-    return ckpt if isinstance(ckpt, Checkpoint) else open_checkpoint(ckpt)
 
 
 def _weight(tensor: Tensor) -> str:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
-from ckptlab.arguments import explained
-from ckptlab.errors import LayoutError, NotationError
+from ckptlab.arguments import explained, kind_of
+from ckptlab.errors import CkptlabError, LayoutError, NotationError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
 
@@ -101,13 +101,16 @@ def _layout_of(told: Any, where: str) -> Layout:
     for key, kind in (("stages", int), ("dims", str)):
         if key in others and not (isinstance(others[key], list) and all(isinstance(v, kind) for v in others[key])):
             raise LayoutError(f"strategy {where}: {key}: expected a list of {kind.__name__}, found {others[key]!r}")
+    for key in ("sizes", "totals", "units", "padded"):
+        if key in others and not isinstance(others[key], Mapping):
+            raise LayoutError(f"strategy {where}: {key}: expected an object, name: length, found {others[key]!r}")
     try:
         if "padded" in others:
-            others["padded"] = {int(dim): int(size) for dim, size in others["padded"].items()}
+            others["padded"] = {int(dim): size for dim, size in others["padded"].items()}
         return Layout(fields["layout"], **others)
-    except NotationError:
-        raise
-    except (LayoutError, TypeError, ValueError, AttributeError) as e:
+    except NotationError as e:
+        raise NotationError(f"strategy {where}: {e}") from None
+    except (CkptlabError, ValueError) as e:
         raise LayoutError(f"strategy {where}: {e}") from None
 
 
@@ -251,11 +254,17 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
         return Rules.of(strategy)
     if strategy.endswith(".json"):
         try:
-            with open(strategy) as f:
+            with open(strategy, encoding="utf-8") as f:
                 said = json.load(f)
-            return HuggingFace.of(said) if "model_type" in said else Rules.of(said, strategy)
-        except (OSError, json.JSONDecodeError, AttributeError, TypeError) as e:
+        except OSError as e:
+            raise LayoutError(f"strategy file {strategy}: {e.strerror}") from None
+        except (ValueError, RecursionError) as e:
             raise LayoutError(f"strategy file {strategy}: expected a JSON object of pattern: notation: {e}") from None
+        if not isinstance(said, Mapping):
+            raise LayoutError(
+                f"strategy file {strategy}: expected a JSON object of pattern: notation, found {kind_of(said)}"
+            )
+        return HuggingFace.of(said) if "model_type" in said else Rules.of(said, strategy)
     return REGISTRY.get(strategy)
 
 

@@ -10,12 +10,13 @@ import builtins
 import collections.abc
 import difflib
 import inspect
+import itertools
 import operator
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -76,7 +77,9 @@ def _wrong(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
 
 
 def check_fields(owner: str, kind: type, given: Mapping[str, Any]) -> None:
-    """InputError for the first of the named values that is not what a dataclass says of its field."""
+    """InputError for the first of the named values that a dataclass has no field for, or not one of that kind."""
+    if unknown := _unknown(kind, inspect.signature(kind), given):
+        raise InputError(unknown)
     for name, value in given.items():
         hint = _hint(kind.__init__, name)  # type: ignore[misc]
         if not fits(value, hint):
@@ -124,20 +127,22 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in inner)
     if origin is typing.Literal:
-        return value in inner
+        return isinstance(value, Hashable) and value in inner
     if origin in (collections.abc.Mapping, dict):
         items = list(value.items())[:ELEMENTS] if isinstance(value, Mapping) else None
         return items is not None and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in items)
     if origin in (collections.abc.Sequence, collections.abc.Iterable, list):
         plain = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
-        return plain and all(fits(one, inner[0]) for one in list(value)[:ELEMENTS])
+        plain = plain and not (isinstance(value, np.ndarray) and not value.ndim)
+        plain = plain and not (isinstance(value, str) and not fits(value, inner[0]))
+        return plain and all(fits(one, inner[0]) for one in itertools.islice(value, ELEMENTS))
     if origin is tuple:
         every = inner[0] if inner[-1:] == (Ellipsis,) else None
         return isinstance(value, tuple) and (every is None or all(fits(one, every) for one in value[:ELEMENTS]))
     kind = origin or hint
     if not isinstance(kind, type):
         return True
-    if kind in (int, float) and isinstance(value, bool):
+    if kind in (int, float) and (isinstance(value, bool) or (isinstance(value, float) and value != value)):
         return False
     return isinstance(value, _WIDER.get(kind, (kind,)))
 
@@ -182,8 +187,9 @@ def kind_of(value: Any) -> str:
 
 def _advice(hint: Any, value: Any) -> str:
     arrays = described(hint) == "DataArray" and isinstance(value, np.ndarray | list)
-    kind = type(value).__name__ if described(hint) == "DataArray" else ""
+    names = [kind.__name__ for kind in type(value).__mro__] if described(hint) == "DataArray" else []
     if arrays:
         return ": name its dims, xarray.DataArray(x, dims=…)"
     each = {"Dataset": "x.map(…)", "DataTree": "x.map_over_datasets(lambda node: node.map(…))"}
-    return f": take one of its variables, or map over them, {each[kind]}" if kind in each else ""
+    way = next((each[name] for name in names if name in each), None)
+    return f": take one of its variables, or map over them, {way}" if way else ""

@@ -69,6 +69,7 @@ def paper_model(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -
     dtype). zero_stage: 0 to 3. Nothing is stored, so views of data are refused. Raises LayoutError where the numbers do
     not fit each other, ReshapeError where the mesh does not fit them.
     """
+    check_fields("paper_model", PaperModel, numbers)
     described = Training(mesh=Mesh(), numbers=asdict(PaperModel(**numbers)))
     model = Catalog("a model on paper", "paper", Mesh(), {}, {}, training=described)
     return Checkpoint(Reshape.of(model, mesh or Mesh(), zero_stage=zero_stage).target)

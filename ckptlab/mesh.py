@@ -149,6 +149,8 @@ class Mesh(Shown, Mapping[str, int]):
         """The coordinate on one axis, taken out of a full one; on a split axis, its parts run together."""
         place = 0
         for leaf in self.leaves(axis):
+            if leaf not in coordinate:
+                raise MeshError(f"the coordinate {coordinate!r} does not say where on {leaf}")
             place = place * self.degrees[leaf] + coordinate[leaf]
         return place
 

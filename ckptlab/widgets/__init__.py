@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.arguments import explained
+from ckptlab.arguments import check_fields, explained
 from ckptlab.checkpoint import Checkpoint, Reshape, Source, opened
 from ckptlab.errors import UnsupportedError
 from ckptlab.mesh import Mesh
@@ -57,6 +57,7 @@ def playground(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) ->
     from ckptlab.sharding.transformer import PaperModel
     from ckptlab.widgets.explorer import Playground
 
+    check_fields("playground", PaperModel, numbers)
     return Playground(PaperModel(**numbers), mesh or Mesh(tp=2, pp=2, dp=2), zero_stage)
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -124,6 +124,34 @@ class Dealing(click.ParamType):
         return str(value)
 
 
+class Parts(click.ParamType):
+    """A mesh axis as sub-axes, tp:kv=2,rep=4."""
+
+    name = "AXIS:NAME=N,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, dict[str, int]]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"(\w+):(\w+=\d+(?:,\w+=\d+)*)", value)
+        if not found:
+            self.fail(f"{value!r}: expected an axis and what it is split into, such as tp:kv=2,rep=4", param, ctx)
+        return found[1], {name: int(n) for name, n in (part.split("=") for part in found[2].split(","))}
+
+
+class Layouts(click.ParamType):
+    """A strategy, or a line of one."""
+
+    name = "NAME|FILE.json|REGEX=NOTATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | tuple[str, str]:
+        if isinstance(value, tuple) or value.endswith(".json") or "=" not in value:
+            return value
+        pattern, _, notation = value.rpartition("=")
+        return pattern, notation
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several options as one decorator, in the order in which --help lists them."""
 
@@ -158,6 +186,18 @@ _mesh = _options(
     click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline-parallel degree."),
     click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel degree."),
     click.option("--ep", type=click.IntRange(1), metavar="N", help="Expert-parallel degree, a part of dp."),
+)
+_own = _options(
+    click.option(
+        "--split", multiple=True, type=Parts(), help="Sub-axes for layouts of your own: tp:kv=2,rep=4 splits tp 8."
+    ),
+    click.option(
+        "--to-strategy",
+        multiple=True,
+        type=Layouts(),
+        help="Layouts of the target, over any axes: a registered strategy, a JSON file, or lines such as "
+        "'.*mlp.*=(tp out) (dp in)', the first that matches. Without a format the target is laid out on paper.",
+    ),
 )
 _target = _options(
     click.option("--zero-stage", type=click.IntRange(0, 3), metavar="0|1|2|3", help="ZeRO stage; 0 is without ZeRO."),
@@ -271,6 +311,7 @@ def list_tensors(path: str, pattern: str | None, regex: bool, strategy: str | No
 @main.command(short_help="What a reshape to another mesh would do.")
 @click.argument("source", metavar="SRC")
 @_mesh
+@_own
 @_target
 @_json
 def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> None:
@@ -282,6 +323,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
     \b
       ckptlab plan run --tp 4 --pp 1
       ckptlab plan run --dp 8 --zero-stage 1 --json
+      ckptlab plan run --tp 8 --split tp:kv=2,rep=4 --to-strategy '.*k_proj.weight=(kv out) in'
     """
     reshape = _reshape(_open(source, strategy), options)
     if as_json:
@@ -327,6 +369,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 )
 @click.option("--lora-alpha", type=float, metavar="N", help="The adapter's alpha, where nothing beside SRC says it.")
 @_mesh
+@_own
 @_target
 @click.option("--max-shard-size", type=Size(), help="Safetensors are cut into files of at most this (5GB if not said).")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads that read and write.")
@@ -526,6 +569,31 @@ def diff(
     ctx.exit(0 if found.equal else 1)
 
 
+@main.command(short_help="A page to look into a checkpoint and its reshapes.")
+@click.argument("path")
+@click.argument("destination", metavar="DST.html")
+@_mesh
+@_strategy
+def explore(path: str, destination: str, strategy: str | None, **degrees: int | None) -> None:
+    """Write what `ckptlab.explore` shows in a notebook as one page, DST.html, that opens from disk and answers to
+    hover, click and keyboard: tensors and how they are cut, ranks, files, target meshes, memory, cost.
+
+    An axis that is not named has the target keep PATH's degree. Needs the extra `widgets`.
+
+    \b
+      ckptlab explore run page.html --tp 4
+    """
+    from ckptlab.errors import DestinationError
+    from ckptlab.widgets import explore as look
+
+    ckpt = _open(path, strategy)
+    if os.path.lexists(destination):
+        raise DestinationError(f"{destination} exists already: remove it, or name another destination")
+    named: dict[str, Any] = {axis: degree for axis, degree in degrees.items() if degree is not None}
+    look(ckpt.reshape(**named) if named else ckpt).to_html(destination)
+    _say(destination)
+
+
 @main.command(short_help="What is registered: formats, strategies, families, backends.")
 @_json
 def formats(as_json: bool) -> None:
@@ -604,7 +672,23 @@ def _reshape(ckpt: Checkpoint, options: Mapping[str, Any], form: str | None = No
     given = {k: v for k, v in options.items() if v is not None and v != ()}
     if "param_groups" in given:
         given["param_groups"] = _param_groups(given["param_groups"])
+    given["strategy"] = _target_strategy(given.pop("to_strategy", ()))
+    if split := given.pop("split", ()):
+        mesh = (ckpt.catalog.training.mesh or ckpt.mesh).joined()
+        mesh = mesh.replace(**{axis: given.pop(axis) for axis in ("tp", "pp", "dp", "ep") if axis in given})
+        for axis, parts in split:
+            mesh = mesh.split(axis, **parts)
+        given["mesh"] = mesh
     return ckpt.reshape(format=form, **given)
+
+
+def _target_strategy(said: Sequence[str | tuple[str, str]]) -> Mapping[str, str] | str | None:
+    """What --to-strategy says: one strategy, or lines of one."""
+    lines = dict(line for line in said if isinstance(line, tuple))
+    others = [line for line in said if isinstance(line, str)]
+    if len(others) > 1 or (others and lines):
+        raise click.UsageError("--to-strategy: one strategy or JSON file, or any number of lines REGEX=NOTATION")
+    return others[0] if others else lines or None
 
 
 def _param_groups(path: str) -> tuple[Mapping[str, Any], ...]:
@@ -761,10 +845,10 @@ def stats(
       ckptlab stats run --steps --by model
       ckptlab stats run --updates
     """
-    if sum((by_rank, whole_run, updates)) > 1:
-        raise click.UsageError("--shards, --steps and --updates exclude each other")
-    if updates and (states or spectrum or by != "tensor"):
-        raise click.UsageError("--updates has a table of its own: it takes neither --by, --states nor --spectrum")
+    if whole_run and (by_rank or updates):
+        raise click.UsageError("--steps and --shards or --updates exclude each other")
+    if updates and (states or spectrum or by not in ("tensor", "layer", "stack")):
+        raise click.UsageError("--updates has a table of its own, --by tensor, layer or stack, without other options")
     from ckptlab.describe.statistics import statistics_text
 
     progress = sys.stderr.isatty() and not no_progress
@@ -772,7 +856,7 @@ def stats(
         if updates:
             from ckptlab.analysis import updates as next_update
 
-            found = next_update(_open(path, strategy), progress=progress, workers=on)
+            found = next_update(_open(path, strategy), by=by, shards=by_rank, progress=progress, workers=on)
         else:
             from ckptlab.analysis import open_run
             from ckptlab.analysis import stats as statistics

@@ -412,8 +412,10 @@ def convert(
 
     With --to huggingface they get transformers' names and shapes, and a config.json made from shapes and from what the
     run says of itself, so that from_pretrained opens DST. --family is then whose names SRC has, where those do not
-    tell. With --from huggingface, --family is whose names and shapes DST is to have. With --weights, SRC is a run that
-    its program saved at its first step, say, and DST the same with the weights of a published model.
+    tell. With --from huggingface, --family is whose names and shapes DST is to have (if not said, transformers'), and
+    --to deepspeed, universal or dcp makes the start of a run: step 0, moments of 0, hyperparameters by --param-groups.
+    With --weights, SRC is a run that its program saved at its first step, say, and DST the same with the weights of a
+    published model.
 
     \b
       ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1 --dp 2
@@ -421,6 +423,7 @@ def convert(
       ckptlab convert run out/weights --to safetensors --dtype bf16
       ckptlab convert run out/hf --to huggingface --dtype bf16
       ckptlab convert hf out/core --from huggingface --family llama-megatron-core --to safetensors
+      ckptlab convert hf out/universal --from huggingface --to universal --tp 2 --dp 4
       ckptlab convert run/global_step0 out/global_step0 --weights hf --to deepspeed --tp 4
     """
     began = time.monotonic()
@@ -429,7 +432,7 @@ def convert(
     for option, given in (("config", config), ("adapter", adapter), ("lora-alpha", lora_alpha)):
         if given is not None and form != "huggingface":
             raise click.UsageError(f"--{option} goes with --to huggingface, not with {form}")
-    if origin is not None and (family is None or form == "huggingface"):
+    if origin is not None and (form == "huggingface" or (family is None and form == "safetensors")):
         raise click.UsageError("--from huggingface needs --family, whose names DST is to have, and another --to")
     _writes(form)
     ckpt = _open(source, strategy)
@@ -438,6 +441,8 @@ def convert(
 
         numbers = {k: options[k] for k in ("heads", "kv_heads") if options[k] is not None}
         ckpt = with_weights(ckpt, _open(weights, None), family, **numbers)
+    elif origin is not None and form != "safetensors":
+        ckpt = _begun(ckpt, family, strategy, options)
     elif family is not None and form != "huggingface":
         ckpt = _renamed(ckpt, family, options)
     progress = sys.stderr.isatty() and not no_progress
@@ -732,6 +737,18 @@ def _write_weights(
     report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
     notices = [{"code": n.code, "text": n.text} for n in ckpt.findings] + _left_out(ckpt)
     return {"format": "safetensors", "dtype": dtype, "latest": None, "notices": notices}, report
+
+
+def _begun(ckpt: Checkpoint, family: str | None, strategy: str | None, options: dict[str, Any]) -> Checkpoint:
+    """The start of a run out of weights alone; of a family's names, or of transformers' own."""
+    from ckptlab.beginning import begin, transformers_module
+
+    said = {name: options.pop(name) for name in ("heads", "kv_heads", "param_groups")}
+    numbers = {name: n for name, n in said.items() if n is not None and name != "param_groups"}
+    groups = None if said["param_groups"] is None else _param_groups(said["param_groups"])
+    module = transformers_module(ckpt) if family is None else None
+    named: dict[str, Any] = {"family": family, "strategy": strategy, "tp": options["tp"] or 1, "param_groups": groups}
+    return begin(ckpt, module, dtype=options["dtype"] or "bf16", **named, **numbers)
 
 
 def _renamed(ckpt: Checkpoint, family: str, options: dict[str, Any]) -> Checkpoint:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, kind_of
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, ParameterGroup, Tensor, Training, placements_of
 from ckptlab.checkpoint import Checkpoint, Source, opened
-from ckptlab.errors import LayoutError, ReshapeError
+from ckptlab.errors import InputError, LayoutError, ReshapeError
 from ckptlab.findings import Finding, Where
 from ckptlab.layout import Layout, on_degree
 from ckptlab.mesh import Mesh
@@ -53,6 +53,8 @@ def begin(
     torch's AdamW's, and a finding says so). numbers: heads, kv_heads, … where config.json does not say them.
     LayoutError where a parameter of the module has no weights, or others of another shape.
     """
+    if module is not None and not hasattr(module, "named_parameters"):
+        raise InputError(f"begin takes module=torch.nn.Module or None, not {kind_of(module)}")
     if dtype not in DTYPES:
         raise ReshapeError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     given = opened(weights).catalog

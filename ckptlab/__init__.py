@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ckptlab.arrays.backends import Backend
     from ckptlab.arrays.flat_operations import merge_flat, split_flat
     from ckptlab.arrays.operations import ReplicaWarning, merge, reshape, split, to
+    from ckptlab.beginning import begin
     from ckptlab.catalog import Catalog, ParameterGroup
     from ckptlab.catalog import Tensor as Tensor
     from ckptlab.checkpoint import Checkpoint, Cost, Reshape, paper_model, save_weights
@@ -77,6 +78,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "analysis",
+    "begin",
     "check",
     "diff",
     "explore",
@@ -108,6 +110,7 @@ _HOMES = {
     "arrays.backends": "Backend",
     "arrays.flat_operations": "merge_flat split_flat",
     "arrays.operations": "ReplicaWarning merge reshape split to",
+    "beginning": "begin",
     "catalog": "Catalog ParameterGroup Tensor",
     "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
     "convert": "Report",

@@ -10,11 +10,13 @@ import builtins
 import collections.abc
 import difflib
 import inspect
+import itertools
+import operator
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -70,8 +72,18 @@ def _wrong(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         hint = _hint(function, name)
         if not fits(value, hint):
             owner = function.__qualname__.removesuffix(".__init__").replace(".__getitem__", "[…]")
-            return f"{owner} takes {name}={described(hint)}, not {_kind(value)}{_advice(hint, value)}"
+            return f"{owner} takes {name}={described(hint)}, not {kind_of(value)}{_advice(hint, value)}"
     return None
+
+
+def check_fields(owner: str, kind: type, given: Mapping[str, Any]) -> None:
+    """InputError for the first of the named values that a dataclass has no field for, or not one of that kind."""
+    if unknown := _unknown(kind, inspect.signature(kind), given):
+        raise InputError(unknown)
+    for name, value in given.items():
+        hint = _hint(kind.__init__, name)  # type: ignore[misc]
+        if not fits(value, hint):
+            raise InputError(f"{owner} takes {name}={described(hint)}, not {kind_of(value)}")
 
 
 def _unknown(function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any]) -> str | None:
@@ -115,17 +127,34 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in inner)
     if origin is typing.Literal:
-        return value in inner
+        return isinstance(value, Hashable) and value in inner
     if origin in (collections.abc.Mapping, dict):
         items = list(value.items())[:ELEMENTS] if isinstance(value, Mapping) else None
         return items is not None and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in items)
     if origin in (collections.abc.Sequence, collections.abc.Iterable, list):
         plain = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
-        return plain and all(fits(one, inner[0]) for one in list(value)[:ELEMENTS])
+        plain = plain and not (isinstance(value, np.ndarray) and not value.ndim)
+        plain = plain and not (isinstance(value, str) and not fits(value, inner[0]))
+        return plain and all(fits(one, inner[0]) for one in itertools.islice(value, ELEMENTS))
+    if origin is tuple:
+        every = inner[0] if inner[-1:] == (Ellipsis,) else None
+        return isinstance(value, tuple) and (every is None or all(fits(one, every) for one in value[:ELEMENTS]))
     kind = origin or hint
     if not isinstance(kind, type):
         return True
+    if kind in (int, float) and (isinstance(value, bool) or (isinstance(value, float) and value != value)):
+        return False
     return isinstance(value, _WIDER.get(kind, (kind,)))
+
+
+def whole_number(value: Any) -> int:
+    """A count, an index or a length as Python's int. InputError for what is none: a float, a text, True."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"expected a whole number, not {kind_of(value)}")
 
 
 def described(hint: Any) -> str:
@@ -145,8 +174,11 @@ def described(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint))
 
 
-def _kind(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | int | float | bytes | type(None)) else ""
+def kind_of(value: Any) -> str:
+    """What an argument is, for a message: itself where it is short, else its type."""
+    plain = isinstance(value, str | int | float | bytes | type(None))
+    few = isinstance(value, list | tuple | dict) and len(value) <= 8
+    text = repr(value) if plain or few else ""
     if 0 < len(text) < 60:
         return text
     home = type(value).__module__.split(".")[0]
@@ -155,7 +187,9 @@ def _kind(value: Any) -> str:
 
 def _advice(hint: Any, value: Any) -> str:
     arrays = described(hint) == "DataArray" and isinstance(value, np.ndarray | list)
-    trees = described(hint) == "DataArray" and type(value).__name__ in ("Dataset", "DataTree")
+    names = [kind.__name__ for kind in type(value).__mro__] if described(hint) == "DataArray" else []
     if arrays:
         return ": name its dims, xarray.DataArray(x, dims=…)"
-    return ": take one of its variables, or map over them, x.map(…)" if trees else ""
+    each = {"Dataset": "x.map(…)", "DataTree": "x.map_over_datasets(lambda node: node.map(…))"}
+    way = next((each[name] for name in names if name in each), None)
+    return f": take one of its variables, or map over them, {way}" if way else ""

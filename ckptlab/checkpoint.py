@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptlab import convert, formats, paths
-from ckptlab.arguments import explained
+from ckptlab.arguments import check_fields, explained
 from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.findings import Finding
@@ -69,6 +69,7 @@ def paper_model(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -
     dtype). zero_stage: 0 to 3. Nothing is stored, so views of data are refused. Raises LayoutError where the numbers do
     not fit each other, ReshapeError where the mesh does not fit them.
     """
+    check_fields("paper_model", PaperModel, numbers)
     described = Training(mesh=Mesh(), numbers=asdict(PaperModel(**numbers)))
     model = Catalog("a model on paper", "paper", Mesh(), {}, {}, training=described)
     return Checkpoint(Reshape.of(model, mesh or Mesh(), zero_stage=zero_stage).target)
@@ -162,6 +163,10 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
             mesh = Mesh(**axes) if told is None else trained.replace(**axes)
         return Reshape.of(self.catalog, mesh, format, strategy, **options)
 
+    def save(self, destination: str | os.PathLike[str], format: str | None = None, **running: Any) -> convert.Report:
+        """Write it as it is, for its own mesh: `reshape(format=format).save(destination, **running)`."""
+        return self.reshape(format=format).save(destination, **running)
+
     def state_dict(
         self, state: str | None = None, backend: Any = "torch", dtype: Any = None, device: Any = None
     ) -> dict[str, Any]:
@@ -190,6 +195,16 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
+
+
+Source = Checkpoint | Catalog | str | os.PathLike[str]
+
+
+def opened(source: Source) -> Checkpoint:
+    """A checkpoint that may be open already, or a catalog, or its path."""
+    if isinstance(source, Catalog):
+        return Checkpoint(source)
+    return source if isinstance(source, Checkpoint) else open(source)
 
 
 @dataclass(frozen=True)
@@ -233,11 +248,13 @@ class Reshape(Viewed, Shown):
                 'nothing to write for another mesh; say layouts, strategy={".*": "(tp out) in"}, to lay it out on paper'
             )
         form = formats.get(format)
-        _check_heads(source, options)
         known = [field.name for field in fields(form.options)]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ReshapeError(f"reshape has no option {unknown[0]!r}: expected {', '.join(known) or 'none'}")
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        check_fields("reshape", form.options, options)
+        _check_heads(source, options)
         given, mesh = form.options(**options), mesh or source.training.mesh or source.mesh
         said, laid = resolve(strategy), source
         if said is not None or (format == PAPER and not source.training.numbers):
@@ -382,7 +399,7 @@ class Reshape(Viewed, Shown):
 
 @explained
 def save_weights(
-    source: Catalog | Checkpoint,
+    source: Source,
     destination: str | os.PathLike[str],
     *,
     dtype: str | None = None,
@@ -394,7 +411,7 @@ def save_weights(
     dtype: "bf16", "fp16" or "fp32"; None keeps the master's (float32). Files are cut at `max_shard_bytes` (None: 5 GB),
     with an index. running: workers, progress, verify, sync, storage_options; see `Reshape.save`.
     """
-    catalog = source.catalog if isinstance(source, Checkpoint) else source
+    catalog = opened(source).catalog
     given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return Reshape.of(catalog, None, "safetensors", **options).save(destination, **running)

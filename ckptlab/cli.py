@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -124,6 +124,34 @@ class Dealing(click.ParamType):
         return str(value)
 
 
+class Parts(click.ParamType):
+    """A mesh axis as sub-axes, tp:kv=2,rep=4."""
+
+    name = "AXIS:NAME=N,…"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, dict[str, int]]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"(\w+):(\w+=\d+(?:,\w+=\d+)*)", value)
+        if not found:
+            self.fail(f"{value!r}: expected an axis and what it is split into, such as tp:kv=2,rep=4", param, ctx)
+        return found[1], {name: int(n) for name, n in (part.split("=") for part in found[2].split(","))}
+
+
+class Layouts(click.ParamType):
+    """A strategy, or a line of one."""
+
+    name = "NAME|FILE.json|REGEX=NOTATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | tuple[str, str]:
+        if isinstance(value, tuple) or value.endswith(".json") or "=" not in value:
+            return value
+        pattern, _, notation = value.rpartition("=")
+        return pattern, notation
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several options as one decorator, in the order in which --help lists them."""
 
@@ -158,6 +186,18 @@ _mesh = _options(
     click.option("--pp", type=click.IntRange(1), metavar="N", help="Pipeline-parallel degree."),
     click.option("--dp", type=click.IntRange(1), metavar="N", help="Data-parallel degree."),
     click.option("--ep", type=click.IntRange(1), metavar="N", help="Expert-parallel degree, a part of dp."),
+)
+_own = _options(
+    click.option(
+        "--split", multiple=True, type=Parts(), help="Sub-axes for layouts of your own: tp:kv=2,rep=4 splits tp 8."
+    ),
+    click.option(
+        "--to-strategy",
+        multiple=True,
+        type=Layouts(),
+        help="Layouts of the target, over any axes: a registered strategy, a JSON file, or lines such as "
+        "'.*mlp.*=(tp out) (dp in)', the first that matches. Without a format the target is laid out on paper.",
+    ),
 )
 _target = _options(
     click.option("--zero-stage", type=click.IntRange(0, 3), metavar="0|1|2|3", help="ZeRO stage; 0 is without ZeRO."),
@@ -271,6 +311,7 @@ def list_tensors(path: str, pattern: str | None, regex: bool, strategy: str | No
 @main.command(short_help="What a reshape to another mesh would do.")
 @click.argument("source", metavar="SRC")
 @_mesh
+@_own
 @_target
 @_json
 def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> None:
@@ -282,6 +323,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
     \b
       ckptlab plan run --tp 4 --pp 1
       ckptlab plan run --dp 8 --zero-stage 1 --json
+      ckptlab plan run --tp 8 --split tp:kv=2,rep=4 --to-strategy '.*k_proj.weight=(kv out) in'
     """
     reshape = _reshape(_open(source, strategy), options)
     if as_json:
@@ -327,6 +369,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 )
 @click.option("--lora-alpha", type=float, metavar="N", help="The adapter's alpha, where nothing beside SRC says it.")
 @_mesh
+@_own
 @_target
 @click.option("--max-shard-size", type=Size(), help="Safetensors are cut into files of at most this (5GB if not said).")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads that read and write.")
@@ -369,8 +412,10 @@ def convert(
 
     With --to huggingface they get transformers' names and shapes, and a config.json made from shapes and from what the
     run says of itself, so that from_pretrained opens DST. --family is then whose names SRC has, where those do not
-    tell. With --from huggingface, --family is whose names and shapes DST is to have. With --weights, SRC is a run that
-    its program saved at its first step, say, and DST the same with the weights of a published model.
+    tell. With --from huggingface, --family is whose names and shapes DST is to have (if not said, transformers'), and
+    --to deepspeed, universal or dcp makes the start of a run: step 0, moments of 0, hyperparameters by --param-groups.
+    With --weights, SRC is a run that its program saved at its first step, say, and DST the same with the weights of a
+    published model.
 
     \b
       ckptlab convert run out/global_step1000 --to deepspeed --tp 4 --pp 1 --dp 2
@@ -378,6 +423,7 @@ def convert(
       ckptlab convert run out/weights --to safetensors --dtype bf16
       ckptlab convert run out/hf --to huggingface --dtype bf16
       ckptlab convert hf out/core --from huggingface --family llama-megatron-core --to safetensors
+      ckptlab convert hf out/universal --from huggingface --to universal --tp 2 --dp 4
       ckptlab convert run/global_step0 out/global_step0 --weights hf --to deepspeed --tp 4
     """
     began = time.monotonic()
@@ -386,7 +432,7 @@ def convert(
     for option, given in (("config", config), ("adapter", adapter), ("lora-alpha", lora_alpha)):
         if given is not None and form != "huggingface":
             raise click.UsageError(f"--{option} goes with --to huggingface, not with {form}")
-    if origin is not None and (family is None or form == "huggingface"):
+    if origin is not None and (form == "huggingface" or (family is None and form == "safetensors")):
         raise click.UsageError("--from huggingface needs --family, whose names DST is to have, and another --to")
     _writes(form)
     ckpt = _open(source, strategy)
@@ -395,6 +441,8 @@ def convert(
 
         numbers = {k: options[k] for k in ("heads", "kv_heads") if options[k] is not None}
         ckpt = with_weights(ckpt, _open(weights, None), family, **numbers)
+    elif origin is not None and form != "safetensors":
+        ckpt = _begun(ckpt, family, strategy, options)
     elif family is not None and form != "huggingface":
         ckpt = _renamed(ckpt, family, options)
     progress = sys.stderr.isatty() and not no_progress
@@ -477,7 +525,7 @@ def check(
 @main.command(short_help="Compare two checkpoints, of any formats and meshes.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--states", metavar="fp32,exp_avg,…", help="Compare these states alone.")
+@click.option("--states", metavar="master,exp_avg,…", help="Compare these states alone.")
 @_scheduler
 @_family
 @click.option("--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where neither side tells.")
@@ -509,7 +557,7 @@ def diff(
 
     \b
       ckptlab diff run/global_step1000 out/global_step1000
-      ckptlab diff run out --states fp32
+      ckptlab diff run out --states master
     """
     from ckptlab.analysis import diff as compare
 
@@ -524,6 +572,31 @@ def diff(
     else:
         _say(repr(found))
     ctx.exit(0 if found.equal else 1)
+
+
+@main.command(short_help="A page to look into a checkpoint and its reshapes.")
+@click.argument("path")
+@click.argument("destination", metavar="DST.html")
+@_mesh
+@_strategy
+def explore(path: str, destination: str, strategy: str | None, **degrees: int | None) -> None:
+    """Write what `ckptlab.explore` shows in a notebook as one page, DST.html, that opens from disk and answers to
+    hover, click and keyboard: tensors and how they are cut, ranks, files, target meshes, memory, cost.
+
+    An axis that is not named has the target keep PATH's degree. Needs the extra `widgets`.
+
+    \b
+      ckptlab explore run page.html --tp 4
+    """
+    from ckptlab.errors import DestinationError
+    from ckptlab.widgets import explore as look
+
+    ckpt = _open(path, strategy)
+    if os.path.lexists(destination):
+        raise DestinationError(f"{destination} exists already: remove it, or name another destination")
+    named: dict[str, Any] = {axis: degree for axis, degree in degrees.items() if degree is not None}
+    look(ckpt.reshape(**named) if named else ckpt).to_html(destination)
+    _say(destination)
 
 
 @main.command(short_help="What is registered: formats, strategies, families, backends.")
@@ -604,7 +677,23 @@ def _reshape(ckpt: Checkpoint, options: Mapping[str, Any], form: str | None = No
     given = {k: v for k, v in options.items() if v is not None and v != ()}
     if "param_groups" in given:
         given["param_groups"] = _param_groups(given["param_groups"])
+    given["strategy"] = _target_strategy(given.pop("to_strategy", ()))
+    if split := given.pop("split", ()):
+        mesh = (ckpt.catalog.training.mesh or ckpt.mesh).joined()
+        mesh = mesh.replace(**{axis: given.pop(axis) for axis in ("tp", "pp", "dp", "ep") if axis in given})
+        for axis, parts in split:
+            mesh = mesh.split(axis, **parts)
+        given["mesh"] = mesh
     return ckpt.reshape(format=form, **given)
+
+
+def _target_strategy(said: Sequence[str | tuple[str, str]]) -> Mapping[str, str] | str | None:
+    """What --to-strategy says: one strategy, or lines of one."""
+    lines = dict(line for line in said if isinstance(line, tuple))
+    others = [line for line in said if isinstance(line, str)]
+    if len(others) > 1 or (others and lines):
+        raise click.UsageError("--to-strategy: one strategy or JSON file, or any number of lines REGEX=NOTATION")
+    return others[0] if others else lines or None
 
 
 def _param_groups(path: str) -> tuple[Mapping[str, Any], ...]:
@@ -648,6 +737,18 @@ def _write_weights(
     report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
     notices = [{"code": n.code, "text": n.text} for n in ckpt.findings] + _left_out(ckpt)
     return {"format": "safetensors", "dtype": dtype, "latest": None, "notices": notices}, report
+
+
+def _begun(ckpt: Checkpoint, family: str | None, strategy: str | None, options: dict[str, Any]) -> Checkpoint:
+    """The start of a run out of weights alone; of a family's names, or of transformers' own."""
+    from ckptlab.beginning import begin, transformers_module
+
+    said = {name: options.pop(name) for name in ("heads", "kv_heads", "param_groups")}
+    numbers = {name: n for name, n in said.items() if n is not None and name != "param_groups"}
+    groups = None if said["param_groups"] is None else _param_groups(said["param_groups"])
+    module = transformers_module(ckpt) if family is None else None
+    named: dict[str, Any] = {"family": family, "strategy": strategy, "tp": options["tp"] or 1, "param_groups": groups}
+    return begin(ckpt, module, dtype=options["dtype"] or "bf16", **named, **numbers)
 
 
 def _renamed(ckpt: Checkpoint, family: str, options: dict[str, Any]) -> Checkpoint:
@@ -726,7 +827,7 @@ def _note(texts: Iterable[str]) -> None:
 @click.option(
     "--by", type=click.Choice(["tensor", "layer", "stack", "kind", "model"]), default="tensor", help="What a row is."
 )
-@click.option("--states", metavar="fp32,exp_avg,…", help="These states alone.")
+@click.option("--states", metavar="master,exp_avg,…", help="These states alone.")
 @click.option("--shards", "by_rank", is_flag=True, help="Each tp rank's shard by itself, instead of whole tensors.")
 @click.option("--steps", "whole_run", is_flag=True, help="Every step of the run whose step folders stand in PATH.")
 @click.option("--updates", "updates", is_flag=True, help="Instead: how large Adam's last update was.")
@@ -757,14 +858,14 @@ def stats(
 
     \b
       ckptlab stats run/global_step1000
-      ckptlab stats run --by stack --states fp32,exp_avg_sq
+      ckptlab stats run --by stack --states master,exp_avg_sq
       ckptlab stats run --steps --by model
       ckptlab stats run --updates
     """
-    if sum((by_rank, whole_run, updates)) > 1:
-        raise click.UsageError("--shards, --steps and --updates exclude each other")
-    if updates and (states or spectrum or by != "tensor"):
-        raise click.UsageError("--updates has a table of its own: it takes neither --by, --states nor --spectrum")
+    if whole_run and (by_rank or updates):
+        raise click.UsageError("--steps and --shards or --updates exclude each other")
+    if updates and (states or spectrum or by not in ("tensor", "layer", "stack")):
+        raise click.UsageError("--updates has a table of its own, --by tensor, layer or stack, without other options")
     from ckptlab.describe.statistics import statistics_text
 
     progress = sys.stderr.isatty() and not no_progress
@@ -772,7 +873,7 @@ def stats(
         if updates:
             from ckptlab.analysis import updates as next_update
 
-            found = next_update(_open(path, strategy), progress=progress, workers=on)
+            found = next_update(_open(path, strategy), by=by, shards=by_rank, progress=progress, workers=on)
         else:
             from ckptlab.analysis import open_run
             from ckptlab.analysis import stats as statistics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.arguments import explained
-from ckptlab.errors import MeshError
+from ckptlab.arguments import explained, kind_of, whole_number
+from ckptlab.errors import InputError, MeshError
 from ckptlab.shown import Shown
 from ckptlab.words import number_of, place_text
 
@@ -39,10 +38,7 @@ class Mesh(Shown, Mapping[str, int]):
             raise MeshError(
                 f"Mesh({', '.join(map(repr, unnamed))}) does not say whose degrees: name the axes, Mesh(tp=4)"
             )
-        for axis, degree in degrees.items():
-            meant = next((a for a in _KNOWN if axis not in _KNOWN and a in (axis.lower(), axis[::-1])), None)
-            if meant:
-                raise MeshError(f"Mesh has no axis {axis!r}: name the axes as notation does, Mesh({meant}={degree})")
+        _meant(degrees)
         order = [axis for axis in degrees if axis not in STANDARD] + list(STANDARD)
         object.__setattr__(self, "_degrees", tuple((a, _degree(a, degrees.get(a, 1))) for a in order))
         object.__setattr__(self, "_parts", ())
@@ -57,8 +53,8 @@ class Mesh(Shown, Mapping[str, int]):
         names = getattr(devices, "axis_names", None) or getattr(devices, "mesh_dim_names", None)
         if not names:
             raise MeshError(
-                f"{type(devices).__name__} has no names of axes: give a jax.sharding.Mesh, or a DeviceMesh made with "
-                'init_device_mesh(…, mesh_dim_names=("dp", "tp"))'
+                f"{kind_of(devices)} has no names of axes: give a Mesh(tp=2, dp=2), a jax.sharding.Mesh, or a "
+                'DeviceMesh made with init_device_mesh(…, mesh_dim_names=("dp", "tp"))'
             )
         shape = devices.shape.values() if isinstance(devices.shape, Mapping) else devices.shape
         return cls(**dict(zip(names, shape, strict=True)))
@@ -153,6 +149,8 @@ class Mesh(Shown, Mapping[str, int]):
         """The coordinate on one axis, taken out of a full one; on a split axis, its parts run together."""
         place = 0
         for leaf in self.leaves(axis):
+            if leaf not in coordinate:
+                raise MeshError(f"the coordinate {coordinate!r} does not say where on {leaf}")
             place = place * self.degrees[leaf] + coordinate[leaf]
         return place
 
@@ -195,6 +193,7 @@ class Mesh(Shown, Mapping[str, int]):
             if axis in dict(self._parts):
                 parts = _equation({leaf: self.degrees[leaf] for leaf in self.leaves(axis)})
                 raise MeshError(f"{axis}({self[axis]}) is split into {parts}: replace those")
+        _meant({axis: n for axis, n in degrees.items() if axis not in self})
         added = tuple((a, _degree(a, n)) for a, n in degrees.items() if a not in self)
         kept = tuple((a, _degree(a, degrees.get(a, n))) for a, n in self._degrees)
         return _mesh((*added, *kept), self._parts)
@@ -256,12 +255,20 @@ def _mesh(degrees: tuple[tuple[str, int], ...], parts: tuple[tuple[str, tuple[st
 
 def _degree(axis: str, degree: int) -> int:
     try:
-        value = operator.index(degree)
-    except TypeError:
+        value = whole_number(degree)
+    except InputError:
         value = 0
     if value < 1:
         raise MeshError(f"the degree of mesh axis {axis} must be an integer from 1, not {degree!r}")
     return value
+
+
+def _meant(degrees: Mapping[str, int]) -> None:
+    """MeshError for an axis that is a known one, spelled otherwise."""
+    for axis, degree in degrees.items():
+        meant = next((a for a in _KNOWN if axis not in _KNOWN and a in (axis.lower(), axis[::-1])), None)
+        if meant:
+            raise MeshError(f"Mesh has no axis {axis!r}: name the axes as notation does, Mesh({meant}={degree})")
 
 
 def _equation(degrees: dict[str, int]) -> str:

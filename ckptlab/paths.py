@@ -49,6 +49,8 @@ def absolute(path: str | os.PathLike[str], options: Mapping[str, Any] | None = N
     if not is_far(path):
         if options:
             raise InputError(f"{path}: storage_options are for URLs, and this is a path")
+        if "\0" in path:
+            raise InputError(f"{path!r} is no path: it holds a null character")
         return os.path.abspath(os.path.expanduser(path))
     from ckptlab import far
 

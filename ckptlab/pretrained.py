@@ -9,9 +9,7 @@ from typing import Any
 
 from ckptlab import adapters, convert
 from ckptlab.arguments import explained
-from ckptlab.catalog import Catalog
-from ckptlab.checkpoint import Checkpoint, Reshape
-from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.checkpoint import Checkpoint, Reshape, Source, opened
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding, Where
 from ckptlab.sharding import families
@@ -23,19 +21,19 @@ Said = Mapping[str, Any]
 Numbers = Mapping[str, int]
 
 
-def as_pretrained(source: Catalog | Checkpoint, family: Family | str | None = None, **numbers: Any) -> Checkpoint:
+def as_pretrained(source: Source, family: Family | str | None = None, **numbers: Any) -> Checkpoint:
     """A checkpoint under transformers' names, nothing read yet.
 
     family: which program's names it has, as `families.resolve` takes it (None: found by its names). numbers: heads,
     kv_heads, … where the checkpoint does not say them. LayoutError where no family takes its names, and as `onto`.
     """
-    catalog = source.catalog if isinstance(source, Checkpoint) else source
+    catalog = opened(source).catalog
     return Checkpoint(families.towards(catalog, "right", family, **numbers))
 
 
 @explained
 def save_pretrained(
-    source: Catalog | Checkpoint,
+    source: Source,
     destination: str | os.PathLike[str],
     *,
     family: Family | str | None = None,
@@ -65,7 +63,7 @@ def save_pretrained(
 
 
 def pretrained(
-    source: Catalog | Checkpoint,
+    source: Source,
     family: Family | str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
@@ -75,7 +73,7 @@ def pretrained(
     **numbers: Any,
 ) -> Reshape:
     """What `save_pretrained` writes, worked out: see `Reshape.check` for what has to be heard of it."""
-    source = source.catalog if isinstance(source, Checkpoint) else source
+    source = opened(source).catalog
     said_of = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     weights: dict[str, Any] = {name: value for name, value in said_of.items() if value is not None}
     if adapter not in (None, "alone", "merged"):
@@ -102,8 +100,8 @@ def pretrained(
 
 @explained
 def with_weights(
-    run: Catalog | Checkpoint,
-    weights: Catalog | Checkpoint | str | os.PathLike[str],
+    run: Source,
+    weights: Source,
     family: Family | str | None = None,
     **numbers: Any,
 ) -> Checkpoint:
@@ -111,14 +109,11 @@ def with_weights(
 
     run: one that its program saved, at its first step say: from it come names, layouts, mesh, parameter groups and the
     program's own state; what its optimizer keeps of tensors is 0. Reshape and save the result as any checkpoint.
-    weights: opened, or the path of a folder.
     family: whose names the run has, where the weights have transformers' (None: found by the names). numbers: heads,
     kv_heads, … where neither says them. LayoutError where a tensor of the run has no weights, or others of another
     shape.
     """
-    mine = run.catalog if isinstance(run, Checkpoint) else run
-    given = weights if isinstance(weights, (Catalog, Checkpoint)) else open_checkpoint(weights)
-    theirs = given.catalog if isinstance(given, Checkpoint) else given
+    mine, theirs = opened(run).catalog, opened(weights).catalog
     needed = {name: t for name, t in mine.tensors.items() if t.kind != "buffer"}
     if not needed.keys() <= theirs.tensors.keys():
         told = {**families.told_numbers(theirs), **families.told_numbers(mine), **numbers}

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ckptlab import paths
+from ckptlab.arguments import explained
 from ckptlab.errors import CheckpointError, LayoutError, UnsafeFileError
 
 _POPULATE_READ = 22  # Linux 5.14 on
@@ -270,6 +271,7 @@ class Reading:
 _reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
+@explained
 @contextmanager
 def reading() -> Iterator[Reading]:
     """Count what is read from tensors' files:

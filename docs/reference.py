@@ -47,6 +47,7 @@ EXAMPLES = {
     "Rules": 'ckptlab.Rules.of({r".*weight": "(tp out) in"}).layout("a.weight", [(8, 4)])',
     "Run": 'ckptlab.open_run("data/plain_zero1_dp2_steps").steps',
     "Tensor": "ckpt[name].layout, ckpt[name].cut, ckpt[name].states",
+    "begin": 'ckptlab.begin(ckpt).reshape(format="universal").check()',
     "check": "ckptlab.check(ckpt).verdict",
     "diff": 'ckptlab.diff(ckpt, "data/gpt_tp2_pp2_dp2/universal").equal',
     "families": 'ckptlab.families.resolve("gpt2", ckpt).onto(ckpt)["transformer.h.0.attn.c_attn.weight"].layout',

@@ -5,75 +5,125 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
-from compare import DATA, ZERO2
+from compare import DATA, GPT, ZERO2
 
 import ckptlab
-from ckptlab import CheckpointError, CkptlabError, Layout, Mesh, plots
+import ckptlab.testing
+from ckptlab import CheckpointError, CkptlabError, Layout, Mesh, Rules, deepspeed, families, plots
 from ckptlab.arguments import described, explained, fits
 from ckptlab.errors import InputError
+from ckptlab.sharding import strategies
 
 pytest.importorskip("matplotlib")
 
 CKPT = ckptlab.open(ZERO2)
+GPTS = ckptlab.open(GPT)
 PLAN = CKPT.reshape(Mesh(dp=3))
 WHOLE = xr.DataArray(np.zeros((4, 4), np.float32), dims=("out", "in"))
-WRONG: list[Any] = [None, 5, "nonsense", [1, "a"], {"a": object()}, object(), np.zeros((2, 2)), Mesh(tp=2), CKPT, WHOLE]
+CUT = Layout("(tp out) in").resolve((4, 4), Mesh(tp=2))
+WRONG: list[Any] = [
+    *(None, True, 5, -1, float("nan"), "nonsense", "", b"x", [1, "a"], {"a": object()}, {1: 2}, {"s"}, object(), int),
+    *(np.zeros((2, 2)), np.array("x"), Mesh(tp=2), CKPT, PLAN, WHOLE, WHOLE.to_dataset(name="x"), Path("made")),
+]
 RIGHT: dict[str, Any] = {
-    **dict.fromkeys(("view", "ckpt", "a", "b", "source", "found"), CKPT),
+    **dict.fromkeys(("view", "ckpt", "a", "b", "source", "run", "model", "catalog", "weights"), CKPT),
+    "found": ckptlab.stats(CKPT.shards()),
     **dict.fromkeys(("array", "whole"), WHOLE),
+    **dict.fromkeys(("layout", "text"), "(tp out) in"),
+    **dict.fromkeys(("path", "dir", "checkpoint"), str(ZERO2)),
     "shards": WHOLE.expand_dims(tp=2),
-    "layout": "(tp out) in",
     "mesh": Mesh(tp=2),
-    "path": str(ZERO2),
     "shape": (4, 4),
     "axis": "tp",
     "rank": 0,
+    "cut": CUT,
+    "plan": PLAN.plan,
+    "group": CKPT.catalog.flat_groups[0],
+    "line": families.Rename("a", "b"),
+    "left": "a.weight",
+    "right": "b.weight",
+    "names": ["a"],
+    "family": "llama",
+    "numbers": {"heads": 4},
+    "strategy": "megatron",
+    "shapes": {"a.weight": (8, 4)},
+    "mapping": {".*": "out"},
+    "state": "master",
 }
 OPEN = {"ax", "default", "window", "workers", "other", "value"}  # matplotlib's, Mapping's, and what `pool` is asked
+SKIPPED = {"load_into", "load", "of", "make"}  # of a module of torch's, or what makes a value of ours
 CLASSES = (Mesh, Layout, ckptlab.Megatron, ckptlab.Cluster)
+MADE = ("Rename", "Join", "Permute", "Stack", "Family")  # by users too, of the families
+MODULES: list[tuple[str, ModuleType]] = [
+    ("ckptlab", ckptlab),
+    ("plots", plots),
+    ("viz", ckptlab.viz),
+    ("plan", ckptlab.plan),
+    ("families", families),
+    ("analysis", ckptlab.analysis),
+    ("testing", ckptlab.testing),
+    ("deepspeed", deepspeed),
+]
 OBJECTS = [
     CKPT,
+    CKPT.catalog,
+    CKPT["blocks.0.fc1.weight"],
+    CKPT.full(stack=False),
+    CKPT.catalog.flat_groups[0],
     PLAN,
     PLAN.plan,
+    PLAN.plan.best_ranks(),
     Mesh(tp=2, dp=2),
     Layout("(tp out) in"),
-    Layout("(tp out) in").resolve((4, 4), Mesh(tp=2)),
+    CUT,
+    Rules(()),
+    ckptlab.Megatron(),
+    families.resolve("gpt2", GPTS),
     ckptlab.open_run(DATA / "plain_zero1_dp2_steps"),
+    ckptlab.stats(CKPT).ckptlab,
+    GPTS.shards("master", stack=False)["2.mlp.dense_h_to_4h.weight"].ckptlab,
     ckptlab.diff(CKPT, CKPT),
     ckptlab.check(CKPT),
+    ckptlab.viz.mesh(Mesh()),
+    deepspeed.DeepSpeedCheckpoint(str(GPT / "global_step3")),
 ]
 
 
 def public() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Every public function, class that users make, and method."""
-    for name in (*ckptlab.__all__, "open"):
-        found = getattr(ckptlab, name)
-        widgets = name in ("explore", "playground")
-        if found in CLASSES or (inspect.isfunction(found) and not widgets):
-            yield name, found
-    yield from ((f"plots.{name}", getattr(plots, name)) for name in ("norms", "histograms", "drift", "spectrum"))
-    yield from ((f"viz.{name}", getattr(ckptlab.viz, name)) for name in ckptlab.viz.__all__ if name.islower())
-    yield from ((f"plan.{name}", getattr(ckptlab.plan, name)) for name in ("between", "compose"))
-    yield from ((f".ckptlab.{name}", getattr(WHOLE.ckptlab, name)) for name in ("merge", "split", "to"))
+    """Every public function, class that users make, and method, once."""
+    known = set()
+    for prefix, module in MODULES:
+        for name in dir(module):
+            found = getattr(module, name)
+            made = found in CLASSES or name in MADE or (module is deepspeed and inspect.isclass(found))
+            if (made or inspect.isfunction(found)) and found not in known:
+                known.add(found)
+                yield f"{prefix}.{name}", found
+    yield "Rules.of", Rules.of
+    yield from ((f"strategies.{name}", getattr(strategies, name)) for name in ("resolve", "column"))
     for owner in OBJECTS:
-        for name, method in inspect.getmembers(owner, callable):
-            if not name.startswith("_") and name not in ("load_into", "of"):
-                yield f"{type(owner).__name__}.{name}", method
+        for name in dir(owner):
+            if (not name.startswith("_") and name not in SKIPPED) or name == "__getitem__":
+                method = getattr(type(owner), name, None)
+                if callable(method):
+                    yield f"{type(owner).__name__}.{name}", getattr(owner, name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "function"), public(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("name", "function"), list(public()), ids=lambda x: x if isinstance(x, str) else "")
 def test_errors_are_ours(
     name: str, function: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     parameters = inspect.signature(function).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in OPEN]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = [p for p in parameters if p.kind in kinds and p.name not in OPEN]
     needed = {p.name: RIGHT.get(p.name) for p in named if p.default is p.empty}
     for parameter in named:
         for wrong in WRONG:
@@ -81,6 +131,15 @@ def test_errors_are_ours(
                 function(**{**needed, parameter.name: wrong})
             except CkptlabError:
                 continue
+    if function.__module__.startswith("ckptlab") and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        with pytest.raises(InputError, match="nosuch"):
+            function(**needed, nosuch=1)
+
+
+@pytest.mark.parametrize(("name", "module"), MODULES, ids=lambda x: x if isinstance(x, str) else "")
+def test_modules_list_their_public_names(name: str, module: ModuleType) -> None:
+    assert {n for n in dir(module) if not n.startswith("__")} <= {*module.__all__, "Tensor", "open"}
+    assert all(hasattr(module, n) for n in dir(module))
 
 
 def test_the_argument_is_named_with_what_is_taken() -> None:
@@ -94,8 +153,8 @@ def test_the_argument_is_named_with_what_is_taken() -> None:
         (lambda: Layout(3), "Layout takes text=str, not 3"),
         (lambda: Layout("out", dim=("out",)), "^Layout takes no dim=: it takes dims, text, "),
         (lambda: CKPT.full(dtyp="float32"), "full takes no dtyp=: it takes dtype, "),
-        (lambda: ckptlab.diff(CKPT.full(), CKPT), "diff takes a=.*Checkpoint.*, not a xarray.DataTree"),
-        (lambda: ckptlab.viz.plan(CKPT), "plan takes plan=Plan, not a ckptlab.Checkpoint"),
+        (lambda: ckptlab.diff(CKPT.full(), CKPT), "diff takes a=.*Checkpoint.*, not a ckptlab.DataTree"),
+        (lambda: ckptlab.viz.plan(CKPT), "plan takes plan=Plan or Reshape, not a ckptlab.Checkpoint"),
         (lambda: CKPT.full(dtype="float33"), "not 'float33'"),
         (lambda: ckptlab.open(ZERO2, strategy=5), "open takes strategy="),
     ):

@@ -198,6 +198,39 @@ def test_plan_keeps_the_axes_that_are_not_named() -> None:
     assert universal["target"]["mesh"] == {"pp": 2, "dp": 1, "tp": 2}
 
 
+def test_plan_takes_layouts_of_the_target(tmp_path: Path) -> None:
+    """As `reshape(mesh, strategy=…)` does: lines, a JSON file, sub-axes."""
+    mine = ("plan", GPT, "--tp", "4", "--dp", "1", "--pp", "1", "--split", "tp:a=2,b=2")
+    line = r".*dense_h_to_4h\.weight=(a out) (b in)"
+    about = json.loads(run(*mine, "--to-strategy", line, "--json").stdout)
+    own = ckptlab.open(GPT).reshape(
+        Mesh(tp=4).split("tp", a=2, b=2), strategy={r".*dense_h_to_4h\.weight": "(a out) (b in)"}
+    )
+    assert about["target"]["mesh"] == own.mesh.degrees
+    assert about["bytes"]["moved"] == own.cost().moved
+    assert {entry["target"] for entry in about["layouts"]} == {"(a out) (b in)"}
+    assert len(about["layouts"]) == 4
+    (tmp_path / "own.json").write_text(json.dumps({r".*dense_h_to_4h\.weight": "(tp out) (dp in)"}))
+    told = run("plan", GPT, "--to-strategy", tmp_path / "own.json").stdout
+    assert "layouts  2.mlp.dense_h_to_4h.weight (tp out) in → (tp out) (dp in), and of 3 more tensors" in told
+    assert "mesh  tp 2 → 4 as a 2 · b 2" in re.sub(r"mesh +", "mesh  ", run(*mine, "--to-strategy", line).stdout)
+    said = refused("convert", GPT, tmp_path / "new", "--to", "deepspeed", "--to-strategy", tmp_path / "own.json")
+    assert "2.mlp.dense_h_to_4h.weight is cut over dp" in said
+    for wrong in (["--split", "tp=2"], ["--to-strategy", "a=b", "--to-strategy", "megatron"]):
+        assert run("plan", GPT, *wrong).exit_code == 2
+
+
+def test_explore_writes_a_page(tmp_path: Path) -> None:
+    pytest.importorskip("anywidget")
+    page = tmp_path / "page.html"
+    assert run("explore", ZERO2, page, "--dp", "4").stdout == f"{page}\n"
+    title = re.search("<title>(.*?)</title>", page.read_text())
+    assert title is not None
+    assert ZERO2.name in title[1]
+    assert "exists already" in refused("explore", ZERO2, page)
+    assert "not divisible by it" in refused("explore", GPT, tmp_path / "other.html", "--tp", "3")
+
+
 def test_plan_prints_notes_on_stderr() -> None:
     result = run("plan", GPT, "--tp", "4", "--pp", "1", "--dp", "1")
     assert result.exit_code == 0

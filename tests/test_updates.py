@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import ckptlab
 from ckptlab import updates
-from ckptlab.analysis.adam import Moved, Settings, moved, update
+from ckptlab.analysis.adam import moved, update
+from ckptlab.analysis.moved import Moved, Settings
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
@@ -105,6 +106,31 @@ def test_coordinates_are_those_of_stats() -> None:
         np.testing.assert_array_equal(found[name], stats[name], err_msg=name)
     ratio_over_norm = found["update_norm"] / stats["norm"].sel(state="master")
     np.testing.assert_allclose(ratio_over_norm, found["update_ratio"])
+
+
+def test_by_layer_by_stack_and_by_rank() -> None:
+    each, layers, stacks = updates(GPT), updates(GPT, by="layer"), updates(GPT, by="stack")
+    name = "mlp.dense_h_to_4h.weight"
+    assert layers["update_ratio"].dims == ("tensor", "layer")
+    for layer in (2, 3, 4, 5):
+        one = each.sel(tensor=f"{layer}.{name}")
+        assert layers["update_ratio"].sel(tensor=name, layer=layer) == one["update_ratio"]
+    assert not layers["present"].sel(tensor=name, layer=-1)
+    assert np.isnan(layers["update_norm"].sel(tensor=name, layer=-1))
+    squares = (layers["update_norm"].sel(tensor=name) ** 2).sum("layer")
+    assert stacks["update_norm"].sel(tensor=name) ** 2 == pytest.approx(float(squares))
+    ranks = updates(GPT, by="layer", shards=True)
+    assert ranks["update_norm"].dims == ("tensor", "layer", "tp")
+    shards = (ranks["update_norm"].sel(tensor=name) ** 2).sum("tp")
+    np.testing.assert_allclose(shards, layers["update_norm"].sel(tensor=name).fillna(0) ** 2)
+    norm = ranks.sel(tensor="input_layernorm.weight", layer=2)  # which every rank has whole
+    assert (
+        norm["update_norm"].values.tolist() == [float(each["update_norm"].sel(tensor="2.input_layernorm.weight"))] * 2
+    )
+    assert "update_ratio" in ranks.ckptlab.worst("update_ratio", 3)
+    assert updates(ZERO2, by="stack")["step"].notnull().all()
+    with pytest.raises(CheckpointError, match="expected one of tensor, layer, stack"):
+        updates(GPT, by="kind")
 
 
 def test_dead_parameters_are_counted(tmp_path: Path) -> None:

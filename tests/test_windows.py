@@ -15,9 +15,9 @@ from test_gather import store
 
 import ckptlab
 from ckptlab.analysis.accumulate import partial
-from ckptlab.analysis.adam import Settings
 from ckptlab.analysis.adam import _Task as Update
 from ckptlab.analysis.elements import apart, joined, relative, unequal
+from ckptlab.analysis.moved import Settings
 from ckptlab.analysis.windows import spans
 from ckptlab.arrays import reader
 from ckptlab.arrays.lazy import Gathered

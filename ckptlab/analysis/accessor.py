@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from ckptlab.arguments import explained
 from ckptlab.errors import CheckpointError
 from ckptlab.plain import plain
 from ckptlab.registry import Registry
@@ -59,6 +60,7 @@ class Table(Shown):
         return {"by": found.attrs.get("by", "tensor"), "dims": keys, "rows": rows}
 
 
+@explained
 @xr.register_dataset_accessor("ckptlab")
 class Statistics:
     """`.ckptlab` of a Dataset that `ckptlab.stats` or `ckptlab.updates` made. CheckpointError on any other."""

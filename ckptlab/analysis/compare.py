@@ -8,7 +8,6 @@ have another name on the other side are found first, by samples (`renames`).
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,16 +23,13 @@ from ckptlab.analysis.renames import renamed
 from ckptlab.arguments import explained
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
-from ckptlab.checkpoint import Checkpoint
-from ckptlab.checkpoint import open as open_checkpoint
+from ckptlab.checkpoint import Checkpoint, Source, opened
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.layout import Cut
 from ckptlab.pool import Workers
 from ckptlab.sharding import families
 from ckptlab.sharding.families import Family
 from ckptlab.stored import Stored
-
-Source = Checkpoint | Catalog | str | os.PathLike[str]
 
 
 @explained
@@ -104,9 +100,7 @@ def diff(
 
 
 def _catalog(source: Source) -> Catalog:
-    if isinstance(source, Catalog):
-        return source
-    return (source if isinstance(source, Checkpoint) else open_checkpoint(source)).catalog
+    return source if isinstance(source, Catalog) else opened(source).catalog
 
 
 def _together(

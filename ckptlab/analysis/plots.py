@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["drift", "histograms", "norms", "spectrum"]
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8A8A8A")
 MARKERS = "osD^vP*X"  # one for each colour
 LINES = 8  # stacks that one panel of norms names
@@ -197,6 +199,10 @@ def spectrum(
         axis.set_ylim(0, 1.05)
     _legend(figure, axis, f"Spectrum, {state}")
     return figure
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 # ------------------------------------------------------------------ what the plots share

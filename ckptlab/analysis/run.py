@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from ckptlab.errors import CheckpointError, LayoutError, UnknownNameError
 from ckptlab.formats import get as format_of
 from ckptlab.shown import Shown
 from ckptlab.views import Full
+from ckptlab.views.tree import DataTree
 
 MANY = 8  # skipped folders that an error lists
 
@@ -113,7 +114,7 @@ class Run(Shown, Mapping[int, Checkpoint]):
 
     def __getitem__(self, step: int) -> Checkpoint:
         """The checkpoint of a step; UnknownNameError, with those that there are, if there is none."""
-        if step not in self.checkpoints:
+        if not isinstance(step, Hashable) or step not in self.checkpoints:
             raise UnknownNameError(f"{self.path}: no step {step}: there are {', '.join(map(str, self.steps))}")
         return self.checkpoints[step]
 
@@ -147,8 +148,8 @@ class Run(Shown, Mapping[int, Checkpoint]):
             held = {step: tree[name].to_dataset() for step, tree in trees.items() if name in tree.children}
             node = _over_steps(held)
             if node.data_vars:
-                nodes[name] = xr.DataTree(node)
-        return xr.DataTree(xr.Dataset(attrs={"path": self.path}), nodes)
+                nodes[name] = DataTree(node)
+        return DataTree(xr.Dataset(attrs={"path": self.path}), nodes)
 
     def rows(self) -> list[Row]:
         """What there is to take statistics of: every state of every whole tensor at every step."""

@@ -5,6 +5,7 @@ Tensor by tensor and window by window: memory stays near a window for each threa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,10 @@ def stats(
     table = _Table(rows, by)
     found = table.dataset(parts, bins)
     if spectrum:
-        top = TOP if spectrum is True else int(spectrum)
+        most = max(TOP, *(math.isqrt(row.numel) for row in rows))  # no matrix has more
+        top = TOP if spectrum is True else min(int(spectrum), most)
+        if top < 1:
+            raise CheckpointError(f"spectrum={spectrum}: expected True, or how many singular values, from 1")
         found = found.assign(table.spectra(_spectra(rows, parts, top, window, progress, workers), top))
     return found
 

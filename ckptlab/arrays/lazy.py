@@ -204,7 +204,7 @@ class Delivered(BackendArray):
         return self.backend.receive(read, shape, self.dtype)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError("what a view shows is not read yet and cannot be written to: .load() or .copy() it first")
+        raise TypeError("what a view shows is not read yet and cannot be written to: .load() it first")
 
     def permuted(self, order: Sequence[int]) -> Delivered:
         return Delivered(_Permuted(self.array, order), self.backend)

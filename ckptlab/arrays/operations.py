@@ -94,9 +94,14 @@ def split(
     array, place = _on(whole, backend, device)
     missing = [d for d in layout.dims if d not in array.dims]
     if missing:
-        raise LayoutError(f"{layout.text!r} has dims {layout.dims}, the array {array.dims}: no {missing[0]!r}")
+        hint = f"say what the layout's dims are called, Layout({layout.text!r}, dims={array.dims[-len(layout.dims) :]})"
+        raise LayoutError(f"{layout.text!r} has dims {layout.dims}, the array {array.dims}: no {missing[0]!r}: {hint}")
     cut = layout.resolve(tuple(array.sizes[d] for d in layout.dims), mesh)
     others = [d for d in array.dims if d not in layout.dims]
+    if again := [axis for axis in (*cut.axes, "tp") if axis in others]:
+        raise LayoutError(
+            f"the array has a dim {again[0]} already: these are shards; merge them first, or reshape them"
+        )
     shards = _moved(array, Cut.whole(cut.logical), cut, layout, others, place, out)
     return _with_replicas(shards, cut, layout)
 

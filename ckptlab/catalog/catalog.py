@@ -13,17 +13,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from ckptlab.arguments import explained, kind_of
 from ckptlab.catalog.extents import Extents, FlatGroup, Fragment, Placements
 from ckptlab.catalog.seen import LowRank, Piece
+from ckptlab.catalog.stacks import kind_and_layer
 from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor
 from ckptlab.catalog.training import Training
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.findings import Finding
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
 from ckptlab.stored import Stored
 
 
+@explained
 @dataclass(frozen=True)
 class Catalog:
     """What the headers of one checkpoint say.
@@ -78,6 +81,9 @@ class Catalog:
             raise CheckpointError(f"{self.path}: tensors have names, not a {type(name).__name__}")
         found = self.tensors.get(self._aliases.get(name, name))
         if found is None:
+            if layers := [known for known in self.tensors if kind_and_layer(known)[0] == name]:
+                of = f"{name!r} is in {len(layers)} layers, {layers[0]}, …"
+                raise CheckpointError(f"{self.path}: {of}: full() stacks them under that name")
             near = difflib.get_close_matches(name, [*self.tensors, *self._aliases], n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise CheckpointError(f"{self.path}: no tensor is called {name!r}{hint}")
@@ -96,10 +102,12 @@ class Catalog:
 
     def held(self, name: str) -> tuple[str, ...]:
         """The states of a tensor that ranks hold, in the order of its states."""
-        return tuple(s for s in self.tensors[name].states if (name, s) in self.placements)
+        return tuple(s for s in self[name].states if (name, s) in self.placements)
 
     def placement(self, name: str, state: str) -> Placement:
-        """How the first (as a rule the only) copy of that state lies. KeyError where no rank holds it."""
+        """How the first (as a rule the only) copy of that state lies. UnknownNameError where no rank holds it."""
+        if (name, state) not in self.placements:
+            raise UnknownNameError(f"{self.path}: no rank holds {state} of {name}")
         return self.placements[name, state][0]
 
     def flat(self, name: str, holder: Holder) -> tuple[FlatGroup, int]:
@@ -163,6 +171,9 @@ class Catalog:
 
     def lying_in(self, path: str, lo: int, hi: int) -> Iterator[str]:
         """The tensors of which elements lie in bytes lo … hi-1 of a file, for people; as often as they do."""
+
+        if not isinstance(path, str):
+            raise CheckpointError(f"a file is named by its path, not by {kind_of(path)}")
 
         def inside(stored: Stored) -> bool:
             return stored.path == path and stored.offset < hi and lo < stored.offset + max(stored.nbytes, 1)

@@ -9,8 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
+from ckptlab.arguments import explained
 from ckptlab.catalog.tensor import PARAM, Tensor
-from ckptlab.errors import LayoutError
+from ckptlab.errors import LayoutError, UnknownNameError
 from ckptlab.mesh import Mesh
 from ckptlab.plan import FlatBuffer, Holder, Placement
 from ckptlab.plan.placement import Buffers, InBuffers
@@ -31,6 +32,7 @@ class Fragment:
         return self.stored.numel
 
 
+@explained
 @dataclass(frozen=True)
 class FlatGroup:
     """The flat buffers of one parameter group (at ZeRO-3: of one of its sub-groups): one for each holder.
@@ -71,11 +73,11 @@ class FlatGroup:
         return tuple(self.flats)
 
     def holder(self, at: Mapping[str, int]) -> Holder:
-        """The first holder at these coordinates (those of a rank, say). KeyError if there is none."""
+        """The first holder at these coordinates (those of a rank, say). UnknownNameError if there is none."""
         for holder in self.flats:
             if all(at.get(axis, k) == k for axis, k in holder.items()):
                 return holder
-        raise KeyError(f"no flat buffer at {Holder(**at)}")
+        raise UnknownNameError(f"no flat buffer at {Holder(**at)}")
 
     @cached_property
     def axes(self) -> tuple[str, ...]:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.arguments import explained
 from ckptlab.layout import Cut, Layout
 
 MASTER = "master"  # the state that holds the weight that the optimizer steps
 PARAM = "param"  # the state that holds the weight as the model computes with it (16-bit, as a rule)
 
 
+@explained
 @dataclass(frozen=True)
 class Tensor:
     """One logical tensor.

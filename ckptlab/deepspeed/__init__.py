@@ -53,3 +53,7 @@ __all__ = [
     "unflatten_dp_dimension",
     *constants.__all__,
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from ckptlab.arguments import explained
 from ckptlab.arrays import reader
 from ckptlab.catalog import PARAM, Catalog, Tensor
 from ckptlab.deepspeed.constants import (
@@ -51,6 +52,7 @@ DATA_BEFORE_EXPERTS = "use_data_before_expert_parallelism"
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_.*")
 
 
+@explained
 class DeepSpeedCheckpoint(ReshapedCheckpoint):
     """A step folder whose first layer file holds the embedding, and one near the end the final norm.
 
@@ -224,7 +226,7 @@ class DeepSpeedCheckpoint(ReshapedCheckpoint):
         return [self.mp_rank_files[i] for i in self.new_2d_map.get_data(pp_index=pp_index, tp_index=tp_index)]
 
     def _check(self, tp_index: int = 0, pp_index: int = 0, of: Mapping[int, Any] | None = None) -> None:
-        if tp_index >= self.tp_degree or pp_index >= self.pp_degree:
+        if not (0 <= tp_index < self.tp_degree and 0 <= pp_index < self.pp_degree):
             raise ArgumentError(f"tp {tp_index}, pp {pp_index}: outside tp({self.tp_degree}) * pp({self.pp_degree})")
         if of is not None and tp_index not in of:
             raise ArgumentError(f"{self.dir}: has no layer files to take this of tp {tp_index} from")

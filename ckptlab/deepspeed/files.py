@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
+from ckptlab.arguments import explained
 from ckptlab.deepspeed.constants import (
     BF16_ZERO_FILE_PREFIX,
     FP16_ZERO_FILE_PREFIX,
@@ -28,6 +29,7 @@ def get_files(dir: str) -> list[str]:
     return [os.path.join(root, name) for root, _, files in os.walk(dir) for name in files]
 
 
+@explained
 def get_files_with_prefix(all_files: Iterable[str], prefix: str) -> list[str]:
     """The paths whose file name begins so, sorted."""
     return sorted(path for path in all_files if os.path.basename(path).startswith(prefix))
@@ -40,6 +42,7 @@ def get_model_files(all_files: Sequence[str]) -> list[str]:
     ]
 
 
+@explained
 def get_zero_files(dir: str) -> list[str]:
     """The ZeRO optimizer files of the folder by dp rank, then mp rank.
 
@@ -63,16 +66,19 @@ def _ranks(path: str, prefix: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@explained
 def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:
     """Path of a model file; the rank is given as text ("03")."""
     return os.path.join(base_folder, f"{MODEL_FILE_PREFIX}{mp_rank_str}{MODEL_FILE_SUFFIX}")
 
 
+@explained
 def get_zero_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) -> str:
     """Path of a ZeRO optimizer file without a dtype's prefix."""
     return os.path.join(base_folder, names.optim(dp_rank, mp_rank))
 
 
+@explained
 def get_layer_ckpt_name_for_rank(base_folder: str, layer_id: str, tp_rank: int) -> str:
     """DeepSpeed's path of a layer file, `layer_id` being "layer_03": with `_model_states.pt`, where the pipeline
     engine's own files end in `-model_states.pt`."""

@@ -7,9 +7,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from ckptlab.arguments import explained
 from ckptlab.errors import MismatchError
 
 
+@explained
 def merge_state(state_a: Any, state_b: Any, key_list: Sequence[str] = ()) -> Any:
     """Tensors one after the other along dim 0, in dicts, lists and tuples alike; of anything else, state_a's.
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckptlab.arguments import explained
 from ckptlab.deepspeed.constants import (
     CHECKPOINT_PARALLEL_DIMS,
     CHECKPOINT_PP_DEGREE,
@@ -24,6 +25,7 @@ from ckptlab.formats.torch import torchfile
 PP_DIM, TP_DIM, DP_DIM = "PP", "TP", "DP"
 
 
+@explained
 @dataclass(eq=False)
 class model_3d_desc:  # noqa: N801 - DeepSpeed's name
     """Degrees of pipeline, tensor and data parallelism."""
@@ -83,6 +85,7 @@ class model_3d_desc:  # noqa: N801 - DeepSpeed's name
         return not reasons, reasons
 
 
+@explained
 def flatten_dp_dimension(meg_2d_map: meg_2d_parallel_map, src_2d_size: int, dp_degree: int) -> meg_2d_parallel_map:
     """Each rank of the map replaced by its files, one a dp rank: rank, rank + src_2d_size, …"""
     flat = meg_2d_parallel_map(meg_2d_map.pp_degree, meg_2d_map.tp_degree)
@@ -93,6 +96,7 @@ def flatten_dp_dimension(meg_2d_map: meg_2d_parallel_map, src_2d_size: int, dp_d
     return flat
 
 
+@explained
 def unflatten_dp_dimension(meg_2d_map: meg_2d_parallel_map, dp_degree: int) -> list[meg_2d_parallel_map]:
     """The lists of a map dealt to `dp_degree` ranks (see `spread`): one map for each dp rank."""
     pp_degree, tp_degree = meg_2d_map.pp_degree, meg_2d_map.tp_degree
@@ -104,6 +108,7 @@ def unflatten_dp_dimension(meg_2d_map: meg_2d_parallel_map, dp_degree: int) -> l
     return maps
 
 
+@explained
 def get_model_3d_descriptor(dir: str) -> model_3d_desc:
     """The degrees of the checkpoint in a step folder: recorded in its model files, else told from the number of
     files.

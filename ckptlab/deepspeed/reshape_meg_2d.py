@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+from ckptlab.arguments import explained
 from ckptlab.errors import ArgumentError
 from ckptlab.mesh import Mesh
 
 Item = TypeVar("Item")
 
 
+@explained
 def partition_data(data_list: list[Item], num_partitions: int) -> list[list[Item]]:
     """The list in so many consecutive parts of one size. ArgumentError (an AssertionError) if they cannot be of one
     size."""
@@ -34,6 +36,7 @@ def spread(data_list: Sequence[Item], count: int) -> list[list[Item]]:
     return [list(data_list[j * n // count : -(-(j + 1) * n // count)]) for j in range(count)]
 
 
+@explained
 class meg_2d_parallel_map:  # noqa: N801 - DeepSpeed's name
     """A list of data (ranks, as a rule) for each coordinate (pp, tp). `map` holds them under "pp,tp"."""
 
@@ -84,6 +87,7 @@ class meg_2d_parallel_map:  # noqa: N801 - DeepSpeed's name
         return f"<meg_2d_parallel_map of pp {self.pp_degree}, tp {self.tp_degree}: {self.map}>"
 
 
+@explained
 def reshape_meg_2d_parallel(
     old_pp_degree: int, old_tp_degree: int, new_pp_degree: int, new_tp_degree: int, verbose: bool = False
 ) -> meg_2d_parallel_map:
@@ -127,6 +131,7 @@ def _reshape_pp(old: meg_2d_parallel_map, degree: int) -> meg_2d_parallel_map:
     return new
 
 
+@explained
 def get_mpu_ranks(
     tp_size: int = 1, pp_size: int = 1, dp_size: int = 1, virtual_pp_size: int | None = None
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:

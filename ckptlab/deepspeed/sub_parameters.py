@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ckptlab.arguments import explained
 
+
+@explained
 @dataclass
 class SubparamShape:
     """Parameters that hold several sub-parameters, each cut on its own.

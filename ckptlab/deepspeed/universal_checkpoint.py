@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ckptlab.arguments import explained, kind_of
 from ckptlab.arrays import reader
 from ckptlab.catalog import ALONE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.deepspeed.constants import (
@@ -30,7 +31,7 @@ from ckptlab.deepspeed.constants import (
 )
 from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.deepspeed.tensors import as_torch, tensor_of
-from ckptlab.errors import LayoutError, UnsupportedError
+from ckptlab.errors import InputError, LayoutError, UnsupportedError
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
@@ -68,11 +69,18 @@ class HpMapping:
         return self.hp_fragment
 
 
+@explained
 def enable_universal_checkpoint(param_list: Iterable[torch.nn.Parameter] | torch.nn.Module) -> None:
     """Give each parameter (of a list, or of a module) a method `load_hp_checkpoint_state`: see the function of that
     name."""
     listed: Any = param_list  # a parameter of torch's does not declare the method
-    for parameter in getattr(listed, "parameters", lambda: listed)():
+    try:
+        parameters = list(getattr(listed, "parameters", lambda: listed)())
+    except TypeError:
+        parameters = [None]
+    if any(not hasattr(parameter, "requires_grad") for parameter in parameters):
+        raise InputError(f"enable_universal_checkpoint takes a module or its parameters, not {kind_of(param_list)}")
+    for parameter in parameters:
         parameter.load_hp_checkpoint_state = MethodType(load_hp_checkpoint_state, parameter)
 
 

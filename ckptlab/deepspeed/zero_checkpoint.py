@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptlab.arguments import explained
 from ckptlab.deepspeed.constants import (
     BASE_OPTIMIZER_STATE,
     GROUP_PADDINGS,
@@ -21,6 +22,7 @@ from ckptlab.layout import Layout
 from ckptlab.sharding.strategies import Strategy
 
 
+@explained
 class ZeROCheckpoint(ReshapedCheckpoint):
     """The ZeRO optimizer files of a step folder, at their own degrees until `reshape` says others.
 

@@ -14,7 +14,7 @@ from ckptlab.checkpoint import Reshape
 from ckptlab.findings import Finding
 from ckptlab.formats import get as format_of
 from ckptlab.formats.torch.placeholders import Foreign
-from ckptlab.mesh import Mesh
+from ckptlab.mesh import STANDARD, Mesh
 from ckptlab.plain import plain
 
 MATRIX = 16  # the most ranks a side for which the plan shows who sends how much to whom
@@ -146,7 +146,8 @@ def plan(reshape: Reshape) -> dict[str, Any]:
     """All that `ckptlab plan` says.
 
     Keys: source {path, format, mesh, ranks, zero_stage, optimizer, dtype}, target (the same, without path and
-    format), layers {source, target} (those on each pp stage), vocabulary {true, source, target} rows or None, bytes
+    format), layers {source, target} (those on each pp stage), layouts [{name, source, target}] of tensors that are cut
+    by another one, vocabulary {true, source, target} rows or None, bytes
     {read, written, moved}, largest_tensor (bytes), files (to be written), moves {by_target [{rank, received, own,
     sources}], matrix [source rank][target rank] in bytes, None for more than 16 ranks}, notices [{code, text}].
     """
@@ -156,6 +157,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
         "source": {"path": source.path, "format": source.format, **_side(source, source.training.mesh or source.mesh)},
         "target": _side(target, target.mesh),
         "layers": {"source": _layers(source), "target": _layers(target)},
+        "layouts": _relaid(source, target),
         "vocabulary": _vocabulary(source, target),
         "bytes": {"read": cost.read, "written": cost.written, "moved": cost.moved},
         "largest_tensor": cost.largest_tensor,
@@ -168,6 +170,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
 def _side(catalog: Catalog, mesh: Mesh) -> dict[str, Any]:
     return {
         "mesh": mesh.degrees,
+        "split": {axis: list(mesh.leaves(axis)) for axis in STANDARD if axis not in mesh.degrees},
         "ranks": mesh.size,
         "zero_stage": catalog.zero_stage,
         "optimizer": catalog.training.wrapper,
@@ -180,6 +183,12 @@ def _layers(catalog: Catalog) -> list[list[int]]:
     stage_of = catalog.training.layer_stages
     stages = max(stage_of.values(), default=-1) + 1
     return [sorted(layer for layer, s in stage_of.items() if s == stage) for stage in range(stages)]
+
+
+def _relaid(source: Catalog, target: Catalog) -> list[dict[str, str]]:
+    """Tensors whose layouts the target says otherwise."""
+    texts = [(name, source.tensors[name].layout.text, tensor.layout.text) for name, tensor in target.tensors.items()]
+    return [{"name": name, "source": a, "target": b} for name, a, b in texts if a != b]
 
 
 def _vocabulary(source: Catalog, target: Catalog) -> dict[str, int] | None:

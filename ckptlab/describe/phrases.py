@@ -152,11 +152,20 @@ def changes(about: About) -> list[list[str]]:
     rows = []
     before, after = source["mesh"], wanted["mesh"]
     if before != after:
-        degrees = [(axis, before.get(axis, 1), after.get(axis, 1)) for axis in spoken((*before, *after))]
-        told = [f"{axis} {a} → {b}" if axis in before else f"{axis} {b}" for axis, a, b in degrees if a != b]
+        told = []
+        split = wanted["split"]
+        parts = {part for leaves in split.values() for part in leaves}
+        for axis in spoken((*before, *split, *after)):
+            a, b = before.get(axis, 1), math.prod(after.get(leaf, 1) for leaf in split.get(axis, [axis]))
+            made = f" as {_on_axes({leaf: after[leaf] for leaf in split[axis]})}" if axis in split else ""
+            if axis not in parts and (a != b or made):
+                told.append((f"{axis} {a} → {b}" if axis in before and a != b else f"{axis} {b}") + made)
         rows.append(["mesh", ", ".join(told)])
     if stage(source) != stage(wanted):
         rows.append(["training", f"{stage(source)} → {stage(wanted)}"])
+    if relaid := about["layouts"]:
+        first = f"{relaid[0]['name']} {relaid[0]['source']} → {relaid[0]['target']}"
+        rows.append(["layouts", first + (f", and of {len(relaid) - 1:,} more tensors" if relaid[1:] else "")])
     layers = about["layers"]
     if layers["source"] != layers["target"]:
         rows.append(["layers", f"{_dealt(layers['source'])}  →  {_dealt(layers['target'])}"])

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from ckptlab.arguments import explained
 from ckptlab.draw.colours import ink
+from ckptlab.errors import DestinationError
 
 
 class Own(str):
@@ -48,6 +50,7 @@ _NAMESPACE = ' xmlns="http://www.w3.org/2000/svg"'
 _ALONE = "svg{color:#1f2328}@media(prefers-color-scheme:dark){svg{color:#e6edf3}}"  # a file has no page to follow
 
 
+@explained
 @dataclass(frozen=True)
 class Drawing:
     """A picture: one self-contained SVG without script, its text in the colour of the page that it stands on.
@@ -71,8 +74,12 @@ class Drawing:
         return self.svg.replace(_NAMESPACE, "", 1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .svg file that follows the reader's preference for light or dark."""
-        Path(path).write_text(self.svg.replace("<style>", f"<style>{_ALONE}", 1), encoding="utf-8")
+        """Write an .svg file that follows the reader's preference for light or dark. DestinationError where none can be
+        written."""
+        try:
+            Path(path).write_text(self.svg.replace("<style>", f"<style>{_ALONE}", 1), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise DestinationError(f"{path}: no picture can be written there: {error}") from None
 
     def __repr__(self) -> str:
         return f"<Drawing, {self.width} × {self.height}>"

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ckptlab.arguments import kind_of
 from ckptlab.catalog import Catalog
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, InputError
 from ckptlab.findings import Faults, Strict
 from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.formats.locate import locate
@@ -47,7 +48,7 @@ def found(path: Paths, storage_options: Mapping[str, Any] | None = None) -> Matc
     if isinstance(path, (str, os.PathLike)):
         return locate(path, storage_options)
     if not isinstance(path, (list, tuple)):
-        raise TypeError(f"expected a path, or a list of paths, not {type(path).__name__}")
+        raise InputError(f"expected a path, or a list of paths, not {kind_of(path)}")
     if not path:
         raise CheckpointError("no path is given: expected at least one folder")
     first, *others = (locate(one, storage_options) for one in path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, whole_number
 from ckptlab.errors import LayoutError
 from ckptlab.layout.blocks import dims_of_axes, equal_blocks
 from ckptlab.layout.cut import Cut, DimCut
@@ -79,10 +79,10 @@ class Layout(Shown):
             "text": text,
             "dims": tuple(dims) or _dim_names(parse(text)),
             "sizes": _pairs(lengths),
-            "totals": _pairs(totals),
-            "units": _pairs(units),
-            "padded": _pairs(padded),
-            "stages": None if stages is None else tuple(stages),
+            "totals": _pairs({name: whole_number(n) for name, n in dict(totals).items()}),
+            "units": _pairs({name: whole_number(n) for name, n in dict(units).items()}),
+            "padded": _pairs({whole_number(dim): whole_number(n) for dim, n in dict(padded).items()}),
+            "stages": None if stages is None else tuple(map(whole_number, stages)),
             "replicas": replicas,
         }
         for name, value in fields.items():
@@ -258,7 +258,9 @@ def _pairs(values: Mapping[Any, V] | Iterable[tuple[Any, V]]) -> tuple[tuple[Any
 
 
 def _length(value: int | Sequence[int]) -> Length:
-    return tuple(int(n) for n in value) if isinstance(value, Sequence) else int(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map(whole_number, value))
+    return whole_number(value)
 
 
 def _leaves_out_an_axis(tree: tuple[Node, ...], cut: Cut) -> bool:

@@ -26,3 +26,7 @@ __all__ = [
     "held_by",
     "plan_tensor",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -43,6 +43,7 @@ Rows = tuple[Int64, Int64, Int64, Int64]
 """Columns: tensor, source and target (ranks, or fragments of shards), count."""
 
 
+@explained
 def plan_tensor(a: Placement, b: Placement) -> Columns:
     """(source rank, target rank, count) of one tensor, int64: each pair of ranks once, counts in elements.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import explained
 from ckptlab.errors import ReshapeError
 from ckptlab.plan.boxes import Box, shared_boxes
 from ckptlab.plan.placement import Placement, Shard
@@ -82,6 +83,7 @@ def _pieces(move: Move, box: Box, source: Shard, target: Shard) -> Iterator[Piec
         yield Piece(move, *ranks, box, first, count, int(source.edges[at_a]), int(target.edges[at_b]))
 
 
+@explained
 def held_by(placement: Placement, rank: int) -> tuple[tuple[int, ...], int, int] | None:
     """What a rank has: the shape of its holder's shard, and from where to where of it, flattened. None: nothing.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import explained
 from ckptlab.errors import ReshapeError
 from ckptlab.words import size
 
@@ -14,6 +15,7 @@ Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
 
+@explained
 @dataclass(frozen=True)
 class Cluster:
     """ranks_per_node: consecutive ranks are on one node. inside: bytes a second that a rank sends to others of its node

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
-from ckptlab.arguments import explained
-from ckptlab.errors import LayoutError, NotationError
+from ckptlab.arguments import explained, kind_of
+from ckptlab.errors import CkptlabError, LayoutError, NotationError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
 
@@ -36,6 +36,7 @@ def dim_names(ndim: int) -> tuple[str, ...]:
     return ("out", "in", *(f"k{i}" for i in range(2, ndim)))[:ndim]
 
 
+@explained
 def replicated(ndim: int, **fields: Any) -> Layout:
     """Every rank holds the whole."""
     return _replicated(ndim).replace(**fields) if fields else _replicated(ndim)
@@ -46,21 +47,31 @@ def _replicated(ndim: int) -> Layout:
     return Layout(" ".join(dim_names(ndim)))
 
 
+@explained
 def cut(ndim: int, dim: int, term: str = "tp {}", **fields: Any) -> Layout:
     """Dim `dim` is composed as `term` says (`{}` stands for the dim's name); the others are whole."""
     names = dim_names(ndim)
     return Layout(" ".join(f"({term.format(n)})" if i == dim else n for i, n in enumerate(names)), dims=names, **fields)
 
 
+@explained
 def column(shards: Sequence[Shape], dim: int = 0) -> Layout:
     """Cut along `dim` over tp, each rank as wide as its shard is (even or not)."""
+    ndim = _ndim(shards)
     widths = tuple(s[dim] for s in shards)
-    ndim = len(shards[0])
     if len(set(widths)) == 1:
         return cut(ndim, dim)
     return cut(ndim, dim, sizes={dim_names(ndim)[dim]: widths})
 
 
+def _ndim(shards: Sequence[Shape]) -> int:
+    """The dims of a tensor. LayoutError where there is no shard of it."""
+    if not shards:
+        raise LayoutError("a tensor has at least one shard: give the shape of each")
+    return len(shards[0])
+
+
+@explained
 @dataclass(frozen=True)
 class Rules:
     """Regular expressions (the whole name must match) and what they mean; the first that matches wins."""
@@ -101,16 +112,20 @@ def _layout_of(told: Any, where: str) -> Layout:
     for key, kind in (("stages", int), ("dims", str)):
         if key in others and not (isinstance(others[key], list) and all(isinstance(v, kind) for v in others[key])):
             raise LayoutError(f"strategy {where}: {key}: expected a list of {kind.__name__}, found {others[key]!r}")
+    for key in ("sizes", "totals", "units", "padded"):
+        if key in others and not isinstance(others[key], Mapping):
+            raise LayoutError(f"strategy {where}: {key}: expected an object, name: length, found {others[key]!r}")
     try:
         if "padded" in others:
-            others["padded"] = {int(dim): int(size) for dim, size in others["padded"].items()}
+            others["padded"] = {int(dim): size for dim, size in others["padded"].items()}
         return Layout(fields["layout"], **others)
-    except NotationError:
-        raise
-    except (LayoutError, TypeError, ValueError, AttributeError) as e:
+    except NotationError as e:
+        raise NotationError(f"strategy {where}: {e}") from None
+    except (CkptlabError, ValueError) as e:
         raise LayoutError(f"strategy {where}: {e}") from None
 
 
+@explained
 @dataclass(frozen=True)
 class Family:
     """How the programs of one family cut their tensors, by names, of which `re.search` finds one at the end of a
@@ -129,7 +144,7 @@ class Family:
     known: bool = False
 
     def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
-        ndim = len(shards[0])
+        ndim = _ndim(shards)
         if _ends(self.summed, name):
             return replicated(ndim, replicas="sum")
         if _ends(self.glu, name):
@@ -180,6 +195,7 @@ class Megatron:
         return (MEGATRON_SWIGLU if self.swiglu else MEGATRON).layout(name, shards)
 
 
+@explained
 @dataclass(frozen=True)
 class HuggingFace:
     """Names of transformers' models, as AutoTP cuts them: q, k, v, gate and up projections by their rows, o and down
@@ -201,7 +217,7 @@ class HuggingFace:
 
     def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
         """See `Strategy.layout`."""
-        module, ndim = name.rpartition(".")[0], len(shards[0])
+        module, ndim = name.rpartition(".")[0], _ndim(shards)
         style = next((s for pattern, s in self.plan if _names(pattern, module)), None) or self._style(module, shards)
         if style.startswith("colwise"):
             return column(shards)
@@ -243,6 +259,7 @@ REGISTRY = Registry[Strategy](
 )
 
 
+@explained
 def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Strategy | None:
     """A strategy from whatever a user may give: an object, a mapping, a registered name, or the path of a JSON one."""
     if strategy is None or isinstance(strategy, Strategy):
@@ -251,11 +268,17 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
         return Rules.of(strategy)
     if strategy.endswith(".json"):
         try:
-            with open(strategy) as f:
+            with open(strategy, encoding="utf-8") as f:
                 said = json.load(f)
-            return HuggingFace.of(said) if "model_type" in said else Rules.of(said, strategy)
-        except (OSError, json.JSONDecodeError, AttributeError, TypeError) as e:
+        except OSError as e:
+            raise LayoutError(f"strategy file {strategy}: {e.strerror}") from None
+        except (ValueError, RecursionError) as e:
             raise LayoutError(f"strategy file {strategy}: expected a JSON object of pattern: notation: {e}") from None
+        if not isinstance(said, Mapping):
+            raise LayoutError(
+                f"strategy file {strategy}: expected a JSON object of pattern: notation, found {kind_of(said)}"
+            )
+        return HuggingFace.of(said) if "model_type" in said else Rules.of(said, strategy)
     return REGISTRY.get(strategy)
 
 

@@ -18,3 +18,7 @@ from ckptlab.testing.formats import check_format
 from ckptlab.testing.sharding import check_strategy
 
 __all__ = ["check_family", "check_format", "check_strategy"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError
 from ckptlab.layout.notation import Name, Node, Product, Sum, parse
 from ckptlab.sharding.families.family import Family
@@ -18,6 +19,7 @@ from ckptlab.testing.suite import Law, hold
 _SMALL = (2, 3, 4, 5, 6)  # lengths that names in a line get, where nobody says them
 
 
+@explained
 def check_family(
     family: Family | str,
     left: Mapping[str, Any] | None = None,

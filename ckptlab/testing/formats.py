@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.analysis import check
+from ckptlab.arguments import explained
 from ckptlab.arrays import Tally, reader
 from ckptlab.catalog import Catalog
 from ckptlab.catalog.stacks import stacks
@@ -41,6 +42,7 @@ _MARKS: Mapping[str, tuple[str, ...]] = {
 """Names by which formats are told, all of them ours: what has them is a foreign folder to every other format."""
 
 
+@explained
 def check_format(
     format: str | Format | type[Format],
     checkpoint: str | os.PathLike[str] | Checkpoint,
@@ -58,7 +60,7 @@ def check_format(
     here. most_files: faults are planted in so many of its files, spread over all. The checkpoint is only read, and
     copied to the temporary folder. Returns the names of the laws; LawError if one is broken.
     """
-    form = get(format if isinstance(format, str) else format.name)
+    form = get(format if isinstance(format, str) else getattr(format, "name", repr(format)))
     rules = resolve(strategy)
     catalog = checkpoint.catalog if isinstance(checkpoint, Checkpoint) else read(checkpoint, rules)
     with tempfile.TemporaryDirectory() as scratch:

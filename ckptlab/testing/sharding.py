@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ckptlab.arguments import explained
 from ckptlab.arrays.operations import merge, split
 from ckptlab.errors import LayoutError
 from ckptlab.layout import Cut, Layout, whole_shape
@@ -20,6 +21,7 @@ from ckptlab.testing.suite import hold
 MESHES = (Mesh(), Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, dp=2))
 
 
+@explained
 def check_strategy(
     strategy: Strategy | Mapping[str, str | Layout] | str,
     shapes: Mapping[str, Sequence[int]],

@@ -14,13 +14,14 @@ from ckptlab.arrays.duck import refuse_dask
 from ckptlab.catalog import Tensor
 from ckptlab.errors import InputError
 from ckptlab.views.tensors import ByName
+from ckptlab.views.tree import DataTree
 
 
 def chunked(tree: xr.DataTree, backend: Backend, chunks: Any) -> xr.DataTree:
     """A tree cut into chunks (see xarray's `chunk`); {} is a layer each. InputError, with the node, where dask would
     give other numbers."""
     nodes = {node.path: node.to_dataset(inherit=False) for node in tree.subtree}
-    return xr.DataTree.from_dict({path: _cut(path.strip("/"), node, backend, chunks) for path, node in nodes.items()})
+    return DataTree.from_dict({path: _cut(path.strip("/"), node, backend, chunks) for path, node in nodes.items()})
 
 
 def each_chunked(tensors: ByName[Any], backend: Backend, chunks: Any) -> ByName[Any]:

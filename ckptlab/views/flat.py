@@ -17,6 +17,7 @@ from ckptlab.catalog import Catalog, FlatGroup
 from ckptlab.errors import UnknownNameError
 from ckptlab.plan import Holder
 from ckptlab.views.tensors import converted, root_attributes
+from ckptlab.views.tree import DataTree
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Flat:
         nodes = {"/": xr.Dataset(attrs=root_attributes(self.held))}
         for path, group in self._nodes():
             nodes[f"/{path}"] = self.dataset(group)
-        return xr.DataTree.from_dict(nodes)
+        return DataTree.from_dict(nodes)
 
     def node(self, path: str) -> xr.Dataset:
         """One of them, by its path. UnknownNameError, with the paths there are, if there is none."""

@@ -24,6 +24,7 @@ from ckptlab.catalog.stacks import Stack, stacks
 from ckptlab.errors import BackendError, LayoutError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.views.tensors import View, converted, node_name, root_attributes
+from ckptlab.views.tree import DataTree
 
 
 class OnDevices(BackendArray):
@@ -67,7 +68,7 @@ class Placed(View):
             for stack in stacks(of_stage):
                 path = f"/{node_name(stack)}"
                 nodes[path if stage is None else f"/pp{stage}{path}"] = self.dataset(stack)
-        return xr.DataTree.from_dict(nodes)
+        return DataTree.from_dict(nodes)
 
     def dataset(self, stack: Stack) -> xr.Dataset:
         """See View; layers of one stage have it in common."""

@@ -42,7 +42,7 @@ def save_view(view: View, path: str | os.PathLike[str]) -> None:
         tree = view if isinstance(view, xr.DataTree) else xr.DataTree(view)
     nodes = {node.path: _as_bits(node.to_dataset(inherit=False)) for node in tree.subtree}
     nodes = {os.path.relpath(p, tree.path): node for p, node in nodes.items()}
-    nodes["."] = nodes["."].assign_attrs(_plain({KIND: type(view).__name__, NODES: list(nodes)}))
+    nodes["."] = nodes["."].assign_attrs(_plain({KIND: _kind(view), NODES: list(nodes)}))
     made = xr.DataTree.from_dict(nodes)
     temporary = f"{path}.partial"
     try:
@@ -92,6 +92,10 @@ class _Viewed(LazyArray):
     def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
         part = self.array.read(index) if isinstance(self.array, LazyArray) else self.array[index].values
         np.copyto(out, np.asarray(part).view(self.dtype), casting="unsafe")
+
+
+def _kind(view: View) -> str:
+    return next(kind.__name__ for kind in (xr.DataTree, xr.Dataset, xr.DataArray) if isinstance(view, kind))
 
 
 def _as_bits(dataset: xr.Dataset) -> xr.Dataset:

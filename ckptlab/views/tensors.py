@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import xarray as xr
 
+from ckptlab.arguments import explained
 from ckptlab.arrays import operations as operations  # with the accessor of what is made here
 from ckptlab.arrays import reader, shard_reader
 from ckptlab.arrays.backends import Backend
@@ -25,6 +26,7 @@ from ckptlab.catalog.stacks import Stack, stacks
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.layout import Cut
 from ckptlab.plan import Placement
+from ckptlab.views.tree import DataTree
 
 T = TypeVar("T", covariant=True)
 
@@ -74,8 +76,8 @@ class View(ABC):
         """One node a tensor, its states as variables. Same-shaped layers are one node, named without the layer's
         number, with the numbers as coordinate `layer` and the stage that holds each as `pp`; a tensor that stands alone
         keeps its name, and its stage is a scalar."""
-        children = {node_name(stack): xr.DataTree(self.dataset(stack)) for stack in self.stacks}
-        return xr.DataTree(xr.Dataset(attrs=root_attributes(self.held)), children)
+        children = {node_name(stack): DataTree(self.dataset(stack)) for stack in self.stacks}
+        return DataTree(xr.Dataset(attrs=root_attributes(self.held)), children)
 
     def by_name(self, state: str | None = None) -> Mapping[str, Any]:
         """Tensors by the model's own names and aliases: DataArrays of one state, or Datasets of all."""
@@ -211,6 +213,7 @@ def root_attributes(catalog: Catalog) -> dict[str, str]:
     return {"path": catalog.path, "format": catalog.format, "mesh": str(catalog.mesh)}
 
 
+@explained
 @dataclass(frozen=True)
 class ByName(Mapping[str, T], Generic[T]):
     """Tensors by the model's own names; an alias finds its tensor. Each is made when it is asked for."""

@@ -47,3 +47,7 @@ def __getattr__(name: str) -> Any:
     from ckptlab.viz.families import family
 
     return family
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ckptlab.arguments import explained
 from ckptlab.catalog import FlatGroup
 from ckptlab.draw import Bar, Drawing, Piece, strips
+from ckptlab.errors import MeshError
 from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.words import number_of
 
@@ -23,12 +24,12 @@ def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, width: float |
     width: of the page, in pixels (None: as wide as it likes). Widths are proportional to elements. Cells: class
     `fragment` (`merged`: several that are too thin; data-tensors counts them) or `padding`, in the whole `span`;
     data-tensor, data-dp, data-tp, data-start and data-count (in the rank's buffer), data-from (in the tensor's
-    flattened shard). IndexError for a rank that is not there.
+    flattened shard). MeshError for a rank that is not there.
     """
     holder = Holder(**at) if isinstance(group, FlatBuffer) else group.holder(at)
     buffer = group if isinstance(group, FlatBuffer) else group.flats[holder]
     if dp is not None and not 0 <= dp < buffer.dp:
-        raise IndexError(f"dp {dp} is not among the {buffer.dp} ranks of this buffer")
+        raise MeshError(f"dp {dp} is not among the {buffer.dp} ranks of this buffer")
     shown = [dp] if dp is not None else list(range(buffer.dp))
     omitted = 0
     if len(shown) > SHOWN:

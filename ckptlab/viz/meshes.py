@@ -13,13 +13,14 @@ from ckptlab.draw import grid as draw_grid
 from ckptlab.errors import MeshError
 from ckptlab.mesh import Mesh
 from ckptlab.shown import shows
+from ckptlab.viewed import Viewed
 from ckptlab.viz.neighbours import Devices
 from ckptlab.words import number_of
 
 
 @explained
 def mesh(
-    mesh: Mesh | Any,
+    mesh: Mesh | Viewed | Any,
     *,
     highlight: Mapping[str, int] | int | None = None,
     group: str | None = None,
@@ -34,6 +35,7 @@ def mesh(
     groups are framed, each in its own colour. width: of the page, in pixels. Cells: class `rank`, data-rank, data-tp,
     data-pp, data-dp, data-group. Raises MeshError for a rank or an axis that the mesh does not have.
     """
+    mesh = mesh.held.mesh if isinstance(mesh, Viewed) else mesh
     if not isinstance(mesh, Mesh):
         return _of_neighbour(Devices.of(mesh), highlight, group, width)
     marked: list[int] = []

@@ -11,6 +11,7 @@ from ckptlab.catalog import Catalog, Tensor
 from ckptlab.catalog.stacks import split
 from ckptlab.draw import Box, Drawing, pipeline
 from ckptlab.draw.blocks import blocks, span, told
+from ckptlab.viewed import Viewed
 from ckptlab.words import number_of, ranges
 
 COLUMNS = 8  # stages that are drawn one by one
@@ -18,12 +19,13 @@ BOXES = 12  # boxes of a stage that are drawn
 
 
 @explained
-def stages(catalog: Catalog, *, width: float | None = None) -> Drawing:
+def stages(model: Viewed | Catalog, *, width: float | None = None) -> Drawing:
     """The layers of each pp stage, in order; like layers next to one another as one. width: of the page, in pixels.
 
     Tensors that live on several stages have a dashed box in each, joined by a line. The bar in a box is proportional to
     its elements. Cells: class `layer` (`tied`), data-pp, data-tensors, data-elements, data-tensor (the first's name).
     """
+    catalog = model.held if isinstance(model, Viewed) else model
     columns = []
     by_stages: dict[tuple[int, ...], list[Tensor]] = {}
     for tensor in catalog.tensors.values():

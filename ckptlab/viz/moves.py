@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptlab.arguments import explained
+from ckptlab.checkpoint import Reshape
 from ckptlab.draw import Drawing, Side, matrix
 from ckptlab.draw.blocks import blocks, span
 from ckptlab.mesh import Mesh
@@ -21,7 +22,9 @@ Int64 = NDArray[np.int64]
 
 
 @explained
-def plan(plan: Plan, source: Mesh | None = None, target: Mesh | None = None, *, width: float | None = None) -> Drawing:
+def plan(
+    plan: Plan | Reshape, source: Mesh | None = None, target: Mesh | None = None, *, width: float | None = None
+) -> Drawing:
     """Who sends how much to whom: a matrix from source (down) to target (across) with the sums at its edges.
 
     width: of the page, in pixels (None: as wide as it likes). Of many ranks, each row or column is a pp stage if the
@@ -29,6 +32,9 @@ def plan(plan: Plan, source: Mesh | None = None, target: Mesh | None = None, *, 
     change rank. Cells: class `move` (`none` where nothing goes), data-source, data-target (`3` or `0-7`), data-bytes,
     data-kept.
     """
+    if isinstance(plan, Reshape):
+        source, target = source or plan.source.mesh, target or plan.mesh
+    plan = moved(plan)
     most = RANKS if width is None else min(max(int((width - 170) // 46), 4), RANKS)
     rows, columns = _side("source", plan.sources, source, RANKS), _side("target", plan.targets, target, most)
     table, kept = _summed(plan, rows, columns)
@@ -38,6 +44,11 @@ def plan(plan: Plan, source: Mesh | None = None, target: Mesh | None = None, *, 
         if len(side.labels) < ranks:
             notes.append(f"{ranks:,} {what} ranks in {len(side.labels):,} {side.name.removeprefix(what).strip()}")
     return matrix(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes, width=width)
+
+
+def moved(plan: Plan | Reshape) -> Plan:
+    """The plan itself, or that of a reshape."""
+    return plan.plan if isinstance(plan, Reshape) else plan
 
 
 def _side(what: str, ranks: int, mesh: Mesh | None, most: int) -> Side:

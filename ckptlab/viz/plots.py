@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab.arguments import explained
+from ckptlab.checkpoint import Reshape
 from ckptlab.draw.colours import colour
 from ckptlab.plan import Plan
+from ckptlab.viz.moves import moved
 from ckptlab.viz.pyplot import pyplot
-from ckptlab.viz.sizes import Model, table, title
+from ckptlab.viz.sizes import Model, ranked, table, title
 from ckptlab.words import size
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 @explained
 def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
     """Bytes on every rank by kind, stacked; see `memory`. Needs matplotlib (the extra `plots`)."""
+    model = ranked(model)
     found, kinds, _ = table(model)
     ax = _axes(ax)
     bottom = np.zeros(len(found), np.int64)
@@ -35,9 +38,9 @@ def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
 
 
 @explained
-def plot_plan(plan: Plan, ax: Axes | None = None) -> Axes:
+def plot_plan(plan: Plan | Reshape, ax: Axes | None = None) -> Axes:
     """Bytes from every source rank to every target rank, logarithmic; see `plan`. Needs matplotlib."""
-    ax = _axes(ax)
+    plan, ax = moved(plan), _axes(ax)
     from matplotlib.colors import LogNorm
 
     matrix = plan.matrix()

@@ -15,6 +15,7 @@ from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
 from ckptlab.layout import Cut
+from ckptlab.viewed import Viewed
 from ckptlab.words import ranges
 
 KINDS = ("module weights", "master weights", "moments", "gradients", "other")
@@ -24,17 +25,18 @@ BARS = 24  # bars that are drawn
 TITLE = "memory by rank"
 
 Table = NDArray[np.int64]
-Model: TypeAlias = Catalog | Mapping[str, Mapping[str, int]]
+Model: TypeAlias = Viewed | Catalog | Mapping[str, Mapping[str, int]]
 
 
 @explained
 def memory(model: Model, *, width: float | None = None) -> Drawing:
     """Bytes on each rank, by kind, as stacked bars: see `memory_by_rank`.
 
-    model: a catalog, or any mapping from labels of ranks to {kind: bytes}. Of many ranks, each bar is the fullest of
-    its block. Lengths are proportional to bytes.
+    model: a checkpoint, a reshape (what the target's ranks hold), a catalog, or any mapping from labels of ranks to
+    {kind: bytes}. Of many ranks, each bar is the fullest of its block. Lengths are proportional to bytes.
     width: of the page, in pixels (None: as wide as it likes). Cells: class `amount`, data-kind, data-bytes, data-rank.
     """
+    model = ranked(model)
     found, kinds, labels = table(model)
     if isinstance(model, Mapping):
         return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [], width)
@@ -43,13 +45,18 @@ def memory(model: Model, *, width: float | None = None) -> Drawing:
     return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", title(model), notes, width)
 
 
-def title(model: Model) -> str:
+def ranked(model: Model) -> Catalog | Mapping[str, Mapping[str, int]]:
+    """Whose ranks are meant: of a checkpoint its own, of a reshape the target's."""
+    return model.held if isinstance(model, Viewed) else model
+
+
+def title(model: Catalog | Mapping[str, Mapping[str, int]]) -> str:
     """What the picture is called: of a run, with how it keeps its gradients."""
     kept = None if isinstance(model, Mapping) else model.training.gradients
     return TITLE if kept is None else f"{TITLE}, {kept}"
 
 
-def table(model: Model) -> tuple[Table, Sequence[str], list[str]]:
+def table(model: Catalog | Mapping[str, Mapping[str, int]]) -> tuple[Table, Sequence[str], list[str]]:
     """(rank, kind) bytes, the kinds, and what each rank is called."""
     if not isinstance(model, Mapping):
         found = memory_by_rank(model)
@@ -94,20 +101,21 @@ def _ends(labels: Sequence[str], ranks: Sequence[int]) -> str:
 
 
 @explained
-def fullest(catalog: Catalog) -> dict[str, int]:
+def fullest(model: Viewed | Catalog) -> dict[str, int]:
     """Kind → bytes on the rank that keeps most."""
-    found = memory_by_rank(catalog)
+    found = memory_by_rank(model)
     return dict(zip(KINDS, found[found.sum(axis=1).argmax()].tolist(), strict=True))
 
 
 @explained
-def memory_by_rank(catalog: Catalog) -> Table:
+def memory_by_rank(model: Viewed | Catalog) -> Table:
     """(rank, kind) bytes, int64, kinds as KINDS: what a rank keeps of the model while it trains, from headers.
 
     By ZeRO stage, master weights and moments (from 1), gradients (from 2) and module weights (at 3) are cut over dp
     (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1), in equal parts with their padding: every dp rank keeps as
     much as the first. Gradients are those of `gradients`. Of files of which no run is known, what is stored.
     """
+    catalog = model.held if isinstance(model, Viewed) else model
     mesh, kept = catalog.mesh, catalog.training.gradients
     found = np.zeros((mesh.size, len(KINDS)), np.int64)
     for group in catalog.flat_groups:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, kind_of
+from ckptlab.catalog import Tensor
 from ckptlab.draw import Drawing
 from ckptlab.errors import InputError
 from ckptlab.layout import Layout
@@ -16,7 +17,7 @@ from ckptlab.viz.neighbours import sharded
 
 @explained
 def tensor(
-    layout: Layout | str | Any,
+    layout: Layout | str | Tensor | Any,
     shape: Sequence[int] | None = None,
     mesh: Mesh | Any = None,
     *,
@@ -26,8 +27,9 @@ def tensor(
 ) -> Drawing:
     """A tensor of a (true) shape as a layout, or a line of notation, cuts it over a mesh; no checkpoint is needed.
 
-    Or as torch or jax hold it: a DTensor or its spec, a jax array, a NamedSharding (with a shape), a PartitionSpec
-    (with a shape and a mesh, theirs or ours), over any number of axes, strided and partial ones included.
+    Or a checkpoint's, `ckpt[name]`, as its ranks hold it. Or as torch or jax hold it: a DTensor or its spec, a jax
+    array, a NamedSharding (with a shape), a PartitionSpec (with a shape and a mesh, theirs or ours), over any number of
+    axes, strided and partial ones included.
 
     Each coordinate of the cut has its colour, stripes are held by several, sub-parameters are framed and named,
     padding is hatched, copies lie behind as sheets; sizes stand at the edges. rank: a coordinate that stands out; axes
@@ -37,13 +39,15 @@ def tensor(
     Areas are proportional to numbers of elements. Cells: class `piece` (`padding`, `replicated`, `marked`), data-tp …
     (as `0` or `0-3`), data-start and data-shape (one number a dim), data-count, data-part. Raises LayoutError.
     """
+    if isinstance(layout, Tensor):
+        name, shape, mesh, layout = name or layout.name, layout.shape, layout.cut.mesh, layout.layout
     layout = Layout(layout) if isinstance(layout, str) else layout
     if not isinstance(layout, Layout):
         theirs = sharded(layout, shape, mesh)
         if theirs is None:
             raise InputError(
-                "tensor takes layout=a Layout or a line of notation, a DTensor, a jax array, a NamedSharding or a "
-                f"PartitionSpec, not {layout!r}"
+                "tensor takes layout=a Layout or a line of notation, a checkpoint's tensor, a DTensor, a jax array, a "
+                f"NamedSharding or a PartitionSpec, not {kind_of(layout)}"
             )
         mesh = theirs.cut.mesh
         notes = [

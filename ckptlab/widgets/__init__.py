@@ -10,7 +10,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.checkpoint import Checkpoint
+from ckptlab.arguments import check_fields, explained
+from ckptlab.checkpoint import Checkpoint, Reshape, Source, opened
 from ckptlab.errors import UnsupportedError
 from ckptlab.mesh import Mesh
 
@@ -20,21 +21,32 @@ if TYPE_CHECKING:
 NEEDED = ("anywidget",)
 
 
-def explore(ckpt: Checkpoint) -> Explorer:
+@explained
+def explore(ckpt: Source | Reshape) -> Explorer:
     """Look into a checkpoint and its reshapes in a notebook: tensors, ranks, files; target meshes, memory, cost.
 
     Shows itself as the last line of a cell, in Jupyter and in marimo. ckpt: what `ckptlab.open` or
-    `ckptlab.paper_model` gave. Headers only: no data is read. What is chosen is in traits, `.tensor`, `.rank`, `.mesh`,
-    …, to read, set and observe; `.to_html(path)` writes a page that answers without a kernel. UnsupportedError where
-    anywidget is not installed.
+    `ckptlab.paper_model` gave, or a path; a reshape, to begin with its mesh as the target's. Headers only: no data is
+    read. What is chosen is in traits, `.tensor`, `.rank`, `.mesh`, …, to read, set and observe; `.to_html(path)` writes
+    a page that answers without a kernel. UnsupportedError where anywidget is not installed.
     """
     _require()
     from ckptlab.widgets.explorer import Explorer
     from ckptlab.widgets.subject import Subject
 
-    return Explorer(Subject.of_checkpoint(ckpt))
+    if not isinstance(ckpt, Reshape):
+        return Explorer(Subject.of_checkpoint(opened(ckpt)))
+    if ckpt.strategy is not None:
+        raise UnsupportedError(
+            f"{ckpt.source.path}: a target with layouts of your own is no state of this page: explore the checkpoint, "
+            "and draw the target with ckptlab.viz"
+        )
+    found = Explorer(Subject.of_checkpoint(Checkpoint(ckpt.source)))
+    found.choose(tab="Reshape", mesh=ckpt.mesh, zero_stage=ckpt.zero_stage or 0)
+    return found
 
 
+@explained
 def playground(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -> Playground:
     """The same with no checkpoint at all, for a model described by a few numbers that can be changed: for teaching.
 
@@ -45,6 +57,7 @@ def playground(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) ->
     from ckptlab.sharding.transformer import PaperModel
     from ckptlab.widgets.explorer import Playground
 
+    check_fields("playground", PaperModel, numbers)
     return Playground(PaperModel(**numbers), mesh or Mesh(tp=2, pp=2, dp=2), zero_stage)
 
 

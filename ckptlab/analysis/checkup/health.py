@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptlab.arguments import explained
 from ckptlab.findings import SEVERITIES, Finding
 from ckptlab.shown import Shown
 from ckptlab.words import number_of
@@ -24,6 +25,7 @@ class Checked:
     data: bool = True
 
 
+@explained
 @dataclass(frozen=True, repr=False)
 class Health(Shown):
     """What `check` found in the checkpoint at `path`, the worst first."""

@@ -65,6 +65,11 @@ class DeepSpeed(Format):
         from ckptlab.formats.deepspeed.adopted import adopted
         from ckptlab.formats.deepspeed.target import assumed, reshape
 
+        if self.name == DeepSpeed.name and any(f.code == "order-unknown" for f in source.findings):
+            raise ReshapeError(
+                f"{source.path}: DeepSpeed's native files hold parameters in the model's own order, which nothing says "
+                "here: give the module, ckptlab.begin(weights, module), or write --to universal, which goes by names"
+            )
         native = adopted(source)
         if native is not source and mesh.tp == 1 and options.padded_vocab is None:  # nobody would say what is padding
             true = next((t.shape[0] for t in source.tensors.values() if t.layout.padded), None)

@@ -27,7 +27,8 @@ from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
 from ckptlab.formats.deepspeed.whole import whole_optimizer
 from ckptlab.layout import Cut, Layout, on_degree, whole_shape
-from ckptlab.mesh import Mesh
+from ckptlab.layout.notation import names
+from ckptlab.mesh import STANDARD, Mesh
 from ckptlab.sharding.strategies import Shape, Strategy, replicated
 
 # what DeepSpeed itself puts into a model file; everything else there is the training program's
@@ -390,6 +391,12 @@ def whole(
 
     CheckpointError if they contradict each other.
     """
+    if beyond := sorted({axis for node in layout.tree for axis in names(node)} & {*STANDARD, "ep"} - {"tp"}):
+        raise CheckpointError(
+            f"{name}: its layout {layout.text!r} names {' and '.join(beyond)}, and DeepSpeed's files cut tensors over "
+            "tp alone (dp cuts them when they are flattened): layouts over other axes are for a target, "
+            "reshape(mesh, strategy=…)"
+        )
     try:
         shape = whole_shape(layout, shards)
         if shape and info is not None and info.is_vocabulary(name) and info.original_vocab_size is not None:

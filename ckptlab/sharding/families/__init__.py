@@ -31,3 +31,7 @@ __all__ = [
     "told_numbers",
     "towards",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

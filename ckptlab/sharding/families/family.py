@@ -13,9 +13,10 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from ckptlab.arguments import explained, kind_of
 from ckptlab.catalog import Catalog
 from ckptlab.catalog.seen import identity
-from ckptlab.errors import LayoutError
+from ckptlab.errors import InputError, LayoutError
 from ckptlab.findings import Finding, Where
 from ckptlab.sharding.families.lines import SIDES, Line, Side, other
 from ckptlab.sharding.families.names import Places, Template, form_of
@@ -48,6 +49,7 @@ class Taken:
     numbers: Mapping[str, int]
 
 
+@explained
 @dataclass(frozen=True)
 class Family:
     """A list of lines. Of several that take a name the first does; of several that give one, going back, the first
@@ -167,6 +169,8 @@ class Family:
         given: Any = ckpt
         if isinstance(given, Catalog):
             return cast(T, self._onto(given, side, numbers))
+        if not isinstance(getattr(given, "catalog", None), Catalog):
+            raise InputError(f"Family.onto takes ckpt=Checkpoint or Catalog, not {kind_of(given)}")
         return cast(T, type(given)(self._onto(given.catalog, side, numbers)))
 
     def arrays(self, tensors: Mapping[str, Any], side: Side | None = None, **numbers: Any) -> dict[str, np.ndarray]:

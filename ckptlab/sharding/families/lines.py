@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from ckptlab.arguments import explained
 from ckptlab.catalog.seen import Piece, identity
 from ckptlab.errors import LayoutError, NotationError
 from ckptlab.sharding.families.names import Template
@@ -134,11 +135,13 @@ def _text(name: str, text: str | None, term: tuple[tuple[str, ...], ...]) -> str
     return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims if dim)
 
 
+@explained
 def Rename(left: str, right: str) -> Line:  # noqa: N802 (a kind of line)
     """The same tensor under another name."""
     return Line(left, ((right, None),))
 
 
+@explained
 def Permute(left: str, right: str, text: str, **lengths: int) -> Line:  # noqa: N802
     """The same elements in another order: `"(h p two) in -> (h two p) in"`, or with dims exchanged: `"out in -> in
     out"`. lengths: those that are always the same."""
@@ -148,6 +151,7 @@ def Permute(left: str, right: str, text: str, **lengths: int) -> Line:  # noqa: 
     return Line(left, ((right, there.strip()),), here.strip(), lengths=tuple(sorted(lengths.items())))
 
 
+@explained
 def Join(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: Side = "left") -> Line:  # noqa: N802
     """Parts of one tensor: `Join("qkv.weight", "(kv (q d + d + d)) in", ("q.weight", "k.weight", "v.weight"))`. A part
     may have a notation of its own beside its name."""
@@ -155,6 +159,7 @@ def Join(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: 
     return Line(whole, told, text, joined)
 
 
+@explained
 def Stack(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: Side = "left") -> Line:  # noqa: N802
     """Tensors of several experts in one, `e` in the notation being their index, `{e}` in a part's name: `Stack("w1", "e
     out in", ("experts.{e}.w1",))`. LayoutError where neither has it."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ckptlab import paths
+from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
 
@@ -66,6 +67,7 @@ def numbers(catalog: Catalog | None, given: Mapping[str, Any]) -> dict[str, int]
     return found
 
 
+@explained
 def told_numbers(catalog: Catalog) -> dict[str, int]:
     """The heads that a checkpoint tells, by the names under which they are given."""
     found = numbers(catalog, {})

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog, Piece
 from ckptlab.errors import LayoutError
 from ckptlab.findings import Finding
@@ -19,18 +20,21 @@ from ckptlab.words import number_of, some
 FAMILIES: Registry[Family] = Registry("family", "ckptlab.families", LayoutError, families())
 
 
+@explained
 def resolve(family: Family | str, names: Iterable[str] = (), side: Side | None = None) -> Family:
     """A family from its object, its name, or that of a model ("llama", "mixtral"), of whose families the one that takes
     most of the names (on that side; None: on either). LayoutError, with the names there are, where there is none."""
     return _alike(family, list(names), SIDES if side is None else (side,))[0]
 
 
+@explained
 def found(names: Iterable[str], side: Side = "left") -> Family | None:
     """The family that takes the most of the names on a side; None where none takes more than half."""
     alike = _alike(None, list(names), (side,))
     return alike[0] if alike else None
 
 
+@explained
 def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **numbers: Any) -> Catalog:
     """A catalog under the names of one side, what wrappers put before them taken away; the same if it has them already.
 
@@ -78,6 +82,7 @@ def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **
     return replace(made, findings=(*made.findings, assumed))
 
 
+@explained
 def like(catalog: Catalog, model: Catalog, family: Family | str | None = None, **numbers: Any) -> Catalog:
     """A catalog with transformers' names under those that another of the same model has, what wrappers put before them
     too. LayoutError where no family takes the model's names, and as `Family.onto`."""

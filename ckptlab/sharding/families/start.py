@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError
 from ckptlab.layout import Layout, cut_dim
 from ckptlab.layout.notation import Name, Product, names, parse
@@ -15,6 +16,7 @@ from ckptlab.sharding.families.tables import solved
 from ckptlab.sharding.strategies import REGISTRY, Shape, Strategy
 
 
+@explained
 @dataclass(frozen=True)
 class Start:
     """A strategy for names of a family's left side, on `tp` ranks: the program's own, but that joined heads are cut
@@ -53,6 +55,7 @@ class Start:
         return line if isinstance(node, Product) and len(set(names(node))) > 1 else None
 
 
+@explained
 def start(family: Family, tp: int, numbers: Mapping[str, int]) -> Start:
     """The strategy of a family on `tp` ranks. numbers: heads, kv_heads. LayoutError where the family does not know how
     its program cuts tensors."""

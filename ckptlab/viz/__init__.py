@@ -18,6 +18,7 @@ from ckptlab.viz.placed import placed
 from ckptlab.viz.plots import plot_memory, plot_plan
 from ckptlab.viz.sizes import KINDS, fullest, memory, memory_by_rank
 from ckptlab.viz.tensors import tensor
+from ckptlab.viz.values import values
 
 if TYPE_CHECKING:
     from ckptlab.viz.families import family
@@ -37,6 +38,7 @@ __all__ = [
     "plot_plan",
     "stages",
     "tensor",
+    "values",
 ]
 
 

@@ -15,7 +15,7 @@ from ckptlab.catalog import ZERO_STAGES, Catalog
 from ckptlab.checkpoint import Reshape
 from ckptlab.draw import Stack, bars
 from ckptlab.errors import CkptlabError
-from ckptlab.widgets import page, steps
+from ckptlab.widgets import numbers, page, steps
 from ckptlab.widgets.held import by_rank
 from ckptlab.widgets.pictures import buffer, layout
 from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
@@ -26,7 +26,7 @@ State = Mapping[str, Any]
 
 SOURCE = ("model", "source_mesh", "source_stage")
 TARGET = (*SOURCE, "mesh", "zero_stage")
-FIELDS = ("tab", "tensor", "state", "rank", "mesh", "zero_stage", "target_rank", "step", "width", *SOURCE)
+FIELDS = ("tab", "tensor", "state", "rank", "window", "mesh", "zero_stage", "target_rank", "step", "width", *SOURCE)
 """What a state is made of: what the hands are on in the source, in the target, and what the source is."""
 
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -35,6 +35,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "source.works": SOURCE,
     "line.Model": SOURCE,
     "line.Look": (*SOURCE, "tensor", "state"),
+    "line.Values": (*SOURCE, "tensor", "state", "window"),
     "line.Reshape": TARGET,
     "line.Steps": TARGET,
     "model.told": SOURCE,
@@ -45,6 +46,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "look.flat": (*SOURCE, "tensor", "state", "rank", "width"),
     "look.held": (*SOURCE, "tensor", "state"),
     "look.holdings": (*SOURCE, "rank"),
+    "values.map": (*SOURCE, "tensor", "state", "window", "width"),
     "to.figures": TARGET,
     "to.works": TARGET,
     "to.mesh": (*TARGET, "width"),
@@ -64,6 +66,7 @@ TABS: dict[str, tuple[str, ...]] = {
         *("about", "tensors", "line.Look", "states"),
         *("look.mesh", "look.tensor", "look.flat", "look.held", "look.holdings"),
     ),
+    "Values": ("about", "tensors", "line.Values", "states", "look.mesh", "values.map"),
     "Reshape": (
         *("about", "tensors", "line.Reshape", "to.figures", "to.mesh", "to.tensor", "to.memory", "to.plan"),
         *("to.held", "to.holdings", "to.works"),
@@ -147,6 +150,7 @@ _OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
     "source.works": lambda s, c, most: s.works(s.catalog.mesh.joined(), s.catalog.zero_stage or 0, most),
     "line.Model": lambda s, c, _: s.code,
     "line.Look": lambda s, c, _: s.opening(c),
+    "line.Values": lambda s, c, _: numbers.line(s, c),
     "line.Reshape": lambda s, c, _: s.reshaping(c),
     "line.Steps": lambda s, c, _: s.reshaping(c),
     "model.told": lambda s, c, _: page.model(s),
@@ -157,6 +161,7 @@ _OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
     "look.flat": lambda s, c, _: buffer(s.catalog, c.tensor, c.state, c.rank, _across(c.width)),
     "look.held": lambda s, c, _: _held(s.catalog, c),
     "look.holdings": lambda s, c, _: page.holdings(s.catalog, c.rank),
+    "values.map": lambda s, c, _: numbers.heat_map(s, c),
     "to.works": lambda s, c, most: s.works(c.mesh, c.zero_stage, most),
 }
 _OF_TARGET: dict[str, Callable[[Subject, Choice, Reshape], Any]] = {

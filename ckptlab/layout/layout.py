@@ -154,6 +154,16 @@ class Layout(Shown):
         geometry = _geometry(self, cut.shape, mesh)
         return [geometry.parts(i) for i in range(len(self.tree))]
 
+    def blocks(self, shape: Sequence[int], mesh: Mesh) -> list[list[tuple[int, str, int, int]]]:
+        """For each dim (depth, name, start, length) of the blocks that lie in what a rank holds: heads, q, k, v in
+        each.
+
+        Empty for a dim that has none. Raises LayoutError as `resolve` does.
+        """
+        cut = self.resolve(shape, mesh)
+        geometry = _geometry(self, cut.shape, mesh)
+        return [geometry.blocks(i) for i in range(len(self.tree))]
+
     def einx(self, shape: Sequence[int], mesh: Mesh) -> tuple[str, dict[str, int]] | None:
         """The same in einx: a pattern `axes… shard -> whole` for the stacked shards, and the lengths to pass.
 

@@ -13,7 +13,7 @@ from ckptlab.draw import Drawing
 from ckptlab.viz.buffers import flat
 from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
-from ckptlab.viz.moves import plan
+from ckptlab.viz.moves import flow, plan
 from ckptlab.viz.placed import placed
 from ckptlab.viz.plots import plot_memory, plot_plan
 from ckptlab.viz.sizes import KINDS, fullest, memory, memory_by_rank
@@ -28,6 +28,7 @@ __all__ = [
     "Drawing",
     "family",
     "flat",
+    "flow",
     "fullest",
     "memory",
     "memory_by_rank",

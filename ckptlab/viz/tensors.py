@@ -74,6 +74,7 @@ def tensor(
         notation=layout.text,
         rank=rank,
         notes=notes_of(layout),
+        inner=layout.blocks(shape, mesh),
         width=width,
     )
 

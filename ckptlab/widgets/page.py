@@ -146,9 +146,9 @@ def static(subject: Subject, choice: Choice) -> str:
     return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))
 
 
-def moves(reshape: Reshape, width: int | None = None) -> str:
+def moves(reshape: Reshape) -> str:
     """Who sends how much to whom. SVG."""
-    return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh, width=width).svg
+    return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh).svg
 
 
 def _row(*pictures: str) -> str:

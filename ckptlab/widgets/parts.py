@@ -40,6 +40,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "line.Steps": TARGET,
     "model.told": SOURCE,
     "model.zero": (*SOURCE, "width"),
+    "model.mesh": (*SOURCE, "width"),
     "states": (*SOURCE, "tensor"),
     "look.mesh": (*SOURCE, "width"),
     "look.tensor": (*SOURCE, "tensor", "state", "rank", "width"),
@@ -53,6 +54,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "to.tensor": (*TARGET, "tensor", "state", "target_rank", "width"),
     "to.memory": (*TARGET, "width"),
     "to.plan": (*TARGET, "width"),
+    "to.flow": (*TARGET, "width"),
     "to.held": (*TARGET, "tensor", "state"),
     "to.holdings": (*TARGET, "target_rank"),
     "step.text": (*TARGET, "tensor", "step"),
@@ -61,14 +63,14 @@ SLOTS: dict[str, tuple[str, ...]] = {
 """Part → the fields that it follows from."""
 
 TABS: dict[str, tuple[str, ...]] = {
-    "Model": ("about", "tensors", "line.Model", "model.told", "model.zero", "source.works"),
+    "Model": ("about", "tensors", "line.Model", "model.told", "model.zero", "model.mesh", "source.works"),
     "Look": (
         *("about", "tensors", "line.Look", "states"),
         *("look.mesh", "look.tensor", "look.flat", "look.held", "look.holdings"),
     ),
     "Values": ("about", "tensors", "line.Values", "states", "look.mesh", "values.map"),
     "Reshape": (
-        *("about", "tensors", "line.Reshape", "to.figures", "to.mesh", "to.tensor", "to.memory", "to.plan"),
+        *("about", "tensors", "line.Reshape", "to.figures", "to.mesh", "to.tensor", "to.memory", "to.plan", "to.flow"),
         *("to.held", "to.holdings", "to.works"),
     ),
     "Steps": ("about", "tensors", "line.Steps", "to.figures", "step.text", "step.pictures", "to.works"),
@@ -79,6 +81,7 @@ OPTIONAL = ("source.works", "to.works")
 """What comes when there is time for it: which degrees work."""
 
 MOST = 16  # degree to which sliders go at least
+NODE = 8  # ranks of a machine, as it is mostly built
 RANKS = 4096  # of more, nobody is told what each holds
 
 
@@ -129,9 +132,9 @@ def _figures(target: Reshape) -> dict[str, Any]:
     return {"html": html, "title": page.towards(target), "axes": list(target.mesh.degrees.items())}
 
 
-def _plan(target: Reshape, width: int | None) -> str | None:
+def _plan(draw: Callable[..., viz.Drawing], target: Reshape, width: int | None) -> str | None:
     try:
-        return page.moves(target, width)
+        return draw(target.plan, target.source.mesh, target.mesh, width=width).svg
     except CkptlabError:
         return None  # the figures say why
 
@@ -155,6 +158,7 @@ _OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
     "line.Steps": lambda s, c, _: s.reshaping(c),
     "model.told": lambda s, c, _: page.model(s),
     "model.zero": lambda s, c, _: _zero(s, c.width),
+    "model.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, oblique=True, node=NODE, width=c.width).svg,
     "states": lambda s, c, _: list(s.tensor(c).states),
     "look.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, width=c.width).svg,
     "look.tensor": lambda s, c, _: layout(s.catalog, c.tensor, c.state, c.rank, c.width),
@@ -169,7 +173,8 @@ _OF_TARGET: dict[str, Callable[[Subject, Choice, Reshape], Any]] = {
     "to.mesh": lambda s, c, t: viz.mesh(t.mesh, width=c.width).svg,
     "to.tensor": lambda s, c, t: layout(t.target, c.tensor, c.state, _target_rank(c, t), c.width),
     "to.memory": lambda s, c, t: viz.memory(t.target, width=c.width).svg,
-    "to.plan": lambda s, c, t: _plan(t, c.width),
+    "to.plan": lambda s, c, t: _plan(viz.plan, t, c.width),
+    "to.flow": lambda s, c, t: _plan(viz.flow, t, c.width),
     "to.held": lambda s, c, t: _held(t.target, c),
     "to.holdings": lambda s, c, t: page.holdings(t.target, _target_rank(c, t)),
     "step.text": lambda s, c, t: page.step(steps.step(t, c.tensor, c.step, c.width), with_code=not s.is_paper),

@@ -281,7 +281,7 @@ function render({ model, el }) {
     parts.source = sliders("source_mesh", "source_stage", "source.works");
     parts.sourceRefused = make("div", {});
     panels.Model.append(make("div", { class: "presets" }, pick, said), form, parts.source.box, parts.sourceRefused);
-    cards(panels.Model, "model.told", "model.zero");
+    cards(panels.Model, "model.told", "model.zero", "model.mesh");
   }
   if (panels.Look) {
     parts.states = make("div", { class: "choices", role: "radiogroup", "aria-label": "state" });
@@ -299,7 +299,7 @@ function render({ model, el }) {
     parts.target = sliders("mesh", "zero_stage", "to.works");
     parts.targetRefused = make("div", {});
     panels.Reshape.append(parts.target.box, parts.targetRefused, make("figure", { "data-slot": "to.figures" }));
-    cards(panels.Reshape, "to.mesh", "to.tensor", "to.memory", "to.plan", "to.holdings");
+    cards(panels.Reshape, "to.mesh", "to.tensor", "to.memory", "to.plan", "to.flow", "to.holdings");
   }
   if (panels.Steps) {
     parts.steps = make("div", { class: "choices steps" });

@@ -60,11 +60,14 @@ def sheet(
     }
     told |= {"fragments": fragments, "nothing": nothing, "everyone": everyone, "room": room}
     for below in (False, True):
-        for side in _SIDES if room is not None else _SIDES[:1]:
-            made = _sheet(edges, side, below, **told)
-            if room is None or made.width <= room:
-                return made
-    return made
+        made = _sheet(edges, _SIDES[0], below, **told)
+        if room is None or made.width <= room:
+            return made
+        smallest = _sheet(edges, _SIDES[-1], below, **told)
+        if smallest.width <= room:
+            between = (_sheet(edges, side, below, **told) for side in _SIDES[1:-1])
+            return next((made for made in between if made.width <= room), smallest)
+    return smallest
 
 
 def _sheet(

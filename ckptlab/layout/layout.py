@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptlab.arguments import explained
@@ -131,7 +131,12 @@ class Layout(Shown):
     def resolve(self, shape: Sequence[int], mesh: Mesh) -> Cut:
         """The cut for a true shape on a mesh. Raises LayoutError, with text, shape and mesh. Cached."""
         shape = tuple(int(n) for n in shape)
-        return _resolve(self, shape, mesh)
+        return _resolve(self._on_any_stage, shape, mesh)
+
+    @cached_property
+    def _on_any_stage(self) -> Layout:
+        """The same, whatever stages hold it: they make no other cut."""
+        return self if self.stages is None else self.replace(stages=None)
 
     def check(
         self, shape: Sequence[int], mesh: Mesh, there: Layout | None = None, mesh_there: Mesh | None = None

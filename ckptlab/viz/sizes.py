@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TypeAlias
@@ -108,6 +109,16 @@ def memory_by_rank(catalog: Catalog) -> Table:
     (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1), in equal parts with their padding: every dp rank keeps as
     much as the first. Gradients are those of `gradients`. Of files of which no run is known, what is stored.
     """
+    if id(catalog) not in _TABLES:
+        _TABLES[id(catalog)] = _by_rank(catalog)
+        weakref.finalize(catalog, _TABLES.pop, id(catalog), None)
+    return _TABLES[id(catalog)].copy()
+
+
+_TABLES: dict[int, Table] = {}  # of catalogs that are there: a picture and a figure beside it are of the same one
+
+
+def _by_rank(catalog: Catalog) -> Table:
     mesh, kept = catalog.mesh, catalog.training.gradients
     found = np.zeros((mesh.size, len(KINDS)), np.int64)
     for group in catalog.flat_groups:

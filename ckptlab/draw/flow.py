@@ -36,18 +36,15 @@ def flow(
         [f"{label} · {size(n)}" for label, n in zip(s.labels, sums, strict=True)]
         for s, sums in ((rows, sent), (columns, received))
     ]
-    margins = [
-        max([width_of(name, 10) for name in said] + [width_of(side.name, 12) + 24 if width is None else 0]) + 10
-        for said, side in zip(names, (rows, columns), strict=True)
-    ]
+    margins = [max([width_of(name, 10) for name in said] + [0]) + 10 for said in names]
     across = _ACROSS if width is None else max(width - sum(margins) - 2 * _BOX, 80.0)
     top = (24.0 if title else 4.0) + 22
     scale = _HEIGHT / total
     places = [_places(sums, scale, top) for sums in (sent, received)]
     left, right = margins[0], margins[0] + _BOX + across
     parts = [text(0, 8, title, "title")] if title else []
-    parts.append(text(left + _BOX, top - 12, f"from {rows.name}", "quiet end"))
-    parts.append(text(right, top - 12, f"to {columns.name}", "quiet"))
+    parts.append(text(0, top - 12, f"from {rows.name}", "quiet"))
+    parts.append(text(right + _BOX + margins[1] - 4, top - 12, f"to {columns.name}", "quiet end"))
     starts = [[at + sum(row[:j]) * scale for j in range(len(row))] for at, row in zip(places[0], table, strict=True)]
     ends = [
         [at + before * scale for before in accumulate((row[j] for row in table[:-1]), initial=0)]

@@ -176,6 +176,21 @@ function render({ model, el }) {
       value.textContent = options[input.value];
       choose(options[input.value]);
     });
+    // Ticks that have room beside one another: the chosen one before all, then from the left those that work.
+    const room = () => {
+      const wide = ticks.clientWidth || 180;
+      const taken = [];
+      const order = [...ticks.children].map((tick, i) => [tick, i]);
+      const first = (tick) => (tick.classList.contains("now") ? 0 : tick.classList.contains("no") ? 2 : 1);
+      order.sort(([a, i], [b, j]) => first(a) - first(b) || i - j);
+      for (const [tick, i] of order) {
+        const middle = options.length > 1 ? (wide * i) / (options.length - 1) : 0;
+        const half = 3.4 * tick.textContent.length + 2;
+        const free = taken.every(([from, to]) => middle + half <= from || to <= middle - half);
+        tick.style.visibility = free ? "" : "hidden";
+        if (free) taken.push([middle - half, middle + half]);
+      }
+    };
     const set = (degree, works) => {
       const fixed = axis === "ZeRO" ? most : [...new Set([...DEGREES.filter((n) => n <= Math.max(most, 4 * degree)), ...(works || []), degree])];
       const next = fixed.sort((a, b) => a - b);
@@ -189,7 +204,6 @@ function render({ model, el }) {
             return tick;
           }),
         );
-        ticks.classList.toggle("many", options.length > 12);
       }
       if (root.getRootNode().activeElement !== input || Number(options[input.value]) !== degree) input.value = options.indexOf(degree);
       value.textContent = degree;
@@ -199,6 +213,7 @@ function render({ model, el }) {
         tick.classList.toggle("now", n === degree);
         tick.title = works && !works.includes(n) ? `${axis} ${n} does not work here` : "";
       }
+      room();
       box.classList.toggle("bad", Boolean(works) && !works.includes(degree));
     };
     return { box, set };
@@ -291,7 +306,7 @@ function render({ model, el }) {
   if (panels.Values) {
     parts.valueStates = make("div", { class: "choices", role: "radiogroup", "aria-label": "state" });
     parts.window = make("div", { class: "window" });
-    const hint = make("div", { class: "quiet" }, "Hover for value, rank, file and bytes; drag over a part of it to see that part; a click chooses the rank.");
+    const hint = make("div", { class: "quiet hint" }, "Hover for value, rank, file and bytes; drag over a part of it to see that part; a click chooses the rank.");
     panels.Values.append(make("div", { class: "states" }, make("span", { class: "quiet" }, "state"), parts.valueStates), parts.window, hint);
     cards(panels.Values, "values.map", "look.mesh");
   }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptlab.draw.colours import PALETTE, colour
+from ckptlab.draw.colours import PALETTE, colour, tinted
 from ckptlab.draw.edge import Edge, Strip
 from ckptlab.draw.fragments import Fragment, areas_drawn, fragment_beside
 from ckptlab.draw.shard import shard_beside
@@ -41,13 +41,15 @@ def sheet(
     fragments: Sequence[Fragment] = (),
     nothing: str = "",
     everyone: str = "every rank",
+    hue: int | None = None,
     room: float | None = None,
 ) -> Drawing:
     """One tensor. copies: (axis, number) of those that hold the same; marked: the coordinate that stands out; shard:
     what it holds, drawn beside: for each dim its intervals (start in the whole, length), in the shard's order.
 
     fragments: what each shard is cut into further, drawn in its place (see Fragment). nothing: what is said of a rank
-    that holds nothing of it; everyone: who has what is not cut. room: the width of the page; the largest scale that
+    that holds nothing of it; everyone: who has what is not cut. hue: one colour, in tints, instead of one for each
+    coordinate. room: the width of the page; the largest scale that
     fits it is taken, and what stands beside the tensor goes below it where that does not.
     """
     told: dict[str, Any] = {
@@ -58,7 +60,7 @@ def sheet(
         "shard": shard,
         "notes": notes,
     }
-    told |= {"fragments": fragments, "nothing": nothing, "everyone": everyone, "room": room}
+    told |= {"fragments": fragments, "nothing": nothing, "everyone": everyone, "hue": hue, "room": room}
     for below in (False, True):
         made = _sheet(edges, _SIDES[0], below, **told)
         if room is None or made.width <= room:
@@ -84,6 +86,7 @@ def _sheet(
     fragments: Sequence[Fragment],
     nothing: str,
     everyone: str,
+    hue: int | None,
     room: float | None,
 ) -> Drawing:
     """The tensor with its longer side so long; below: what a rank holds is drawn below it, not beside."""
@@ -105,7 +108,9 @@ def _sheet(
     for a, b in itertools.product(down, over):
         strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
         box = (left + b.at, top + a.at, b.length, a.length)
-        parts.append(_cell(edges, strips, box, allowed, defs, bool(copies), everyone, bool(fragments), bool(nothing)))
+        parts.append(
+            _cell(edges, strips, box, allowed, defs, bool(copies), everyone, bool(fragments), bool(nothing), hue)
+        )
     parts.append(_frame((left, top, width, height), "whole overlay", "1.5"))
     headed = not fragments and _headed(edges, rows, columns, down, over)
     parts += _inner([edges[i] for i in rows], left, top, width, height, vertical=True)
@@ -187,9 +192,10 @@ def _cell(
     everyone: str,
     fragmented: bool,
     away: bool,
+    hue: int | None,
 ) -> str:
     holders = [strips[i].holders if i in strips else tuple(range(len(e.blocks))) for i, e in enumerate(edges)]
-    fill = _fill(edges, holders, defs)
+    fill = _fill(edges, holders, defs, hue)
     held = [[k for h in mine for k in e.blocks[h]] for e, mine in zip(edges, holders, strict=True)]
     label = " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True))))
     uncut = all(e.axes.size == 1 for e in edges)
@@ -232,8 +238,10 @@ def _empty(said: str, corner: tuple[float, float], whole: tuple[float, float]) -
     return found, (max(x + w, x + width_of(said, 13)), y + h)
 
 
-def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str]) -> str:
+def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str], hue: int | None) -> str:
     """A colour for each coordinate of the cut; stripes for what several hold, grey if it is not cut at all."""
+    if hue is not None and all(len(mine) == 1 for mine in holders):
+        return tinted(hue, sum(k for (k,) in holders))
     if all(len(e.blocks) == 1 for e in edges):
         return PALETTE[-1] if all(e.axes.size == 1 for e in edges) else PALETTE[0]
     numbers = []

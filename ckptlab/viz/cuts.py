@@ -30,12 +30,13 @@ def picture(
     inner: Sequence[Inner] = (),
     nothing: str = "",
     everyone: str = "every rank",
+    hue: int | None = None,
     width: float | None = None,
 ) -> Drawing:
     """A cut drawn. dims: names; parts: for each dim (name, length) of what is cut on its own, or nothing.
 
     rank: the coordinate that stands out; axes that do not cut the tensor are passed over. copies: (axis, number) of
-    those that hold the same (None: all axes that do not cut it). inner: see `Edge`; fragments, nothing, everyone,
+    those that hold the same (None: all axes that do not cut it). inner: see `Edge`; fragments, nothing, everyone, hue,
     width: see `sheet`.
     """
     edges = [
@@ -64,6 +65,7 @@ def picture(
         fragments=fragments,
         nothing=nothing,
         everyone=everyone,
+        hue=hue,
         room=width,
     )
 
@@ -78,13 +80,15 @@ def on_paper(layout: Layout) -> Drawing:
     """A layout by itself, on a small mesh and shape that it fits; of one that fits none of those, the notation."""
     full, shape, mesh = example(layout)
     said = [f"an example: shape {shape} on {mesh}"]
+    if lengths := {**dict(layout.sizes), **dict(layout.totals)}:
+        said.append("lengths that are said: " + ", ".join(f"{name} {n}" for name, n in lengths.items()))
     if layout.padded:
         said.append("padded: " + ", ".join(f"{layout.dims[i]} to {n:,}" for i, n in layout.padded))
     try:
         cut, parts, inner = full.resolve(shape, mesh), full.parts(shape, mesh), full.blocks(shape, mesh)
     except LayoutError:
         return sheet([], title=repr(layout), notes=["no small example of it: give it a shape and a mesh"])
-    return picture(cut, layout.dims, parts, title=repr(layout), notation=layout.text, notes=said, inner=inner)
+    return picture(cut, layout.dims, parts, notation=layout.text, notes=said, inner=inner)
 
 
 def _edge(dim: DimCut, true: int, name: str, parts: Parts, inner: Inner, mesh: Mesh) -> Edge:

@@ -100,8 +100,8 @@ def go(page: Any, output: Any, step: int) -> None:
 
 
 def save(png: bytes, path: Path) -> None:
-    """In 256 colours: a third of the bytes, and nobody sees it."""
-    Image.open(BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    """In few colours: a third of the bytes, and nobody sees it."""
+    Image.open(BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

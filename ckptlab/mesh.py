@@ -74,7 +74,7 @@ class Mesh(Shown, Mapping[str, int]):
         """What it was made of: hashes of text differ from one process to the next."""
         return {"_degrees": self._degrees, "_parts": self._parts}
 
-    @cached_property
+    @property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes, slowest first; of an axis that was split, its parts."""
         return tuple(axis for axis, _ in self._degrees)

@@ -31,13 +31,15 @@ def block(
     marks: Sequence[int] = (),
     groups: Sequence[Sequence[int]] = (),
     along: str = "",
+    spoken: Sequence[str] = (),
     title: str = "",
     width: float | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Drawing:
     """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest; each axis goes to one direction.
 
-    marks: ranks that stand out. groups: lists of ranks, framed together; `along` says what they are. Cells are paths of
+    marks: ranks that stand out. groups: lists of ranks, framed together; `along` says what they are.
+    spoken: axes in the order in which they are named. Cells are paths of
     class `rank`.
     """
     marked = frozenset(marks)
@@ -85,6 +87,7 @@ def block(
                 if found:
                     frames.setdefault(found, []).append((i, j))
                 at = {n: v for s, b in zip(sides, (panel, row, column), strict=True) for n, v in s.data(b).items()}
+                at = {axis: at[axis] for axis in spoken or at}
                 parts.append(_cell(held, at, found, along, marked, j, _corners(corner, i, i + 1, j, j + 1, wide)))
                 label = str(held[0]) if len(held) == 1 else f"{held[0]} +{len(held) - 1}"
                 on = [ink(colour(j))] if not marked.isdisjoint(held) else []

@@ -30,6 +30,7 @@ def grid(
     marks: Collection[int] = (),
     groups: Sequence[Sequence[int]] = (),
     along: str = "",
+    spoken: Sequence[str] = (),
     title: str = "",
     width: float | None = None,
     numbers: Sequence[int] | None = None,
@@ -37,6 +38,7 @@ def grid(
     """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest; each axis goes to one direction.
 
     marks: ranks that stand out. groups: lists of ranks, each outlined in a colour of its own; `along` names them.
+    spoken: axes in the order in which they are named.
     """
     marked = frozenset(marks)
     sides = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in (panels, rows, columns)]
@@ -70,7 +72,7 @@ def grid(
             for j, b in enumerate(cut[2])
             if sides[2].size > 1
         ]
-        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, groups, along)
+        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, groups, along, spoken)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
     total = left + across * (panel_w + _GAP) - _GAP + 6
@@ -103,6 +105,7 @@ def _panel(
     group_of: Mapping[int, int],
     groups: Sequence[Sequence[int]],
     along: str,
+    spoken: Sequence[str],
 ) -> list[str]:
     cells: list[str] = []
     outlines: dict[tuple[int, ...], list[tuple[int, int, _Box]]] = {}
@@ -118,7 +121,7 @@ def _panel(
             data = {"rank": ",".join(map(str, held)) if len(held) <= 64 else _told(held), **place, "count": len(held)}
             if found:
                 data["group"] = _told(found)
-            tip = _tip(held, place, found, along)
+            tip = _tip(held, {axis: place[axis] for axis in spoken or place}, found, along)
             label = str(held[0]) if len(held) == 1 else _several(held, marked)
             strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
             cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, rx="3", **strong))

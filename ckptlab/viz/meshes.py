@@ -10,7 +10,7 @@ import numpy as np
 from ckptlab.arguments import explained
 from ckptlab.draw import Drawing, block, grid
 from ckptlab.errors import InputError, MeshError
-from ckptlab.mesh import Mesh
+from ckptlab.mesh import Mesh, spoken
 from ckptlab.shown import shows
 from ckptlab.viz.neighbours import Devices
 from ckptlab.words import number_of
@@ -57,6 +57,7 @@ def mesh(
         marks=marked,
         groups=groups,
         along=f"{group} group" if group else "node",
+        spoken=spoken(mesh.axes),
         title=mesh.title() + _framed(group, node),
         width=width,
     )

@@ -16,6 +16,7 @@ from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
 from ckptlab.layout import Cut
+from ckptlab.mesh import spoken
 from ckptlab.words import ranges
 
 KINDS = ("module weights", "master weights", "moments", "gradients", "other")
@@ -40,8 +41,11 @@ def memory(model: Model, *, width: float | None = None) -> Drawing:
     if isinstance(model, Mapping):
         return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [], width)
     axes = Axes(model.mesh.axes, model.mesh.shape)
+    order = spoken(axes.names)
     notes = ["padding of flat buffers is in it; activations and buffers of the communication are not"]
-    return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", title(model), notes, width)
+    return _drawn(
+        found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks, order)}", title(model), notes, width
+    )
 
 
 def title(model: Model) -> str:

@@ -81,6 +81,7 @@ OPTIONAL = ("source.works", "to.works")
 """What comes when there is time for it: which degrees work."""
 
 MOST = 16  # degree to which sliders go at least
+DEVICE = 80 * 10**9  # bytes of a device, as many of them have
 NODE = 8  # ranks of a machine, as it is mostly built
 RANKS = 4096  # of more, nobody is told what each holds
 
@@ -114,7 +115,9 @@ def _tensors(subject: Subject) -> dict[str, list[str]]:
 def _zero(subject: Subject, width: int | None) -> str:
     kept = [Stack(f"ZeRO-{s}", viz.fullest(subject.at_stage(s)), {}) for s in ZERO_STAGES]
     title = "memory of the fullest rank by ZeRO stage, gradients included"
-    return bars(kept, title=title, notes=["activations are not in it"], width=width).svg
+    fits = [stack.label for stack in kept if sum(stack.amounts.values()) <= DEVICE]
+    said = f"into 80 GB, without activations: {', '.join(fits) or 'none'}"
+    return bars(kept, title=title, notes=[said], limit=DEVICE, width=width).svg
 
 
 def _held(catalog: Catalog, choice: Choice) -> dict[str, Any] | None:

@@ -284,7 +284,7 @@ class Reshape(Viewed, Shown):
     @cached_property
     def plan(self) -> Plan:
         """Which rank's data goes to which rank."""
-        return compose(self._planned(), self._states())
+        return compose(self._planned(), self._states)
 
     def _planned(self) -> Iterator[tuple[str, int, int, Placement, Placement]]:
         """What `compose` takes: states that lie alike together, the module weight by itself."""

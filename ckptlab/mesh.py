@@ -59,6 +59,17 @@ class Mesh(Shown, Mapping[str, int]):
         shape = devices.shape.values() if isinstance(devices.shape, Mapping) else devices.shape
         return cls(**dict(zip(names, shape, strict=True)))
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self._degrees, self._parts))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of: hashes of text differ from one process to the next."""
+        return {"_degrees": self._degrees, "_parts": self._parts}
+
     @property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes, slowest first; of an axis that was split, its parts."""

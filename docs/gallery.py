@@ -1,6 +1,6 @@
 """The pictures of docs/pictures: every drawing, on light and on dark, from data/ and from layouts that exist on paper.
 
-`python docs/gallery.py [--chromium PATH]` writes them anew; it needs ckptlab and chromium, nothing else.
+`python docs/gallery.py [--chromium PATH]` writes them anew; it needs ckptlab, Pillow and chromium, nothing else.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
+
 import ckptlab
 from ckptlab import Layout, Mesh, viz
-from ckptlab.plan import FlatBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "pictures"
+SCALE = 2  # points of the screen to a pixel
+COLOURS = 64  # half the bytes, and nobody sees it
 PAGES = {"light": ("#ffffff", "#1f2328"), "dark": ("#0d1117", "#e6edf3")}
 QKV = Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 4096, "k": 1024, "v": 1024}, dims=("out", "in"))
+HEADS = Layout("(tp head qkv d) in", sizes={"qkv": 3, "d": 16}, dims=("out", "in"))
 MQA = Layout("((tp q) + k + v) in", totals={"q": 4096, "k": 128, "v": 128}, dims=("out", "in"))
 BIG = Mesh(tp=4, pp=4, dp=32)
 EXPERTS = Mesh(tp=2, dp=4).split("dp", edp=2, ep=2)
@@ -53,6 +57,10 @@ def column(*drawings: viz.Drawing) -> str:
 PICTURES: dict[str, Callable[[], str]] = {
     "mesh": lambda: column(*(viz.mesh(Mesh(tp=4, pp=2, dp=3), group=axis) for axis in ("tp", "dp", "pp"))),
     "mesh_512": lambda: column(viz.mesh(Mesh(tp=8, pp=8, dp=8), highlight=77)),
+    "mesh_block": lambda: row(
+        viz.mesh(Mesh(tp=4, pp=4, dp=4), oblique=True, node=8, highlight={"tp": 1}),
+        viz.mesh(Mesh(tp=8, pp=8, dp=8), oblique=True, node=8),
+    ),
     "tensor_column_and_row": lambda: row(
         viz.tensor("(tp out) in", (4096, 4096), Mesh(tp=4, dp=2), name="column parallel"),
         viz.tensor("out (tp in)", (4096, 4096), Mesh(tp=4, dp=2), name="row parallel"),
@@ -68,19 +76,21 @@ PICTURES: dict[str, Callable[[], str]] = {
     ),
     "tensor_experts_and_heads": lambda: row(
         viz.tensor("(ep expert) (tp out) in", (8, 64, 32), EXPERTS, name="experts"),
-        viz.tensor(Layout("(tp head qkv d) in", sizes={"qkv": 3, "d": 16}), (384, 128), Mesh(tp=4), name="by heads"),
+        viz.tensor(HEADS, (384, 128), Mesh(tp=4), name="by heads, q, k and v interleaved"),
         viz.tensor(Layout("(head tp d) in", sizes={"head": 64}), (4096, 1024), Mesh(tp=4), name="256 strips"),
     ),
     "family": lambda: column(viz.family(line("llama-megatron-core", "linear_qkv.weight"), q=3)),
     "flat": lambda: column(viz.flat(gpt().catalog.flat_groups[0]), viz.flat(zero3().catalog.flat_groups[0])),
-    "flat_512": lambda: column(
-        viz.flat(
-            FlatBuffer.contiguous([f"layers.{i}.weight" for i in range(9)], [700_000_003 + i for i in range(9)], 512)
-        )
-    ),
     "stages": lambda: row(viz.stages(gpt().catalog), viz.stages(zero3().catalog)),
     "memory": lambda: column(viz.memory(gpt().catalog), viz.memory(gpt().reshape(Mesh(tp=4, pp=2, dp=64)).target)),
     "plan": lambda: column(viz.plan(gpt().reshape(Mesh(tp=4, dp=2)).plan)),
+    "flow": lambda: row(
+        viz.flow(gpt().reshape(Mesh(tp=4, dp=2)).plan), viz.flow(gpt().reshape(BIG).plan, gpt().mesh, BIG)
+    ),
+    "values": lambda: row(
+        viz.values(gpt().catalog, "2.mlp.dense_h_to_4h.weight", "master", width=430),
+        viz.values(gpt().catalog, "2.mlp.dense_h_to_4h.weight", "master", where={"out": slice(24, 40), "in": slice(8)}),
+    ),
     "plan_512": lambda: column(viz.plan(gpt().reshape(BIG).plan, gpt().mesh, BIG)),
     "layout": lambda: QKV._repr_html_(),
     "checkpoint": lambda: gpt()._repr_html_().replace("<details open><summary>52", "<details><summary>52"),
@@ -90,7 +100,7 @@ PICTURES: dict[str, Callable[[], str]] = {
 
 def page(body: str, theme: str) -> str:
     ground, letters = PAGES[theme]
-    style = f"margin:18px;background:{ground};color:{letters};width:max-content;max-width:1100px;position:absolute"
+    style = f"margin:18px;background:{ground};color:{letters};width:max-content;max-width:1240px;position:absolute"
     return f"<!doctype html><meta charset=utf-8><body style='{style}'>{body}"
 
 
@@ -105,7 +115,9 @@ def photograph(chromium: str, html: str, out: Path) -> None:
         assert found, said[:500]
         width, height = (int(n) + 36 for n in found.groups())
         source.write_text(html, encoding="utf-8")
-        run(chromium, scratch, f"--screenshot={out}", f"--window-size={width},{height}", source.as_uri())
+        sharp = f"--force-device-scale-factor={SCALE}"
+        run(chromium, scratch, sharp, f"--screenshot={out}", f"--window-size={width},{height}", source.as_uri())
+    Image.open(out).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
 def run(chromium: str, scratch: str, *arguments: str) -> str:

@@ -47,7 +47,8 @@ def places() -> dict[Path, str]:
     found |= {path: f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
     found[ROOT / "notebooks" / "README.md"] = "notebooks/index.md"
     found[ROOT / "benchmarks" / "README.md"] = "benchmarks.md"
-    return found | {path: f"pictures/{path.name}" for path in sorted((ROOT / "docs" / "pictures").glob("*.png"))}
+    pictures = sorted(path for path in (ROOT / "docs" / "pictures").iterdir() if path.suffix in (".png", ".gif"))
+    return found | {path: f"pictures/{path.name}" for path in pictures}
 
 
 def relinked(text: str, source: Path, site: dict[Path, str]) -> str:

@@ -149,8 +149,8 @@ def _wait_for(address: str, process: subprocess.Popen, log: Path, seconds: float
 
 
 @contextmanager
-def browser(private: Path, width: int = 1500, height: int = 1300) -> Iterator[Any]:
-    """A page of a headless Chromium with a profile of its own."""
+def browser(private: Path, width: int = 1500, height: int = 1300, scale: int = 1) -> Iterator[Any]:
+    """A page of a headless Chromium with a profile of its own; scale: points of the screen to a pixel."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
@@ -160,6 +160,7 @@ def browser(private: Path, width: int = 1500, height: int = 1300) -> Iterator[An
             headless=True,
             args=CHROMIUM,
             viewport={"width": width, "height": height},
+            device_scale_factor=scale,
         )
         try:
             yield context.pages[0] if context.pages else context.new_page()

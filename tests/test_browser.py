@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ pytestmark = [
 
 # Looks at the widget after every change of it: what is shown beside each other is of one mesh.
 WATCH = """root => {
-    window.seen = { wrong: [], busy: 0, settled: 0 };
+    window.seen = { wrong: [], busy: 0, settled: 0, costs: 0 };
     const look = () => {
         const text = (one) => one?.textContent ?? "";
         const panel = root.querySelector('.panel:not([hidden])');
@@ -36,6 +37,17 @@ WATCH = """root => {
         const heads = [...panel.querySelectorAll("figure svg text.title")].map(text);
         if (!title.includes(mesh)) window.seen.wrong.push(["title", title, mesh]);
         if (heads[0] && !heads[0].startsWith(`${mesh} (`)) window.seen.wrong.push(["picture", heads[0], mesh]);
+        const moves = text(panel.querySelector('[data-slot="to.plan"] text.title'));
+        const plan = /→ ([\\d,]+) ranks?: (.+) read, (.+) change rank/.exec(moves);
+        if (plan) {
+            const ranks = mesh.split(" · ").reduce((product, axis) => product * Number(axis.split(" ")[1]), 1);
+            const [read, , moved] = [...panel.querySelectorAll('[data-slot="to.figures"] b')].map(text);
+            const flow = text(panel.querySelector('[data-slot="to.flow"] text.title'));
+            window.seen.costs += 1;
+            if (Number(plan[1].replace(",", "")) !== ranks) window.seen.wrong.push(["plan", plan[0], mesh]);
+            if (read !== plan[2] || moved !== plan[3]) window.seen.wrong.push(["cost", read, moved, plan[0], mesh]);
+            if (flow !== plan.input) window.seen.wrong.push(["flow", flow, plan.input]);
+        }
         if (root.getAttribute("aria-busy") === "true") {
             window.seen.busy += 1;
             if (!text(root.querySelector(".status"))) window.seen.wrong.push(["says nothing while it works"]);
@@ -133,6 +145,7 @@ def test_no_state_of_the_widget_contradicts_itself_in_jupyterlab(tmp_path: Path)
         assert seen["wrong"] == []
         assert seen["busy"] > 5
         assert seen["settled"] > 5
+        assert seen["costs"] > 5
 
         # the tree: search, choose; step by step
         root.get_by_placeholder("search tensors").fill("5 4h_to_h weight")
@@ -142,7 +155,34 @@ def test_no_state_of_the_widget_contradicts_itself_in_jupyterlab(tmp_path: Path)
         root.get_by_role("button", name="the next step").click()
         root.get_by_text("Merge dp: the fragments").wait_for()
         assert "5.mlp.dense_4h_to_h.weight" in root.locator('figure[data-slot="step.pictures"]').inner_html()
+
+        # values: the element under the mouse, and a part of them that a drag marks
+        root.get_by_role("tab", name="Values").click()
+        told = element_under_the_mouse(page, root, 0.4, 0.6)
+        index = tuple(int(n) for n in re.findall(r"(?:out|in) (\d+)", told))
+        whole = ckptlab.open(GPT).full("master", stack=False)["5.mlp.dense_4h_to_h.weight"].values
+        assert float(told.split(" = ")[1].split()[0]) == pytest.approx(float(whole[index]), rel=1e-6)
+        assert re.search(
+            r"rank \d: tp \d · pp 1 · dp \d · bf16_zero_pp_rank_\d_mp_rank_\d\d_optim_states.pt, bytes", told
+        )
+        box = root.locator("svg .heat").bounding_box()
+        page.mouse.move(box["x"] + 2, box["y"] + 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.up()
+        root.locator('.window input[aria-label="out up to"]:not([value="16"])').wait_for()
+        root.get_by_role("button", name="whole").last.click()
+        root.locator('.window input[aria-label="out up to"][value="16"]').wait_for()
         assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def element_under_the_mouse(page: Any, root: Any, across: float, down: float) -> str:
+    """What the heat map says of the element at a share of its width and height."""
+    root.locator("svg .heat").wait_for()
+    box = root.locator("svg .heat").bounding_box()
+    page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+    root.locator(".tip").get_by_text("bytes").wait_for()
+    return root.locator(".tip").inner_text()
 
 
 MARIMO = """
@@ -200,7 +240,14 @@ def test_an_exported_page_answers_from_disk(tmp_path: Path) -> None:
         settled(page, "tp 2 · pp 2 · dp 2")
         root.locator('figure[data-slot="look.mesh"] [data-rank="3"]').hover()
         root.locator(".tip").get_by_text("bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes").wait_for()
-        root.locator('figure[data-slot="look.mesh"] [data-rank="6"]').click()
+        root.get_by_role("tab", name="Values").click()
+        told = element_under_the_mouse(page, root, 0.99, 0.99)
+        assert told.startswith("[out 63, in 15] = ")
+        assert (
+            "rank 3: tp 1 · pp 0 · dp 1 · bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt, bytes 22,140–22,143" in told
+        )
+        root.get_by_role("tab", name="Look").click()
+        root.locator('.panel:not([hidden]) [data-slot="look.mesh"] [data-rank="6"]').click()
         root.get_by_text("rank 6: tp 0 · pp 1 · dp 1 holds").wait_for()
         root.get_by_role("tab", name="Reshape").click()
         root.evaluate(WATCH)

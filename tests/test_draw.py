@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from xml.etree.ElementTree import fromstring
@@ -242,3 +243,12 @@ def test_axes_say_which_coordinates() -> None:
 def test_nothing_to_draw_is_a_drawing_too() -> None:
     for drawing in (draw.sheet([]), draw.strips([]), draw.pipeline([]), draw.bars([]), draw.sheet([edge("out", 0, 2)])):
         assert fromstring(drawing.svg) is not None
+
+
+def test_a_limit_is_a_line_where_a_bar_reaches_it() -> None:
+    stacks = [draw.Stack("a", {"weights": 200}), draw.Stack("b", {"weights": 50})]
+    drawing = draw.bars(stacks, limit=100)
+    (line,) = re.findall(r'd="M([\d.]+) [\d.]+V[\d.]+" class="limit', drawing.svg)
+    (long, _) = cells(drawing, "amount")
+    assert float(line) == pytest.approx(float(long.get("x", "")) + float(long.get("width", "")) / 2, abs=0.1)
+    assert "limit" not in draw.bars(stacks, limit=300).svg

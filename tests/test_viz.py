@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 import numpy as np
 import pytest
@@ -647,3 +648,97 @@ def test_every_picture_can_be_made_and_is_there() -> None:
         assert all((ROOT / f"docs/pictures/{name}_{theme}.png").exists() for theme in ("light", "dark"))
     named = re.findall(r"pictures/(\w+)_(?:light|dark)\.png", (ROOT / "docs/drawings.md").read_text())
     assert set(named) <= set(pictures)
+
+
+# A mesh as a block, a plan as a flow
+
+
+def paths(drawing: Drawing, kind: str) -> list[Element]:
+    """The paths of a class."""
+    return [e for e in elements(drawing) if e.tag.endswith("}path") and kind in e.get("class", "").split()]
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=2, pp=2, dp=2), Mesh(tp=8), Mesh(tp=8, pp=8, dp=8), Mesh(pp=512)], ids=str)
+@pytest.mark.parametrize("width", [None, 420])
+def test_an_oblique_block_has_every_rank_and_its_node(mesh: Mesh, width: int | None) -> None:
+    drawing = viz.mesh(mesh, oblique=True, node=8, width=width)
+    assert_well_formed(drawing.svg)
+    found = paths(drawing, "rank")
+    assert len(found) <= 128
+    assert sorted(r for c in found for r in numbers(c.get("data-rank"))) == list(range(mesh.size))
+    for cell in found:
+        ranks = numbers(cell.get("data-rank"))
+        assert numbers(cell.get("data-group")) == {rank // 8 for rank in ranks}
+        for axis in mesh.axes:
+            assert numbers(cell.get(f"data-{axis}")) >= {mesh.coordinate(rank)[axis] for rank in ranks}
+    framed = [numbers(frame.get("data-group")) for frame in paths(drawing, "group")]
+    assert set().union(*framed) == set(range(-(-mesh.size // 8)))
+
+
+def test_nodes_are_framed_in_the_grid_too_and_not_beside_groups() -> None:
+    found = cells(viz.mesh(Mesh(tp=4, dp=4), node=8, highlight=3), "rank")
+    assert [numbers(cell.get("data-group")) for cell in found] == [{0}] * 8 + [{1}] * 8
+    with pytest.raises(ckptlab.CkptlabError, match="not both"):
+        viz.mesh(Mesh(tp=4), group="tp", node=2)
+    with pytest.raises(ckptlab.CkptlabError, match="at least 1"):
+        viz.mesh(Mesh(tp=4), node=0)
+
+
+@pytest.mark.parametrize("target", [Mesh(tp=4, dp=2), Mesh(tp=4, pp=4, dp=32)], ids=str)
+def test_bands_of_a_flow_are_as_wide_as_they_carry_bytes(target: Mesh) -> None:
+    reshaped = ckptlab.open(GPT).reshape(target)
+    drawing = viz.flow(reshaped.plan, reshaped.source.mesh, target, width=500)
+    assert_well_formed(drawing.svg)
+    found = paths(drawing, "flow")
+    assert sum(int(band.get("data-bytes", "")) for band in found) == reshaped.cost().read
+    assert sum(int(b.get("data-bytes", "")) - int(b.get("data-kept", "")) for b in found) == reshaped.cost().moved
+    boxes = [cell for cell in cells(drawing, "end") if int(cell.get("data-bytes", "")) > 5_000]
+    scale = {round(float(b.get("height", "")) / int(b.get("data-bytes", "")), 6) for b in boxes}
+    assert len(scale) == 1
+    for band in found:
+        high = float(re.findall(r"v([\d.]+)", band.get("d", ""))[0])
+        assert high == pytest.approx(max(int(band.get("data-bytes", "")) * scale.copy().pop(), 0.4), abs=0.02)
+    plan = cells(viz.plan(reshaped.plan, reshaped.source.mesh, target), "move")
+    told = {(c.get("data-source"), c.get("data-target")): c.get("data-bytes") for c in plan}
+    assert all(told[b.get("data-source"), b.get("data-target")] == b.get("data-bytes") for b in found)
+
+
+# What lies in what a rank holds
+
+
+def test_heads_and_their_q_k_v_are_drawn_in_what_a_rank_holds() -> None:
+    layout = Layout("(tp head qkv d) in", sizes={"qkv": 3, "d": 16}, dims=("out", "in"))
+    rows, columns = layout.blocks((384, 128), Mesh(tp=4))
+    assert columns == []
+    heads = [(start, length) for depth, name, start, length in rows if depth == 0 and name.startswith("head")]
+    assert heads == [(48 * k, 48) for k in range(8)]
+    assert [name for depth, name, *_ in rows if depth == 1] == ["q", "k", "v"] * 8
+    drawing = viz.tensor(layout, (384, 128), Mesh(tp=4))
+    assert texts(drawing, "inner-label").count("q") == 8
+    assert [t for t in texts(drawing, "inner-label") if t.startswith("head")] == [f"head {k}" for k in range(8)]
+    assert len(paths(drawing, "inner")) == 7 + 23  # heads' borders and those of q, k and v
+
+
+def test_blocks_follow_the_notation() -> None:
+    grouped = Layout("(tp kv (q d + d + d)) in", sizes={"kv": 1, "q": 2, "d": 8})
+    (rows, _) = grouped.blocks((64, 16), Mesh(tp=2))
+    assert [(n, a, k) for d, n, a, k in rows if d == 0] == [("kv 0", 0, 32), ("kv 1", 32, 32)]
+    assert [(n, a, k) for d, n, a, k in rows if d == 1][:3] == [("q d", 0, 16), ("d", 16, 8), ("d", 24, 8)]
+    assert [(n, a, k) for d, n, a, k in rows if d == 2] == [
+        ("q 0", 0, 8),
+        ("q 1", 8, 8),
+        ("q 0", 32, 8),
+        ("q 1", 40, 8),
+    ]
+    for plain in ("(tp out) in", "(3 tp out) in", "out in", "((tp q) + (tp k)) in"):
+        of = Layout(plain, totals={"q": 32, "k": 16} if "+" in plain else {})
+        assert of.blocks((48, 16), Mesh(tp=2)) == [[], []]
+    assert Layout("(tp head d) in", sizes={"d": 2}).blocks((4096, 8), Mesh(tp=2))[0] == []
+
+
+def test_of_two_cuts_whose_labels_do_not_fit_the_heads_stand_at_the_edges() -> None:
+    drawing = viz.tensor("(tp out) (dp in)", (12, 8), Mesh(tp=4, dp=8))
+    assert texts(drawing, "head") == [*(f"tp {k} · 3" for k in range(4)), *(f"dp {k}" for k in range(8))]
+    roomy = viz.tensor("(tp out) (dp in)", (12, 8), Mesh(tp=4, dp=2))
+    assert texts(roomy, "head") == []
+    assert "tp 3 dp 1" in texts(roomy)

@@ -446,3 +446,17 @@ else:
     raise SystemExit(1)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_chosen_tensor_has_one_colour_through_all_steps(subject: Subject) -> None:
+    target = subject.target(replace(subject.start(), mesh=Mesh(tp=4, dp=2)))
+    assert not isinstance(target, Refusal)
+    blue = {"#0072b2", "#61a8cf"}  # and its tint
+    for number in (0, 1, 2, 4, 5):
+        (svg,) = steps.step(target, DENSE, number).pictures
+        fills = re.findall(r'class="cell (?:piece|fragment)[^"]*" fill="(#\w+)"(?: data-tensor="([^"]*)")?', svg)
+        assert fills
+        mine = {fill for fill, name in fills if name in ("", DENSE)}
+        assert mine
+        assert mine <= blue
+        assert {fill for fill, name in fills if name not in ("", DENSE)} <= {"#a8a8a8"}

@@ -127,7 +127,11 @@ class Catalog:
 
     def is_flat(self, name: str, state: str) -> bool:
         """Whether that state of a tensor lies in the flat buffers of a group, with others."""
-        return any(state in group.dtypes for group, _ in self._flat_index.get(name, ()))
+        return (name, state) in self._in_flats
+
+    @cached_property
+    def _in_flats(self) -> frozenset[tuple[str, str]]:
+        return frozenset((name, state) for g in self.flat_groups for state in g.dtypes for name in g.names)
 
     @property
     def nbytes(self) -> int:

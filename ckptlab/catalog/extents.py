@@ -141,12 +141,15 @@ def placements_of(
             places[name] = {**places[name], **mine} if name in places else mine
             known.setdefault(name, []).append(group)
     found: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    states_of = {id(g): tuple(g.dtypes) for g in flat_groups}
+    fixed = {id(g): g.at.without("pp") for g in flat_groups}
     for name, groups in known.items():
         tensor = tensors[name]
-        for states in {tuple(g.dtypes) for g in groups}:
-            having = [g for g in groups if tuple(g.dtypes) == states]
-            stages = tuple(s for s in tensor.stages if any(g.stage == s for g in having))
-            at = having[0].at.without("pp")
+        for states in dict.fromkeys(states_of[id(g)] for g in groups):
+            having = [g for g in groups if states_of[id(g)] == states]
+            held = {g.at["pp"] for g in having}
+            stages = tuple(s for s in tensor.stages if s in held)
+            at = fixed[id(having[0])]
             one = (Placement(tensor.cut, stages, places[name], tensor.layout.replicas, at),)
             found.update(((name, state), one) for state in states)
     for (name, state), stages in outside.items():
@@ -161,7 +164,8 @@ ALONE = Holder(pp=0, tp=0)  # who holds everything, where whole tensors are stor
 def whole_placements(tensors: Mapping[str, Tensor], states: Iterable[tuple[str, str]]) -> Placements:
     """How states lie that are stored as whole tensors: on the one rank of a mesh."""
     states = list(states)
-    ones = {name: (Placement(tensors[name].cut, replicas=tensors[name].layout.replicas),) for name, _ in states}
+    named = dict.fromkeys(name for name, _ in states)
+    ones = {name: (Placement(tensors[name].cut, replicas=tensors[name].layout.replicas),) for name in named}
     return {(name, state): ones[name] for name, state in states}
 
 

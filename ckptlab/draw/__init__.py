@@ -1,14 +1,15 @@
 """Pictures from plain numbers and names: SVG that follows the page's colours, no script, the same text every time.
 
 Nothing here knows what a mesh or a checkpoint is. Read svg.py and colours.py first; then one picture a module: grid.py
-(ranks), sheet.py with edge.py, shard.py and fragments.py (a tensor that
-is cut), strips.py (buffers), pipeline.py (stages), bars.py
-(amounts), matrix.py (who sends to whom).
+and block.py (ranks), sheet.py with edge.py, shard.py and fragments.py (a tensor that is cut), heat.py (its values),
+strips.py (buffers), pipeline.py (stages), bars.py (amounts), matrix.py and flow.py (who sends to whom).
 """
 
 from ckptlab.draw.axes import Axes
 from ckptlab.draw.bars import Stack, bars
+from ckptlab.draw.block import block
 from ckptlab.draw.edge import Edge
+from ckptlab.draw.flow import flow
 from ckptlab.draw.fragments import Fragment
 from ckptlab.draw.grid import grid
 from ckptlab.draw.matrix import Side, matrix
@@ -28,6 +29,8 @@ __all__ = [
     "Side",
     "Stack",
     "bars",
+    "block",
+    "flow",
     "grid",
     "matrix",
     "pipeline",

@@ -22,12 +22,10 @@ class Axes:
     def size(self) -> int:
         return math.prod(self.degrees)
 
-    def label(self, numbers: Sequence[int]) -> str:
-        """`pp 1`, `dp 0–7`, `edp 0 ep 1`; axes of degree 1 are not worth a word."""
-        told = self._values(numbers)
-        return " ".join(
-            f"{name} {ranges(told[name])}" for name, n in zip(self.names, self.degrees, strict=True) if n > 1
-        )
+    def label(self, numbers: Sequence[int], order: Sequence[str] = ()) -> str:
+        """`pp 1`, `dp 0–7`, `edp 0 ep 1`; axes of degree 1 are not worth a word. order: in which they are named."""
+        told, degrees = self._values(numbers), dict(zip(self.names, self.degrees, strict=True))
+        return " ".join(f"{name} {ranges(told[name])}" for name in order or self.names if degrees[name] > 1)
 
     def data(self, numbers: Sequence[int]) -> dict[str, str]:
         """The same for `data-*` attributes: `{"dp": "0-7"}`, axes of degree 1 too."""

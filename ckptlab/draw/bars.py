@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, fitted, swatch, text, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, swatch, text, width_of, wrapped
 from ckptlab.words import size
 
 _WIDTH, _HEIGHT, _STEP = 520.0, 20.0, 26.0
@@ -21,11 +22,19 @@ class Stack:
     data: Mapping[str, object] = field(default_factory=dict)
 
 
-def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = (), width: float | None = None) -> Drawing:
+def bars(
+    stacks: Sequence[Stack],
+    *,
+    title: str = "",
+    notes: Sequence[str] = (),
+    limit: int | None = None,
+    width: float | None = None,
+) -> Drawing:
     """Bars to one scale, drawn for a page of a width (pixels; None: as wide as they like); kinds in the order in which
     they first come, which is also that of their colours.
 
-    A kind of which there is nothing is not in the legend, but keeps its colour.
+    A kind of which there is nothing is not in the legend, but keeps its colour. limit: bytes at which a dashed line
+    stands, where a bar reaches it.
     """
     kinds = list(dict.fromkeys(kind for stack in stacks for kind in stack.amounts))
     most = max([sum(stack.amounts.values()) for stack in stacks] + [1])
@@ -45,6 +54,7 @@ def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = (),
         x += width_of(kind) + 34
         wide = max(wide, x)
     y += 18
+    first = y
     for stack in stacks:
         parts.append(text(left - 8, y + _HEIGHT / 2, fitted(stack.label, left - 12, 12), "end bar-label"))
         x = left
@@ -60,6 +70,11 @@ def bars(stacks: Sequence[Stack], *, title: str = "", notes: Sequence[str] = (),
                 x += length
         parts.append(text(x + 8, y + _HEIGHT / 2, size(sum(stack.amounts.values())), "strong total"))
         y += _STEP
+    if limit is not None and limit <= most:
+        at = left + longest * limit / most
+        dashed: dict[str, Any] = {"stroke": "currentColor", "stroke_width": "2", "stroke_dasharray": "5 3"}
+        parts.append(element("path", d=f"M{at:.1f} {first - 4:.1f}V{y - 2:.1f}", class_="limit overlay", **dashed))
+        notes = [f"dashed: {size(limit)}", *notes]
     said = wrapped(notes, width)
     for line in said:
         y += 18

@@ -35,6 +35,7 @@ class Edge:
     """One dim. `held[k]` are the intervals (start, length) of coordinate k on `axes`; from `true` on all is padding.
 
     `parts` are (name, length) of what lies one after the other in it, each cut on its own; empty if it is one thing.
+    `inner` are (depth, name, start, length) of blocks that are not cut but lie in what one holds: heads.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Edge:
     axes: Axes
     held: Sequence[Int64]
     parts: Sequence[tuple[str, int]] = ()
+    inner: Sequence[tuple[int, str, int, int]] = ()
 
     @cached_property
     def blocks(self) -> list[range]:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptlab.draw.axes import Axes
-from ckptlab.draw.blocks import span, thinned, told
+from ckptlab.draw.blocks import span, thinned
 from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
+from ckptlab.words import ranges
 
 COLUMNS, ROWS, PANELS = 8, 16, 8  # the most that are drawn one by one along each side
 CELLS = 128  # the most cells
@@ -26,17 +27,20 @@ def grid(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    marked: Collection[int] = (),
+    marks: Collection[int] = (),
     groups: Sequence[Sequence[int]] = (),
     along: str = "",
+    spoken: Sequence[str] = (),
     title: str = "",
     width: float | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Drawing:
     """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest; each axis goes to one direction.
 
-    marked: ranks that stand out. groups: lists of ranks, each outlined in a colour of its own; `along` names them.
+    marks: ranks that stand out. groups: lists of ranks, each outlined in a colour of its own; `along` names them.
+    spoken: axes in the order in which they are named.
     """
+    marked = frozenset(marks)
     sides = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in (panels, rows, columns)]
     order = [list(degrees).index(axis) for side in sides for axis in side.names]
     every = np.arange(math.prod(degrees.values())) if numbers is None else np.asarray(numbers)
@@ -68,7 +72,7 @@ def grid(
             for j, b in enumerate(cut[2])
             if sides[2].size > 1
         ]
-        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, frozenset(marked), group_of, groups, along)
+        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, groups, along, spoken)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
     total = left + across * (panel_w + _GAP) - _GAP + 6
@@ -101,6 +105,7 @@ def _panel(
     group_of: Mapping[int, int],
     groups: Sequence[Sequence[int]],
     along: str,
+    spoken: Sequence[str],
 ) -> list[str]:
     cells: list[str] = []
     outlines: dict[tuple[int, ...], list[tuple[int, int, _Box]]] = {}
@@ -113,10 +118,10 @@ def _panel(
             mark = bool(marked.intersection(held))
             kind = " ".join(["rank", *(["marked"] if mark else []), *(["dimmed"] if marked and not mark else [])])
             place = {k: v for side, b in zip(sides, (panel, row, column), strict=True) for k, v in side.data(b).items()}
-            data = {"rank": ",".join(map(str, held)) if len(held) <= 64 else told(held), **place, "count": len(held)}
+            data = {"rank": ",".join(map(str, held)) if len(held) <= 64 else _told(held), **place, "count": len(held)}
             if found:
-                data["group"] = told(found)
-            tip = _tip(held, place, found, along)
+                data["group"] = _told(found)
+            tip = _tip(held, {axis: place[axis] for axis in spoken or place}, found, along)
             label = str(held[0]) if len(held) == 1 else _several(held, marked)
             strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
             cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, rx="3", **strong))
@@ -125,16 +130,21 @@ def _panel(
     return cells + [line for found, boxes in outlines.items() for line in _outline(found, boxes)]
 
 
+def _told(numbers: Sequence[int]) -> str:
+    """`0-1,8-9`."""
+    return ranges(numbers, to="-").replace(" ", "")
+
+
 def _several(held: Sequence[int], marked: frozenset[int]) -> str:
-    """A block's label: how many ranks it is, or the one that is marked in it."""
+    """A block's label: its first rank and how many more there are, or the one that is marked in it."""
     found = sorted(marked.intersection(held))
-    return f"({found[0]})" if len(found) == 1 else f"{len(held)} ×"
+    return f"({found[0]})" if len(found) == 1 else f"{held[0]} +{len(held) - 1}"
 
 
 def _tip(held: Sequence[int], place: Mapping[str, str], groups: Sequence[int], along: str) -> str:
     at = " ".join(f"{axis} {k.replace('-', '–')}" for axis, k in place.items())
     said = f"rank {held[0]} · {at}" if len(held) == 1 else f"{len(held):,} ranks, {held[0]} … {held[-1]} · {at}"
-    return f"{said} · {along} group {span(groups)}" if groups else said
+    return f"{said} · {along} {span(groups)}" if groups else said
 
 
 def _outline(group: tuple[int, ...], boxes: Sequence[tuple[int, int, _Box]]) -> list[str]:
@@ -149,7 +159,7 @@ def _outline(group: tuple[int, ...], boxes: Sequence[tuple[int, int, _Box]]) -> 
         x, y = min(b[0] for b in frame) - 1, min(b[1] for b in frame) - 1
         w, h = max(b[0] + b[2] for b in frame) - x + 1, max(b[1] + b[3] for b in frame) - y + 1
         style = {"fill": "none", "stroke": tint, "stroke_width": "2.5", "rx": "5"}
-        found.append(rect(x, y, w, h, class_="group overlay", data_group=told(group), **style))
+        found.append(rect(x, y, w, h, class_="group overlay", data_group=_told(group), **style))
         found.append(text(x + 4, y + 7, span(group), "tiny group-label"))
     return found
 
@@ -165,12 +175,12 @@ def _notes(
     found = []
     if step > 1:
         cells = math.prod(map(len, cut))
-        found.append(f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks ({step:,} ×)")
+        found.append(
+            f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks, of which it names the first"
+        )
     if marked:
         some = ", ".join(map(str, sorted(marked)[:8])) + (" …" if len(marked) > 8 else "")
         found.append(f"marked: {'rank' if len(marked) == 1 else f'{len(marked):,} ranks,'} {some}")
     if groups:
-        found.append(
-            f"{len(groups):,} {along} groups of {len(groups[0]):,}, each framed in its own colour with its number"
-        )
+        found.append(f"{len(groups):,} {along}s of {len(groups[0]):,}, each framed in its own colour with its number")
     return found

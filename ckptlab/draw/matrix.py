@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptlab.draw.colours import SHADE, strength
+from ckptlab.draw.colours import SHADE, colour, strength
 from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
 from ckptlab.words import figure, size, unit_of
 
@@ -54,7 +54,7 @@ def matrix(
         for j, nbytes in enumerate(table[i]):
             box = (left + j * wide + 1, y + 1, wide - 2, _HEIGHT - 2)
             parts.append(_cell(nbytes, kept[i][j], most, unit, box, rows, columns, i, j))
-        parts += _sum(left + across + 10, y + 6, sums[i], max(sums, default=0), margin)
+        parts += _sum(left + across + 10, y + 6, sums[i], max(sums, default=0), margin, colour(i))
     received = [sum(column) for column in zip(*table, strict=True)]
     for j, nbytes in enumerate(received):
         parts.append(text(left + (j + 0.5) * wide, top + down + 12, size(nbytes), "small middle quiet sum"))
@@ -107,7 +107,7 @@ def _turned(x: float, y: float) -> str:
     return f"rotate(-90 {x:.1f} {y:.1f})"
 
 
-def _sum(x: float, y: float, nbytes: int, most: int, margin: float) -> list[str]:
+def _sum(x: float, y: float, nbytes: int, most: int, margin: float, tint: str) -> list[str]:
     width = margin * nbytes / most if most else 0.0
-    bar = rect(x, y, width, _HEIGHT - 12, fill=SHADE, fill_opacity=".5", class_="sum")
+    bar = rect(x, y, width, _HEIGHT - 12, fill=tint, fill_opacity=".75", class_="sum")
     return [bar, text(x + width + 5, y + (_HEIGHT - 12) / 2, size(nbytes), "small quiet")]

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptlab.draw.colours import PALETTE, colour
+from ckptlab.draw.colours import PALETTE, colour, tinted
 from ckptlab.draw.edge import Edge, Strip
 from ckptlab.draw.fragments import Fragment, areas_drawn, fragment_beside
 from ckptlab.draw.shard import shard_beside
 from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, text, text_of, width_of, wrapped
 
 _SIDES, _THIN = (340.0, 280.0, 230.0, 180.0), 46.0
+_SEEN = 4.0  # pixels between two lines
 _STRIPES = 4  # holders whose colours are striped; more are grey
 
 
@@ -40,13 +41,15 @@ def sheet(
     fragments: Sequence[Fragment] = (),
     nothing: str = "",
     everyone: str = "every rank",
+    hue: int | None = None,
     room: float | None = None,
 ) -> Drawing:
     """One tensor. copies: (axis, number) of those that hold the same; marked: the coordinate that stands out; shard:
     what it holds, drawn beside: for each dim its intervals (start in the whole, length), in the shard's order.
 
     fragments: what each shard is cut into further, drawn in its place (see Fragment). nothing: what is said of a rank
-    that holds nothing of it; everyone: who has what is not cut. room: the width of the page; the largest scale that
+    that holds nothing of it; everyone: who has what is not cut. hue: one colour, in tints, instead of one for each
+    coordinate. room: the width of the page; the largest scale that
     fits it is taken, and what stands beside the tensor goes below it where that does not.
     """
     told: dict[str, Any] = {
@@ -57,13 +60,16 @@ def sheet(
         "shard": shard,
         "notes": notes,
     }
-    told |= {"fragments": fragments, "nothing": nothing, "everyone": everyone, "room": room}
+    told |= {"fragments": fragments, "nothing": nothing, "everyone": everyone, "hue": hue, "room": room}
     for below in (False, True):
-        for side in _SIDES if room is not None else _SIDES[:1]:
-            made = _sheet(edges, side, below, **told)
-            if room is None or made.width <= room:
-                return made
-    return made
+        made = _sheet(edges, _SIDES[0], below, **told)
+        if room is None or made.width <= room:
+            return made
+        smallest = _sheet(edges, _SIDES[-1], below, **told)
+        if smallest.width <= room:
+            between = (_sheet(edges, side, below, **told) for side in _SIDES[1:-1])
+            return next((made for made in between if made.width <= room), smallest)
+    return smallest
 
 
 def _sheet(
@@ -80,12 +86,13 @@ def _sheet(
     fragments: Sequence[Fragment],
     nothing: str,
     everyone: str,
+    hue: int | None,
     room: float | None,
 ) -> Drawing:
     """The tensor with its longer side so long; below: what a rank holds is drawn below it, not beside."""
     rows, columns = _directions(edges)
     width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns], side)
-    left, top = _margins([edges[i] for i in rows], [edges[i] for i in columns], title, notation)
+    left, top = _margins([edges[i] for i in rows], [edges[i] for i in columns], title, notation, height)
     sheets = min(2, math.prod(n for _, n in copies) - 1)
     parts = [text(0, 8, title, "title")] if title else []
     if notation:
@@ -101,11 +108,19 @@ def _sheet(
     for a, b in itertools.product(down, over):
         strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
         box = (left + b.at, top + a.at, b.length, a.length)
-        parts.append(_cell(edges, strips, box, allowed, defs, bool(copies), everyone, bool(fragments), bool(nothing)))
+        parts.append(
+            _cell(edges, strips, box, allowed, defs, bool(copies), everyone, bool(fragments), bool(nothing), hue)
+        )
     parts.append(_frame((left, top, width, height), "whole overlay", "1.5"))
-    parts += _labels([edges[i] for i in rows], down, left, top, width, height, vertical=True)
-    parts += _labels([edges[i] for i in columns], over, left, top, width, height, vertical=False)
-    right = left + width + 5 * sheets + 46
+    headed = not fragments and _headed(edges, rows, columns, down, over)
+    parts += _inner([edges[i] for i in rows], left, top, width, height, vertical=True)
+    parts += _inner([edges[i] for i in columns], left, top, width, height, vertical=False)
+    parts += _labels([edges[i] for i in rows], down, left, top, width, height, headed, vertical=True)
+    parts += _labels([edges[i] for i in columns], over, left, top, width, height, headed, vertical=False)
+    wide = [
+        width_of(f"{_head([edges[i] for i in rows], b)} · {math.prod(s.length for s in b.strips):,}", 10) for b in down
+    ]
+    right = left + width + 5 * sheets + (max(wide) + 20 if headed else 46)
     bottom = top + height + 5 * sheets + (28 if len(over) > 1 else 6)
     corner = (left, bottom + 34) if below else (right + 30, top)
     cells: list[str] = []
@@ -177,9 +192,10 @@ def _cell(
     everyone: str,
     fragmented: bool,
     away: bool,
+    hue: int | None,
 ) -> str:
     holders = [strips[i].holders if i in strips else tuple(range(len(e.blocks))) for i, e in enumerate(edges)]
-    fill = _fill(edges, holders, defs)
+    fill = _fill(edges, holders, defs, hue)
     held = [[k for h in mine for k in e.blocks[h]] for e, mine in zip(edges, holders, strict=True)]
     label = " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True))))
     uncut = all(e.axes.size == 1 for e in edges)
@@ -222,8 +238,10 @@ def _empty(said: str, corner: tuple[float, float], whole: tuple[float, float]) -
     return found, (max(x + w, x + width_of(said, 13)), y + h)
 
 
-def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str]) -> str:
+def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str], hue: int | None) -> str:
     """A colour for each coordinate of the cut; stripes for what several hold, grey if it is not cut at all."""
+    if hue is not None and all(len(mine) == 1 for mine in holders):
+        return tinted(hue, sum(k for (k,) in holders))
     if all(len(e.blocks) == 1 for e in edges):
         return PALETTE[-1] if all(e.axes.size == 1 for e in edges) else PALETTE[0]
     numbers = []
@@ -240,9 +258,13 @@ def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[
     return fill
 
 
-def _margins(rows: Sequence[Edge], columns: Sequence[Edge], title: str, notation: str) -> tuple[float, float]:
+def _margins(
+    rows: Sequence[Edge], columns: Sequence[Edge], title: str, notation: str, height: float
+) -> tuple[float, float]:
     names = [_named(edge) for edge in rows] + [name for edge in rows for name, _ in edge.parts]
     left = max([width_of(name) for name in names] + [0]) + (34 if any(e.parts for e in rows) else 14)
+    blocks = _named_blocks(rows, height)
+    left = max(left, sum(_room(blocks, depth) for depth in {d for d, *_ in blocks}) + 12)
     top = (22 if title else 0) + (20 if notation else 0) + (22 if columns else 4)
     return left, top + (20 if any(edge.parts for edge in columns) else 0)
 
@@ -252,16 +274,25 @@ def _named(edge: Edge) -> str:
 
 
 def _labels(
-    edges: Sequence[Edge], bands: Sequence[_Band], left: float, top: float, width: float, height: float, vertical: bool
+    edges: Sequence[Edge],
+    bands: Sequence[_Band],
+    left: float,
+    top: float,
+    width: float,
+    height: float,
+    headed: bool,
+    vertical: bool,
 ) -> list[str]:
-    """Names and sizes of dims and parts before an edge of the rectangle, lengths of strips behind it."""
+    """Names and sizes of dims and parts before an edge of the rectangle, lengths of strips behind it; headed: with who
+    holds them."""
     if not edges:
         return []
     name = " × ".join(map(_named, edges))
     parted = len(edges) == 1 and bool(edges[0].parts)
     found = []
     if vertical:
-        found.append(text(left - (30 if parted else 8), top - 10 if parted else top + height / 2, name, "end dim"))
+        above = parted or bool(_named_blocks(edges, height))
+        found.append(text(left - (30 if parted else 8), top - 10 if above else top + height / 2, name, "end dim"))
     else:
         found.append(text(left + width / 2, top - (30 if parted else 11), name, "middle dim"))
     if parted:
@@ -269,11 +300,73 @@ def _labels(
     for band in bands:
         said = f"{math.prod(s.length for s in band.strips):,}"
         middle = band.at + band.length / 2
+        head = _head(edges, band) if headed else ""
+        if head and vertical and band.length >= 9:
+            found.append(text(left + width + 16, top + middle, f"{head} · {said}", "small head"))
+            continue
+        if head and not vertical and band.length >= width_of(head, 10):
+            found.append(text(left + middle, top + height + 18, head, "small middle head"))
+            continue
         if len(bands) > 1 and vertical and band.length >= 9:
             found.append(text(left + width + 16, top + middle, said, "small quiet length"))
         elif len(bands) > 1 and not vertical and band.length >= width_of(said, 10):
             found.append(text(left + middle, top + height + 18, said, "small quiet middle length"))
     return found
+
+
+def _head(edges: Sequence[Edge], band: _Band) -> str:
+    """Who holds a band, on its own axes: `tp 0`."""
+    held = ([k for h in s.holders for k in e.blocks[h]] for e, s in zip(edges, band.strips, strict=True))
+    return " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True) if k)))
+
+
+def _headed(
+    edges: Sequence[Edge],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    down: Sequence[_Band],
+    over: Sequence[_Band],
+) -> bool:
+    """Whether who holds a cell is said at the edges, since a label for both directions does not fit into every cell."""
+    if len(down) < 2 or len(over) < 2:
+        return False
+    heads = [
+        [_head([edges[i] for i in side], band) for band in bands] for side, bands in ((rows, down), (columns, over))
+    ]
+    widest = max(width_of(f"{a} {b}", 10) for a in heads[0] for b in heads[1])
+    return all(map(any, heads)) and (widest + 4 > min(b.length for b in over) or min(b.length for b in down) < 11)
+
+
+def _named_blocks(edges: Sequence[Edge], extent: float) -> list[tuple[int, str, float, float]]:
+    """(depth, name, place, length) of the blocks in a direction that can be seen; nothing if it has several dims."""
+    if len(edges) != 1 or edges[0].parts or not edges[0].inner:
+        return []
+    scale = extent / edges[0].size
+    return [(d, name, a * scale, n * scale) for d, name, a, n in edges[0].inner if n * scale >= _SEEN]
+
+
+def _inner(edges: Sequence[Edge], left: float, top: float, width: float, height: float, vertical: bool) -> list[str]:
+    """Thin lines between blocks that lie in what one holds, and their names at the edge."""
+    found = []
+    blocks = _named_blocks(edges, height if vertical else width)
+    depths = sorted({depth for depth, *_ in blocks}, reverse=True)
+    for depth, name, at, length in blocks:
+        style = {"fill": "none", "stroke": "#000", "stroke_opacity": ".75" if depth == depths[-1] else ".45"}
+        style |= {"stroke_width": "1.1" if depth == depths[-1] else ".7"}
+        a, b = (width, f"M{left:.1f} {top + at:.1f}h") if vertical else (height, f"M{left + at:.1f} {top:.1f}v")
+        side = max(a / 2 - 36, 8.0)  # what is written in the middle of a cell is not struck through
+        line = f"{b}{side:.1f}m{f'{a - 2 * side:.1f} 0' if vertical else f'0 {a - 2 * side:.1f}'}{b[-1]}{side:.1f}"
+        if at:
+            found.append(element("path", d=line, class_="inner overlay", **style))
+        if vertical and length >= 9:
+            place = left - 8 - sum(_room(blocks, deeper) for deeper in depths if deeper > depth)
+            found.append(text(place, top + at + length / 2, name, "small quiet end inner-label"))
+    return found
+
+
+def _room(blocks: Sequence[tuple[int, str, float, float]], depth: int) -> float:
+    """How wide the names of the blocks of a depth are written."""
+    return max([width_of(name, 10) + 8 for d, name, _, length in blocks if d == depth and length >= 9] + [0])
 
 
 def _parts(edge: Edge, left: float, top: float, width: float, height: float, vertical: bool) -> list[str]:

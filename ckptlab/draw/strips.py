@@ -16,7 +16,7 @@ _THIN = 3.0  # pixels: pieces thinner than this are drawn together with their ne
 
 @dataclass(frozen=True)
 class Piece:
-    """`length` elements at `start` of a bar; `hue` numbers and colours it.
+    """`length` elements at `start` of a bar; `hue` numbers and colours it, unless it has a `tint`.
 
     torn: whether it began in a bar before, and whether it goes on in a bar behind.
     """
@@ -27,6 +27,11 @@ class Piece:
     hue: int
     torn: tuple[bool, bool] = (False, False)
     data: Mapping[str, object] = field(default_factory=dict)
+    tint: str = ""
+
+    @property
+    def fill(self) -> str:
+        return self.tint or colour(self.hue % 7)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def _piece(piece: Piece, left: float, y: float, scale: float, bar: Bar) -> str:
     goes = " · goes on in the next" if after else ""
     tip = f"{piece.name} · {piece.length:,} elements from {piece.start:,}{goes}{' · begun before' if before else ''}"
     label = piece.name if _fits(piece, scale) else str(piece.hue + 1)
-    shape = cell((x, y, width, _HEIGHT), colour(piece.hue % 7), tip, kind=bar.kind, label=label, data=data)
+    shape = cell((x, y, width, _HEIGHT), piece.fill, tip, kind=bar.kind, label=label, data=data)
     return shape + "".join(_tear(at, y) for at, torn in ((x, before), (x + width, after)) if torn)
 
 
@@ -166,7 +171,7 @@ def _legend(bars: Sequence[tuple[Bar, float]], left: float, y: float, across: fl
     for i, piece in enumerate(shown):
         x, at = left + i % columns * wide, y + 8 + 16 * (i // columns)
         parts += [
-            swatch(x, at, colour(piece.hue % 7)),
+            swatch(x, at, piece.fill),
             text(x + 15, at, f"{piece.hue + 1} · {piece.name}", "small legend"),
         ]
     y += 16 * -(-len(shown) // columns) + (6 if shown else 0)

@@ -149,7 +149,15 @@ class Cut(Shown):
 
     def shard_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
         """Shape of the shard at a coordinate, padding included."""
-        return tuple(dim.widths[at] for dim, at in zip(self.dims, self.per_dim(coordinate), strict=True))
+        if coordinate not in self._shapes:
+            places = zip(self.dims, self.per_dim(coordinate), strict=True)
+            self._shapes[coordinate] = tuple(dim.widths[at] for dim, at in places)
+        return self._shapes[coordinate]
+
+    @cached_property
+    def _shapes(self) -> dict[Coordinate, tuple[int, ...]]:
+        """Shapes that were asked for: of many layers it is the same few."""
+        return {}
 
     def rows(self, coordinate: Coordinate) -> tuple[Rows, ...]:
         """For each dim the rows (n, 5) that the coordinate holds (see DimCut)."""

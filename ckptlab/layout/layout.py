@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ckptlab.arguments import explained, whole_number
@@ -131,7 +131,12 @@ class Layout(Shown):
     def resolve(self, shape: Sequence[int], mesh: Mesh) -> Cut:
         """The cut for a true shape on a mesh. Raises LayoutError, with text, shape and mesh. Cached."""
         shape = tuple(int(n) for n in shape)
-        return _resolve(self, shape, mesh)
+        return _resolve(self._on_any_stage, shape, mesh)
+
+    @cached_property
+    def _on_any_stage(self) -> Layout:
+        """The same, whatever stages hold it: they make no other cut."""
+        return self if self.stages is None else self.replace(stages=None)
 
     def check(
         self, shape: Sequence[int], mesh: Mesh, there: Layout | None = None, mesh_there: Mesh | None = None
@@ -153,6 +158,16 @@ class Layout(Shown):
         cut = self.resolve(shape, mesh)
         geometry = _geometry(self, cut.shape, mesh)
         return [geometry.parts(i) for i in range(len(self.tree))]
+
+    def blocks(self, shape: Sequence[int], mesh: Mesh) -> list[list[tuple[int, str, int, int]]]:
+        """For each dim (depth, name, start, length) of the blocks that lie in what a rank holds: heads, q, k, v in
+        each.
+
+        Empty for a dim that has none. Raises LayoutError as `resolve` does.
+        """
+        cut = self.resolve(shape, mesh)
+        geometry = _geometry(self, cut.shape, mesh)
+        return [geometry.blocks(i) for i in range(len(self.tree))]
 
     def einx(self, shape: Sequence[int], mesh: Mesh) -> tuple[str, dict[str, int]] | None:
         """The same in einx: a pattern `axes… shard -> whole` for the stacked shards, and the lengths to pass.

@@ -15,6 +15,9 @@ from ckptlab.mesh import Mesh
 RESERVED = ("pp", "dp", "tp", "ep")
 """Names that are mesh axes whether or not the mesh has them (then of degree 1)."""
 
+BLOCKS = 200
+"""Blocks of one dim that are told by name."""
+
 Coordinate = dict[str, int]
 
 
@@ -76,6 +79,52 @@ class Geometry:
             n = node.factors[0].value
             return [(f"part {k}", self.sizes[dim] // n) for k in range(n)] if n > 1 else []
         return []
+
+    def blocks(self, dim: int) -> list[tuple[int, str, int, int]]:
+        """(depth, name, start, length) of the blocks in which what a rank holds of a dim lies, one in the other: of
+        `(tp head qkv d)` the heads (`head 3`), and q, k and v in each (a name with a letter for each of them).
+
+        Names count within what they lie in. Nothing where lengths differ from one coordinate to the next, or of more
+        than BLOCKS.
+        """
+        if self.widths_of:
+            return []
+        found = self._blocks(self.dims[dim], 0, 0)
+        return found if len(found) <= BLOCKS else []
+
+    def _blocks(self, node: Node, start: int, depth: int) -> list[tuple[int, str, int, int]]:
+        if isinstance(node, Sum):
+            found, at = [], start
+            for term in node.terms:
+                length = self._extent(term, {})
+                found += [(depth, self._part_name(term), at, length)] if depth else []
+                found += self._blocks(term, at, depth + 1 if depth else 0)
+                at += length
+            return found
+        if not isinstance(node, Product):
+            return []
+        axes = [i for i, f in enumerate(node.factors) if isinstance(f, Name) and self.is_axis(f.text)]
+        begin = axes[-1] + 1 if axes else 0
+        outer, inner = node.factors[begin:-1], node.factors[-1]
+        if not (outer or (depth and isinstance(inner, Sum))) or (not axes and not depth):
+            return []
+        whole, found = self._extent(node, {}), []
+        level, size = depth, self._extent_of_factors(node.factors[begin:], {})
+        for factor in outer:
+            n = self._extent(factor, {})
+            size //= max(n, 1)
+            if whole // max(size, 1) > BLOCKS:
+                return []
+            letters = str(factor) if len(str(factor)) == n and str(factor).isalpha() else ""
+            for k in range(whole // max(size, 1)):
+                name = letters[k % n] if letters else f"{factor} {k}"
+                found.append((level, name, start + k * size, size))
+            level += 1
+        if isinstance(inner, Sum):
+            inside = self._extent(inner, {})
+            for at in range(start, start + whole, inside) if whole // inside <= BLOCKS else ():
+                found += self._blocks(inner, at, max(level, 1))
+        return found
 
     def _part_name(self, term: Node) -> str:
         return " ".join(name for name in names(term) if not self.is_axis(name)) or str(term)

@@ -20,8 +20,8 @@ from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.plan.boxes import Box, shared_boxes
-from ckptlab.plan.moves import Move
-from ckptlab.plan.placement import Placement
+from ckptlab.plan.moves import Later, Move
+from ckptlab.plan.placement import InBuffers, Placement
 from ckptlab.plan.ranks import Ranks, best_ranks
 from ckptlab.plan.spread import Edges, Spread
 from ckptlab.plan.time import Cluster, Times, time
@@ -131,7 +131,7 @@ class Plan(Shown):
     written_size: Int64
     elements_read: Int64
     elements_written: Int64
-    moves: tuple[Move, ...] = ()
+    moves: Sequence[Move] = ()
 
     @property
     def rows(self) -> int:
@@ -217,10 +217,13 @@ class Plan(Shown):
 
 
 @explained
-def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves: Iterable[Move] | None = None) -> Plan:
+def compose(
+    tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves: Callable[[], Iterable[Move]] | None = None
+) -> Plan:
     """The plan for many tensors: (name, bytes an element read, bytes an element written, from, to) each.
 
-    The bytes are summed over the states that lie alike. moves: what is moved state by state (None: what is named).
+    The bytes are summed over the states that lie alike. moves: gives what is moved state by state, when that is wanted
+    (None: what is named).
     All placements on one side have meshes of one size.
     Raises ReshapeError, with the tensor's name, where a tensor's two placements do not fit.
     """
@@ -230,6 +233,7 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves
     alike: dict[Any, list[int]] = {}
     cuts: dict[Cut, int] = {}  # told apart by content, which is looked at once for each that there is
     numbers: dict[int, int] = {}
+    kinds: dict[Any, int] = {}
     for i, (name, read_size, written_size, a, b) in enumerate(tensors):
         names.append(name)
         figures.append((read_size, written_size))
@@ -237,10 +241,10 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves
         for cut in (a.cut, b.cut):
             if id(cut) not in numbers:
                 numbers[id(cut)] = cuts.setdefault(cut, len(cuts))
-        key = (numbers[id(a.cut)], numbers[id(b.cut)], a.kind(first=True), b.kind())
+        key = (numbers[id(a.cut)], numbers[id(b.cut)], _kind(kinds, a, True), _kind(kinds, b, False))
         alike.setdefault(key, []).append(i)
     for side, meshes in (("source", [a.mesh for a, _ in pairs]), ("target", [b.mesh for _, b in pairs])):
-        found = {mesh.size for mesh in set(meshes)}
+        found = {mesh.size for mesh in {id(mesh): mesh for mesh in meshes}.values()}
         if len(found) > 1:
             raise ReshapeError(f"the tensors' {side} meshes differ in size: {', '.join(map(str, sorted(found)))} ranks")
     rows: list[Rows] = []
@@ -261,7 +265,7 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves
     tensor, source, target, count = _concatenate(rows)
     order = np.argsort(tensor, kind="stable")
     sizes = np.array(figures, np.int64).reshape(-1, 2)
-    named = tuple(Move(name, *pair) for name, pair in zip(names, pairs, strict=True)) if moves is None else tuple(moves)
+    told = moves or (lambda: (Move(name, *pair) for name, pair in zip(names, pairs, strict=True)))
     return Plan(
         tuple(names),
         max((a.mesh.size for a, _ in pairs[:1]), default=0),
@@ -274,8 +278,19 @@ def compose(tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves
         sizes[:, 1],
         elements[:, 0],
         elements[:, 1],
-        named,
+        Later(told),
     )
+
+
+def _kind(known: dict[Any, int], placement: Placement, first: bool) -> int:
+    """A number for each kind of placement (see `Placement.kind`), looked up by what placements of a kind share."""
+    flats = placement.flats
+    buffers = flats.group if isinstance(flats, InBuffers) else flats
+    at = tuple(placement.at.items()) if placement.at else ()
+    shared = (id(placement.cut), id(buffers), placement.stages, placement.replicas, at, first)
+    if shared not in known:
+        known[shared] = known.setdefault(placement.kind(first), len(known))
+    return known[shared]
 
 
 @explained

@@ -6,8 +6,10 @@ shard over dp, its consecutive part of that.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +51,26 @@ class Move:
             for target in targets[at_b]:
                 for box in boxes:
                     yield from _pieces(self, box, source, target)
+
+
+class Later(Sequence[Move]):
+    """Moves that are worked out when the first is looked at: who costs or draws a plan needs none."""
+
+    def __init__(self, moves: Callable[[], Iterable[Move]]) -> None:
+        self._make = moves
+
+    @cached_property
+    def _all(self) -> tuple[Move, ...]:
+        return tuple(self._make())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._all[index]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __reduce__(self) -> tuple[type[tuple], tuple[tuple[Move, ...]]]:
+        return tuple, (self._all,)
 
 
 @dataclass(frozen=True, eq=False)

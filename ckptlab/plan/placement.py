@@ -140,11 +140,11 @@ class Placement:
     at: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if set(self.cut.axes) & {"pp", *self.at}:
+        if any(axis == "pp" or axis in self.at for axis in self.cut.axes):
             raise LayoutError(
                 f"{self.cut!r} is cut over an axis on which it is fixed: pp {self.stages}, {dict(self.at)}"
             )
-        if not self.stages or not all(0 <= stage < self.mesh.pp for stage in self.stages):
+        if not self.stages or min(self.stages) < 0 or max(self.stages) >= self.mesh.pp:
             raise LayoutError(f"stages {self.stages} are not all among the stages of pp({self.mesh.pp})")
 
     def __getstate__(self) -> dict[str, Any]:

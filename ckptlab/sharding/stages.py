@@ -6,7 +6,9 @@ Sources: DeepSpeed 0.19.8, `runtime.utils.partition_balanced` and `partition_uni
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from ckptlab.errors import ReshapeError
 
 def stage_of(layer: int, starts: Sequence[int]) -> int:
     """The stage that layer is on, given the first layer of each stage."""
-    return int(np.searchsorted(np.asarray(starts), layer, side="right")) - 1
+    return bisect_right(starts, layer) - 1
 
 
 def uniform(layers: int, pp: int) -> tuple[int, ...]:
@@ -33,6 +35,11 @@ def balanced(weights: Sequence[int], pp: int) -> tuple[int, ...]:
     A dynamic programme over (layers dealt, stages used), as DeepSpeed's: it keeps for each cell the cheapest way and
     that way's extremes.
     """
+    return _balanced(tuple(weights), pp)
+
+
+@lru_cache(maxsize=256)
+def _balanced(weights: tuple[int, ...], pp: int) -> tuple[int, ...]:
     n = len(weights)
     if n <= pp:
         return uniform(n, pp)

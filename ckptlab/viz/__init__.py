@@ -13,11 +13,12 @@ from ckptlab.draw import Drawing
 from ckptlab.viz.buffers import flat
 from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
-from ckptlab.viz.moves import plan
+from ckptlab.viz.moves import flow, plan
 from ckptlab.viz.placed import placed
 from ckptlab.viz.plots import plot_memory, plot_plan
 from ckptlab.viz.sizes import KINDS, fullest, memory, memory_by_rank
 from ckptlab.viz.tensors import tensor
+from ckptlab.viz.values import values
 
 if TYPE_CHECKING:
     from ckptlab.viz.families import family
@@ -27,6 +28,7 @@ __all__ = [
     "Drawing",
     "family",
     "flat",
+    "flow",
     "fullest",
     "memory",
     "memory_by_rank",
@@ -37,6 +39,7 @@ __all__ = [
     "plot_plan",
     "stages",
     "tensor",
+    "values",
 ]
 
 

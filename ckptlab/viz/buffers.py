@@ -5,6 +5,7 @@ from __future__ import annotations
 from ckptlab.arguments import explained
 from ckptlab.catalog import FlatGroup
 from ckptlab.draw import Bar, Drawing, Piece, strips
+from ckptlab.draw.colours import colour
 from ckptlab.errors import MeshError
 from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.words import number_of
@@ -14,12 +15,20 @@ SHOWN = 8  # dp ranks that are drawn; of more the first and the last
 
 
 @explained
-def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, width: float | None = None, **at: int) -> Drawing:
+def flat(
+    group: FlatGroup | FlatBuffer,
+    *,
+    dp: int | None = None,
+    tensor: str | None = None,
+    width: float | None = None,
+    **at: int,
+) -> Drawing:
     """The flat buffer of one group (of a catalog's FlatGroup, that of coordinates such as tp=1), one bar for each dp
     rank.
 
     Above lies the whole buffer with the cuts between dp ranks. Fragments have their tensors' names and colours; where a
     tensor goes on in the next rank's buffer it is torn; padding is hatched. dp: this rank's alone, without the whole.
+    tensor: the name of one that alone has a colour.
 
     width: of the page, in pixels (None: as wide as it likes). Widths are proportional to elements. Cells: class
     `fragment` (`merged`: several that are too thin; data-tensors counts them) or `padding`, in the whole `span`;
@@ -35,10 +44,10 @@ def flat(group: FlatGroup | FlatBuffer, *, dp: int | None = None, width: float |
     if len(shown) > SHOWN:
         omitted = len(shown) - SHOWN + 1
         shown = [*shown[: SHOWN - 2], *shown[-1:]]
-    made: list[Bar | str] = [_bar(buffer, d, holder) for d in shown]
+    made: list[Bar | str] = [_bar(buffer, d, holder, tensor) for d in shown]
     if omitted:
         made.insert(len(made) - 1, f"… and {omitted:,} dp ranks, {shown[-2] + 1} to {shown[-1] - 1}")
-    whole, cuts = _whole(buffer) if dp is None else (None, [])
+    whole, cuts = _whole(buffer, tensor) if dp is None else (None, [])
     title, notes = _title(group, buffer, holder), _notes(group, buffer)
     return strips(made, whole=whole, cuts=cuts, title=title, notes=notes, width=width)
 
@@ -64,20 +73,30 @@ def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
     return said
 
 
-def _whole(buffer: FlatBuffer) -> tuple[Bar | None, list[tuple[int, str]]]:
+def _whole(buffer: FlatBuffer, tensor: str | None) -> tuple[Bar | None, list[tuple[int, str]]]:
     """The buffer before dp cuts it, and where each rank's partition begins: of ZeRO-3, which has none, nothing."""
     if buffer.partition is None or buffer.dp == 1:
         return None, []
     order = sorted(range(len(buffer.names)), key=lambda i: buffer.starts[i])
-    pieces = [Piece(buffer.names[i], buffer.starts[i], buffer.counts[i], i) for i in order if buffer.counts[i]]
+    pieces = [
+        Piece(buffer.names[i], buffer.starts[i], buffer.counts[i], i, tint=_tint(buffer.names[i], tensor))
+        for i in order
+        if buffer.counts[i]
+    ]
     step = -(-buffer.dp // CUTS)
     cuts = [(d * buffer.partition, f"dp {d}" if step == 1 else f"dp {d} …") for d in range(0, buffer.dp, step)]
     return Bar("whole", buffer.total, pieces, kind="span"), cuts
 
 
-def _bar(buffer: FlatBuffer, d: int, holder: Holder) -> Bar:
+def _tint(name: str, tensor: str | None) -> str:
+    """Where one tensor alone has a colour: the first, or grey."""
+    return "" if tensor is None else colour(0) if name == tensor else "#a8a8a8"
+
+
+def _bar(buffer: FlatBuffer, d: int, holder: Holder, tensor: str | None) -> Bar:
     pieces = []
     for index, at, start, count in buffer.within(d).tolist():
         torn = (at > 0, at + count < buffer.counts[index]) if buffer.partition is not None else (False, False)
-        pieces.append(Piece(buffer.names[index], start, count, index, torn, {"from": at}))
+        tint = _tint(buffer.names[index], tensor)
+        pieces.append(Piece(buffer.names[index], start, count, index, torn, {"from": at}, tint))
     return Bar(f"dp {d}", buffer.size(d), pieces, {**holder, "dp": d})

@@ -13,6 +13,7 @@ from ckptlab.shown import shows
 from ckptlab.viz.example import example
 
 Parts = Sequence[tuple[str, int]]
+Inner = Sequence[tuple[int, str, int, int]]
 
 
 def picture(
@@ -26,19 +27,23 @@ def picture(
     notes: Sequence[str] = (),
     copies: Sequence[tuple[str, int]] | None = None,
     fragments: Sequence[Fragment] = (),
+    inner: Sequence[Inner] = (),
     nothing: str = "",
     everyone: str = "every rank",
+    hue: int | None = None,
     width: float | None = None,
 ) -> Drawing:
     """A cut drawn. dims: names; parts: for each dim (name, length) of what is cut on its own, or nothing.
 
-    rank: the coordinate that stands out; axes that do not cut the tensor are passed over. copies: (axis,
-    number) of those that hold the same (None: all axes that do not cut it). fragments, nothing, everyone, width: see
-    `sheet`.
+    rank: the coordinate that stands out; axes that do not cut the tensor are passed over. copies: (axis, number) of
+    those that hold the same (None: all axes that do not cut it). inner: see `Edge`; fragments, nothing, everyone, hue,
+    width: see `sheet`.
     """
     edges = [
-        _edge(dim, true, name, part, cut.mesh)
-        for dim, true, name, part in zip(cut.dims, cut.logical, dims, parts, strict=True)
+        _edge(dim, true, name, part, within, cut.mesh)
+        for dim, true, name, part, within in zip(
+            cut.dims, cut.logical, dims, parts, inner or [()] * len(dims), strict=True
+        )
     ]
     for axis, k in (rank or {}).items():
         if axis in cut.axes and not (isinstance(k, int) and 0 <= k < cut.mesh[axis]):
@@ -60,6 +65,7 @@ def picture(
         fragments=fragments,
         nothing=nothing,
         everyone=everyone,
+        hue=hue,
         room=width,
     )
 
@@ -74,19 +80,21 @@ def on_paper(layout: Layout) -> Drawing:
     """A layout by itself, on a small mesh and shape that it fits; of one that fits none of those, the notation."""
     full, shape, mesh = example(layout)
     said = [f"an example: shape {shape} on {mesh}"]
+    if lengths := {**dict(layout.sizes), **dict(layout.totals)}:
+        said.append("lengths that are said: " + ", ".join(f"{name} {n}" for name, n in lengths.items()))
     if layout.padded:
         said.append("padded: " + ", ".join(f"{layout.dims[i]} to {n:,}" for i, n in layout.padded))
     try:
-        cut, parts = full.resolve(shape, mesh), full.parts(shape, mesh)
+        cut, parts, inner = full.resolve(shape, mesh), full.parts(shape, mesh), full.blocks(shape, mesh)
     except LayoutError:
         return sheet([], title=repr(layout), notes=["no small example of it: give it a shape and a mesh"])
-    return picture(cut, layout.dims, parts, title=repr(layout), notation=layout.text, notes=said)
+    return picture(cut, layout.dims, parts, notation=layout.text, notes=said, inner=inner)
 
 
-def _edge(dim: DimCut, true: int, name: str, parts: Parts, mesh: Mesh) -> Edge:
+def _edge(dim: DimCut, true: int, name: str, parts: Parts, inner: Inner, mesh: Mesh) -> Edge:
     axes = Axes(dim.axes, tuple(mesh[axis] for axis in dim.axes))
     held = [intervals(dim.runs[at])[:, [0, 2]] for at in sorted(dim.runs)]
-    return Edge(name, dim.size, min(true, dim.size), axes, held, parts)
+    return Edge(name, dim.size, min(true, dim.size), axes, held, parts, inner)
 
 
 def _copies(cut: Cut) -> list[tuple[str, int]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ckptlab.arguments import explained
-from ckptlab.draw import Drawing
-from ckptlab.draw import grid as draw_grid
-from ckptlab.errors import MeshError
-from ckptlab.mesh import Mesh
+from ckptlab.draw import Drawing, block, grid
+from ckptlab.errors import InputError, MeshError
+from ckptlab.mesh import Mesh, spoken
 from ckptlab.shown import shows
 from ckptlab.viewed import Viewed
 from ckptlab.viz.neighbours import Devices
@@ -24,6 +23,8 @@ def mesh(
     *,
     highlight: Mapping[str, int] | int | None = None,
     group: str | None = None,
+    node: int | None = None,
+    oblique: bool = False,
     width: float | None = None,
 ) -> Drawing:
     """Every rank of a mesh: a grid for each pp stage (and coordinate on axes other than dp and tp), dp down, tp across.
@@ -32,32 +33,58 @@ def mesh(
     across, the one before down.
 
     highlight: a rank, or a coordinate (`{"tp": 1}`: all ranks there) that stands out. group: the axis whose process
-    groups are framed, each in its own colour. width: of the page, in pixels. Cells: class `rank`, data-rank, data-tp,
-    data-pp, data-dp, data-group. Raises MeshError for a rank or an axis that the mesh does not have.
+    groups are framed, each in its own colour. node: how many ranks, of neighbouring numbers, a machine has: nodes are
+    framed instead. oblique: as a block, a slanted sheet for each stage. width: of the page, in pixels. Cells: class
+    `rank`, data-rank, data-tp, data-pp, data-dp, data-group. Raises MeshError for a rank or an axis that the mesh does
+    not have, InputError where groups and nodes are asked for at once.
     """
     mesh = mesh.held.mesh if isinstance(mesh, Viewed) else mesh
+    if group is not None and node is not None:
+        raise InputError(f"mesh frames one kind of groups: group={group!r} or node={node}, not both")
+    if node is not None and node < 1:
+        raise InputError(f"mesh takes node=the ranks of a machine, at least 1, not {node}")
+    draw = block if oblique else grid
     if not isinstance(mesh, Mesh):
-        return _of_neighbour(Devices.of(mesh), highlight, group, width)
+        return _of_neighbour(Devices.of(mesh), highlight, group, node, draw, width)
     marked: list[int] = []
     if isinstance(highlight, int):
         mesh.coordinate(highlight)  # refuses a rank that is not there
         marked = [highlight]
     elif highlight is not None:
         marked = mesh.ranks(**highlight)
-    groups = mesh.groups(group) if group is not None else []
-    return draw_grid(
+    groups = mesh.groups(group) if group is not None else _nodes(range(mesh.size), node)
+    return draw(
         mesh.degrees,
         *mesh.directions(),
-        marked=marked,
+        marks=marked,
         groups=groups,
-        along=group or "",
-        title=mesh.title(),
+        along=f"{group} group" if group else "node",
+        spoken=spoken(mesh.axes),
+        title=mesh.title() + _framed(group, node),
         width=width,
     )
 
 
+def _framed(group: str | None, node: int | None) -> str:
+    """What is framed, for the title."""
+    return f" · groups along {group}" if group else f" · nodes of {node}" if node else ""
+
+
+def _nodes(ranks: Sequence[int], node: int | None) -> list[list[int]]:
+    """The ranks of each machine."""
+    machines: dict[int, list[int]] = {}
+    for rank in ranks if node else ():
+        machines.setdefault(rank // (node or 1), []).append(rank)
+    return [machines[k] for k in sorted(machines)]
+
+
 def _of_neighbour(
-    devices: Devices, highlight: Mapping[str, int] | int | None, group: str | None, width: float | None
+    devices: Devices,
+    highlight: Mapping[str, int] | int | None,
+    group: str | None,
+    node: int | None,
+    draw: Callable[..., Drawing],
+    width: float | None,
 ) -> Drawing:
     names, numbers = list(devices.degrees), devices.numbers
     if unknown := [
@@ -71,19 +98,19 @@ def _of_neighbour(
             raise MeshError(f"rank {highlight} is not on this mesh, which has {numbers.size} ranks")
     elif highlight is not None:
         marked = numbers[tuple(highlight.get(axis, slice(None)) for axis in names)].ravel().tolist()
-    groups: list[list[int]] = []
+    groups = _nodes(numbers.ravel().tolist(), node)
     if group is not None:
         groups = np.moveaxis(numbers, names.index(group), -1).reshape(-1, devices.degrees[group]).tolist()
     degrees = " · ".join(f"{axis} {n}" for axis, n in devices.degrees.items())
-    return draw_grid(
+    return draw(
         devices.degrees,
         names[:-2],
         names[-2:-1],
         names[-1:],
-        marked=marked,
+        marks=marked,
         groups=groups,
-        along=group or "",
-        title=f"{degrees} ({number_of(numbers.size, 'rank')})",
+        along=f"{group} group" if group else "node",
+        title=f"{degrees} ({number_of(numbers.size, 'rank')}){_framed(group, node)}",
         width=width,
         numbers=numbers.ravel().tolist(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ckptlab.arguments import explained
 from ckptlab.checkpoint import Reshape
 from ckptlab.draw import Drawing, Side, matrix
+from ckptlab.draw import flow as flow_drawing
 from ckptlab.draw.blocks import blocks, span
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Plan
@@ -36,14 +37,31 @@ def plan(
         source, target = source or plan.source.mesh, target or plan.mesh
     plan = moved(plan)
     most = RANKS if width is None else min(max(int((width - 170) // 46), 4), RANKS)
-    rows, columns = _side("source", plan.sources, source, RANKS), _side("target", plan.targets, target, most)
+    return _drawn(
+        matrix, plan, _side("source", plan.sources, source, RANKS), _side("target", plan.targets, target, most), width
+    )
+
+
+@explained
+def flow(plan: Plan, source: Mesh | None = None, target: Mesh | None = None, *, width: float | None = None) -> Drawing:
+    """Who sends how much to whom, as bands from source (left) to target (right) that are as wide as they carry bytes.
+
+    Ranks, stages and blocks are those of `plan`, and so are colours: a source's band has that of its row's sum.
+    Outlined is what does not change rank. width: of the page, in pixels. Cells: class `flow`, data-source, data-target,
+    data-bytes, data-kept; class `end`, data-source or data-target, data-bytes.
+    """
+    sides = (_side("source", plan.sources, source, RANKS), _side("target", plan.targets, target, RANKS))
+    return _drawn(flow_drawing, plan, *sides, width)
+
+
+def _drawn(draw: Callable[..., Drawing], plan: Plan, rows: Side, columns: Side, width: float | None) -> Drawing:
     table, kept = _summed(plan, rows, columns)
     title = f"{plan.sources:,} → {plan.targets:,} ranks: {size(plan.sent)} read, {size(plan.moved)} change rank"
     notes = []
     for what, side, ranks in (("source", rows, plan.sources), ("target", columns, plan.targets)):
         if len(side.labels) < ranks:
             notes.append(f"{ranks:,} {what} ranks in {len(side.labels):,} {side.name.removeprefix(what).strip()}")
-    return matrix(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes, width=width)
+    return draw(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes, width=width)
 
 
 def moved(plan: Plan | Reshape) -> Plan:

@@ -24,14 +24,21 @@ from ckptlab.words import ranges
 
 @explained
 def placed(
-    catalog: Catalog, name: str, state: str | None = None, *, rank: int | None = None, width: float | None = None
+    catalog: Catalog,
+    name: str,
+    state: str | None = None,
+    *,
+    rank: int | None = None,
+    hue: int | None = None,
+    width: float | None = None,
 ) -> Drawing:
     """One state of a tensor (None: its first) as the ranks of a catalog hold it.
 
     As `tensor` draws it, but where ZeRO cuts flattened shards over dp, so does the picture: each fragment lies where
     its elements do, named by who holds it. rank: what it holds stands out, and beside; of a rank that holds nothing,
-    that is said. width: of the page, in pixels. Cells: class `piece` (`fragment`, `marked`, `dimmed`), data-tp,
-    data-dp, …, data-from and data-count (of a fragment, in the flattened shard).
+    that is said. hue: one colour in tints, by its number, instead of one for each coordinate. width: of the page, in
+    pixels. Cells: class `piece` (`fragment`, `marked`, `dimmed`), data-tp, data-dp, …, data-from and data-count (of a
+    fragment, in the flattened shard).
     """
     tensor = catalog[name]
     state = next(iter(tensor.states)) if state is None else state
@@ -72,6 +79,7 @@ def placed(
         copies=copies,
         fragments=fragments,
         nothing=nothing,
+        hue=hue,
         everyone="every rank" if catalog.mesh.pp == 1 else f"every rank of pp {ranges(placement.stages)}",
         width=width,
     )

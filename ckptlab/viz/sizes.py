@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TypeAlias
@@ -15,6 +16,7 @@ from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
 from ckptlab.layout import Cut
+from ckptlab.mesh import spoken
 from ckptlab.viewed import Viewed
 from ckptlab.words import ranges
 
@@ -41,8 +43,11 @@ def memory(model: Model, *, width: float | None = None) -> Drawing:
     if isinstance(model, Mapping):
         return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [], width)
     axes = Axes(model.mesh.axes, model.mesh.shape)
+    order = spoken(axes.names)
     notes = ["padding of flat buffers is in it; activations and buffers of the communication are not"]
-    return _drawn(found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks)}", title(model), notes, width)
+    return _drawn(
+        found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks, order)}", title(model), notes, width
+    )
 
 
 def ranked(model: Model) -> Catalog | Mapping[str, Mapping[str, int]]:
@@ -116,6 +121,16 @@ def memory_by_rank(model: Viewed | Catalog) -> Table:
     much as the first. Gradients are those of `gradients`. Of files of which no run is known, what is stored.
     """
     catalog = model.held if isinstance(model, Viewed) else model
+    if id(catalog) not in _TABLES:
+        _TABLES[id(catalog)] = _by_rank(catalog)
+        weakref.finalize(catalog, _TABLES.pop, id(catalog), None)
+    return _TABLES[id(catalog)].copy()
+
+
+_TABLES: dict[int, Table] = {}  # of catalogs that are there: a picture and a figure beside it are of the same one
+
+
+def _by_rank(catalog: Catalog) -> Table:
     mesh, kept = catalog.mesh, catalog.training.gradients
     found = np.zeros((mesh.size, len(KINDS)), np.int64)
     for group in catalog.flat_groups:

@@ -23,6 +23,7 @@ def tensor(
     *,
     rank: Mapping[str, int] | None = None,
     name: str | None = None,
+    hue: int | None = None,
     width: float | None = None,
 ) -> Drawing:
     """A tensor of a (true) shape as a layout, or a line of notation, cuts it over a mesh; no checkpoint is needed.
@@ -33,7 +34,8 @@ def tensor(
 
     Each coordinate of the cut has its colour, stripes are held by several, sub-parameters are framed and named,
     padding is hatched, copies lie behind as sheets; sizes stand at the edges. rank: a coordinate that stands out; axes
-    that do not cut the tensor may be in it. name: what the tensor is called. width: of the page, in
+    that do not cut the tensor may be in it. name: what the tensor is called. hue: one colour in tints, by its number,
+    instead of one for each coordinate. width: of the page, in
     pixels: the drawing is made smaller, and what stands beside the tensor put below it, to fit.
 
     Areas are proportional to numbers of elements. Cells: class `piece` (`padding`, `replicated`, `marked`), data-tp …
@@ -62,6 +64,7 @@ def tensor(
             title=name or "",
             notation=theirs.notation,
             rank=rank,
+            hue=hue,
             notes=notes,
             copies=[(axis, n) for axis, n in mesh.degrees.items() if n > 1 and axis not in over],
             width=width,
@@ -77,7 +80,9 @@ def tensor(
         title=name or "",
         notation=layout.text,
         rank=rank,
+        hue=hue,
         notes=notes_of(layout),
+        inner=layout.blocks(shape, mesh),
         width=width,
     )
 

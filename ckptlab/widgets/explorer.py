@@ -17,7 +17,7 @@ import traitlets
 from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.transformer import PaperModel
-from ckptlab.widgets import export, page, parts
+from ckptlab.widgets import export, numbers, page, parts
 from ckptlab.widgets.presets import PRESETS
 from ckptlab.widgets.steps import TITLES
 from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line, pairs
@@ -26,7 +26,7 @@ STATIC = Path(__file__).parent / "static"
 WIDTH = 560  # of a column, in pixels, until the page says how wide it is
 KEPT = 400  # parts
 REST = 0.3  # seconds that a state must stand before it is found out which degrees work beside it
-AT_ONCE = 2_000_000  # tensors * ranks, of source and target together: beyond, a state is worked out beside the kernel
+AT_ONCE = 2_000_000  # tensors * ranks, of source and target together, or values: beyond, a state is worked out beside
 
 
 class MeshTrait(traitlets.TraitType):
@@ -53,8 +53,9 @@ def _mesh_trait() -> Any:
 class Explorer(anywidget.AnyWidget):
     """A checkpoint to look into.
 
-    What is chosen is in traits, to be read, set and observed: `tab` ("Look", "Reshape", "Steps"; of a playground also
-    "Model"), `tensor`, `state`, `rank`; the target's `mesh`, `zero_stage` and `target_rank`; `step` of the reshape.
+    What is chosen is in traits, to be read, set and observed: `tab` ("Look", "Values", "Reshape", "Steps"; of a
+    playground also "Model"), `tensor`, `state`, `rank`; `window`, of the values, [first, one behind the last] for each
+    dim; the target's `mesh`, `zero_stage` and `target_rank`; `step` of the reshape.
     `choose(tensor=…, rank=…)` sets several at once. CheckpointError for a tensor that is not there, MeshError for a
     rank that is not on the mesh. `to_html(path)` writes a page that answers without a kernel.
     """
@@ -70,6 +71,7 @@ class Explorer(anywidget.AnyWidget):
     zero_stage = traitlets.Int(0).tag(sync=True)
     target_rank = traitlets.Int(0).tag(sync=True)
     step = traitlets.Int(0).tag(sync=True)
+    window: Any = traitlets.List().tag(sync=True)
     width = traitlets.Int(WIDTH).tag(sync=True)
     model = traitlets.Dict(None, allow_none=True).tag(sync=True)
     source_mesh = _mesh_trait()
@@ -83,7 +85,7 @@ class Explorer(anywidget.AnyWidget):
     most = traitlets.Int(parts.MOST).tag(sync=True)
     presets = traitlets.Dict().tag(sync=True)
 
-    tabs: tuple[str, ...] = ("Look", "Reshape", "Steps")
+    tabs: tuple[str, ...] = ("Look", "Values", "Reshape", "Steps")
 
     def __init__(self, subject: Subject, **others: Any) -> None:
         self.subject: Subject | Refusal = subject
@@ -94,6 +96,8 @@ class Explorer(anywidget.AnyWidget):
         self._shown: tuple[dict[str, Any], int] | None = None
         self._settling = True
         start = subject.start()
+        if subject.catalog.extents is None:
+            self.tabs = tuple(tab for tab in self.tabs if tab != "Values")
         super().__init__(
             tensor=start.tensor,
             state=start.state,
@@ -120,7 +124,8 @@ class Explorer(anywidget.AnyWidget):
     def choice(self) -> Choice:
         """What is chosen, as a plain value."""
         return Choice(
-            *(self.tensor, self.state, self.rank, self.mesh, self.zero_stage, self.target_rank, self.step, self.width)
+            *(self.tensor, self.state, self.rank, self.mesh, self.zero_stage, self.target_rank, self.step, self.width),
+            tuple((int(a), int(b)) for a, b in self.window),
         )
 
     def choose(self, **changes: Any) -> None:
@@ -163,8 +168,11 @@ class Explorer(anywidget.AnyWidget):
         self._show()
 
     def _settle(self, change: Any) -> None:
-        """Let what was chosen follow: a state that the tensor has."""
-        states = self._good.catalog[self.tensor].states
+        """Let what was chosen follow: a state that the tensor has, a window that is in it."""
+        tensor = self._good.catalog[self.tensor]
+        if not numbers.fits(self.window, tensor.shape):
+            self.window = []
+        states = tensor.states
         if self.state not in states:
             self.state = next(iter(states))
 
@@ -206,6 +214,8 @@ class Explorer(anywidget.AnyWidget):
     def _heavy(self, subject: Subject | Refusal, choice: Choice) -> bool:
         if isinstance(subject, Refusal):
             return False
+        if self.tab == "Values":
+            return numbers.read(subject, choice) > AT_ONCE
         ranks = subject.catalog.mesh.size + (choice.mesh.size if self.tab in ("Reshape", "Steps") else 0)
         return len(subject.catalog.tensors) * ranks > AT_ONCE
 
@@ -247,6 +257,7 @@ class Explorer(anywidget.AnyWidget):
         *,
         meshes: Sequence[Mesh] | None = None,
         tensors: Sequence[str] | None = None,
+        values: Sequence[str] | None = None,
         width: int = 520,
     ) -> None:
         """Write what is shown as one file that opens from disk, without a kernel or a network, and answers to hover,
@@ -254,12 +265,13 @@ class Explorer(anywidget.AnyWidget):
 
         meshes: the targets to slide to, in the ZeRO stage that is chosen (None: the chosen one, the source's, and those
         next to it that work). tensors: which can be chosen (None: all, of many those of the first layers); of each all
-        states on the chosen rank, and what each rank holds of the chosen state, as far as `export.STATES` go. width: of
-        a column of pictures, in pixels. CkptlabError for a mesh that cannot be.
+        states on the chosen rank, and what each rank holds of the chosen state, as far as `export.STATES` go. values:
+        tensors whose values are read and go into the page (None: the chosen one's, unless it is large). width: of a
+        column of pictures, in pixels. CkptlabError for a mesh that cannot be.
         """
         script, style = ((STATIC / name).read_text(encoding="utf-8") for name in ("explorer.js", "explorer.css"))
         traits = {name: value for name, value in self.get_state().items() if not name.startswith("_")}
-        of: dict[str, Any] = {"meshes": meshes, "tensors": tensors, "width": width}
+        of: dict[str, Any] = {"meshes": meshes, "tensors": tensors, "values": values, "width": width}
         html = export.page(self._good, self.choice, traits, (script, style), **of)
         Path(path).write_text(html, encoding="utf-8")
 

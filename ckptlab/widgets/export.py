@@ -13,11 +13,12 @@ from typing import Any
 
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
-from ckptlab.widgets import parts
+from ckptlab.widgets import numbers, parts
 from ckptlab.widgets.steps import TITLES
 from ckptlab.widgets.subject import Choice, Refusal, Subject, pairs
 
 STATES = 6_000  # that a page holds at most
+READ = 1 << 26  # elements that are read without being asked for
 TENSORS = 60  # of more, only those of the first layers
 
 _PAGE = """<!doctype html>
@@ -53,24 +54,27 @@ def page(
     *,
     meshes: Sequence[Mesh] | None,
     tensors: Sequence[str] | None,
+    values: Sequence[str] | None,
     width: int,
 ) -> str:
     """What a widget shows as one page of HTML: see `Explorer.to_html`.
 
     traits: those that the widget's script reads; code: the script and its style sheet.
     """
-    choice = replace(choice, width=width)
+    choice = replace(choice, width=width, window=())
     tabs = [tab for tab in traits["plan"]["tabs"] if tab != "Model"]
-    here = {name: traits[name] for name in parts.FIELDS} | {"width": width}
+    here = {name: traits[name] for name in parts.FIELDS} | {"width": width, "window": []}
     here["tab"] = here["tab"] if here["tab"] in tabs else "Look"
     targets = _near(subject, choice) if meshes is None else [choice.mesh, *meshes]
     for mesh in targets:
         if isinstance(refused := subject.target(replace(choice, mesh=mesh)), Refusal) and mesh != choice.mesh:
             raise CkptlabError(f"{mesh}: {refused}")
     names = list(dict.fromkeys([choice.tensor, *(_some(subject) if tensors is None else tensors)]))
+    told = [choice.tensor] if values is None and numbers.read(subject, choice) <= READ else [*(values or ())]
+    names += [name for name in told if name not in names]
     found: dict[str, int] = {}
     contents: dict[str, int] = {}
-    for state, its in _states(subject, choice, here, targets, names, tabs):
+    for state, its in _states(subject, choice, here, targets, (names, told), tabs):
         for slot, key in parts.wanted(state):
             if key in found or slot in parts.OPTIONAL:
                 continue
@@ -78,12 +82,12 @@ def page(
             found[key] = contents.setdefault(content, len(contents))
     stored = json.dumps({"of": found}, ensure_ascii=False)[:-1] + f', "contents": [{",".join(contents)}]}}'
     plan = {**traits["plan"], "tabs": {tab: parts.TABS[tab] for tab in tabs}}
-    told = json.dumps({**traits, **here, "plan": plan, "view": {}, "presets": {}}, ensure_ascii=False)
+    said = json.dumps({**traits, **here, "plan": plan, "view": {}, "presets": {}}, ensure_ascii=False)
     script, style = code
     return _PAGE.format(
         title=escape(subject.title),
         style=style,
-        traits=told.replace("<", "\\u003c"),
+        traits=said.replace("<", "\\u003c"),
         parts=base64.b64encode(zlib.compress(stored.encode("utf-8"), 9)).decode(),
         script=script.replace("export default { render };", ""),
     )
@@ -120,19 +124,26 @@ def _states(
     choice: Choice,
     here: dict[str, Any],
     meshes: Sequence[Mesh],
-    names: Sequence[str],
+    of: tuple[Sequence[str], Sequence[str]],
     tabs: Sequence[str],
 ) -> Iterator[tuple[dict[str, Any], Choice]]:
-    """Every state that the page is to answer to: what is nearest to what is chosen first, at most STATES."""
-    stage = choice.zero_stage
+    """Every state that the page is to answer to: what is nearest to what is chosen first, at most STATES.
+
+    of: the tensors that can be chosen, and those of which values are shown.
+    """
+    stage, (names, told) = choice.zero_stage, of
+    plain = [tab for tab in tabs if tab != "Values"]
     ranks = [choice.rank, *(r for r in range(min(subject.catalog.mesh.size, 16)) if r != choice.rank)]
 
     def all_of() -> Iterator[tuple[str, Choice]]:
         yield here["tab"], choice
         for mesh in meshes:
-            for tab in tabs:
+            for tab in plain:
                 yield tab, replace(choice, mesh=mesh)
             yield from (("Steps", replace(choice, mesh=mesh, step=i)) for i in range(len(TITLES)))
+        for name in told if "Values" in tabs else ():
+            for state in subject.catalog[name].states:
+                yield "Values", replace(choice, tensor=name, state=state)
         for name in names:
             chosen = replace(choice, tensor=name, state=_state(subject, name, choice.state))
             yield from (("Look", replace(chosen, rank=rank)) for rank in ranks)

@@ -172,8 +172,9 @@ def _add_flat_buffers(catalog: Catalog, rank: int, found: Inventory) -> None:
 
 
 def _add_outside(catalog: Catalog, rank: int, found: Inventory) -> None:
-    for name, state in catalog.placements:
-        if catalog.is_flat(name, state):
+    where = catalog.mesh.coordinate(rank)
+    for (name, state), placements in catalog.placements.items():
+        if catalog.is_flat(name, state) or not any(placement.holder(where) for placement in placements):
             continue
         tensor = catalog.tensors[name]
         for at, start, count, stored in _spans(catalog, name, state, rank):

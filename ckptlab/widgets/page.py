@@ -71,8 +71,9 @@ def holdings(catalog: Catalog, rank: int) -> str:
     if found.files:
         facts.append("in " + sizes(dict(list(found.files.items())[:6])) + " …" * (len(found.files) > 6))
     rows = "".join(
-        f"<tr><td>{escape(shorten(name, 44))}</td><td class=r>{start:,}</td><td class=r>{count:,}</td>"
-        f"<td class=r>{share:.3g} %</td><td class=r>{size(nbytes)}</td><td>{escape(where)}</td></tr>"
+        f'<tr><td title="{escape(name)}">{escape(shorten(name, 44))}</td><td class=r>{start:,}</td>'
+        f"<td class=r>{count:,}</td><td class=r>{share:.3g} %</td><td class=r>{size(nbytes)}</td>"
+        f'<td title="{escape(where)}">{escape(where)}</td></tr>'
         for name, start, count, share, nbytes, where in found.rows[:ROWS]
     )
     titles = ("tensor", ""), ("from", "r"), ("elements", "r"), ("of shard", "r"), ("size", "r"), ("where", "")
@@ -146,9 +147,9 @@ def static(subject: Subject, choice: Choice) -> str:
     return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))
 
 
-def moves(reshape: Reshape, width: int | None = None) -> str:
+def moves(reshape: Reshape) -> str:
     """Who sends how much to whom. SVG."""
-    return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh, width=width).svg
+    return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh).svg
 
 
 def _row(*pictures: str) -> str:

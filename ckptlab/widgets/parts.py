@@ -15,7 +15,7 @@ from ckptlab.catalog import ZERO_STAGES, Catalog
 from ckptlab.checkpoint import Reshape
 from ckptlab.draw import Stack, bars
 from ckptlab.errors import CkptlabError
-from ckptlab.widgets import page, steps
+from ckptlab.widgets import numbers, page, steps
 from ckptlab.widgets.held import by_rank
 from ckptlab.widgets.pictures import buffer, layout
 from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
@@ -26,7 +26,7 @@ State = Mapping[str, Any]
 
 SOURCE = ("model", "source_mesh", "source_stage")
 TARGET = (*SOURCE, "mesh", "zero_stage")
-FIELDS = ("tab", "tensor", "state", "rank", "mesh", "zero_stage", "target_rank", "step", "width", *SOURCE)
+FIELDS = ("tab", "tensor", "state", "rank", "window", "mesh", "zero_stage", "target_rank", "step", "width", *SOURCE)
 """What a state is made of: what the hands are on in the source, in the target, and what the source is."""
 
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -35,22 +35,26 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "source.works": SOURCE,
     "line.Model": SOURCE,
     "line.Look": (*SOURCE, "tensor", "state"),
+    "line.Values": (*SOURCE, "tensor", "state", "window"),
     "line.Reshape": TARGET,
     "line.Steps": TARGET,
     "model.told": SOURCE,
     "model.zero": (*SOURCE, "width"),
+    "model.mesh": (*SOURCE, "width"),
     "states": (*SOURCE, "tensor"),
     "look.mesh": (*SOURCE, "width"),
     "look.tensor": (*SOURCE, "tensor", "state", "rank", "width"),
     "look.flat": (*SOURCE, "tensor", "state", "rank", "width"),
     "look.held": (*SOURCE, "tensor", "state"),
     "look.holdings": (*SOURCE, "rank"),
+    "values.map": (*SOURCE, "tensor", "state", "window", "width"),
     "to.figures": TARGET,
     "to.works": TARGET,
     "to.mesh": (*TARGET, "width"),
     "to.tensor": (*TARGET, "tensor", "state", "target_rank", "width"),
     "to.memory": (*TARGET, "width"),
     "to.plan": (*TARGET, "width"),
+    "to.flow": (*TARGET, "width"),
     "to.held": (*TARGET, "tensor", "state"),
     "to.holdings": (*TARGET, "target_rank"),
     "step.text": (*TARGET, "tensor", "step"),
@@ -59,13 +63,14 @@ SLOTS: dict[str, tuple[str, ...]] = {
 """Part → the fields that it follows from."""
 
 TABS: dict[str, tuple[str, ...]] = {
-    "Model": ("about", "tensors", "line.Model", "model.told", "model.zero", "source.works"),
+    "Model": ("about", "tensors", "line.Model", "model.told", "model.zero", "model.mesh", "source.works"),
     "Look": (
         *("about", "tensors", "line.Look", "states"),
         *("look.mesh", "look.tensor", "look.flat", "look.held", "look.holdings"),
     ),
+    "Values": ("about", "tensors", "line.Values", "states", "look.mesh", "values.map"),
     "Reshape": (
-        *("about", "tensors", "line.Reshape", "to.figures", "to.mesh", "to.tensor", "to.memory", "to.plan"),
+        *("about", "tensors", "line.Reshape", "to.figures", "to.mesh", "to.tensor", "to.memory", "to.plan", "to.flow"),
         *("to.held", "to.holdings", "to.works"),
     ),
     "Steps": ("about", "tensors", "line.Steps", "to.figures", "step.text", "step.pictures", "to.works"),
@@ -76,6 +81,8 @@ OPTIONAL = ("source.works", "to.works")
 """What comes when there is time for it: which degrees work."""
 
 MOST = 16  # degree to which sliders go at least
+DEVICE = 80 * 10**9  # bytes of a device, as many of them have
+NODE = 8  # ranks of a machine, as it is mostly built
 RANKS = 4096  # of more, nobody is told what each holds
 
 
@@ -108,7 +115,9 @@ def _tensors(subject: Subject) -> dict[str, list[str]]:
 def _zero(subject: Subject, width: int | None) -> str:
     kept = [Stack(f"ZeRO-{s}", viz.fullest(subject.at_stage(s)), {}) for s in ZERO_STAGES]
     title = "memory of the fullest rank by ZeRO stage, gradients included"
-    return bars(kept, title=title, notes=["activations are not in it"], width=width).svg
+    fits = [stack.label for stack in kept if sum(stack.amounts.values()) <= DEVICE]
+    said = f"into 80 GB, without activations: {', '.join(fits) or 'none'}"
+    return bars(kept, title=title, notes=[said], limit=DEVICE, width=width).svg
 
 
 def _held(catalog: Catalog, choice: Choice) -> dict[str, Any] | None:
@@ -126,9 +135,9 @@ def _figures(target: Reshape) -> dict[str, Any]:
     return {"html": html, "title": page.towards(target), "axes": list(target.mesh.degrees.items())}
 
 
-def _plan(target: Reshape, width: int | None) -> str | None:
+def _plan(draw: Callable[..., viz.Drawing], target: Reshape, width: int | None) -> str | None:
     try:
-        return page.moves(target, width)
+        return draw(target.plan, target.source.mesh, target.mesh, width=width).svg
     except CkptlabError:
         return None  # the figures say why
 
@@ -147,16 +156,19 @@ _OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
     "source.works": lambda s, c, most: s.works(s.catalog.mesh.joined(), s.catalog.zero_stage or 0, most),
     "line.Model": lambda s, c, _: s.code,
     "line.Look": lambda s, c, _: s.opening(c),
+    "line.Values": lambda s, c, _: numbers.line(s, c),
     "line.Reshape": lambda s, c, _: s.reshaping(c),
     "line.Steps": lambda s, c, _: s.reshaping(c),
     "model.told": lambda s, c, _: page.model(s),
     "model.zero": lambda s, c, _: _zero(s, c.width),
+    "model.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, oblique=True, node=NODE, width=c.width).svg,
     "states": lambda s, c, _: list(s.tensor(c).states),
     "look.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, width=c.width).svg,
     "look.tensor": lambda s, c, _: layout(s.catalog, c.tensor, c.state, c.rank, c.width),
     "look.flat": lambda s, c, _: buffer(s.catalog, c.tensor, c.state, c.rank, _across(c.width)),
     "look.held": lambda s, c, _: _held(s.catalog, c),
     "look.holdings": lambda s, c, _: page.holdings(s.catalog, c.rank),
+    "values.map": lambda s, c, _: numbers.heat_map(s, c),
     "to.works": lambda s, c, most: s.works(c.mesh, c.zero_stage, most),
 }
 _OF_TARGET: dict[str, Callable[[Subject, Choice, Reshape], Any]] = {
@@ -164,7 +176,8 @@ _OF_TARGET: dict[str, Callable[[Subject, Choice, Reshape], Any]] = {
     "to.mesh": lambda s, c, t: viz.mesh(t.mesh, width=c.width).svg,
     "to.tensor": lambda s, c, t: layout(t.target, c.tensor, c.state, _target_rank(c, t), c.width),
     "to.memory": lambda s, c, t: viz.memory(t.target, width=c.width).svg,
-    "to.plan": lambda s, c, t: _plan(t, c.width),
+    "to.plan": lambda s, c, t: _plan(viz.plan, t, c.width),
+    "to.flow": lambda s, c, t: _plan(viz.flow, t, c.width),
     "to.held": lambda s, c, t: _held(t.target, c),
     "to.holdings": lambda s, c, t: page.holdings(t.target, _target_rank(c, t)),
     "step.text": lambda s, c, t: page.step(steps.step(t, c.tensor, c.step, c.width), with_code=not s.is_paper),

@@ -20,4 +20,4 @@ def buffer(catalog: Catalog, name: str, state: str, rank: int, width: int | None
         return ""
     holders = catalog.placement(tensor.name, state).holders
     mine = next((h for h in holders if h.within(at)), holders[0])
-    return viz.flat(catalog.flat(tensor.name, mine)[0], width=width, **mine).svg
+    return viz.flat(catalog.flat(tensor.name, mine)[0], tensor=None, width=width, **mine).svg

@@ -14,6 +14,7 @@ from ckptlab.checkpoint import Reshape
 from ckptlab.mesh import Mesh
 from ckptlab.words import number_of, ranges, shape_text
 
+HUE = 0  # the colour of the chosen tensor, in every step
 SOURCE, TARGET = "ckpt", "reshaped"  # what the code of a step calls the two
 
 
@@ -72,7 +73,7 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str, width: int | None) -> 
     return Step(
         title,
         text,
-        (viz.flat(group, width=width, **holder).svg,),
+        (viz.flat(group, tensor=tensor.name, width=width, **holder).svg,),
         f'{what}.flat()["pp{stage}/group{group.group}{sub}"]',
     )
 
@@ -97,7 +98,7 @@ def _whole(catalog: Catalog, tensor: Tensor, width: int | None) -> Step:
     if len(tensor.stages) > 1:
         text += f" Merge pp: the copies on stages {ranges(tensor.stages)} are tied, the first is taken."
     text += " This is the tensor as the model's author wrote it, without a mesh."
-    picture = viz.tensor(" ".join(tensor.layout.dims), tensor.shape, Mesh(), name=tensor.name, width=width)
+    picture = viz.tensor(" ".join(tensor.layout.dims), tensor.shape, Mesh(), name=tensor.name, hue=HUE, width=width)
     return Step(TITLES[2], text, (picture.svg,), f'{SOURCE}.full("{_state(tensor)}", stack=False)["{tensor.name}"]')
 
 
@@ -129,11 +130,10 @@ def _cut(catalog: Catalog, tensor: Tensor, width: int | None) -> viz.Drawing:
     """The tensor cut over the axes of its holders alone: whole over dp, on one stage."""
     placement = catalog.placement(tensor.name, _state(tensor))
     if not placement.flats:  # then it lies as its cut says
-        return viz.placed(catalog, tensor.name, _state(tensor), width=width)
+        return viz.placed(catalog, tensor.name, _state(tensor), hue=HUE, width=width)
     one = dict.fromkeys((*catalog.mesh.leaves("pp"), *placement.data, *placement.at), 1)
-    return viz.tensor(
-        tensor.layout.replace(stages=None), tensor.shape, catalog.mesh.replace(**one), name=tensor.name, width=width
-    )
+    layout, mesh = tensor.layout.replace(stages=None), catalog.mesh.replace(**one)
+    return viz.tensor(layout, tensor.shape, mesh, name=tensor.name, hue=HUE, width=width)
 
 
 def _over(tensor: Tensor) -> str:

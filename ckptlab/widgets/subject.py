@@ -25,7 +25,8 @@ DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192,
 @dataclass(frozen=True)
 class Choice:
     """The chosen tensor, one of its states, a rank of the source; the target's mesh and ZeRO stage, a rank of it; the
-    step of the reshape that is shown (from 0); for how wide a page pictures are drawn, in pixels."""
+    step of the reshape that is shown (from 0); for how wide a page pictures are drawn, in pixels; of the values the
+    window that is shown, (first, one behind the last) for each dim (of all of it, nothing)."""
 
     tensor: str
     state: str
@@ -35,6 +36,7 @@ class Choice:
     target_rank: int = 0
     step: int = 0
     width: int | None = None
+    window: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

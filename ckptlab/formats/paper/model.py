@@ -6,9 +6,9 @@ plans are worked out by the same code. ZeRO: Rajbhandari et al. 2020, arXiv:1910
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -42,15 +42,23 @@ def laid_out(model: PaperModel, mesh: Mesh, zero_stage: int = 1) -> Catalog:
     replicated = 1 < model.keys < mesh.tp
     if replicated and "kv" not in mesh:
         mesh = mesh.split("tp", kv=model.keys, rep=mesh.tp // model.keys)
+    catalog = _whole(model, mesh.replace(**dict.fromkeys(mesh.leaves("dp"), 1)), mesh.get("ep", 1), replicated)
+    return replace(drawn(catalog, mesh, zero_stage), findings=tuple(_findings(mesh, zero_stage)))
+
+
+@lru_cache(maxsize=64)
+def _whole(model: PaperModel, mesh: Mesh, experts: int, replicated: bool) -> Catalog:
+    """The model in whole tensors, with the layouts and stages that they have on a mesh, however many copies it has."""
     starts = balanced([0, *[1] * model.layers, 0, 0], mesh.pp)
     states = {s: np.dtype(np.float32) for s in OPTIMIZER} | {PARAM: DTYPES[model.dtype]}
     over = "kv" if replicated else "tp"
     layouts: dict[tuple[str, tuple[int, ...]], Layout] = {}  # layers of a stage have the same
     tensors = {}
     for name, shape in model.shapes.items():
-        kind = (re.sub(r"^layers\.\d+", "layers", name), _stages(model, name, starts))
+        layer, _, rest = name.removeprefix("layers.").partition(".")
+        kind = (rest if layer.isdigit() else name, _stages(model, name, starts))
         if kind not in layouts:
-            layouts[kind] = _layout(model, name, mesh, over).replace(stages=kind[1])
+            layouts[kind] = _layout(model, name, mesh.tp, experts, over).replace(stages=kind[1])
         aliases = (HEAD,) if name == EMBEDDING and model.tied else ()
         whole = Cut.whole(shape)
         tensors[name] = Tensor(name, shape, layouts[kind], whole, "parameter", states, 0, aliases=aliases)
@@ -64,8 +72,7 @@ def laid_out(model: PaperModel, mesh: Mesh, zero_stage: int = 1) -> Catalog:
         numbers={f.name: getattr(model, f.name) for f in fields(model)},
     )
     kept = whole_placements(tensors, [(name, state) for name in tensors for state in states])
-    catalog = Catalog(f"paper model ({model})", "paper", Mesh(), tensors, kept, training=told)
-    return replace(drawn(catalog, mesh, zero_stage), findings=tuple(_findings(mesh, zero_stage)))
+    return Catalog(f"paper model ({model})", "paper", Mesh(), tensors, kept, training=told)
 
 
 def _problems(model: PaperModel, mesh: Mesh, zero_stage: int) -> Iterator[str]:
@@ -91,12 +98,12 @@ def _stages(model: PaperModel, name: str, starts: Sequence[int]) -> tuple[int, .
     return (last,) if name in (NORM, HEAD) else (stage_of(1 + int(name.split(".")[1]), starts),)
 
 
-def _layout(model: PaperModel, name: str, mesh: Mesh, keys_over: str) -> Layout:
+def _layout(model: PaperModel, name: str, tp: int, experts: int, keys_over: str) -> Layout:
     shape = model.shapes[name]
-    layout = model.layout(name, [shape], keys_over, "ep" if mesh.get("ep", 1) > 1 else "")
+    layout = model.layout(name, [shape], keys_over, "ep" if experts > 1 else "")
     assert layout is not None  # Megatron has a layout for every name
-    if name in (EMBEDDING, HEAD) and shape[0] % mesh.tp:
-        layout = layout.replace(padded={0: -(-shape[0] // mesh.tp) * mesh.tp})
+    if name in (EMBEDDING, HEAD) and shape[0] % tp:
+        layout = layout.replace(padded={0: -(-shape[0] // tp) * tp})
     return layout
 
 

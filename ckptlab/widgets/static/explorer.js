@@ -57,7 +57,7 @@ function render({ model, el }) {
   const want = (changes) => {
     if (!live) {
       const states = part("about", current()) && states_(changes.tensor);
-      const next = { ...current(), ...states, ...changes };
+      const next = { ...current(), ...(changes.tensor ? { window: [] } : {}), ...states, ...changes };
       const nearest = [next, { ...next, state: first.state }, { ...next, rank: first.rank, target_rank: first.target_rank }].find(complete);
       if (!nearest) {
         controls(current()); // a slider goes back to where it was
@@ -65,6 +65,7 @@ function render({ model, el }) {
       }
       changes = nearest;
     }
+    if (changes.tensor && changes.tensor !== hands.tensor && !changes.window) changes = { ...changes, window: [] };
     hands = { ...hands, ...changes };
     pending = live;
     refresh();
@@ -175,6 +176,21 @@ function render({ model, el }) {
       value.textContent = options[input.value];
       choose(options[input.value]);
     });
+    // Ticks that have room beside one another: the chosen one before all, then from the left those that work.
+    const room = () => {
+      const wide = ticks.clientWidth || 180;
+      const taken = [];
+      const order = [...ticks.children].map((tick, i) => [tick, i]);
+      const first = (tick) => (tick.classList.contains("now") ? 0 : tick.classList.contains("no") ? 2 : 1);
+      order.sort(([a, i], [b, j]) => first(a) - first(b) || i - j);
+      for (const [tick, i] of order) {
+        const middle = options.length > 1 ? (wide * i) / (options.length - 1) : 0;
+        const half = 3.4 * tick.textContent.length + 2;
+        const free = taken.every(([from, to]) => middle + half <= from || to <= middle - half);
+        tick.style.visibility = free ? "" : "hidden";
+        if (free) taken.push([middle - half, middle + half]);
+      }
+    };
     const set = (degree, works) => {
       const fixed = axis === "ZeRO" ? most : [...new Set([...DEGREES.filter((n) => n <= Math.max(most, 4 * degree)), ...(works || []), degree])];
       const next = fixed.sort((a, b) => a - b);
@@ -188,7 +204,6 @@ function render({ model, el }) {
             return tick;
           }),
         );
-        ticks.classList.toggle("many", options.length > 12);
       }
       if (root.getRootNode().activeElement !== input || Number(options[input.value]) !== degree) input.value = options.indexOf(degree);
       value.textContent = degree;
@@ -198,6 +213,7 @@ function render({ model, el }) {
         tick.classList.toggle("now", n === degree);
         tick.title = works && !works.includes(n) ? `${axis} ${n} does not work here` : "";
       }
+      room();
       box.classList.toggle("bad", Boolean(works) && !works.includes(degree));
     };
     return { box, set };
@@ -280,18 +296,25 @@ function render({ model, el }) {
     parts.source = sliders("source_mesh", "source_stage", "source.works");
     parts.sourceRefused = make("div", {});
     panels.Model.append(make("div", { class: "presets" }, pick, said), form, parts.source.box, parts.sourceRefused);
-    cards(panels.Model, "model.told", "model.zero");
+    cards(panels.Model, "model.told", "model.zero", "model.mesh");
   }
   if (panels.Look) {
     parts.states = make("div", { class: "choices", role: "radiogroup", "aria-label": "state" });
     panels.Look.append(make("div", { class: "states" }, make("span", { class: "quiet" }, "state"), parts.states));
     cards(panels.Look, "look.mesh", "look.tensor", "look.flat", "look.holdings");
   }
+  if (panels.Values) {
+    parts.valueStates = make("div", { class: "choices", role: "radiogroup", "aria-label": "state" });
+    parts.window = make("div", { class: "window" });
+    const hint = make("div", { class: "quiet hint" }, "Hover for value, rank, file and bytes; drag over a part of it to see that part; a click chooses the rank.");
+    panels.Values.append(make("div", { class: "states" }, make("span", { class: "quiet" }, "state"), parts.valueStates), parts.window, hint);
+    cards(panels.Values, "values.map", "look.mesh");
+  }
   if (panels.Reshape) {
     parts.target = sliders("mesh", "zero_stage", "to.works");
     parts.targetRefused = make("div", {});
     panels.Reshape.append(parts.target.box, parts.targetRefused, make("figure", { "data-slot": "to.figures" }));
-    cards(panels.Reshape, "to.mesh", "to.tensor", "to.memory", "to.plan", "to.holdings");
+    cards(panels.Reshape, "to.mesh", "to.tensor", "to.memory", "to.plan", "to.flow", "to.holdings");
   }
   if (panels.Steps) {
     parts.steps = make("div", { class: "choices steps" });
@@ -367,13 +390,15 @@ function render({ model, el }) {
       ofTab = { ...ofTab, [state.tab]: state };
       title.textContent = figures ? figures.title : about.title;
       fill(tree, part("tensors", state), state);
-      if (parts.states) choices(part("states", state) || [], state);
+      for (const box of [parts.states, parts.valueStates]) if (box) choices(box, part("states", state) || [], state);
+      if (state.tab === "Values") windows(part("values.map", state)?.grid);
       for (const figure of panels[state.tab].querySelectorAll("figure")) {
         const slot = figure.dataset.slot;
         const content = slot === "to.figures" ? figures.html : part(slot, state);
         if (figure.content !== content) {
-          figure.innerHTML = content || "";
+          figure.innerHTML = content?.svg || content || "";
           figure.content = content;
+          figure.grid = content?.grid && unpacked(content.grid);
           figure.hidden = !content;
           for (const told of figure.querySelectorAll("svg title")) {
             told.parentNode.dataset.tip = told.textContent;
@@ -387,11 +412,124 @@ function render({ model, el }) {
     shown = state;
     root.dataset.shown = spoken(state.tab === "Model" ? state.source_mesh : state.mesh);
   };
-  const choices = (states, state) => {
-    parts.states.replaceChildren(
+  const choices = (box, states, state) => {
+    box.replaceChildren(
       ...states.map((name) => make("button", { role: "radio", "aria-checked": String(name === state.state), "aria-pressed": String(name === state.state), onclick: () => want({ state: name }) }, name)),
     );
   };
+
+  // ------------------------------------------------------------------ values
+
+  // What of a tensor is shown: of the last two dims from where to where, of those before them which index.
+  const windows = (grid) => {
+    parts.window.hidden = !grid;
+    if (!grid || parts.window.grid === grid) return;
+    parts.window.grid = grid;
+    const { dims, shape, window } = grid;
+    const field = (i, end) => {
+      const lead = i < dims.length - 2;
+      const input = make("input", { type: "number", min: end, max: shape[i] - 1 + end, value: window[i][end], "aria-label": `${dims[i]} ${lead ? "index" : end ? "up to" : "from"}` });
+      input.onchange = () => {
+        const next = window.map((pair) => [...pair]);
+        const n = Math.min(Math.max(Math.round(Number(input.value)), end), shape[i] - 1 + end);
+        next[i][end] = n;
+        if (lead) next[i] = [n, n + 1];
+        else if (next[i][0] >= next[i][1]) next[i][1 - end] = end ? n - 1 : n + 1;
+        look(next);
+      };
+      return input;
+    };
+    const look = (next) => want({ window: next.every(([a, b], i) => a === 0 && b === shape[i]) ? [] : next });
+    parts.window.look = look;
+    parts.window.replaceChildren(
+      ...dims.map((dim, i) => make("label", {}, `${dim} `, field(i, 0), ...(i < dims.length - 2 ? [` of ${shape[i]}`] : [" : ", field(i, 1)]))),
+      make("button", { class: "quiet-button", onclick: () => want({ window: [] }) }, "whole"),
+    );
+    parts.window.lastChild.disabled = window.every(([a, b], i) => a === 0 && b === shape[i]);
+  };
+  // The cell of a heat map at a place of the page: [row, column].
+  const cellAt = (figure, x, y) => {
+    const box = figure.querySelector(".heat")?.getBoundingClientRect();
+    if (!box) return null;
+    const [rows, columns] = figure.grid.cells;
+    const at = [Math.floor(((y - box.top) / box.height) * rows), Math.floor(((x - box.left) / box.width) * columns)];
+    return at[0] >= 0 && at[0] < rows && at[1] >= 0 && at[1] < columns ? at : null;
+  };
+  const element = (grid, [i, j], axes) => {
+    const k = i * grid.cells[1] + j;
+    const index = [...grid.window.slice(0, -2).map(([a]) => a), grid.row[k], grid.column[k]].slice(-grid.dims.length || 3);
+    const value = grid.values[k];
+    const text = Number.isFinite(value) ? Number(value.toPrecision(grid.digits)) : value;
+    const { ranks, file, start, offset } = grid.places[grid.place[k]];
+    const first = offset + (grid.at[k] - start) * grid.size;
+    const span = grid.size > 1 ? `bytes ${first.toLocaleString("en")}–${(first + grid.size - 1).toLocaleString("en")}` : `byte ${first.toLocaleString("en")}`;
+    const most = grid.steps[0] * grid.steps[1] > 1 ? "largest here: " : "";
+    const who = ranks.length === 1 ? named(ranks[0], axes) : `ranks ${ranks.slice(0, 8).join(", ")}${ranks.length > 8 ? ` and ${ranks.length - 8} more` : ""}`;
+    return [`${most}[${grid.dims.map((dim, d) => `${dim} ${index[d]}`).join(", ")}] = ${text}`, file ? `${who} · ${file}, ${span}` : who];
+  };
+  // A frame in a heat map around cells, from one corner to the other; nothing takes it away.
+  const frame = (figure, from, to) => {
+    figure.querySelector(".ckptlab-cursor")?.remove();
+    const area = from && figure.querySelector(".heat");
+    if (!area) return;
+    const [x, y, w, h] = ["x", "y", "width", "height"].map((name) => Number(area.getAttribute(name)));
+    const [rows, columns] = figure.grid.cells;
+    const mark = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    const low = [0, 1].map((d) => Math.min(from[d], to[d]));
+    const high = [0, 1].map((d) => Math.max(from[d], to[d]) + 1);
+    const box = { x: x + (w * low[1]) / columns, y: y + (h * low[0]) / rows, width: (w * (high[1] - low[1])) / columns, height: (h * (high[0] - low[0])) / rows };
+    for (const [name, value] of Object.entries(box)) mark.setAttribute(name, value);
+    mark.setAttribute("class", "ckptlab-chosen ckptlab-cursor");
+    area.ownerSVGElement.append(mark);
+  };
+  const pointAt = (figure, at) => {
+    figure.at = at;
+    frame(figure, at, at);
+    tip.hidden = !at;
+    if (!at || !shown) return;
+    tip.replaceChildren(...element(figure.grid, at, axesOf("look", shown)).map((text) => make("div", {}, text)));
+    const box = figure.querySelector(".ckptlab-cursor").getBoundingClientRect();
+    const around = root.getBoundingClientRect();
+    tip.style.left = `${Math.min(Math.max(box.left - around.left, 0), Math.max(around.width - tip.offsetWidth - 4, 0))}px`;
+    tip.style.top = `${box.bottom - around.top + 8}px`;
+  };
+  const cut = (figure, from, to) => {
+    const { window, steps } = figure.grid;
+    const next = window.map((pair) => [...pair]);
+    for (const d of [0, 1]) {
+      const dim = next.length - 2 + d;
+      if (dim < 0) continue;
+      const [start, stop] = window[dim];
+      next[dim] = [start + Math.min(from[d], to[d]) * steps[d], Math.min(start + (Math.max(from[d], to[d]) + 1) * steps[d], stop)];
+    }
+    parts.window.look(next);
+  };
+  let drag = null;
+  root.addEventListener("pointerdown", (event) => {
+    const figure = event.target.closest?.("figure");
+    const at = figure?.grid && cellAt(figure, event.clientX, event.clientY);
+    drag = at ? { figure, from: at, to: at } : null;
+    if (at) event.preventDefault();
+  });
+  root.addEventListener("pointermove", (event) => {
+    const figure = drag?.figure || event.target.closest?.("figure");
+    if (!figure?.grid) return;
+    const at = cellAt(figure, event.clientX, event.clientY);
+    if (!drag) return pointAt(figure, at);
+    drag.to = at || drag.to;
+    frame(figure, drag.from, drag.to);
+  });
+  root.addEventListener("pointerup", () => {
+    const done = drag;
+    drag = null;
+    if (!done) return;
+    const far = String(done.from) !== String(done.to);
+    if (far) cut(done.figure, done.from, done.to);
+    else {
+      const k = done.from[0] * done.figure.grid.cells[1] + done.from[1];
+      want({ rank: done.figure.grid.places[done.figure.grid.place[k]].ranks[0] });
+    }
+  });
 
   // ------------------------------------------------------------------ cells
 
@@ -446,12 +584,12 @@ function render({ model, el }) {
     for (const figure of panels[state.tab].querySelectorAll("figure")) {
       const slot = figure.dataset.slot;
       for (const old of figure.querySelectorAll(".ckptlab-chosen")) old.remove();
-      for (const cell of figure.querySelectorAll("svg [data-tensor], svg .rank")) {
+      for (const cell of figure.querySelectorAll("svg [data-tensor], svg .rank, svg .region")) {
         const tensor = cell.dataset.tensor === state.tensor;
-        const rank = cell.classList.contains("rank") && numbers(cell.dataset.rank).includes(chosenRank(slot, state));
+        const rank = (cell.classList.contains("rank") || cell.classList.contains("region")) && numbers(cell.dataset.rank).includes(chosenRank(slot, state));
         if (!tensor && !rank) continue;
         const frame = cell.cloneNode(false);
-        for (const { name } of [...frame.attributes]) if (!["x", "y", "width", "height", "rx"].includes(name)) frame.removeAttribute(name);
+        for (const { name } of [...frame.attributes]) if (!["x", "y", "width", "height", "rx", "d"].includes(name)) frame.removeAttribute(name);
         frame.setAttribute("class", `ckptlab-chosen ${tensor ? "of-tensor" : "of-rank"}`);
         cell.ownerSVGElement.append(frame);
       }
@@ -501,18 +639,30 @@ function render({ model, el }) {
   let hovered = null;
   root.addEventListener("mouseover", ({ target }) => {
     const cell = cellOf(target);
+    if (cell?.closest("figure").grid) return light((hovered = cell), "values.map");
     if (cell !== hovered) point((hovered = cell));
   });
-  root.addEventListener("mouseleave", () => point((hovered = null)));
+  root.addEventListener("mouseleave", () => {
+    point((hovered = null));
+    for (const figure of root.querySelectorAll("figure")) if (figure.grid) frame(figure, null);
+  });
   root.addEventListener("click", ({ target }) => {
     const cell = cellOf(target);
-    if (cell) press(cell);
+    if (cell && !cell.closest("figure").grid) press(cell);
   });
   // Arrows walk from cell to cell of a picture that has the focus; Enter is a click.
   root.addEventListener("keydown", (event) => {
     const figure = event.target.closest?.("figure");
     const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     if (!figure || event.target !== figure || !(event.key in ways || event.key === "Enter" || event.key === "Escape")) return;
+    if (figure.grid) {
+      event.preventDefault();
+      if (event.key === "Escape") return pointAt(figure, null);
+      if (event.key === "Enter") return figure.at && want({ rank: figure.grid.places[figure.grid.place[figure.at[0] * figure.grid.cells[1] + figure.at[1]]].ranks[0] });
+      const [right, down] = ways[event.key];
+      const at = figure.at ? [figure.at[0] + down, figure.at[1] + right] : [0, 0];
+      return at.every((n, d) => n >= 0 && n < figure.grid.cells[d]) && pointAt(figure, at);
+    }
     const cells = [...figure.querySelectorAll(`svg :is(${CELL})`)].filter((cell) => cell.getAttribute("pointer-events") !== "none");
     if (!cells.length) return;
     event.preventDefault();
@@ -619,6 +769,19 @@ function render({ model, el }) {
     clearTimeout(patience);
     model.off("change:view", answered);
     for (const name of fields) model.off(`change:${name}`, fromKernel);
+  };
+}
+
+// The tables of a heat map, from base64.
+function unpacked(grid) {
+  const read = (text, Kind) => new Kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+  return {
+    ...grid,
+    values: read(grid.values, Float64Array),
+    at: read(grid.at, Float64Array),
+    row: read(grid.row, Int32Array),
+    column: read(grid.column, Int32Array),
+    place: read(grid.place, Int32Array),
   };
 }
 

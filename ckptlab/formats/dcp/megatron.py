@@ -23,13 +23,13 @@ from ckptlab.formats.dcp.assemble import Client, Found
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of
 from ckptlab.formats.dcp.items import EntryItems, object_at
+from ckptlab.formats.dcp.marks import ABOUT
 from ckptlab.formats.dcp.metadata import Entry, Metadata
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 
-ABOUT = "metadata.json"
 COMMON = "common.pt"
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)", re.DOTALL)

@@ -485,6 +485,12 @@ def test_errors_of_the_operating_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
     assert "repeat the command" in result.stderr
+    lock = RuntimeError("release unlocked lock")  # what it becomes in threading.Condition.wait
+    lock.__context__ = KeyboardInterrupt()
+    fail(lock)
+    assert run(*command).exit_code == 130
+    fail(RuntimeError("of our own"))
+    assert isinstance(run(*command).exception, RuntimeError)
 
 
 # As a process

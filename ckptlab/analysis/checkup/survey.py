@@ -124,7 +124,8 @@ def _survey(
     stepped = any((scalar(g.scalars.get("step")) or 0) > 0 for g in catalog.groups)
     seen = list(verdicts.verdicts(catalog, told, alive or stepped))
     if alive or stepped:
-        seen += [*copies.doubled(catalog, _sums(found)), *copies.twins(catalog)]
+        seen += copies.doubled(catalog, _sums(found))
+    seen += copies.twins(catalog)
     return seen, read, len(catalog.tensors)
 
 

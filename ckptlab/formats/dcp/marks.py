@@ -9,8 +9,8 @@ DATA = re.compile(r"__(\d{1,9})_(\d+)\.distcp")
 ABOUT = "metadata.json"  # Megatron-core's
 MODEL_FOLDER = "pytorch_model_fsdp_"  # accelerate's, a number behind
 OPTIMIZER_FOLDER = "optimizer_"
-OF_RANK = re.compile(r"__(\d+)\.metadata")
-FILE = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")  # FSDP's, one of each rank
+OF_RANK = re.compile(r"__(\d{1,9})\.metadata")
+FILE = re.compile(r"(model|optim|extra_state)_world_size_(\d{1,9})_rank_(\d{1,9})\.pt")  # FSDP's, one of each rank
 
 
 def files_of(names: frozenset[str] | set[str]) -> dict[str, dict[int, str]]:

@@ -44,6 +44,8 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
     state."""
     beside = os.path.join(path, COMMON)
     common = torchfile.read(beside) if paths.is_file(beside) else {}
+    if not paths.is_file(beside):
+        said.warn("dcp-no-common", f"{beside}: missing: arguments, iteration and hyperparameters lie in it")
     if not isinstance(common, dict):
         raise CheckpointError(f"{beside}: holds a {type(common).__name__}, expected a dict: it is no common state")
     args = getattr(common.get("args"), "attributes", {})

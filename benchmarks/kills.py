@@ -1,8 +1,11 @@
-"""Killing conversions at random moments: `python benchmarks/kills.py SOURCE [--kills 100] [--signal KILL]`.
+"""Killing conversions at random moments, and letting their disks run full.
 
-Each conversion (native, universal, safetensors in turn) is begun, killed after a random part of the time that an
+`python benchmarks/kills.py SOURCE [--kills 100] [--signal KILL TERM INT] [--full 10]`
+
+Each conversion (native, universal, safetensors, DCP in turn) is begun, killed after a random part of the time that an
 uninterrupted one takes, and repeated, until one gets to its end. After every kill the source must be as it was and the
-destination absent or whole; at the end it must have the bytes of one that was never interrupted.
+destination absent or whole; at the end it must have the bytes of one that was never interrupted. --full: the same on a
+disk (a tmpfs, which takes root to mount) that has room for a part only, of so many sizes, and is enlarged then.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ FORMS = {
     "native": ["--to", "deepspeed", "--dp", "1"],
     "universal": ["--to", "universal"],
     "safetensors": ["--to", "safetensors"],
+    "DCP": ["--to", "dcp", "--dp", "3"],
 }
 
 
@@ -44,52 +48,89 @@ def whole(out: Path) -> bool:
     return bool(listed) and all(crc_of(str(out / n), 0, size) == crc for n, (size, crc) in listed.items())
 
 
+def check(options: argparse.Namespace, before: list[tuple[str, int, int]], out: Path) -> bool:
+    """Whether a destination has its name; AssertionError where it is not whole, or the source was touched."""
+    assert state(options.source) == before, "the source was touched"
+    assert not out.exists() or whole(out), "a destination that is not whole"
+    return out.exists()
+
+
+def killed(options: argparse.Namespace, out: Path, form: str, took: float, chance: random.Random) -> Counter[str]:
+    """One conversion, killed and repeated until it ends."""
+    counts, before = Counter[str](conversions=1), state(options.source)
+    while True:
+        running = subprocess.Popen(command(options.source, out, form), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            told = running.communicate(timeout=chance.uniform(0.1, took) if counts["kills"] < 8 else None)
+        except subprocess.TimeoutExpired:
+            number = chance.choice(options.signal)
+            running.send_signal(getattr(signal, f"SIG{number}"))
+            said = running.communicate()[1].decode()
+            counts.update(["kills", f"by {number}"])
+            counts["killed when it had its name"] += check(options, before, out)
+            assert "Traceback" not in said or "import" in said, said  # Python's own, while it starts
+            continue
+        if running.returncode == 2 and out.exists() and b"exists already" in told[1]:
+            return counts  # killed after all was done
+        assert running.returncode == 0, told[1].decode()
+        counts["files kept"] += json.loads(told[0])["resumed"]
+        return counts
+
+
+def full(options: argparse.Namespace, folder: Path, form: str, part: float, size: int) -> None:
+    """One conversion on a disk that has room for a part of it, repeated when there is room."""
+    before, out = state(options.source), folder / form
+    pages = max(int(size * part) >> 12, 16)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages << 12}", "tmpfs", folder], check=True)
+    try:
+        done = subprocess.run(command(options.source, out, form), capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        assert "make room" in done.stderr, done.stderr
+        assert not check(options, before, out), "it has its name"
+        subprocess.run(["mount", "-o", f"remount,size={2 * size + (64 << 20)}", folder], check=True)
+        done = subprocess.run(command(options.source, out, form), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert check(options, before, out)
+        options.made[form] = manifest.read(str(out))
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--signal", default="KILL")
+    parser.add_argument("--signal", nargs="+", default=["KILL"])
+    parser.add_argument("--full", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.made = {}
     chance, counts = random.Random(options.seed), Counter[str]()
-    before = state(options.source)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
-        truth, took = {}, {}
+        truth, took, sizes = {}, {}, {}
         for form in FORMS:
             out, began = Path(scratch) / f"{form} whole", time.monotonic()
             subprocess.run(command(options.source, out, form), check=True, capture_output=True)
             truth[form], took[form] = manifest.read(str(out)), time.monotonic() - began
+            sizes[form] = sum(size for _, size, _ in state(out))
             assert whole(out)
             shutil.rmtree(out)
         while counts["kills"] < options.kills:
             form = list(FORMS)[counts["conversions"] % len(FORMS)]
             out = Path(scratch) / form
-            killed = 0
-            while True:
-                running = subprocess.Popen(
-                    command(options.source, out, form), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-                )
-                try:
-                    told = running.communicate(timeout=chance.uniform(0.1, took[form]) if killed < 8 else None)
-                except subprocess.TimeoutExpired:
-                    running.send_signal(getattr(signal, f"SIG{options.signal}"))
-                    running.communicate()
-                    killed += 1
-                    assert state(options.source) == before, "the source was touched"
-                    if out.exists():
-                        counts["killed when it had its name"] += 1
-                        assert whole(out), "a destination that is not whole"
-                    continue
-                if running.returncode == 2 and out.exists() and b"exists already" in told[1]:
-                    break  # killed after all was done
-                assert running.returncode == 0, told[1].decode()
-                counts["files kept"] += json.loads(told[0])["resumed"]
-                break
+            counts += killed(options, out, form, took[form], chance)
             assert manifest.read(str(out)) == truth[form], "other bytes than those never interrupted"
             assert whole(out)
             shutil.rmtree(out)
-            counts["kills"] += killed
-            counts["conversions"] += 1
+            print(dict(counts), flush=True)
+        for i in range(options.full):
+            form = list(FORMS)[i % len(FORMS)]
+            folder = Path(scratch) / "disk"
+            folder.mkdir(exist_ok=True)
+            full(options, folder, form, 0.999 * i / max(options.full - 1, 1), sizes[form])
+            assert options.made[form] == truth[form], "other bytes than those never interrupted"
+            counts["disks full"] += 1
             print(dict(counts), flush=True)
 
 

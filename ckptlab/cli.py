@@ -48,10 +48,12 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except CkptlabError as error:
             _fail(str(error))
-        except KeyboardInterrupt:
-            _fail(f"interrupted{_kept(ctx)}", INTERRUPTED)
-        except _Terminated:
-            _fail(f"terminated{_kept(ctx)}", TERMINATED)
+        except (KeyboardInterrupt, _Terminated) as stopped:
+            _stopped(stopped, ctx)
+        except RuntimeError as error:  # what a signal becomes that comes while Python waits for a lock
+            if isinstance(error.__context__, KeyboardInterrupt | _Terminated):
+                _stopped(error.__context__, ctx)
+            raise
         except MemoryError:
             _fail(_NO_MEMORY)
         except BrokenPipeError:
@@ -66,6 +68,12 @@ class _Terminated(BaseException):
 
 def _terminate(*_: object) -> NoReturn:
     raise _Terminated
+
+
+def _stopped(by: BaseException, ctx: click.Context) -> NoReturn:
+    if isinstance(by, _Terminated):
+        _fail(f"terminated{_kept(ctx)}", TERMINATED)
+    _fail(f"interrupted{_kept(ctx)}", INTERRUPTED)
 
 
 def _kept(ctx: click.Context) -> str:

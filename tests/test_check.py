@@ -60,6 +60,11 @@ def zero3(tmp_path: Path) -> Path:
     return copy(ZERO3, tmp_path)
 
 
+@pytest.fixture
+def gpt_universal(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GPT / "universal" / "global_step3_universal", tmp_path / "run"))
+
+
 # Clean checkpoints
 
 
@@ -166,10 +171,34 @@ def test_swapped_files_of_tp_ranks(gpt: Path) -> None:
     for d in (0, 1):
         swap(gpt / OPTIM.format(d, 0), gpt / OPTIM.format(d, 1))
     found = check(gpt)
-    assert {f.code for f in found.findings} == {"master-weight", UNTRAINED, "tied-differ"}
+    assert {f.code for f in found.findings} == {"master-weight", UNTRAINED, "tied-differ", "renamed-file"}
+    assert [f.where.files for f in found["renamed-file"]] == [(OPTIM.format(d, t),) for d in (0, 1) for t in (0, 1)]
     one = found["master-weight"][0]
     assert "They do round to those of tp 1 · pp 0: the ranks' files were swapped" in one.found
     assert one.where.ranks == ({"tp": 0, "pp": 0},)
+
+
+def test_files_that_name_neither_rank_nor_tensor_lie_under_the_name_they_were_saved_as(zero3: Path) -> None:
+    swap(zero3 / OPTIM.format(0, 0), zero3 / OPTIM.format(1, 0))
+    found = check(zero3, data=False)
+    assert [f.where.files for f in found["renamed-file"]] == [(OPTIM.format(d, 0),) for d in (0, 1)]
+    assert f"was saved as {OPTIM.format(1, 0)}" in found.findings[0].found
+
+
+def test_bytes_of_another_tensor(gpt_universal: Path) -> None:
+    """In a universal folder, where a state's file is called alike for all tensors."""
+    zero = gpt_universal / "zero"
+    a, b = (zero / f"{layer}.mlp.dense_h_to_4h.weight" / "exp_avg_sq.pt" for layer in (2, 3))
+    shutil.copy(a, b)
+    one = only(check(gpt_universal), "doubled-data")
+    assert "exp_avg_sq of 2.mlp.dense_h_to_4h.weight, 3.mlp.dense_h_to_4h.weight" in one.found
+
+
+def test_what_is_one_number_throughout_is_nobodys_copy(gpt_universal: Path) -> None:
+    for layer in (2, 3):
+        path = gpt_universal / "zero" / f"{layer}.mlp.dense_h_to_4h.weight" / "fp32.pt"
+        edit(path, lambda content: content.update(param=np.ones(content["param"].shape, np.float32)))
+    assert not check(gpt_universal)["doubled-data"]
 
 
 def test_swapped_files_of_pp_ranks(gpt: Path) -> None:

@@ -518,6 +518,10 @@ def test_errors_of_the_operating_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
     assert "repeat the command" in result.stderr
+    lock = RuntimeError("release unlocked lock")  # what it becomes in threading.Condition.wait
+    lock.__context__ = KeyboardInterrupt()
+    fail(lock)
+    assert run(*command).exit_code == 130
 
 
 # As a process

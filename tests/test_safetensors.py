@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from ckptlab.catalog import PARAM
 from ckptlab.checkpoint import save_weights
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
-from ckptlab.formats.safefile import SHARDING
+from ckptlab.formats.safefile import SHARDING, read_header
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -195,3 +197,43 @@ def test_what_torch_writes_distributed(tmp_path: Path) -> None:
     torch.testing.assert_close(found["rows"], torch.arange(35.0).reshape(7, 5), rtol=0, atol=0)
     torch.testing.assert_close(found["columns"], torch.arange(35.0).reshape(7, 5), rtol=0, atol=0)
     torch.testing.assert_close(found["whole"], torch.arange(3.0), rtol=0, atol=0)
+
+
+def _safe(path: Path, header: bytes, data: bytes = bytes(16), length: int | None = None) -> Path:
+    """A file of safetensors with that header, word for word."""
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return path
+
+
+_ONE = b'"w":{"dtype":"F32","shape":[%s],"data_offsets":[%d,%d]}'
+HOSTILE = {
+    "one name twice": (b"{" + _ONE % (b"4", 0, 16) + b"," + _ONE % (b"2,2", 0, 16) + b"}", "two entries of one name"),
+    "one key twice": (b'{"w":{"dtype":"F32","shape":[4],"shape":[2,2],"data_offsets":[0,16]}}', "two entries"),
+    "the same bytes": (
+        b"{" + _ONE % (b"2", 4, 12) + b"," + (_ONE % (b"4", 0, 16)).replace(b"w", b"v", 1) + b"}",
+        "v and w lie in",
+    ),
+    "negative offsets": (b"{" + _ONE % (b"4", -16, 0) + b"}", "truncated or damaged"),
+    "backwards": (b"{" + _ONE % (b"4", 16, 0) + b"}", "truncated or damaged"),
+    "beyond the file": (b"{" + _ONE % (b"4", 1 << 40, (1 << 40) + 16) + b"}", "truncated or damaged"),
+    "too many dims": (b"{" + _ONE % (b",".join([b"1"] * 65), 0, 4) + b"}", "the header is damaged"),
+    "too large": (b"{" + _ONE % (b"9" * 400, 0, 16) + b"}", "truncated or damaged"),
+    "digits without end": (b"{" + _ONE % (b"9" * 6000, 0, 16) + b"}", "is not JSON"),
+    "no whole numbers": (b"{" + _ONE % (b"true,4.0", 0, 16) + b"}", "the header is damaged"),
+    "deep": (b'{"a":' * 100_000, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_hostile_headers_are_refused(fault: str, tmp_path: Path) -> None:
+    header, says = HOSTILE[fault]
+    with pytest.raises(CheckpointError, match=says) as refused:
+        read_header(str(_safe(tmp_path / "a.safetensors", header)))
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> None:
+    path = _safe(tmp_path / "a.safetensors", b"{}", length=200_000_000)
+    os.truncate(path, 300_000_000)  # holes
+    with pytest.raises(CheckpointError, match="more than the 100,000,000 that the format allows"):
+        read_header(str(path))

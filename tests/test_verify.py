@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -192,13 +193,32 @@ def test_what_another_boot_wrote_is_believed_only_where_it_is_there(
 
 
 def test_a_full_disk_is_known_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(handle: int, offset: int, size: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_blocks=9, f_bavail=1, f_frsize=512))
     with pytest.raises(DestinationError, match="there is room for .* make room and repeat"):
         convert.run([FilePlan("a", (Elements(Slow(b"", 0), np.dtype(np.uint8), 0, 1000),))], str(tmp_path / "out"), {})
     assert not list((tmp_path / "out.partial").glob("*.tmp"))
+
+
+def test_a_disk_that_others_fill_meanwhile_is_named_and_what_is_there_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, allocate = [600], os.posix_fallocate
+
+    def filling(handle: int, offset: int, size: int) -> None:
+        room[0] -= size
+        if room[0] < 0:
+            raise OSError(28, "No space left on device")
+        allocate(handle, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", filling)
+    monkeypatch.setattr(execute, "PIECE", 100)
+    plan = FilePlan("a", (Elements(Slow(bytes(range(200)) * 5, 1000), np.dtype(np.uint8), 0, 1000),))
+    out = str(tmp_path / "out")
+    with pytest.raises(OSError, match=r"No space left on device.*a\.tmp"):
+        convert.run([plan], out, {}, workers=1)
+    room[0] = 400
+    convert.run([plan], out, {}, workers=1)
+    assert Path(out, "a").read_bytes() == bytes(range(200)) * 5
 
 
 def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

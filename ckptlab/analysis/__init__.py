@@ -1,7 +1,7 @@
 """What a person asks of a checkpoint's numbers: what they are like, whether it is healthy, what changed.
 
-`check` and `diff` need numpy alone. What needs xarray (`stats`, `updates`, `open_run`) or draws (`plots`) is loaded
-when it is first used.
+Each is loaded when it is first used: `check` and `diff` need numpy alone, `stats`, `updates` and `open_run` xarray,
+`plots` matplotlib.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.analysis.checkup import Checked, Health, check
-from ckptlab.analysis.compare import diff
-from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
-from ckptlab.analysis.measure import Measure, Summary
-from ckptlab.analysis.renames import Renamed
-
 if TYPE_CHECKING:
     from ckptlab.analysis import plots
     from ckptlab.analysis.adam import updates
+    from ckptlab.analysis.checkup import Checked, Health, check
+    from ckptlab.analysis.compare import diff
+    from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
+    from ckptlab.analysis.measure import Measure, Summary
+    from ckptlab.analysis.renames import Renamed
     from ckptlab.analysis.run import Run, Skipped, open_run
     from ckptlab.analysis.statistics import stats
 
@@ -42,11 +41,20 @@ __all__ = [
     "updates",
 ]
 
-_HOME_OF = {"Run": "run", "Skipped": "run", "updates": "adam", "open_run": "run", "stats": "statistics"}
+_HOME_OF = {
+    **dict.fromkeys(("Checked", "Health", "check"), "checkup"),
+    **dict.fromkeys(("Compared", "Diff", "Difference", "OnlyIn", "Setting"), "found"),
+    **dict.fromkeys(("Measure", "Summary"), "measure"),
+    **dict.fromkeys(("Run", "Skipped", "open_run"), "run"),
+    "Renamed": "renames",
+    "diff": "compare",
+    "stats": "statistics",
+    "updates": "adam",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is heavy when it is first asked for (PEP 562)."""
+    """Load a part when it is first asked for (PEP 562)."""
     if name == "plots":
         return import_module("ckptlab.analysis.plots")
     if name not in _HOME_OF:

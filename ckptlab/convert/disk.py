@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 from ckptlab import pool
 from ckptlab.errors import DestinationError
-from ckptlab.formats import fileplan
 from ckptlab.words import size as sized
 
 _AT_ONCE = 8  # files that are waited for at a time: they share the disk's flushes
 _START_WRITING = 2  # SYNC_FILE_RANGE_WRITE
 
 
-def allocate(folder: str, files: Mapping[str, int]) -> None:
-    """Make files of zeros (path → bytes), whose room is then there. DestinationError where it is not: none is made."""
-    made = []
-    try:
-        for path, nbytes in files.items():
-            made.append(path)
-            fileplan.allocate(path, nbytes)
-    except OSError as error:
-        for path in made:
-            if os.path.exists(path):
-                os.remove(path)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        found = os.statvfs(folder)
-        needed = sum(-(-nbytes // found.f_frsize) for nbytes in files.values()) * found.f_frsize  # in whole blocks
+def room(folder: str, files: Iterable[tuple[str, int]]) -> None:
+    """See that there is room for files (path, bytes), what some have already included. DestinationError where there is
+    not."""
+    found = os.statvfs(folder)
+    if not found.f_blocks:  # a file system that does not say
+        return
+    needed = 0
+    for path, nbytes in files:
+        there = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
+        needed += max(-(-nbytes // found.f_frsize) * found.f_frsize - there, 0)  # in whole blocks
+    if needed > (left := found.f_bavail * found.f_frsize):
         raise DestinationError(
-            f"{folder}: {sized(needed)} are to be written, and there is room for "
-            f"{sized(found.f_bavail * found.f_frsize)} ({os.strerror(error.errno)}): make room and repeat the command"
-        ) from None
+            f"{folder}: {sized(needed)} are to be written, and there is room for {sized(left)}: make room and repeat "
+            "the command"
+        )
 
 
 @cache

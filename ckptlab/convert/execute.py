@@ -164,7 +164,7 @@ def _write_files(
     for folder in {os.path.dirname(path) for path in by_path}:
         os.makedirs(folder, exist_ok=True)
     begun = {path for path, plan in by_path.items() if os.path.isfile(path) and os.path.getsize(path) == plan.size}
-    disk.allocate(journal.partial, {path: plan.size for path, plan in by_path.items() if path not in begun})
+    disk.room(journal.partial, ((path, plan.size) for path, plan in by_path.items()))
     if verified is not None:
         verified.add(journal.reads)
     sums: defaultdict[str, list[Sum]] = defaultdict(list)

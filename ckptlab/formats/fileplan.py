@@ -207,14 +207,19 @@ class Piece:
     def write(self, crc_of: Callable[[np.ndarray], int] = crc32) -> Written:
         """Write it into its file, which is made if there is none; what stood there but no piece writes must be 0.
 
-        crc_of: the CRC-32 of a 1-D array of bytes. CheckpointError, with the file and the place, where what is drawn is
-        not what was planned.
+        Its room on the disk is taken first. crc_of: the CRC-32 of a 1-D array of bytes. CheckpointError, with the file
+        and the place, where what is drawn is not what was planned; OSError, with the file, where there is no room.
         """
         found = Written()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
-            if os.fstat(handle).st_size != self.size:
-                os.ftruncate(handle, self.size)
+            try:
+                if os.fstat(handle).st_size != self.size:
+                    os.ftruncate(handle, self.size)
+                if self.nbytes and hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, self.offset, self.nbytes)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), self.path) from None
             offset = self.offset
             for part in self.parts:
                 try:
@@ -247,20 +252,6 @@ def _write(handle: int, offset: int, part: Part, crc_of: Callable[[np.ndarray], 
                 written = os.pwrite(handle, left, offset)
                 offset, left = offset + written, left[written:]
     return crc
-
-
-def allocate(path: str, size: int) -> None:
-    """Make a file of zeros that has its room on the disk. OSError, with the file's name, where there is none."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)
-        else:
-            os.ftruncate(handle, size)
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
-    finally:
-        os.close(handle)
 
 
 def seal(path: str, plan: FilePlan, sums: Iterable[Sum]) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from ckptlab import paths
 from ckptlab.errors import CheckpointError
 from ckptlab.stored import Stored, row_major_strides
+from ckptlab.words import brief
 
 SHARDING = "DCP_SHARDING_INFO"  # the key under which torch's distributed writer says where boxes begin
 
@@ -44,6 +45,10 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+_MOST_DIMS = 64  # numpy's
+_LARGEST_HEADER = 100_000_000
+
+
 class Header(dict[str, Stored]):
     """Where each tensor of a file lies. `offsets`: of those that are boxes of larger ones, where they begin there.
     `unknown`: the dtypes of tensors that are left out, since numpy cannot say them."""
@@ -64,11 +69,17 @@ def read_header(path: str) -> Header:
             raise CheckpointError(
                 f"{path}: the header claims {length:,} bytes, the file has {size:,}: truncated, or no safetensors file"
             )
+        if length > _LARGEST_HEADER:
+            raise CheckpointError(
+                f"{path}: the header claims {length:,} bytes, more than the {_LARGEST_HEADER:,} that the format "
+                "allows: no safetensors file, or a forged one"
+            )
         header = _json(path, f.read(length))
     found = Header()
     for name, entry in header.items():
         if name != "__metadata__":
             _enter(found, path, name, entry, 8 + length, size)
+    _see_apart(found, path)
     told = header.get("__metadata__")
     if isinstance(told, dict) and SHARDING in told:
         _enter_offsets(found, path, _json(path, told[SHARDING]))
@@ -78,12 +89,29 @@ def read_header(path: str) -> Header:
 def _json(path: str, text: Any) -> dict[str, Any]:
     """An object in a header. CheckpointError if it is none."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
     except (ValueError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{path}: the header is not JSON ({e}): damaged, or no safetensors file") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: the header is a {type(value).__name__}: damaged, or no safetensors file")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header, in which no name may stand twice: programs differ in which they take."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("it has two entries of one name")
+    return made
+
+
+def _see_apart(found: Header, path: str) -> None:
+    """CheckpointError where tensors share bytes, which the format forbids."""
+    end, before = 0, ""
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.nbytes and stored.offset < end:
+            raise CheckpointError(f"{path}: {before} and {name} lie in the same bytes: the header is damaged or forged")
+        end, before = max(end, stored.offset + stored.nbytes), name
 
 
 def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: int) -> None:
@@ -93,14 +121,14 @@ def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: in
             pass
         case _:
             raise CheckpointError(f"{path}: {name}: expected shape, data_offsets and dtype: the header is damaged")
-    if not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise CheckpointError(f"{path}: {name}: shape {shape}: the header is damaged")
+    if len(shape) > _MOST_DIMS or not all(type(n) is int and n >= 0 for n in shape):
+        raise CheckpointError(f"{path}: {name}: shape {brief(shape)}: the header is damaged")
     dtype = DTYPES.get(kind)
     expected = hi - lo if dtype is None else math.prod(shape) * dtype.itemsize
     if not 0 <= lo <= hi <= size - begin or hi - lo != expected:
         raise CheckpointError(
             f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
-            f"for {tuple(shape)}: the file is truncated or damaged"
+            f"for {brief(tuple(shape))}: the file is truncated or damaged"
         )
     if dtype is None:
         found.unknown[name] = kind

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 
 from ckptlab import paths
+from ckptlab.analysis.checkup import copies, jobs, replicas, verdicts
 from ckptlab.analysis.checkup import data as contents
-from ckptlab.analysis.checkup import jobs, replicas, verdicts
 from ckptlab.analysis.checkup.checksums import against_manifest
 from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.health import Checked, Health, ordered
@@ -57,6 +57,8 @@ def check(
     catalog = given.catalog if given else catalog
     told = {name: file for name, file in faults.files.items() if isinstance(file, Contents)}
     findings = [*faults.findings, *classes({name: file.globals_seen for name, file in told.items()})]
+    already = {name for f in findings if f.severity != "info" for name in f.where.files}
+    findings += copies.renamed(told, already)
     if catalog is not None:
         findings += _without_states(catalog)
     read, tensors = 0, len(catalog.tensors) if catalog else 0
@@ -121,4 +123,14 @@ def _survey(
         return list(verdicts.loose_verdicts(told)), read, len({job.tensor for job in todo})
     alive = any(not zero for (_, state, _), zero in told.zero.items() if state not in (MASTER, PARAM))
     stepped = any((scalar(g.scalars.get("step")) or 0) > 0 for g in catalog.groups)
-    return list(verdicts.verdicts(catalog, told, alive or stepped)), read, len(catalog.tensors)
+    seen = list(verdicts.verdicts(catalog, told, alive or stepped))
+    if alive or stepped:
+        seen += copies.doubled(catalog, _sums(found))
+    seen += copies.twins(catalog)
+    return seen, read, len(catalog.tensors)
+
+
+def _sums(found: Collecting) -> dict[tuple[str, int], int]:
+    """The CRC-32 beside each storage of the files, by the file and the storage's first byte."""
+    files = {paths.join(found.folder, n): file for n, file in found.files.items() if isinstance(file, Contents)}
+    return {(path, at): crc for path, file in files.items() for at, crc in file.sums.items()}

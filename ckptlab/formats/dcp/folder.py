@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,13 +10,12 @@ import numpy as np
 from ckptlab import paths
 from ckptlab.formats.dcp.boxes import Boxes
 from ckptlab.formats.dcp.items import EntryItems
-from ckptlab.formats.dcp.metadata import DATA, METADATA, Entry, Metadata, read_metadata
+from ckptlab.formats.dcp.marks import DATA, METADATA, OF_RANK
+from ckptlab.formats.dcp.metadata import Entry, Metadata, read_metadata
 from ckptlab.formats.dcp.said import Said
 
 _SMALL = 1 << 14  # bytes of an item that is fetched along with others, of far files
 _SLACK = 60  # seconds for which a copy, or a file system's clock, may put files in another order
-
-OF_RANK = re.compile(r"__(\d+)\.metadata")
 
 
 def metadata_files(names: frozenset[str] | set[str]) -> list[str]:

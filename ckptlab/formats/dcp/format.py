@@ -10,12 +10,8 @@ from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Strict
-from ckptlab.formats.dcp import megatron, ranks
-from ckptlab.formats.dcp.folder import OF_RANK
-from ckptlab.formats.dcp.metadata import DATA, METADATA
-from ckptlab.formats.dcp.read import read_dcp
-from ckptlab.formats.dcp.styles import MODEL_FOLDER, OPTIMIZER_FOLDER
-from ckptlab.formats.dcp.target import DCPOptions
+from ckptlab.formats.dcp.marks import ABOUT, DATA, METADATA, MODEL_FOLDER, OF_RANK, OPTIMIZER_FOLDER, files_of
+from ckptlab.formats.dcp.options import DCPOptions
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.mesh import Mesh
@@ -57,6 +53,8 @@ class DCP(Format):
         return self._read(path, faults, strategy, mesh)
 
     def _read(self, path: str, faults: Faults, strategy: Strategy | None, mesh: Mesh | None) -> Catalog | None:
+        from ckptlab.formats.dcp.read import read_dcp
+
         with faults.caught():
             catalog = read_dcp(path, strategy, faults, mesh)
             return None if faults.failed else catalog
@@ -93,6 +91,6 @@ def _marked(folder: Listing) -> bool:
         return True
     if METADATA in names and folder.below(METADATA).head(512).find(_MODULE) >= 0:
         return True
-    if megatron.ABOUT in names and b'"sharded_backend"' in folder.below(megatron.ABOUT).head(512):
+    if ABOUT in names and b'"sharded_backend"' in folder.below(ABOUT).head(512):
         return True
-    return "model" in ranks.files_of(names)
+    return "model" in files_of(names)

@@ -23,13 +23,13 @@ from ckptlab.formats.dcp.assemble import Client, Found
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of
 from ckptlab.formats.dcp.items import EntryItems, object_at
+from ckptlab.formats.dcp.marks import ABOUT
 from ckptlab.formats.dcp.metadata import Entry, Metadata
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 
-ABOUT = "metadata.json"
 COMMON = "common.pt"
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)", re.DOTALL)
@@ -44,6 +44,8 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
     state."""
     beside = os.path.join(path, COMMON)
     common = torchfile.read(beside) if paths.is_file(beside) else {}
+    if not paths.is_file(beside):
+        said.warn("dcp-no-common", f"{beside}: missing: arguments, iteration and hyperparameters lie in it")
     if not isinstance(common, dict):
         raise CheckpointError(f"{beside}: holds a {type(common).__name__}, expected a dict: it is no common state")
     args = getattr(common.get("args"), "attributes", {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-import re
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
@@ -23,16 +22,15 @@ from numpy.typing import NDArray
 
 from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsafeFileError
+from ckptlab.formats.dcp.marks import DATA, METADATA
 from ckptlab.formats.torch import pickles
 from ckptlab.formats.torch.pickles import Foreign, Global, tuple_opcodes_at_most
 from ckptlab.formats.torch.placeholders import comparisons_at_most
 
 Int64 = NDArray[np.int64]
 
-METADATA = ".metadata"
 CHECKPOINT = "torch.distributed.checkpoint.metadata"  # the module of its classes
 LABELS = "ckptlab"  # the attribute in which ckptlab's own writer says what torch has no word for
-DATA = re.compile(r"__(\d{1,9})_(\d+)\.distcp")
 _MOST_DIMS = 32
 _STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
 _MOST_STACK = 1 << 33  # of address space: what is not touched takes no memory

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from ckptlab.formats.dcp.assemble import Client, Found
 from ckptlab.formats.dcp.axes import NEUTRAL, DimAxes, pieces_of
 from ckptlab.formats.dcp.boxes import Boxes, Grid, grid_of
 from ckptlab.formats.dcp.items import Known
+from ckptlab.formats.dcp.marks import FILE, files_of
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Foreign
@@ -30,8 +30,6 @@ from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import dim_names
 from ckptlab.stored import Stored
-
-FILE = re.compile(r"(model|optim|extra_state)_world_size_(\d+)_rank_(\d+)\.pt")
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,6 @@ class Sharded:
     shape: tuple[int, ...]
     axes: tuple[tuple[str, int], ...]
     ways: tuple[DimAxes, ...]
-
-
-def files_of(names: frozenset[str] | set[str]) -> dict[str, dict[int, str]]:
-    """ "model", "optim" or "extra_state" → rank → file."""
-    found: dict[str, dict[int, str]] = {}
-    for name in names:
-        match = FILE.fullmatch(name)
-        if match:
-            found.setdefault(match[1], {})[int(match[3])] = name
-    return found
 
 
 def find(path: str, said: Said) -> Found:

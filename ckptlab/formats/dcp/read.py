@@ -20,9 +20,10 @@ from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
 from ckptlab.formats.dcp.items import found_by_key, object_at
 from ckptlab.formats.dcp.keys import Keys, sort_keys
+from ckptlab.formats.dcp.marks import ABOUT, DATA, MODEL_FOLDER, OPTIMIZER_FOLDER
 from ckptlab.formats.dcp.metadata import LABELS, METADATA, Metadata
 from ckptlab.formats.dcp.said import Said
-from ckptlab.formats.dcp.styles import MODEL_FOLDER, OPTIMIZER_FOLDER, found_style
+from ckptlab.formats.dcp.styles import found_style
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
 
@@ -52,7 +53,7 @@ def read_dcp(
         for folder, metadata in zip(folders, read, strict=True)
         for name in (*metadata_files(set(paths.names(metadata.folder))), *metadata.files)
     )
-    about = os.path.join(path, megatron.ABOUT)
+    about = os.path.join(path, ABOUT)
     if paths.is_file(about):
         try:
             backend = json.loads(paths.text(about)).get("sharded_backend")
@@ -75,11 +76,13 @@ def _folders(path: str) -> list[str]:
         raise UnsupportedError(
             f"{path}: holds {len(models)} models: open the folder of one of them: {', '.join(models)}"
         )
-    found = [n for n in (*models, *optimizers) if metadata_files(set(paths.names(os.path.join(path, n))))]
-    if not found:
+    inside = {n: set(paths.names(os.path.join(path, n))) for n in (*models, *optimizers)}
+    found = [n for n, files in inside.items() if metadata_files(files)]
+    lost = [n for n, files in inside.items() if n not in found and any(map(DATA.fullmatch, files))]
+    if lost or not found:
         raise CheckpointError(
-            f"{path}: .metadata is missing, which is written last: the save did not end, or the file was not copied "
-            "(its name begins with a dot)"
+            f"{os.path.join(path, *lost[:1])}: .metadata is missing, which is written last: the save did not end, or "
+            "the file was not copied (its name begins with a dot)"
         )
     return found
 

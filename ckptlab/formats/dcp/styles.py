@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 
 from ckptlab.errors import ReshapeError
 from ckptlab.formats.dcp.keys import Keys, Path
-
-MODEL_FOLDER = "pytorch_model_fsdp_"  # accelerate's, a number behind
-OPTIMIZER_FOLDER = "optimizer_"
+from ckptlab.formats.dcp.marks import MODEL_FOLDER, OPTIMIZER_FOLDER
 
 
 @dataclass(frozen=True)

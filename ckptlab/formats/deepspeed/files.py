@@ -15,7 +15,7 @@ from ckptlab import paths
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import Experts, experts_said
+from ckptlab.formats.deepspeed.experts import GROUP, Experts, experts_said
 from ckptlab.formats.deepspeed.headers import (
     Content,
     EngineConfig,
@@ -340,9 +340,14 @@ class _Found:
             if experts := [FileName("expert", mp=t, layer=i, expert=e) for (i, e), t in every]:
                 wanted["expert"] = experts
             if self.inside and self.expert_optims:
-                ranks = range(1 + max(n.expert for n in self.expert_optims))
+                ranks = range(max(1 + max(n.expert for n in self.expert_optims), self._spread_said()))
                 wanted["expert optimizer"] = [FileName("expert_optim", mp=t, expert=e) for t in world for e in ranks]
         return wanted
+
+    def _spread_said(self) -> int:
+        """Over how many ranks experts are spread, by the names of their parameter groups; 0 where those do not tell."""
+        named = {g.get("name") for o in self.expert_optims.values() if o for g in o.options if g.get("moe")}
+        return next((n for n in range(2, _RANKS_A_FILE * len(self.names)) if GROUP.format(n) in named), 0)
 
     @staticmethod
     def layer(number: int, tp: int, axis: bool) -> FileName:

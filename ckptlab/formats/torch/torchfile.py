@@ -9,9 +9,9 @@ import math
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
@@ -124,10 +124,16 @@ Leaf = Stored | Apart | Pending | np.ndarray
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: the object, and (module, name) of every class or function that its pickle names."""
+    """What a file holds: the object, and (module, name) of every class or function that its pickle names.
+
+    saved_as: the file's name, without `.pt`, when torch saved it ("archive" where it was saved without one). sums: the
+    CRC-32 of each storage, by its first byte.
+    """
 
     value: Any
     globals_seen: frozenset[tuple[str, str]]
+    saved_as: str = "archive"
+    sums: Mapping[int, int] = field(default_factory=dict)
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -152,7 +158,7 @@ def read_contents(path: str | os.PathLike[str], base: int = 0, length: int | Non
         if "byteorder" in records and records.bytes_of("byteorder") != b"little":
             raise UnsupportedError(f"{path}: its numbers are not little-endian; load it with torch and save it again")
         unpickler = _TensorUnpickler(records)
-        return Contents(unpickler.load(), frozenset(unpickler.globals_seen))
+        return Contents(unpickler.load(), frozenset(unpickler.globals_seen), records.root, unpickler.sums)
 
 
 def ready(items: Iterable[T], path_of: Callable[[T], str]) -> Iterator[T]:
@@ -192,6 +198,7 @@ class _TensorUnpickler(pickles.Unpickler):
         super().__init__(records.bytes_of("data.pkl", budget.PICKLE_BYTES), records.path)
         self._records = records
         self._storages: dict[tuple[str, str, int], Storage] = {}
+        self.sums: dict[int, int] = {}
 
     def persistent_load(self, pid: Any) -> Storage:
         match pid:
@@ -217,6 +224,7 @@ class _TensorUnpickler(pickles.Unpickler):
                 f"storage {key} is said to hold {numel} elements of {dtype}, but its record has {size} "
                 f"bytes; the file is damaged or forged, get it again"
             )
+        self.sums[offset] = self._records.crc(f"data/{key}")
         return Storage(self.source, offset, dtype, numel)
 
 

@@ -108,7 +108,8 @@ def summed(path: str) -> list[Summed]:
 
 class RecordReader:
     """The records of an open `.pt` file, or of one that lies in a file from byte `base` on, `length` bytes long. Reads
-    the zip's directory and no data.
+    the zip's directory and no data. `root`: the folder that all records are in, which torch calls as the file was
+    called (without `.pt`) when it was saved.
 
     Raises UnsafeFileError, UnsupportedError or CheckpointError where it is no such zip, or an ambiguous one.
     """
@@ -130,7 +131,7 @@ class RecordReader:
                 f"{path} is a TorchScript archive (it has a record constants.pkl), which holds code to run; "
                 f"save the model's state_dict with torch.save instead"
             )
-        self._root = names[0].partition("/")[0] if names else ""
+        self.root = names[0].partition("/")[0] if names else ""
 
     @property
     def start(self) -> int:
@@ -138,11 +139,11 @@ class RecordReader:
         return min((info.header_offset for info in self._directory.infolist()), default=self._directory.start_dir)
 
     def __contains__(self, name: str) -> bool:
-        return f"{self._root}/{name}" in self._directory.NameToInfo
+        return f"{self.root}/{name}" in self._directory.NameToInfo
 
     def extent(self, name: str) -> Record:
         """Where the data of record `name` (without the root) lies in the file."""
-        info = self._directory.NameToInfo.get(f"{self._root}/{name}")
+        info = self._directory.NameToInfo.get(f"{self.root}/{name}")
         if info is None:
             raise CheckpointError(f"{self.path} has no record {name!r}: it is incomplete, or no file of torch.save")
         encoded = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
@@ -163,6 +164,10 @@ class RecordReader:
             )
         return Record(self._base + offset, info.file_size)
 
+    def crc(self, name: str) -> int:
+        """The CRC-32 that was written beside record `name`."""
+        return self._directory.NameToInfo[f"{self.root}/{name}"].CRC
+
     def bytes_of(self, name: str, most: int = _SMALL) -> bytes:
         """The data of a record of at most so many bytes."""
         offset, size = self.extent(name)
@@ -177,7 +182,7 @@ class RecordReader:
         """Every record that lies where it is said to, with its checksum."""
         for info in self._directory.infolist():
             root, _, name = info.filename.partition("/")
-            if root == self._root and name:
+            if root == self.root and name:
                 with suppress(UnsafeFileError):  # nobody's
                     yield Summed(*self.extent(name), info.CRC, name)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from compare import DATA, GPT, ZERO2, ZERO3, whole
-from real_deepspeed import requires_deepspeed, resume
+from real_deepspeed import make_case, onward, requires_deepspeed, resume
 
 import ckptlab
 from ckptlab import Mesh
@@ -409,6 +409,23 @@ def test_fsdp_and_tensor_parallel_ranks_load_it(how: str, world: int, tmp_path: 
         port = free.getsockname()[1]
     arguments = (world, port, str(tmp_path / "dcp"), str(tmp_path / "source"), how)
     processes.spawn(_load, arguments, nprocs=world)
+
+
+@pytest.mark.slow
+@requires_deepspeed
+@pytest.mark.parametrize(
+    ("case", "rows", "world", "tp"), [("gpt_tp2_pp1_dp2_fp32", 104, 2, 1), ("plain_zero3_dp2_fp32", None, 4, 2)]
+)
+def test_the_next_step_is_that_of_deepspeed(case: str, rows: int | None, world: int, tp: int, tmp_path: Path) -> None:
+    """FSDP2 and tensor parallelism, with torch's AdamW, from what real DeepSpeed saved and would go on from."""
+    source = make_case(case, tmp_path)
+    written(source, tmp_path / "dcp", mesh=Mesh(dp=3), padded_vocab=rows)
+    report = onward(tmp_path / "dcp", source, world=world, tp=tp)
+    assert report["differences"] == {}
+    assert report["compared"] > 40
+    assert report["apart"] < 0.03, report
+    if tp == 1:
+        assert onward(tmp_path / "dcp", source, world=world, forget=True)["apart"] > 1
 
 
 # Back to DeepSpeed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ckptlab.formats.dcp.said import Said
 _SMALL = 1 << 14  # bytes of an item that is fetched along with others, of far files
 _SLACK = 60  # seconds for which a copy, or a file system's clock, may put files in another order
 
-OF_RANK = re.compile(r"__(\d+)\.metadata")
+OF_RANK = re.compile(r"__(\d{1,9})\.metadata")
 
 
 def metadata_files(names: frozenset[str] | set[str]) -> list[str]:
@@ -105,7 +106,8 @@ def _times(metadata: Metadata, names: set[str], said: Said) -> None:
 def _all_ranks(folder: str, names: set[str], said: Said) -> None:
     ranks = {int(match[1]) for name in names if (match := OF_RANK.fullmatch(name))}
     written = {int(match[1]) for name in names if (match := DATA.fullmatch(name))}
-    missing = sorted((written | set(range(max(ranks) + 1))) - ranks)
+    gaps = (rank for rank in range(max(ranks)) if rank not in ranks)
+    missing = sorted({*written - ranks, *itertools.islice(gaps, 8)})
     if missing:
         said.error(
             "dcp-missing-file",

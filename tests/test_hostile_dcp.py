@@ -286,6 +286,40 @@ def test_other_bytes_end_in_tensors_that_can_be_read_or_in_our_error(
     damage()
 
 
+def _flipped(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_bit_that_flipped_is_found_by_its_checksum(tmp_path: Path) -> None:
+    folder = fsdp(tmp_path / "run")
+    assert ckptlab.check(folder, checksums=True).healthy
+    ckpt = ckptlab.open(folder)
+    name = "layers.1.up.weight"
+    (stored, *_) = [f.stored for holder, fs in ckpt.catalog.stored.pieces[name, "exp_avg"].items() for f in fs]
+    _flipped(Path(stored.path), stored.offset + 5)
+    assert ckptlab.check(folder).healthy
+    (one,) = ckptlab.check(folder, checksums=True)["checksum"]
+    assert (one.where.files, one.where.tensors) == ((Path(stored.path).name,), (name,))
+    for form, options in (("dcp", {"mesh": Mesh(dp=1)}), ("deepspeed", {"dp": 2})):
+        with pytest.raises(CkptlabError, match=rf"{name}.* has other bytes than were written"):
+            ckptlab.open(folder).reshape(format=form, **options).save(tmp_path / form / "step")
+
+
+@pytest.mark.slow
+def test_damage_anywhere_in_items_is_found_and_never_a_traceback(tmp_path: Path) -> None:
+    """Bits of an item's own header and pickle too, in tensors and objects."""
+    folder, chance, seen = of_torchtitan(tmp_path / "run"), random.Random(0), 0
+    file = folder / "__0_0.distcp"
+    raw = file.read_bytes()
+    for _ in range(80):
+        _flipped(file, chance.randrange(len(raw)))
+        seen += not ckptlab.check(folder, checksums=True).healthy
+        file.write_bytes(raw)
+    assert seen > 20  # not in padding, nor in what nobody reads of a zip
+
+
 # What a stranger may say of boxes, places and counts
 
 

@@ -523,3 +523,24 @@ def test_real_deepspeed_resumes_what_came_from_dcp(form: str, options: dict[str,
     report = resume(tmp_path / "out" / "step", ZERO2.name, universal=universal, steps=1, dp=options["dp"], **stage)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] > 20
+
+
+@pytest.mark.slow
+@requires_deepspeed
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_real_deepspeeds_pipeline_resumes_what_came_from_dcp(form: str, tmp_path: Path) -> None:
+    ckpt, there = through_dcp(GPT, tmp_path)
+    reshape = there.reshape(format=form, pp=2, tp=2, dp=1, zero_stage=1, dtype="bf16")
+    assert "pipeline-inferred" in [f.code for f in reshape.target.findings]
+    reshape.save(tmp_path / "out" / "step")
+    assert ckptlab.diff(ckpt, ckptlab.open(tmp_path / "out" / "step")).equal
+    universal = form == "universal"
+    report = resume(tmp_path / "out" / "step", GPT.name, universal=universal, steps=1, pp=2, tp=2, dp=1)
+    assert report["status"] == "equal", report.get("error") or report["differences"]
+    assert report["compared"]["exp_avg_sq"] > 20
+
+
+def test_a_pipeline_is_made_of_numbered_layers_alone(tmp_path: Path) -> None:
+    _, there = through_dcp(ZERO2, tmp_path)
+    with pytest.raises(ReshapeError, match=r"scale, gains and 44 more are in no layer of a pipeline"):
+        there.reshape(format="deepspeed", pp=2, dp=2)

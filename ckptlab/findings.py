@@ -170,6 +170,9 @@ class Collecting(Faults):
             yield
         except UnsupportedError as error:
             self.report(not_read_yet(self._said(error)))
+        except UnsafeFileError as error:
+            expected, todo = "a file that tells of a checkpoint and of nothing else", "do not use the file"
+            self.report(Finding("unsafe-file", "error", Where(files), expected, self._said(error), todo, "headers"))
         except CkptlabError as error:
             expected = "files that agree with one another" if code == "contradiction" else "headers as DeepSpeed's are"
             self.report(Finding(code, "error", Where(files), expected, self._said(error), PUT_BACK, "headers"))

@@ -104,6 +104,11 @@ def resume(
     return _ask(limit, "judge", str(folder.resolve()), str(case), changes, universal, steps)
 
 
+def onward(folder: Path, case: Path, *, world: int, tp: int = 1, forget: bool = False) -> dict[str, Any]:
+    """Load a DCP folder that was made of `case` into FSDP2 and train one step, and return the report of onward.py."""
+    return _ask(HANGS, "onward", str(folder.resolve()), str(case), world, tp, forget)
+
+
 def make_case(case: str, out: Path, *, universal: bool = False, limit: float = HANGS) -> Path:
     """Train a case of data/foundry/make.py that is not committed, in `out`; returns its folder."""
     return Path(_ask(limit, "make", case, str(out.resolve()), universal))

@@ -640,7 +640,7 @@ def test_a_checkpoint_that_is_open_may_be_given() -> None:
 def test_gaps_and_tensors_make_up_the_partitions() -> None:
     catalog = read(ZERO2)
     padding = list(gaps(catalog))
-    covered = sum(job.nbytes for job in jobs(catalog)) + sum(gap.nbytes for gap in padding)
+    covered = sum(job.nbytes for job in jobs(catalog, {})) + sum(gap.nbytes for gap in padding)
     assert covered == sum(stored.nbytes for stored in catalog.stored)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from compare import DATA, GPT, ZERO2, ZERO3, whole
-from real_deepspeed import requires_deepspeed, resume
+from real_deepspeed import make_case, onward, requires_deepspeed, resume
 
 import ckptlab
 from ckptlab import Mesh
@@ -411,6 +411,23 @@ def test_fsdp_and_tensor_parallel_ranks_load_it(how: str, world: int, tmp_path: 
     processes.spawn(_load, arguments, nprocs=world)
 
 
+@pytest.mark.slow
+@requires_deepspeed
+@pytest.mark.parametrize(
+    ("case", "rows", "world", "tp"), [("gpt_tp2_pp1_dp2_fp32", 104, 2, 1), ("plain_zero3_dp2_fp32", None, 4, 2)]
+)
+def test_the_next_step_is_that_of_deepspeed(case: str, rows: int | None, world: int, tp: int, tmp_path: Path) -> None:
+    """FSDP2 and tensor parallelism, with torch's AdamW, from what real DeepSpeed saved and would go on from."""
+    source = make_case(case, tmp_path)
+    written(source, tmp_path / "dcp", mesh=Mesh(dp=3), padded_vocab=rows)
+    report = onward(tmp_path / "dcp", source, world=world, tp=tp)
+    assert report["differences"] == {}
+    assert report["compared"] > 40
+    assert report["apart"] < 0.03, report
+    if tp == 1:
+        assert onward(tmp_path / "dcp", source, world=world, forget=True)["apart"] > 1
+
+
 # Back to DeepSpeed.
 
 
@@ -506,3 +523,24 @@ def test_real_deepspeed_resumes_what_came_from_dcp(form: str, options: dict[str,
     report = resume(tmp_path / "out" / "step", ZERO2.name, universal=universal, steps=1, dp=options["dp"], **stage)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] > 20
+
+
+@pytest.mark.slow
+@requires_deepspeed
+@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+def test_real_deepspeeds_pipeline_resumes_what_came_from_dcp(form: str, tmp_path: Path) -> None:
+    ckpt, there = through_dcp(GPT, tmp_path)
+    reshape = there.reshape(format=form, pp=2, tp=2, dp=1, zero_stage=1, dtype="bf16")
+    assert "pipeline-inferred" in [f.code for f in reshape.target.findings]
+    reshape.save(tmp_path / "out" / "step")
+    assert ckptlab.diff(ckpt, ckptlab.open(tmp_path / "out" / "step")).equal
+    universal = form == "universal"
+    report = resume(tmp_path / "out" / "step", GPT.name, universal=universal, steps=1, pp=2, tp=2, dp=1)
+    assert report["status"] == "equal", report.get("error") or report["differences"]
+    assert report["compared"]["exp_avg_sq"] > 20
+
+
+def test_a_pipeline_is_made_of_numbered_layers_alone(tmp_path: Path) -> None:
+    _, there = through_dcp(ZERO2, tmp_path)
+    with pytest.raises(ReshapeError, match=r"scale, gains and 44 more are in no layer of a pipeline"):
+        there.reshape(format="deepspeed", pp=2, dp=2)

@@ -35,6 +35,7 @@ COMMITTED = {
 CASES = COMMITTED | {
     "gpt_tp1_pp2_dp2": Case("gpt", pp=2, dp=2, grad_accum_dtype="fp32"),
     "gpt_tp2_pp1_dp2": Case("gpt", tp=2, dp=2, grad_accum_dtype="fp32"),
+    "gpt_tp2_pp1_dp2_fp32": Case("gpt", tp=2, dp=2, dtype="fp32"),
     "gpt_tp2_pp1_dp2_fp16": Case("gpt", tp=2, dp=2, dtype="fp16"),
     "gpt_tp1_pp2_dp2_zero0": Case("gpt", pp=2, dp=2, zero=0),
     "gpt_tp2_pp2_dp1_zero0_fp16": Case("gpt", tp=2, pp=2, zero=0, dtype="fp16"),
@@ -48,6 +49,7 @@ CASES = COMMITTED | {
     "plain_zero1_dp2_bf16_optimizer": Case("plain", dp=2, grad_accum_dtype="fp32"),
     "plain_zero1_dp2_fp16": Case("plain", dp=2, dtype="fp16"),
     "plain_zero1_dp2_fp32": Case("plain", dp=2, dtype="fp32"),
+    "plain_zero3_dp2_fp32": Case("plain", dp=2, zero=3, dtype="fp32", zero_config=SHARDED),
     "plain_zero2_dp4": Case("plain", dp=4, zero=2),
     "moe_ep2_dp2_bf16_optimizer": Case("plain_moe", dp=2, ep=2, grad_accum_dtype="fp32"),
     "moe_ep2_dp2_zero0": Case("plain_moe", dp=2, ep=2, zero=0),

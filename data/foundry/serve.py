@@ -1,8 +1,8 @@
 """One process that has imported DeepSpeed, and makes cases and judges checkpoints, a job a line: for whoever has many.
 
-`python data/foundry/serve.py FD`: jobs are lines of JSON on standard input, `["make", CASE, OUT, UNIVERSAL]` or
-`["judge", FOLDER, CASE, CHANGES, UNIVERSAL, STEPS]`; each is answered by a line of JSON on the file descriptor FD,
-`{"value": …}` or `{"error": TEXT}`. It ends with its input.
+`python data/foundry/serve.py FD`: jobs are lines of JSON on standard input, `["make", CASE, OUT, UNIVERSAL]`,
+`["judge", FOLDER, CASE, CHANGES, UNIVERSAL, STEPS]` or `["onward", FOLDER, CASE, WORLD, TP, FORGET]`; each is answered
+by a line of JSON on the file descriptor FD, `{"value": …}` or `{"error": TEXT}`. It ends with its input.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `foundry`, from wherever the script is run
 
-from foundry import make, resume
+from foundry import make, onward, resume
 
 
 def done(job: str, *arguments: Any) -> Any:
-    """What make.py or resume.py makes of a job."""
+    """What make.py, resume.py or onward.py makes of a job."""
     if job == "make":
         case, out, universal = arguments
         return str(make.make(case, Path(out), universal))
+    if job == "onward":
+        folder, case, world, tp, forget = arguments
+        return onward.judge(Path(folder), resume.case_folder(case), world, tp, forget)
     folder, case, changes, universal, steps = arguments
     return resume.judge(Path(folder), resume.case_folder(case), changes, universal, steps)
 

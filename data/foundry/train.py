@@ -99,7 +99,7 @@ class Run:
         }
         model = self._parallel_model(salt) if case.parallel else self._plain_model(salt)
         self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=_parameter_groups(model), config=_ds_config(case, universal)
+            model=model, model_parameters=parameter_groups(model), config=_ds_config(case, universal)
         )
 
     def _parallel_model(self, salt: int) -> nn.Module:
@@ -157,7 +157,7 @@ class Run:
 
     def step(self, number: int) -> float:
         """Train step `number` (from 1); returns the loss, averaged over the whole batch."""
-        batches = _micro_batches(self.case, number, self.coordinate["dp"])
+        batches = micro_batches(self.case, number, self.coordinate["dp"])
         if self.case.parallel:
             return float(self.engine.train_batch(data_iter=batches).mean())
         losses = []
@@ -180,7 +180,7 @@ def _allow_fp16() -> None:
     accelerator.supported_dtypes = lambda: [torch.float, torch.bfloat16, torch.float16]
 
 
-def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -233,7 +233,7 @@ def _ds_config(case: Case, universal: bool) -> dict[str, Any]:
     return config
 
 
-def _micro_batches(case: Case, step: int, dp_rank: int) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(case: Case, step: int, dp_rank: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This dp rank's (tokens, labels) at `step`: a noisy sequence that can be learnt."""
     config = case.config
     generator = torch.Generator().manual_seed(step)

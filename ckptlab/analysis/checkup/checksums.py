@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from bisect import bisect
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ckptlab import paths, pool
 from ckptlab.analysis.checkup.jobs import stored_in
+from ckptlab.catalog import Catalog
 from ckptlab.convert import manifest
 from ckptlab.convert.journal import crc_of
+from ckptlab.errors import CheckpointError
 from ckptlab.findings import Collecting, Finding, Where
 from ckptlab.formats.checksum import crc32_combine
 from ckptlab.formats.torch import torchzip
@@ -31,18 +34,25 @@ _PART = 1 << 26  # bytes of a file that one task reads
 _Records = tuple[str, tuple[Summed, ...]]
 
 
-def checksums(found: Collecting, workers: Workers = None, progress: bool = False) -> Iterator[Finding]:
+def checksums(
+    catalog: Catalog | None, found: Collecting, workers: Workers = None, progress: bool = False
+) -> Iterator[Finding]:
     """Findings on records whose bytes are not those that were written: those that torch reads, and no others.
-    (Safetensors have no checksums.)"""
+    (Safetensors have no checksums.) Of files in which a catalog's tensors lie as many zips (`.distcp`), all records."""
     names = [n for n, contents in found.files.items() if isinstance(contents, Contents)]
     files = [_records(paths.join(found.folder, n), found.files[n].value) for n in names]
+    for name in (n for n in (catalog.files if catalog is not None else ()) if n not in found.files):
+        path = paths.join(found.folder, name)
+        if paths.is_file(path) and paths.read(path, 0, 4) == b"PK\3\4":
+            names.append(name)
+            files.append((path, tuple(torchzip.summed(path))))
     with pool.progress(sum(map(_bytes, files)), "checksums", "B", progress) as bar:
         results = pool.run(_wrong, files, on=workers, size=_bytes, bar=bar)
         for name, (_, records), wrong in zip(names, files, results, strict=True):
             if not records or len(wrong) == len(records) > 1:
                 yield _without(name)
             elif wrong:
-                yield _damaged(found, name, wrong)
+                yield _damaged(name, wrong, tuple(_held(catalog, found, name, wrong)))
 
 
 def _records(path: str, content: Any) -> _Records:
@@ -62,17 +72,24 @@ def _wrong(file: _Records) -> list[Summed]:
     return [record for record in records if crc_of(path, record.offset, record.size) != record.crc]
 
 
-def _damaged(found: Collecting, name: str, wrong: Sequence[Summed]) -> Finding:
-    tensors = [
-        key
-        for key, stored in stored_in(found.files[name].value)
-        if any(r.offset <= stored.offset < r.end for r in wrong)
-    ]
+def _held(catalog: Catalog | None, found: Collecting, name: str, wrong: Sequence[Summed]) -> Iterator[str]:
+    """What lies in records: keys of a file that was read, or tensors of the catalog."""
+    if name in found.files:
+        for key, stored in stored_in(found.files[name].value):
+            if any(r.offset <= stored.offset < r.end for r in wrong):
+                yield key
+    elif catalog is not None:
+        path = paths.join(found.folder, name)
+        with suppress(CheckpointError):  # a header is damaged, so that what lies behind it cannot be told
+            yield from dict.fromkeys(t for r in wrong for t in catalog.lying_in(path, r.offset, r.end))
+
+
+def _damaged(name: str, wrong: Sequence[Summed], tensors: tuple[str, ...]) -> Finding:
     said = some([record.name for record in wrong], 4)
     return Finding(
         "checksum",
         "error",
-        Where(files=(name,), tensors=tuple(tensors)),
+        Where(files=(name,), tensors=tensors),
         "the bytes that were written, by the CRC-32 beside each record",
         f"{name}: {number_of(len(wrong), 'record')} with other bytes: {said}",
         "copy the file again from the run's storage, and look after the disk or memory that it went through",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.catalog import ALONE, Catalog, FlatGroup, Fragment, Tensor
+from ckptlab.errors import CkptlabError
 from ckptlab.layout.cut import Coordinate
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
@@ -79,11 +80,15 @@ class Gap:
         return sum(n for _, n in self.spans) * self.stored.dtype.itemsize
 
 
-def jobs(catalog: Catalog, window: int = WINDOW) -> Iterator[Job]:
-    """Everything that a catalog has of tensors, once; in jobs of many windows of so many bytes."""
+Unreadable = dict[tuple[str, str], CkptlabError]  # tensor and state → why
+
+
+def jobs(catalog: Catalog, unreadable: Unreadable, window: int = WINDOW) -> Iterator[Job]:
+    """Everything that a catalog has of tensors, once; in jobs of many windows of so many bytes. What cannot be read,
+    of formats whose tensors have headers of their own, goes into `unreadable`."""
     for tensor in catalog.tensors.values():
         for at in tensor.cut.coordinates():
-            rows = tuple(_rows(catalog, tensor, at))
+            rows = tuple(_rows(catalog, tensor, at, unreadable))
             count = math.prod(tensor.cut.shard_shape(at))
             if rows and count:
                 yield from _split(
@@ -96,13 +101,18 @@ def _split(name: str, kind: str, count: int, window: int, rows: tuple[Row, ...],
         yield Job(name, kind, lo, min(lo + _JOB * window, count), rows, compared)
 
 
-def _rows(catalog: Catalog, tensor: Tensor, at: Coordinate) -> Iterator[Row]:
+def _rows(catalog: Catalog, tensor: Tensor, at: Coordinate, unreadable: Unreadable) -> Iterator[Row]:
     """The states of a tensor at a coordinate of its cut, each with all its copies, the canonical stage's first."""
     for state, dtype in tensor.states.items():
         for placement in catalog.placements.get((tensor.name, state), ()):
             for holder in placement.holders:
                 if placement.coordinate(holder) == at:
-                    yield Row(state, holder, np.dtype(dtype), catalog.fragments(tensor.name, state, holder))
+                    try:
+                        fragments = catalog.fragments(tensor.name, state, holder)
+                    except CkptlabError as error:
+                        unreadable.setdefault((tensor.name, state), error)
+                        continue
+                    yield Row(state, holder, np.dtype(dtype), fragments)
 
 
 def gaps(catalog: Catalog) -> Iterator[Gap]:

@@ -14,6 +14,7 @@ from ckptlab.analysis.checkup.health import Checked, Health, ordered
 from ckptlab.arguments import explained
 from ckptlab.catalog import MASTER, PARAM, Catalog
 from ckptlab.checkpoint import Checkpoint
+from ckptlab.errors import CkptlabError
 from ckptlab.findings import Collecting, Finding, Where
 from ckptlab.formats import Paths, found, read_at
 from ckptlab.formats import get as format_of
@@ -71,7 +72,7 @@ def check(
         findings += changed
         read += bytes_read
     if checksums:
-        findings += against_checksums(faults, workers, progress)
+        findings += against_checksums(catalog, faults, workers, progress)
     checked = Checked(len(faults.files) + len(faults.unread), tensors, read, catalog is not None, data)
     mesh = catalog.training.mesh if catalog else None
     return Health(place.path, place.format, str(mesh) if mesh else None, ordered(findings), checked)
@@ -113,7 +114,8 @@ def _survey(
 ) -> tuple[list[Finding], int, int]:
     """Findings on the data, the bytes that were read, and the tensors that were looked at."""
     files = {n: file.value if isinstance(file, Contents) else file for n, file in found.files.items()}
-    todo = list(jobs.jobs(catalog, window) if catalog is not None else jobs.loose(files, window))
+    unreadable: jobs.Unreadable = {}
+    todo = list(jobs.jobs(catalog, unreadable, window) if catalog is not None else jobs.loose(files, window))
     gaps = list(jobs.gaps(catalog)) if catalog is not None else []
     told = contents.survey(todo, gaps, window=window, workers=workers, progress=progress)
     if catalog is not None:
@@ -123,7 +125,8 @@ def _survey(
         return list(verdicts.loose_verdicts(told)), read, len({job.tensor for job in todo})
     alive = any(not zero for (_, state, _), zero in told.zero.items() if state not in (MASTER, PARAM))
     stepped = any((scalar(g.scalars.get("step")) or 0) > 0 for g in catalog.groups)
-    seen = list(verdicts.verdicts(catalog, told, alive or stepped))
+    damaged = [_damaged(catalog, name, state, error) for (name, state), error in unreadable.items()]
+    seen = [*damaged, *verdicts.verdicts(catalog, told, alive or stepped)]
     if alive or stepped:
         seen += copies.doubled(catalog, _sums(found))
     seen += copies.twins(catalog)
@@ -134,3 +137,15 @@ def _sums(found: Collecting) -> dict[tuple[str, int], int]:
     """The CRC-32 beside each storage of the files, by the file and the storage's first byte."""
     files = {paths.join(found.folder, n): file for n, file in found.files.items() if isinstance(file, Contents)}
     return {(path, at): crc for path, file in files.items() for at, crc in file.sums.items()}
+
+
+def _damaged(catalog: Catalog, name: str, state: str, error: CkptlabError) -> Finding:
+    """The finding on a tensor that cannot be read, though the headers of its checkpoint can."""
+    return Finding(
+        "damaged-tensor",
+        "error",
+        Where(tensors=(name,), states=(state,)),
+        "a header before its elements that tells what they are",
+        str(error).replace(f"{catalog.path}{os.sep}", ""),
+        "copy the file again from the run's storage; if it is damaged there too, go back to an earlier step",
+    )

@@ -19,7 +19,7 @@ from ckptlab.catalog import (
     Tensor,
     Training,
 )
-from ckptlab.errors import LayoutError
+from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.formats.dcp.axes import (
     Axes,
     Laid,
@@ -38,6 +38,7 @@ from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
 from ckptlab.sharding.strategies import Strategy
 
+MOST_STEPS = 1 << 53  # which a float64 can count
 MASTERS = ("master_param", "fp32_param", "main_param", "master", "master_weight", "master_weights", "fp32_master")
 """What optimizers that keep a weight of their own call it."""
 
@@ -73,6 +74,13 @@ class Found:
     heads: int | None = None
     kv_heads: int | None = None
     optimizer: bool = False
+
+
+def step_of(groups: Sequence[ParameterGroup]) -> int | None:
+    """How many steps an optimizer took, by its counters."""
+    steps = (group.scalars.get("step") for group in groups)
+    counted = [step for step in steps if isinstance(step, int | float) and 0 <= step < MOST_STEPS]
+    return int(max(counted)) if counted else None
 
 
 class Held(Mapping[Holder, tuple[Fragment, ...]]):
@@ -118,7 +126,11 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
         known = True
         for state, grid in by_state.items():
             layout = layouts.get(name)
-            laid = lay_as(grid, mesh, layout, f"{found.path}: {name}") if layout else lay(grid, mesh, axes, found.parts)
+            try:
+                where = f"{found.path}: {name}"
+                laid = lay_as(grid, mesh, layout, where) if layout else lay(grid, mesh, axes, found.parts)
+            except LayoutError as error:
+                raise (CheckpointError(str(error)) if strategy is None else error) from None
             if laid is None:
                 laid = lay_alone(grid)
                 known = False

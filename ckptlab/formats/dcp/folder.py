@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -103,7 +104,8 @@ def _times(metadata: Metadata, names: set[str], said: Said) -> None:
 def _all_ranks(folder: str, names: set[str], said: Said) -> None:
     ranks = {int(match[1]) for name in names if (match := OF_RANK.fullmatch(name))}
     written = {int(match[1]) for name in names if (match := DATA.fullmatch(name))}
-    missing = sorted((written | set(range(max(ranks) + 1))) - ranks)
+    gaps = (rank for rank in range(max(ranks)) if rank not in ranks)
+    missing = sorted({*written - ranks, *itertools.islice(gaps, 8)})
     if missing:
         said.error(
             "dcp-missing-file",

@@ -146,7 +146,7 @@ def _in_safetensors(path: str, key: str, shape: tuple[int, ...]) -> Stored:
     header = _header(path, _version(path))
     found = header.get(key)
     if found is None:
-        raise CheckpointError(f"has no tensor {key!r}: it is of another save; put back this save's")
+        raise CheckpointError(f"{path}: has no tensor {key!r}: it is of another save; put back this save's")
     return found
 
 

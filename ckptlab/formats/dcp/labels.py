@@ -11,6 +11,7 @@ from typing import Any
 from ckptlab.catalog import DTYPES, Catalog
 from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.formats.dcp.assemble import Found
+from ckptlab.formats.dcp.metadata import MOST_RANKS
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 
@@ -21,6 +22,8 @@ def put(found: Found, told: Mapping[str, Any], path: str) -> None:
     """Put what the labels of a folder tell into what was found there. CheckpointError where they are no labels."""
     try:
         mesh = Mesh(**told["mesh"])
+        if mesh.size > MOST_RANKS or not all(axis.isidentifier() for axis in mesh.axes):
+            raise ValueError(f"a mesh of {mesh.size} ranks: {mesh}")
         layouts = {name: _layout(fields) for name, fields in told["layouts"].items() if name in found.weights}
         stages = {name: stage for name, stage in told["stages"].items() if 0 <= stage < mesh.pp}
         shapes = {name: _inside(shape, found, name) for name, shape in told["shapes"].items() if name in found.weights}

@@ -24,11 +24,12 @@ from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of
 from ckptlab.formats.dcp.items import EntryItems, object_at
 from ckptlab.formats.dcp.marks import ABOUT
-from ckptlab.formats.dcp.metadata import Entry, Metadata
+from ckptlab.formats.dcp.metadata import MOST_RANKS, Entry, Metadata, natural
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
+from ckptlab.words import brief
 
 COMMON = "common.pt"
 
@@ -84,6 +85,8 @@ def _grids(metadata: Metadata, entry: Entry, key: str) -> dict[str, Grid]:
     """Name → grid of every tensor that a key stands for: one a layer where they are stacked, one an expert."""
     told = metadata.extra.get("mcore_data", {}).get(entry.key)
     whole = told.get("nd_reformulated_orig_global_shape") if isinstance(told, dict) else None
+    if whole is not None and not (isinstance(whole, tuple | list) and all(map(natural, whole))):
+        raise CheckpointError(f"its shape before it was flattened is {brief(whole)}, expected lengths of dims")
     names, count = _names(key, entry.shape if whole is None else tuple(whole))
     if whole is None:
         boxes = boxes_of(metadata, entry)
@@ -143,6 +146,10 @@ def _mesh(args: Mapping[str, Any], metadata: Metadata) -> Mesh:
     tp = _whole(args, "tensor_model_parallel_size") or 1
     pp = _whole(args, "pipeline_model_parallel_size") or 1
     world = metadata.extra.get("ranks") or _whole(args, "world_size") or tp * pp
+    if max(world, tp * pp) > MOST_RANKS:
+        raise CheckpointError(
+            f"{metadata.folder}: its args tell of tp {tp}, pp {pp} and {world} ranks: damaged or forged; copy it again"
+        )
     return Mesh(pp=pp, dp=world // (tp * pp) if world % (tp * pp) == 0 else 1, tp=tp)
 
 
@@ -162,7 +169,8 @@ def _groups(optimizer: Any, found: Found) -> tuple[ParameterGroup, ...]:
     step = None
     for one in optimizer.values() if several else (optimizer,):
         inner = one.get("optimizer", one) if isinstance(one, dict) else {}
-        for options in (inner.get("param_groups") or ()) if isinstance(inner, dict) else ():
+        groups = inner.get("param_groups") if isinstance(inner, dict) else ()
+        for options in groups if isinstance(groups, list | tuple) else ():
             if isinstance(options, dict):
                 made.append({k: v for k, v in options.items() if k != "params"})
         state = inner.get("state") if isinstance(inner, dict) else None

@@ -23,17 +23,21 @@ from numpy.typing import NDArray
 from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsafeFileError
 from ckptlab.formats.dcp.marks import DATA, METADATA
-from ckptlab.formats.torch import pickles
+from ckptlab.formats.torch import budget, pickles
 from ckptlab.formats.torch.pickles import Foreign, Global, tuple_opcodes_at_most
 from ckptlab.formats.torch.placeholders import comparisons_at_most
+from ckptlab.words import brief, shorten
 
 Int64 = NDArray[np.int64]
 
 CHECKPOINT = "torch.distributed.checkpoint.metadata"  # the module of its classes
 LABELS = "ckptlab"  # the attribute in which ckptlab's own writer says what torch has no word for
+MOST_NAME = 2048  # characters of a key or the name of a file: no writer comes near
+MOST_RANKS = 1 << 17  # of a run: what is said of more is damage
 _MOST_DIMS = 32
 _STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
 _MOST_STACK = 1 << 33  # of address space: what is not touched takes no memory
+_BUDGET = budget.Budget(containers=24_000_000, calls=24_000_000)  # some ten of each a chunk
 _DTYPES = {
     **{n: np.dtype(n) for n in ("float32", "float64", "float16", "complex64", "complex128", "bool")},
     **{n: np.dtype(n) for n in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
@@ -100,9 +104,12 @@ class _Properties(_Record):
 
 
 def _size(*args: Any) -> Any:
-    """`torch.Size`, as the tuple that it is made of: nothing is copied."""
+    """`torch.Size`, as the tuple of numbers that it is made of: nothing is copied."""
     fits = len(args) == 1 and type(args[0]) is tuple and len(args[0]) <= _MOST_DIMS
-    return args[0] if fits else NotImplemented
+    try:
+        return args[0] if fits and sum(args[0]) >= 0 else NotImplemented  # of what is no number there is no sum
+    except TypeError:
+        return NotImplemented
 
 
 def _path(*parts: Any) -> Any:
@@ -135,6 +142,8 @@ class _Unpickler(pickles.Unpickler):
 
     def _load(self) -> Any:
         """In a thread whose stack is deep enough to hash a tuple of all the tuples there are, nested in one another."""
+        if budget.examine(self._data, _BUDGET):
+            self.rehearse()
         stack = 1 << 23 | (tuple_opcodes_at_most(self._data) * _STACK_OF_TUPLE + 4095 & ~4095)
         if stack > _MOST_STACK:
             raise UnsafeFileError(
@@ -226,6 +235,11 @@ def read_metadata(folder: str, names: Iterable[str]) -> Metadata:
     made = _Columns(folder)
     for name in names:
         path = os.path.join(folder, name)
+        if (size := paths.size(path)) > budget.PICKLE_BYTES:
+            raise UnsafeFileError(
+                f"{path}: has {size:,} bytes, more than the {budget.PICKLE_BYTES:,} that any checkpoint's has; do not "
+                "use it"
+            )
         root, seen = _load(paths.read(path), path)
         try:
             made.add(root)
@@ -286,8 +300,8 @@ class _Columns:
                 raise CheckpointError(f"storage_data holds {_said(index)} with {_said(info)}, expected places of items")
             places.setdefault(index.fqn, {})[index.offset] = self._place(index.fqn, info)
         for key, entry in entries.items():
-            if type(key) is not str or type(entry) not in (_Tensor, _Bytes):
-                raise CheckpointError(f"the entry {key!r} is {_said(entry)}, expected a tensor or bytes")
+            if type(key) is not str or len(key) > MOST_NAME or type(entry) not in (_Tensor, _Bytes):
+                raise CheckpointError(f"the entry {brief(key)} is {_said(entry)}, expected a tensor or bytes by name")
             self._entry(key, entry, _parts(paths.get(key)), places.get(key, {}))
         meta = root.state.get("storage_meta")
         if isinstance(meta, Foreign) and isinstance(meta.attributes.get("save_id"), str):
@@ -301,13 +315,17 @@ class _Columns:
 
     def _place(self, key: str, info: _Info) -> tuple[int, int, int]:
         name, offset, length = info.relative_path, info.offset, info.length
-        if type(name) is not str or not _natural(offset) or not _natural(length):
-            raise CheckpointError(f"{key}: lies in {name!r}, bytes {offset!r} + {length!r}: no place in a file")
+        fits = type(name) is str and 0 < len(name) <= MOST_NAME and "\0" not in name
+        if not fits or not natural(offset) or not natural(length):
+            raise CheckpointError(
+                f"{brief(key)}: lies in {brief(name)}, bytes {brief(offset)} + {brief(length)}: no place in a file"
+            )
         file = self.files.setdefault(name, len(self.files))
         if file == len(self.files) - 1 and (os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")):
-            raise CheckpointError(f"{key}: lies in {name!r}, outside of the folder: do not use it")
+            raise CheckpointError(f"{brief(key)}: lies in {brief(name)}, outside of the folder: do not use it")
         if info.transform_descriptors:
-            self.transforms[file] = ", ".join(map(str, info.transform_descriptors))
+            told = info.transform_descriptors
+            self.transforms[file] = shorten(", ".join(map(str, told)), 200) if isinstance(told, list) else brief(told)
         return file, offset, length
 
     def _entry(self, key: str, entry: Any, path: Any, places: Mapping[Any, tuple[int, int, int]]) -> None:
@@ -319,11 +337,11 @@ class _Columns:
                 self.blobs.setdefault(key, Blob(key, path, *found))
             return
         shape, dtype = entry.size, getattr(entry.properties, "dtype", None)
-        if type(shape) is not tuple or len(shape) > _MOST_DIMS or not all(map(_natural, shape)):
-            raise CheckpointError(f"{key}: its size is {shape!r}, expected lengths of dims")
+        if type(shape) is not tuple or len(shape) > _MOST_DIMS or not all(map(natural, shape)):
+            raise CheckpointError(f"{key}: its size is {brief(shape)}, expected lengths of dims")
         if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in _DTYPES:
             raise CheckpointError(
-                f"{key}: its dtype is {dtype!r}, which has no equal in numpy: convert it and save again"
+                f"{key}: its dtype is {brief(dtype)}, which has no equal in numpy: convert it and save again"
             )
         known = self.tensors.setdefault(key, (path, shape, _DTYPES[dtype.name], {}))
         if known[1] != shape or known[2] != _DTYPES[dtype.name]:
@@ -334,14 +352,17 @@ class _Columns:
         for chunk in entry.chunks:
             start, size = chunk.offsets, chunk.sizes
             if type(start) is not tuple or type(size) is not tuple or not len(start) == len(size) == len(shape):
-                raise CheckpointError(f"{key}: a chunk at {start!r} of {size!r} in a tensor of {len(shape)} dims")
+                raise CheckpointError(f"{key}: a chunk at {brief(start)} of {brief(size)}, the tensor is {shape}")
             if start not in places:
-                self.lost.append(f"{key} at {start}")
+                self.lost.append(f"{key} at {brief(start)}")
             elif start not in known[3]:
                 known[3][start] = (size, *places[start])
 
     def metadata(self) -> Metadata:
         tensors = {key: _entry_of(key, *known) for key, known in self.tensors.items()}
+        packed = np.array(list(self.transforms), np.int64)
+        for entry in tensors.values():
+            _fits(entry, packed)
         return Metadata(
             self.folder,
             tensors,
@@ -360,8 +381,8 @@ def _entry_of(
 ) -> Entry:
     n = len(chunks)
     table = [(*start, *size, file, offset, length) for start, (size, file, offset, length) in chunks.items()]
-    if any(type(value) is not int for row in table for value in row):
-        raise CheckpointError(f"{key}: a chunk begins or is sized by what is no whole number")
+    if not all(natural(value) for row in table for value in row):
+        raise CheckpointError(f"{key}: a chunk begins or is sized by what is no number of elements")
     columns = np.array(sorted(table), np.int64).reshape(n, 2 * len(shape) + 3)
     d = len(shape)
     starts, sizes = np.ascontiguousarray(columns[:, :d]), np.ascontiguousarray(columns[:, d : 2 * d])
@@ -376,12 +397,30 @@ def _entry_of(
     return Entry(key, path, shape, dtype, starts, sizes, file, offset, length)
 
 
+def _fits(entry: Entry, packed: Int64) -> None:
+    """CheckpointError where a chunk is said to lie in fewer bytes than it has, or two in the same."""
+    if not len(entry.file):
+        return
+    nbytes = entry.sizes.prod(axis=1, dtype=np.float64) * entry.dtype.itemsize  # of what is forged, more than 2^63
+    small = (nbytes > entry.length) & ~np.isin(entry.file, packed)
+    if small.any():
+        row = int(np.argmax(small))
+        raise CheckpointError(
+            f"{entry.key}: a chunk of {tuple(entry.sizes[row].tolist())} of {entry.dtype} is said to lie in "
+            f"{entry.length[row]:,} bytes, which cannot hold it: damaged or forged; copy it again"
+        )
+    held = np.stack([entry.file, entry.offset], 1)[nbytes > 0]
+    if len(held) > 1 and len(np.unique(held, axis=0)) < len(held):
+        raise CheckpointError(f"{entry.key}: two chunks are said to lie in the same bytes: damaged or forged")
+
+
 def _parts(path: Any) -> tuple[str | int, ...] | None:
     fits = type(path) is tuple and path and all(type(part) in (str, int) for part in path)
     return path if fits else None
 
 
-def _natural(value: Any) -> bool:
+def natural(value: Any) -> bool:
+    """Whether it is a number of elements or bytes that there could be."""
     return type(value) is int and 0 <= value < 1 << 62
 
 

@@ -11,18 +11,19 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ckptlab import paths
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
-from ckptlab.formats.dcp.assemble import Client, Found
+from ckptlab.formats.dcp.assemble import Client, Found, step_of
 from ckptlab.formats.dcp.axes import NEUTRAL, DimAxes, pieces_of
 from ckptlab.formats.dcp.boxes import Boxes, Grid, grid_of
 from ckptlab.formats.dcp.items import Known
 from ckptlab.formats.dcp.marks import FILE, files_of
+from ckptlab.formats.dcp.metadata import MOST_NAME, MOST_RANKS, natural
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Foreign
@@ -30,6 +31,7 @@ from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import dim_names
 from ckptlab.stored import Stored
+from ckptlab.words import brief
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,14 @@ class Sharded:
     ways: tuple[DimAxes, ...]
 
 
+class Cutting(NamedTuple):
+    """How one mesh axis cuts a tensor: the class of its placement, the dim, and by how many parts it is strided."""
+
+    kind: str
+    dim: int
+    factor: int
+
+
 def find(path: str, said: Said) -> Found:
     """What the files of all ranks hold together. CheckpointError where a rank's is missing."""
     files = files_of(set(paths.names(path)))
@@ -50,11 +60,11 @@ def find(path: str, said: Said) -> Found:
         raise CheckpointError(f"{path}: holds files of runs of {sorted(worlds)} ranks: keep those of one")
     world = worlds.pop()
     for kind, by_rank in files.items():
-        missing = [rank for rank in range(world) if rank not in by_rank]
-        if missing and kind != "extra_state":
+        missing = next((rank for rank in range(world) if rank not in by_rank), None)
+        if missing is not None and kind != "extra_state":
             said.error(
                 "dcp-missing-file",
-                f"{path}: {kind}_world_size_{world}_rank_{missing[0]}.pt is missing: what that rank had cannot be "
+                f"{path}: {kind}_world_size_{world}_rank_{missing}.pt is missing: what that rank had cannot be "
                 "found; copy it again",
             )
     read = {
@@ -70,14 +80,24 @@ def find(path: str, said: Said) -> Found:
     layouts: dict[str, Layout] = {}
     meshes: dict[tuple[tuple[str, int], ...], None] = {}
     models = read.get("model", {})
-    if not all(isinstance(model, dict) for model in models.values()):
-        raise CheckpointError(f"{path}: a model file holds no dict of tensors: save the model's state_dict")
+    for rank, model in models.items():
+        if not isinstance(model, dict) or not all(type(key) is str and len(key) <= MOST_NAME for key in model):
+            raise CheckpointError(
+                f"{os.path.join(path, files['model'][rank])}: holds no dict of tensors by name: save the model's "
+                "state_dict"
+            )
     for name in dict.fromkeys(key for model in models.values() for key in model):
         with said.caught("dcp-chunks", f"{path}: {name}"):
-            grid = _grid({rank: model.get(name) for rank, model in models.items()}, name, layouts, meshes)
+            grid = _grid({rank: model.get(name) for rank, model in models.items()}, name, layouts, meshes, world)
             if grid is not None:
-                found.weights[str(name)] = grid
-    _optimizer(path, read.get("optim", {}), found, layouts, meshes, said)
+                found.weights[name] = grid
+    for rank, one in read.get("optim", {}).items():
+        if (wrong := _no_optimizer(one)) is not None:
+            raise CheckpointError(
+                f"{os.path.join(path, files['optim'][rank])}: {wrong}, expected the state_dict of an optimizer: "
+                "damaged or forged; copy it again"
+            )
+    _optimizer(path, read.get("optim", {}), found, layouts, meshes, world, said)
     if len(meshes) > 1:
         raise UnsupportedError(f"{path}: its tensors lie on meshes of several kinds: {', '.join(map(str, meshes))}")
     found.mesh = Mesh(**dict(next(iter(meshes), ())))
@@ -97,20 +117,18 @@ def _optimizer(
     found: Found,
     layouts: dict[str, Layout],
     meshes: dict[tuple[tuple[str, int], ...], None],
+    world: int,
     said: Said,
 ) -> None:
     """The states and groups of the optimizer's files, keyed by names, or by the number of the parameter."""
-    states: dict[int, Any] = {
-        rank: one["state"]
-        for rank, one in optimizers.items()
-        if isinstance(one, dict) and isinstance(one.get("state"), dict)
-    }
+    states: dict[int, Any] = {rank: one["state"] for rank, one in optimizers.items()}
     if not states:
         return
     found.optimizer = True
-    groups = next(iter(optimizers.values())).get("param_groups") or []
+    groups = next(iter(optimizers.values()))["param_groups"]
     keys = [key for group in groups for key in group.get("params", ())]
-    names = _by_number(keys, states, found) if all(type(key) is int for key in keys) else {key: key for key in keys}
+    numbered = all(type(key) is int for key in keys)
+    names = _by_number(keys, states, found) if numbered else {key: str(key) for key in keys}
     if names is None:
         said.notice(
             "dcp-no-names",
@@ -127,7 +145,7 @@ def _optimizer(
                 scalars.setdefault(name, {})[state] = _number(first)
                 continue
             with said.caught("dcp-chunks", f"{path}: {state} of {name}"):
-                grid = _grid(by_rank, name, layouts, meshes)
+                grid = _grid(by_rank, name, layouts, meshes, world)
                 if grid is not None:
                     found.states.setdefault(name, {})[state] = grid
     found.groups = tuple(
@@ -138,8 +156,28 @@ def _optimizer(
         )
         for group in groups
     )
-    steps = [g.scalars["step"] for g in found.groups if isinstance(g.scalars.get("step"), int | float)]
-    found.step = int(max(steps)) if steps else None
+    found.step = step_of(found.groups)
+
+
+def _no_optimizer(value: Any) -> str | None:
+    """What is wrong with the content of an optimizer's file; None of one that is as torch's are."""
+    if not isinstance(value, dict):
+        return f"holds {brief(value)}"
+    state, groups = value.get("state"), value.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list | tuple):
+        return f"its state is {brief(state)}, its param_groups {brief(groups)}"
+    for key, its in state.items():
+        if not isinstance(its, dict) or not all(type(one) is str and len(one) <= MOST_NAME for one in its):
+            return f"the state of {brief(key)} is {brief(its)}"
+    for group in groups:
+        params = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(params, list | tuple) or not all(_is_key(key) for key in params):
+            return f"one of its param_groups is {brief(group)}"
+    return None
+
+
+def _is_key(key: Any) -> bool:
+    return (type(key) is int) or (type(key) is str and len(key) <= MOST_NAME)
 
 
 def _by_number(keys: list[int], states: Mapping[int, Any], found: Found) -> dict[int, str] | None:
@@ -156,7 +194,7 @@ def _by_number(keys: list[int], states: Mapping[int, Any], found: Found) -> dict
 def _shape(value: Any) -> tuple[int, ...]:
     if isinstance(value, Stored):
         return value.shape
-    return tuple(value.args[2][2]) if isinstance(value, Foreign) and len(value.args) == 4 else ()
+    return _sharded(value).shape if isinstance(value, Foreign) else ()
 
 
 def _number(value: Any) -> Any:
@@ -168,44 +206,51 @@ def _grid(
     name: str,
     layouts: dict[str, Layout],
     meshes: dict[tuple[tuple[str, int], ...], None],
+    world: int,
 ) -> Grid | None:
     """The grid of what ranks have of a tensor; None of what is none."""
     boxes: dict[tuple[int, ...], tuple[tuple[int, ...], int, Stored]] = {}
-    shape: tuple[int, ...] = ()
+    kinds: dict[tuple[tuple[int, ...], np.dtype], int] = {}  # and the first rank that has it so
     for rank, value in by_rank.items():
+        if not isinstance(value, Stored | Foreign):
+            continue
+        sharded = Sharded(value, value.shape, (), ()) if isinstance(value, Stored) else _sharded(value)
+        shape, local = sharded.shape, sharded.local
+        kinds.setdefault((shape, local.dtype), rank)
+        if len(kinds) > 1:
+            said = " and ".join(f"{dtype} of {shape} on rank {r}" for (shape, dtype), r in kinds.items())
+            raise CheckpointError(f"it is {said}: the files are of different runs, or it is no one tensor")
         if isinstance(value, Stored):
-            shape = value.shape
             boxes.setdefault((0,) * len(shape), (shape, rank, value))
             continue
-        if not isinstance(value, Foreign):
-            continue
-        sharded = _sharded(value)
-        shape = sharded.shape
         mesh = Mesh(**dict(sharded.axes))
+        if mesh.size > max(world, 1):
+            raise CheckpointError(f"it lies on {mesh}, and there are files of {world} ranks: damaged or forged")
         meshes.setdefault(sharded.axes)
         spans = [
             pieces_of(n, way, mesh, mesh.coordinate(rank % mesh.size))
             for n, way in zip(shape, sharded.ways, strict=True)
         ]
         sizes = tuple(sum(length for _, length in dim) for dim in spans)
-        if sizes != sharded.local.shape:
+        if sizes != local.shape:
             raise CheckpointError(
-                f"rank {rank} has shape {sharded.local.shape}, by its placements it would have {sizes}: damaged, or "
+                f"rank {rank} has shape {local.shape}, by its placements it would have {sizes}: damaged, or "
                 "cut in a way that ckptlab does not know"
             )
         start = tuple(dim[0][0] if dim else n for dim, n in zip(spans, shape, strict=True))
-        boxes.setdefault(start, (sizes, rank, sharded.local))
+        boxes.setdefault(start, (sizes, rank, local))
         if name not in layouts and any(way.axes for way in sharded.ways):
             labels = dim_names(len(shape))
             dims = (f"({' '.join(w.axes)} {n})" if w.axes else n for n, w in zip(labels, sharded.ways, strict=True))
             layouts[name] = Layout(" ".join(dims), dims=labels)
     if not boxes:
         return None
+    ((shape, dtype),) = kinds
     at = np.array(list(boxes), np.int64).reshape(len(boxes), len(shape))
     size = np.array([s for s, _, _ in boxes.values()], np.int64).reshape(at.shape)
     ranks = np.array([rank for _, rank, _ in boxes.values()], np.int64)
     stored = [local for _, _, local in boxes.values()]
-    return grid_of(Boxes(shape, stored[0].dtype, at, size, ranks, Known(stored)))
+    return grid_of(Boxes(shape, dtype, at, size, ranks, Known(stored)))
 
 
 def _sharded(value: Foreign) -> Sharded:
@@ -216,15 +261,26 @@ def _sharded(value: Foreign) -> Sharded:
         shape, placements, mesh = tuple(made[2]), spec["placements"], spec["mesh"].attributes
         degrees = _degrees(mesh)
         names = mesh.get("_mesh_dim_names") or mesh.get("mesh_dim_names")
-        names = names or tuple(f"{NEUTRAL}{i}" for i in range(len(degrees)))
-        cuts = [(p.name, p.attributes) for p in placements]
+        names = tuple(names or (f"{NEUTRAL}{i}" for i in range(len(degrees))))
+        cuts = [Cutting(p.name, p.attributes.get("dim", 0), p.attributes.get("split_factor", 1)) for p in placements]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UnsupportedError(
             f"it is a {value.module}.{value.name}, expected a tensor or a DTensor as torch 2.5 to 2.13 pickle it: save "
             "with torch.distributed.checkpoint"
         ) from None
-    if type(local) is not Stored or len(names) != len(degrees) or len(cuts) != len(degrees):
-        raise CheckpointError(f"a DTensor of {len(cuts)} placements on a mesh of {degrees}: the file is damaged")
+    if (
+        type(local) is not Stored
+        or not all(type(name) is str and name.isidentifier() and len(name) < 64 for name in names)
+        or not len(cuts) == len(names) == len(degrees) == len(set(names))
+        or not all(type(n) is int and 0 < n <= MOST_RANKS for n in degrees)
+        or not all(map(natural, shape))
+        or not all(type(c.dim) is int and -len(shape) <= c.dim < max(len(shape), 1) for c in cuts)
+        or not all(type(c.factor) is int and 0 < c.factor <= MOST_RANKS for c in cuts)
+    ):
+        raise CheckpointError(
+            f"a DTensor of shape {brief(shape)} that is placed {brief(cuts)} on {brief(names)} of degrees "
+            f"{brief(degrees)}, its part {brief(local)}: the file is damaged or forged; copy it again"
+        )
     return Sharded(local, shape, tuple(zip(names, degrees, strict=True)), _ways(shape, names, degrees, cuts))
 
 
@@ -244,27 +300,26 @@ def _flat(shape: Any) -> list[int]:
 
 
 def _ways(
-    shape: tuple[int, ...], names: tuple[str, ...], degrees: tuple[int, ...], cuts: list[tuple[str, dict[str, Any]]]
+    shape: tuple[int, ...], names: tuple[str, ...], degrees: tuple[int, ...], cuts: list[Cutting]
 ) -> tuple[DimAxes, ...]:
     """How each dim is cut. Axes of a dim cut it in mesh order, the first outermost; one that is strided comes after
     those of later axes whose degrees make up its split factor."""
     order: list[list[int]] = [[] for _ in shape]
     for axis in reversed(range(len(cuts))):
-        kind, told = cuts[axis]
+        kind, dim, factor = cuts[axis]
         if kind == "Replicate":
             continue
         if kind not in ("Shard", "_StridedShard"):
             raise UnsupportedError(
                 f"it is placed as {kind} on {names[axis]}, which says nothing of where its elements are"
             )
-        dim = told["dim"] % max(len(shape), 1)
-        after, factor = 0, told.get("split_factor", 1) if kind == "_StridedShard" else 1
+        if not shape:
+            raise UnsupportedError(f"it has no dims, and {names[axis]} is said to cut one")
+        dim, strided, after = dim % len(shape), factor, 0
         while factor > 1 and after < len(order[dim]) and factor % degrees[order[dim][after]] == 0:
             factor //= degrees[order[dim][after]]
             after += 1
         if factor != 1:
-            raise UnsupportedError(
-                f"{names[axis]} cuts dim {dim} strided by {told['split_factor']}, which no other axis does"
-            )
+            raise UnsupportedError(f"{names[axis]} cuts dim {dim} strided by {strided}, which no other axis does")
         order[dim].insert(after, axis)
     return tuple(DimAxes(tuple(names[axis] for axis in axes)) for axes in order)

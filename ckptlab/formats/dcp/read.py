@@ -15,7 +15,7 @@ from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.findings import Faults, Strict
 from ckptlab.formats.dcp import labels, megatron, ranks
-from ckptlab.formats.dcp.assemble import Client, Found, assemble
+from ckptlab.formats.dcp.assemble import Client, Found, assemble, step_of
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
 from ckptlab.formats.dcp.items import found_by_key, object_at
@@ -176,6 +176,8 @@ def _scalar_states(keys: Keys, of: Mapping[str, Metadata]) -> set[str]:
 
 def _scalar(metadata: Metadata, key: str) -> Any:
     boxes = boxes_of(metadata, metadata.tensors[key])
+    if not len(boxes.starts):
+        raise CheckpointError(f"{metadata.folder}: .metadata does not say where {key} lies")
     return np.array(boxes.items(0).map()).reshape(()).item()
 
 
@@ -232,5 +234,4 @@ def _step(found: Found) -> int | None:
         state = found.client.get(root) if root in found.client else None
         if isinstance(state, dict) and type(state.get("step")) is int:
             return int(state["step"])
-    steps = [group.scalars["step"] for group in found.groups if isinstance(group.scalars.get("step"), int | float)]
-    return int(max(steps)) if steps else None
+    return step_of(found.groups)

@@ -18,7 +18,7 @@ from ckptlab.errors import ReshapeError
 from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.files import StepFolder
 from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
-from ckptlab.formats.deepspeed.module import ModuleWeights
+from ckptlab.formats.deepspeed.module import TIED, ModuleWeights, by_names
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import without
 from ckptlab.layout.notation import names
@@ -30,15 +30,16 @@ VERSION = "0.19.8"  # of DeepSpeed: whose engine was seen to load such files
 ZERO_STAGE = 1  # where nobody says another
 
 
-def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None) -> Catalog:
+def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None, pipeline: bool = False) -> Catalog:
     """The source itself where DeepSpeed wrote it; else the same tensors over the same bytes, with what DeepSpeed's
-    writers ask for. tensors: those of the target, whose layouts are then taken.
+    writers ask for. tensors: those of the target, whose layouts are then taken. pipeline: as the pipeline engine would
+    have saved it, whose tensors go by the numbers of layers.
 
     ReshapeError, with every reason, where an engine could not resume from it.
     """
     if isinstance(source.private, Native):
         return source
-    if reasons := list(_reasons(source)):
+    if reasons := [*_reasons(source), *(_unnumbered(source) if pipeline else ())]:
         raise ReshapeError(
             f"{source.path}: DeepSpeed cannot resume from this {source.format} checkpoint:\n"
             + "\n".join(f"  - {reason}" for reason in reasons)
@@ -48,9 +49,11 @@ def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None) -> Cat
     groups = tuple(replace(group, scalars=_scalars(group)) for group in source.groups)
     stage = source.zero_stage if source.zero_stage is not None else ZERO_STAGE
     training = replace(source.training, mesh=Mesh(), groups=groups, zero_stage=stage, layouts_told=False)
-    head = ModelFile.of(source.path, _model_file(source, held, stage))
+    model = _model_file(source, held, stage)
+    head = ModelFile.of(source.path, {**model, "module": None} if pipeline else model)
     folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)})
-    native = Native(folder, Wrapper.NONE, False, ModuleWeights(), {}, False, False)
+    module = by_names(ModuleWeights(), held) if pipeline else ModuleWeights()
+    native = Native(folder, Wrapper.NONE, False, module, {}, False, False)
     return replace(source, tensors=held, training=training, private=native)
 
 
@@ -79,6 +82,15 @@ def _reasons(source: Catalog) -> Iterator[str]:
             yield f"tensors of one parameter group keep different states: {some(said, 4)}"
     if experts := [t.name for t in source.tensors.values() if layer_of(t.name)]:
         yield f"{some(experts, 2)} are experts of DeepSpeed-MoE, of whose places on ranks nothing is told here"
+
+
+def _unnumbered(source: Catalog) -> Iterator[str]:
+    names = [n for t in source.tensors.values() for n in (t.name, *t.aliases)]
+    if others := [n for n in names if not n.split(".", 1)[0].isdigit() and not n.startswith(TIED)]:
+        yield (
+            f"{some(others, 2)} {'is' if len(others) == 1 else 'are'} in no layer of a pipeline, whose names begin "
+            "with its number: the run was of no pipeline engine; leave pp and pipeline= out, or rename them"
+        )
 
 
 def _tensor(tensor: Tensor, tp_is_told: bool, target: Tensor | None) -> Tensor:

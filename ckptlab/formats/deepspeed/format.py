@@ -70,7 +70,7 @@ class DeepSpeed(Format):
                 f"{source.path}: DeepSpeed's native files hold parameters in the model's own order, which nothing says "
                 "here: give the module, ckptlab.begin(weights, module), or write --to universal, which goes by names"
             )
-        native = adopted(source)
+        native = adopted(source, pipeline=mesh.pp > 1 or options.pipeline is not None)
         if native is not source and mesh.tp == 1 and options.padded_vocab is None:  # nobody would say what is padding
             true = next((t.shape[0] for t in source.tensors.values() if t.layout.padded), None)
             options = replace(options, padded_vocab=true)
@@ -81,7 +81,7 @@ class DeepSpeed(Format):
         from ckptlab.formats.deepspeed.adopted import adopted
         from ckptlab.formats.deepspeed.write import files
 
-        return files(adopted(source), target, tally)
+        return files(adopted(source, pipeline=bool(target.training.layer_stages)), target, tally)
 
     def payload(self, source: Catalog, target: Catalog) -> int:
         from ckptlab.formats.deepspeed.write import payload
@@ -92,7 +92,8 @@ class DeepSpeed(Format):
         """The folder must open, and say of every tensor what the target says."""
         from ckptlab.formats.deepspeed.adopted import adopted
 
-        silent = adopted(source).private.autotp and target.mesh.tp == 1  # AutoTP says nothing there
+        native = adopted(source, pipeline=bool(target.training.layer_stages)).private
+        silent = native.autotp and target.mesh.tp == 1  # AutoTP says nothing there
         told = target.training.layouts_told and not silent
         layouts = LayoutsOf({name: tensor.layout for name, tensor in target.tensors.items()})
         found = self.read(folder, Strict(), None if not silent and (told or target.mesh.tp == 1) else layouts)
@@ -156,7 +157,7 @@ class Universal(DeepSpeed):
         from ckptlab.formats.deepspeed.adopted import adopted
         from ckptlab.formats.deepspeed.universal.write import files
 
-        return files(adopted(source, target.tensors), target, tally)
+        return files(adopted(source, target.tensors, bool(target.training.layer_stages)), target, tally)
 
     def payload(self, source: Catalog, target: Catalog) -> int:
         return sum(plan.nbytes for plan in self.files(source, target))

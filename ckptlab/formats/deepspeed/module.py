@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckptlab.catalog import Fragment
+from ckptlab.catalog import Fragment, Tensor
 from ckptlab.findings import Faults, contradiction
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import Shape
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
+
+TIED = "tied_modules."  # before the names of modules that a pipeline has at several places
 
 
 @dataclass
@@ -64,6 +66,24 @@ def read_module(folder: StepFolder, faults: Faults) -> ModuleWeights:
                     )
                 )
     return weights
+
+
+def by_names(module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeights:
+    """The same with the layers of a pipeline, where there are no layer files: told from the tensors' names, and a tied
+    module is taken to stand right before the first of them."""
+    numbered: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        head = name.split(".", 1)[0]
+        if head.isdigit():
+            numbered.setdefault(int(head), tensor.stages[0])
+    module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
+    module.layer_stages = dict(numbered)
+    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(TIED)})
+    for offset, prefix in enumerate(reversed(tied)):
+        layer = min(numbered, default=len(tied)) - 1 - offset
+        module.layer_keys = {layer: prefix, **module.layer_keys}
+        module.layer_stages[layer] = 0
+    return module
 
 
 def _from_model_files(folder: StepFolder, weights: ModuleWeights) -> None:

@@ -7,7 +7,9 @@ remember from 0 on, and never use DUP.
 from __future__ import annotations
 
 import pickletools
+import re
 import struct
+from dataclasses import dataclass
 
 from ckptlab.errors import UnsafeFileError
 
@@ -34,15 +36,42 @@ _PLAIN = [
 # whether what is remembered after an opcode may be a tuple: one was made, or none can say what lies on top
 _MAY_BE_TUPLE = [i in _TUPLES or i not in _MAKES for i in range(256)]
 _BINPUT, _BINGET, _BINUNICODE = b"qhX"
+_BUILD = ord("b")
+_GETS, _NEWOBJ = b"hj", b")\x81"
 
 
-def examine(data: bytes) -> bool:
+@dataclass(frozen=True)
+class Budget:
+    """How much of each a pickle may have."""
+
+    containers: int = OBJECTS
+    calls: int = CALLS
+
+
+def _string(code: bytes, size: str) -> bytes:
+    """Strings of up to 48 bytes, each with its length before it, as a regular expression."""
+    lengths = (re.escape(struct.pack(size, n)) + rb"[\0-\x7f]{%d}" % n for n in range(49))
+    return re.escape(code) + rb"(?:" + rb"|".join(lengths) + rb")"
+
+
+# In all of them no argument has the byte 0x94, so that each is a MEMOIZE.
+_GET = rb"(?:h[^\x94]|j[^\x94]{4})"
+_NUMBER = rb"(?:K[^\x94]|M[^\x94]{2}|J[^\x94]{4}|\x8a\x05[^\x94]{5})"
+_SIZE = _GET + rb"(?:" + _NUMBER + rb"{1,3}[\x85-\x87]|\(" + _NUMBER + rb"{0,32}t)\x94?\x85\x94?R\x94?"
+_TEXT = rb"(?:" + _string(b"\x8c", "B") + rb"|" + _string(b"X", "<I") + rb")\x94?"
+_VALUE = rb"(?:" + rb"|".join((_SIZE, _GET, _NUMBER, _TEXT, rb"N")) + rb")"
+_RECORDS = re.compile(rb"(?:" + _GET + rb"\)\x81\x94?\}\x94?\((?:" + _GET + _VALUE + rb")+ubs?){1,1000}")
+"""Objects made by `__new__` whose attributes are numbers, strings, sizes and what is remembered: no tuple in one holds
+what is remembered, and so none unfolds."""
+
+
+def examine(data: bytes, most: Budget = Budget()) -> bool:
     """Whether a pickle has so many references to tuples that a few of them may unfold to more than can be hashed.
 
     UnsafeFileError where it is over a budget; a pickle that is cut or no pickle is left to the unpickler.
     """
     position = 0
-    opcodes = bytearray()
+    opcodes, inside = bytearray(), bytearray()
     append, plain, may_be_tuple = opcodes.append, _PLAIN, _MAY_BE_TUPLE
     put = shared = numbers = last = 0
     tuples: set[int] = set()
@@ -61,6 +90,13 @@ def examine(data: bytes) -> bool:
                 position += 2
                 last = op
                 continue
+            if op in _GETS and data.startswith(_NEWOBJ, position + (2 if op == _BINGET else 5)):
+                record = _RECORDS.match(data, position)
+                if record is not None:
+                    inside += record[0]  # with arguments: a few too many are counted
+                    put += record[0].count(b"\x94")
+                    position, last = record.end(), _BUILD
+                    continue
             if op == _BINGET:
                 shared += data[position + 1] in tuples
                 position += 2
@@ -107,8 +143,8 @@ def examine(data: bytes) -> bool:
     except (ValueError, struct.error, IndexError):
         pass
     _count("opcodes", len(opcodes), OPCODES)
-    _count("containers", sum(map(opcodes.count, _CONTAINERS)), OBJECTS)
-    _count("calls", sum(map(opcodes.count, _CALLS)), CALLS)
+    _count("containers", sum(map(opcodes.count, _CONTAINERS)) + sum(map(inside.count, _CONTAINERS)), most.containers)
+    _count("calls", sum(map(opcodes.count, _CALLS)) + sum(map(inside.count, _CALLS)), most.calls)
     _count("long numbers", numbers, LONG_NUMBERS)
     return shared > SHARED_TUPLES
 

@@ -127,9 +127,14 @@ class Unpickler(pickle.Unpickler):
     def _load(self) -> Any:
         unfolds = budget.examine(self._data)
         if unfolds or tuple_opcodes_at_most(self._data) > DEEPEST_TUPLE:
-            _Rehearsal(io.BytesIO(self._data), encoding="utf-8").load()
+            self.rehearse()
         with comparisons_at_most(COMPARISONS):
             return super().load()
+
+    def rehearse(self) -> None:
+        """Go through the pickle, slowly and making no values. UnsafeFileError or RecursionError where a tuple in it
+        unfolds to too many, or is nested too deep."""
+        _Rehearsal(io.BytesIO(self._data), encoding="utf-8").load()
 
     def load(self) -> Any:
         """The object in the pickle. Raises UnsafeFileError or CheckpointError, whatever the pickle does."""

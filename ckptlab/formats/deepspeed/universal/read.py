@@ -15,7 +15,7 @@ from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
-from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
+from ckptlab.formats.deepspeed.module import ModuleWeights, by_names, read_module
 from ckptlab.formats.deepspeed.optimizer import match_groups
 from ckptlab.formats.deepspeed.read import (
     Native,
@@ -81,7 +81,7 @@ def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Commo
         folder,
         common.wrapper,
         layouts_are_told(found.info, found.strategy),
-        _layers(folder, found.module, found.tensors),
+        by_names(found.module, found.tensors) if folder.is_pipeline else found.module,
         {k: common.content[k] for k in EXTRAS if k in common.content},
         not common.options,
         common.wrapper is Wrapper.ZERO12 and folder.config.round_robin and folder.mesh.dp > 1,
@@ -325,23 +325,3 @@ def _groups(
             replace(g, scalars=next((scalars[n] for n in g.tensors if scalars.get(n)), common.step)) for g in groups
         )
     return ()
-
-
-def _layers(folder: StepFolder, module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeights:
-    """A universal folder has no layer files: the layers of a pipeline are told from the tensors' names, and a tied
-    module is taken to stand right before the first of them."""
-    if not folder.is_pipeline:
-        return module
-    numbered: dict[int, int] = {}
-    for name, tensor in tensors.items():
-        head = name.split(".", 1)[0]
-        if head.isdigit():
-            numbered.setdefault(int(head), tensor.stages[0])
-    module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
-    module.layer_stages = dict(numbered)
-    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith("tied_modules.")})
-    for offset, prefix in enumerate(reversed(tied)):
-        layer = min(numbered, default=len(tied)) - 1 - offset
-        module.layer_keys = {layer: prefix, **module.layer_keys}
-        module.layer_stages[layer] = 0
-    return module

@@ -54,7 +54,12 @@ def bars(
         x += width_of(kind) + 34
         wide = max(wide, x)
     y += 18
-    first = y
+    if limit is not None and limit <= most:  # behind the bars: what is written on them is not struck through
+        at = left + longest * limit / most
+        dashed: dict[str, Any] = {"stroke": "currentColor", "stroke_width": "2", "stroke_dasharray": "5 3"}
+        line = f"M{at:.1f} {y - 4:.1f}V{y + _STEP * len(stacks) - 2:.1f}"
+        parts.append(element("path", d=line, class_="limit overlay", **dashed))
+        notes = [f"dashed: {size(limit)}", *notes]
     for stack in stacks:
         parts.append(text(left - 8, y + _HEIGHT / 2, fitted(stack.label, left - 12, 12), "end bar-label"))
         x = left
@@ -70,11 +75,6 @@ def bars(
                 x += length
         parts.append(text(x + 8, y + _HEIGHT / 2, size(sum(stack.amounts.values())), "strong total"))
         y += _STEP
-    if limit is not None and limit <= most:
-        at = left + longest * limit / most
-        dashed: dict[str, Any] = {"stroke": "currentColor", "stroke_width": "2", "stroke_dasharray": "5 3"}
-        parts.append(element("path", d=f"M{at:.1f} {first - 4:.1f}V{y - 2:.1f}", class_="limit overlay", **dashed))
-        notes = [f"dashed: {size(limit)}", *notes]
     said = wrapped(notes, width)
     for line in said:
         y += 18

@@ -3,7 +3,8 @@
 tp 4, pp 12, dp 8: 384 ranks; 70 layers of hidden size 14,336; structure and sizes as DeepSpeed's BF16_Optimizer and
 pipeline engine write them. Every element reads as 0.
 
-`python benchmarks/holes.py FOLDER` makes it in FOLDER, which must lie on a file system that keeps holes.
+`python benchmarks/holes.py FOLDER` makes it in FOLDER, which must lie on a file system that keeps holes. With
+`--experts` it is a mixture of experts (DeepSpeed-MoE, ZeRO-2): 64 of them in each of 32 layers, ep 8 in dp 16.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ckptlab.formats.deepspeed.experts import LARGEST
 from ckptlab.formats.fileplan import Zeros
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Size, foreign
@@ -176,6 +178,79 @@ def make(folder: Path) -> Path:
     return folder
 
 
+EXPERTS, MOE_LAYERS, EP, MOE_DP, WIDTH = 64, 32, 8, 16, 4096
+IN_LAYER = "blocks.{}.moe.deepspeed_moe.experts.deepspeed_experts.{}."
+EXPERT: Shapes = {"fc1.weight": (2 * WIDTH, WIDTH), "fc1.bias": (2 * WIDTH,), "fc2.weight": (WIDTH, 2 * WIDTH)}
+DENSE: Shapes = {
+    "ln.weight": (WIDTH,),
+    "qkv.weight": (3 * WIDTH, WIDTH),
+    "proj.weight": (WIDTH, WIDTH),
+    "moe.deepspeed_moe.gate.wg.weight": (EXPERTS, WIDTH),
+}
+
+
+def _of_experts(layer: int, experts: range, first: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's experts, numbered from `first` on."""
+    return {f"{IN_LAYER.format(layer, first + i)}{n}": s for i, _ in enumerate(experts) for n, s in EXPERT.items()}
+
+
+def make_experts(folder: Path) -> Path:
+    """The mixture of experts in `folder`, which must not exist yet."""
+    folder.mkdir(parents=True)
+    f32, local = np.dtype(np.float32), range(EXPERTS // EP)
+    dense = {f"blocks.{i}.{n}": s for i in range(MOE_LAYERS) for n, s in DENSE.items()}
+    groups: list[dict[str, tuple[int, ...]]] = [dense, {}]
+    for name, shape in (one for i in range(MOE_LAYERS) for one in _of_experts(i, local).items()):
+        if sum(map(math.prod, groups[-1].values())) + math.prod(shape) > LARGEST:  # as DeepSpeed deals them
+            groups.append({})
+        groups[-1][name] = shape
+    over = (MOE_DP, *[MOE_DP // EP] * (len(groups) - 1))
+    model = _model(groups) | {
+        "module": _holes(dense),
+        "dp_world_size": MOE_DP,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},
+        "num_experts": [EXPERTS] * MOE_LAYERS,
+    }
+    for key in ("args", "universal_checkpoint_info"):
+        del model[key]
+    torchfile.write(folder / "mp_rank_00_model_states.pt", model)
+    for layer in range(MOE_LAYERS):
+        for expert in range(EXPERTS):
+            name = f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
+            torchfile.write(folder / name, _holes(_of_experts(layer, range(1), expert)))
+    totals = [sum(map(math.prod, group.values())) for group in groups]
+    held = [-(-total // (2 * n)) * 2 for total, n in zip(totals, over, strict=True)]
+    for dp in range(MOE_DP):
+        part = (dp, *[dp // EP] * (len(groups) - 1))  # ranks of one edp are those with the same ep: dp % EP
+        state = {
+            "base_optimizer_state": {
+                "state": {
+                    i: {"step": STEP, "exp_avg": hole((n,), f32), "exp_avg_sq": hole((n,), f32)}
+                    for i, n in enumerate(held)
+                },
+                "param_groups": [
+                    {"lr": 6e-5, "params": [0]},
+                    *({"lr": 6e-5, "moe": True, "name": f"ep_size_{EP}", "params": [i]} for i in range(1, len(groups))),
+                ],
+            },
+            "single_partition_of_fp32_groups": [
+                hole((min(n, total - d * n),), f32) for n, total, d in zip(held, totals, part, strict=True)
+            ],
+            "group_paddings": [max(0, (d + 1) * n - t) for n, t, d in zip(held, totals, part, strict=True)],
+            "partition_count": [*over],
+            "zero_stage": foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", 2),
+            "ds_version": "0.19.8",
+            "param_slice_mappings": [_spans(g, n, d) for g, n, d in zip(groups, held, part, strict=True)],
+        }
+        torchfile.write(
+            folder / f"bf16_zero_pp_rank_{dp}_mp_rank_00_optim_states.pt",
+            {"optimizer_state_dict": state, "ds_config": model["ds_config"], "ds_version": "0.19.8"},
+        )
+    return folder
+
+
 def sizes(folder: Path) -> tuple[int, int, int]:
     """Of a folder's files: how many, their bytes as their lengths say, their bytes on disk."""
     stats = [path.stat() for path in folder.iterdir()]
@@ -185,7 +260,9 @@ def sizes(folder: Path) -> tuple[int, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    count, apparent, held = sizes(make(parser.parse_args().folder.resolve()))
+    parser.add_argument("--experts", action="store_true")
+    options = parser.parse_args()
+    count, apparent, held = sizes((make_experts if options.experts else make)(options.folder.resolve()))
     print(f"{count} files, {apparent / 1e12:.2f} TB apparent, {held / 1e6:.0f} MB on disk")
 
 

@@ -6,6 +6,7 @@ but a reader that will draw it. It falls into pieces that anyone may write, in a
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections import Counter
@@ -204,6 +205,15 @@ class Piece:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    def _filled(self) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of what will take room: zeros stay holes."""
+        start = self.offset
+        for zeros, parts in itertools.groupby(self.parts, lambda part: isinstance(part, Zeros)):
+            nbytes = sum(part.nbytes for part in parts)
+            if nbytes and not zeros:
+                yield start, nbytes
+            start += nbytes
+
     def write(self, crc_of: Callable[[np.ndarray], int] = crc32) -> Written:
         """Write it into its file, which is made if there is none; what stood there but no piece writes must be 0.
 
@@ -216,8 +226,8 @@ class Piece:
             try:
                 if os.fstat(handle).st_size != self.size:
                     os.ftruncate(handle, self.size)
-                if self.nbytes and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(handle, self.offset, self.nbytes)
+                for start, nbytes in self._filled() if hasattr(os, "posix_fallocate") else ():
+                    os.posix_fallocate(handle, start, nbytes)
             except OSError as error:
                 raise OSError(error.errno, os.strerror(error.errno or 0), self.path) from None
             offset = self.offset

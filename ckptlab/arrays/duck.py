@@ -276,6 +276,8 @@ def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> A
         raise TypeError(f'{name} is not to be had on {backend.name}: .to_numpy() first, or backend="numpy"')
     keeps = name in _MOVES or _is_elementwise(name)
     dtype = None if keeps else WIDE
+    if name == "isin" and isinstance(args[1], list | tuple | range):
+        args = (args[0], np.asarray(args[1]))
     args = _promoted(name, args)
     narrow = [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]
     if name == "nan_to_num" and narrow:

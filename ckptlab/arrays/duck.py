@@ -118,7 +118,13 @@ class Duck(NDArrayOperatorsMixin):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         plain = self.to_numpy()
-        array = plain if dtype is None else plain.astype(dtype, copy=False)
+        try:
+            array = plain if dtype is None else plain.astype(dtype, copy=False)
+        except ValueError as error:  # as h5py asks, for what it takes bfloat16 to be
+            raise TypeError(
+                f"{self.dtype} cannot be stored as {dtype}: ckptlab.save_view(view, path) keeps its bits, or open the "
+                'view with dtype="float32"'
+            ) from error
         return array.copy() if copy and array is plain else array
 
     def __getitem__(self, key: Any) -> Any:

@@ -171,3 +171,32 @@ def test_what_cannot_be_is_refused(run: ckptlab.Checkpoint, tmp_path: Path) -> N
         with pytest.raises(ckptlab.CheckpointError, match=said):
             ckptlab.save_pretrained(ckptlab.open(folder), tmp_path / "out", adapter="merged", lora_alpha=8)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_peft_loads_an_adapter_alone_and_computes_the_same(tmp_path: Path) -> None:
+    """PEFT's own model is the run; its own loading is the judge, of the merged model transformers'."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes: dict[str, int] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=1)
+    base = transformers.LlamaForCausalLM(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, lora).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    (tmp_path / "run").mkdir()
+    held = {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
+    save_file(held, tmp_path / "run" / "model.safetensors")
+    tokens = torch.arange(12)[None]
+    expected = model(tokens).logits.detach()
+    ckptlab.save_pretrained(tmp_path / "run", tmp_path / "alone", adapter="alone", lora_alpha=8)
+    fresh = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "alone").eval()
+    assert torch.equal(loaded(tokens).logits, expected)
+    ckptlab.save_pretrained(tmp_path / "run", tmp_path / "merged", adapter="merged", lora_alpha=8, heads=4)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-5, atol=1e-5)

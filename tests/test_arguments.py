@@ -181,3 +181,68 @@ def test_an_error_of_ones_own_is_left_alone() -> None:
     assert fits([1, 2], list[int])
     assert not fits("ab", dict[str, int])
     assert described(int | str | None) == "int, str or None"
+
+
+def test_what_means_something_is_taken() -> None:
+    """Paths, catalogs and reshapes where checkpoints are."""
+    assert str(ckptlab.viz.memory(PLAN).svg) == str(ckptlab.viz.memory(PLAN.target).svg)
+    assert ckptlab.viz.plan(PLAN).svg == ckptlab.viz.plan(PLAN.plan, PLAN.source.mesh, PLAN.mesh).svg
+    assert ckptlab.viz.mesh(CKPT).svg == ckptlab.viz.mesh(CKPT.mesh).svg
+    tensor = GPTS["2.mlp.dense_h_to_4h.weight"]
+    drawn = ckptlab.viz.tensor(tensor.layout, tensor.shape, tensor.cut.mesh, name=tensor.name)
+    assert ckptlab.viz.tensor(tensor).svg == drawn.svg
+    assert ckptlab.with_weights(str(ZERO2), ZERO2).mesh == CKPT.mesh
+
+
+def test_a_page_begins_with_the_mesh_of_a_reshape() -> None:
+    pytest.importorskip("anywidget")
+    assert ckptlab.explore(PLAN).mesh == Mesh(dp=3)
+    assert ckptlab.explore(str(ZERO2)).mesh == CKPT.mesh
+    own = GPTS.reshape(strategy={".*dense_h_to_4h.weight": "(tp out) (dp in)"})
+    with pytest.raises(CheckpointError, match="layouts of your own is no state of this page"):
+        ckptlab.explore(own)
+
+
+def test_options_of_a_target_are_of_their_kinds() -> None:
+    for wrong in ({"sub_group_size": "a"}, {"zero_stage": "1"}, {"padded_vocab": 1.5}, {"heads": True}):
+        [(name, value)] = wrong.items()
+        with pytest.raises(InputError, match=f"reshape takes {name}=.*, not {value!r}"):
+            GPTS.reshape(**wrong)
+    for text, fields in (("(tp out)", {"sizes": {"out": 3.5}}), ("(tp out)", {"totals": {"out": "4"}})):
+        with pytest.raises(InputError):
+            Layout(text, **fields)
+    with pytest.raises(ckptlab.MeshError, match="not True"):
+        Mesh(tp=True)
+    with pytest.raises(ckptlab.MeshError, match=r"no axis 'pt': .* Mesh\(tp=3\)"):
+        Mesh(tp=2).replace(pt=3)
+
+
+def test_a_name_that_a_tree_lacks_is_told_where_it_has_gone() -> None:
+    full = GPTS.full()
+    for key, said in (
+        ("2.mlp.dense_h_to_4h.weight", r"is a layer of a stack here: \['mlp.dense_h_to_4h.weight'\].sel\(layer=2\)"),
+        ("mlp.dense_h_to_4h.wait", "did you mean mlp.dense_h_to_4h.weight"),
+    ):
+        with pytest.raises(KeyError, match=said):
+            full[key]
+    with pytest.raises(KeyError, match="there are master, exp_avg"):
+        full["mlp.dense_h_to_4h.weight"]["module"]
+    with pytest.raises(KeyError, match="is in 4 layers, 2.mlp.dense_h_to_4h.weight, …: full"):
+        GPTS["mlp.dense_h_to_4h.weight"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("3", "expected a JSON object of pattern: notation, found 3"),
+        ('{".*": 3}', "expected a line of notation, .*, found 3"),
+        ('{".*": "((tp"}', r"'\.\*': expected a '\)'"),
+        ('{".*": {"layout": "out", "padded": [3]}}', "padded: expected an object, name: length, found"),
+        ('{".*": {"layout": "(tp out)", "totals": {"out": 1.5}}}', "1.5"),
+        ('{".*": "(tp out) (dp in)"}', "names dp, and DeepSpeed's files cut tensors over tp alone"),
+    ],
+)
+def test_strategies_in_json_say_what_is_wrong(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(CkptlabError, match=said):
+        ckptlab.open(GPT, strategy=str(tmp_path / "own.json"))

@@ -118,7 +118,13 @@ class Duck(NDArrayOperatorsMixin):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         plain = self.to_numpy()
-        array = plain if dtype is None else plain.astype(dtype, copy=False)
+        try:
+            array = plain if dtype is None else plain.astype(dtype, copy=False)
+        except ValueError as error:  # as h5py asks, for what it takes bfloat16 to be
+            raise TypeError(
+                f"{self.dtype} cannot be stored as {dtype}: ckptlab.save_view(view, path) keeps its bits, or open the "
+                'view with dtype="float32"'
+            ) from error
         return array.copy() if copy and array is plain else array
 
     def __getitem__(self, key: Any) -> Any:
@@ -276,6 +282,8 @@ def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> A
         raise TypeError(f'{name} is not to be had on {backend.name}: .to_numpy() first, or backend="numpy"')
     keeps = name in _MOVES or _is_elementwise(name)
     dtype = None if keeps else WIDE
+    if name == "isin" and isinstance(args[1], list | tuple | range):
+        args = (args[0], np.asarray(args[1]))
     args = _promoted(name, args)
     narrow = [a.dtype for a in _ducks(args) if is_narrow(a.dtype)]
     if name == "nan_to_num" and narrow:

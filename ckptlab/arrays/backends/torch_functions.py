@@ -13,13 +13,13 @@ import torch
 # What array-api-compat makes of torch is as in the array API standard, and torch's own functions of these names are as
 # numpy's; torch has others of numpy's names that do something else (its median is the lower one of two).
 _NAMES = """
-abs acos acosh add all any argmax argmin argsort asin asinh atan atan2 atanh bitwise_and bitwise_invert bitwise_or
-bitwise_xor broadcast_arrays broadcast_to ceil clip concat conj cos cosh count_nonzero cumulative_sum diff divide einsum
-empty_like equal exp expand_dims expm1 fabs flip floor fmax fmin full_like greater greater_equal
-isfinite isin isinf isnan less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or
+abs acos acosh add all any argmax argmin asin asinh atan atan2 atanh bitwise_and bitwise_invert bitwise_or
+bitwise_xor broadcast_arrays broadcast_to ceil clip concat conj cos cosh diff divide einsum
+empty_like equal exp expand_dims expm1 flip floor fmax fmin full_like greater greater_equal
+isfinite isinf isnan less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or
 logical_xor matmul max maximum mean min minimum moveaxis multiply nan_to_num negative not_equal ones_like
 permute_dims positive pow ravel reciprocal repeat reshape roll round sign signbit sin
-sinh sqrt square squeeze stack std subtract take tan tanh tensordot tile tril triu trunc unstack var vecdot
+sinh sqrt square squeeze stack std subtract tan tanh tensordot tile tril triu trunc unstack var vecdot
 where zeros_like
 """
 _SAME = frozenset(_NAMES.split())
@@ -39,6 +39,9 @@ _CALLED = {
     "power": "pow",
     "true_divide": "divide",
 }
+
+
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def _transpose(array: torch.Tensor, axes: Sequence[int] | None = None) -> torch.Tensor:
@@ -114,13 +117,33 @@ def _reduced(function: Callable[..., torch.Tensor], array: torch.Tensor, axis: A
 
 
 def _cumulated(function: Callable[..., torch.Tensor], array: torch.Tensor, axis: Any = None, dtype: Any = None) -> Any:
-    return function(array.ravel() if axis is None else array, 0 if axis is None else int(axis), dtype=dtype)
+    flat = axis is None or not array.ndim
+    return function(array.ravel() if flat else array, 0 if axis is None else int(axis), dtype=dtype)
+
+
+def _of_a_line(function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What numpy does with a number as with a line of one."""
+    return function(array if array.ndim else array.reshape(1), *args, **kwargs)
+
+
+def _count_nonzero(array: torch.Tensor, axis: Any = None, keepdims: bool = False) -> torch.Tensor:
+    return (array != 0).sum(_dims(array, axis), keepdim=keepdims)
+
+
+def _take(array: torch.Tensor, indices: Any, axis: int | None = None) -> torch.Tensor:
+    """numpy's: of the flattened array where no axis is said, with indices of any shape, from the end too."""
+    array, axis = (array.ravel(), 0) if axis is None else (array, axis % array.ndim)
+    at = torch.as_tensor(indices, device=array.device).to(torch.int64)
+    at = torch.where(at < 0, at + array.shape[axis], at)
+    found = torch.index_select(array, axis, at.ravel())
+    return found.reshape(*array.shape[:axis], *at.shape, *array.shape[axis + 1 :])
 
 
 def _added(function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Sums and products; torch's of uint64 are int64, of the same bits."""
-    if array.dtype == torch.uint64 and kwargs.get("dtype") is None:
-        return function(array.view(torch.int64), *args, **kwargs).view(torch.uint64)
+    """Sums and products; torch's of unsigned numbers are int64, of the same bits as numpy's uint64."""
+    if array.dtype in _UNSIGNED and kwargs.get("dtype") is None:
+        wide = array.view(torch.int64) if array.dtype == torch.uint64 else array.to(torch.int64)
+        return function(wide, *args, **kwargs).view(torch.uint64)
     return function(array, *args, **kwargs)
 
 
@@ -198,6 +221,11 @@ def _norm(array: torch.Tensor, ord: Any = None, axis: Any = None, keepdims: bool
 
 
 _NUMPYS: Mapping[str, Callable[..., Any]] = {
+    "argsort": partial(_of_a_line, xp.argsort),
+    "cumulative_sum": partial(_of_a_line, partial(_added, xp.cumulative_sum)),
+    "count_nonzero": _count_nonzero,
+    "fabs": torch.abs,
+    "take": _take,
     "copy": torch.clone,
     "transpose": _transpose,
     "matrix_transpose": lambda array: array.mT,
@@ -218,6 +246,7 @@ _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "nanargmax": _nanarg(torch.argmax, -torch.inf),
     "nanargmin": _nanarg(torch.argmin, torch.inf),
     "nanprod": partial(_filled, 1.0, xp.prod),
+    "isin": lambda array, of, **options: torch.isin(array, torch.as_tensor(of, device=array.device), **options),
     "cumsum": partial(_added, partial(_cumulated, torch.cumsum)),
     "cumprod": partial(_added, partial(_cumulated, torch.cumprod)),
     "nancumsum": partial(_filled, 0.0, partial(_cumulated, torch.cumsum)),

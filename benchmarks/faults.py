@@ -109,7 +109,7 @@ def _sum_anew(path: Path) -> None:
         at = 0
         while (at := data.find(b"PK\1\2", at)) >= 0:
             (length,) = struct.unpack_from("<H", data, at + 28)
-            if data[at + 46 : at + 46 + length].decode(errors="replace").endswith(record.name):
+            if data[at + 46 : at + 46 + length].decode(errors="replace").partition("/")[2] == record.name:
                 data[at + 16 : at + 20] = crc
             at += 4
     path.write_bytes(data)

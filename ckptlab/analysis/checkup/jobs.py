@@ -158,6 +158,7 @@ def stored_in(content: Any) -> Iterator[tuple[str, Stored]]:
             yield key, value
         elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
-            inside = list(value.items() if isinstance(value, Mapping) else enumerate(value))
-            named = ((str(k) if isinstance(k, (str, int)) else f"[{i}]", v) for i, (k, v) in enumerate(inside))
+            inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+            held = ((i, k, v) for i, (k, v) in enumerate(inside) if isinstance(v, (Stored, Mapping, list, tuple)))
+            named = ((str(k) if isinstance(k, (str, int)) else f"[{i}]", v) for i, k, v in held)
             left += reversed([(f"{key}.{k}" if key else k, v) for k, v in named])

@@ -15,7 +15,7 @@ from ckptlab.errors import UnsafeFileError
 
 PICKLE_BYTES = 1 << 28
 OPCODES = 20_000_000
-OBJECTS = 4_000_000  # lists, tuples, dicts, sets, marks
+OBJECTS = 2_000_000  # lists, tuples, dicts, sets, marks
 CALLS = 1_500_000  # what is made by a call or of a class
 GLOBALS = 4_000  # different names of classes and functions
 LONG_NUMBERS = 10_000  # integers of 8 bytes and more: as keys, those of one hash cost the square of their number

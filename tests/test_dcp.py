@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 import tempfile
@@ -432,10 +433,20 @@ def test_buffers_without_a_map_are_said_to_be_none_of_tensors(tmp_path: Path) ->
 # Other files of torch's.
 
 
-def dtensor(local: np.ndarray, shape: tuple[int, ...], mesh: Mapping[str, int], placements: list[Any]) -> Any:
-    """As torch 2.13 pickles one."""
-    flat = "torch.distributed._mesh_layout"
-    axes = tuple(foreign(flat, "_FlatLayout", new=True, state={"shape": (n,), "stride": (1,)}) for n in mesh.values())
+def dtensor(
+    local: np.ndarray,
+    shape: tuple[int, ...],
+    mesh: Mapping[str, int],
+    placements: list[Any],
+    strides: Sequence[int] | None = None,
+) -> Any:
+    """As torch 2.13 pickles one. strides: how far apart the ranks of each axis are, on a part of a mesh."""
+    flat, degrees = "torch.distributed._mesh_layout", list(mesh.values())
+    apart = strides or [math.prod(degrees[i + 1 :]) for i in range(len(degrees))]
+    axes = tuple(
+        foreign(flat, "_FlatLayout", new=True, state={"shape": (n,), "stride": (step,)})
+        for n, step in zip(degrees, apart, strict=True)
+    )
     about = {"_mesh_dim_names": tuple(mesh), "_layout": foreign(flat, "_MeshLayout", new=True, state={"axes": axes})}
     device_mesh = foreign("torch.distributed.device_mesh", "DeviceMesh", new=True, state=about)
     spec = {"mesh": device_mesh, "placements": tuple(placements)}
@@ -489,6 +500,37 @@ def test_fsdps_files_of_ranks_tell_their_mesh(tmp_path: Path, numbered: bool) ->
     (tmp_path / "model_world_size_4_rank_2.pt").unlink()
     with pytest.raises(CheckpointError, match=r"model_world_size_4_rank_2.pt is missing"):
         ckptlab.open(tmp_path)
+
+
+def test_tensors_on_a_part_of_the_mesh_and_numbers_of_some_tensors(tmp_path: Path) -> None:
+    """What only fully_shard cut lies on the part `dp` of a mesh (dp, tp), whose ranks are two apart; frozen tensors and
+    buffers have no number in the optimizer."""
+    mesh, column, norm = {"dp": 2, "tp": 2}, array(8, 3), array(5)
+    strided = [placed("_StridedShard", dim=0, split_factor=2), placed("Shard", dim=0)]
+    for rank in range(4):
+        dp, tp = divmod(rank, 2)
+        mine, part = column[4 * tp + 2 * dp :][:2], norm[3 * dp :][:3]
+        model = {
+            "frozen": array(2),
+            "norm": dtensor(part, (5,), {"dp": 2}, [placed("Shard", dim=0)], [2]),
+            "column": dtensor(mine, (8, 3), mesh, strided),
+            "seen": array(1),
+        }
+        state = {
+            0: {"exp_avg": dtensor(part + 1, (5,), {"dp": 2}, [placed("Shard", dim=0)], [2])},
+            1: {"exp_avg": dtensor(mine + 1, (8, 3), mesh, strided)},
+        }
+        torchfile.write(tmp_path / f"model_world_size_4_rank_{rank}.pt", model)
+        optim = {"state": state, "param_groups": [{"lr": 0.5, "params": [0, 1]}]}
+        torchfile.write(tmp_path / f"optim_world_size_4_rank_{rank}.pt", optim)
+    found = ckptlab.open(tmp_path).catalog
+    assert (found.mesh, found.findings) == (Mesh(dp=2, tp=2), ())
+    assert found["norm"].layout.text == "(dp out)"
+    same(found, "norm", MASTER, norm)
+    same(found, "norm", "exp_avg", norm + 1)
+    same(found, "column", "exp_avg", column + 1)
+    assert found.groups[0].tensors == ("norm", "column")
+    assert found["frozen"].kind == "frozen"
 
 
 # What is wrong with a folder.

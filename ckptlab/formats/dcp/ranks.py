@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,14 +34,24 @@ from ckptlab.stored import Stored
 from ckptlab.words import brief
 
 
+class Axis(NamedTuple):
+    """An axis of a pickled mesh: its name, its degree, and by how much the numbers of neighbours on it differ."""
+
+    name: str
+    degree: int
+    stride: int
+
+
 @dataclass(frozen=True)
 class Sharded:
-    """A DTensor: what a rank has of it, the whole's shape, and how each of its mesh's axes cuts it."""
+    """A DTensor: what a rank has of it, the whole's shape, the axes of its mesh, where the rank is on them, and how
+    they cut each dim."""
 
     local: Stored
     shape: tuple[int, ...]
-    axes: tuple[tuple[str, int], ...]
-    ways: tuple[DimAxes, ...]
+    axes: tuple[Axis, ...] = ()
+    at: tuple[int, ...] = ()
+    ways: tuple[DimAxes, ...] = ()
 
 
 class Cutting(NamedTuple):
@@ -78,7 +88,7 @@ def find(path: str, said: Said) -> Found:
     }
     found = Found(path, files=tuple(name for by_rank in files.values() for name in by_rank.values()))
     layouts: dict[str, Layout] = {}
-    meshes: dict[tuple[tuple[str, int], ...], None] = {}
+    meshes: dict[tuple[Axis, ...], None] = {}
     models = read.get("model", {})
     for rank, model in models.items():
         if not isinstance(model, dict) or not all(type(key) is str and len(key) <= MOST_NAME for key in model):
@@ -98,13 +108,21 @@ def find(path: str, said: Said) -> Found:
                 "damaged or forged; copy it again"
             )
     _optimizer(path, read.get("optim", {}), found, layouts, meshes, world, said)
-    if len(meshes) > 1:
-        raise UnsupportedError(f"{path}: its tensors lie on meshes of several kinds: {', '.join(map(str, meshes))}")
-    found.mesh = Mesh(**dict(next(iter(meshes), ())))
+    found.mesh = _mesh(path, meshes, world)
     found.layouts = layouts
     extra = {f"rank {rank}": value for rank, value in read.get("extra_state", {}).items()}
     found.client = Client({(key,): _constant(value) for key, value in extra.items()})
     return found
+
+
+def _mesh(path: str, meshes: Iterable[tuple[Axis, ...]], world: int) -> Mesh:
+    """The mesh of which those that tensors lie on are parts. UnsupportedError where they are of several."""
+    axes = {axis: None for mesh in meshes for axis in mesh}
+    made = Mesh(**{axis.name: axis.degree for axis in sorted(axes, key=lambda axis: -axis.stride)})
+    if len({axis.name for axis in axes}) < len(axes) or made.size > max(world, 1):
+        said = ", ".join(f"{a.name} {a.degree}, ranks {a.stride} apart" for a in axes)
+        raise UnsupportedError(f"{path}: its tensors lie on meshes that are no parts of one: {said}")
+    return made
 
 
 def _constant(value: Any) -> Any:
@@ -116,7 +134,7 @@ def _optimizer(
     optimizers: Mapping[int, Any],
     found: Found,
     layouts: dict[str, Layout],
-    meshes: dict[tuple[tuple[str, int], ...], None],
+    meshes: dict[tuple[Axis, ...], None],
     world: int,
     said: Said,
 ) -> None:
@@ -181,20 +199,39 @@ def _is_key(key: Any) -> bool:
 
 
 def _by_number(keys: list[int], states: Mapping[int, Any], found: Found) -> dict[int, str] | None:
-    """Number → name, where the tensors of the model, in its order, have the shapes of the numbered states."""
+    """Number → name. Parameters are numbered in the model's order, and some of its tensors (frozen ones, buffers) have
+    no number: told where there is one way alone to give names to the numbered shapes, in order."""
     one = next(iter(states.values()))
     shapes = {key: _shape(value) for key in keys for value in one.get(key, {}).values() if _shape(value) != ()}
-    names = dict(zip(sorted(keys), found.weights, strict=False))
-    fits = len(keys) == len(found.weights) and all(
-        shapes.get(key, found.weights[name].shape) == found.weights[name].shape for key, name in names.items()
-    )
-    return names if fits else None
+    numbers, names = sorted(keys), list(found.weights)
+    if len(numbers) == len(names):
+        fits = all(
+            shapes.get(key, (shape := found.weights[n].shape)) == shape for key, n in zip(numbers, names, strict=True)
+        )
+        return dict(zip(numbers, names, strict=True)) if fits else None
+    first = _in_order(numbers, shapes, names, found)
+    last = _in_order(numbers[::-1], shapes, names[::-1], found)
+    return first if first == last else None
+
+
+def _in_order(
+    numbers: list[int], shapes: Mapping[int, tuple[int, ...]], names: list[str], found: Found
+) -> dict[int, str] | None:
+    """Each number the first name that is left and has its shape; None where one gets none. (From either end the same:
+    there is no other way.)"""
+    left, made = iter(names), {}
+    for number in numbers:
+        name = next((n for n in left if number in shapes and found.weights[n].shape == shapes[number]), None)
+        if name is None:
+            return None
+        made[number] = name
+    return made
 
 
 def _shape(value: Any) -> tuple[int, ...]:
     if isinstance(value, Stored):
         return value.shape
-    return _sharded(value).shape if isinstance(value, Foreign) else ()
+    return _sharded(value, 0).shape if isinstance(value, Foreign) else ()
 
 
 def _number(value: Any) -> Any:
@@ -205,7 +242,7 @@ def _grid(
     by_rank: Mapping[int, Any],
     name: str,
     layouts: dict[str, Layout],
-    meshes: dict[tuple[tuple[str, int], ...], None],
+    meshes: dict[tuple[Axis, ...], None],
     world: int,
 ) -> Grid | None:
     """The grid of what ranks have of a tensor; None of what is none."""
@@ -214,7 +251,7 @@ def _grid(
     for rank, value in by_rank.items():
         if not isinstance(value, Stored | Foreign):
             continue
-        sharded = Sharded(value, value.shape, (), ()) if isinstance(value, Stored) else _sharded(value)
+        sharded = Sharded(value, value.shape) if isinstance(value, Stored) else _sharded(value, rank)
         shape, local = sharded.shape, sharded.local
         kinds.setdefault((shape, local.dtype), rank)
         if len(kinds) > 1:
@@ -223,12 +260,12 @@ def _grid(
         if isinstance(value, Stored):
             boxes.setdefault((0,) * len(shape), (shape, rank, value))
             continue
-        mesh = Mesh(**dict(sharded.axes))
+        mesh = Mesh(**{axis.name: axis.degree for axis in sharded.axes})
         if mesh.size > max(world, 1):
             raise CheckpointError(f"it lies on {mesh}, and there are files of {world} ranks: damaged or forged")
         meshes.setdefault(sharded.axes)
         spans = [
-            pieces_of(n, way, mesh, mesh.coordinate(rank % mesh.size))
+            pieces_of(n, way, mesh, {a.name: k for a, k in zip(sharded.axes, sharded.at, strict=True)})
             for n, way in zip(shape, sharded.ways, strict=True)
         ]
         sizes = tuple(sum(length for _, length in dim) for dim in spans)
@@ -253,17 +290,17 @@ def _grid(
     return grid_of(Boxes(shape, dtype, at, size, ranks, Known(stored)))
 
 
-def _sharded(value: Foreign) -> Sharded:
-    """A DTensor's placeholder. UnsupportedError for another class of tensor."""
+def _sharded(value: Foreign, rank: int) -> Sharded:
+    """A DTensor's placeholder, in the file of a rank. UnsupportedError for another class of tensor."""
     try:
         _, _, made, (_, state) = value.args
         local, spec = state["_local_tensor"], state["_spec"].attributes
         shape, placements, mesh = tuple(made[2]), spec["placements"], spec["mesh"].attributes
-        degrees = _degrees(mesh)
+        degrees, at, strides = _axes(mesh, rank)
         names = mesh.get("_mesh_dim_names") or mesh.get("mesh_dim_names")
         names = tuple(names or (f"{NEUTRAL}{i}" for i in range(len(degrees))))
         cuts = [Cutting(p.name, p.attributes.get("dim", 0), p.attributes.get("split_factor", 1)) for p in placements]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
         raise UnsupportedError(
             f"it is a {value.module}.{value.name}, expected a tensor or a DTensor as torch 2.5 to 2.13 pickle it: save "
             "with torch.distributed.checkpoint"
@@ -281,18 +318,39 @@ def _sharded(value: Foreign) -> Sharded:
             f"a DTensor of shape {brief(shape)} that is placed {brief(cuts)} on {brief(names)} of degrees "
             f"{brief(degrees)}, its part {brief(local)}: the file is damaged or forged; copy it again"
         )
-    return Sharded(local, shape, tuple(zip(names, degrees, strict=True)), _ways(shape, names, degrees, cuts))
+    axes = tuple(map(Axis, names, degrees, strides))
+    return Sharded(local, shape, axes, at, _ways(shape, names, degrees, cuts))
 
 
-def _degrees(mesh: Mapping[str, Any]) -> tuple[int, ...]:
-    """The degrees of a pickled DeviceMesh, by what each torch keeps: `mesh`, a tensor of ranks; `_layout` later."""
+def _axes(mesh: Mapping[str, Any], rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of each axis of a pickled DeviceMesh the degree, where a rank is on it, and by how much the ranks differ: by what
+    each torch keeps, `mesh`, a tensor of ranks (of a part of a mesh, those that have the rank's part), later
+    `_layout`."""
     ranks = mesh.get("mesh", mesh.get("_mesh"))
     if isinstance(ranks, Stored):
-        return ranks.shape
+        if ranks.numel > MOST_RANKS or not ranks.numel:
+            raise ValueError(ranks.shape)
+        table = np.array(ranks.map()).reshape(ranks.shape)
+        here = np.argwhere(table == rank)
+        at = here[0] if len(here) == 1 else np.unravel_index(rank % table.size, table.shape)
+        first = table[(0,) * table.ndim]
+        next_ = (table.take(min(1, n - 1), d)[(0,) * (table.ndim - 1)] for d, n in enumerate(table.shape))
+        return table.shape, tuple(map(int, at)), tuple(abs(int(there - first)) for there in next_)
     layout = mesh["_layout"].attributes
-    if "axes" in layout:
-        return tuple(math.prod(_flat(axis.attributes["shape"])) for axis in layout["axes"])
-    return tuple(math.prod(_flat(n)) for n in layout["shape"])
+    axes = [axis.attributes for axis in layout["axes"]] if "axes" in layout else []
+    shapes = [_flat(axis["shape"]) for axis in axes] or [_flat(n) for n in _listed(layout["shape"])]
+    strides = [_flat(axis["stride"]) for axis in axes] or [_flat(n) for n in _listed(layout["stride"])]
+    places = []
+    for shape, stride in zip(shapes, strides, strict=True):
+        place = 0
+        for n, step in zip(shape, stride, strict=True):
+            place = place * n + rank // max(step, 1) % n
+        places.append(place)
+    return tuple(map(math.prod, shapes)), tuple(places), tuple(min(stride, default=0) for stride in strides)
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, int) else value
 
 
 def _flat(shape: Any) -> list[int]:

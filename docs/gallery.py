@@ -88,8 +88,8 @@ PICTURES: dict[str, Callable[[], str]] = {
         viz.flow(gpt().reshape(Mesh(tp=4, dp=2)).plan), viz.flow(gpt().reshape(BIG).plan, gpt().mesh, BIG)
     ),
     "values": lambda: row(
-        viz.values(gpt().catalog, "2.mlp.dense_h_to_4h.weight", "master", width=430),
-        viz.values(gpt().catalog, "2.mlp.dense_h_to_4h.weight", "master", where={"out": slice(24, 40), "in": slice(8)}),
+        viz.values(gpt(), "2.mlp.dense_h_to_4h.weight", "master", width=430),
+        viz.values(gpt(), "2.mlp.dense_h_to_4h.weight", "master", where={"out": slice(24, 40), "in": slice(8)}),
     ),
     "plan_512": lambda: column(viz.plan(gpt().reshape(BIG).plan, gpt().mesh, BIG)),
     "layout": lambda: QKV._repr_html_(),

@@ -91,11 +91,11 @@ def test_values_of_a_window_are_written_in_their_cells() -> None:
 
 
 def test_large_tensors_are_few_cells_and_say_so() -> None:
-    drawing = viz.values(ckptlab.open(GPT).catalog, "tied_modules.embed.word_embeddings.weight", "master", width=500)
+    drawing = viz.values(ckptlab.open(GPT), "tied_modules.embed.word_embeddings.weight", "master", width=500)
     assert drawing.width <= 500
     said = " ".join(texts(drawing, "note"))
     assert "101 × 16 elements in 51 × 16 cells: each shows the largest in size of 2 × 1" in said
-    narrow = viz.values(ckptlab.open(GPT).catalog, "tied_modules.embed.word_embeddings.weight", "master", width=160)
+    narrow = viz.values(ckptlab.open(GPT), "tied_modules.embed.word_embeddings.weight", "master", width=160)
     assert "of 2 × 2" in " ".join(texts(narrow, "note"))
 
 
@@ -125,7 +125,7 @@ def test_values_that_are_not_there_are_refused_in_a_line() -> None:
     with pytest.raises(InputError, match="takes a slice of step 1"):
         viz.values(catalog, DENSE, where={"out": slice(0, 9, 2)})
     with pytest.raises(ckptlab.UnsupportedError, match="there are no values"):
-        viz.values(ckptlab.paper_model(Mesh(tp=2), 1, layers=1, hidden=8, heads=2).catalog, "word_embeddings.weight")
+        viz.values(ckptlab.paper_model(Mesh(tp=2), 1, layers=1, hidden=8, heads=2), "word_embeddings.weight")
 
 
 # ---------------------------------------------------------------- in the page

@@ -33,9 +33,7 @@ def plan(
     change rank. Cells: class `move` (`none` where nothing goes), data-source, data-target (`3` or `0-7`), data-bytes,
     data-kept.
     """
-    if isinstance(plan, Reshape):
-        source, target = source or plan.source.mesh, target or plan.mesh
-    plan = moved(plan)
+    plan, source, target = _between(plan, source, target)
     most = RANKS if width is None else min(max(int((width - 170) // 46), 4), RANKS)
     return _drawn(
         matrix, plan, _side("source", plan.sources, source, RANKS), _side("target", plan.targets, target, most), width
@@ -43,13 +41,16 @@ def plan(
 
 
 @explained
-def flow(plan: Plan, source: Mesh | None = None, target: Mesh | None = None, *, width: float | None = None) -> Drawing:
+def flow(
+    plan: Plan | Reshape, source: Mesh | None = None, target: Mesh | None = None, *, width: float | None = None
+) -> Drawing:
     """Who sends how much to whom, as bands from source (left) to target (right) that are as wide as they carry bytes.
 
     Ranks, stages and blocks are those of `plan`, and so are colours: a source's band has that of its row's sum.
     Outlined is what does not change rank. width: of the page, in pixels. Cells: class `flow`, data-source, data-target,
     data-bytes, data-kept; class `end`, data-source or data-target, data-bytes.
     """
+    plan, source, target = _between(plan, source, target)
     sides = (_side("source", plan.sources, source, RANKS), _side("target", plan.targets, target, RANKS))
     return _drawn(flow_drawing, plan, *sides, width)
 
@@ -67,6 +68,13 @@ def _drawn(draw: Callable[..., Drawing], plan: Plan, rows: Side, columns: Side, 
 def moved(plan: Plan | Reshape) -> Plan:
     """The plan itself, or that of a reshape."""
     return plan.plan if isinstance(plan, Reshape) else plan
+
+
+def _between(plan: Plan | Reshape, source: Mesh | None, target: Mesh | None) -> tuple[Plan, Mesh | None, Mesh | None]:
+    """The plan and its meshes, which a reshape knows."""
+    if isinstance(plan, Reshape):
+        return plan.plan, source or plan.source.mesh, target or plan.mesh
+    return plan, source, target
 
 
 def _side(what: str, ranks: int, mesh: Mesh | None, most: int) -> Side:

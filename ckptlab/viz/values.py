@@ -11,6 +11,7 @@ from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog
 from ckptlab.draw import Drawing
 from ckptlab.draw.heat import Side, heat
+from ckptlab.viewed import Viewed
 from ckptlab.viz.sampled import CELLS, Sampled, sample
 from ckptlab.words import number_of, shape_text
 
@@ -20,7 +21,7 @@ SATURATED = 0.01  # share of the cells that are of full strength
 
 @explained
 def values(
-    catalog: Catalog,
+    model: Viewed | Catalog,
     name: str,
     state: str | None = None,
     *,
@@ -39,6 +40,7 @@ def values(
     value, index, rank, file and bytes. UnsupportedError of a model on paper or a target, InputError for a window that
     is not there.
     """
+    catalog = model.held if isinstance(model, Viewed) else model
     across = CELLS if width is None else min(CELLS, max(int(width - MARGIN) // NARROW, 8))
     found = sample(catalog, name, state, where, (CELLS, across))
     return drawn(found, f"{catalog[name].name} · {state or next(iter(catalog[name].states))}", rank, width)

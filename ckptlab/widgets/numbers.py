@@ -45,7 +45,7 @@ def line(subject: Subject, choice: Choice) -> str:
         if (a, b) != (0, n)
     ]
     where = f", where={{{', '.join(slices)}}}" if slices else ""
-    return f'ckptlab.viz.values({subject.code}.catalog, "{choice.tensor}", "{choice.state}"{where})'
+    return f'ckptlab.viz.values({subject.code}, "{choice.tensor}", "{choice.state}"{where})'
 
 
 def heat_map(subject: Subject, choice: Choice) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ckptlab import deepspeed as ds
 from ckptlab.catalog import ALONE
 from ckptlab.deepspeed import ds_to_universal, zero_to_fp32
 from ckptlab.deepspeed.tensors import load
-from ckptlab.errors import CheckpointError, LayoutError, UnsupportedError
+from ckptlab.errors import CheckpointError, CkptlabError, LayoutError, UnsupportedError
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 GPT = str(DATA / "gpt_tp2_pp2_dp2" / "global_step3")
@@ -373,9 +373,15 @@ def test_what_does_not_fit_a_parameter_is_refused() -> None:
     ds.enable_universal_checkpoint([parameter])
     with pytest.raises(LayoutError, match=r"exp_avg.pt: .*\(64, 16\).*\(5, 16\)"):
         parameter.load_hp_checkpoint_state(str(UNIVERSAL / "zero" / "2.mlp.dense_h_to_4h.weight"), 0, 2)
-    parameter.ds_autotp_universal_checkpoint_meta = {"replicated": True}
-    with pytest.raises(UnsupportedError, match="AutoTP"):
-        parameter.load_hp_checkpoint_state(str(UNIVERSAL / "zero" / "2.mlp.dense_h_to_4h.weight"), 0, 2)
+    for meta, error, says in (
+        ({"conversion": {"unsupported_reason": "it is quantised"}}, UnsupportedError, "AutoTP cannot.*quantised"),
+        ({"partition_dim": 0, "logical_shape": (63, 16)}, LayoutError, "63 rows are not divisible by tp 2"),
+        ({"partition_dim": 7, "logical_shape": (64, 16)}, CkptlabError, "partition_dim"),
+        (3, CheckpointError, "expected a dictionary, found 3"),
+    ):
+        parameter.ds_autotp_universal_checkpoint_meta = meta
+        with pytest.raises(error, match=says):
+            parameter.load_hp_checkpoint_state(str(UNIVERSAL / "zero" / "2.mlp.dense_h_to_4h.weight"), 0, 2)
 
 
 # -------------------------------------------------------------------- console scripts

@@ -355,6 +355,96 @@ def test_parameters_load_the_same_from_a_universal_folder(real: ModuleType) -> N
             assert loaded[1]["master"].any()
 
 
+def described(**fields: Any) -> dict[str, Any]:
+    """What AutoTP attaches to a parameter, without a map of its pieces unless one is given."""
+    from deepspeed.module_inject.layers import _build_param_uc_restore_meta
+
+    found: dict[str, Any] = _build_param_uc_restore_meta(**{"partition_type": "column", "partition_dim": 0} | fields)
+    return found
+
+
+def mapped(shape: tuple[int, int], **fields: Any) -> dict[str, Any]:
+    """The same with the map that a layer of AutoTP's derives."""
+    from deepspeed.checkpoint.affine import contiguous_split_map
+
+    sizes, dim = fields["partition_sizes"], fields.get("partition_dim", 0)
+    pieces = contiguous_split_map(shape, list(sizes), dim)
+    return described(logical_shape=shape, affine_map=pieces, **fields)
+
+
+LAID_OUT: dict[str, tuple[Callable[[], dict[str, Any]], list[tuple[int, int]]]] = {
+    "replicated": (lambda: described(partition_dim=None, logical_shape=(10, 6), replicated=True), [(10, 6)] * 2),
+    "even": (lambda: described(logical_shape=(10, 6)), [(5, 6), (5, 6)]),
+    "widths": (lambda: described(logical_shape=(10, 6), partition_sizes=(6, 4)), [(6, 6), (4, 6)]),
+    "widths of columns": (
+        lambda: described(logical_shape=(10, 6), partition_dim=1, partition_sizes=(2, 4)),
+        [(10, 2), (10, 4)],
+    ),
+    "sub-parameters": (
+        lambda: described(
+            logical_shape=(10, 6), sub_param_sizes=(6, 4), sub_param_shard_widths=[[4, 2], [1, 3]], replicated=False
+        ),
+        [(5, 6), (5, 6)],
+    ),
+    "old sub-parameters": (
+        lambda: described(logical_shape=(10, 6), sub_param_shape=((6, 4), 6)) | {"universal_checkpoint_version": 0.2},
+        [(5, 6), (5, 6)],
+    ),
+    "a map": (lambda: mapped((10, 6), partition_sizes=(7, 3)), [(7, 6), (3, 6)]),
+    "nothing that says it": (lambda: described(partition_dim=None), [(5, 6), (5, 6)]),
+}
+
+
+@pytest.mark.parametrize("kind", LAID_OUT)
+def test_parameters_that_autotp_laid_out_load_the_same(real: ModuleType, kind: str, tmp_path: Path) -> None:
+    make, shapes = LAID_OUT[kind]
+    whole = torch.arange(60.0).view(10, 6)
+    torch.save({"param": whole, "cat_dim": 0}, tmp_path / "fp32.pt")
+    for rank, shape in enumerate(shapes):
+        loaded = []
+        for module in (real, ds):
+            parameter: Any = torch.nn.Parameter(torch.zeros(shape))
+            parameter.ds_autotp_universal_checkpoint_meta = make()
+            count = parameter.numel() - 3
+            memory = torch.zeros(count)
+            parameter._hp_mapping = SimpleNamespace(
+                lp_fragment_address=SimpleNamespace(start=3, numel=count), get_hp_fragment=lambda m=memory: m
+            )
+            module.enable_universal_checkpoint([parameter])
+            parameter.load_hp_checkpoint_state(str(tmp_path), rank, 2)
+            loaded.append(memory)
+        assert torch.equal(*loaded), (loaded, rank)
+        assert loaded[1].any()
+
+
+@pytest.mark.parametrize("ranks", [([0, 1], [2, 3]), ([2, 0], [3, 1]), ([0, 1, 2], [3])], ids=str)
+def test_parameters_that_autoep_laid_out_load_the_same(real: ModuleType, ranks: Any, tmp_path: Path) -> None:
+    from deepspeed.checkpoint.autoep_affine import make_autoep_placement_descriptor
+
+    whole = torch.arange(24.0).view(4, 3, 2)
+    torch.save({"param": whole, "cat_dim": 0, "is_expert_param": True, "ep_num_experts": 4}, tmp_path / "fp32.pt")
+    for rank, held in enumerate(ranks):
+        loaded = []
+        for module in (real, ds):
+            parameter: Any = torch.nn.Parameter(torch.zeros(len(held), 3, 2))
+            parameter.ds_autoep_uc_meta = {
+                "expert_placement": make_autoep_placement_descriptor(4, ranks),
+                "logical_shape": (4, 3, 2),
+                "ep_rank": rank,
+                "local_experts": held,
+            }
+            memory = torch.zeros(parameter.numel())
+            parameter._hp_mapping = SimpleNamespace(
+                lp_fragment_address=SimpleNamespace(start=0, numel=parameter.numel()),
+                get_hp_fragment=lambda m=memory: m,
+            )
+            module.enable_universal_checkpoint([parameter])
+            parameter.load_hp_checkpoint_state(str(tmp_path), 0, 1, ep_rank=rank, ep_size=2)
+            loaded.append(memory)
+        assert torch.equal(*loaded)
+        assert torch.equal(loaded[1].view(len(held), 3, 2), whole[held])
+
+
 @pytest.mark.parametrize("case", ["plain_zero2_dp2", "plain_zero3_dp2"])
 def test_consolidated_weights_are_the_same(real: ModuleType, case: str, tmp_path: Path) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -20,8 +20,6 @@ from ckptlab.arrays import reader
 from ckptlab.catalog import ALONE, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.deepspeed.constants import (
     CAT_DIM,
-    DS_AUTOEP_UC_META,
-    DS_AUTOTP_UC_META,
     EP_IS_EXPERT_PARAM,
     FP32_WEIGHT_KEY,
     PARAM,
@@ -29,9 +27,10 @@ from ckptlab.deepspeed.constants import (
     SUB_PARAM_SHAPE,
     VOCAB_TENSOR,
 )
+from ckptlab.deepspeed.laid_out import Held, by_autoep, by_autotp
 from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.deepspeed.tensors import as_torch, tensor_of
-from ckptlab.errors import InputError, LayoutError, UnsupportedError
+from ckptlab.errors import InputError, LayoutError
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
@@ -92,14 +91,9 @@ def load_hp_checkpoint_state(
 
     The master weight goes where the parameter's `_hp_mapping` says (the engine sets that), other states into its
     `optim_fragment`. A parameter without one takes its whole shard itself. Of experts (dim 0) the rank's share is
-    loaded. LayoutError if what is stored does not fit the parameter, UnsupportedError for one that AutoTP or AutoEP
-    has laid out.
+    loaded; of what AutoTP or AutoEP has laid out, what they attached to the parameter. LayoutError if what is stored
+    does not fit the parameter, UnsupportedError for one of which AutoTP cannot say how it is cut.
     """
-    for meta in (DS_AUTOTP_UC_META, DS_AUTOEP_UC_META):
-        if getattr(self, meta, None) is not None:
-            raise UnsupportedError(
-                f"{folder}: the parameter has {meta}: ckptlab cannot load AutoTP's and AutoEP's own layouts yet"
-            )
     if not hasattr(self, "_hp_mapping"):
         self._hp_mapping = HpMapping(self.data.view(-1), FragmentAddress(self.numel()))
     mapping, step = self._hp_mapping, None
@@ -114,7 +108,7 @@ def load_hp_checkpoint_state(
             step = as_torch(content)
             continue
         address = mapping.lp_fragment_address
-        fragment = _fragment(path, content, tuple(self.shape), (tp_rank, tp_world_size), (ep_rank, ep_size), address)
+        fragment = _fragment(path, content, self, (tp_rank, tp_world_size), (ep_rank, ep_size), address)
         if state == FP32_WEIGHT_KEY:
             mapping.get_hp_fragment().data.view(-1).copy_(fragment)
         else:
@@ -123,17 +117,15 @@ def load_hp_checkpoint_state(
 
 
 def _fragment(
-    path: str, content: Any, shape: tuple[int, ...], tp: tuple[int, int], ep: tuple[int, int], address: Any
+    path: str, content: Any, parameter: Any, tp: tuple[int, int], ep: tuple[int, int], address: Any
 ) -> torch.Tensor:
-    """The elements of one state that a fragment holds (1-D), `shape` being that of the shard it is of."""
+    """The elements of one state that a fragment of a parameter, a shard, holds (1-D)."""
     says = content if isinstance(content, Mapping) else {}
     stored = says.get(PARAM, content)
     if not isinstance(stored, Stored):
         raise LayoutError(f"{path}: holds no tensor under {PARAM!r}: it is no state of a universal checkpoint")
-    if says.get(EP_IS_EXPERT_PARAM):
-        stored = _experts(path, stored, *ep)
-    whole, cut = _cut(path, stored, says, shape, tp[1])
-    at = cut.coordinate({"tp": tp[0]})
+    whole, cut, at = _held(path, stored, says, parameter, tp, ep)
+    shape = tuple(parameter.shape)
     held = int(np.prod(cut.shard_shape(at)))
     if held != int(np.prod(shape)) or address.start + address.numel > held:
         raise LayoutError(
@@ -163,6 +155,23 @@ def _fragment(
         out[done : done + chunk.size] = chunk
         done += chunk.size
     return tensor_of(out)
+
+
+def _held(
+    path: str, stored: Stored, says: Mapping[str, Any], parameter: Any, tp: tuple[int, int], ep: tuple[int, int]
+) -> Held:
+    """What a rank's parameter holds of the stored whole: as AutoTP or AutoEP attached to it, else as the file says."""
+    if says.get(EP_IS_EXPERT_PARAM):
+        if found := by_autoep(path, parameter, stored, ep[0]):
+            return found
+        stored = _experts(path, stored, *ep)
+    try:
+        if found := by_autotp(path, parameter, stored, *tp):
+            return found
+    except LayoutError as error:
+        raise LayoutError(f"{path}: AutoTP's cut of it over tp {tp[1]}: {error}") from None
+    whole, cut = _cut(path, stored, says, tuple(parameter.shape), tp[1])
+    return whole, cut, cut.coordinate({"tp": tp[0]})
 
 
 def _experts(path: str, stored: Stored, rank: int, degree: int) -> Stored:

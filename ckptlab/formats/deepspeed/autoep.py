@@ -103,6 +103,14 @@ def _layer(entry: Header) -> Fused:
         if total % ep:
             raise entry.odd("num_experts", f"a multiple of ep_size {ep}")
         return Fused(entry.integer("moe_layer_id"), prefix, total, ((*range(total),),)).spread(ep)
+    ranks = placement(entry)
+    if len(ranks) != ep or set(itertools.chain(*ranks)) != set(range(total)):
+        raise entry.inside("expert_placement").odd("ranks", f"{total} experts on {ep} ranks")
+    return Fused(entry.integer("moe_layer_id"), prefix, total, ranks)
+
+
+def placement(entry: Header) -> tuple[tuple[int, ...], ...]:
+    """Which experts each ep rank has, by the `expert_placement` of an entry."""
     placed = entry.inside("expert_placement")
     if (version := placed.integer("version")) > VERSION:
         raise UnsupportedError(
@@ -110,9 +118,9 @@ def _layer(entry: Header) -> Fused:
             "read it"
         )
     ranks = {of_rank.integer("rank"): tuple(of_rank.integers("experts")) for of_rank in placed.dictionaries("ranks")}
-    if sorted(ranks) != list(range(ep)) or set(itertools.chain(*ranks.values())) != set(range(total)):
-        raise placed.odd("ranks", f"{total} experts on {ep} ranks")
-    return Fused(entry.integer("moe_layer_id"), prefix, total, tuple(ranks[rank] for rank in range(ep)))
+    if sorted(ranks) != list(range(len(ranks))):
+        raise placed.odd("ranks", "one entry for each rank")
+    return tuple(ranks[rank] for rank in range(len(ranks)))
 
 
 def aliases(fused: Sequence[Fused], names: Collection[str]) -> dict[str, str]:

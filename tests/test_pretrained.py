@@ -204,6 +204,30 @@ def test_experts_in_memory_are_those_of_the_files(name: str, saved: Callable[[st
     assert "left" in check_family(family, held, there)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_a_run_of_autoep_is_opened_by_transformers(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """w1 and w3 are the halves of what transformers has in memory (`module_inject/auto_ep_layer.py`)."""
+    fused, run = {}, tmp_path / "run"
+    for key, tensor in model(name).state_dict().items():
+        array = tensor.numpy()
+        if key.endswith("experts.gate_up_proj"):
+            before = key.removesuffix("gate_up_proj")
+            fused[f"{before}w1"], fused[f"{before}w3"] = np.split(array, 2, axis=1)
+        else:
+            key = key.replace("experts.down_proj", "experts.w2").replace("mlp.gate.weight", "mlp.router.gate.weight")
+            fused[key] = array
+    run.mkdir()
+    save_file({n: np.ascontiguousarray(a) for n, a in fused.items()}, run / "model.safetensors")
+    (run / "config.json").write_text((saved(name) / "config.json").read_text())
+    assert ckptlab.diff(run, saved(name)).equal  # of which most names are in both
+    ckptlab.save_pretrained(ckptlab.open(run), tmp_path / "out")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert torch.equal(logits(opened), logits(model(name)))
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(saved(name) / "model.safetensors").keys()
+    )
+
+
 @pytest.mark.parametrize("wrong", ["level", "rotary"])
 def test_a_wrong_line_is_caught_by_the_law_and_by_diff(
     wrong: str, saved: Callable[[str], Path], tmp_path: Path

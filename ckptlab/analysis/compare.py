@@ -53,7 +53,7 @@ def diff(
     same or similar content are taken for renamed.
 
     family: whose names one side has where the other has transformers' (see `ckptlab.families`): both are then compared
-    under those. None: where most names of either are not in the other, the families that are known are tried. numbers:
+    under those. None: where both have names that the other has not, the families that are known are tried. numbers:
     heads, kv_heads, … of the model, where neither says them.
 
     Raises CheckpointError where there is nothing to compare.
@@ -107,16 +107,22 @@ def _together(
     left: Catalog, right: Catalog, family: Family | str | None, numbers: dict[str, Any]
 ) -> tuple[Catalog, Catalog]:
     """Both under transformers' names, where one has them and the other those of a family."""
-    shared = len(left.tensors.keys() & right.tensors.keys())
-    if family is None and shared * 2 > min(len(left.tensors), len(right.tensors)):
+    apart = _apart(left, right)
+    if family is None and not apart:
         return left, right
     told = {**families.told_numbers(right), **families.told_numbers(left), **numbers}
     try:
-        return tuple(families.towards(side, "right", family, **told) for side in (left, right))  # type: ignore[return-value]
+        seen = tuple(families.towards(side, "right", family, **told) for side in (left, right))
     except LayoutError:
         if family is not None or numbers:
             raise
         return left, right
+    return seen if family is not None or numbers or _apart(*seen) < apart else (left, right)  # type: ignore[return-value]
+
+
+def _apart(left: Catalog, right: Catalog) -> int:
+    """How many names the side that lacks fewer of the other's has alone."""
+    return min(len(left.tensors.keys() - right.tensors.keys()), len(right.tensors.keys() - left.tensors.keys()))
 
 
 def _compared(

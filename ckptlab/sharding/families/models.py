@@ -124,6 +124,27 @@ def stacked(model: str, there: str, names: tuple[str, str, str]) -> Family:
     return Family(f"{model}-stacked", "transformers' experts stacked in memory ↔ as its files have them", lines)
 
 
+def autoep(
+    model: str, there: str, names: tuple[str, str, str], same: tuple[str, ...], types: tuple[str, ...]
+) -> Family:
+    """What DeepSpeed's AutoEP makes of transformers' experts, three tensors a layer and a router, and each expert by
+    itself, as files have them.
+
+    there: under what; names: of gate, down and up projection; same: tensors of a layer that have one name in both,
+    beside those that every model has."""
+    layer = "model.layers.{i}"
+    here, apart = f"{layer}.mlp.experts", f"{layer}.{there}.experts.{{e}}"
+    lines: list[Line] = [
+        Stack(f"{here}.{weight}", text, (f"{apart}.{name}.weight",))
+        for weight, text, name in zip(("w1", "w2", "w3"), ("e ffn in", "e out ffn", "e ffn in"), names, strict=True)
+    ]
+    lines.append(Rename(f"{layer}.mlp.router.gate.weight", f"{layer}.{there}.gate.weight"))
+    every = ("input_layernorm", "post_attention_layernorm", *(f"self_attn.{part}_proj" for part in "qkvo"))
+    lines += [Rename(f"{layer}.{name}", f"{layer}.{name}") for name in (*(f"{n}.weight" for n in every), *same)]
+    lines += [Rename(f"{name}.weight", f"{name}.weight") for name in ("model.embed_tokens", "model.norm", "lm_head")]
+    return Family(f"{model}-autoep", f"AutoEP's experts ↔ transformers' {model}", tuple(lines), {}, types)
+
+
 def gpt2(program: Program) -> Family:
     """GPT-2: q, k and v joined one after the other, and linear layers the other way round (`Conv1D`: in × out)."""
     layer = "transformer.h.{i}"
@@ -270,4 +291,11 @@ def families() -> dict[str, Family]:
         found += [llama(p, apart=True, neighbours=neighbours) for p in (PIPELINE, TIED_PIPELINE)]
     found += [make(p) for make in (gpt2, bloom) for p in PROGRAMS]
     found += [mixtral(moe), qwen_moe(moe)]
+    found.append(autoep("mixtral", "block_sparse_moe", ("w1", "w2", "w3"), (), ("mixtral",)))
+    more = tuple(f"self_attn.{part}" for part in ("q_proj.bias", "k_proj.bias", "v_proj.bias"))
+    more += tuple(f"self_attn.{part}_norm.weight" for part in "qk")
+    more += tuple(f"mlp.{of}{part}_proj.weight" for of in ("", "shared_expert.") for part in ("gate", "up", "down"))
+    more += ("mlp.shared_expert_gate.weight",)
+    projections = ("gate_proj", "down_proj", "up_proj")
+    found.append(autoep("qwen-moe", "mlp", projections, more, ("qwen2_moe", "qwen3_moe")))
     return {family.name: family for family in found}

@@ -65,7 +65,7 @@ def test_kv_heads_that_several_ranks_hold() -> None:
     np.testing.assert_array_equal(held.sel(kv=1, rep=1)[8:], whole[rows[8:]])
     assert assert_merges_back(reshaped) > 150
     assert reshaped.plan.matrix().shape == (8, 8)
-    assert "kv 2, rep 2" in repr(reshaped)
+    assert "tp 2 → 4 as kv 2 · rep 2" in repr(reshaped)
 
 
 @pytest.mark.slow

@@ -335,5 +335,5 @@ def test_sub_groups_are_closed_by_what_a_rank_holds_of_a_shard() -> None:
     names = ["3.mlp.dense_h_to_4h.weight", "4.mlp.dense_h_to_4h.weight", "5.mlp.dense_h_to_4h.weight"]
     held = catalog[names[0]].numel // (mesh.tp * mesh.dp)
     options = TargetOptions(sub_group_size=2 * held)
-    groups = _sub_groups(names, catalog.tensors, mesh, Wrapper.ZERO3, options, catalog)
+    groups = _sub_groups(names, catalog.tensors, mesh.dp, Wrapper.ZERO3, options, catalog)
     assert groups == [names[:2], names[2:]]

@@ -156,9 +156,13 @@ def changes(about: About) -> list[list[str]]:
         split = wanted["split"]
         parts = {part for leaves in split.values() for part in leaves}
         for axis in spoken((*before, *split, *after)):
+            if axis in parts and axis in before and before[axis] != after[axis]:
+                told.append(f"{axis} {before[axis]} → {after[axis]}")
+            if axis in parts or (axis in split and all(leaf in before for leaf in split[axis])):
+                continue
             a, b = before.get(axis, 1), math.prod(after.get(leaf, 1) for leaf in split.get(axis, [axis]))
             made = f" as {_on_axes({leaf: after[leaf] for leaf in split[axis]})}" if axis in split else ""
-            if axis not in parts and (a != b or made):
+            if a != b or made:
                 told.append((f"{axis} {a} → {b}" if axis in before and a != b else f"{axis} {b}") + made)
         rows.append(["mesh", ", ".join(told)])
     if stage(source) != stage(wanted):

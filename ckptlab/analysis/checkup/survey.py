@@ -127,8 +127,8 @@ def _survey(
     stepped = any((scalar(g.scalars.get("step")) or 0) > 0 for g in catalog.groups)
     damaged = [_damaged(catalog, name, state, error) for (name, state), error in unreadable.items()]
     seen = [*damaged, *verdicts.verdicts(catalog, told, alive or stepped)]
-    if alive or stepped:
-        seen += copies.doubled(catalog, _sums(found))
+    if (alive or stepped) and (sums := _sums(found)):
+        seen += copies.doubled(catalog, sums)
     seen += copies.twins(catalog)
     return seen, read, len(catalog.tensors)
 

@@ -7,6 +7,7 @@ become small records here, known by their exact names in torch 2.1 to 2.13; ever
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import pickle
 import threading
@@ -33,6 +34,7 @@ Int64 = NDArray[np.int64]
 CHECKPOINT = "torch.distributed.checkpoint.metadata"  # the module of its classes
 LABELS = "ckptlab"  # the attribute in which ckptlab's own writer says what torch has no word for
 MOST_NAME = 2048  # characters of a key or the name of a file: no writer comes near
+MOST = 1 << 62  # elements or bytes: beyond any file
 MOST_RANKS = 1 << 17  # of a run: what is said of more is damage
 _MOST_DIMS = 32
 _STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
@@ -315,18 +317,23 @@ class _Columns:
 
     def _place(self, key: str, info: _Info) -> tuple[int, int, int]:
         name, offset, length = info.relative_path, info.offset, info.length
-        fits = type(name) is str and 0 < len(name) <= MOST_NAME and "\0" not in name
-        if not fits or not natural(offset) or not natural(length):
-            raise CheckpointError(
-                f"{brief(key)}: lies in {brief(name)}, bytes {brief(offset)} + {brief(length)}: no place in a file"
-            )
-        file = self.files.setdefault(name, len(self.files))
-        if file == len(self.files) - 1 and (os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")):
-            raise CheckpointError(f"{brief(key)}: lies in {brief(name)}, outside of the folder: do not use it")
+        file = self.files.get(name) if type(name) is str else None
+        file = self._file(key, info) if file is None else file
+        if not natural(offset) or not natural(length):
+            raise _no_place(key, info)
         if info.transform_descriptors:
             told = info.transform_descriptors
             self.transforms[file] = shorten(", ".join(map(str, told)), 200) if isinstance(told, list) else brief(told)
         return file, offset, length
+
+    def _file(self, key: str, info: _Info) -> int:
+        """The number of a file that is named for the first time."""
+        name = info.relative_path
+        if type(name) is not str or not 0 < len(name) <= MOST_NAME or "\0" in name:
+            raise _no_place(key, info)
+        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+            raise CheckpointError(f"{brief(key)}: lies in {brief(name)}, outside of the folder: do not use it")
+        return self.files.setdefault(name, len(self.files))
 
     def _entry(self, key: str, entry: Any, path: Any, places: Mapping[Any, tuple[int, int, int]]) -> None:
         if type(entry) is _Bytes:
@@ -381,10 +388,11 @@ def _entry_of(
 ) -> Entry:
     n = len(chunks)
     table = [(*start, *size, file, offset, length) for start, (size, file, offset, length) in chunks.items()]
-    if not all(natural(value) for row in table for value in row):
+    d, plain = len(shape), {int}.issuperset(map(type, itertools.chain.from_iterable(table)))
+    values = sorted(table) if plain else []
+    if not plain or (values and not 0 <= min(map(min, values)) <= max(map(max, values)) < MOST):
         raise CheckpointError(f"{key}: a chunk begins or is sized by what is no number of elements")
-    columns = np.array(sorted(table), np.int64).reshape(n, 2 * len(shape) + 3)
-    d = len(shape)
+    columns = np.array(values, np.int64).reshape(n, 2 * d + 3)
     starts, sizes = np.ascontiguousarray(columns[:, :d]), np.ascontiguousarray(columns[:, d : 2 * d])
     outside = (starts < 0) | (sizes < 0) | (starts + sizes > np.array(shape, np.int64)) if n else np.zeros(0, bool)
     if outside.any():
@@ -421,7 +429,12 @@ def _parts(path: Any) -> tuple[str | int, ...] | None:
 
 def natural(value: Any) -> bool:
     """Whether it is a number of elements or bytes that there could be."""
-    return type(value) is int and 0 <= value < 1 << 62
+    return type(value) is int and 0 <= value < MOST
+
+
+def _no_place(key: str, info: _Info) -> CheckpointError:
+    name, offset, length = map(brief, (info.relative_path, info.offset, info.length))
+    return CheckpointError(f"{brief(key)}: lies in {name}, bytes {offset} + {length}: no place in a file")
 
 
 def _said(value: Any) -> str:

@@ -26,7 +26,7 @@ from helpers.command import refused, run
 from safetensors.numpy import load_file
 
 import ckptlab
-from ckptlab.cli import Size
+from ckptlab.cli.options import Size
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.placeholders import foreign as made_by

@@ -124,11 +124,12 @@ def test_the_command_line_takes_a_scheduler(client: Any, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_cluster_that_gives_up_is_said_so(client: Any) -> None:
-    from ckptlab import cli, pool
+    from ckptlab import pool
+    from ckptlab.cli.given import workers_of
 
     client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
     gives_up = pytest.raises(ckptlab.CkptlabError, match=r"^tcp://.*: the cluster gave up: .*repeat the command")
-    with gives_up, cli._workers(client.scheduler.address) as on:
+    with gives_up, workers_of(client.scheduler.address) as on:
         list(pool.run(_die, [signal.SIGKILL], on=on))
     client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 3))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ckptlab import checkpoint, convert
 from ckptlab.catalog import Catalog
-from ckptlab.cli import Size
+from ckptlab.cli.options import Size
 from ckptlab.errors import CkptlabError
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.torch import torchfile

@@ -136,17 +136,16 @@ class Family:
         return {}
 
     def fits(self, names: Iterable[str], side: Side) -> tuple[int, int]:
-        """How many of the names are taken on that side, and how many are not."""
+        """How many of the names are taken on that side, and how many are not: none, where all of them keep their name
+        and shape, since any program may have those. Of many of one form the last is looked at, which has the largest
+        numbers."""
         forms: dict[str, list[str]] = {}
         for name in names:
             forms.setdefault(form_of(name), []).append(name)
         total = sum(map(len, forms.values()))
-        took = sum(len(of) for form, of in forms.items() if self._takers(form, side) and self._fits(of, side))
+        found = [(len(of), taken[0]) for of in forms.values() if (taken := self.match(of[-1], side, {})) is not None]
+        took = 0 if all(self.lines[number].keeps for _, number in found) else sum(count for count, _ in found)
         return took, total - took
-
-    def _fits(self, alike: list[str], side: Side) -> bool:
-        """Whether names of one form are taken: of many the last is, which has the largest numbers."""
-        return self.match(alike[-1], side, {}) is not None
 
     def side_of(self, names: Iterable[str]) -> Side:
         """The side that most of the names are of; "left" where as many are of both. LayoutError if none are of any."""

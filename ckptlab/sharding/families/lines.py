@@ -65,6 +65,11 @@ class Line:
     def templates(self) -> Mapping[Side, tuple[Template, ...]]:
         return {side: tuple(map(Template, self.names(side))) for side in SIDES}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the tensor is called the same on both sides, and is the same."""
+        return self.text is None and self.parts == ((self.whole, None),)
+
     @cached_property
     def stacks(self) -> bool:
         """Whether there is a part for each index of a dim of the whole."""

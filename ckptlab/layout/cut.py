@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +35,10 @@ class DimCut:
     axes: tuple[str, ...]
     rows: Mapping[Coordinate, Rows]
     widths: Mapping[Coordinate, int]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of, without what was worked out of it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def _content(self) -> bytes:
@@ -119,6 +124,10 @@ class Cut(Shown):
         """The cut of many such tensors, stacked along dims of these sizes that stand before their own."""
         sizes = tuple(sizes)
         return Cut((*sizes, *self.logical), self.mesh, (*Cut.whole(sizes).dims, *self.dims))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it was made of, without what was worked out of it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ from real_deepspeed import make_case, requires_deepspeed, resume
 from safetensors.numpy import load_file
 
 import ckptlab
-from ckptlab.arrays import Tally
 from ckptlab.catalog import MASTER, PARAM
-from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError, CkptlabError, ReshapeError, UnsupportedError
+from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
-from ckptlab.formats.deepspeed import write
 from ckptlab.formats.deepspeed.autoep import DIMS, Fused, aliases
 from ckptlab.formats.deepspeed.experts import Experts
+from ckptlab.formats.deepspeed.module import ModuleWeights, _from_expert_files
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.plan import Holder
 
 AUTOEP = DATA / "autoep_ep2_dp4"
 STEP = "global_step3"
@@ -131,18 +132,6 @@ def test_what_is_written_is_what_deepspeed_would_write(tmp_path: Path) -> None:
     }
 
 
-def test_the_plans_figures_are_what_happens(tmp_path: Path) -> None:
-    source = read(AUTOEP)
-    reshaped = Reshape.of(source, Mesh(dp=4), ep=4)
-    tally = Tally()
-    for plan in write.files(source, reshaped.target, tally):
-        fileplan.write(plan, tmp_path / plan.name)
-    cost = reshaped.cost()
-    assert cost.read == sum(tally.read.values())
-    assert cost.moved == sum(n for (a, b), n in tally.read.items() if a != b)
-    assert cost.written == sum(reshaped.file_sizes.values())
-
-
 # ------------------------------------------------------------------------------------------------ other placements
 
 
@@ -210,10 +199,46 @@ def test_what_is_odd_is_refused(name: str, tmp_path: Path) -> None:
         ckptlab.open(changed(tmp_path, change))
 
 
-def test_what_is_beside_them_is_refused_by_name() -> None:
-    experts = Experts(fused=(Fused(0, LAYER, 4, ((0, 1), (2, 3))),))
-    (finding,) = experts.problems("run", Mesh(dp=2, tp=2))
-    assert "AutoEP (ds_autoep_layers) beside tp 2" in finding.text
+@pytest.mark.parametrize(
+    ("others", "mesh", "says"),
+    [
+        ({}, Mesh(dp=2, tp=2), "AutoEP (ds_autoep_layers) beside tp 2"),
+        ({"local": {"moe.": 2}, "total": {"moe.": 4}}, Mesh(dp=2), "beside experts of DeepSpeed-MoE"),
+    ],
+)
+def test_what_is_beside_them_is_refused_by_name(others: dict[str, Any], mesh: Mesh, says: str) -> None:
+    experts = Experts(**others, fused=(Fused(0, LAYER, 4, ((0, 1), (2, 3))),))
+    (finding,) = experts.problems("run", mesh)
+    assert says in finding.text
+
+
+@pytest.mark.parametrize("ranks", [([0, 1], [1, 2, 3]), ([0, 1, 2, 3], []), ([3, 1], [2, 0])], ids=str)
+def test_each_rank_has_the_weights_of_its_experts(ranks: tuple[list[int], ...]) -> None:
+    """One that stands on several ranks too, and ranks that have none."""
+    known = read(AUTOEP)
+    folder = known.private.folder
+    fused = Fused(0, LAYER, 4, tuple(map(tuple, ranks)))
+    weights = ModuleWeights()
+    _from_expert_files(replace(folder, experts=replace(folder.experts, fused=(fused,))), weights, Strict())
+    whole = load_file(AUTOEP / "truth.safetensors")[f"param/{W1}"]
+    for rank, held in enumerate(ranks):
+        fragments = weights.pieces[W1][Holder(pp=0, ep=rank, tp=0)]
+        assert [f.stored.map().tobytes() for f in fragments] == [whole[e].tobytes() for e in held]
+    assert weights.shapes[W1][0] == (len(ranks[0]), 37, 24)
+
+
+def test_an_expert_file_without_a_tensor_is_a_contradiction(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(AUTOEP, tmp_path / "run")) / STEP
+    path = folder / "layer_0_expert_2_mp_rank_00_model_states.pt"
+    content = torchfile.read_contents(str(path)).value
+    del content[f"{W1}.2"]
+    fileplan.write(torchfile.plan(path.name, content), path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+    with pytest.raises(CheckpointError, match=r"experts\.w1: the files of experts 2 do not have it"):
+        ckptlab.open(folder)
+
+
+def test_they_are_dealt_evenly_to_another_degree() -> None:
     with pytest.raises(ReshapeError, match=r"the 4 experts of layers\.1\.mlp\.experts\.\* cannot be dealt evenly"):
         ckptlab.open(AUTOEP).reshape(dp=3, ep=3)
 

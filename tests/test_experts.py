@@ -144,9 +144,10 @@ def test_a_mesh_may_say_ep_too() -> None:
     assert Reshape.of(source, Mesh(dp=4).split("dp", ep=2, edp=2)).mesh == Mesh(dp=4).split("dp", ep=2, edp=2)
 
 
-def test_the_plans_figures_are_what_happens(tmp_path: Path) -> None:
-    source = read(MOE)
-    reshaped = Reshape.of(source, Mesh(dp=2), ep=1)
+@pytest.mark.parametrize(("case", "dp", "ep"), [(MOE, 2, 1), (DATA / "autoep_ep2_dp4", 4, 4)], ids=["moe", "autoep"])
+def test_the_plans_figures_are_what_happens(case: Path, dp: int, ep: int, tmp_path: Path) -> None:
+    source = read(case)
+    reshaped = Reshape.of(source, Mesh(dp=dp), ep=ep)
     tally = Tally()
     for plan in write.files(source, reshaped.target, tally):
         fileplan.write(plan, tmp_path / plan.name)

@@ -112,12 +112,12 @@ def _together(
         return left, right
     told = {**families.told_numbers(right), **families.told_numbers(left), **numbers}
     try:
-        seen = tuple(families.towards(side, "right", family, **told) for side in (left, right))
+        seen = families.towards(left, "right", family, **told), families.towards(right, "right", family, **told)
     except LayoutError:
         if family is not None or numbers:
             raise
         return left, right
-    return seen if family is not None or numbers or _apart(*seen) < apart else (left, right)  # type: ignore[return-value]
+    return seen if family is not None or numbers or _apart(*seen) < apart else (left, right)
 
 
 def _apart(left: Catalog, right: Catalog) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptlab.words import ranges
 
@@ -39,3 +40,15 @@ class Axes:
     def _values(self, numbers: Sequence[int]) -> dict[str, set[int]]:
         places = np.unravel_index(np.asarray(numbers, np.int64), self.degrees) if self.names else ()
         return {name: set(found.tolist()) for name, found in zip(self.names, places, strict=True)}
+
+
+def placed(
+    degrees: Mapping[str, int], sides: Sequence[Sequence[str]], numbers: Sequence[int] | None = None
+) -> tuple[list[Axes], NDArray[np.int64]]:
+    """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest, in a table with a dim for each
+    side, along which some of the axes run together: the sides, and the table."""
+    found = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in sides]
+    order = [list(degrees).index(axis) for side in found for axis in side.names]
+    every = np.arange(math.prod(degrees.values())) if numbers is None else np.asarray(numbers)
+    table = every.reshape(tuple(degrees.values())).transpose(order).reshape([side.size for side in found])
+    return found, table

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.draw.axes import Axes
+from ckptlab.draw.axes import placed
 from ckptlab.draw.blocks import thinned
 from ckptlab.draw.colours import colour, ink
 from ckptlab.draw.svg import Drawing, drawing, element, text, text_of, width_of, wrapped
@@ -39,14 +39,11 @@ def block(
     """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest; each axis goes to one direction.
 
     marks: ranks that stand out. groups: lists of ranks, framed together; `along` says what they are.
-    spoken: axes in the order in which they are named. Cells are paths of
-    class `rank`.
+    spoken: axes in the order in which they are named. Cells are paths of class
+    `rank`.
     """
     marked = frozenset(marks)
-    sides = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in (sheets, rows, columns)]
-    order = [list(degrees).index(axis) for side in sides for axis in side.names]
-    every = np.arange(math.prod(degrees.values())) if numbers is None else np.asarray(numbers)
-    ranks = every.reshape(tuple(degrees.values())).transpose(order).reshape([side.size for side in sides])
+    sides, ranks = placed(degrees, (sheets, rows, columns), numbers)
     cut = thinned(ranks.shape, (SHEETS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(one[0]) for one in cut)
     group_of = {rank: i for i, group in enumerate(groups) for rank in group}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.draw.axes import Axes
+from ckptlab.draw.axes import Axes, placed
 from ckptlab.draw.blocks import span, thinned
 from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
@@ -41,11 +41,7 @@ def grid(
     spoken: axes in the order in which they are named.
     """
     marked = frozenset(marks)
-    sides = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in (panels, rows, columns)]
-    order = [list(degrees).index(axis) for side in sides for axis in side.names]
-    every = np.arange(math.prod(degrees.values())) if numbers is None else np.asarray(numbers)
-    ranks = every.reshape(tuple(degrees.values())).transpose(order)
-    ranks = ranks.reshape([side.size for side in sides])
+    sides, ranks = placed(degrees, (panels, rows, columns), numbers)
     cut = thinned(ranks.shape, (PANELS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(b[0]) for b in cut)
     group_of = {rank: i for i, group in enumerate(groups) for rank in group}

@@ -212,6 +212,14 @@ def _zeros(shape: tuple[int, ...], depth: int, dim: int, count: int, dtype: Any)
     return jnp.zeros((*shape[depth:dim], count, *shape[dim + 1 :]), dtype)
 
 
+def _on_cpu() -> list[Any]:
+    """The CPU's devices; none where JAX_PLATFORMS leaves the CPU out."""
+    try:
+        return list(jax.devices("cpu"))
+    except RuntimeError:
+        return []
+
+
 def _device(wanted: str) -> Any:
     """The device of a name: "cpu", "gpu:1", "cuda:0" (which jax calls gpu)."""
     platform, _, index = wanted.partition(":")
@@ -221,6 +229,6 @@ def _device(wanted: str) -> Any:
         devices = []
     found = [d for d in devices if not index or str(d.id) == index]
     if not found:
-        have = ", ".join(dict.fromkeys(f"{d.platform}:{d.id}" for d in (*jax.devices(), *jax.devices("cpu"))))
+        have = ", ".join(dict.fromkeys(f"{d.platform}:{d.id}" for d in (*jax.devices(), *_on_cpu())))
         raise BackendError(f"jax has no device {wanted!r} here: it has {have}")
     return found[0]

@@ -150,8 +150,9 @@ class Experts:
             return
         if self and mesh.pp > 1:
             yield not_read_yet(f"{path}: experts in a pipeline of {mesh.pp} stages, which ckptlab cannot open yet")
-        if self.fused and (mesh.tp > 1 or len(self.sizes) > 1):
-            beside = f"tp {mesh.tp}" if mesh.tp > 1 else f"experts over {' and '.join(map(str, self.sizes))} ranks"
+        if self.fused and (mesh.tp > 1 or self.total or len(self.sizes) > 1):
+            others = "experts of DeepSpeed-MoE" if self.total else f"ep {' and '.join(map(str, self.sizes))} at once"
+            beside = f"tp {mesh.tp}" if mesh.tp > 1 else others
             yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")
 
     def spread(self, ep: int | None, data_first: bool | None) -> Experts:

@@ -15,6 +15,7 @@ from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import Shape
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
+from ckptlab.words import some
 
 TIED = "tied_modules."  # before the names of modules that a pipeline has at several places
 
@@ -51,7 +52,7 @@ def read_module(folder: StepFolder, faults: Faults) -> ModuleWeights:
         _from_layers(folder, weights, faults)
     else:
         _from_model_files(folder, weights)
-        _from_expert_files(folder, weights)
+        _from_expert_files(folder, weights, faults)
     for name, by_tp in weights.shapes.items():
         for rank, shapes in folder.trained.items():
             found = by_tp.get(rank[1])
@@ -102,18 +103,22 @@ def _from_model_files(folder: StepFolder, weights: ModuleWeights) -> None:
             weights.add(name, kind, rank, stored.shape, (Fragment(0, stored),))
 
 
-def _from_expert_files(folder: StepFolder, weights: ModuleWeights) -> None:
+def _from_expert_files(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:
     parts = {(tp, name): stored for (_, _, tp), held in folder.experts.files.items() for name, stored in held.items()}
-    for layer in folder.experts.fused:
+    for layer in folder.experts.fused if parts else ():
         for tp, name in itertools.product(range(folder.mesh.tp), layer.names):
             kind = "parameter" if name in folder.trained[0, tp] else "frozen"
+            own = {e: parts.pop((tp, layer.name(name, e)), None) for e in range(layer.total)}
+            held = {e: one for e, one in own.items() if one is not None}
+            if lacking := [e for e in own if e not in held]:
+                where = some([*map(str, lacking)], 4)
+                message = f"{folder.path}: {name}: the files of experts {where} do not have it: put them back"
+                faults.report(contradiction(folder.path, message, name))
+                continue
+            inner = held[0].shape
             for ep, experts in reversed(list(enumerate(layer.ranks))):  # the first rank's shape is the one that is kept
-                own = [parts.pop((tp, layer.name(name, e)), None) for e in experts]
-                held = [one for one in own if one is not None]
-                if not held or len(held) < len(own):
-                    continue
-                fragments = tuple(Fragment(i * one.numel, one) for i, one in enumerate(held))
-                weights.add(name, kind, (0, tp), (len(held), *held[0].shape), fragments, ep=ep)
+                fragments = tuple(Fragment(i * math.prod(inner), held[e]) for i, e in enumerate(experts))
+                weights.add(name, kind, (0, tp), (len(experts), *inner), fragments, ep=ep)
     for (tp, name), stored in parts.items():
         at = folder.experts.at(name, folder.mesh)
         kind = "parameter" if name in folder.trained[0, tp] else "frozen"

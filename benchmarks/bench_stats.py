@@ -38,7 +38,7 @@ print(wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 PASSES = {
     "stats": "stats(ckpt)",
-    "stats, one thread": "stats(ckpt, workers=1)",
+    "stats, one thread": "stats(ckpt, on=1)",
     "stats, no histograms": "stats(ckpt, histogram=False)",
     "stats of tp shards": "stats(ckpt.shards())",
     "adam": "updates(ckpt)",

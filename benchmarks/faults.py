@@ -205,7 +205,7 @@ def _in_one(path: Path, file: str, flips: int, chance: random.Random) -> Iterato
 
 
 def _findings(folder: Path, **asked: bool) -> Counter[tuple[str, str]]:
-    found = check(folder, workers=1, **asked)
+    found = check(folder, on=1, **asked)
     return Counter((f.code, f.found.replace(str(folder), "")) for f in found.findings if f.severity != "info")
 
 
@@ -213,7 +213,7 @@ def _converted(folder: Path, out: Path, form: str) -> dict[str, tuple[int, int]]
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(f"{out}.partial", ignore_errors=True)
     try:
-        ckptlab.open(folder).reshape(format=form).save(out, workers=1, sync=False)
+        ckptlab.open(folder).reshape(format=form).save(out, on=1, sync=False)
         return manifest.read(str(out))
     finally:
         shutil.rmtree(out, ignore_errors=True)

@@ -336,7 +336,7 @@ class Reshape(Viewed, Shown):
         destination: str | os.PathLike[str],
         format: str | None = None,
         *,
-        workers: Workers = None,
+        on: Workers = None,
         progress: bool = False,
         verify: bool = True,
         sync: bool = True,
@@ -348,7 +348,7 @@ class Reshape(Viewed, Shown):
         name. Both may be URLs that fsspec can write to; storage_options are of the file system behind it.
 
         format: that of the target, or another that takes the same options ("universal"), or whole weights
-        ("safetensors", see `save_weights` for its own). workers: how many threads, a `concurrent.futures.Executor`
+        ("safetensors", see `save_weights` for its own). on: how many threads, a `concurrent.futures.Executor`
         or a client of dask.distributed, whose workers see the same files. verify: compare what is read with the
         checksums that it carries, and stop where it is damaged. sync: wait until all is on the disk. The destination
         appears when it is complete; a conversion that was interrupted goes on where it stopped when it is called again.
@@ -365,7 +365,7 @@ class Reshape(Viewed, Shown):
                 )
         if format is not None and format != self.target.format:
             there = self._in(format)
-            running: dict[str, Any] = {"workers": workers, "progress": progress, "verify": verify, "sync": sync}
+            running: dict[str, Any] = {"on": on, "progress": progress, "verify": verify, "sync": sync}
             return there.save(destination, storage_options=storage_options, **running)
         from ckptlab.arrays.copies import refuse_unequal
 
@@ -381,7 +381,7 @@ class Reshape(Viewed, Shown):
                 "options": _plain(self.options),
             },
             latest=self.format.pointer(destination, self.source),
-            workers=workers,
+            on=on,
             progress=progress,
             check=lambda folder: self.format.verify(folder, self.source, self.target),
             source=source_of(self.source),
@@ -409,7 +409,7 @@ def save_weights(
     """Consolidated safetensors of every weight, frozen tensor and buffer, under the model's own names.
 
     dtype: "bf16", "fp16" or "fp32"; None keeps the master's (float32). Files are cut at `max_shard_bytes` (None: 5 GB),
-    with an index. running: workers, progress, verify, sync, storage_options; see `Reshape.save`.
+    with an index. running: on, progress, verify, sync, storage_options; see `Reshape.save`.
     """
     catalog = opened(source).catalog
     given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from ckptlab import paths
+from ckptlab.errors import InputError
 from ckptlab.stored import add_read, reading_apart
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _metered(work: Callable[[T], R], task: T, options: dict[str, dict[str, Any]]
 
 
 def executor_of(on: Workers) -> Executor | int | None:
-    """What workers mean: a client of dask.distributed stands for all of its workers, which take up what a worker that
+    """What `on` means: a client of dask.distributed stands for all of its workers, which take up what a worker that
     died had begun."""
     if isinstance(on, int | Executor | None):
         return on
@@ -108,7 +109,7 @@ def _executor(on: Workers) -> Iterator[tuple[Executor, int]]:
         return
     count = os.cpu_count() or 1 if given is None else given
     if count < 1:
-        raise ValueError(f"workers={on}: expected how many threads, 1 at least, or a concurrent.futures.Executor")
+        raise InputError(f"on={on}: expected how many threads, 1 at least, or a concurrent.futures.Executor")
     if count == 1:
         yield _Here(), 1
         return

@@ -54,7 +54,7 @@ def save_pretrained(
     names). dtype: "bf16", "fp16", "fp32"; None keeps the master's. Files are cut at `max_shard_bytes` (None: 5 GB).
     config: what config.json is to say, where it is known. heads, kv_heads, numbers: where the run does not say them.
     adapter: of a run with a low-rank adapter, "alone" writes that, as PEFT reads it, "merged" the base with it added,
-    in float32, rounded once; lora_alpha: where no adapter_config.json beside the run says it. running: workers,
+    in float32, rounded once; lora_alpha: where no adapter_config.json beside the run says it. running: on,
     progress, verify, sync; see `Reshape.save`.
     """
     given = {"heads": heads, "kv_heads": kv_heads, **(numbers or {})}

@@ -56,7 +56,7 @@ RIGHT: dict[str, Any] = {
     "mapping": {".*": "out"},
     "state": "master",
 }
-OPEN = {"ax", "default", "window", "workers", "other", "value"}  # matplotlib's, Mapping's, and what `pool` is asked
+OPEN = {"ax", "default", "other", "value"}  # matplotlib's, Mapping's
 SKIPPED = {"load_into", "load", "of", "make"}  # of a module of torch's, or what makes a value of ours
 CLASSES = (Mesh, Layout, ckptlab.Megatron, ckptlab.Cluster)
 MADE = ("Rename", "Join", "Permute", "Stack", "Family")  # by users too, of the families

@@ -609,7 +609,7 @@ def test_windows_and_jobs_of_any_size_see_the_same(gpt: Path, window: int, worke
     flip(gpt, DENSE, "param", 9, element=310)
     fill(gpt, "4.mlp.dense_h_to_4h.bias", "exp_avg", 0.0)
     expected = check(gpt)
-    assert check(gpt, window=window, workers=workers).findings == expected.findings
+    assert check(gpt, window=window, on=workers).findings == expected.findings
     assert len(expected.findings) == 5
 
 

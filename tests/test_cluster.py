@@ -59,7 +59,7 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(
         note(self, name, *told)
 
     monkeypatch.setattr(Journal, "piece", noted)
-    report = reshape.save(tmp_path / "there", workers=client)
+    report = reshape.save(tmp_path / "there", on=client)
     assert report.verified > 0
     assert len(arrived) > 100
     client.wait_for_workers(2)
@@ -83,7 +83,7 @@ def test_data_never_passes_through_the_client(client: Any, tmp_path: Path, monke
     (tmp_path / "source").mkdir()
     large = {f"{i}.weight": np.random.default_rng(i).normal(size=(512, 512)).astype(np.float32) for i in range(8)}
     torchfile.write(tmp_path / "source/pytorch_model.bin", large)
-    ckptlab.save_weights(ckptlab.open(tmp_path / "source"), tmp_path / "new", workers=client)
+    ckptlab.save_weights(ckptlab.open(tmp_path / "source"), tmp_path / "new", on=client)
     assert len(sizes) > 0
     assert sum(sizes) < 100_000  # of 8 MiB
     found = ckptlab.open(tmp_path / "new").full(stack=False)
@@ -92,16 +92,16 @@ def test_data_never_passes_through_the_client(client: Any, tmp_path: Path, monke
 
 @pytest.mark.slow
 def test_what_is_found_is_the_same_on_a_cluster(client: Any) -> None:
-    here, there = (ckptlab.stats(GPT, workers=on) for on in (1, client))
+    here, there = (ckptlab.stats(GPT, on=on) for on in (1, client))
     assert here.drop_attrs().equals(there.drop_attrs())
-    assert ckptlab.check(GPT, checksums=True, workers=client).verdict == ckptlab.check(GPT, checksums=True).verdict
-    assert ckptlab.diff(GPT, GPT / "universal", workers=client).equal
+    assert ckptlab.check(GPT, checksums=True, on=client).verdict == ckptlab.check(GPT, checksums=True).verdict
+    assert ckptlab.diff(GPT, GPT / "universal", on=client).equal
     ckpt = ckptlab.open(GPT)
-    assert ckptlab.updates(ckpt, workers=client).drop_attrs().equals(ckptlab.updates(ckpt).drop_attrs())
+    assert ckptlab.updates(ckpt, on=client).drop_attrs().equals(ckptlab.updates(ckpt).drop_attrs())
     with ckptlab.reading() as read:
-        ckptlab.stats(GPT, workers=client)
+        ckptlab.stats(GPT, on=client)
     with ckptlab.reading() as alone:
-        ckptlab.stats(GPT, workers=1)
+        ckptlab.stats(GPT, on=1)
     assert read.bytes == alone.bytes > 0
 
 

@@ -68,10 +68,10 @@ def test_all_files_then_the_name(tmp_path: Path) -> None:
 def test_a_failure_leaves_no_destination_and_the_repeat_goes_on(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(OSError, match="no space"):
-        convert.run([planned("a"), planned("b", first=no_space)], out, {"of": "x"}, workers=1)
+        convert.run([planned("a"), planned("b", first=no_space)], out, {"of": "x"}, on=1)
     assert not os.path.exists(out)
     assert not (tmp_path / "out.partial" / "b").exists()
-    report = convert.run([planned("a"), planned("b")], out, {"of": "x"}, workers=1)
+    report = convert.run([planned("a"), planned("b")], out, {"of": "x"}, on=1)
     assert report.resumed == 1
     assert digest(tmp_path).keys() == {"out/a", "out/b", "out/ckptlab-manifest.json"}
 
@@ -79,9 +79,9 @@ def test_a_failure_leaves_no_destination_and_the_repeat_goes_on(tmp_path: Path) 
 def test_a_file_that_was_cut_since_is_written_again(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(OSError, match="no space"):
-        convert.run([planned("a"), planned("b", first=no_space)], out, {"of": "x"}, workers=1)
+        convert.run([planned("a"), planned("b", first=no_space)], out, {"of": "x"}, on=1)
     (tmp_path / "out.partial" / "a").write_bytes(b"d")
-    convert.run([planned("a"), planned("b")], out, {"of": "x"}, workers=1)
+    convert.run([planned("a"), planned("b")], out, {"of": "x"}, on=1)
     assert (tmp_path / "out" / "a").read_bytes() == b"data"
 
 
@@ -141,7 +141,7 @@ from ckptlab.mesh import Mesh
 execute.PIECE = 4096
 write = Piece.write
 Piece.write = lambda *args: (time.sleep(0.05), write(*args))[1]
-Reshape.of(read(sys.argv[1]), Mesh(tp=4)).save(sys.argv[2], workers=1)
+Reshape.of(read(sys.argv[1]), Mesh(tp=4)).save(sys.argv[2], on=1)
 """
 
 
@@ -226,7 +226,7 @@ def test_whoever_writes_it_writes_the_same_bytes(
     made = {}
     for label, workers in {"1": 1, "2": 2, "8": 8, "processes": processes}.items():
         out = tmp_path / label
-        Reshape.of(read(GPT), Mesh(tp=2, dp=3)).save(out / "step", form, workers=workers)
+        Reshape.of(read(GPT), Mesh(tp=2, dp=3)).save(out / "step", form, on=workers)
         made[label] = digest(out)
         monkeypatch.setattr(execute, "PIECE", 4096)
     assert made["1"] == made["2"] == made["8"] == made["processes"]

@@ -383,6 +383,6 @@ def test_both_checkpoints_are_read_once(poked: Path, monkeypatch: pytest.MonkeyP
         return really(gather, cut, at, start, stop)
 
     monkeypatch.setattr(elements, "joined", noted)
-    found = diff(GPT, poked, window=300, workers=1)
+    found = diff(GPT, poked, window=300, on=1)
     assert set(taken.values()) == {2}, "each element once of each side"
     assert len(taken) == sum(m.elements for m in found.measures)

@@ -336,7 +336,7 @@ def test_what_is_not_whole_is_no_checkpoint(near: Path, monkeypatch: pytest.Monk
         patched.setattr(far.Upload, "send", killed)
         patched.setattr(far, "remove", lambda gone: None)
         with pytest.raises(SystemExit):
-            resume(source, "memory://out/run/new", workers=1)
+            resume(source, "memory://out/run/new", on=1)
     assert store.find("/out/run/new")
     with pytest.raises(CheckpointError, match=r"^memory://out/run/new: a conversion writes it, or was interrupted"):
         ckptlab.open("memory://out/run/new")
@@ -403,7 +403,7 @@ def test_data_is_fetched_once_and_by_what_is_asked_for(tmp_path: Path, request: 
     told = server.told()
     assert len(told["requests"]) == 1
     assert told["bytes"] <= 10 * 4096 + 2 * far.BLOCK
-    ckptlab.save_weights(ckpt, tmp_path / "new", workers=1)
+    ckptlab.save_weights(ckpt, tmp_path / "new", on=1)
     told = server.told()
     assert 0.95 * size <= told["bytes"] <= 1.05 * size  # headers and some rows were there
     assert len(told["requests"]) <= 2 * size / far.REQUEST + 12
@@ -437,8 +437,8 @@ def test_processes_read_from_s3_and_write_to_it(s3: tuple[Server, dict[str, Any]
     here = ckptlab.open(near / KINDS["stage 3"])
     there = ckptlab.open(f"s3://bucket/run/{KINDS['stage 3']}", storage_options=options)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
-        here.reshape(dp=1).save("s3://bucket/processes/new", workers=processes)
-        assert ckptlab.stats(there, workers=processes).equals(ckptlab.stats(here))
+        here.reshape(dp=1).save("s3://bucket/processes/new", on=processes)
+        assert ckptlab.stats(there, on=processes).equals(ckptlab.stats(here))
     here.reshape(dp=1).save(tmp_path / "new")
     store = fsspec.filesystem("s3", **options)
     store.invalidate_cache()

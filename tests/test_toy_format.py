@@ -92,9 +92,9 @@ def test_it_is_reshaped_by_processes_too(toy: Path, tmp_path: Path) -> None:
     reshape = ckptlab.open(toy).reshape(Mesh(ring=1, tp=4))
     assert "tp 2 → 4" in repr(reshape)
     assert_well_formed(viz.plan(reshape.plan)._repr_html_())
-    reshape.save(tmp_path / "threads", workers=2)
+    reshape.save(tmp_path / "threads", on=2)
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        reshape.save(tmp_path / "processes", workers=pool)
+        reshape.save(tmp_path / "processes", on=pool)
     assert digest(tmp_path / "threads") == digest(tmp_path / "processes")
     with pytest.raises(ReshapeError, match="toy checkpoints know ring and tp, not pp"):
         ckptlab.open(toy).reshape(Mesh(pp=2))

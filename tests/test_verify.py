@@ -158,7 +158,7 @@ def halfway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FilePlan, 
     content = np.random.default_rng(0).bytes(1000)
     plans = [FilePlan("a", (Elements(Slow(content, n), np.dtype(np.uint8), 0, 1000),)) for n in (500, 1000)]
     with pytest.raises(OSError, match="Input/output error"):
-        convert.run([plans[0]], str(tmp_path / "out"), {}, workers=1)
+        convert.run([plans[0]], str(tmp_path / "out"), {}, on=1)
     return plans[1], str(tmp_path / "out")
 
 
@@ -173,7 +173,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_repeat_goes_on_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, out = halfway(tmp_path, monkeypatch)
     offsets = written(monkeypatch)
-    convert.run([plan], out, {}, workers=1)
+    convert.run([plan], out, {}, on=1)
     assert offsets == [500, 600, 700, 800, 900]
     assert Path(out, "a").read_bytes() == plan.parts[0].reader.content
     assert ckptlab.convert.manifest.read(out) == {"a": (1000, zlib.crc32(Path(out, "a").read_bytes()))}
@@ -187,7 +187,7 @@ def test_what_another_boot_wrote_is_believed_only_where_it_is_there(
         os.pwrite(file.fileno(), bytes(100), 200)
     monkeypatch.setattr(journal.disk, "boot", lambda: "another")
     offsets = written(monkeypatch)
-    convert.run([plan], out, {}, workers=1)
+    convert.run([plan], out, {}, on=1)
     assert offsets == [200, 500, 600, 700, 800, 900]
     assert Path(out, "a").read_bytes() == plan.parts[0].reader.content
 
@@ -215,9 +215,9 @@ def test_a_disk_that_others_fill_meanwhile_is_named_and_what_is_there_is_kept(
     plan = FilePlan("a", (Elements(Slow(bytes(range(200)) * 5, 1000), np.dtype(np.uint8), 0, 1000),))
     out = str(tmp_path / "out")
     with pytest.raises(OSError, match=r"No space left on device.*a\.tmp"):
-        convert.run([plan], out, {}, workers=1)
+        convert.run([plan], out, {}, on=1)
     room[0] = 400
-    convert.run([plan], out, {}, workers=1)
+    convert.run([plan], out, {}, on=1)
     assert Path(out, "a").read_bytes() == bytes(range(200)) * 5
 
 

@@ -28,37 +28,37 @@ def processes() -> Iterator[Executor]:
 @CASES
 def test_stats_are_the_same_on_all_workers(case: Path, processes: Executor) -> None:
     for view in (ckptlab.open(case), ckptlab.open(case).shards()):
-        one = ckptlab.stats(view, workers=1, window=100)
+        one = ckptlab.stats(view, on=1, window=100)
         for workers in (2, processes):
-            xr.testing.assert_identical(ckptlab.stats(view, workers=workers, window=100), one)
+            xr.testing.assert_identical(ckptlab.stats(view, on=workers, window=100), one)
 
 
 @pytest.mark.slow
 @CASES
 def test_updates_are_the_same_on_all_workers(case: Path, processes: Executor) -> None:
-    one = ckptlab.updates(case, workers=1, window=1)
+    one = ckptlab.updates(case, on=1, window=1)
     for workers in (2, processes):
-        xr.testing.assert_identical(ckptlab.updates(case, workers=workers, window=1), one)
+        xr.testing.assert_identical(ckptlab.updates(case, on=workers, window=1), one)
 
 
 @pytest.mark.slow
 @CASES
 def test_differences_are_the_same_on_all_workers(case: Path, processes: Executor) -> None:
     other = case / "universal" if case == GPT else GPT
-    one = ckptlab.diff(case, other, workers=1, window=100)
+    one = ckptlab.diff(case, other, on=1, window=100)
     assert one.measures or other == GPT
     for workers in (2, processes):
-        assert ckptlab.diff(case, other, workers=workers, window=100) == one
+        assert ckptlab.diff(case, other, on=workers, window=100) == one
 
 
 def test_findings_are_the_same_on_all_workers(tmp_path: Path, processes: Executor) -> None:
     folder = Path(shutil.copytree(GPT / "global_step3", tmp_path / "global_step3"))
     poke(folder, "3.self_attention.dense.weight", "exp_avg", float("inf"), tp=1, element=3)
     (folder / "layer_03-model_00-model_states.pt").write_bytes(b"")
-    one = ckptlab.check(folder, workers=1, window=256, checksums=True)
+    one = ckptlab.check(folder, on=1, window=256, checksums=True)
     assert not one.healthy
     for workers in (2, processes):
-        assert ckptlab.check(folder, workers=workers, window=256, checksums=True) == one
+        assert ckptlab.check(folder, on=workers, window=256, checksums=True) == one
 
 
 def test_what_processes_read_is_counted_here(processes: Executor) -> None:
@@ -66,7 +66,7 @@ def test_what_processes_read_is_counted_here(processes: Executor) -> None:
     size = sum(t.numel * dtype.itemsize for t in ckpt.tensors.values() for dtype in t.states.values())
     for workers in (1, 2, processes):
         with ckptlab.reading() as read:
-            ckptlab.stats(ckpt, workers=workers)
+            ckptlab.stats(ckpt, on=workers)
         assert read.bytes == size
 
 

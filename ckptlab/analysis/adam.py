@@ -70,7 +70,7 @@ def updates(
     by: str = "tensor",
     shards: bool = False,
     progress: bool = False,
-    workers: Workers = None,
+    on: Workers = None,
     window: int = BLOCK,
 ) -> xr.Dataset:
     """What Adam last did to every tensor that it trains, as one Dataset with the dim `tensor`.
@@ -87,7 +87,7 @@ def updates(
 
     The learning rate is the one that was saved: DeepSpeed moves the schedule on before it saves, so it is the next
     step's. Without a learning rate, betas, eps or step, updates are NaN. For Adam's relatives that keep the same two
-    moments (AdamW, Lamb) it is what Adam would have done. Streams like `stats`, in float64. workers: how many threads
+    moments (AdamW, Lamb) it is what Adam would have done. Streams like `stats`, in float64. on: how many threads
     (None: as many as there are cores), an executor or a dask client. window: elements of each of the three states
     that a worker holds at a time.
 
@@ -104,7 +104,7 @@ def updates(
         )
     settings = _settings(catalog)
     held = [Held(tensor, cut, at, settings[tensor.group]) for tensor in trained for cut, at in _parts(tensor, shards)]
-    found = _all_moved(catalog, held, window, workers, progress)
+    found = _all_moved(catalog, held, window, on, progress)
     return table(catalog, held, found, by)
 
 
@@ -163,11 +163,11 @@ def _tasks(catalog: Catalog, held: Sequence[Held], window: int) -> Iterator[_Tas
                 yield _Task(index, gathers, cut, at, lo, min(lo + size, numel), one.settings, window)
 
 
-def _all_moved(catalog: Catalog, held: Sequence[Held], window: int, workers: Workers, progress: bool) -> list[Moved]:
+def _all_moved(catalog: Catalog, held: Sequence[Held], window: int, on: Workers, progress: bool) -> list[Moved]:
     found = [Moved() for _ in held]
     tasks = _tasks(catalog, held, window)
     total = sum(math.prod(one.cut.shard_shape(one.at)) for one in held)
     with pool.progress(total, "updates", " elements", progress) as bar:
-        for index, part in pool.run(_Task.run, tasks, on=workers, size=lambda task: task.hi - task.lo, bar=bar):
+        for index, part in pool.run(_Task.run, tasks, on=on, size=lambda task: task.hi - task.lo, bar=bar):
             found[index] = found[index].merge(part)
     return found

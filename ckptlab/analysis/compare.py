@@ -40,14 +40,14 @@ def diff(
     states: Sequence[str] | None = None,
     family: Family | str | None = None,
     progress: bool = False,
-    workers: Workers = None,
+    on: Workers = None,
     window: int = elements.WINDOW,
     **numbers: Any,
 ) -> Diff:
     """Compare two checkpoints: every state that both have of every tensor that both have, bit for bit.
 
     a, b: opened checkpoints or paths, of any two formats and meshes. states: compare these alone. progress: show a bar
-    on stderr. workers: how many threads (None: as many as there are cores), an executor or a dask client. window:
+    on stderr. on: how many threads (None: as many as there are cores), an executor or a dask client. window:
     elements of each side that a worker holds at a time. Averaged replicas are averaged first; vocabulary padding is no
     part of a tensor. NaN equals NaN of the same bits. Of tensors that one side alone has, those of one shape and of the
     same or similar content are taken for renamed.
@@ -75,7 +75,7 @@ def diff(
         )
     tensors, numel, differ = Counter[str](), Counter[str](), Counter[str]()
     differences, measures = [], []
-    for found, measure in _compared(left, right, todo, window, workers, progress):
+    for found, measure in _compared(left, right, todo, window, on, progress):
         measures.append(measure)
         tensors[measure.state] += 1
         numel[measure.state] += measure.elements
@@ -126,13 +126,13 @@ def _apart(left: Catalog, right: Catalog) -> int:
 
 
 def _compared(
-    left: Catalog, right: Catalog, todo: Sequence[Todo], window: int, workers: Workers, progress: bool
+    left: Catalog, right: Catalog, todo: Sequence[Todo], window: int, on: Workers, progress: bool
 ) -> Iterator[Found]:
     """What was found of each state of each pair, in order."""
     tasks = (_Task(reader(left, a.name, state), reader(right, b.name, state), a.shape, window) for a, b, state in todo)
     total = sum(math.prod(t.shape) for t, _, _ in todo)
     with pool.progress(total, "comparing", " elements", progress) as bar:
-        yield from pool.run(_compare, tasks, on=workers, size=lambda task: task.elements, bar=bar)
+        yield from pool.run(_compare, tasks, on=on, size=lambda task: task.elements, bar=bar)
 
 
 def _wanted(a: Catalog, b: Catalog, states: Sequence[str] | None) -> Sequence[str]:

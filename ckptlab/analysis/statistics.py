@@ -68,15 +68,15 @@ def stats(
     histogram: bool | Sequence[float] = True,
     spectrum: bool | int = False,
     progress: bool = False,
-    workers: Workers = None,
+    on: Workers = None,
     window: int = WINDOW,
 ) -> xr.Dataset:
     """What the numbers of every tensor are like, as one Dataset with the dims (tensor, state).
 
     view: a checkpoint or its path, a view of one (`full()`, `shards()`: with a dim more for each mesh axis that it
     has), by name or as a tree, a node of it, an array, or a run (with a dim `step` more). Dask's arrays are taken block
-    by block on dask's scheduler; everything else is streamed, in windows of so many elements, on `workers`: a number of
-    threads (None: as many as there are cores), an executor or a dask client. The result is the same on all.
+    by block on dask's scheduler; everything else is streamed, in windows of so many elements. on: how many threads
+    (None: as many as there are cores), an executor or a dask client. The result is the same on all.
 
     by: what a row of `tensor` is. "tensor": one tensor, by the model's name, with the coordinates stack (the name that
     it shares with other layers), layer (its number, -1 where it stands alone), kind, group, pp, layout, shape (as text)
@@ -107,7 +107,7 @@ def stats(
         raise CheckpointError(f"by={by!r}: a row of several tensors has no spectrum: take by='tensor' or 'layer'")
     rows = rows_of(view, states)
     bins = _bins(histogram)
-    parts = partials(rows, bins, progress=progress, workers=workers, window=window)
+    parts = partials(rows, bins, progress=progress, on=on, window=window)
     table = _Table(rows, by)
     found = table.dataset(parts, bins)
     if spectrum:
@@ -115,7 +115,7 @@ def stats(
         top = TOP if spectrum is True else min(int(spectrum), most)
         if top < 1:
             raise CheckpointError(f"spectrum={spectrum}: expected True, or how many singular values, from 1")
-        found = found.assign(table.spectra(_spectra(rows, parts, top, window, progress, workers), top))
+        found = found.assign(table.spectra(_spectra(rows, parts, top, window, progress, on), top))
     return found
 
 
@@ -140,7 +140,7 @@ def partials(
     bins: Bins | None = None,
     *,
     progress: bool = False,
-    workers: Workers = None,
+    on: Workers = None,
     window: int = WINDOW,
 ) -> list[Partial]:
     """The statistics of each row, all of them in one pass."""
@@ -150,7 +150,7 @@ def partials(
     tasks = (_Task(i, span, array.dtype, bins) for i, array in own for span in spans(array, window))
     parts: dict[int, list[Partial]] = {}
     with pool.progress(sum(rows[i].numel for i, _ in own), "statistics", " elements", progress) as bar:
-        for i, part in pool.run(_Task.run, tasks, on=workers, size=lambda task: task.span.count, bar=bar):
+        for i, part in pool.run(_Task.run, tasks, on=on, size=lambda task: task.span.count, bar=bar):
             parts.setdefault(i, []).append(part)
     none = Partial(histogram=None if bins is None else np.zeros(bins.size, np.int64))
     return [found.get(i) or merged([none, *parts.get(i, ())]) for i in range(len(rows))]
@@ -183,13 +183,13 @@ def _bins(histogram: bool | Sequence[float]) -> Bins | None:
 
 
 def _spectra(
-    rows: Sequence[Row], parts: Sequence[Partial], top: int, window: int, progress: bool, workers: Workers
+    rows: Sequence[Row], parts: Sequence[Partial], top: int, window: int, progress: bool, on: Workers
 ) -> Iterator[tuple[Row, Spectrum | None]]:
     every = enumerate(zip(rows, parts, strict=True))
     finite = [(i, row, part) for i, (row, part) in every if part.finite == part.count > 0]
     tasks = (_Values(i, row.array, top, part.norm, window) for i, row, part in finite)
     with pool.progress(sum(row.numel for _, row, _ in finite), "spectra", " elements", progress) as bar:
-        for i, spectrum in pool.run(_Values.run, tasks, on=workers, size=lambda task: rows[task.index].numel, bar=bar):
+        for i, spectrum in pool.run(_Values.run, tasks, on=on, size=lambda task: rows[task.index].numel, bar=bar):
             yield rows[i], spectrum
 
 

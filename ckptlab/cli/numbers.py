@@ -49,7 +49,7 @@ def check(
     progress = sys.stderr.isatty() and not no_progress
     with workers_of(scheduler) as on:
         asked: dict[str, Any] = {"data": not no_data, "checksums": checksums, "strategy": strategy}
-        found = check_all(path, progress=progress, workers=on, **asked)
+        found = check_all(path, progress=progress, on=on, **asked)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -108,7 +108,7 @@ def stats(
         if updates:
             from ckptlab.analysis import updates as next_update
 
-            found = next_update(opened(path, strategy), by=by, shards=by_rank, progress=progress, workers=on)
+            found = next_update(opened(path, strategy), by=by, shards=by_rank, progress=progress, on=on)
         else:
             from ckptlab.analysis import open_run
             from ckptlab.analysis import stats as statistics
@@ -118,7 +118,7 @@ def stats(
             wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
             view = view.shards() if by_rank else view
             asked: dict[str, Any] = {"by": by, "states": wanted, "spectrum": spectrum, "histogram": as_json}
-            found = statistics(view, progress=progress, workers=on, **asked)
+            found = statistics(view, progress=progress, on=on, **asked)
     if as_json:
         print_json(found.ckptlab.table.to_dict())
     else:
@@ -169,7 +169,7 @@ def diff(
     numbers: dict[str, Any] = {name: n for name, n in (("heads", heads), ("kv_heads", kv_heads)) if n is not None}
     sides = opened(a, strategy), opened(b, strategy)
     with workers_of(scheduler) as on:
-        found = compare(*sides, states=wanted, family=family, progress=progress, workers=on, **numbers)
+        found = compare(*sides, states=wanted, family=family, progress=progress, on=on, **numbers)
     if as_json:
         print_json(found.to_dict())
     else:

@@ -169,7 +169,7 @@ def convert(
         ckpt = _renamed(ckpt, family, options)
     progress = sys.stderr.isatty() and not no_progress
     with workers_of(scheduler, workers) as on:
-        running = {"workers": on, "progress": progress, "verify": not no_verify, "sync": not no_sync}
+        running = {"on": on, "progress": progress, "verify": not no_verify, "sync": not no_sync}
         if form == "huggingface":
             lora = {"adapter": adapter, "lora_alpha": lora_alpha}
             said, report = _write_pretrained(ckpt, destination, family, config, lora, options, max_shard_size, running)

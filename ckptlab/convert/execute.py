@@ -49,7 +49,7 @@ def run(
     identity: dict[str, Any],
     *,
     latest: str | None = None,
-    workers: pool.Workers = None,
+    on: pool.Workers = None,
     progress: bool = False,
     check: Callable[[str], None] | None = None,
     source: Source | None = None,
@@ -60,7 +60,7 @@ def run(
     """Write every file and let the destination appear.
 
     identity: what this conversion is (source, target, options); an interrupted one goes on only if it is the same.
-    latest: the name of the file beside the destination that is to hold its name. workers: see `pool.run`; processes
+    latest: the name of the file beside the destination that is to hold its name. on: see `pool.run`; processes
     must see the same folders. check: called with the finished folder before it gets its name; what it raises stops the
     conversion. source: what is read; verify: compare it with the checksums that it carries. sync: wait until all is on
     the disk. beside: files to be copied beside the destination; those that are there stay. DestinationError if the
@@ -68,7 +68,7 @@ def run(
     """
     destination = paths.absolute(destination)
     if paths.is_far(destination):
-        return _upload(plans, destination, identity, latest, beside, workers, progress, check, source, verify)
+        return _upload(plans, destination, identity, latest, beside, on, progress, check, source, verify)
     partial = f"{destination}.partial"
     pointer = latest and os.path.join(os.path.dirname(destination), latest)
     if os.path.lexists(destination):
@@ -84,9 +84,9 @@ def run(
         todo = [plan for plan in plans if plan.name not in journal.files]
         resumed = len(plans) - len(todo)
         with pool.progress(sum(plan.size for plan in plans), "writing", "B", progress) as bar:
-            _write_files(journal, todo, workers, bar, verified, sync)
+            _write_files(journal, todo, on, bar, verified, sync)
         if verified is not None:
-            for run in pool.run(_sum, verified.gaps(), on=workers, ordered=False):
+            for run in pool.run(_sum, verified.gaps(), on=on, ordered=False):
                 verified.add([run])
         if source is not None:
             unchanged(stamp, source)
@@ -117,7 +117,7 @@ def _upload(
     identity: dict[str, Any],
     latest: str | None,
     beside: Sequence[str],
-    workers: pool.Workers,
+    on: pool.Workers,
     progress: bool,
     check: Callable[[str], None] | None,
     source: Source | None,
@@ -131,7 +131,7 @@ def _upload(
         destination,
         identity,
         latest=latest,
-        workers=workers,
+        on=on,
         progress=progress,
         check=check,
         source=source,
@@ -157,7 +157,7 @@ def _copied(files: Iterable[str], folder: str) -> tuple[str, ...]:
 
 
 def _write_files(
-    journal: Journal, plans: Sequence[FilePlan], workers: pool.Workers, bar: Any, verified: Verified | None, sync: bool
+    journal: Journal, plans: Sequence[FilePlan], on: pool.Workers, bar: Any, verified: Verified | None, sync: bool
 ) -> None:
     """Write what is not written yet of some files; each gets its name when it is complete."""
     by_path = {os.path.join(journal.partial, plan.name) + TEMPORARY: plan for plan in plans}
@@ -193,7 +193,7 @@ def _write_files(
                     yield piece
 
     work = with_arguments(_write, verify=verified is not None, sync=sync)
-    for results, error in pool.run(work, _batches(left()), on=workers, ordered=False):
+    for results, error in pool.run(work, _batches(left()), on=on, ordered=False):
         for path, offset, nbytes, found, runs in results:
             if verified is not None:
                 verified.add(runs)

@@ -77,7 +77,7 @@ def run(
     identity: Mapping[str, Any],
     *,
     latest: str | None,
-    workers: pool.Workers,
+    on: pool.Workers,
     progress: bool,
     check: Callable[[str], None] | None,
     source: Source | None,
@@ -95,19 +95,19 @@ def run(
         _begin(marker, said, destination)
         stamp = source.stamp() if source is not None else []
         verified = Verified(source) if source is not None and verify else None
-        elsewhere = isinstance(pool.executor_of(workers), Executor)
+        elsewhere = isinstance(pool.executor_of(on), Executor)
         work = partial(_upload, verify=verified is not None, uploads=None if elsewhere else uploads)
         done: dict[str, Done] = {}
         up += targets.values() if elsewhere else ()
         ordered = sorted(plans, key=lambda plan: plan.nbytes == 0)
         with pool.progress(sum(plan.size for plan in plans), "writing", "B", progress) as bar:
             tasks = ((plan, targets[plan.name]) for plan in ordered)
-            for result in pool.run(work, tasks, on=workers, size=lambda task: task[0].size, bar=bar, ordered=False):
+            for result in pool.run(work, tasks, on=on, size=lambda task: task[0].size, bar=bar, ordered=False):
                 done[result.name] = result.done
                 if verified is not None:
                     verified.add(result.runs)
         if verified is not None:
-            for gap in pool.run(_sum, verified.gaps(), on=workers, ordered=False):
+            for gap in pool.run(_sum, verified.gaps(), on=on, ordered=False):
                 verified.add([gap])
         if source is not None:
             unchanged(stamp, source)

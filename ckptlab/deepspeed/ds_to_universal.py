@@ -59,7 +59,7 @@ def convert(input_folder: str, output_folder: str, strategy: str | None = None, 
     reshape = checkpoint.open(input_folder, strategy=strategy).reshape()
     for notice in reshape.check():
         print(f"note: {notice}")
-    report = reshape.save(output_folder, format="universal", workers=workers, progress=sys.stderr.isatty())
+    report = reshape.save(output_folder, format="universal", on=workers, progress=sys.stderr.isatty())
     print(f"{report.destination}: {report.files} files, {report.bytes_written:,} bytes of tensors")
 
 

@@ -77,16 +77,16 @@ class ReshapedCheckpoint(ABC):
         destination: str,
         format: str = "deepspeed",
         *,
-        workers: int | None = None,
+        on: int | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Report:
         """Write the checkpoint at the target's degrees; `destination` is the step folder to make.
 
-        format, workers, progress: as `ckptlab.Reshape.save`. options: as `ckptlab.Checkpoint.reshape` (zero_stage,
+        format, on, progress: as `ckptlab.Reshape.save`. options: as `ckptlab.Checkpoint.reshape` (zero_stage,
         dtype, padded_vocab, …). Vocabulary padding follows the new tp degree unless `padded_vocab` says otherwise.
         """
-        return self.reshaped(**options).save(destination, format, workers=workers, progress=progress)
+        return self.reshaped(**options).save(destination, format, on=on, progress=progress)
 
     def load(self, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Any:
         """Load whole tensors into a module whose parameters have the checkpoint's names.

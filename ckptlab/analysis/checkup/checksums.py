@@ -35,7 +35,7 @@ _Records = tuple[str, tuple[Summed, ...]]
 
 
 def checksums(
-    catalog: Catalog | None, found: Collecting, workers: Workers = None, progress: bool = False
+    catalog: Catalog | None, found: Collecting, on: Workers = None, progress: bool = False
 ) -> Iterator[Finding]:
     """Findings on records whose bytes are not those that were written: those that torch reads, and no others.
     (Safetensors have no checksums.) Of files in which a catalog's tensors lie as many zips (`.distcp`), all records."""
@@ -47,7 +47,7 @@ def checksums(
             names.append(name)
             files.append((path, tuple(torchzip.summed(path))))
     with pool.progress(sum(map(_bytes, files)), "checksums", "B", progress) as bar:
-        results = pool.run(_wrong, files, on=workers, size=_bytes, bar=bar)
+        results = pool.run(_wrong, files, on=on, size=_bytes, bar=bar)
         for name, (_, records), wrong in zip(names, files, results, strict=True):
             if not records or len(wrong) == len(records) > 1:
                 yield _without(name)
@@ -96,9 +96,7 @@ def _damaged(name: str, wrong: Sequence[Summed], tensors: tuple[str, ...]) -> Fi
     )
 
 
-def against_manifest(
-    folder: str, data: bool, workers: Workers = None, progress: bool = False
-) -> tuple[list[Finding], int]:
+def against_manifest(folder: str, data: bool, on: Workers = None, progress: bool = False) -> tuple[list[Finding], int]:
     """Findings on files that are not as ckptlab wrote them, where it left a manifest, and the bytes that were read.
     data: compare their bytes too, not only their sizes."""
     try:
@@ -120,7 +118,7 @@ def against_manifest(
     sums: dict[str, int] = {}
     with pool.progress(total, "manifest", "B", progress) as bar:
         for (path, _, nbytes), crc in zip(
-            parts, pool.run(_crc, parts, on=workers, size=lambda p: p[2], bar=bar), strict=True
+            parts, pool.run(_crc, parts, on=on, size=lambda p: p[2], bar=bar), strict=True
         ):
             sums[path] = crc32_combine(sums.get(path, 0), crc, nbytes)
     other += [name for name in alike if sums.get(os.path.join(folder, name), 0) != listed[name][1]]

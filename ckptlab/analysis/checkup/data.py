@@ -80,13 +80,13 @@ class Told:
 
 
 def survey(
-    jobs: Sequence[Job], gaps: Sequence[Gap], *, window: int = WINDOW, workers: Workers = None, progress: bool = False
+    jobs: Sequence[Job], gaps: Sequence[Gap], *, window: int = WINDOW, on: Workers = None, progress: bool = False
 ) -> Told:
     """Read everything once, in windows of so many bytes, and say what was seen."""
     told = Told()
     todo: list[Job | Gap] = [*jobs, *gaps]
     with pool.progress(sum(job.nbytes for job in todo), "checking", "B", progress) as bar:
-        for part in pool.run(_work, _tasks(todo, window), on=workers, size=lambda task: task.nbytes, bar=bar):
+        for part in pool.run(_work, _tasks(todo, window), on=on, size=lambda task: task.nbytes, bar=bar):
             told.join(part)
     return told
 

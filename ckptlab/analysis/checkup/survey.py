@@ -34,7 +34,7 @@ def check(
     checksums: bool = False,
     progress: bool = False,
     strategy: Strategy | str | None = None,
-    workers: Workers = None,
+    on: Workers = None,
     window: int = jobs.WINDOW,
 ) -> Health:
     """Check a checkpoint: its files, what they say of one another, and (unless data=False) every element once.
@@ -43,7 +43,7 @@ def check(
     stored). It need not open: files that are missing, cut or
     foreign are findings, and what can be read is looked at all the same. checksums: also read every file once more and
     compare it with the checksums that torch wrote into it. progress: show bars on stderr. strategy: see `open`.
-    workers: how many threads (None: as many as there are cores), an executor or a dask client. window: bytes that
+    on: how many threads (None: as many as there are cores), an executor or a dask client. window: bytes that
     a worker holds at a time, whatever the size. Files are only read.
 
     Raises CheckpointError where there is no checkpoint at all, LayoutError for a strategy that is none.
@@ -64,15 +64,15 @@ def check(
         findings += _without_states(catalog)
     read, tensors = 0, len(catalog.tensors) if catalog else 0
     if data:
-        seen, read, looked_at = _survey(catalog, faults, window, workers, progress)
+        seen, read, looked_at = _survey(catalog, faults, window, on, progress)
         tensors = tensors or looked_at
         findings += seen
     if paths.is_folder(place.path):
-        changed, bytes_read = against_manifest(place.path, data, workers, progress)
+        changed, bytes_read = against_manifest(place.path, data, on, progress)
         findings += changed
         read += bytes_read
     if checksums:
-        findings += against_checksums(catalog, faults, workers, progress)
+        findings += against_checksums(catalog, faults, on, progress)
     checked = Checked(len(faults.files) + len(faults.unread), tensors, read, catalog is not None, data)
     mesh = catalog.training.mesh if catalog else None
     return Health(place.path, place.format, str(mesh) if mesh else None, ordered(findings), checked)
@@ -110,14 +110,14 @@ def _without_states(catalog: Catalog) -> Iterator[Finding]:
 
 
 def _survey(
-    catalog: Catalog | None, found: Collecting, window: int, workers: Workers, progress: bool
+    catalog: Catalog | None, found: Collecting, window: int, on: Workers, progress: bool
 ) -> tuple[list[Finding], int, int]:
     """Findings on the data, the bytes that were read, and the tensors that were looked at."""
     files = {n: file.value if isinstance(file, Contents) else file for n, file in found.files.items()}
     unreadable: jobs.Unreadable = {}
     todo = list(jobs.jobs(catalog, unreadable, window) if catalog is not None else jobs.loose(files, window))
     gaps = list(jobs.gaps(catalog)) if catalog is not None else []
-    told = contents.survey(todo, gaps, window=window, workers=workers, progress=progress)
+    told = contents.survey(todo, gaps, window=window, on=on, progress=progress)
     if catalog is not None:
         told.join(replicas.survey(catalog))
     read = sum(job.nbytes for job in todo) + sum(gap.nbytes for gap in gaps)

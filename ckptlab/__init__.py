@@ -96,9 +96,11 @@ __all__ = [
     "save_pretrained",
     "save_view",
     "save_weights",
+    "sharding",
     "split",
     "split_flat",
     "stats",
+    "testing",
     "to",
     "updates",
     "viz",
@@ -126,11 +128,12 @@ _HOMES = {
     "plan": "Cluster",
     "pretrained": "save_pretrained with_weights",
     "stored": "reading",
+    "sharding": "families",
     "sharding.strategies": "Megatron Rules Strategy",
     "views.saved": "open_view save_view",
     "widgets": "explore playground",
 }
-_MODULES = {"analysis": "analysis", "families": "sharding.families", "plan": "plan", "viz": "viz"}
+_MODULES = ("analysis", "plan", "sharding", "testing", "viz")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
@@ -141,7 +144,7 @@ def __getattr__(name: str) -> Any:
 
         value: Any = version("ckptlab")
     elif name in _MODULES:
-        value = import_module(f"ckptlab.{_MODULES[name]}")
+        value = import_module(f"ckptlab.{name}")
     elif name in _HOME_OF:
         value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
     elif name.isupper() and hasattr(constants := import_module("ckptlab.deepspeed.constants"), name):

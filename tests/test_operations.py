@@ -416,7 +416,7 @@ def test_the_accessor_does_what_the_functions_do() -> None:
     whole = shards.ckptlab.merge()
     assert whole.identical(merge(shards, "(tp out) in"))
     assert whole.equals(ckpt.full("master")["mlp.dense_h_to_4h.weight"].master)
-    again = whole.ckptlab.split(mesh=Mesh(tp=4))
+    again = whole.ckptlab.split(Mesh(tp=4))
     assert again.identical(split(whole, "(tp out) in", Mesh(tp=4)))
     assert whole.ckptlab.split("out (tp in)", Mesh(tp=2)).sizes["in"] == whole.sizes["in"] // 2
     moved = whole.ckptlab.to("torch")

@@ -365,9 +365,14 @@ class Accessor:
         """The whole that these shards make: `ckptlab.merge`, with its options."""
         return merge(self._array, layout or self.layout, **options)
 
-    def split(self, layout: Layout | str | None = None, mesh: Mesh | None = None, **options: Any) -> xr.DataArray:
-        """The shards of this whole on a mesh: `ckptlab.split`, with its options. MeshError where none is given."""
-        if mesh is None:
+    def split(
+        self, layout: Layout | str | Mesh | None = None, mesh: Mesh | None = None, **options: Any
+    ) -> xr.DataArray:
+        """The shards of this whole on a mesh: `ckptlab.split`, with its options; the mesh alone does where the array
+        has a layout. MeshError where no mesh is given."""
+        if isinstance(layout, Mesh) and mesh is None:
+            layout, mesh = None, layout
+        if mesh is None or isinstance(layout, Mesh):
             raise MeshError("split needs a mesh to split over: mesh=Mesh(tp=4)")
         return split(self._array, layout or self.layout, mesh, **options)
 

@@ -20,8 +20,8 @@ from ckptlab.analysis.statistics import stats
 from ckptlab.arguments import explained
 from ckptlab.arrays.coordinates import rank_dims
 from ckptlab.checkpoint import Checkpoint
+from ckptlab.draw.pyplot import pyplot
 from ckptlab.errors import CheckpointError
-from ckptlab.viz.pyplot import pyplot
 from ckptlab.words import shorten
 
 if TYPE_CHECKING:

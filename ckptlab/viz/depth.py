@@ -7,7 +7,7 @@ from typing import Any
 
 from ckptlab.analysis.measure import Measure
 from ckptlab.arguments import explained
-from ckptlab.viz.pyplot import pyplot
+from ckptlab.draw.pyplot import pyplot
 
 LINES = 10  # kinds that get a colour and a name: those that changed most
 

@@ -9,9 +9,9 @@ import numpy as np
 from ckptlab.arguments import explained
 from ckptlab.checkpoint import Reshape
 from ckptlab.draw.colours import colour
+from ckptlab.draw.pyplot import pyplot
 from ckptlab.plan import Plan
 from ckptlab.viz.moves import moved
-from ckptlab.viz.pyplot import pyplot
 from ckptlab.viz.sizes import Model, ranked, table, title
 from ckptlab.words import size
 

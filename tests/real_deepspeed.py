@@ -104,9 +104,10 @@ def resume(
     return _ask(limit, "judge", str(folder.resolve()), str(case), changes, universal, steps)
 
 
-def onward(folder: Path, case: Path, *, world: int, tp: int = 1, forget: bool = False) -> dict[str, Any]:
-    """Load a DCP folder that was made of `case` into FSDP2 and train one step, and return the report of onward.py."""
-    return _ask(HANGS, "onward", str(folder.resolve()), str(case), world, tp, forget)
+def onward(folder: Path, case: Path, *programs: tuple[int, int]) -> list[dict[str, Any]]:
+    """Load a DCP folder that was made of `case` into FSDP2 on so many ranks, with tp, and train one step, for each
+    (ranks, tp); return the reports of onward.py."""
+    return _ask(HANGS, "onward", str(folder.resolve()), str(case), programs)
 
 
 def make_case(case: str, out: Path, *, universal: bool = False, limit: float = HANGS) -> Path:

@@ -343,6 +343,51 @@ def test_metadata_of_each_rank_is_merged(tmp_path: Path) -> None:
         read_dcp(str(tmp_path))
 
 
+def test_moments_of_a_weight_that_lies_in_parts_lack_no_weight(tmp_path: Path) -> None:
+    """torchtitan's: q, k, v one by one, the moments of the fused weight."""
+    folder = Folder(tmp_path / "dcp")
+    for part, rows in {"wq": 4, "wk": 2, "wv": 2}.items():
+        folder.tensor(f"layers.0.qkv.{part}.weight", array(rows, 4, seed=rows), path=(f"layers.0.qkv.{part}.weight",))
+    for name in ("layers.0.qkv.wqkv.weight", "layers.0.out.weight"):
+        for state in ("exp_avg", "exp_avg_sq"):
+            key = ("optimizer", f"state.{name}.{state}")
+            folder.tensor(".".join(key), np.abs(array(8, 4, seed=len(name + state))), path=key)
+        folder.object(f"optimizer.param_groups.{name}.lr", 0.5, ("optimizer", f"param_groups.{name}.lr"))
+    folder.tensor("layers.0.out.weight", array(8, 4), path=("layers.0.out.weight",))
+    ckpt = ckptlab.open(folder.write())
+    assert list(ckpt["layers.0.qkv.wqkv.weight"].states) == ["exp_avg", "exp_avg_sq"]
+    assert {name: list(t.states)[:1] for name, t in ckpt.items() if "wqkv" not in name} == {
+        f"layers.0.{name}.weight": [MASTER] for name in ("qkv.wq", "qkv.wk", "qkv.wv", "out")
+    }
+    assert ckptlab.check(ckpt).healthy
+    del folder.entries["layers.0.qkv.wk.weight"]
+    (finding,) = (f for f in ckptlab.check(folder.write()).findings if f.severity == "error")
+    assert (finding.code, finding.where.tensors) == ("missing-state", ("layers.0.qkv.wqkv.weight",))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_items_in_a_file_each_may_be_alike_and_are_no_copies(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+
+    path, *_ = saved(tmp_path / "one", False)
+    held = dcp.FileSystemReader(path).read_metadata()
+    content = {
+        key: torch.zeros(entry.size) for key, entry in held.state_dict_metadata.items() if hasattr(entry, "size")
+    }
+    dcp.load(content, checkpoint_id=path)
+    content["model.norm.weight"] = content["model.norm.bias"] = torch.ones(9)
+    writer = dcp.FileSystemWriter(str(tmp_path / "each"), single_file_per_rank=False)
+    dcp.save(content, storage_writer=writer, no_dist=True)
+    assert ckptlab.check(tmp_path / "each").healthy
+    places = dcp.FileSystemReader(tmp_path / "each").read_metadata().storage_data.items()
+    files = {index.fqn: tmp_path / "each" / info.relative_path for index, info in places}
+    moments = (files[f"optimizer.state.0.weight.{state}"] for state in ("exp_avg", "exp_avg_sq"))
+    next(moments).write_bytes(next(moments).read_bytes())
+    (finding,) = (f for f in ckptlab.check(tmp_path / "each").findings if f.severity == "error")
+    assert finding.code == "doubled-data"
+
+
 # Megatron-core.
 
 
@@ -388,6 +433,19 @@ def test_megatrons_stacked_layers_and_swiglu_halves(tmp_path: Path) -> None:
     assert found.training.step == 5
     assert found.mesh == Mesh(pp=2, tp=2)
     assert list(found.client["decoder.layers.mlp._extra_state/shard_0_2"]) == [None]
+
+
+def test_states_gathered_in_an_object_for_each_group_are_said_and_are_no_tensors(tmp_path: Path) -> None:
+    """`dp_zero_gather_scatter`: flat buffers in a dict, whose map is not stored."""
+    folder = megatron(tmp_path / "it")
+    folder.tensor("decoder.layers.norm.weight", array(2, 3), [(i, (i, 0), (1, 3)) for i in (0, 1)])
+    key = "optimizer.distributed.dp_group_idx_0.param_state/shard_0_1"
+    folder.object(key, {0: {"exp_avg": array(6)}}, None)
+    folder.planner = {}
+    ckpt = ckptlab.open(folder.write())
+    assert [(f.code, "dp_zero_gather_scatter" in f.text) for f in ckpt.findings] == [("dcp-no-map", True)]
+    assert {state for t in ckpt.values() for state in t.states} == {PARAM}
+    assert ckpt.client_state[key][0]["exp_avg"].numel == 6
 
 
 @pytest.mark.parametrize("fault", [False, True])

@@ -414,18 +414,25 @@ def test_fsdp_and_tensor_parallel_ranks_load_it(how: str, world: int, tmp_path: 
 @pytest.mark.slow
 @requires_deepspeed
 @pytest.mark.parametrize(
-    ("case", "rows", "world", "tp"), [("gpt_tp2_pp1_dp2_fp32", 104, 2, 1), ("plain_zero3_dp2_fp32", None, 4, 2)]
+    ("case", "rows", "programs"),
+    [
+        ("gpt_tp2_pp1_dp2_fp32", 104, [(2, 1), (4, 1), (4, 2)]),  # ZeRO-1
+        ("plain_zero3_dp2_fp32", None, [(2, 1), (4, 2)]),
+        ("megatron_tp2", None, [(2, 1)]),
+    ],
 )
-def test_the_next_step_is_that_of_deepspeed(case: str, rows: int | None, world: int, tp: int, tmp_path: Path) -> None:
-    """FSDP2 and tensor parallelism, with torch's AdamW, from what real DeepSpeed saved and would go on from."""
+def test_the_next_step_is_that_of_the_run(
+    case: str, rows: int | None, programs: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """FSDP2 and tensor parallelism, with torch's AdamW, from what real DeepSpeed or a Megatron saved and went on from:
+    the weights after one more step are those of the run; without the moments they are not."""
     source = make_case(case, tmp_path)
     written(source, tmp_path / "dcp", mesh=Mesh(dp=3), padded_vocab=rows)
-    report = onward(tmp_path / "dcp", source, world=world, tp=tp)
-    assert report["differences"] == {}
-    assert report["compared"] > 40
-    assert report["apart"] < 0.03, report
-    if tp == 1:
-        assert onward(tmp_path / "dcp", source, world=world, forget=True)["apart"] > 1
+    for program, report in zip(programs, onward(tmp_path / "dcp", source, *programs), strict=True):
+        assert report["differences"] == {}, program
+        assert report["compared"] > 20
+        assert report["apart"] < 0.03, (program, report)
+        assert report["without"] > 1, (program, report)
 
 
 # Back to DeepSpeed.

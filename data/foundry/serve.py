@@ -1,7 +1,7 @@
 """One process that has imported DeepSpeed, and makes cases and judges checkpoints, a job a line: for whoever has many.
 
 `python data/foundry/serve.py FD`: jobs are lines of JSON on standard input, `["make", CASE, OUT, UNIVERSAL]`,
-`["judge", FOLDER, CASE, CHANGES, UNIVERSAL, STEPS]` or `["onward", FOLDER, CASE, WORLD, TP, FORGET]`; each is answered
+`["judge", FOLDER, CASE, CHANGES, UNIVERSAL, STEPS]` or `["onward", FOLDER, CASE, [[RANKS, TP], …]]`; each is answered
 by a line of JSON on the file descriptor FD, `{"value": …}` or `{"error": TEXT}`. It ends with its input.
 """
 
@@ -25,8 +25,8 @@ def done(job: str, *arguments: Any) -> Any:
         case, out, universal = arguments
         return str(make.make(case, Path(out), universal))
     if job == "onward":
-        folder, case, world, tp, forget = arguments
-        return onward.judge(Path(folder), resume.case_folder(case), world, tp, forget)
+        folder, case, programs = arguments
+        return onward.judge(Path(folder), resume.case_folder(case), programs)
     folder, case, changes, universal, steps = arguments
     return resume.judge(Path(folder), resume.case_folder(case), changes, universal, steps)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.catalog import PARAM, Catalog
+from ckptlab.errors import CkptlabError
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.torch.torchfile import Contents
 from ckptlab.stored import Stored
@@ -45,16 +46,20 @@ def renamed(files: Mapping[str, Contents], told: Collection[str]) -> Iterator[Fi
 
 def twins(catalog: Catalog) -> Iterator[Finding]:
     """A finding on files of many ranks' tensors, which name no rank, that are the same from the first byte to the last:
-    ranks do not store alike."""
+    ranks do not store alike. (Where each tensor has a file of its own, steps and what is one number throughout do.)"""
     sizes: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     for name in catalog.files if len(catalog.files) > 1 and not paths.is_far(catalog.path) else ():
         path = paths.join(catalog.path, name)
         if name.endswith(_NAMELESS) and (size := paths.size(path)):
             sizes[size, paths.read(path, max(size - _TAIL, 0), min(size, _TAIL))].append(name)
+    alike = {name for names in sizes.values() if len(names) > 1 for name in names}
+    telling = _telling(catalog, alike) if alike else set()
     for (size, _), names in sizes.items():
         first, *others = names
         for other in others:
-            if filecmp.cmp(os.path.join(catalog.path, first), os.path.join(catalog.path, other), shallow=False):
+            if not telling.isdisjoint((first, other)) and filecmp.cmp(
+                os.path.join(catalog.path, first), os.path.join(catalog.path, other), shallow=False
+            ):
                 yield Finding(
                     "doubled-data",
                     "error",
@@ -63,6 +68,22 @@ def twins(catalog: Catalog) -> Iterator[Finding]:
                     f"{other} is {first} once more, {size:,} bytes",
                     _PUT_BACK,
                 )
+
+
+def _telling(catalog: Catalog, files: Collection[str]) -> set[str]:
+    """Those of the files that hold elements which no other tensor has by chance."""
+    of = {paths.join(catalog.path, name): name for name in files}
+    found: set[str] = set()
+    for by_holder in catalog.stored.pieces.values():
+        for holder in by_holder:
+            try:
+                held = [(of[f.stored.path], f.stored) for f in by_holder[holder] if f.stored.path in of]
+            except CkptlabError:  # a damaged item, of which is said where elements are read
+                continue
+            found |= {n for n, stored in held if n not in found and stored.numel >= _FEW and not _constant(stored)}
+        if len(found) == len(of):
+            break
+    return found
 
 
 class _Held(NamedTuple):
@@ -125,4 +146,11 @@ def _apart(a: _Held, b: _Held) -> bool:
 def _same(a: Stored, b: Stored) -> bool:
     """The same bits, and not one number throughout."""
     bits = a.flat.view(np.uint8).reshape(a.numel, -1)
-    return np.array_equal(bits, b.flat.view(np.uint8).reshape(b.numel, -1)) and bool((bits != bits[0]).any())
+    return np.array_equal(bits, b.flat.view(np.uint8).reshape(b.numel, -1)) and not _constant(a)
+
+
+def _constant(stored: Stored) -> bool:
+    """Whether it is one number throughout."""
+    elements = np.ascontiguousarray(stored.map()).reshape(-1)
+    bits = elements.view(np.uint8).reshape(stored.numel, -1)
+    return not bool((bits != bits[0]).any())

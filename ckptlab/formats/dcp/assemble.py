@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +121,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
     pieces: dict[tuple[str, str], Held] = {}
     group_of = {name: i for i, group in enumerate(found.groups) for name in group.tensors}
+    fused, parts = _fused(found)
     for name, by_state in states.items():
         stage = found.stages.get(name, 0)
         first: Laid | None = None
@@ -146,9 +148,9 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
             first.cut.logical,
             first.layout.replace(stages=(stage,)) if mesh.pp > 1 else first.layout,
             first.cut,
-            found.kinds.get(name) or _kind(name, found, grids[name].dtype, group_of),
+            found.kinds.get(name) or _kind(name, found, grids[name].dtype, group_of, parts),
             {state: grid.dtype for state, grid in by_state.items()},
-            group_of.get(name),
+            None if name in fused else group_of.get(name),
             (stage if stage < mesh.pp else 0,),
             tuple(found.aliases.get(name, ())),
             known and first.cut.mesh == mesh and not (neutral and first.cut.axes) and name not in found.untold,
@@ -185,6 +187,8 @@ def _states(found: Found, said: Said) -> dict[str, dict[str, Grid]]:
     own."""
     states: dict[str, dict[str, Grid]] = {}
     odd: dict[str, Grid] = {}
+    trained = {name for group in found.groups for name in group.tensors}
+    _, parts = _fused(found)
     for name in dict.fromkeys([*found.weights, *found.states]):
         weight, its = found.weights.get(name), dict(found.states.get(name, {}))
         shape = weight.shape if weight is not None else next(iter(its.values())).shape
@@ -192,7 +196,7 @@ def _states(found: Found, said: Said) -> dict[str, dict[str, Grid]]:
         its = {state: grid for state, grid in its.items() if grid.shape == shape}
         master = next((state for state in its if state in MASTERS), None)
         made: dict[str, Grid] = {} if master is None else {MASTER: its.pop(master)}
-        stepped = bool(its) or not found.optimizer or _in_group(name, found)
+        stepped = bool(its) or not found.optimizer or name in trained or name in parts
         if weight is not None and not made and weight.dtype == np.float32 and stepped:
             made[MASTER] = weight
             weight = None
@@ -205,19 +209,32 @@ def _states(found: Found, said: Said) -> dict[str, dict[str, Grid]]:
     return states
 
 
-def _in_group(name: str, found: Found) -> bool:
-    return any(name in group.tensors for group in found.groups) or _is_part(name, found)
+def _fused(found: Found) -> tuple[set[str], set[str]]:
+    """(names of which the optimizer has states and the model parts, those parts): the moments of
+    `….qkv_linear.wqkv.weight`, and the weights `….qkv_linear.wq.weight`, `….wk.weight`, `….wv.weight` of as many
+    elements."""
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in found.weights:
+        if name not in found.states:
+            parts.setdefault(_module(name), []).append(name)
+    wholes, held = set(), set()
+    for name, its in found.states.items():
+        own = parts.get(_module(name), []) if name not in found.weights else []
+        count = sum(math.prod(found.weights[part].shape) for part in own)
+        if count and count == math.prod(next(iter(its.values())).shape):
+            wholes.add(name)
+            held |= set(own)
+    return wholes, held
 
 
-def _is_part(name: str, found: Found) -> bool:
-    """Whether the optimizer knows a weight as a part of a fused one: `….qkv_linear.wq.weight` beside the moments of
-    `….qkv_linear.wqkv.weight`."""
-    parent = name.rsplit(".", 2)[0]
-    return any(known not in found.weights and known.rsplit(".", 2)[0] == parent for known in found.states)
+def _module(name: str) -> tuple[str, str]:
+    """The module above the one that has a tensor, and what that calls it: ("….qkv_linear", "weight")."""
+    above, _, own = name.rpartition(".")
+    return above.rpartition(".")[0], own
 
 
-def _kind(name: str, found: Found, dtype: np.dtype, group_of: Mapping[str, int]) -> str:
-    if not found.optimizer or name in found.states or name in group_of or _is_part(name, found):
+def _kind(name: str, found: Found, dtype: np.dtype, group_of: Mapping[str, int], parts: Collection[str]) -> str:
+    if not found.optimizer or name in found.states or name in group_of or name in parts:
         return "buffer" if dtype.kind in "iub" else "parameter"
     return "buffer" if dtype.kind in "iub" else "frozen"
 

@@ -35,6 +35,7 @@ COMMON = "common.pt"
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([^.]+)\.(.+)", re.DOTALL)
 _BUFFERS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.", re.DOTALL)
+_GATHERED = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..*param_state/shard_\d+_\d+", re.DOTALL)
 _STACKED = re.compile(r"((?:.*\.)?layers)\.(?!\d+\.)(.+)", re.DOTALL)
 _MASTER = {"param": "fp32_param"}  # what 0.16 calls the master, by what 0.12 does
 _HALVES = (1, 2)  # SwiGLU's gate and up projection are each cut on their own
@@ -68,7 +69,8 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
                 else:
                     found.weights[name] = grid
     found.stages = _stages(found, metadata)
-    found.optimizer = bool(found.states) or bool(buffers) or "optimizer" in common
+    gathered = [key for key in metadata.blobs if _GATHERED.fullmatch(key)]
+    found.optimizer = bool(found.states or buffers or gathered) or "optimizer" in common
     found.groups = _groups(common.get("optimizer"), found)
     found.client = _client(common, metadata, buffers)
     if buffers:
@@ -77,6 +79,13 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
             f"{path}: the optimizer was saved as dp_reshardable: {len(buffers)} flat buffers ({buffers[0]}, …) whose "
             "map to tensors is not stored. They are in the client state as they lie, and no states of tensors: save "
             "with --dist-ckpt-optim-fully-reshardable to have those",
+        )
+    if gathered:
+        said.notice(
+            "dcp-no-map",
+            f"{path}: the optimizer was saved as dp_zero_gather_scatter: an object of flat buffers for each model "
+            f"parallel group ({gathered[0]}, …), whose map to tensors is not stored. They are in the client state, and "
+            "no states of tensors: save with --dist-ckpt-optim-fully-reshardable to have those",
         )
     return found
 

@@ -8,6 +8,7 @@ import re
 import socket
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from real_deepspeed import make_case, onward, requires_deepspeed, resume
 
 import ckptlab
 from ckptlab import Mesh
-from ckptlab.catalog import MASTER, PARAM
+from ckptlab.catalog import MASTER, PARAM, ParameterGroup
 from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.cli import main
 from ckptlab.errors import CheckpointError, CkptlabError, ReshapeError
@@ -31,6 +32,7 @@ torch: Any = pytest.importorskip("torch")
 dcp: Any = pytest.importorskip("torch.distributed.checkpoint")
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
+MOE = DATA / "moe_ep2_dp4"
 HYPER = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable")
 
 
@@ -444,11 +446,13 @@ def through_dcp(case: Path, path: Path, **options: Any) -> tuple[Checkpoint, Che
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "stage"), [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3), ("universal", 2), ("universal", 3)]
+    ("form", "stage", "dp"),
+    [("deepspeed", 0, 2), ("deepspeed", 1, 4), ("deepspeed", 3, 4), ("universal", 2, 2), ("universal", 3, 2)],
 )
-def test_deepspeeds_files_are_made_of_it(form: str, stage: int, tmp_path: Path) -> None:
+def test_deepspeeds_files_are_made_of_it(form: str, stage: int, dp: int, tmp_path: Path) -> None:
+    """On the source's own dp too, where each rank has a part of the buffers that it is to have whole."""
     ckpt, there = through_dcp(ZERO2, tmp_path)
-    reshape = there.reshape(format=form, dp=2, zero_stage=stage, dtype="bf16")
+    reshape = there.reshape(format=form, dp=dp, zero_stage=stage, dtype="bf16")
     reshape.save(tmp_path / "out" / "step")
     back = ckptlab.open(tmp_path / "out" / "step")
     found = ckptlab.diff(ckpt, back)
@@ -488,6 +492,8 @@ def test_axes_that_nobody_named_are_not_kept_beside_those_that_are(tmp_path: Pat
     reshape = plain.reshape(format="deepspeed", dp=2)
     assert (reshape.mesh, reshape.zero_stage) == (Mesh(dp=2), 1)
     assert [f.code for f in reshape.target.findings] == ["zero-stage-assumed"]
+    reshape.save(tmp_path / "out" / "step")
+    assert ckptlab.diff(plain, tmp_path / "out" / "step").equal
     with pytest.raises(ReshapeError, match="has no axis 'shard0'"):
         plain.reshape(format="deepspeed")
     with pytest.raises(ReshapeError, match="nothing says how"):  # of tp a folder that is cut over dp says nothing
@@ -516,18 +522,51 @@ def test_what_deepspeed_cannot_resume_from_is_refused_with_every_reason(tmp_path
 
 
 @pytest.mark.slow
+def test_experts_become_those_of_deepspeed_on_any_ep(tmp_path: Path) -> None:
+    """Over as many ranks as their groups are called by; a program that trains all in one group calls them by none."""
+    _, there = through_dcp(MOE, tmp_path)
+    groups = there.catalog.groups
+    every = tuple(name for group in groups for name in group.tensors)
+    options = {key: value for key, value in groups[0].options.items() if key != "name"}
+    together = replace(there.catalog.training, groups=(ParameterGroup(options, every, groups[0].scalars),))
+    tensors = {n: t if t.group is None else replace(t, group=0) for n, t in there.catalog.tensors.items()}
+    one = Checkpoint(replace(there.catalog, tensors=tensors, training=together))
+    for i, (source, asked, degree) in enumerate([(there, {}, 2), (there, {"ep": 4}, 4), (one, {}, 1)]):
+        reshape = source.reshape(format="deepspeed", dp=4, zero_stage=2, dtype="bf16", **asked)
+        reshape.save(tmp_path / str(i) / "step")
+        back = ckptlab.open(tmp_path / str(i) / "step")
+        assert back.mesh == Mesh(dp=4).split("dp", edp=4 // degree, ep=degree)
+        assert ckptlab.diff(source, back, states=[MASTER, "exp_avg", "exp_avg_sq"]).equal
+        called = [group.name for group in back.catalog.groups]
+        assert called == ([None, "ep_size_1"] if source is one else ["decay", "no_decay", *[f"ep_size_{degree}"] * 2])
+        assert all(("moe" in g.options) == (str(g.name)[:2] == "ep") for g in back.catalog.groups)
+        assert ckptlab.check(back, data=False).healthy
+    lost = {name: tensor for name, tensor in there.catalog.tensors.items() if "experts.1." not in name}
+    kept = tuple(replace(g, tensors=tuple(n for n in g.tensors if n in lost)) for g in groups)
+    training = replace(there.catalog.training, groups=kept)
+    with pytest.raises(ReshapeError, match=r"expert 1 of blocks\.1\..*, of which there are 4 by their numbers"):
+        Checkpoint(replace(there.catalog, tensors=lost, training=training)).reshape(format="deepspeed", dp=2)
+
+
+@pytest.mark.slow
 @requires_deepspeed
 @pytest.mark.parametrize(
-    ("form", "options"),
-    [("deepspeed", {"dp": 3, "zero_stage": 2}), ("deepspeed", {"dp": 2, "zero_stage": 3}), ("universal", {"dp": 3})],
+    ("case", "form", "options"),
+    [
+        (ZERO2, "deepspeed", {"dp": 3, "zero_stage": 2}),
+        (ZERO2, "deepspeed", {"dp": 2, "zero_stage": 3}),
+        (ZERO2, "universal", {"dp": 3}),
+        (MOE, "deepspeed", {"dp": 4, "ep": 4, "zero_stage": 2}),
+    ],
     ids=str,
 )
-def test_real_deepspeed_resumes_what_came_from_dcp(form: str, options: dict[str, int], tmp_path: Path) -> None:
-    _, there = through_dcp(ZERO2, tmp_path)
+def test_real_deepspeed_resumes_what_came_from_dcp(
+    case: Path, form: str, options: dict[str, int], tmp_path: Path
+) -> None:
+    _, there = through_dcp(case, tmp_path)
     there.reshape(format=form, dtype="bf16", **{"zero_stage": 2, **options}).save(tmp_path / "out" / "step")
-    stage = {"zero": options["zero_stage"]} if "zero_stage" in options else {}
-    universal = form == "universal"
-    report = resume(tmp_path / "out" / "step", ZERO2.name, universal=universal, steps=1, dp=options["dp"], **stage)
+    changes = {key.removesuffix("_stage"): value for key, value in options.items()}
+    report = resume(tmp_path / "out" / "step", case.name, universal=form == "universal", steps=1, **changes)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] > 20
 

@@ -25,15 +25,19 @@ def shard_reader(
     """What reads the shard of a holder of `held`, in the tensor's cut there.
 
     Of the source's own holders each is read from itself, its copy of what is replicated included; a target's is
-    gathered from all. Buffers may differ between holders: on an unchanged mesh axis each keeps its own.
+    gathered from all. Buffers may differ between holders: on an unchanged mesh axis each keeps its own, unless its own
+    is another part of the whole.
     """
     if held is source:
         return reader(source, name, state, holder=holder, tally=tally)
     tensor = held.tensors[name]
     drawn = param_source(source[name], tensor) if state == PARAM else state
-    own = _own(source, held, name, drawn, holder) if tensor.kind == "buffer" else None
+    placement = held.placement(name, state)
+    cut = source.placement(name, drawn).cut
+    copied = tensor.kind == "buffer" and (not cut.axes or cut.dims == placement.cut.dims)
+    own = _own(source, held, name, drawn, holder) if copied else None
     one = reader(source, name, drawn, dtype=tensor.states[state], holder=own, tally=tally)
-    return _shared(one, held.placement(name, state), state, holder)
+    return _shared(one, placement, state, holder)
 
 
 def _shared(one: Reader, placement: Placement, state: str, holder: Holder) -> Reader:

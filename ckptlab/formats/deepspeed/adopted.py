@@ -7,7 +7,7 @@ states, the program's client state) is not in it, and begins anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup, Tensor
 from ckptlab.errors import ReshapeError
-from ckptlab.formats.deepspeed.experts import layer_of
+from ckptlab.formats.deepspeed.experts import GROUP, Experts, degree_of, layer_of
 from ckptlab.formats.deepspeed.files import StepFolder
 from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
 from ckptlab.formats.deepspeed.module import TIED, ModuleWeights, by_names
@@ -46,12 +46,13 @@ def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None, pipeli
         )
     tp = any("tp" in names(node) for t in source.tensors.values() for node in t.layout.tree)
     held = {name: _tensor(t, tp, (tensors or {}).get(name)) for name, t in source.tensors.items()}
-    groups = tuple(replace(group, scalars=_scalars(group)) for group in source.groups)
+    groups = tuple(replace(group, scalars=_scalars(group)) for group in _apart(source.groups))
     stage = source.zero_stage if source.zero_stage is not None else ZERO_STAGE
     training = replace(source.training, mesh=Mesh(), groups=groups, zero_stage=stage, layouts_told=False)
     model = _model_file(source, held, stage)
     head = ModelFile.of(source.path, {**model, "module": None} if pipeline else model)
-    folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)})
+    experts = Experts.named(source.tensors, degree_of(groups))
+    folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)}, experts=experts)
     module = by_names(ModuleWeights(), held) if pipeline else ModuleWeights()
     native = Native(folder, Wrapper.NONE, False, module, {}, False, False)
     return replace(source, tensors=held, training=training, private=native)
@@ -80,8 +81,24 @@ def _reasons(source: Catalog) -> Iterator[str]:
         if len(states) > 1:
             said = sorted(" and ".join(sorted(one)) for one in states)
             yield f"tensors of one parameter group keep different states: {some(said, 4)}"
-    if experts := [t.name for t in source.tensors.values() if layer_of(t.name)]:
-        yield f"{some(experts, 2)} are experts of DeepSpeed-MoE, of whose places on ranks nothing is told here"
+    experts = Experts.named(source.tensors, 1)
+    for layer, total in experts.total.items():
+        if gaps := [n for n, held in experts.tensors(layer, source.tensors) if not held]:
+            yield f"expert {gaps[0]} of {layer}*, of which there are {total} by their numbers, has no tensor"
+
+
+def _apart(groups: Sequence[ParameterGroup]) -> Iterator[ParameterGroup]:
+    """The parameter groups as DeepSpeed trains them: experts in groups behind the others
+    (`split_params_into_different_moe_groups_for_optimizer`)."""
+    behind = []
+    for group in groups:
+        experts = tuple(name for name in group.tensors if layer_of(name))
+        if not experts or len(experts) == len(group.tensors):
+            yield group
+            continue
+        yield replace(group, tensors=tuple(name for name in group.tensors if not layer_of(name)))
+        behind.append(replace(group, options={**group.options, "name": GROUP.format(1), "moe": True}, tensors=experts))
+    yield from behind
 
 
 def _unnumbered(source: Catalog) -> Iterator[str]:
@@ -128,6 +145,7 @@ def _model_file(source: Catalog, tensors: Mapping[str, Tensor], stage: int) -> d
         name: Stored(source.path, 0, next(iter(t.states.values())), t.shape, row_major_strides(t.shape))
         for t in tensors.values()
         for name in (t.name, *t.aliases)
+        if not layer_of(t.name)  # they have files of their own
     }
     return {
         "module": module,

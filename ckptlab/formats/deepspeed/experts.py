@@ -99,6 +99,12 @@ class Experts:
         layers = sorted({**local, **total}, key=lambda layer: (number.get(layer, -1), natural(layer)))
         return cls(local, {layer: total.get(layer) or local[layer] for layer in layers}, files, first, fused)
 
+    @classmethod
+    def named(cls, names: Iterable[str], ep: int) -> Experts:
+        """From the names of all experts' tensors, each layer's spread over `ep` ranks where that divides them."""
+        total = dict(sorted(_numbers(names).items(), key=lambda one: natural(one[0])))
+        return cls({layer: n // ep if n % ep == 0 else n for layer, n in total.items()}, total)
+
     def __bool__(self) -> bool:
         return bool(self.total or self.fused)
 
@@ -298,6 +304,12 @@ def regrouped(
 def _called(group: ParameterGroup, degree: int) -> Mapping[str, Any]:
     """The hyperparameters of a group of experts of another degree."""
     return {**group.options, "name": GROUP.format(degree)} if "name" in group.options else group.options
+
+
+def degree_of(groups: Iterable[ParameterGroup]) -> int:
+    """Over how many ranks experts were spread, as their parameter groups are called; 1 where that is not told."""
+    told = {match[1] for g in groups if (match := re.fullmatch(GROUP.format(r"([1-9]\d{0,6})"), str(g.name)))}
+    return int(told.pop()) if len(told) == 1 else 1
 
 
 def _unnamed(group: ParameterGroup) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from real_deepspeed import make_case, onward, requires_deepspeed, resume
 
 import ckptlab
 from ckptlab import Mesh
-from ckptlab.catalog import MASTER, PARAM, ParameterGroup
+from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup
 from ckptlab.checkpoint import Checkpoint, save_weights
 from ckptlab.cli import main
 from ckptlab.errors import CheckpointError, CkptlabError, ReshapeError
 from ckptlab.formats.dcp.metadata import read_metadata
+from ckptlab.layout import Layout
 from ckptlab.testing import check_format
 
 torch: Any = pytest.importorskip("torch")
@@ -346,6 +347,36 @@ def test_parts_that_are_cut_on_their_own_are_a_chunk_each(mesh: Mesh, chunks: in
     judge(loaded, ckpt)
     assert again["blocks.0.fc2.weight"].layout.text == "(3 tp out) in"
     assert ckptlab.diff(ckpt, again).equal
+
+
+def test_parts_of_unequal_size_stay_parts(tmp_path: Path) -> None:
+    """Grouped queries: q, k and v are each cut on their own, over dp within, and DeepSpeed's ranks have them so again.
+    Where some are whole on every rank chunks do not tell it, and nobody takes them all for whole."""
+    fused = Layout("((tp q) + (tp k) + (tp v)) in", totals={"q": 21, "k": 12, "v": 12})
+    told = {r".*qkv\.weight": fused, r".*fc2\.weight": "(tp out) in"}
+    ckpt, again = written(ZERO2, tmp_path / "dcp", mesh=Mesh(tp=3, dp=2), strategy=told)
+    name = "blocks.0.qkv.weight"
+    assert again[name].layout.text == "((tp dp out0) + (tp dp out1) + (tp dp out2)) in"
+    chunks = dcp.FileSystemReader(again.path).read_metadata().state_dict_metadata[f"model.{name}"].chunks
+    assert sorted(c.offsets[0] for c in chunks) == [0, 4, 7, 11, 14, 18, *range(21, 45, 2)]
+    loaded = wanted(ckpt)
+    dcp.load(loaded, checkpoint_id=again.path)
+    judge(loaded, ckpt)
+    for tp in (3, 1):
+        reshape = again.reshape(format="deepspeed", mesh=Mesh(tp=tp, dp=2), zero_stage=1, dtype="bf16")
+        reshape.save(tmp_path / str(tp) / "step")
+        back = ckptlab.open(tmp_path / str(tp) / "step")
+        assert ckptlab.diff(again, back, states=[MASTER, "exp_avg", "exp_avg_sq"]).equal
+    cut = reshape_of(again, Mesh(tp=3, dp=2))[name]
+    assert cut.cut.rows(cut.cut.coordinate({"tp": 1}))[0][:, [0, 2]].tolist() == [[7, 7], [25, 4], [37, 4]]
+    one = {**told, r".*qkv\.weight": Layout("((tp q) + k + v) in", totals={"q": 21, "k": 12, "v": 12})}
+    _, whole_parts = written(ZERO2, tmp_path / "mqa", mesh=Mesh(tp=3, dp=2), strategy=one)
+    with pytest.raises(ReshapeError, match=r"nothing says how blocks.0.qkv.weight and 2 more tensors are cut"):
+        reshape_of(whole_parts, Mesh(tp=3, dp=2))
+
+
+def reshape_of(ckpt: Checkpoint, mesh: Mesh) -> Catalog:
+    return ckpt.reshape(format="deepspeed", mesh=mesh, zero_stage=1, dtype="bf16").target
 
 
 # Real ranks.

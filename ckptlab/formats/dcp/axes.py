@@ -18,7 +18,7 @@ import numpy as np
 from ckptlab.errors import LayoutError
 from ckptlab.formats.dcp.boxes import Grid, Span
 from ckptlab.layout import Cut, DimCut, Layout
-from ckptlab.layout.notation import Name, Number, Product, names
+from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
 from ckptlab.sharding.strategies import dim_names
@@ -27,12 +27,25 @@ NEUTRAL = "shard"
 _SAMPLE = 64  # cells whose ranks are compared with where a way of cutting puts them
 
 
+Parts = int | tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class DimAxes:
-    """How a dim is cut: in `parts` equal parts first, each by every axis in turn, the outermost first."""
+    """How a dim is cut: in `parts` first, so many equal ones or of these lengths, each by every axis in turn, the
+    outermost first."""
 
     axes: tuple[str, ...] = ()
-    parts: int = 1
+    parts: Parts = 1
+
+    @property
+    def count(self) -> int:
+        """In how many parts."""
+        return self.parts if isinstance(self.parts, int) else len(self.parts)
+
+    def fits(self, size: int) -> bool:
+        """Whether the parts make up a dim of that size."""
+        return not size % self.parts if isinstance(self.parts, int) else sum(self.parts) == size
 
 
 Ways = tuple[DimAxes, ...]
@@ -136,16 +149,28 @@ def lay_alone(grid: Grid) -> Laid:
 def ways_of(layout: Layout, axes: Iterable[str]) -> Ways:
     """What a line of notation says of each dim. LayoutError for a line that says more than chunks can show."""
     known = set(axes)
-    found = []
-    for node in layout.tree:
-        factors = node.factors if isinstance(node, Product) else (node,)
+    return tuple(_way_of(node, layout, known) for node in layout.tree)
+
+
+def _way_of(node: Node, layout: Layout, known: set[str]) -> DimAxes:
+    terms = node.terms if isinstance(node, Sum) else (node,)
+    ways, lengths = [], []
+    for term in terms:
+        factors = term.factors if isinstance(term, Product) else (term,)
         if not all(isinstance(f, Name | Number) for f in factors):
-            raise LayoutError(f"{layout.text!r}: parts of unequal size are not told from chunks: leave the sum out")
+            raise LayoutError(f"{layout.text!r}: what is in brackets within brackets is not told from chunks")
         cutting = [f.text for f in factors if isinstance(f, Name) and f.text in known]
         before = itertools.takewhile(lambda f: not (isinstance(f, Name) and f.text in known), factors)
         parts = math.prod(f.value for f in before if isinstance(f, Number)) if cutting else 1
-        found.append(DimAxes(tuple(cutting), parts))
-    return tuple(found)
+        ways.append(DimAxes(tuple(cutting), parts))
+        lengths.append(dict(layout.totals).get(factors[-1].text) if isinstance(factors[-1], Name) else None)
+    if len(terms) == 1:
+        return ways[0]
+    if len(set(ways)) > 1 or ways[0].parts != 1 or None in lengths:
+        raise LayoutError(
+            f"{layout.text!r}: parts that are not all cut alike, or of unknown length, are not told from chunks"
+        )
+    return DimAxes(ways[0].axes, tuple(n for n in lengths if n is not None))
 
 
 def degrees_of(layouts: Mapping[str, Layout], grids: Mapping[str, Grid], known: Mapping[str, int]) -> dict[str, int]:
@@ -241,13 +266,14 @@ def pieces_of(size: int, way: DimAxes, mesh: Mesh, at: Mapping[str, int]) -> lis
 
 
 @lru_cache(maxsize=4096)
-def _split(size: int, degrees: tuple[int, ...], parts: int) -> dict[tuple[int, ...], list[Span]]:
+def _split(size: int, degrees: tuple[int, ...], parts: Parts) -> dict[tuple[int, ...], list[Span]]:
     """Coordinate on the axes, outermost first → what it has of a dim: an interval of each part, empty ones left out."""
     found: dict[tuple[int, ...], list[Span]] = {c: [] for c in itertools.product(*map(range, degrees))}
-    if size % parts:
+    if not DimAxes(parts=parts).fits(size):
         return {}
-    for part in range(parts):
-        spans: dict[tuple[int, ...], Span] = {(): (part * (size // parts), size // parts)}
+    lengths = (size // parts,) * parts if isinstance(parts, int) else parts
+    for start, length in zip(itertools.accumulate(lengths, initial=0), lengths, strict=False):
+        spans: dict[tuple[int, ...], Span] = {(): (start, length)}
         for n in degrees:
             spans = {(*at, k): _chunk(span, n, k) for at, span in spans.items() for k in range(n)}
         for at, span in spans.items():
@@ -265,7 +291,7 @@ def _chunk(span: Span, count: int, k: int) -> Span:
 
 
 @lru_cache(maxsize=4096)
-def _starts(size: int, degrees: tuple[int, ...], parts: int) -> tuple[int, ...]:
+def _starts(size: int, degrees: tuple[int, ...], parts: Parts) -> tuple[int, ...]:
     return tuple(sorted(start for spans in _split(size, degrees, parts).values() for start, _ in spans))
 
 
@@ -305,14 +331,23 @@ def laid(shape: tuple[int, ...], mesh: Mesh, ways: Ways) -> Laid:
         _axes_cut(n, way, mesh) if way.axes else Cut.whole((n,)).dims[0] for n, way in zip(shape, ways, strict=True)
     )
     labels = dim_names(len(ways))
-    text, sizes = [], {}
+    text: list[str] = []
+    sizes: dict[str, tuple[int, ...]] = {}
+    totals: dict[str, int] = {}
     for d, (label, way) in enumerate(zip(labels, ways, strict=True)):
-        before = " ".join([*([str(way.parts)] if way.parts > 1 else []), *way.axes])
+        axes = " ".join(way.axes)
+        if isinstance(way.parts, tuple):
+            of_parts = [f"{label}{i}" for i in range(way.count)]
+            text.append(f"({' + '.join(f'({axes} {part})' for part in of_parts)})")
+            totals |= dict(zip(of_parts, way.parts, strict=True))
+            continue
+        before = f"{way.parts} {axes}" if way.parts > 1 else axes
         text.append(f"({before} {label})" if way.axes else label)
         widths = _inner_widths(shape[d], way, mesh)
         if widths is not None:
             sizes[label] = widths
-    return Laid(Layout(" ".join(text), dims=labels, sizes=_uneven(sizes)), Cut(shape, mesh, dims), ways)
+    layout = Layout(" ".join(text), dims=labels, sizes=_uneven(sizes), totals=totals)
+    return Laid(layout, Cut(shape, mesh, dims), ways)
 
 
 @lru_cache(maxsize=4096)
@@ -323,7 +358,7 @@ def _inner_widths(size: int, way: DimAxes, mesh: Mesh) -> tuple[int, ...] | None
     degrees = tuple(mesh[axis] for axis in way.axes)
     split = _split(size, degrees, way.parts)
     widths = {
-        outer: tuple(sum(n for _, n in split[(*outer, k)]) // way.parts for k in range(degrees[-1]))
+        outer: tuple(sum(n for _, n in split[(*outer, k)]) // way.count for k in range(degrees[-1]))
         for outer in itertools.product(*map(range, degrees[:-1]))
     }
     return next(iter(widths.values())) if len(set(widths.values())) == 1 else None

@@ -44,7 +44,7 @@ def put(found: Found, told: Mapping[str, Any], path: str) -> None:
 
 
 def _layout(fields: Mapping[str, Any]) -> Layout:
-    return Layout(fields["layout"], dims=fields["dims"], sizes=fields["sizes"])
+    return Layout(fields["layout"], dims=fields["dims"], sizes=fields["sizes"], totals=fields["totals"])
 
 
 def _inside(shape: Sequence[int], found: Found, name: str) -> tuple[int, ...]:
@@ -77,4 +77,4 @@ def of(target: Catalog, names: Mapping[str, str]) -> dict[str, Any]:
 
 def _fields(layout: Layout) -> dict[str, Any]:
     sizes = {name: list(n) if isinstance(n, tuple) else n for name, n in layout.sizes}
-    return {"layout": layout.text, "dims": list(layout.dims), "sizes": sizes}
+    return {"layout": layout.text, "dims": list(layout.dims), "sizes": sizes, "totals": dict(layout.totals)}

@@ -60,10 +60,11 @@ def reshape(source: Catalog, mesh: Mesh, options: DCPOptions) -> Catalog:
         states = _states(source, tensor, options, keys)
         if not states:
             continue
-        made = _cut(source, tensor, mesh, chunks, options.padded_vocab)
+        made, told = _cut(source, tensor, mesh, chunks, options.padded_vocab)
         stage = stages[name][0]
         layout = made.layout.replace(stages=(stage,)) if mesh.pp > 1 else made.layout
-        tensors[name] = replace(tensor, layout=layout, cut=made.cut, states=states, stages=(stage,))
+        known = tensor.layout_known and told
+        tensors[name] = replace(tensor, layout=layout, cut=made.cut, states=states, stages=(stage,), layout_known=known)
         fixed = (*made.cut.axes, *mesh.leaves("pp"), *mesh.leaves("dp"))
         place = Placement(made.cut, (stage,), at={axis: 0 for axis in mesh.axes if axis not in fixed})
         placements |= {(name, state): (place,) for state in states}
@@ -102,9 +103,9 @@ def _states(source: Catalog, tensor: Tensor, options: DCPOptions, keys: KeyStyle
     return {**{s: d for s, d in held.items() if s != PARAM}, **found}
 
 
-def _cut(source: Catalog, tensor: Tensor, mesh: Mesh, chunks: str, rows: int | None) -> Laid:
+def _cut(source: Catalog, tensor: Tensor, mesh: Mesh, chunks: str, rows: int | None) -> tuple[Laid, bool]:
     """How a tensor is cut: over the axes that its layout names, each as torch.chunk does; for FSDP over dp within. A
-    padded vocabulary is cut with its padding, of `rows` in all."""
+    padded vocabulary is cut with its padding, of `rows` in all. And whether that says all that the layout does."""
     padded = {dim: size if rows is None else rows for dim, size in tensor.layout.padded}
     if any(size < tensor.shape[dim] for dim, size in padded.items()):
         raise ReshapeError(
@@ -112,17 +113,18 @@ def _cut(source: Catalog, tensor: Tensor, mesh: Mesh, chunks: str, rows: int | N
         )
     shape = tuple(padded.get(dim, n) for dim, n in enumerate(tensor.shape))
     try:
-        ways = ways_of(tensor.layout, mesh.axes)
-    except LayoutError:  # parts of unequal size: no DTensor is cut so
-        ways = (DimAxes(),) * len(tensor.shape)
+        said = ways_of(tensor.layout, mesh.axes)
+    except LayoutError:  # as no DTensor is cut
+        said = None
     ways = tuple(
-        way if way.parts == 1 or size % way.parts == 0 else replace(way, parts=1)
-        for way, size in zip(ways, shape, strict=True)
+        way if way.fits(size) else replace(way, parts=1)
+        for way, size in zip(said or (DimAxes(),) * len(shape), shape, strict=True)
     )
+    told = ways == said
     data = mesh.leaves("dp")
     if chunks == "fsdp" and shape and not any(axis in data for way in ways for axis in way.axes):
         ways = (replace(ways[0], axes=(*ways[0].axes, *(axis for axis in data if mesh[axis] > 1))), *ways[1:])
-    return laid(shape, mesh, ways).within(tensor.shape)
+    return laid(shape, mesh, ways).within(tensor.shape), told
 
 
 def _groups(

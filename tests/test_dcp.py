@@ -9,6 +9,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,94 @@ def test_metadata_of_each_rank_is_merged(tmp_path: Path) -> None:
     (tmp_path / "__0.metadata").unlink()
     with pytest.raises(CheckpointError, match=r"the metadata of rank 0 is missing"):
         read_dcp(str(tmp_path))
+
+
+def test_what_every_rank_stored_of_its_own_is_no_copy(tmp_path: Path) -> None:
+    """Replicas of ranks that saved without a word to each other (use_collectives=False)."""
+    values = array(4, 2)
+    for rank in range(2):
+        folder = Folder(tmp_path)
+        folder.tensor("model.w", values, [(rank, (0, 0), (4, 2))])
+        folder.write(f"__{rank}.metadata")
+    assert (tmp_path / "__0_0.distcp").read_bytes() == (tmp_path / "__1_0.distcp").read_bytes()
+    ckpt = ckptlab.open(tmp_path)
+    assert (ckptlab.check(ckpt).findings, ckpt.findings) == ((), ())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("told", [True, False])
+def test_parameters_that_go_by_numbers_get_their_names(tmp_path: Path, told: bool) -> None:
+    """`optimizer.state_dict()` as it is, of two groups, beside frozen tensors and buffers; where frozen and trained
+    tensors have the same shapes, nobody can say which is which."""
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+
+    torch.manual_seed(0)
+    sizes = (6, 5, 4, 3) if told else (4, 4, 4, 4)
+    model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise(sizes)))
+    model[1].requires_grad_(False)
+    model.register_buffer("seen", torch.arange(2))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    first, last = ([p for n, p in trained.items() if n[0] == layer] for layer in "02")
+    optimizer = torch.optim.AdamW([{"params": first}, {"params": last, "lr": 0.5}], lr=0.25)
+    model(torch.ones(2, sizes[0])).square().sum().backward()
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    dcp.save(content, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    if not told:
+        assert [f.code for f in ckpt.findings] == ["dcp-no-names"]
+        assert {"0", "1", "2", "3"} <= set(ckpt)
+        return
+    assert set(ckpt) == set(model.state_dict())
+    for name, parameter in trained.items():
+        same(ckpt.catalog, name, MASTER, parameter.detach().numpy())
+        same(ckpt.catalog, name, "exp_avg", optimizer.state[parameter]["exp_avg"].numpy())
+    assert [(g.tensors, g.options["lr"], g.scalars["step"]) for g in ckpt.catalog.groups] == [
+        (("0.weight", "0.bias"), 0.25, 1.0),
+        (("2.weight", "2.bias"), 0.5, 1.0),
+    ]
+    assert {name: t.kind for name, t in ckpt.items() if name not in trained} == {
+        "1.weight": "frozen",
+        "1.bias": "frozen",
+        "seen": "buffer",
+    }
+    assert ckptlab.check(ckpt).healthy
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_states_of_rows_and_columns_are_tensors_and_lack_nothing(tmp_path: Path) -> None:
+    """Adafactor's, of which that of a tensor of one row has the tensor's own shape."""
+    torch = pytest.importorskip("torch")
+    import torch.distributed.checkpoint as dcp
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3), torch.nn.Linear(3, 1))
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    names = {p: name for name, p in model.named_parameters()}
+    state = {names[p]: {k: v for k, v in its.items() if v is not None} for p, its in optimizer.state.items()}
+    groups = [{"lr": 0.5, "params": list(state)}]
+    content = {"model": model.state_dict(), "optimizer": {"state": state, "param_groups": groups}}
+    dcp.save(content, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert list(ckpt["2.weight"].states) == [MASTER]
+    assert list(ckpt["2.bias"].states) == [MASTER, "variance"]
+    same(ckpt.catalog, "2.weight.col_var", PARAM, state["2.weight"]["col_var"].numpy())
+    assert ckptlab.check(ckpt).healthy
+
+
+@pytest.mark.parametrize("step", [1.0, 2.0])
+def test_moments_that_torch_made_before_the_first_step_are_not_dead(tmp_path: Path, step: float) -> None:
+    """get_optimizer_state_dict of an optimizer that never stepped: one step without gradients."""
+    folder = Folder(tmp_path)
+    folder.tensor("model.w", array(4, 2))
+    for state, values in {"exp_avg": np.zeros((4, 2)), "exp_avg_sq": np.zeros((4, 2)), "step": np.array(step)}.items():
+        key = ("optimizer", "state", "w", state)
+        folder.tensor(".".join(key), values.astype(np.float32), path=key)
+    folder.object("optimizer.param_groups.0.params", ["w"], ("optimizer", "param_groups", 0, "params"))
+    found = [f.code for f in ckptlab.check(folder.write()).findings]
+    assert found == ([] if step == 1 else ["dead-moments"])
 
 
 def test_moments_of_a_weight_that_lies_in_parts_lack_no_weight(tmp_path: Path) -> None:

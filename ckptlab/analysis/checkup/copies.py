@@ -57,7 +57,7 @@ def twins(catalog: Catalog) -> Iterator[Finding]:
     for (size, _), names in sizes.items():
         first, *others = names
         for other in others:
-            if not telling.isdisjoint((first, other)) and filecmp.cmp(
+            if telling.issuperset((first, other)) and filecmp.cmp(
                 os.path.join(catalog.path, first), os.path.join(catalog.path, other), shallow=False
             ):
                 yield Finding(

@@ -88,7 +88,8 @@ def _parts(catalog: Catalog) -> str | list[str]:
 def _without_states(catalog: Catalog) -> Iterator[Finding]:
     """Trained tensors that lack a state which the format, or another tensor that has all of theirs, has; a weight that
     others of their parameter group have."""
-    trained = [t for t in catalog.tensors.values() if t.group is not None]
+    factored = {name.rpartition(".")[0] for name in catalog.tensors}  # of whose states some have shapes of their own
+    trained = [t for t in catalog.tensors.values() if t.group is not None and t.name not in factored]
     kept = {frozenset(t.states) - {PARAM} for t in trained}
     weights = {t.group for t in trained if {PARAM, MASTER} <= t.states.keys()}
     lacking: dict[str, list[str]] = {}
@@ -124,7 +125,8 @@ def _survey(
     if catalog is None:
         return list(verdicts.loose_verdicts(told)), read, len({job.tensor for job in todo})
     alive = any(not zero for (_, state, _), zero in told.zero.items() if state not in (MASTER, PARAM))
-    stepped = any((scalar(g.scalars.get("step")) or 0) > 0 for g in catalog.groups)
+    # torch's get_optimizer_state_dict makes an optimizer's states by a step without gradients
+    stepped = any((scalar(g.scalars.get("step")) or 0) > 1 for g in catalog.groups)
     damaged = [_damaged(catalog, name, state, error) for (name, state), error in unreadable.items()]
     seen = [*damaged, *verdicts.verdicts(catalog, told, alive or stepped)]
     if (alive or stepped) and (sums := _sums(found)):

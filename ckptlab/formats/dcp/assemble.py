@@ -189,11 +189,13 @@ def _states(found: Found, said: Said) -> dict[str, dict[str, Grid]]:
     odd: dict[str, Grid] = {}
     trained = {name for group in found.groups for name in group.tensors}
     _, parts = _fused(found)
+    other = _of_other_shapes(found)
     for name in dict.fromkeys([*found.weights, *found.states]):
         weight, its = found.weights.get(name), dict(found.states.get(name, {}))
         shape = weight.shape if weight is not None else next(iter(its.values())).shape
-        odd |= {f"{name}.{state}": grid for state, grid in its.items() if grid.shape != shape}
-        its = {state: grid for state, grid in its.items() if grid.shape == shape}
+        apart = {state for state, grid in its.items() if grid.shape != shape or state in other}
+        odd |= {f"{name}.{state}": its[state] for state in its if state in apart}
+        its = {state: grid for state, grid in its.items() if state not in apart}
         master = next((state for state in its if state in MASTERS), None)
         made: dict[str, Grid] = {} if master is None else {MASTER: its.pop(master)}
         stepped = bool(its) or not found.optimizer or name in trained or name in parts
@@ -207,6 +209,16 @@ def _states(found: Found, said: Said) -> dict[str, dict[str, Grid]]:
     for name, grid in odd.items():
         states.setdefault(name, {PARAM: grid})
     return states
+
+
+def _of_other_shapes(found: Found) -> set[str]:
+    """States that most tensors have in another shape than their own, as Adafactor's rows and columns: that of a tensor
+    which is one row itself is one of them."""
+    alike: dict[str, int] = {}
+    for name, its in found.states.items():
+        for state, grid in its.items() if name in found.weights else ():
+            alike[state] = alike.get(state, 0) + (1 if grid.shape == found.weights[name].shape else -1)
+    return {state for state, count in alike.items() if count < 0}
 
 
 def _fused(found: Found) -> tuple[set[str], set[str]]:

@@ -51,7 +51,7 @@ def read_folder(folder: str, said: Said) -> Metadata:
                 f"{path}: has {size:,} bytes, .metadata says that its items end at byte {ends[i]:,}: it was cut, or "
                 "is of another save; copy it again",
             )
-        elif size > ends[i] and _is_zip(path) and DATA.fullmatch(name):
+        elif size > ends[i] and METADATA in names and _is_zip(path) and DATA.fullmatch(name):
             said.notice(
                 "dcp-longer-file",
                 f"{path}: has {size - ends[i]:,} bytes behind the last item that .metadata knows: the file may be of "

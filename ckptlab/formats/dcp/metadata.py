@@ -296,6 +296,7 @@ class _Columns:
             )
         paths = root.state.get("planner_data")
         paths = paths if isinstance(paths, dict) else {}
+        self.extra.setdefault("order", list(paths))
         places: dict[str, dict[Any, tuple[int, int, int]]] = {}
         for index, info in storage.items():
             if type(index) is not _Index or type(info) is not _Info:

@@ -24,6 +24,7 @@ from ckptlab.formats.dcp.boxes import Boxes, Grid, grid_of
 from ckptlab.formats.dcp.items import Known
 from ckptlab.formats.dcp.marks import FILE, files_of
 from ckptlab.formats.dcp.metadata import MOST_NAME, MOST_RANKS, natural
+from ckptlab.formats.dcp.numbered import by_number
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Foreign
@@ -199,33 +200,9 @@ def _is_key(key: Any) -> bool:
 
 
 def _by_number(keys: list[int], states: Mapping[int, Any], found: Found) -> dict[int, str] | None:
-    """Number → name. Parameters are numbered in the model's order, and some of its tensors (frozen ones, buffers) have
-    no number: told where there is one way alone to give names to the numbered shapes, in order."""
     one = next(iter(states.values()))
     shapes = {key: _shape(value) for key in keys for value in one.get(key, {}).values() if _shape(value) != ()}
-    numbers, names = sorted(keys), list(found.weights)
-    if len(numbers) == len(names):
-        fits = all(
-            shapes.get(key, (shape := found.weights[n].shape)) == shape for key, n in zip(numbers, names, strict=True)
-        )
-        return dict(zip(numbers, names, strict=True)) if fits else None
-    first = _in_order(numbers, shapes, names, found)
-    last = _in_order(numbers[::-1], shapes, names[::-1], found)
-    return first if first == last else None
-
-
-def _in_order(
-    numbers: list[int], shapes: Mapping[int, tuple[int, ...]], names: list[str], found: Found
-) -> dict[int, str] | None:
-    """Each number the first name that is left and has its shape; None where one gets none. (From either end the same:
-    there is no other way.)"""
-    left, made = iter(names), {}
-    for number in numbers:
-        name = next((n for n in left if number in shapes and found.weights[n].shape == shapes[number]), None)
-        if name is None:
-            return None
-        made[number] = name
-    return made
+    return by_number(keys, shapes, {name: grid.shape for name, grid in found.weights.items()})
 
 
 def _shape(value: Any) -> tuple[int, ...]:

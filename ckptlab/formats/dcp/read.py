@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from ckptlab.formats.dcp.items import found_by_key, object_at
 from ckptlab.formats.dcp.keys import Keys, sort_keys
 from ckptlab.formats.dcp.marks import ABOUT, DATA, MODEL_FOLDER, OPTIMIZER_FOLDER
 from ckptlab.formats.dcp.metadata import LABELS, METADATA, Metadata
+from ckptlab.formats.dcp.numbered import by_number
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.dcp.styles import found_style
 from ckptlab.mesh import Mesh
@@ -106,7 +107,8 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
         found.weights |= grids_of(of[key], {name: key}, said)
     scalars: dict[str, dict[str, Any]] = {}
     plain = _scalar_states(keys, of)
-    for name, states in keys.states.items():
+    whose = _numbered(keys, of, plain, said)
+    for name, states in ((whose.get(name, name), states) for name, states in keys.states.items()):
         for state, key in states.items():
             if state in plain:
                 scalars.setdefault(name, {})[state] = partial(_scalar, of[key], key)
@@ -114,18 +116,42 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
                 grids = grids_of(of[key], {state: key}, said)
                 if grids:
                     found.states.setdefault(name, {}).update(grids)
-    for name, states in keys.others.items():
+    for name, states in ((whose.get(name, name), states) for name, states in keys.others.items()):
         for state, key in states.items():
             scalars.setdefault(name, {})[state] = partial(object_at, of[key], of[key].blobs[key])
     _steps_agree(path, keys, of, said)
     found.optimizer = bool(keys.states or keys.listed or keys.flat or keys.whole_groups)
-    found.groups = _groups(keys, of, scalars)
+    found.groups = _groups(keys, of, scalars, whose)
     found.client = Client({at: partial(_client, of[key], key) for key, at in keys.client.items()})
     found.step = _step(found)
     told = next((m.extra[LABELS] for m in read if LABELS in m.extra), None)
     if told is not None:
         labels.put(found, told, os.path.join(path, METADATA))
     return found
+
+
+def _numbered(keys: Keys, of: Mapping[str, Metadata], plain: Collection[str], said: Said) -> Mapping[str, str]:
+    """Number → name of an optimizer's parameters that go by numbers; nothing where they go by names."""
+    if not keys.states or not all(name.isdecimal() and name not in keys.weights for name in keys.states):
+        return {}
+    shapes = {
+        int(name): of[key].tensors[key].shape
+        for name, states in keys.states.items()
+        for state, key in states.items()
+        if state not in plain
+    }
+    order: dict[str, int] = {}
+    for metadata in {id(m): m for m in of.values()}.values():  # the program's, which chunks of several ranks are not in
+        order |= {key: i for i, key in enumerate(metadata.extra["order"], len(order)) if isinstance(key, str)}
+    weights = sorted(keys.weights.items(), key=lambda one: order.get(one[1], len(order)))
+    found = by_number(list(map(int, keys.states)), shapes, {name: of[key].tensors[key].shape for name, key in weights})
+    if found is None:
+        said.notice(
+            "dcp-no-names",
+            f"{said.path}: the optimizer's states are numbered, and do not have the shapes of the model's tensors in "
+            "their order: whose they are cannot be told, and they go by their numbers",
+        )
+    return {str(number): name for number, name in (found or {}).items()}
 
 
 def _same_items(keys: Keys, of: Mapping[str, Metadata], found: Found) -> None:
@@ -190,9 +216,13 @@ def _client(metadata: Metadata, key: str) -> Any:
 
 
 def _groups(
-    keys: Keys, of: Mapping[str, Metadata], scalars: Mapping[str, Mapping[str, Any]]
+    keys: Keys,
+    of: Mapping[str, Metadata],
+    scalars: Mapping[str, Mapping[str, Any]],
+    whose: Mapping[str, str],
 ) -> tuple[ParameterGroup, ...]:
-    """The parameter groups: as a list, or each parameter's options, those with equal ones together."""
+    """The parameter groups: as a list, or each parameter's options, those with equal ones together. whose: the names of
+    parameters that go by numbers."""
     made: list[tuple[dict[str, Any], tuple[str, ...]]] = []
     for key in keys.whole_groups:
         groups = object_at(of[key], of[key].blobs[key]) if key in of[key].blobs else None
@@ -209,7 +239,8 @@ def _groups(
     made += [
         (values, tuple(sorted(names, key=lambda n: order.get(n, len(order))))) for values, names in together.values()
     ]
-    return tuple(ParameterGroup(options, names, _scalars_of(names, scalars)) for options, names in made)
+    named = ((options, tuple(whose.get(name, name) for name in names)) for options, names in made)
+    return tuple(ParameterGroup(options, names, _scalars_of(names, scalars)) for options, names in named)
 
 
 def _objects(options: Mapping[str, str], of: Mapping[str, Metadata]) -> list[tuple[str, str]]:

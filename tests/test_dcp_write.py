@@ -496,6 +496,21 @@ def test_deepspeeds_files_are_made_of_it(form: str, stage: int, dp: int, tmp_pat
     assert ckptlab.check(back).healthy
 
 
+def test_amsgrads_greatest_moment_is_no_copy_of_the_last(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    dcp.save(content, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    source = ckptlab.open(tmp_path / "dcp")
+    source.reshape(format="deepspeed", dp=2, zero_stage=1).save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out" / "step")
+    assert "max_exp_avg_sq" in back.states
+    assert ckptlab.diff(source, back).equal
+    assert ckptlab.check(back).healthy
+
+
 @pytest.mark.slow
 def test_tensor_parallel_layouts_come_back_from_labels_or_a_strategy(tmp_path: Path) -> None:
     ckpt, there = through_dcp(GPT, tmp_path)

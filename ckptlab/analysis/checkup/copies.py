@@ -140,6 +140,8 @@ def _apart(a: _Held, b: _Held) -> bool:
     """Whether the two are no copies of each other by right, as those of replicas and of tied tensors are."""
     if (a.stored.path, a.stored.offset) == (b.stored.path, b.stored.offset):
         return False
+    if a.names == b.names and {a.state, b.state} == {"exp_avg_sq", "max_exp_avg_sq"}:  # AMSGrad's, while it grows
+        return False
     return a.state != b.state or a.of == b.of or not set(a.names) & set(b.names)
 
 

@@ -604,7 +604,7 @@ def test_experts_become_those_of_deepspeed_on_any_ep(tmp_path: Path) -> None:
         (ZERO2, "universal", {"dp": 3}),
         (MOE, "deepspeed", {"dp": 4, "ep": 4, "zero_stage": 2}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_real_deepspeed_resumes_what_came_from_dcp(
     case: Path, form: str, options: dict[str, int], tmp_path: Path

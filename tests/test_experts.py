@@ -17,13 +17,16 @@ import ckptlab
 from ckptlab.arrays import Tally
 from ckptlab.catalog import MASTER, PARAM, ParameterGroup
 from ckptlab.checkpoint import Reshape
-from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
+from ckptlab.convert.manifest import MANIFEST
+from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import experts, write
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.torch import torchfile
+from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import Strategy, replicated
 
 MOE = DATA / "moe_ep2_dp4"
 LAYER = "blocks.1.moe.deepspeed_moe.experts.deepspeed_experts."
@@ -171,7 +174,7 @@ def test_weights_are_saved_under_global_names(tmp_path: Path) -> None:
         ({"dp": 8, "ep": 8}, "the 4 experts of .* cannot be dealt evenly"),
         ({"dp": 3}, "dp 3: ep 2 is a part of it"),
         ({"zero_stage": 3}, "ZeRO-3 with experts"),
-        ({"tp": 2}, "cannot cut experts for another tp"),
+        ({"tp": 2}, "deals experts that tp does not cut to tp ranks too"),
         ({"mesh": Mesh(dp=4, ep=2)}, "ep as a part of dp"),
     ],
     ids=str,
@@ -207,18 +210,174 @@ def changed(tmp_path: Path, change: Any, pattern: str) -> Path:
     return tmp_path / "run"
 
 
-def test_experts_that_are_spread_over_tp_ranks_too_are_refused(tmp_path: Path) -> None:
-    def change(content: Any) -> None:
-        content["optimizer_state_dict"]["partition_count"] = [4, 4, 4, 4]
+def rewritten(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torchfile.write(file, content)
 
-    with pytest.raises(UnsupportedError, match="is cut over 4 ranks, not over 2"):
-        ckptlab.open(changed(tmp_path, change, "*optim_states.pt"))
+
+def joined(parts: list[Any]) -> np.ndarray:
+    return np.concatenate([part.map() for part in parts])
+
+
+def dealt_to_tp(out: Path) -> Path:
+    """The case as tp 2 and dp 2 would have left it: the same four ranks, numbered tp first, have the same experts; all
+    else is whole on both tp ranks, and its buffers are cut in two."""
+    step, source = out / "global_step3", MOE / "global_step3"
+    optims = [torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt") for r in range(4)]
+    for r in range(4):
+        d, t = divmod(r, 2)
+        content = torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt")
+        state, halves = content["optimizer_state_dict"], [optims[2 * d + i]["optimizer_state_dict"] for i in range(2)]
+        masters = "single_partition_of_fp32_groups"
+        for g in (0, 1):
+            state[masters][g] = joined([h[masters][g] for h in halves])
+            for key in ("exp_avg", "exp_avg_sq"):
+                state["base_optimizer_state"]["state"][g][key] = joined(
+                    [h["base_optimizer_state"]["state"][g][key] for h in halves]
+                )
+            state["group_paddings"][g] = sum(h["group_paddings"][g] for h in halves)
+        state["partition_count"] = [2, 2, 2, 2]
+        state["param_slice_mappings"] = []
+        rewritten(step / f"bf16_zero_pp_rank_{d}_mp_rank_{t:02d}_optim_states.pt", content)
+    for t in range(2):
+        content = torchfile.read(source / "mp_rank_00_model_states.pt")
+        content |= {"dp_world_size": 2, "mp_world_size": 2}
+        content["checkpoint_parallel_dimensions"] = {"pp_degree": 1, "tp_degree": 2}
+        rewritten(step / f"mp_rank_{t:02d}_model_states.pt", content)
+    for file in source.glob("layer_*"):
+        writer = int(file.name.split("_")[3]) // 2  # of its ep rank, which is its tp rank
+        shutil.copy(file, step / file.name.replace("mp_rank_00", f"mp_rank_{writer:02d}"))
+    return out
+
+
+class Whole(Strategy):
+    """Nothing is cut."""
+
+    def layout(self, name: str, shards: Any) -> Layout:
+        return replicated(len(shards[0]))
+
+
+def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
+    """Unless they are tensor parallel themselves. Made so by real DeepSpeed 0.19.8 too, and read bit for bit."""
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run"), strategy=Whole())
+    assert found.mesh == Mesh(dp=2, tp=2)
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    assert ckptlab.check(found).verdict == "healthy"
+    with pytest.raises(ReshapeError, match="DeepSpeed deals experts that tp does not cut to tp ranks too"):
+        found.reshape(dp=1)
+    found.reshape(tp=1, dp=2, ep=2).save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out")
+    assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
+
+
+@pytest.mark.parametrize("fault", ["partitions", "an expert's file"])
+def test_experts_that_are_not_dealt_as_their_files_say_are_refused(fault: str, tmp_path: Path) -> None:
+    step = dealt_to_tp(tmp_path / "run") / "global_step3"
+    if fault == "partitions":
+        file = step / "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
+        content = torchfile.read(file)
+        content["optimizer_state_dict"]["partition_count"] = [2, 2, 1, 1]
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    else:
+        (step / "layer_1_expert_2_mp_rank_01_model_states.pt").unlink()
+    message = "is cut over 1 ranks" if fault == "partitions" else "layer_1_expert_2_mp_rank_01_model_states"
+    with pytest.raises(CheckpointError, match=message):
+        ckptlab.open(step, strategy=Whole())
+
+
+def of_two_degrees(out: Path) -> Path:
+    """The case without ZeRO, the first layer's experts over two ranks and the second one's over four. One process put
+    the degrees into another order than the others."""
+    ckptlab.open(MOE).reshape(dp=4, ep=4, zero_stage=0).save(out / "global_step3")
+    (out / "global_step3" / MANIFEST).unlink()
+    files = [out / "global_step3" / f"expp_rank_{x}_mp_rank_00_optim_states.pt" for x in range(4)]
+    for file in files:  # what is read lies in these, which are written anew
+        file.with_suffix(".old").hardlink_to(file)
+    contents = [torchfile.read(file.with_suffix(".old"))["optimizer"] for file in files]
+
+    def parts(x: int, g: int, layer: int) -> list[tuple[Any, Any]]:
+        """(master, states) of what ep rank x has in a group of one layer."""
+        ids = contents[x]["optimizer_state_dict"]["param_groups"][g]["params"]
+        held = [
+            (m, contents[x]["optimizer_state_dict"]["state"][i])
+            for m, i in zip(contents[x]["fp32_groups"][g], ids, strict=True)
+        ]
+        half = len(held) // 2
+        return held[layer * half : (layer + 1) * half]
+
+    for x, file in enumerate(files):
+        base = contents[x]["optimizer_state_dict"]
+        groups = [
+            (
+                base["param_groups"][g],
+                list(
+                    zip(
+                        contents[x]["fp32_groups"][g],
+                        [base["state"][i] for i in base["param_groups"][g]["params"]],
+                        strict=True,
+                    )
+                ),
+            )
+            for g in (0, 1)
+        ]
+        apart = []
+        for g in (2, 3):
+            two = [one for e in (2 * (x % 2), 2 * (x % 2) + 1) for one in parts(e, g, 0)]
+            apart += [
+                ({**base["param_groups"][g], "name": "ep_size_2"}, two),
+                (base["param_groups"][g], parts(x, g, 1)),
+            ]
+        order = [0, 1, 2, 3] if x != 2 else [1, 0, 3, 2]
+        groups += [apart[i] for i in order]
+        state = {i: one for i, (_, one) in enumerate(pair for _, held in groups for pair in held)}
+        ids = iter(range(len(state)))
+        listed = [{**options, "params": [next(ids) for _ in held]} for options, held in groups]
+        made = {**contents[x], "fp32_groups": [[m for m, _ in held] for _, held in groups]}
+        made["optimizer_state_dict"] = {"state": state, "param_groups": listed}
+        torchfile.write(out / "new", {"optimizer": made})
+        (out / "new").replace(file)
+    for file in files:
+        file.with_suffix(".old").unlink()
+    return out
+
+
+def test_layers_over_different_numbers_of_ranks_without_zero(tmp_path: Path) -> None:
+    found = ckptlab.open(of_two_degrees(tmp_path / "run"))
+    assert (found.mesh["ep2"], found.mesh["ep4"]) == (2, 2)
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    assert ckptlab.check(found).verdict == "healthy"
+    for asked in ({}, {"ep": 1, "dp": 2}, {"zero_stage": 2}):
+        found.reshape(**asked).save(tmp_path / f"{len(asked)}{'ep' in asked}" / "step")
+        there = ckptlab.open(tmp_path / f"{len(asked)}{'ep' in asked}")
+        assert differences(found.catalog, there.catalog) == []
+        assert ckptlab.check(there).verdict == "healthy"
+
+
+def test_each_process_may_have_the_degrees_in_another_order(tmp_path: Path) -> None:
+    """DeepSpeed collects the names of groups in a set of strings."""
+    ckptlab.open(of_two_degrees(tmp_path / "run")).reshape(zero_stage=2).save(tmp_path / "two" / "global_step3")
+    (tmp_path / "two" / "global_step3" / MANIFEST).unlink()
+    for file in (tmp_path / "two" / "global_step3").glob("*_rank_[23]_mp_*optim_states.pt"):
+        content = torchfile.read(file)
+        state = content["optimizer_state_dict"]
+        order = [0, 1, 3, 2, 5, 4]
+        for key in ("single_partition_of_fp32_groups", "group_paddings", "partition_count", "param_slice_mappings"):
+            state[key] = [state[key][i] for i in order]
+        base = state["base_optimizer_state"]
+        base["state"] = {new: base["state"][old] for new, old in enumerate(order)}
+        base["param_groups"] = [{**base["param_groups"][old], "params": [new]} for new, old in enumerate(order)]
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    found = ckptlab.open(tmp_path / "two")
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    assert ckptlab.check(found).verdict == "healthy"
 
 
 def head(local: dict[str, int], first: bool = False) -> Any:
     """What is needed of a model file whose ranks have so many experts of each layer."""
     trained = {f"{layer}{e}.w": (2, 3) for layer, n in local.items() for e in range(n)}
-    return SimpleNamespace(trained=trained, config=SimpleNamespace(data_before_experts=first))
+    return SimpleNamespace(trained=trained, world=1, config=SimpleNamespace(data_before_experts=first))
 
 
 A, B = (f"layers.{i}.deepspeed_moe.experts.deepspeed_experts." for i in (2, 10))

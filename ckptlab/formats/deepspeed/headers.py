@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -25,6 +25,7 @@ Content = Mapping[str, Any]
 EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
 _BIG = 1 << 62  # beyond any number of elements
 _CODES = ("int8", "uint8")  # of quantised states, which mean nothing without their scales
+_BY_GROUP = ("group_paddings", "partition_count")  # what an optimizer file has a list of, an entry a group
 _DEEP = 64  # dictionaries in one another, in a module
 
 
@@ -348,6 +349,17 @@ class OptimizerFile:
         one = said[buffer] if isinstance(said, (list, tuple)) and buffer < len(said) else 0
         return one if isinstance(one, int) and 0 <= one <= self.states[buffer][MASTER].numel else 0
 
+    def reordered(self, order: Sequence[int]) -> OptimizerFile:
+        """With its groups, of which each has one buffer, in another order."""
+
+        def taken(of: Any) -> Any:
+            return type(of)(of[i] for i in order) if len(of) == len(order) else of
+
+        said = {k: taken(self.state_dict[k]) for k in _BY_GROUP if isinstance(self.state_dict.get(k), (list, tuple))}
+        kept = {field: taken(getattr(self, field)) for field in ("states", "scalars", "options")}
+        kept |= {field: taken(getattr(self, field)) for field in ("alignment", "paddings", "spans")}
+        return replace(self, content={**self.content, "optimizer_state_dict": {**self.state_dict, **said}}, **kept)
+
     @property
     def state_dict(self) -> Content:
         """The optimizer's own part of the file."""
@@ -357,6 +369,19 @@ class OptimizerFile:
     def steps(self) -> tuple[float, ...]:
         """The steps that its buffers name, each once; torch keeps a float."""
         return _steps(self.scalars)
+
+
+def order_of(
+    options: Sequence[Mapping[str, Any] | None], wanted: Sequence[Mapping[str, Any] | None]
+) -> list[int] | None:
+    """Which of a rank's parameter groups goes where, in the order of another rank's; None where they are in order, or
+    not the same ones. DeepSpeed puts the names of groups of experts into a set, whose order differs from process to
+    process (`split_params_into_different_moe_groups_for_optimizer`)."""
+    names, those = ([str((g or {}).get("name")) for g in one] for one in (options, wanted))
+    if names == those or sorted(names) != sorted(those):
+        return None
+    left = {name: iter([i for i, own in enumerate(names) if own == name]) for name in names}
+    return [next(left[name]) for name in those]
 
 
 def _wrapper(path: str, state: Header) -> Wrapper:
@@ -464,6 +489,20 @@ class WholeOptimizer:
             tuple(next((single for _, single in group if single), {}) for group in kept),
             tuple({k: v for k, v in g.values.items() if k != "params"} for g in groups),
             fused,
+        )
+
+    def ordered_as(self, other: WholeOptimizer) -> WholeOptimizer:
+        """With its groups in the order of another rank's (see `order_of`)."""
+        order = order_of(self.options, other.options)
+        if order is None:
+            return self
+        masters = None if self.masters is None else tuple(self.masters[i] for i in order)
+        return replace(
+            self,
+            masters=masters,
+            states=tuple(self.states[i] for i in order),
+            scalars=tuple(self.scalars[i] for i in order),
+            options=tuple(self.options[i] for i in order),
         )
 
     @property

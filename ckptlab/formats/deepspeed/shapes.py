@@ -17,7 +17,7 @@ import numpy as np
 
 from ckptlab.catalog import MASTER
 from ckptlab.findings import Faults, Finding, Where
-from ckptlab.formats.deepspeed.experts import layer_of
+from ckptlab.formats.deepspeed.experts import degrees_named, layer_of
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import (
     ModelFile,
@@ -27,6 +27,7 @@ from ckptlab.formats.deepspeed.headers import (
     WholeOptimizer,
     Wrapper,
 )
+from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 
 _SAMPLE = 32  # elements at either end of a tensor by which it is recognised
@@ -58,6 +59,7 @@ Named = Sequence[tuple[str, Weight]]
 
 def told(folder: StepFolder, faults: Faults) -> StepFolder:
     """The folder with `shapes` in every model file, as far as they are known."""
+    folder = _spread(folder)
     heads: dict[Rank, tuple[ModelFile, ...]] = {}
     taken = 0  # layers that earlier stages of a pipeline have
     for rank, files in folder.heads.items():
@@ -83,6 +85,34 @@ def told(folder: StepFolder, faults: Faults) -> StepFolder:
             found = None if folder.is_pipeline else ({name: stored.shape for name, stored in _weights(folder, rank)},)
         heads[rank] = tuple(replace(file, shapes=found) for file in files)
     return replace(folder, heads=heads)
+
+
+def _spread(folder: StepFolder) -> StepFolder:
+    """The folder with experts that are spread over different numbers of ranks, where they train without ZeRO and just
+    the names of parameter groups tell it: each layer's over as many as the group has in its name in which the first
+    rank's optimizer holds its weights. As it was where that is not unique: the optimizer then has no names either."""
+    experts, of_first = folder.experts, dict(folder.expert_optims.get(0, ())).get(0)
+    degrees = degrees_named(of_first.options) if of_first is not None else []
+    if of_first is None or len({n for n in degrees if n}) < 2:
+        return folder
+    wanted = [(group, n) for group, n in zip(_Group.of(of_first), degrees, strict=True) if n]
+    named = [
+        (name, Weight(stored.shape, (stored,), of_experts=True))
+        for (_, _, tp), held in sorted(experts.files.items())
+        for name, stored in held.items()
+        if tp == 0
+    ]
+    found = _assigned(named, [group for group, _ in wanted]) or ()
+    local = {
+        layer: experts.total[layer] // degree
+        for names, (_, degree) in zip(found, wanted, strict=False)
+        for name in names
+        if (layer := layer_of(name))
+    }
+    spread = replace(experts, local={**experts.local, **local})
+    return replace(
+        folder, experts=spread, mesh=spread.on(Mesh(pp=folder.mesh.pp, dp=folder.mesh.dp, tp=folder.mesh.tp))
+    )
 
 
 def _unnamed(path: str, head: ModelFile) -> Finding:

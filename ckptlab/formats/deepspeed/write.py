@@ -90,7 +90,7 @@ class NativeWriter:
                 yield torchfile.plan(names.expert(fused.number, expert, t), tensors)
         for ep in range(max(self.experts.sizes, default=0) if inside else 0):
             for t in range(mesh.tp):
-                rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, ep=ep))[0], tp=t)
+                rank = mesh.rank(pp=0, dp=self.experts.writer(ep, mesh), tp=t)
                 optimizer = whole_state(self, 0, rank, ep)
                 yield torchfile.plan(names.expert_optim(ep, t), {"optimizer": optimizer})
 

@@ -71,6 +71,11 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
     pieces: Pieces = {}
     for (p, t), files in folder.optims.items():
         for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
+            if any(len(file.parts[b]) > 1 for file in files if file.parts):
+                with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
+                    for state_of, fragments in _of_parts(files, Holder(pp=p, tp=t), b, shapes).items():
+                        pieces.setdefault(state_of, {}).update(fragments)
+                continue
             if folder.experts.over_tp and (degree := folder.experts.degree(next(iter(shapes), ""))):
                 if t == 0:
                     with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
@@ -100,7 +105,7 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         for b, local_group in enumerate(leader.group_of):
             group = index[p][local_group]
             scalars.setdefault(group, leader.scalars[b])
-            if (p, b) not in shares:  # of experts that are dealt to tp ranks too
+            if (p, b) not in shares:  # in pieces
                 continue
             dtypes = {state: stored.dtype for state, stored in leader.states[b].items()}
             fused = folder.experts.fused_of(next(iter(flats[Holder(pp=p, tp=0, **shares[p, b][0].at)][b].names), ""))
@@ -142,14 +147,42 @@ def _over_tp(folder: StepFolder, b: int, shapes: Shapes, degree: int) -> Pieces:
         flat = _flat_buffer(files, b, shapes)
         for finding in (f for i, file in enumerate(files) for f in _of_part(folder, file, i, b, flat)):
             raise finding.error
-        for i, name in enumerate(folder.experts.globally(flat.names, rank)):
-            for state in files[0].states[b]:
-                held = tuple(
-                    Fragment(start, files[part].states[b][state].elements(place, count), ranks[part][0])
-                    for part, start, place, count in flat.fragments(i).tolist()
-                )
-                found[name, state] = {Holder(pp=0, tp=t): held for t in range(folder.mesh.tp)}
+        parts = [(d, file.states[b]) for (d, _), file in zip(ranks, files, strict=True)]
+        holders = [Holder(pp=0, tp=t) for t in range(folder.mesh.tp)]
+        found |= _apart(replace(flat, names=folder.experts.globally(flat.names, rank)), parts, holders)
     return found
+
+
+def _of_parts(files: Sequence[OptimizerFile], holder: Holder, b: int, shapes: Shapes) -> Pieces:
+    """What the dp ranks have of a buffer of which each has several pieces, dealt in turn. CheckpointError where these
+    do not make up the tensors."""
+    parts = [(d, part) for row in zip(*(f.parts[b] for f in files), strict=False) for d, part in enumerate(row)]
+    counts = tuple(math.prod(s) for s in shapes.values())
+    flat = FlatBuffer.contiguous(tuple(shapes), counts, len(parts), None, max(p[MASTER].numel for _, p in parts))
+    for i, (d, part) in enumerate(parts):
+        whole, filled = flat.size(i), flat.size(i) - flat.padding(i)
+        if len({len(f.parts[b]) for f in files}) > 1 or any(not filled <= s.numel <= whole for s in part.values()):
+            raise CheckpointError(
+                f"{files[d].path}: group {b} in pieces of {', '.join(str(p[MASTER].numel) for p in files[d].parts[b])} "
+                f"elements, which are not those of {sum(counts):,} on {len(files)} ranks: the files do not belong "
+                "together"
+            )
+    return _apart(flat, parts, [holder])
+
+
+def _apart(flat: FlatBuffer, parts: Sequence[tuple[int, Mapping[str, Stored]]], holders: Sequence[Holder]) -> Pieces:
+    """Tensor by tensor what lies in the parts of a buffer, each with the dp rank that has it."""
+    return {
+        (name, state): dict.fromkeys(
+            holders,
+            tuple(
+                Fragment(start, parts[part][1][state].elements(place, count), parts[part][0])
+                for part, start, place, count in flat.fragments(i).tolist()
+            ),
+        )
+        for i, name in enumerate(flat.names)
+        for state in parts[0][1]
+    }
 
 
 def _of_part(folder: StepFolder, file: OptimizerFile, part: int, b: int, flat: FlatBuffer) -> Iterator[Finding]:

@@ -36,11 +36,13 @@ _MOST = 20_000  # ways to go on that are followed at a time
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the module, whole or, where experts are one tensor, in a file for each of them."""
+    """A weight of the module, whole or, where experts are one tensor, in a file for each of them. `apart`: what is
+    trained is a copy, which need not be equal to it."""
 
     shape: Shape
     parts: tuple[Stored, ...]
     of_experts: bool = False
+    apart: bool = False
 
     @property
     def numel(self) -> int:
@@ -66,14 +68,16 @@ def told(folder: StepFolder, faults: Faults) -> StepFolder:
         head, found = files[0], files[0].shapes
         if rank in folder.optims:
             optims = folder.optims[rank]
-            found = (
-                found if found is not None else optims[0].shapes or _by_spans(folder, rank) or _by_values(folder, rank)
-            )
+            if optims[0].parts:  # what is said then lists frozen tensors too, in the module's order
+                by_values, taken = _by_values(folder, rank, taken)
+                found = by_values or optims[0].shapes
+            elif found is None:
+                found = optims[0].shapes or _by_spans(folder, rank) or _by_values(folder, rank, 0)[0]
             if found is not None and len(found) == 1 < len(optims[0].states):
                 with faults.caught("contradiction", os.path.basename(head.path)):
                     found = _parted(found[0], optims) or found
         elif found is None and head.optimizer is not None and rank[1] == 0:
-            found, taken = _of_stage(folder, rank, head.optimizer, taken)
+            found, taken = _of_stage(folder, rank, _Group.of(head.optimizer), taken)
             if found is None:
                 faults.report(_unnamed(folder.path, head))
         elif found is None and head.optimizer is not None:  # tp ranks hold the same tensors
@@ -181,18 +185,23 @@ def _weight(folder: StepFolder, rank: Rank, name: str) -> Stored | None:
 # ---------------------------------------------------------------- tensors without names
 
 
-def _by_values(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
+def _by_values(folder: StepFolder, rank: Rank, taken: int) -> tuple[tuple[Shapes, ...] | None, int]:
     """Shapes of the tensors in flat buffers of ZeRO-1 and 2 that nothing names: those of the module, whose weights are
-    the masters rounded."""
+    the masters rounded; and how many layers of a pipeline are told with these."""
     optims = folder.optims[rank]
-    if folder.is_pipeline or optims[0].wrapper is Wrapper.ZERO3:
-        return None
+    if optims[0].wrapper is Wrapper.ZERO3:
+        return None, taken
     groups = []
     for b in range(len(optims[0].states)):
         parts = tuple(f.states[b][MASTER] for f in optims)
+        if optims[0].parts:
+            parts = tuple(one[MASTER] for row in zip(*(f.parts[b] for f in optims), strict=False) for one in row)
         padding = sum(f.padding(b) for f in optims) if optims[0].wrapper is Wrapper.BF16 else 0
         groups.append(_Group((), parts, sum(p.numel for p in parts) - padding))
-    return _assigned(list(_weights(folder, rank)), groups)
+    if folder.is_pipeline:
+        found, end = _of_stage(folder, rank, groups, taken)
+        return found, end if rank[1] == folder.mesh.tp - 1 else taken
+    return _assigned(list(_weights(folder, rank)), groups), 0
 
 
 def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Weight]]:
@@ -227,14 +236,13 @@ def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Weight]]:
 
 
 def _of_stage(
-    folder: StepFolder, rank: Rank, optimizer: WholeOptimizer, taken: int
+    folder: StepFolder, rank: Rank, groups: Sequence[_Group], taken: int
 ) -> tuple[tuple[Shapes, ...] | None, int]:
-    """The tensors of each group of an optimizer, and how many layers its stage and those before it have.
+    """The tensors of each of these groups, and how many layers its stage and those before it have.
 
     A stage of a pipeline has consecutive layers, all of whose tensors are trained; a tied layer of an earlier stage
     stands before them.
     """
-    groups = _Group.of(optimizer)
     if not folder.is_pipeline:
         named = list(_weights(folder, rank))
         routers = [one for one in named if any(one[0].startswith(layer.router) for layer in folder.experts.fused)]
@@ -242,11 +250,12 @@ def _of_stage(
         ways = [way for order in orders[: 1 + bool(routers)] if (way := _assigned(order, groups)) is not None]
         return (ways[0] if ways and all(way == ways[0] for way in ways) else None), 0
     layers = list(folder.layers)
-    by_shape = [replace(g, masters=()) for g in groups if g.shapes]  # copies of tied tensors need not be equal
+    by_shape = [replace(g, masters=()) if g.shapes else g for g in groups]  # copies of tied tensors need not be equal
     for wanted, end in itertools.product((groups, by_shape), range(taken + 1, len(layers) + 1)):
         own = [one for layer in layers[taken:end] for one in _layer(folder, layer, rank[1])]
         for tied in (None, *layers[:taken]):
-            named = own if tied is None else [*_layer(folder, tied, rank[1]), *own]
+            copies = [] if tied is None else _layer(folder, tied, rank[1])
+            named = [*((n, replace(w, apart=wanted is by_shape)) for n, w in copies), *own]
             named.sort(key=lambda one: not one[0].startswith("tied_modules."))
             found = _assigned(named, wanted, frozen=False)
             if found is not None:
@@ -289,7 +298,7 @@ class _Group:
         """Where the weight begins if it is what ends at `end`; None if that cannot be."""
         if not self.shapes:
             at = end - weight.numel
-            return at if at >= 0 and _rounds(self.masters, at, weight) else None
+            return at if at >= 0 and (weight.apart or _rounds(self.masters, at, weight)) else None
         at = end - 1
         if at < 0 or self.shapes[at] not in (None, weight.shape):
             return None

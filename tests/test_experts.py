@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import DATA, differences, differences_from_truth, digest
+from compare import DATA, differences, differences_from_truth, digest, whole
 from real_deepspeed import make_case, requires_deepspeed, resume
 from safetensors.numpy import load_file
 
@@ -284,6 +284,65 @@ def test_experts_that_are_not_dealt_as_their_files_say_are_refused(fault: str, t
     message = "is cut over 1 ranks" if fault == "partitions" else "layer_1_expert_2_mp_rank_01_model_states"
     with pytest.raises(CheckpointError, match=message):
         ckptlab.open(step, strategy=Whole())
+
+
+def staged(out: Path) -> Path:
+    """The case as a pipeline of two stages would have left it: of each stage its part of the module, and the experts of
+    its layers, which it counts from 0 on."""
+    catalog, source = read(MOE), MOE / "global_step3"
+    of_stage = [
+        lambda n: not n.startswith(("blocks.2", "blocks.3", "ln_f")),
+        lambda n: n.startswith(("blocks.2", "blocks.3", "ln_f")),
+    ]
+    for p, held in enumerate(of_stage):
+        model = torchfile.read(source / "mp_rank_00_model_states.pt")
+        shapes = [{n: s for n, s in group.items() if held(n)} for group in model["param_shapes"]]
+        model |= {"mp_world_size": 2, "num_experts": [4], "param_shapes": shapes}
+        model["module"] = {n: t for n, t in model["module"].items() if held(n)}
+        model["buffer_names"] = [n for n in model["buffer_names"] if held(n)]
+        model["frozen_param_shapes"] = model["frozen_param_fragments"] = None
+        model["shared_params"] = {a: n for a, n in model["shared_params"].items() if held(n)}
+        model["checkpoint_parallel_dimensions"] = {"pp_degree": 2, "tp_degree": 1}
+        rewritten(out / "global_step3" / f"mp_rank_{p:02d}_model_states.pt", model)
+        for d in range(4):
+            content = torchfile.read(source / f"bf16_zero_pp_rank_{d}_mp_rank_00_optim_states.pt")
+            state = content["optimizer_state_dict"]
+            state["param_slice_mappings"] = state["param_alignment_paddings"] = []
+            for g, group in enumerate(shapes):
+                over, part = (4, d) if g < 2 else (2, d // 2)
+                names = [experts.renumbered(n, 2 * (d % 2)) for n in group]
+                for key in (MASTER, "exp_avg", "exp_avg_sq"):
+                    flat = np.concatenate([whole(catalog, n, key).ravel() for n in names])
+                    size = -(-flat.size // (2 * over)) * 2
+                    moment = np.zeros(size * over, flat.dtype)
+                    moment[: flat.size] = flat
+                    cut = slice(part * size, (part + 1) * size)
+                    if key == MASTER:
+                        state["single_partition_of_fp32_groups"][g] = flat[cut]
+                        state["group_paddings"][g] = size - flat[cut].size
+                    else:
+                        state["base_optimizer_state"]["state"][g][key] = moment[cut]
+            rewritten(out / "global_step3" / f"bf16_zero_pp_rank_{d}_mp_rank_{p:02d}_optim_states.pt", content)
+        for e in range(4):
+            file = source / f"layer_{p}_expert_{e}_mp_rank_00_model_states.pt"
+            shutil.copy(file, out / "global_step3" / f"layer_0_expert_{e}_mp_rank_{p:02d}_model_states.pt")
+    return out
+
+
+def test_experts_in_a_pipeline_are_read(tmp_path: Path) -> None:
+    """As real DeepSpeed 0.19.8 writes them, of which a case was read bit for bit too."""
+    found = ckptlab.open(staged(tmp_path / "run"))
+    assert (found.mesh.pp, found.mesh["ep"], found.mesh["edp"]) == (2, 2, 2)
+    assert differences(found.catalog, read(MOE)) == []
+    assert found[f"{LAYER}3.fc1.weight"].stages == (0,)
+    assert found[f"{LAYER.replace('.1.', '.3.')}3.fc1.weight"].stages == (1,)
+    assert ckptlab.check(found).verdict == "healthy"
+    with pytest.raises(ReshapeError, match="experts in a pipeline"):
+        found.reshape(dp=2)
+    ckptlab.save_weights(found, tmp_path / "weights")
+    (tmp_path / "run" / "global_step3" / "layer_0_expert_1_mp_rank_01_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="layer_0_expert_1_mp_rank_01_model_states"):
+        ckptlab.open(tmp_path / "run")
 
 
 def of_two_degrees(out: Path) -> Path:

@@ -71,10 +71,11 @@ class Experts:
     """The experts of a model.
 
     `local[layer]` and `total[layer]`: how many of a layer's experts a rank has, and how many there are, in the order in
-    which files number the layers. `files[number of the layer, expert, tp]`: the tensors of an expert's file, under
-    their global names. `data_first`: ep is the slower part of dp (`use_data_before_expert_parallelism`), else the
-    faster one. `fused`: layers of AutoEP, whose experts are all in one tensor that ep cuts. `over_tp`: experts are
-    dealt to tp ranks too, and are whole on each.
+    which files number the layers (in a pipeline each stage's from 0 on). `files[number of the layer, expert, tp]`: the
+    tensors of an expert's file, under their global names. `data_first`: ep is the slower part of dp
+    (`use_data_before_expert_parallelism`), else the faster one. `fused`: layers of AutoEP, whose experts are all in one
+    tensor that ep cuts. `over_tp`: experts are dealt to tp ranks too, and are whole on each. `stages[layer]`: the pp
+    stage that has it.
     """
 
     local: Mapping[str, int] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Experts:
     data_first: bool = False
     fused: tuple[Fused, ...] = ()
     over_tp: bool = False
+    stages: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -91,12 +93,18 @@ class Experts:
         files: Mapping[tuple[int, int, int], Mapping[str, Stored]],
         ep: int,
         fused: tuple[Fused, ...] = (),
+        stages: Mapping[int, int] | None = None,
     ) -> Experts:
         """From the model files, and those of the experts. ep: over how many ranks these are spread where no model file
-        says which tensors are a rank's own."""
+        says which tensors are a rank's own. stages: of the layers, by their numbers, in a pipeline."""
         heads = list(heads)
         tp = max((head.world for head in heads), default=1)
-        over_tp = tp > 1 and not fused and 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
+        over_tp = (
+            tp > 1
+            and not fused
+            and not stages
+            and 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
+        )
         if over_tp:
             files = {(layer, expert, t): held for (layer, expert, _), held in files.items() for t in range(tp)}
         local, total = (
@@ -109,7 +117,8 @@ class Experts:
         number = {layer_of(n): i for (i, _, _), tensors in files.items() for n in tensors}
         layers = sorted({**local, **total}, key=lambda layer: (number.get(layer, -1), natural(layer)))
         every = {layer: total.get(layer) or local[layer] for layer in layers}
-        return cls(local, every, files, first, fused, over_tp)
+        of_layers = {layer: stages[number[layer]] for layer in every if layer in number} if stages else {}
+        return cls(local, every, files, first, fused, over_tp, of_layers)
 
     def __bool__(self) -> bool:
         return bool(self.total or self.fused)
@@ -162,11 +171,9 @@ class Experts:
                 "missing, or of another run",
             )
             return
-        if self and mesh.pp > 1:
-            yield not_read_yet(f"{path}: experts in a pipeline of {mesh.pp} stages, which ckptlab cannot open yet")
-        if self.fused and (mesh.tp > 1 or self.total or len(self.sizes) > 1):
+        if self.fused and (mesh.tp > 1 or mesh.pp > 1 or self.total or len(self.sizes) > 1):
             others = "experts of DeepSpeed-MoE" if self.total else f"ep {' and '.join(map(str, self.sizes))} at once"
-            beside = f"tp {mesh.tp}" if mesh.tp > 1 else others
+            beside = next((f"{axis} {mesh[axis]}" for axis in ("tp", "pp") if mesh[axis] > 1), others)
             yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")
 
     def spread(self, ep: int | None, data_first: bool | None) -> Experts:
@@ -204,6 +211,10 @@ class Experts:
         if self.over_tp and degree is not None:
             return (Share({}, tuple(range(len(self.dealt(degree, mesh)[0]))), "dp"),)
         return _shares(mesh, () if degree is None else axes_of(self.sizes, degree))
+
+    def stage(self, name: str) -> int:
+        """The pp stage of an expert's tensor."""
+        return self.stages.get(layer_of(name) or "", 0)
 
     def dealt(self, degree: int, mesh: Mesh) -> list[list[tuple[int, int]]]:
         """The (dp, tp) ranks that have the same experts of layers that are spread so, ep rank by ep rank, where they

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab import paths
-from ckptlab.findings import Faults, Finding, Where
+from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
 from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said
@@ -160,13 +160,19 @@ class _Found:
     @cached_property
     def experts(self) -> Experts:
         """The experts, by the files that could be read."""
-        files = {(n.layer, n.expert, n.mp): tensors for n, tensors in self.expert_files.items()}
+        tp = self.mesh().tp
+        places = sorted({(n.mp // tp, n.layer) for n in self.expert_files})
+        stages = dict(enumerate(stage for stage, _ in places)) if self.mesh().pp > 1 else {}
+        number = {place: i if stages else place[1] for i, place in enumerate(places)}
+        files = {
+            (number[n.mp // tp, n.layer], n.expert, n.mp % tp): tensors for n, tensors in self.expert_files.items()
+        }
         spread = 1 + max((n.expert for n in self.names if n.kind == "expert_optim"), default=0)
         fused: tuple[Fused, ...] = ()
         for head in itertools.islice(self.heads.values(), 1):
             with self.faults.caught("odd-header", os.path.basename(head.path)):
                 fused = autoep.layers(head.path, head.content)
-        return Experts.of(self.heads.values(), files, spread, fused)
+        return Experts.of(self.heads.values(), files, spread, fused, stages)
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -251,7 +257,12 @@ class _Found:
         return self.head == "zero3_model" and not any(n.dp for n in self.names if n.kind == self.head)
 
     def notices(self, mesh: Mesh) -> Iterator[Finding]:
-        """What is not as usual, and read all the same."""
+        """What is not as usual, and read all the same; experts that train without ZeRO in a pipeline are not."""
+        if self.expert_optims and mesh.pp > 1:
+            yield not_read_yet(
+                f"{self.path}: experts that train without ZeRO (stage 0) in a pipeline of {mesh.pp} stages, which "
+                "ckptlab cannot open yet"
+            )
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"
             todo = "nothing, if that is what was copied; to resume, copy the optimizer files too"
@@ -346,8 +357,13 @@ class _Found:
             axis = self.axis or mesh.tp > 1
             wanted["layer"] = [self.layer(i, t, axis) for i in sorted(numbers) for t in range(mesh.tp)]
         if self.optimizer and self.head == "model":  # ZeRO-3 keeps all weights in the optimizer files
-            said = experts_said(h.content for h in self.heads.values())
-            if experts := [FileName("expert", mp=t, layer=i, expert=e) for i, e in said for t in self._of(i, e, mesh)]:
+            experts = [
+                FileName("expert", mp=p * mesh.tp + t, layer=i, expert=e)
+                for p in range(mesh.pp)
+                for i, e in experts_said(h.content for n, h in self.heads.items() if n.mp // mesh.tp == p)
+                for t in self._of(i, e, mesh)
+            ]
+            if experts:
                 wanted["expert"] = experts
             if self.inside and self.expert_optims:
                 ranks = range(max(1 + max(n.expert for n in self.expert_optims), self._spread_said()))

@@ -120,9 +120,9 @@ def _from_expert_files(folder: StepFolder, weights: ModuleWeights, faults: Fault
                 fragments = tuple(Fragment(i * math.prod(inner), held[e]) for i, e in enumerate(experts))
                 weights.add(name, kind, (0, tp), (len(experts), *inner), fragments, ep=ep)
     for (tp, name), stored in parts.items():
-        at = folder.experts.at(name, folder.mesh)
-        kind = "parameter" if name in folder.trained[0, tp] else "frozen"
-        weights.add(name, kind, (0, tp), stored.shape, (Fragment(0, stored),), **at)
+        at, rank = folder.experts.at(name, folder.mesh), (folder.experts.stage(name), tp)
+        kind = "parameter" if name in folder.trained[rank] else "frozen"
+        weights.add(name, kind, rank, stored.shape, (Fragment(0, stored),), **at)
 
 
 def _from_zero3(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:

@@ -111,6 +111,11 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
             )
     if experts := native.folder.experts:
         yield from experts.refusals(mesh, options.ep, stage)
+        if trained.pp > 1:
+            yield (
+                f"experts in a pipeline (pp {trained.pp}), whose files ckptlab reads and does not write: safetensors "
+                "and dcp can be written"
+            )
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
         cut = any("tp" in t.cut.axes for t in catalog.tensors.values() if experts.degree(t.name) and not experts.fused)

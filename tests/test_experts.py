@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import DATA, differences, differences_from_truth, digest, whole
+from helpers.experts import Whole, dealt_to_tp
 from real_deepspeed import make_case, requires_deepspeed, resume
 from safetensors.numpy import load_file
 
@@ -24,9 +25,7 @@ from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import experts, write
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.torch import torchfile
-from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.strategies import Strategy, replicated
 
 MOE = DATA / "moe_ep2_dp4"
 LAYER = "blocks.1.moe.deepspeed_moe.experts.deepspeed_experts."
@@ -210,56 +209,9 @@ def changed(tmp_path: Path, change: Any, pattern: str) -> Path:
     return tmp_path / "run"
 
 
-def rewritten(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torchfile.write(file, content)
-
-
-def joined(parts: list[Any]) -> np.ndarray:
-    return np.concatenate([part.map() for part in parts])
-
-
-def dealt_to_tp(out: Path) -> Path:
-    """The case as tp 2 and dp 2 would have left it: the same four ranks, numbered tp first, have the same experts; all
-    else is whole on both tp ranks, and its buffers are cut in two."""
-    step, source = out / "global_step3", MOE / "global_step3"
-    optims = [torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt") for r in range(4)]
-    for r in range(4):
-        d, t = divmod(r, 2)
-        content = torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt")
-        state, halves = content["optimizer_state_dict"], [optims[2 * d + i]["optimizer_state_dict"] for i in range(2)]
-        masters = "single_partition_of_fp32_groups"
-        for g in (0, 1):
-            state[masters][g] = joined([h[masters][g] for h in halves])
-            for key in ("exp_avg", "exp_avg_sq"):
-                state["base_optimizer_state"]["state"][g][key] = joined(
-                    [h["base_optimizer_state"]["state"][g][key] for h in halves]
-                )
-            state["group_paddings"][g] = sum(h["group_paddings"][g] for h in halves)
-        state["partition_count"] = [2, 2, 2, 2]
-        state["param_slice_mappings"] = []
-        rewritten(step / f"bf16_zero_pp_rank_{d}_mp_rank_{t:02d}_optim_states.pt", content)
-    for t in range(2):
-        content = torchfile.read(source / "mp_rank_00_model_states.pt")
-        content |= {"dp_world_size": 2, "mp_world_size": 2}
-        content["checkpoint_parallel_dimensions"] = {"pp_degree": 1, "tp_degree": 2}
-        rewritten(step / f"mp_rank_{t:02d}_model_states.pt", content)
-    for file in source.glob("layer_*"):
-        writer = int(file.name.split("_")[3]) // 2  # of its ep rank, which is its tp rank
-        shutil.copy(file, step / file.name.replace("mp_rank_00", f"mp_rank_{writer:02d}"))
-    return out
-
-
-class Whole(Strategy):
-    """Nothing is cut."""
-
-    def layout(self, name: str, shards: Any) -> Layout:
-        return replicated(len(shards[0]))
-
-
 def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
     """Unless they are tensor parallel themselves. Made so by real DeepSpeed 0.19.8 too, and read bit for bit."""
-    found = ckptlab.open(dealt_to_tp(tmp_path / "run"), strategy=Whole())
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
     assert found.mesh == Mesh(dp=2, tp=2)
     assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
     assert ckptlab.check(found).verdict == "healthy"
@@ -272,7 +224,7 @@ def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["partitions", "an expert's file"])
 def test_experts_that_are_not_dealt_as_their_files_say_are_refused(fault: str, tmp_path: Path) -> None:
-    step = dealt_to_tp(tmp_path / "run") / "global_step3"
+    step = dealt_to_tp(tmp_path / "run", MOE) / "global_step3"
     if fault == "partitions":
         file = step / "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
         content = torchfile.read(file)
@@ -290,6 +242,7 @@ def staged(out: Path) -> Path:
     """The case as a pipeline of two stages would have left it: of each stage its part of the module, and the experts of
     its layers, which it counts from 0 on."""
     catalog, source = read(MOE), MOE / "global_step3"
+    (out / "global_step3").mkdir(parents=True)
     of_stage = [
         lambda n: not n.startswith(("blocks.2", "blocks.3", "ln_f")),
         lambda n: n.startswith(("blocks.2", "blocks.3", "ln_f")),
@@ -303,7 +256,7 @@ def staged(out: Path) -> Path:
         model["frozen_param_shapes"] = model["frozen_param_fragments"] = None
         model["shared_params"] = {a: n for a, n in model["shared_params"].items() if held(n)}
         model["checkpoint_parallel_dimensions"] = {"pp_degree": 2, "tp_degree": 1}
-        rewritten(out / "global_step3" / f"mp_rank_{p:02d}_model_states.pt", model)
+        torchfile.write(out / "global_step3" / f"mp_rank_{p:02d}_model_states.pt", model)
         for d in range(4):
             content = torchfile.read(source / f"bf16_zero_pp_rank_{d}_mp_rank_00_optim_states.pt")
             state = content["optimizer_state_dict"]
@@ -322,7 +275,7 @@ def staged(out: Path) -> Path:
                         state["group_paddings"][g] = size - flat[cut].size
                     else:
                         state["base_optimizer_state"]["state"][g][key] = moment[cut]
-            rewritten(out / "global_step3" / f"bf16_zero_pp_rank_{d}_mp_rank_{p:02d}_optim_states.pt", content)
+            torchfile.write(out / "global_step3" / f"bf16_zero_pp_rank_{d}_mp_rank_{p:02d}_optim_states.pt", content)
         for e in range(4):
             file = source / f"layer_{p}_expert_{e}_mp_rank_00_model_states.pt"
             shutil.copy(file, out / "global_step3" / f"layer_0_expert_{e}_mp_rank_{p:02d}_model_states.pt")

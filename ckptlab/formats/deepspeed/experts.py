@@ -24,6 +24,7 @@ from typing import Any
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, contradiction, not_read_yet
+from ckptlab.formats.deepspeed import autoep
 from ckptlab.formats.deepspeed.autoep import Fused
 from ckptlab.formats.deepspeed.headers import ModelFile, Shape
 from ckptlab.mesh import Mesh
@@ -99,12 +100,8 @@ class Experts:
         says which tensors are a rank's own. stages: of the layers, by their numbers, in a pipeline."""
         heads = list(heads)
         tp = max((head.world for head in heads), default=1)
-        over_tp = (
-            tp > 1
-            and not fused
-            and not stages
-            and 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
-        )
+        alone = 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
+        over_tp = tp > 1 and not stages and (any(autoep.FOLDING in h.content for h in heads) if fused else alone)
         if over_tp:
             files = {(layer, expert, t): held for (layer, expert, _), held in files.items() for t in range(tp)}
         local, total = (
@@ -171,7 +168,7 @@ class Experts:
                 "missing, or of another run",
             )
             return
-        if self.fused and (mesh.tp > 1 or mesh.pp > 1 or self.total or len(self.sizes) > 1):
+        if self.fused and (mesh.tp > 1 > self.over_tp or mesh.pp > 1 or self.total or len(self.sizes) > 1):
             others = "experts of DeepSpeed-MoE" if self.total else f"ep {' and '.join(map(str, self.sizes))} at once"
             beside = next((f"{axis} {mesh[axis]}" for axis in ("tp", "pp") if mesh[axis] > 1), others)
             yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")
@@ -211,6 +208,21 @@ class Experts:
         if self.over_tp and degree is not None:
             return (Share({}, tuple(range(len(self.dealt(degree, mesh)[0]))), "dp"),)
         return _shares(mesh, () if degree is None else axes_of(self.sizes, degree))
+
+    def of_file(self, layer: int, expert: int, mesh: Mesh) -> list[int]:
+        """The tp ranks whose files have an expert of the layer of that number: all, or where experts are dealt to tp
+        ranks too the first of those that have it, of AutoEP's everyone's of the first few dp ranks."""
+        if not self.over_tp:
+            return list(range(mesh.tp))
+        for fused in self.fused:
+            if fused.number == layer:
+                ranks = zip(fused.ranks, self.dealt(fused.ep, mesh), strict=True)
+                return sorted({t for held, own in ranks if expert in held for d, t in own if d < fused.ep})
+        if self.fused or layer >= len(self.total):
+            return list(range(mesh.tp))
+        name = list(self.total)[layer]
+        (_, first), *_ = self.dealt(self.ep(name), mesh)[expert // self.local[name]]
+        return [first]
 
     def stage(self, name: str) -> int:
         """The pp stage of an expert's tensor."""
@@ -262,6 +274,14 @@ class Experts:
             return shapes
         held = {name: len(fused.ranks[rank]) for name in shapes if (fused := self.fused_of(name))}
         return {name: (held[name], *shape[1:]) if name in held else shape for name, shape in shapes.items()}
+
+    def whole(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """The shapes that tensors have where they are read: those of all experts of a layer, where tp ranks have
+        different ones, are of all of them."""
+        if not (self.fused and self.over_tp):
+            return shapes
+        total = {name: fused.total for name in shapes if (fused := self.fused_of(name))}
+        return {name: (total[name], *shape[1:]) if name in total else shape for name, shape in shapes.items()}
 
     def on_rank(self, names: Iterable[str], rank: int) -> list[str]:
         """Those of a group's tensors that a rank has: all, or of experts those of its ep rank."""

@@ -91,11 +91,11 @@ class StepFolder:
     def trained(self) -> dict[Rank, dict[str, Shape]]:
         """Shard shapes of the tensors that each rank's optimizer knows, in memory order; of experts, those of all ep
         ranks."""
-        found = {}
+        found: dict[Rank, dict[str, Shape]] = {}
         for rank, (head, *_) in self.heads.items():
-            local = head.trained
+            local = self.experts.whole(head.trained)
             of_ranks = self.experts.everywhere(list(local)) if self.experts else []
-            found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or local
+            found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or dict(local)
         return found
 
     @property
@@ -258,10 +258,11 @@ class _Found:
 
     def notices(self, mesh: Mesh) -> Iterator[Finding]:
         """What is not as usual, and read all the same; experts that train without ZeRO in a pipeline are not."""
-        if self.expert_optims and mesh.pp > 1:
+        folded = self.experts.over_tp and self.experts.fused
+        if self.expert_optims and (mesh.pp > 1 or folded):
             yield not_read_yet(
-                f"{self.path}: experts that train without ZeRO (stage 0) in a pipeline of {mesh.pp} stages, which "
-                "ckptlab cannot open yet"
+                f"{self.path}: experts that train without ZeRO (stage 0) {'of AutoEP beside AutoTP' if folded else ''}"
+                f"{f'in a pipeline of {mesh.pp} stages' if mesh.pp > 1 else ''}, which ckptlab cannot open yet"
             )
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"
@@ -361,7 +362,7 @@ class _Found:
                 FileName("expert", mp=p * mesh.tp + t, layer=i, expert=e)
                 for p in range(mesh.pp)
                 for i, e in experts_said(h.content for n, h in self.heads.items() if n.mp // mesh.tp == p)
-                for t in self._of(i, e, mesh)
+                for t in self.experts.of_file(i, e, mesh)
             ]
             if experts:
                 wanted["expert"] = experts
@@ -378,15 +379,6 @@ class _Found:
                     for _, t in (first[e][:1] if self.experts.over_tp else first[e])
                 ]
         return wanted
-
-    def _of(self, layer: int, expert: int, mesh: Mesh) -> Sequence[int]:
-        """The tp ranks whose files have an expert: all, or the first of those that have it."""
-        experts = self.experts
-        if not experts.over_tp or layer >= len(experts.total):
-            return range(mesh.tp)
-        name = list(experts.total)[layer]
-        (_, first), *_ = experts.dealt(experts.ep(name), mesh)[expert // experts.local[name]]
-        return [first]
 
     def _spread_said(self) -> int:
         """Over how many ranks experts are spread, by the names of their parameter groups; 0 where those do not tell."""
@@ -412,7 +404,7 @@ class _Found:
                 "step folder, or its model files are missing"
             )
         model = mesh.pp * mesh.tp * (mesh.dp if self.head == "zero3_model" else 1)
-        if self.experts.over_tp and missing and all("_model_states" in name for name in missing):
+        if self.experts.over_tp and missing and all(name.startswith("mp_rank_") for name in missing):
             ep = self.experts.sizes[-1]
             return (
                 f"{self.path}: incomplete: {some(missing, 4)} missing. DeepSpeed, to 0.19.8 at least, writes those of "

@@ -144,13 +144,35 @@ def _over_tp(folder: StepFolder, b: int, shapes: Shapes, degree: int) -> Pieces:
     found: Pieces = {}
     for rank, ranks in enumerate(folder.experts.dealt(degree, folder.mesh)):
         files = [folder.optims[0, t][d] for d, t in ranks]
-        flat = _flat_buffer(files, b, shapes)
+        flat = _flat_buffer(files, b, folder.experts.shapes_on(shapes, rank))
         for finding in (f for i, file in enumerate(files) for f in _of_part(folder, file, i, b, flat)):
             raise finding.error
         parts = [(d, file.states[b]) for (d, _), file in zip(ranks, files, strict=True)]
         holders = [Holder(pp=0, tp=t) for t in range(folder.mesh.tp)]
-        found |= _apart(replace(flat, names=folder.experts.globally(flat.names, rank)), parts, holders)
+        held = _apart(replace(flat, names=folder.experts.globally(flat.names, rank)), parts, holders)
+        for (name, state), by_holder in held.items():
+            fused = folder.experts.fused_of(name)
+            if fused is None:
+                found[name, state] = by_holder
+                continue
+            inner = math.prod(shapes[name][1:])
+            own = tuple(one for f in next(iter(by_holder.values())) for one in _of_experts(f, fused.ranks[rank], inner))
+            known = next(iter(found.get((name, state), {}).values()), ())
+            new = [f for f in own if f.start // inner not in {one.start // inner for one in known}]  # not its copies
+            found[name, state] = dict.fromkeys(holders, tuple(sorted([*known, *new], key=lambda f: f.start)))
     return found
+
+
+def _of_experts(fragment: Fragment, experts: Sequence[int], inner: int) -> Iterator[Fragment]:
+    """A fragment of a shard that has these experts, in this order, of so many elements each: of the tensor that has all
+    of them."""
+    at, end = fragment.start, fragment.start + fragment.count
+    while at < end:
+        place, within = divmod(at, inner)
+        count = min(inner - within, end - at)
+        stored = fragment.stored.elements(at - fragment.start, count)
+        yield Fragment(experts[place] * inner + within, stored, fragment.dp)
+        at += count
 
 
 def _of_parts(files: Sequence[OptimizerFile], holder: Holder, b: int, shapes: Shapes) -> Pieces:

@@ -97,12 +97,19 @@ def test_it_is_written_as_today(turns: int, tmp_path: Path) -> None:
     assert there.mesh.dp == 3
 
 
-def test_pieces_that_do_not_make_up_the_tensors_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda group: group.pop(), "a state for each of 3, 3 pieces"),
+        (lambda group: group[1].pop("exp_avg"), "which are not those of"),
+    ],
+)
+def test_pieces_that_do_not_make_up_the_tensors_are_refused(fault: Any, says: str, tmp_path: Path) -> None:
     step = old(tmp_path / "global_step5", PLAIN / "global_step5", 3)
     file = step / "zero_pp_rank_1_mp_rank_00optim_states.pt"
     content = torchfile.read(file)
-    content["optimizer_state_dict"]["base_optimizer_state"][0].pop()
+    fault(content["optimizer_state_dict"]["base_optimizer_state"][0])
     torchfile.write(tmp_path / "new", content)
     (tmp_path / "new").replace(file)
-    with pytest.raises(CheckpointError, match="zero_pp_rank_1_mp_rank_00optim_states.*a state for each of 3, 3 pieces"):
+    with pytest.raises(CheckpointError, match=f"zero_pp_rank_1_mp_rank_00optim_states.*{says}"):
         read(step)

@@ -183,7 +183,8 @@ def _of_parts(files: Sequence[OptimizerFile], holder: Holder, b: int, shapes: Sh
     flat = FlatBuffer.contiguous(tuple(shapes), counts, len(parts), None, max(p[MASTER].numel for _, p in parts))
     for i, (d, part) in enumerate(parts):
         whole, filled = flat.size(i), flat.size(i) - flat.padding(i)
-        if len({len(f.parts[b]) for f in files}) > 1 or any(not filled <= s.numel <= whole for s in part.values()):
+        odd = part.keys() != parts[0][1].keys() or any(not filled <= s.numel <= whole for s in part.values())
+        if odd or len({len(f.parts[b]) for f in files}) > 1:
             raise CheckpointError(
                 f"{files[d].path}: group {b} in pieces of {', '.join(str(p[MASTER].numel) for p in files[d].parts[b])} "
                 f"elements, which are not those of {sum(counts):,} on {len(files)} ranks: the files do not belong "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import DATA, GPT, differences, differences_from_truth
+from real_deepspeed import requires_deepspeed, resume
 
 import ckptlab
 from ckptlab.errors import CheckpointError, ReshapeError
@@ -95,6 +96,18 @@ def test_it_is_written_as_today(turns: int, tmp_path: Path) -> None:
     there = read(tmp_path / "new" / "global_step5")
     assert differences(found.catalog, there) == []
     assert there.mesh.dp == 3
+    for file in (tmp_path / "new" / "global_step5").glob("*.pt"):
+        content = torchfile.read(file)
+        assert content.get("optimizer_state_dict", content)["ds_version"], "without, DeepSpeed loads nothing"
+
+
+@requires_deepspeed
+def test_deepspeed_resumes_what_is_written_of_it(tmp_path: Path) -> None:
+    found = ckptlab.open(old(tmp_path / "global_step5", PLAIN / "global_step5", 3))
+    groups = [dict(group.options) for group in read(PLAIN / "global_step5").groups]
+    found.reshape(dp=3, zero_stage=2, param_groups=groups).save(tmp_path / "new" / "step")
+    report = resume(tmp_path / "new" / "step", PLAIN.name, steps=1, dp=3, zero=2)
+    assert report["status"] == "equal", report.get("error") or report["differences"]
 
 
 @pytest.mark.parametrize(

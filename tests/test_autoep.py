@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import DATA, differences, differences_from_truth, digest
+from compare import DATA, differences, differences_from_truth, digest, whole
+from helpers.experts import Whole, dealt_to_tp
 from real_deepspeed import make_case, requires_deepspeed, resume
 from safetensors.numpy import load_file
 
@@ -42,6 +43,37 @@ def changed(tmp_path: Path, change: Callable[[Any], None]) -> Path:
     fileplan.write(torchfile.plan(path.name, content), path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
     return path.parent
+
+
+@pytest.mark.parametrize("ranks", [[[0, 1], [2, 3]], [[3, 0], [1, 2]]], ids=str)
+def test_beside_autotp_they_are_dealt_to_tp_ranks_too(ranks: list[list[int]], tmp_path: Path) -> None:
+    """As real DeepSpeed 0.19.8 writes them ("folded"), of which cases at stages 1 and 2 were read bit for bit too."""
+    dealt_to_tp(tmp_path / "run", AUTOEP, folding={"version": 1, "tp_size": 2, "ep_size": 2, "etp_size": 1})
+    step = tmp_path / "run" / STEP
+    if ranks != [[0, 1], [2, 3]]:
+        for file in step.glob("mp_rank_*"):
+            content = torchfile.read(file)
+            placed(*ranks)(content)
+            torchfile.write(tmp_path / "new", content)
+            (tmp_path / "new").replace(file)
+        for expert, old, new in ((1, "00", "01"), (3, "01", "00")):
+            file = f"layer_0_expert_{expert}_mp_rank_{{}}_model_states.pt"
+            (step / file.format(old)).rename(step / file.format(new))
+    found = ckptlab.open(step, strategy=Whole())
+    assert (found.mesh, found[W1].shape) == (Mesh(dp=2, tp=2), (4, 37, 24))
+    order = [held for rank in ranks for held in rank]  # where experts lie otherwise, states are those of others
+    truth = load_file(AUTOEP / "truth.safetensors")
+    for state in (MASTER, "exp_avg", "exp_avg_sq"):
+        assert np.array_equal(whole(found.catalog, W1, state)[order], truth[f"{state}/{W1}"])
+    if order == sorted(order):
+        assert differences_from_truth(found.catalog, AUTOEP / "truth.safetensors") == []
+        assert ckptlab.check(found).verdict == "healthy"
+        found.reshape(tp=1, dp=2, ep=2).save(tmp_path / "out" / "step")
+        back = ckptlab.open(tmp_path / "out")
+        assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
+        assert "folding" not in torchfile.read(tmp_path / "out" / "step" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ReshapeError, match="deals experts that tp does not cut to tp ranks too"):
+        found.reshape(dp=1)
 
 
 def placed(*ranks: list[int], total: int = 4) -> Callable[[Any], None]:

@@ -178,6 +178,7 @@ def test_code_beside_a_whole_checkpoint_is_an_error_that_open_need_not_raise(tmp
 # Odd values: every key that DeepSpeed writes, with values of another form
 
 ODD: list[Any] = [None, 3, -1, 1 << 70, "text", [], {}, [7], [[7]], {"state": 3}, {3: {}}, {"a": [None]}, 0.5, True]
+ODD += [(), b"x", float("nan"), {1, 2}, np.zeros(3), np.zeros((2, 2), np.int8), {None: None}, foreign("a", "B", 3)]
 _UNREAD = {"ds_config", "lr_scheduler", "args", "rng_states"}  # what is in them is not a header's
 
 
@@ -207,6 +208,10 @@ CASES = [
     (GPT, LAYER),
     (ZERO3, "zero_pp_rank_1_mp_rank_00_model_states.pt"),
     (ZERO3, OPTIM.format(0, 0)),
+    (DATA / "moe_ep2_dp4", OPTIM.format(2, 0)),
+    (DATA / "moe_ep2_dp4", "layer_1_expert_2_mp_rank_00_model_states.pt"),
+    (DATA / "autoep_ep2_dp4", MODEL.format(0)),
+    (DATA / "autotp_tp2_dp2", MODEL.format(1)),
     (UNIVERSAL.parent, "zero/optimizer_state.pt"),
     (UNIVERSAL.parent, "zero/3.input_layernorm.weight/exp_avg.pt"),
 ]
@@ -235,7 +240,9 @@ def told_of_odd_values(file: Path, way: tuple[Any, ...], chance: random.Random, 
         torchfile.write(file.with_suffix(".new"), changed(torchfile.read(old), way, value))
         file.with_suffix(".new").replace(file)
         try:
-            told += not law(folder).healthy
+            found = law(folder)
+            told += not found.healthy
+            assert not found.checked.opened or ckptlab.open(folder)._repr_html_()
         except Exception as error:
             raise AssertionError(f"{file.name}: {way} = {value!r}") from error
         file.write_bytes(raw)
@@ -266,6 +273,22 @@ def test_odd_headers_where_layouts_are_not_told(tmp_path: Path) -> None:
     for size in ODD:
         all_models(folder, put(checkpoint_info={"original_vocab_size": size}))
         law(folder)
+
+
+@pytest.mark.parametrize("odd", [(1,), None, 7, 0.5], ids=repr)
+def test_what_is_not_named_by_a_text_is_shown_all_the_same(tmp_path: Path, odd: Any) -> None:
+    """Keys of the program's own, and names of parameter groups."""
+    folder = copy(ZERO2, tmp_path)
+    all_models(folder, lambda content: {**content, odd: 3})
+    for file in folder.glob("*optim_states.pt"):
+        edit(
+            file, lambda c: changed(c, ("optimizer_state_dict", "base_optimizer_state", "param_groups", 0, "name"), odd)
+        )
+    opened = ckptlab.open(folder)
+    assert opened.catalog.groups[0].name is None
+    assert repr(odd) in repr(opened)
+    assert opened._repr_html_()
+    assert law(folder).healthy
 
 
 @pytest.mark.parametrize("value", [*ODD, np.zeros(3), {"w": np.zeros(3)}, {"model": {"w": np.zeros(3)}}], ids=repr)

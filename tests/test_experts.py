@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import DATA, differences, differences_from_truth, digest
+from compare import DATA, differences, differences_from_truth, digest, whole
+from helpers.experts import Whole, dealt_to_tp
 from real_deepspeed import make_case, requires_deepspeed, resume
 from safetensors.numpy import load_file
 
@@ -17,7 +18,8 @@ import ckptlab
 from ckptlab.arrays import Tally
 from ckptlab.catalog import MASTER, PARAM, ParameterGroup
 from ckptlab.checkpoint import Reshape
-from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
+from ckptlab.convert.manifest import MANIFEST
+from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import experts, write
@@ -171,7 +173,7 @@ def test_weights_are_saved_under_global_names(tmp_path: Path) -> None:
         ({"dp": 8, "ep": 8}, "the 4 experts of .* cannot be dealt evenly"),
         ({"dp": 3}, "dp 3: ep 2 is a part of it"),
         ({"zero_stage": 3}, "ZeRO-3 with experts"),
-        ({"tp": 2}, "cannot cut experts for another tp"),
+        ({"tp": 2}, "deals experts that tp does not cut to tp ranks too"),
         ({"mesh": Mesh(dp=4, ep=2)}, "ep as a part of dp"),
     ],
     ids=str,
@@ -207,18 +209,187 @@ def changed(tmp_path: Path, change: Any, pattern: str) -> Path:
     return tmp_path / "run"
 
 
-def test_experts_that_are_spread_over_tp_ranks_too_are_refused(tmp_path: Path) -> None:
-    def change(content: Any) -> None:
-        content["optimizer_state_dict"]["partition_count"] = [4, 4, 4, 4]
+def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
+    """Unless they are tensor parallel themselves. Made so by real DeepSpeed 0.19.8 too, and read bit for bit."""
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
+    assert found.mesh == Mesh(dp=2, tp=2)
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    assert ckptlab.check(found).verdict == "healthy"
+    with pytest.raises(ReshapeError, match="DeepSpeed deals experts that tp does not cut to tp ranks too"):
+        found.reshape(dp=1)
+    found.reshape(tp=1, dp=2, ep=2).save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out")
+    assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
 
-    with pytest.raises(UnsupportedError, match="is cut over 4 ranks, not over 2"):
-        ckptlab.open(changed(tmp_path, change, "*optim_states.pt"))
+
+@pytest.mark.parametrize("fault", ["partitions", "an expert's file"])
+def test_experts_that_are_not_dealt_as_their_files_say_are_refused(fault: str, tmp_path: Path) -> None:
+    step = dealt_to_tp(tmp_path / "run", MOE) / "global_step3"
+    if fault == "partitions":
+        file = step / "bf16_zero_pp_rank_1_mp_rank_01_optim_states.pt"
+        content = torchfile.read(file)
+        content["optimizer_state_dict"]["partition_count"] = [2, 2, 1, 1]
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    else:
+        (step / "layer_1_expert_2_mp_rank_01_model_states.pt").unlink()
+    message = "is cut over 1 ranks" if fault == "partitions" else "layer_1_expert_2_mp_rank_01_model_states"
+    with pytest.raises(CheckpointError, match=message):
+        ckptlab.open(step, strategy=Whole())
+
+
+def staged(out: Path) -> Path:
+    """The case as a pipeline of two stages would have left it: of each stage its part of the module, and the experts of
+    its layers, which it counts from 0 on."""
+    catalog, source = read(MOE), MOE / "global_step3"
+    (out / "global_step3").mkdir(parents=True)
+    of_stage = [
+        lambda n: not n.startswith(("blocks.2", "blocks.3", "ln_f")),
+        lambda n: n.startswith(("blocks.2", "blocks.3", "ln_f")),
+    ]
+    for p, held in enumerate(of_stage):
+        model = torchfile.read(source / "mp_rank_00_model_states.pt")
+        shapes = [{n: s for n, s in group.items() if held(n)} for group in model["param_shapes"]]
+        model |= {"mp_world_size": 2, "num_experts": [4], "param_shapes": shapes}
+        model["module"] = {n: t for n, t in model["module"].items() if held(n)}
+        model["buffer_names"] = [n for n in model["buffer_names"] if held(n)]
+        model["frozen_param_shapes"] = model["frozen_param_fragments"] = None
+        model["shared_params"] = {a: n for a, n in model["shared_params"].items() if held(n)}
+        model["checkpoint_parallel_dimensions"] = {"pp_degree": 2, "tp_degree": 1}
+        torchfile.write(out / "global_step3" / f"mp_rank_{p:02d}_model_states.pt", model)
+        for d in range(4):
+            content = torchfile.read(source / f"bf16_zero_pp_rank_{d}_mp_rank_00_optim_states.pt")
+            state = content["optimizer_state_dict"]
+            state["param_slice_mappings"] = state["param_alignment_paddings"] = []
+            for g, group in enumerate(shapes):
+                over, part = (4, d) if g < 2 else (2, d // 2)
+                names = [experts.renumbered(n, 2 * (d % 2)) for n in group]
+                for key in (MASTER, "exp_avg", "exp_avg_sq"):
+                    flat = np.concatenate([whole(catalog, n, key).ravel() for n in names])
+                    size = -(-flat.size // (2 * over)) * 2
+                    moment = np.zeros(size * over, flat.dtype)
+                    moment[: flat.size] = flat
+                    cut = slice(part * size, (part + 1) * size)
+                    if key == MASTER:
+                        state["single_partition_of_fp32_groups"][g] = flat[cut]
+                        state["group_paddings"][g] = size - flat[cut].size
+                    else:
+                        state["base_optimizer_state"]["state"][g][key] = moment[cut]
+            torchfile.write(out / "global_step3" / f"bf16_zero_pp_rank_{d}_mp_rank_{p:02d}_optim_states.pt", content)
+        for e in range(4):
+            file = source / f"layer_{p}_expert_{e}_mp_rank_00_model_states.pt"
+            shutil.copy(file, out / "global_step3" / f"layer_0_expert_{e}_mp_rank_{p:02d}_model_states.pt")
+    return out
+
+
+def test_experts_in_a_pipeline_are_read(tmp_path: Path) -> None:
+    """As real DeepSpeed 0.19.8 writes them, of which a case was read bit for bit too."""
+    found = ckptlab.open(staged(tmp_path / "run"))
+    assert (found.mesh.pp, found.mesh["ep"], found.mesh["edp"]) == (2, 2, 2)
+    assert differences(found.catalog, read(MOE)) == []
+    assert found[f"{LAYER}3.fc1.weight"].stages == (0,)
+    assert found[f"{LAYER.replace('.1.', '.3.')}3.fc1.weight"].stages == (1,)
+    assert ckptlab.check(found).verdict == "healthy"
+    with pytest.raises(ReshapeError, match="experts in a pipeline"):
+        found.reshape(dp=2)
+    ckptlab.save_weights(found, tmp_path / "weights")
+    (tmp_path / "run" / "global_step3" / "layer_0_expert_1_mp_rank_01_model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="layer_0_expert_1_mp_rank_01_model_states"):
+        ckptlab.open(tmp_path / "run")
+
+
+def of_two_degrees(out: Path) -> Path:
+    """The case without ZeRO, the first layer's experts over two ranks and the second one's over four. One process put
+    the degrees into another order than the others."""
+    ckptlab.open(MOE).reshape(dp=4, ep=4, zero_stage=0).save(out / "global_step3")
+    (out / "global_step3" / MANIFEST).unlink()
+    files = [out / "global_step3" / f"expp_rank_{x}_mp_rank_00_optim_states.pt" for x in range(4)]
+    for file in files:  # what is read lies in these, which are written anew
+        file.with_suffix(".old").hardlink_to(file)
+    contents = [torchfile.read(file.with_suffix(".old"))["optimizer"] for file in files]
+
+    def parts(x: int, g: int, layer: int) -> list[tuple[Any, Any]]:
+        """(master, states) of what ep rank x has in a group of one layer."""
+        ids = contents[x]["optimizer_state_dict"]["param_groups"][g]["params"]
+        held = [
+            (m, contents[x]["optimizer_state_dict"]["state"][i])
+            for m, i in zip(contents[x]["fp32_groups"][g], ids, strict=True)
+        ]
+        half = len(held) // 2
+        return held[layer * half : (layer + 1) * half]
+
+    for x, file in enumerate(files):
+        base = contents[x]["optimizer_state_dict"]
+        groups = [
+            (
+                base["param_groups"][g],
+                list(
+                    zip(
+                        contents[x]["fp32_groups"][g],
+                        [base["state"][i] for i in base["param_groups"][g]["params"]],
+                        strict=True,
+                    )
+                ),
+            )
+            for g in (0, 1)
+        ]
+        apart = []
+        for g in (2, 3):
+            two = [one for e in (2 * (x % 2), 2 * (x % 2) + 1) for one in parts(e, g, 0)]
+            apart += [
+                ({**base["param_groups"][g], "name": "ep_size_2"}, two),
+                (base["param_groups"][g], parts(x, g, 1)),
+            ]
+        order = [0, 1, 2, 3] if x != 2 else [1, 0, 3, 2]
+        groups += [apart[i] for i in order]
+        state = {i: one for i, (_, one) in enumerate(pair for _, held in groups for pair in held)}
+        ids = iter(range(len(state)))
+        listed = [{**options, "params": [next(ids) for _ in held]} for options, held in groups]
+        made = {**contents[x], "fp32_groups": [[m for m, _ in held] for _, held in groups]}
+        made["optimizer_state_dict"] = {"state": state, "param_groups": listed}
+        torchfile.write(out / "new", {"optimizer": made})
+        (out / "new").replace(file)
+    for file in files:
+        file.with_suffix(".old").unlink()
+    return out
+
+
+def test_layers_over_different_numbers_of_ranks_without_zero(tmp_path: Path) -> None:
+    found = ckptlab.open(of_two_degrees(tmp_path / "run"))
+    assert (found.mesh["ep2"], found.mesh["ep4"]) == (2, 2)
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    assert ckptlab.check(found).verdict == "healthy"
+    for asked in ({}, {"ep": 1, "dp": 2}, {"zero_stage": 2}):
+        found.reshape(**asked).save(tmp_path / f"{len(asked)}{'ep' in asked}" / "step")
+        there = ckptlab.open(tmp_path / f"{len(asked)}{'ep' in asked}")
+        assert differences(found.catalog, there.catalog) == []
+        assert ckptlab.check(there).verdict == "healthy"
+
+
+def test_each_process_may_have_the_degrees_in_another_order(tmp_path: Path) -> None:
+    """DeepSpeed collects the names of groups in a set of strings."""
+    ckptlab.open(of_two_degrees(tmp_path / "run")).reshape(zero_stage=2).save(tmp_path / "two" / "global_step3")
+    (tmp_path / "two" / "global_step3" / MANIFEST).unlink()
+    for file in (tmp_path / "two" / "global_step3").glob("*_rank_[23]_mp_*optim_states.pt"):
+        content = torchfile.read(file)
+        state = content["optimizer_state_dict"]
+        order = [0, 1, 3, 2, 5, 4]
+        for key in ("single_partition_of_fp32_groups", "group_paddings", "partition_count", "param_slice_mappings"):
+            state[key] = [state[key][i] for i in order]
+        base = state["base_optimizer_state"]
+        base["state"] = {new: base["state"][old] for new, old in enumerate(order)}
+        base["param_groups"] = [{**base["param_groups"][old], "params": [new]} for new, old in enumerate(order)]
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    found = ckptlab.open(tmp_path / "two")
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    assert ckptlab.check(found).verdict == "healthy"
 
 
 def head(local: dict[str, int], first: bool = False) -> Any:
     """What is needed of a model file whose ranks have so many experts of each layer."""
     trained = {f"{layer}{e}.w": (2, 3) for layer, n in local.items() for e in range(n)}
-    return SimpleNamespace(trained=trained, config=SimpleNamespace(data_before_experts=first))
+    return SimpleNamespace(trained=trained, world=1, config=SimpleNamespace(data_before_experts=first))
 
 
 A, B = (f"layers.{i}.deepspeed_moe.experts.deepspeed_experts." for i in (2, 10))

@@ -67,4 +67,5 @@ class ParameterGroup:
 
     @property
     def name(self) -> str | None:
-        return self.options.get("name")
+        said = self.options.get("name")
+        return said if isinstance(said, str) else None

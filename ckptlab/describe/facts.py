@@ -16,6 +16,7 @@ from ckptlab.formats import get as format_of
 from ckptlab.formats.torch.placeholders import Foreign
 from ckptlab.mesh import STANDARD, Mesh
 from ckptlab.plain import plain
+from ckptlab.words import brief
 
 MATRIX = 16  # the most ranks a side for which the plan shows who sends how much to whom
 _CLIENT_OBJECTS = 100_000  # of a client state, how many objects are looked at
@@ -52,7 +53,10 @@ def overview(catalog: Catalog) -> dict[str, Any]:
         "states": _states(catalog),
         "groups": [_group(catalog, i) for i in range(len(catalog.groups))],
         "aliases": {alias: t.name for t in catalog.tensors.values() for alias in t.aliases},
-        "client_state": {"keys": list(catalog.client), "not_imported": sorted(set(_foreign(catalog.client)))},
+        "client_state": {
+            "keys": [key if isinstance(key, str) else brief(key) for key in catalog.client],
+            "not_imported": sorted(set(_foreign(catalog.client))),
+        },
         "files": {"count": len(catalog.files), "bytes": _on_disk(catalog)},
         "notices": _notices(catalog.findings),
     }

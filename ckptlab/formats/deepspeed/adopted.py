@@ -19,6 +19,7 @@ from ckptlab.formats.deepspeed.experts import GROUP, Experts, degree_of, layer_o
 from ckptlab.formats.deepspeed.files import StepFolder
 from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
 from ckptlab.formats.deepspeed.module import TIED, ModuleWeights, by_names
+from ckptlab.formats.deepspeed.names import VERSION
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import without
 from ckptlab.layout.notation import names
@@ -26,7 +27,6 @@ from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored, row_major_strides, scalar
 from ckptlab.words import some
 
-VERSION = "0.19.8"  # of DeepSpeed: whose engine was seen to load such files
 ZERO_STAGE = 1  # where nobody says another
 
 

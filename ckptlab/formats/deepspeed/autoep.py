@@ -20,6 +20,7 @@ from ckptlab.layout import Layout
 from ckptlab.sharding.strategies import Shape
 
 KEY, OLD_KEY = "ds_autoep_layers", "autoep_layers"
+FOLDING = "folding"  # what is said of it beside AutoTP, of whose ranks experts are then dealt to all
 VERSION = 1  # of `expert_placement`
 WEIGHTS = ("w1", "w2", "w3")
 DIMS = ("expert", "out", "in")

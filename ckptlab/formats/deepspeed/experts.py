@@ -3,8 +3,13 @@
 A rank of the expert parallel group (`ep`) has some of each layer's experts. Its model file and its optimizer files call
 them by *local* numbers, 0 … n-1 on every rank; files of their own, `layer_L_expert_E_mp_rank_XX_model_states.pt`, by
 the *global* one, ep rank * n + local, which is what they are called here. The flat buffers of an expert group are cut
-over the ranks that have the same experts (`edp`). Sources: DeepSpeed 0.19.8, `moe/layer.py`, `utils/groups.py`
-(`_create_expert_and_data_parallel`), engine (`_save_moe_checkpoint`).
+over the ranks that have the same experts (`edp`).
+
+Beside tensor parallelism there are two kinds. Experts that are tensor parallel themselves
+(`enable_expert_tensor_parallelism`) lie so on each tp rank. All others are whole, and are dealt to the ranks of dp and
+tp alike, in the order of global ranks: tp ranks have different ones, or share the buffers of the same, and an expert's
+file is the one rank's that comes first. Sources: DeepSpeed 0.19.8, `moe/layer.py`, `utils/groups.py`
+(`_create_expert_and_data_parallel`, `_create_expert_data_and_model_parallel`), engine (`_save_moe_checkpoint`).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, contradiction, not_read_yet
+from ckptlab.formats.deepspeed import autoep
 from ckptlab.formats.deepspeed.autoep import Fused
 from ckptlab.formats.deepspeed.headers import ModelFile, Shape
 from ckptlab.mesh import Mesh
@@ -66,9 +72,11 @@ class Experts:
     """The experts of a model.
 
     `local[layer]` and `total[layer]`: how many of a layer's experts a rank has, and how many there are, in the order in
-    which files number the layers. `files[number of the layer, expert, tp]`: the tensors of an expert's file, under
-    their global names. `data_first`: ep is the slower part of dp (`use_data_before_expert_parallelism`), else the
-    faster one. `fused`: layers of AutoEP, whose experts are all in one tensor that ep cuts.
+    which files number the layers (in a pipeline each stage's from 0 on). `files[number of the layer, expert, tp]`: the
+    tensors of an expert's file, under their global names. `data_first`: ep is the slower part of dp
+    (`use_data_before_expert_parallelism`), else the faster one. `fused`: layers of AutoEP, whose experts are all in one
+    tensor that ep cuts. `over_tp`: experts are dealt to tp ranks too, and are whole on each. `stages[layer]`: the pp
+    stage that has it.
     """
 
     local: Mapping[str, int] = field(default_factory=dict)
@@ -76,6 +84,8 @@ class Experts:
     files: Mapping[tuple[int, int, int], Mapping[str, Stored]] = field(default_factory=dict)
     data_first: bool = False
     fused: tuple[Fused, ...] = ()
+    over_tp: bool = False
+    stages: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -84,10 +94,16 @@ class Experts:
         files: Mapping[tuple[int, int, int], Mapping[str, Stored]],
         ep: int,
         fused: tuple[Fused, ...] = (),
+        stages: Mapping[int, int] | None = None,
     ) -> Experts:
         """From the model files, and those of the experts. ep: over how many ranks these are spread where no model file
-        says which tensors are a rank's own."""
+        says which tensors are a rank's own. stages: of the layers, by their numbers, in a pipeline."""
         heads = list(heads)
+        tp = max((head.world for head in heads), default=1)
+        alone = 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
+        over_tp = tp > 1 and not stages and (any(autoep.FOLDING in h.content for h in heads) if fused else alone)
+        if over_tp:
+            files = {(layer, expert, t): held for (layer, expert, _), held in files.items() for t in range(tp)}
         local, total = (
             _numbers(n for head in heads for n in head.trained),
             _numbers(n for f in files.values() for n in f),
@@ -97,7 +113,9 @@ class Experts:
         first = any(head.config.data_before_experts for head in heads)
         number = {layer_of(n): i for (i, _, _), tensors in files.items() for n in tensors}
         layers = sorted({**local, **total}, key=lambda layer: (number.get(layer, -1), natural(layer)))
-        return cls(local, {layer: total.get(layer) or local[layer] for layer in layers}, files, first, fused)
+        every = {layer: total.get(layer) or local[layer] for layer in layers}
+        of_layers = {layer: stages[number[layer]] for layer in every if layer in number} if stages else {}
+        return cls(local, every, files, first, fused, over_tp, of_layers)
 
     @classmethod
     def named(cls, names: Iterable[str], ep: int) -> Experts:
@@ -146,19 +164,19 @@ class Experts:
                 )
                 yield contradiction(path, message)
                 return
-        uneven = [n for n in self.sizes if mesh.dp % n]
+        ranks = mesh.dp * mesh.tp if self.over_tp else mesh.dp
+        uneven = [n for n in self.sizes if ranks % n]
         if uneven or any(high % low for low, high in pairwise(self.sizes)):
             yield contradiction(
                 path,
                 f"{path}: experts are spread over {' and '.join(map(str, self.sizes))} ranks by the numbers of their "
-                f"files, which does not fit dp {mesh.dp}: expert files are missing, or of another run",
+                f"files, which does not fit {'dp' if ranks == mesh.dp else 'dp times tp,'} {ranks}: expert files are "
+                "missing, or of another run",
             )
             return
-        if self and mesh.pp > 1:
-            yield not_read_yet(f"{path}: experts in a pipeline of {mesh.pp} stages, which ckptlab cannot open yet")
-        if self.fused and (mesh.tp > 1 or self.total or len(self.sizes) > 1):
+        if self.fused and (mesh.tp > 1 > self.over_tp or mesh.pp > 1 or self.total or len(self.sizes) > 1):
             others = "experts of DeepSpeed-MoE" if self.total else f"ep {' and '.join(map(str, self.sizes))} at once"
-            beside = f"tp {mesh.tp}" if mesh.tp > 1 else others
+            beside = next((f"{axis} {mesh[axis]}" for axis in ("tp", "pp") if mesh[axis] > 1), others)
             yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")
 
     def spread(self, ep: int | None, data_first: bool | None) -> Experts:
@@ -169,9 +187,6 @@ class Experts:
 
     def refusals(self, mesh: Mesh, ep: int | None, zero_stage: int) -> Iterator[str]:
         """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
-        if not zero_stage and not ep and len(self.sizes) > 1:
-            several = " and ".join(map(str, self.sizes))
-            yield f"experts over {several} ranks without ZeRO, of which ckptlab knows no files: say ep="
         for wanted in (ep,) if ep else self.sizes:
             if mesh.dp % wanted:
                 yield f"dp {mesh.dp}: ep {wanted} is a part of it, and does not divide it: say ep="
@@ -184,7 +199,7 @@ class Experts:
     def on(self, mesh: Mesh) -> Mesh:
         """The mesh with dp split into `edp` and `ep`; where layers differ in their degrees, `ep2` and `ep4`, say, of
         which a layer that is spread over four ranks takes both."""
-        return split(mesh, self.sizes, self.data_first) if self else mesh
+        return split(mesh, self.sizes, self.data_first) if self and not self.over_tp else mesh
 
     def shares(self, names: Iterable[str], mesh: Mesh) -> tuple[Share, ...]:
         """Who has the same tensors of a buffer of these tensors, ep rank by ep rank; one share where it holds none of
@@ -196,7 +211,47 @@ class Experts:
                 "trains each kind in a group of its own"
             )
         (degree,) = degrees or {None}
+        if self.over_tp and degree is not None:
+            return (Share({}, tuple(range(len(self.dealt(degree, mesh)[0]))), "dp"),)
         return _shares(mesh, () if degree is None else axes_of(self.sizes, degree))
+
+    def of_file(self, layer: int, expert: int, mesh: Mesh) -> list[int]:
+        """The tp ranks whose files have an expert of the layer of that number: all, or where experts are dealt to tp
+        ranks too the first of those that have it, of AutoEP's everyone's of the first few dp ranks."""
+        if not self.over_tp:
+            return list(range(mesh.tp))
+        for fused in self.fused:
+            if fused.number == layer:
+                ranks = zip(fused.ranks, self.dealt(fused.ep, mesh), strict=True)
+                return sorted({t for held, own in ranks if expert in held for d, t in own if d < fused.ep})
+        if self.fused or layer >= len(self.total):
+            return list(range(mesh.tp))
+        name = list(self.total)[layer]
+        (_, first), *_ = self.dealt(self.ep(name), mesh)[expert // self.local[name]]
+        return [first]
+
+    def stage(self, name: str) -> int:
+        """The pp stage of an expert's tensor."""
+        return self.stages.get(layer_of(name) or "", 0)
+
+    def dealt(self, degree: int, mesh: Mesh) -> list[list[tuple[int, int]]]:
+        """The (dp, tp) ranks that have the same experts of layers that are spread so, ep rank by ep rank, where they
+        are dealt to tp ranks too."""
+        ranks = [(d, t) for d in range(mesh.dp) for t in range(mesh.tp)]
+        each = len(ranks) // degree
+        return [ranks[i * each : (i + 1) * each] if self.data_first else ranks[i::degree] for i in range(degree)]
+
+    def writer(self, ep: int, mesh: Mesh) -> int:
+        """The rank, of those that experts are dealt to, that writes what ep rank `ep` of the largest degree has: the
+        first."""
+        ranks = mesh.dp * mesh.tp if self.over_tp else mesh.dp
+        return ep * (ranks // self.sizes[-1]) if self.data_first else ep
+
+    def place(self, ep: int, degree: int, mesh: Mesh) -> int:
+        """The ep rank, among those of a degree, of whoever writes what ep rank `ep` of the largest degree has."""
+        ranks = mesh.dp * mesh.tp if self.over_tp else mesh.dp
+        rank = self.writer(ep, mesh)
+        return rank // (ranks // degree) if self.data_first else rank % degree
 
     def holder(self, name: str, mesh: Mesh, ep: int = 0, **at: int) -> Holder:
         """Who, of the ranks at these coordinates, has a tensor or an ep rank's part of it."""
@@ -208,7 +263,7 @@ class Experts:
         """Where an expert's tensor is: its coordinates on the axes over which its layer is spread. Nothing for tensors
         that all have, or have a part of."""
         layer = layer_of(name)
-        if layer is None:
+        if layer is None or self.over_tp:
             return {}
         rank = number_of(name) // self.local.get(layer, self.total[layer])
         return self.shares([name], mesh)[rank].at
@@ -225,6 +280,14 @@ class Experts:
             return shapes
         held = {name: len(fused.ranks[rank]) for name in shapes if (fused := self.fused_of(name))}
         return {name: (held[name], *shape[1:]) if name in held else shape for name, shape in shapes.items()}
+
+    def whole(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
+        """The shapes that tensors have where they are read: those of all experts of a layer, where tp ranks have
+        different ones, are of all of them."""
+        if not (self.fused and self.over_tp):
+            return shapes
+        total = {name: fused.total for name in shapes if (fused := self.fused_of(name))}
+        return {name: (total[name], *shape[1:]) if name in total else shape for name, shape in shapes.items()}
 
     def on_rank(self, names: Iterable[str], rank: int) -> list[str]:
         """Those of a group's tensors that a rank has: all, or of experts those of its ep rank."""
@@ -330,6 +393,14 @@ def _dealt(experts: Experts, names: Sequence[str], sizes: Mapping[str, int]) -> 
         dealt[-1].append(name)
         held += sizes[name]
     return dealt
+
+
+def degrees_named(options: Iterable[Mapping[str, Any]]) -> list[int | None]:
+    """Over how many ranks each of these parameter groups is spread, by its name; None for one that is not, or whose
+    name does not tell."""
+    named = (g.get("name") if g.get("moe") else None for g in options)
+    found = (re.fullmatch(GROUP.format(r"([1-9]\d{0,8})"), name) if isinstance(name, str) else None for name in named)
+    return [int(one[1]) if one else None for one in found]
 
 
 def split(mesh: Mesh, sizes: Sequence[int], data_first: bool = False) -> Mesh:

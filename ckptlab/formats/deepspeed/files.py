@@ -15,7 +15,7 @@ from ckptlab import paths
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import GROUP, Experts, experts_said
+from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said
 from ckptlab.formats.deepspeed.headers import (
     Content,
     EngineConfig,
@@ -25,6 +25,7 @@ from ckptlab.formats.deepspeed.headers import (
     WholeOptimizer,
     expert_optimizer,
     layer_file,
+    order_of,
 )
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.formats.torch import torchfile
@@ -54,7 +55,8 @@ class StepFolder:
     optimizer files (none where the model files hold the optimizer, or there are weights alone), `layers[layer][tp]` the
     tensors of the pipeline engine's layer files, whose names carry `-model_TT` if `layer_axis`, and `others[layer][tp]`
     what else is in them. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split;
-    `expert_optims[tp][ep rank]` are the optimizers of those that train without ZeRO.
+    `expert_optims[tp]` are the ep ranks' optimizers where they train without ZeRO, each with its ep rank; the first is
+    one of that tp rank.
     """
 
     path: str
@@ -68,7 +70,7 @@ class StepFolder:
     is_zero3: bool = False
     files: tuple[str, ...] = ()
     experts: Experts = field(default_factory=Experts)
-    expert_optims: Mapping[int, tuple[WholeOptimizer, ...]] = field(default_factory=dict)
+    expert_optims: Mapping[int, tuple[tuple[int, WholeOptimizer], ...]] = field(default_factory=dict)
 
     @cached_property
     def models(self) -> dict[Rank, Content]:
@@ -89,11 +91,11 @@ class StepFolder:
     def trained(self) -> dict[Rank, dict[str, Shape]]:
         """Shard shapes of the tensors that each rank's optimizer knows, in memory order; of experts, those of all ep
         ranks."""
-        found = {}
+        found: dict[Rank, dict[str, Shape]] = {}
         for rank, (head, *_) in self.heads.items():
-            local = head.trained
+            local = self.experts.whole(head.trained)
             of_ranks = self.experts.everywhere(list(local)) if self.experts else []
-            found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or local
+            found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or dict(local)
         return found
 
     @property
@@ -116,6 +118,7 @@ def read_step_folder(
     mesh = found.mesh()
     found.choose(mesh)
     found.parse("optim" if found.sets else "expert_optim")
+    found.put_in_order()
     for finding in (
         *found.misplaced(mesh),
         *found.notices(mesh),
@@ -157,13 +160,19 @@ class _Found:
     @cached_property
     def experts(self) -> Experts:
         """The experts, by the files that could be read."""
-        files = {(n.layer, n.expert, n.mp): tensors for n, tensors in self.expert_files.items()}
+        tp = self.mesh().tp
+        places = sorted({(n.mp // tp, n.layer) for n in self.expert_files})
+        stages = dict(enumerate(stage for stage, _ in places)) if self.mesh().pp > 1 else {}
+        number = {place: i if stages else place[1] for i, place in enumerate(places)}
+        files = {
+            (number[n.mp // tp, n.layer], n.expert, n.mp % tp): tensors for n, tensors in self.expert_files.items()
+        }
         spread = 1 + max((n.expert for n in self.names if n.kind == "expert_optim"), default=0)
         fused: tuple[Fused, ...] = ()
         for head in itertools.islice(self.heads.values(), 1):
             with self.faults.caught("odd-header", os.path.basename(head.path)):
                 fused = autoep.layers(head.path, head.content)
-        return Experts.of(self.heads.values(), files, spread, fused)
+        return Experts.of(self.heads.values(), files, spread, fused, stages)
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -215,6 +224,19 @@ class _Found:
         order = sorted(self.sets, key=lambda p: (not whole[p], -count[p], (p == "bf16") != (dtype == "bf16"), p))
         self.prefix = order[0] if order else ""
 
+    def put_in_order(self) -> None:
+        """Every rank's parameter groups in the order of the first rank's: where experts are spread over different
+        numbers of ranks, each process may have another."""
+        first = self.optims.get(FileName("optim", prefix=self.prefix))
+        if first is None or any(list(f.group_of) != [*range(len(first.options))] for f in self.optims.values()):
+            return
+        orders = {name: order_of(f.options, first.options) for name, f in self.optims.items()}
+        for name, head in self.heads.items():
+            order = orders.get(FileName("optim", name.mp, name.dp, prefix=self.prefix))
+            if order and head.shapes is not None and len(head.shapes) == len(order):
+                self.heads[name] = replace(head, shapes=tuple(head.shapes[i] for i in order))
+        self.optims.update({name: self.optims[name].reordered(order) for name, order in orders.items() if order})
+
     @property
     def inside(self) -> bool:
         """The optimizer is in the model files."""
@@ -235,12 +257,12 @@ class _Found:
         return self.head == "zero3_model" and not any(n.dp for n in self.names if n.kind == self.head)
 
     def notices(self, mesh: Mesh) -> Iterator[Finding]:
-        """What is not as usual, and read all the same; experts in groups of several degrees without ZeRO are not."""
-        names = {g.get("name") for o in self.expert_optims.values() if o for g in o.options if g.get("moe")}
-        if len(names) > 1:
+        """What is not as usual, and read all the same; experts that train without ZeRO in a pipeline are not."""
+        folded = self.experts.over_tp and self.experts.fused
+        if self.expert_optims and (mesh.pp > 1 or folded):
             yield not_read_yet(
-                f"{self.path}: experts trained without ZeRO (stage 0) over different numbers of ranks "
-                f"({', '.join(map(str, sorted(names, key=str)))}), which ckptlab cannot open yet"
+                f"{self.path}: experts that train without ZeRO (stage 0) {'of AutoEP beside AutoTP' if folded else ''}"
+                f"{f'in a pipeline of {mesh.pp} stages' if mesh.pp > 1 else ''}, which ckptlab cannot open yet"
             )
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"
@@ -336,18 +358,31 @@ class _Found:
             axis = self.axis or mesh.tp > 1
             wanted["layer"] = [self.layer(i, t, axis) for i in sorted(numbers) for t in range(mesh.tp)]
         if self.optimizer and self.head == "model":  # ZeRO-3 keeps all weights in the optimizer files
-            every = itertools.product(experts_said(h.content for h in self.heads.values()), range(mesh.tp))
-            if experts := [FileName("expert", mp=t, layer=i, expert=e) for (i, e), t in every]:
+            experts = [
+                FileName("expert", mp=p * mesh.tp + t, layer=i, expert=e)
+                for p in range(mesh.pp)
+                for i, e in experts_said(h.content for n, h in self.heads.items() if n.mp // mesh.tp == p)
+                for t in self.experts.of_file(i, e, mesh)
+            ]
+            if experts:
                 wanted["expert"] = experts
             if self.inside and self.expert_optims:
                 ranks = range(max(1 + max(n.expert for n in self.expert_optims), self._spread_said()))
-                wanted["expert optimizer"] = [FileName("expert_optim", mp=t, expert=e) for t in world for e in ranks]
+                first = (
+                    self.experts.dealt(len(ranks), mesh)
+                    if self.experts.over_tp
+                    else [[(0, t) for t in world]] * len(ranks)
+                )
+                wanted["expert optimizer"] = [
+                    FileName("expert_optim", mp=t, expert=e)
+                    for e in ranks
+                    for _, t in (first[e][:1] if self.experts.over_tp else first[e])
+                ]
         return wanted
 
     def _spread_said(self) -> int:
         """Over how many ranks experts are spread, by the names of their parameter groups; 0 where those do not tell."""
-        named = {g.get("name") for o in self.expert_optims.values() if o for g in o.options if g.get("moe")}
-        return next((n for n in range(2, _RANKS_A_FILE * len(self.names)) if GROUP.format(n) in named), 0)
+        return max((n for o in self.expert_optims.values() if o for n in degrees_named(o.options) if n), default=0)
 
     @staticmethod
     def layer(number: int, tp: int, axis: bool) -> FileName:
@@ -369,6 +404,13 @@ class _Found:
                 "step folder, or its model files are missing"
             )
         model = mesh.pp * mesh.tp * (mesh.dp if self.head == "zero3_model" else 1)
+        if self.experts.over_tp and missing and all(name.startswith("mp_rank_") for name in missing):
+            ep = self.experts.sizes[-1]
+            return (
+                f"{self.path}: incomplete: {some(missing, 4)} missing. DeepSpeed, to 0.19.8 at least, writes those of "
+                f"just as many tp ranks as experts are spread over (ep {ep}, of tp {mesh.tp}) and cannot load it: save "
+                "it again with ep of at least tp, or experts that are tensor parallel themselves"
+            )
         needs = f"{model} model files" + (f" and {mesh.size} optimizer files" if self.optimizer else "")
         return (
             f"{self.path}: incomplete: {some(missing, 4)} missing. The other files say {mesh}, which needs {needs}: "
@@ -387,18 +429,20 @@ class _Found:
                 r: tuple(self.optims[FileName("optim", mp, d, prefix=self.prefix)] for d in range(mesh.dp))
                 for r, mp in ranks.items()
             }
-        of_experts: dict[int, tuple[WholeOptimizer, ...]] = {}
-        for name in wanted.get("expert optimizer", ()):
-            optimizer = self.expert_optims[name]
-            of_experts[name.mp] = (*of_experts.get(name.mp, ()), *([optimizer] if optimizer else []))
+        of_experts: dict[int, tuple[tuple[int, WholeOptimizer], ...]] = {}
+        held = [(name, one) for name in wanted.get("expert optimizer", ()) if (one := self.expert_optims[name])]
+        for t in {name.mp for name, _ in held}:
+            own = [(name.expert, one) for name, one in held if name.mp == t]
+            others = [(name.expert, one) for name, one in held if name.mp != t and self.experts.over_tp]
+            of_experts[t] = (*own, *others)
         heads = {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()}
         if fused := self.experts.fused:
             heads = {
                 r: tuple(replace(h, shared={**h.shared, **autoep.aliases(fused, h.module or {})}) for h in of_rank)
                 for r, of_rank in heads.items()
             }
-        for t, (first, *_) in of_experts.items():
-            heads[0, t] = tuple(replace(h, optimizer=h.optimizer or first) for h in heads[0, t])
+        for t, ((_, first), *_) in of_experts.items():
+            heads[0, t] = tuple(replace(h, optimizer=first) for h in heads[0, t])
         return StepFolder(
             self.path,
             mesh,

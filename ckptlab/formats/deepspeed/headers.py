@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -25,6 +25,8 @@ Content = Mapping[str, Any]
 EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
 _BIG = 1 << 62  # beyond any number of elements
 _CODES = ("int8", "uint8")  # of quantised states, which mean nothing without their scales
+_IN_PARTS = "local_sub_partitions_of_fp32_groups"
+_BY_GROUP = ("group_paddings", "partition_count")  # what an optimizer file has a list of, an entry a group
 _DEEP = 64  # dictionaries in one another, in a module
 
 
@@ -285,7 +287,8 @@ class OptimizerFile:
     `options[group]`: hyperparameters (None in an elastic checkpoint, which has none). `spans[buffer]`: name → (start,
     count) by `param_slice_mappings`, where they are written. `alignment` and `paddings` are DeepSpeed's
     `param_alignment_paddings` and (of ZeRO-1 and 2) `group_paddings`. `shapes`: param_shapes, which DeepSpeed before
-    0.6 kept here.
+    0.6 kept here. `parts[buffer]`: what ZeRO-1 before DeepSpeed 0.4 has of a buffer, which is cut into pieces that are
+    dealt to dp ranks in turn: piece i of a rank is the buffer's piece i * dp + rank. `states` then are the first ones.
     """
 
     path: str
@@ -301,11 +304,14 @@ class OptimizerFile:
     paddings: tuple[int, ...]
     spans: tuple[Mapping[str, tuple[int, int]], ...]
     shapes: tuple[Shapes, ...] | None
+    parts: tuple[tuple[Mapping[str, Stored], ...], ...] = ()
 
     @classmethod
     def of(cls, path: str, content: Any) -> OptimizerFile:
         whole = Header.of(path, content)
         header = whole.inside("optimizer_state_dict")
+        if _IN_PARTS in header:
+            return cls._in_parts(whole, header)
         wrapper = _wrapper(path, header)
         zero3 = wrapper is Wrapper.ZERO3
         masters = header.several("fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups")
@@ -342,11 +348,64 @@ class OptimizerFile:
             header.shape_groups("param_shapes") or whole.shape_groups("param_shapes"),
         )
 
+    @classmethod
+    def _in_parts(cls, whole: Header, header: Header) -> OptimizerFile:
+        """A file of ZeRO-1 before DeepSpeed 0.4 (`runtime/zero/stage1.py`): elastic, a list of states a group and no
+        hyperparameters, or with those of torch's optimizer, which has a parameter for each piece."""
+        groups, key = header.several(_IN_PARTS), "base_optimizer_state"
+        if not all(isinstance(g, (list, tuple)) and g and all(isinstance(m, Stored) for m in g) for g in groups):
+            raise header.odd(_IN_PARTS, "a list of tensors a group")
+        elastic = isinstance(header.values.get(key), (list, tuple))
+        options: list[Mapping[str, Any] | None] = [None] * len(groups)
+        if elastic:
+            listed = header.several(key)
+            states = [Header(header.path, {key: one}, header.at).dictionaries(key) for one in listed]
+        else:
+            base = header.inside(key)
+            by_id, listed = base.inside("state"), base.dictionaries("param_groups")
+            options = [{k: v for k, v in g.values.items() if k != "params"} for g in listed]
+            kept_of: Mapping[Any, Any] = by_id.values
+            states = [[Header.of(by_id.path, kept_of.get(i, {})) for i in g.integers("params")] for g in listed]
+        if [len(held) for held in states] != [len(g) for g in groups]:
+            raise header.odd(key, f"a state for each of {', '.join(str(len(g)) for g in groups)} pieces")
+        kept = [
+            [(m, *elementwise(whole.path, one.values, m.numel)) for m, one in zip(g, held, strict=True)]
+            for g, held in zip(groups, states, strict=True)
+        ]
+        parts = tuple(tuple({MASTER: m, **arrays} for m, arrays, _ in group) for group in kept)
+        return cls(
+            whole.path,
+            whole.values,
+            Wrapper.ZERO12,
+            1,
+            tuple(group[0] for group in parts),
+            tuple(group[0][2] for group in kept),
+            tuple(range(len(groups))),
+            tuple(options),
+            elastic,
+            (),
+            (),
+            (),
+            whole.shape_groups("param_shapes"),
+            parts,
+        )
+
     def padding(self, buffer: int) -> int:
         """Elements at the end of a buffer's partition that are in no tensor, as `group_paddings` says; else 0."""
         said = self.state_dict.get("group_paddings")
         one = said[buffer] if isinstance(said, (list, tuple)) and buffer < len(said) else 0
         return one if isinstance(one, int) and 0 <= one <= self.states[buffer][MASTER].numel else 0
+
+    def reordered(self, order: Sequence[int]) -> OptimizerFile:
+        """With its groups, of which each has one buffer, in another order."""
+
+        def taken(of: Any) -> Any:
+            return type(of)(of[i] for i in order) if len(of) == len(order) else of
+
+        said = {k: taken(self.state_dict[k]) for k in _BY_GROUP if isinstance(self.state_dict.get(k), (list, tuple))}
+        kept = {field: taken(getattr(self, field)) for field in ("states", "scalars", "options")}
+        kept |= {field: taken(getattr(self, field)) for field in ("alignment", "paddings", "spans")}
+        return replace(self, content={**self.content, "optimizer_state_dict": {**self.state_dict, **said}}, **kept)
 
     @property
     def state_dict(self) -> Content:
@@ -357,6 +416,19 @@ class OptimizerFile:
     def steps(self) -> tuple[float, ...]:
         """The steps that its buffers name, each once; torch keeps a float."""
         return _steps(self.scalars)
+
+
+def order_of(
+    options: Sequence[Mapping[str, Any] | None], wanted: Sequence[Mapping[str, Any] | None]
+) -> list[int] | None:
+    """Which of a rank's parameter groups goes where, in the order of another rank's; None where they are in order, or
+    not the same ones. DeepSpeed puts the names of groups of experts into a set, whose order differs from process to
+    process (`split_params_into_different_moe_groups_for_optimizer`)."""
+    names, those = ([str((g or {}).get("name")) for g in one] for one in (options, wanted))
+    if names == those or sorted(names) != sorted(those):
+        return None
+    left = {name: iter([i for i, own in enumerate(names) if own == name]) for name in names}
+    return [next(left[name]) for name in those]
 
 
 def _wrapper(path: str, state: Header) -> Wrapper:
@@ -464,6 +536,20 @@ class WholeOptimizer:
             tuple(next((single for _, single in group if single), {}) for group in kept),
             tuple({k: v for k, v in g.values.items() if k != "params"} for g in groups),
             fused,
+        )
+
+    def ordered_as(self, other: WholeOptimizer) -> WholeOptimizer:
+        """With its groups in the order of another rank's (see `order_of`)."""
+        order = order_of(self.options, other.options)
+        if order is None:
+            return self
+        masters = None if self.masters is None else tuple(self.masters[i] for i in order)
+        return replace(
+            self,
+            masters=masters,
+            states=tuple(self.states[i] for i in order),
+            scalars=tuple(self.scalars[i] for i in order),
+            options=tuple(self.options[i] for i in order),
         )
 
     @property

@@ -66,6 +66,7 @@ def adapt_client(model: dict[str, Any], told: bool, target: Catalog, rank: int) 
         model.pop("universal_checkpoint_info", None)
     else:
         model["universal_checkpoint_info"] = found
+    model.pop(autoep.FOLDING, None)  # of a mesh with tp, for which nothing of it is written
     for held in (model, found or {}):
         for key in (autoep.KEY, autoep.OLD_KEY):
             if held.get(key):

@@ -116,13 +116,17 @@ def _from_expert_files(folder: StepFolder, weights: ModuleWeights, faults: Fault
                 faults.report(contradiction(folder.path, message, name))
                 continue
             inner = held[0].shape
+            if folder.experts.over_tp:
+                every = tuple(Fragment(e * math.prod(inner), one) for e, one in held.items())
+                weights.add(name, kind, (0, tp), (layer.total, *inner), every)
+                continue
             for ep, experts in reversed(list(enumerate(layer.ranks))):  # the first rank's shape is the one that is kept
                 fragments = tuple(Fragment(i * math.prod(inner), held[e]) for i, e in enumerate(experts))
                 weights.add(name, kind, (0, tp), (len(experts), *inner), fragments, ep=ep)
     for (tp, name), stored in parts.items():
-        at = folder.experts.at(name, folder.mesh)
-        kind = "parameter" if name in folder.trained[0, tp] else "frozen"
-        weights.add(name, kind, (0, tp), stored.shape, (Fragment(0, stored),), **at)
+        at, rank = folder.experts.at(name, folder.mesh), (folder.experts.stage(name), tp)
+        kind = "parameter" if name in folder.trained[rank] else "frozen"
+        weights.add(name, kind, rank, stored.shape, (Fragment(0, stored),), **at)
 
 
 def _from_zero3(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:

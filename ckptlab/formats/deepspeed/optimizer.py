@@ -22,6 +22,7 @@ from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wra
 from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
 
+Pieces = dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]]
 Partitions = Mapping[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]]
 Spans = Mapping[str, tuple[int, int]]  # tensor → (start, count) in a partition
 
@@ -67,12 +68,24 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         return None
     flats: dict[Holder, dict[int, FlatBuffer]] = {}  # of every buffer, under the names in the files
     shares: dict[tuple[int, int], tuple[Share, ...]] = {}  # of a stage's buffer: who has the same tensors of it
+    pieces: Pieces = {}
     for (p, t), files in folder.optims.items():
         for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
+            if any(len(file.parts[b]) > 1 for file in files if file.parts):
+                with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
+                    for state_of, fragments in _of_parts(files, Holder(pp=p, tp=t), b, shapes).items():
+                        pieces.setdefault(state_of, {}).update(fragments)
+                continue
+            if folder.experts.over_tp and (degree := folder.experts.degree(next(iter(shapes), ""))):
+                if t == 0:
+                    with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
+                        pieces |= _over_tp(folder, b, shapes, degree)
+                continue
             with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
                 shares[p, b] = folder.experts.shares(shapes, folder.mesh)
-                for finding in _spread_otherwise(files[0], b, shares[p, b][0]):
-                    faults.report(finding)
+                if shares[p, b][0].at:
+                    for finding in _spread_otherwise(files[0], b, len(shares[p, b][0].ranks)):
+                        faults.report(finding)
                 for rank, share in enumerate(shares[p, b]):
                     own = folder.experts.shapes_on(shapes, rank)
                     flat = _flat_buffer([files[d] for d in share.ranks], b, own)
@@ -91,6 +104,9 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         leader = folder.optims[p, 0][0]
         for b, local_group in enumerate(leader.group_of):
             group = index[p][local_group]
+            scalars.setdefault(group, leader.scalars[b])
+            if (p, b) not in shares:  # in pieces
+                continue
             dtypes = {state: stored.dtype for state, stored in leader.states[b].items()}
             fused = folder.experts.fused_of(next(iter(flats[Holder(pp=p, tp=0, **shares[p, b][0].at)][b].names), ""))
             for held in [list(enumerate(shares[p, b]))] if fused else [[one] for one in enumerate(shares[p, b])]:
@@ -107,7 +123,6 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
                         holder: tuple(folder.optims[p, holder["tp"]][d].states[b][state] for d in ranks[holder])
                         for holder in by_holder
                     }
-            scalars.setdefault(group, leader.scalars[b])
     bf16 = 0 if folder.config.stage == 0 else 1  # pipelines without ZeRO have BF16_Optimizer too
     stage = 3 if first.wrapper is Wrapper.ZERO3 else bf16 if first.wrapper is Wrapper.BF16 else None
     return OptimizerFiles(
@@ -119,7 +134,87 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         first.elastic,
         round_robin,
         {k: first.state_dict[k] for k in EXTRAS if k in first.state_dict},
+        pieces,
     )
+
+
+def _over_tp(folder: StepFolder, b: int, shapes: Shapes, degree: int) -> Pieces:
+    """What the ranks have of a buffer of experts that are dealt to ranks of dp and tp alike. CheckpointError where a
+    file speaks against that."""
+    found: Pieces = {}
+    for rank, ranks in enumerate(folder.experts.dealt(degree, folder.mesh)):
+        files = [folder.optims[0, t][d] for d, t in ranks]
+        flat = _flat_buffer(files, b, folder.experts.shapes_on(shapes, rank))
+        for finding in (f for i, file in enumerate(files) for f in _of_part(folder, file, i, b, flat)):
+            raise finding.error
+        parts = [(d, file.states[b]) for (d, _), file in zip(ranks, files, strict=True)]
+        holders = [Holder(pp=0, tp=t) for t in range(folder.mesh.tp)]
+        held = _apart(replace(flat, names=folder.experts.globally(flat.names, rank)), parts, holders)
+        for (name, state), by_holder in held.items():
+            fused = folder.experts.fused_of(name)
+            if fused is None:
+                found[name, state] = by_holder
+                continue
+            inner = math.prod(shapes[name][1:])
+            own = tuple(one for f in next(iter(by_holder.values())) for one in _of_experts(f, fused.ranks[rank], inner))
+            known = next(iter(found.get((name, state), {}).values()), ())
+            new = [f for f in own if f.start // inner not in {one.start // inner for one in known}]  # not its copies
+            found[name, state] = dict.fromkeys(holders, tuple(sorted([*known, *new], key=lambda f: f.start)))
+    return found
+
+
+def _of_experts(fragment: Fragment, experts: Sequence[int], inner: int) -> Iterator[Fragment]:
+    """A fragment of a shard that has these experts, in this order, of so many elements each: of the tensor that has all
+    of them."""
+    at, end = fragment.start, fragment.start + fragment.count
+    while at < end:
+        place, within = divmod(at, inner)
+        count = min(inner - within, end - at)
+        stored = fragment.stored.elements(at - fragment.start, count)
+        yield Fragment(experts[place] * inner + within, stored, fragment.dp)
+        at += count
+
+
+def _of_parts(files: Sequence[OptimizerFile], holder: Holder, b: int, shapes: Shapes) -> Pieces:
+    """What the dp ranks have of a buffer of which each has several pieces, dealt in turn. CheckpointError where these
+    do not make up the tensors."""
+    parts = [(d, part) for row in zip(*(f.parts[b] for f in files), strict=False) for d, part in enumerate(row)]
+    counts = tuple(math.prod(s) for s in shapes.values())
+    flat = FlatBuffer.contiguous(tuple(shapes), counts, len(parts), None, max(p[MASTER].numel for _, p in parts))
+    for i, (d, part) in enumerate(parts):
+        whole, filled = flat.size(i), flat.size(i) - flat.padding(i)
+        odd = part.keys() != parts[0][1].keys() or any(not filled <= s.numel <= whole for s in part.values())
+        if odd or len({len(f.parts[b]) for f in files}) > 1:
+            raise CheckpointError(
+                f"{files[d].path}: group {b} in pieces of {', '.join(str(p[MASTER].numel) for p in files[d].parts[b])} "
+                f"elements, which are not those of {sum(counts):,} on {len(files)} ranks: the files do not belong "
+                "together"
+            )
+    return _apart(flat, parts, [holder])
+
+
+def _apart(flat: FlatBuffer, parts: Sequence[tuple[int, Mapping[str, Stored]]], holders: Sequence[Holder]) -> Pieces:
+    """Tensor by tensor what lies in the parts of a buffer, each with the dp rank that has it."""
+    return {
+        (name, state): dict.fromkeys(
+            holders,
+            tuple(
+                Fragment(start, parts[part][1][state].elements(place, count), parts[part][0])
+                for part, start, place, count in flat.fragments(i).tolist()
+            ),
+        )
+        for i, name in enumerate(flat.names)
+        for state in parts[0][1]
+    }
+
+
+def _of_part(folder: StepFolder, file: OptimizerFile, part: int, b: int, flat: FlatBuffer) -> Iterator[Finding]:
+    """What speaks against a file having that part of a buffer."""
+    yield from _spread_otherwise(file, b, flat.dp)
+    if b < len(file.spans) and file.spans[b] and file.spans[b] != _spans(flat, part):
+        message = f"{file.path}: group {b} is not part {part} of {flat.dp} by its slice mappings"
+        yield contradiction(file.path, f"{message}: the ranks were not numbered tp first, or files were renamed")
+    yield from _lengths(folder, (0, 0), file, part, b, flat)
 
 
 def _unlike(folder: StepFolder) -> Iterator[Finding]:
@@ -150,15 +245,15 @@ def _unlike(folder: StepFolder) -> Iterator[Finding]:
                         )
 
 
-def _spread_otherwise(file: OptimizerFile, b: int, share: Share) -> Iterator[Finding]:
-    """A buffer of experts that is cut over another number of ranks than have them: DeepSpeed spreads experts that are
-    not tensor parallel themselves over tp ranks as well."""
+def _spread_otherwise(file: OptimizerFile, b: int, ranks: int) -> Iterator[Finding]:
+    """A buffer of experts that is cut over another number of ranks than have them by the experts' own files."""
     counts = file.state_dict.get("partition_count")
-    if share.at and isinstance(counts, (list, tuple)) and b < len(counts) and counts[b] != len(share.ranks):
-        yield not_read_yet(
-            f"{file.path}: group {b} is cut over {counts[b]} ranks, not over {len(share.ranks)}: experts are spread "
-            "over tp ranks too, which ckptlab cannot open yet"
+    if isinstance(counts, (list, tuple)) and b < len(counts) and counts[b] != ranks:
+        message = (
+            f"{file.path}: group {b} is cut over {counts[b]} ranks, and by the files of the experts over {ranks}: "
+            "files of experts are missing, or of another run"
         )
+        yield contradiction(file.path, message)
 
 
 def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> FlatBuffer:

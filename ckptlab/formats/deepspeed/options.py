@@ -111,10 +111,19 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
             )
     if experts := native.folder.experts:
         yield from experts.refusals(mesh, options.ep, stage)
+        if trained.pp > 1:
+            yield (
+                f"experts in a pipeline (pp {trained.pp}), whose files ckptlab reads and does not write: safetensors "
+                "and dcp can be written"
+            )
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
-        if mesh.tp != trained.tp:
-            yield f"tp {mesh.tp}: ckptlab cannot cut experts for another tp than {trained.tp} yet"
+        cut = any("tp" in t.cut.axes for t in catalog.tensors.values() if experts.degree(t.name) and not experts.fused)
+        if mesh.tp > 1 and (experts.over_tp or (mesh.tp != trained.tp and not cut)):
+            yield (
+                f"tp {mesh.tp}: DeepSpeed deals experts that tp does not cut to tp ranks too, of which ckptlab writes "
+                "no files"
+            )
     elif options.ep not in (None, 1):
         yield f"ep {options.ep}: the checkpoint has no experts"
     if options.dtype is not None and options.dtype not in DTYPES:

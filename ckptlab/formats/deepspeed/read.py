@@ -18,7 +18,7 @@ from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import shapes
 from ckptlab.formats.deepspeed.assemble import placements
-from ckptlab.formats.deepspeed.autoep import Fused
+from ckptlab.formats.deepspeed.autoep import FOLDING, Fused
 from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
 from ckptlab.formats.deepspeed.infer import infer, vocabulary
@@ -56,6 +56,7 @@ ENGINE_KEYS = frozenset(
         "num_experts",
         "ds_autoep_layers",
         "autoep_layers",
+        FOLDING,
     )
 )
 
@@ -290,7 +291,11 @@ def build_tensors(
         with faults.caught():
             shards = shards_of(folder, name, shapes_of[name])
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
-            if (fused := folder.experts.fused_of(name)) is not None:
+            fused = folder.experts.fused_of(name)
+            if folder.experts.over_tp and folder.experts.degree(name):
+                layout, shape, cut = whole(name, replicated(len(shards[0])), shards, None, mesh)
+                layout_known = True
+            elif fused is not None:
                 layout, shape, cut = all_experts(name, fused, shards[0], mesh)
                 layout_known = True
             else:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ckptlab.catalog import MASTER
 from ckptlab.findings import Faults, Finding, Where
-from ckptlab.formats.deepspeed.experts import layer_of
+from ckptlab.formats.deepspeed.experts import degrees_named, layer_of
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import (
     ModelFile,
@@ -27,6 +27,7 @@ from ckptlab.formats.deepspeed.headers import (
     WholeOptimizer,
     Wrapper,
 )
+from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 
 _SAMPLE = 32  # elements at either end of a tensor by which it is recognised
@@ -35,11 +36,13 @@ _MOST = 20_000  # ways to go on that are followed at a time
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the module, whole or, where experts are one tensor, in a file for each of them."""
+    """A weight of the module, whole or, where experts are one tensor, in a file for each of them. `apart`: what is
+    trained is a copy, which need not be equal to it."""
 
     shape: Shape
     parts: tuple[Stored, ...]
     of_experts: bool = False
+    apart: bool = False
 
     @property
     def numel(self) -> int:
@@ -58,20 +61,23 @@ Named = Sequence[tuple[str, Weight]]
 
 def told(folder: StepFolder, faults: Faults) -> StepFolder:
     """The folder with `shapes` in every model file, as far as they are known."""
+    folder = _spread(folder)
     heads: dict[Rank, tuple[ModelFile, ...]] = {}
     taken = 0  # layers that earlier stages of a pipeline have
     for rank, files in folder.heads.items():
         head, found = files[0], files[0].shapes
         if rank in folder.optims:
             optims = folder.optims[rank]
-            found = (
-                found if found is not None else optims[0].shapes or _by_spans(folder, rank) or _by_values(folder, rank)
-            )
+            if optims[0].parts:  # what is said then lists frozen tensors too, in the module's order
+                by_values, taken = _by_values(folder, rank, taken)
+                found = by_values or optims[0].shapes
+            elif found is None:
+                found = optims[0].shapes or _by_spans(folder, rank) or _by_values(folder, rank, 0)[0]
             if found is not None and len(found) == 1 < len(optims[0].states):
                 with faults.caught("contradiction", os.path.basename(head.path)):
                     found = _parted(found[0], optims) or found
         elif found is None and head.optimizer is not None and rank[1] == 0:
-            found, taken = _of_stage(folder, rank, head.optimizer, taken)
+            found, taken = _of_stage(folder, rank, _Group.of(head.optimizer), taken)
             if found is None:
                 faults.report(_unnamed(folder.path, head))
         elif found is None and head.optimizer is not None:  # tp ranks hold the same tensors
@@ -83,6 +89,34 @@ def told(folder: StepFolder, faults: Faults) -> StepFolder:
             found = None if folder.is_pipeline else ({name: stored.shape for name, stored in _weights(folder, rank)},)
         heads[rank] = tuple(replace(file, shapes=found) for file in files)
     return replace(folder, heads=heads)
+
+
+def _spread(folder: StepFolder) -> StepFolder:
+    """The folder with experts that are spread over different numbers of ranks, where they train without ZeRO and just
+    the names of parameter groups tell it: each layer's over as many as the group has in its name in which the first
+    rank's optimizer holds its weights. As it was where that is not unique: the optimizer then has no names either."""
+    experts, of_first = folder.experts, dict(folder.expert_optims.get(0, ())).get(0)
+    degrees = degrees_named(of_first.options) if of_first is not None else []
+    if of_first is None or len({n for n in degrees if n}) < 2:
+        return folder
+    wanted = [(group, n) for group, n in zip(_Group.of(of_first), degrees, strict=True) if n]
+    named = [
+        (name, Weight(stored.shape, (stored,), of_experts=True))
+        for (_, _, tp), held in sorted(experts.files.items())
+        for name, stored in held.items()
+        if tp == 0
+    ]
+    found = _assigned(named, [group for group, _ in wanted]) or ()
+    local = {
+        layer: experts.total[layer] // degree
+        for names, (_, degree) in zip(found, wanted, strict=False)
+        for name in names
+        if (layer := layer_of(name))
+    }
+    spread = replace(experts, local={**experts.local, **local})
+    return replace(
+        folder, experts=spread, mesh=spread.on(Mesh(pp=folder.mesh.pp, dp=folder.mesh.dp, tp=folder.mesh.tp))
+    )
 
 
 def _unnamed(path: str, head: ModelFile) -> Finding:
@@ -151,18 +185,23 @@ def _weight(folder: StepFolder, rank: Rank, name: str) -> Stored | None:
 # ---------------------------------------------------------------- tensors without names
 
 
-def _by_values(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
+def _by_values(folder: StepFolder, rank: Rank, taken: int) -> tuple[tuple[Shapes, ...] | None, int]:
     """Shapes of the tensors in flat buffers of ZeRO-1 and 2 that nothing names: those of the module, whose weights are
-    the masters rounded."""
+    the masters rounded; and how many layers of a pipeline are told with these."""
     optims = folder.optims[rank]
-    if folder.is_pipeline or optims[0].wrapper is Wrapper.ZERO3:
-        return None
+    if optims[0].wrapper is Wrapper.ZERO3:
+        return None, taken
     groups = []
     for b in range(len(optims[0].states)):
         parts = tuple(f.states[b][MASTER] for f in optims)
+        if optims[0].parts:
+            parts = tuple(one[MASTER] for row in zip(*(f.parts[b] for f in optims), strict=False) for one in row)
         padding = sum(f.padding(b) for f in optims) if optims[0].wrapper is Wrapper.BF16 else 0
         groups.append(_Group((), parts, sum(p.numel for p in parts) - padding))
-    return _assigned(list(_weights(folder, rank)), groups)
+    if folder.is_pipeline:
+        found, end = _of_stage(folder, rank, groups, taken)
+        return found, end if rank[1] == folder.mesh.tp - 1 else taken
+    return _assigned(list(_weights(folder, rank)), groups), 0
 
 
 def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Weight]]:
@@ -197,14 +236,13 @@ def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Weight]]:
 
 
 def _of_stage(
-    folder: StepFolder, rank: Rank, optimizer: WholeOptimizer, taken: int
+    folder: StepFolder, rank: Rank, groups: Sequence[_Group], taken: int
 ) -> tuple[tuple[Shapes, ...] | None, int]:
-    """The tensors of each group of an optimizer, and how many layers its stage and those before it have.
+    """The tensors of each of these groups, and how many layers its stage and those before it have.
 
     A stage of a pipeline has consecutive layers, all of whose tensors are trained; a tied layer of an earlier stage
     stands before them.
     """
-    groups = _Group.of(optimizer)
     if not folder.is_pipeline:
         named = list(_weights(folder, rank))
         routers = [one for one in named if any(one[0].startswith(layer.router) for layer in folder.experts.fused)]
@@ -212,11 +250,12 @@ def _of_stage(
         ways = [way for order in orders[: 1 + bool(routers)] if (way := _assigned(order, groups)) is not None]
         return (ways[0] if ways and all(way == ways[0] for way in ways) else None), 0
     layers = list(folder.layers)
-    by_shape = [replace(g, masters=()) for g in groups if g.shapes]  # copies of tied tensors need not be equal
+    by_shape = [replace(g, masters=()) if g.shapes else g for g in groups]  # copies of tied tensors need not be equal
     for wanted, end in itertools.product((groups, by_shape), range(taken + 1, len(layers) + 1)):
         own = [one for layer in layers[taken:end] for one in _layer(folder, layer, rank[1])]
         for tied in (None, *layers[:taken]):
-            named = own if tied is None else [*_layer(folder, tied, rank[1]), *own]
+            copies = [] if tied is None else _layer(folder, tied, rank[1])
+            named = [*((n, replace(w, apart=wanted is by_shape)) for n, w in copies), *own]
             named.sort(key=lambda one: not one[0].startswith("tied_modules."))
             found = _assigned(named, wanted, frozen=False)
             if found is not None:
@@ -259,7 +298,7 @@ class _Group:
         """Where the weight begins if it is what ends at `end`; None if that cannot be."""
         if not self.shapes:
             at = end - weight.numel
-            return at if at >= 0 and _rounds(self.masters, at, weight) else None
+            return at if at >= 0 and (weight.apart or _rounds(self.masters, at, weight)) else None
         at = end - 1
         if at < 0 or self.shapes[at] not in (None, weight.shape):
             return None

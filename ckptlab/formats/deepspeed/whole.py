@@ -11,13 +11,11 @@ from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
-from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, match_groups
+from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces, match_groups
 from ckptlab.formats.deepspeed.options import fused_of
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
-
-Pieces = dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]]
 
 
 def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles:
@@ -36,8 +34,10 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
             stages[rank[0]] = list(zip(optimizer.options, held, strict=True))
         for g, names in enumerate(held):
             scalars.update(dict.fromkeys(names, optimizer.scalars[g]))
-        for ep, own in enumerate(folder.expert_optims.get(rank[1], (optimizer,))):
-            for name, at, state, fragments in _fragments(folder, own, head.shapes, module, rank, ep):
+        for ep, own in folder.expert_optims.get(rank[1], ((0, optimizer),)):
+            for name, at, state, fragments in _fragments(
+                folder, own.ordered_as(optimizer), head.shapes, module, rank, ep
+            ):
                 pieces.setdefault((name, state), {}).setdefault(at, fragments)
     groups, _ = match_groups(folder.path, stages)
     stage = folder.config.stage
@@ -65,9 +65,11 @@ def _fragments(
     """(tensor, holder, state, where it lies) of all that the optimizer of a rank keeps, of its experts by their global
     names. What it steps is the module's own weight where it has no other."""
     for g, of_first in enumerate(shapes):
-        done, names = 0, folder.experts.shapes_on(of_first, ep)
-        for k, (name, shape) in enumerate(zip(folder.experts.globally(names, ep), names.values(), strict=True)):
-            holder = folder.experts.holder(name, folder.mesh, ep, pp=rank[0], tp=rank[1])
+        degree = folder.experts.degree(next(iter(of_first), ""))
+        at = folder.experts.place(ep, degree, folder.mesh) if degree else ep
+        done, names = 0, folder.experts.shapes_on(of_first, at)
+        for k, (name, shape) in enumerate(zip(folder.experts.globally(names, at), names.values(), strict=True)):
+            holder = folder.experts.holder(name, folder.mesh, at, pp=rank[0], tp=rank[1])
             count = math.prod(shape)
             kept: dict[str, Stored] = dict(optimizer.states[g][0 if optimizer.fused else k])
             if optimizer.masters is not None:
@@ -104,7 +106,9 @@ def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str,
     masters: list[list[Pending]] = []
     fused = fused_of(writer.source, target.private.options) and target.private.dtype != "fp32"
     for index, group in enumerate(target.groups):
-        names = [n for n in writer.experts.on_rank(group.tensors, ep) if stage in target.tensors[n].stages]
+        degree = writer.experts.degree(next(iter(group.tensors), ""))
+        at = writer.experts.place(ep, degree, target.mesh) if degree else ep
+        names = [n for n in writer.experts.on_rank(group.tensors, at) if stage in target.tensors[n].stages]
         if not names:
             continue
         shards = [{s: writer.shard(n, s, rank) for s in target.tensors[n].states if s != PARAM} for n in names]

@@ -61,6 +61,12 @@ class NativeWriter:
         self.experts = self.native.experts
         self._places: dict[Holder, list[int]] = {}
 
+    @property
+    def version(self) -> str:
+        """Of DeepSpeed, by which it tells how to load a file: the source's; one that has such files where it says
+        none."""
+        return self.folder.models[0, 0].get("ds_version") or names.VERSION
+
     def files(self) -> Iterator[FilePlan]:
         mesh = self.mesh
         zero3, inside = (self.native.wrapper is wrapper for wrapper in (Wrapper.ZERO3, Wrapper.WHOLE))
@@ -90,7 +96,7 @@ class NativeWriter:
                 yield torchfile.plan(names.expert(fused.number, expert, t), tensors)
         for ep in range(max(self.experts.sizes, default=0) if inside else 0):
             for t in range(mesh.tp):
-                rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, ep=ep))[0], tp=t)
+                rank = mesh.rank(pp=0, dp=self.experts.writer(ep, mesh), tp=t)
                 optimizer = whole_state(self, 0, rank, ep)
                 yield torchfile.plan(names.expert_optim(ep, t), {"optimizer": optimizer})
 
@@ -178,6 +184,7 @@ class NativeWriter:
             mp_world_size=mesh.pp * mesh.tp,
             checkpoint_parallel_dimensions={"pp_degree": mesh.pp, "tp_degree": mesh.tp},
             ds_config=self.config,
+            ds_version=self.version,
         )
         if self.experts:
             model["num_experts"] = list(self.experts.total.values()) or [fused.total for fused in self.experts.fused]
@@ -267,8 +274,7 @@ class NativeWriter:
             if self.native.wrapper is Wrapper.ZERO3
             else self._flat_state(template, groups, t, d)
         )
-        version = self.folder.models[0, 0].get("ds_version")
-        return {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": version}
+        return {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": self.version}
 
     def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
         found = {}
@@ -361,7 +367,7 @@ class NativeWriter:
             state["zero_stage"] = foreign(*ZERO_STAGE, self.target.zero_stage)
         state["group_paddings"] = paddings
         state["partition_count"] = [f.dp for f, _ in flats]
-        state["ds_version"] = self.folder.models[0, 0].get("ds_version")
+        state["ds_version"] = self.version
         state["param_slice_mappings"] = [self._mapping(f, i) for f, i in flats]
         return state
 

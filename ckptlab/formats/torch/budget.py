@@ -10,6 +10,7 @@ import pickletools
 import re
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ckptlab.errors import UnsafeFileError
 
@@ -19,6 +20,7 @@ OBJECTS = 2_000_000  # lists, tuples, dicts, sets, marks
 CALLS = 1_500_000  # what is made by a call or of a class
 GLOBALS = 4_000  # different names of classes and functions
 LONG_NUMBERS = 10_000  # integers of 8 bytes and more: as keys, those of one hash cost the square of their number
+_SMALL = 1 << 15  # bytes of a pickle that is worth being remembered
 SHARED_TUPLES = 20  # references to tuples from which on it is looked how many one unfolds to
 
 _LENGTHS = {"U": "B", "X": "<I", "T": "<i", "B": "<I", "C": "B"}
@@ -37,7 +39,7 @@ _PLAIN = [
 _MAY_BE_TUPLE = [i in _TUPLES or i not in _MAKES for i in range(256)]
 _BINPUT, _BINGET, _BINUNICODE = b"qhX"
 _BUILD = ord("b")
-_GETS, _NEWOBJ = b"hj", b")\x81"
+_GETS, _EMPTY_TUPLE = b"hj", ord(")")  # with which a record begins
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ def examine(data: bytes, most: Budget = Budget()) -> bool:
 
     UnsafeFileError where it is over a budget; a pickle that is cut or no pickle is left to the unpickler.
     """
+    return (_examined_before if len(data) <= _SMALL else _examined)(data, most)
+
+
+@lru_cache(maxsize=256)
+def _examined_before(data: bytes, most: Budget) -> bool:
+    """Many ranks write the same pickle: tensor parallel ones, say, whose tensors have the same shapes and names."""
+    return _examined(data, most)
+
+
+def _examined(data: bytes, most: Budget) -> bool:
     position = 0
     opcodes, inside = bytearray(), bytearray()
     append, plain, may_be_tuple = opcodes.append, _PLAIN, _MAY_BE_TUPLE
@@ -90,7 +102,7 @@ def examine(data: bytes, most: Budget = Budget()) -> bool:
                 position += 2
                 last = op
                 continue
-            if op in _GETS and data.startswith(_NEWOBJ, position + (2 if op == _BINGET else 5)):
+            if op in _GETS and data[position + (2 if op == _BINGET else 5)] == _EMPTY_TUPLE:
                 record = _RECORDS.match(data, position)
                 if record is not None:
                     inside += record[0]  # with arguments: a few too many are counted

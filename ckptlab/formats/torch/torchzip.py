@@ -4,36 +4,27 @@ The format of the headers is in PKWARE's APPNOTE (4.3.7 local header, 4.5.3 zip6
 in `caffe2/serialize/inline_container.cc`.
 """
 
-import io
 import os
 import struct
-import zipfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ckptlab import paths
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats.checksum import crc32
 from ckptlab.formats.fileplan import Checksum, FilePlan, Literal, Part, merged
+from ckptlab.formats.torch import directory
+from ckptlab.formats.torch.directory import CENTRAL_HEADER, END, END64, END64_LOCATOR, FULL, Directory
 
 _ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-_CENTRAL_HEADER = struct.Struct("<4sBBBBHHHHIIIHHHHHII")
 _PADDING = struct.Struct("<2sH")
 _ZIP64_SIZES = struct.Struct("<HHQQ")
-_END = struct.Struct("<4sHHHHIIH")
-_END64 = struct.Struct("<4sQHHIIQQQQ")
-_END64_LOCATOR = struct.Struct("<4sIQI")
 _CRC_IN_LOCAL, _CRC_IN_CENTRAL = 14, 16  # bytes into the header
 _LIMIT = 0x7FFFFFFF  # from here on the directory has a zip64 field (in 32 bits without a sign, as Python's zipfile)
-_FULL = 0xFFFFFFFF  # says that the number stands in the zip64 field
 _MOST_RECORDS = 0xFFFF
 _SMALL = 1 << 16  # bytes of records such as `byteorder`
-TAIL = 1 << 12  # bytes at the end of a file, among which its directory ends
-_LARGEST_END = 1 << 17  # bytes after the directory, at most: a comment has 65,535
-_LARGEST_DIRECTORY = 1 << 28  # bytes: some two million records
 _TAR = b"ustar", 257  # what stands where in a tar
 _VERSION = 45  # of the format: with zip64
 _UNIX, _MODE = 3, 0o600  # what made it; the mode of what is unpacked
@@ -47,33 +38,6 @@ class Record(NamedTuple):
 
     offset: int
     size: int
-
-
-class Window(io.RawIOBase):
-    """`length` bytes of an open file, from byte `base` on, as a file of their own."""
-
-    def __init__(self, file: BinaryIO, base: int, length: int) -> None:
-        self._file, self._base, self._length, self._at = file, base, length, 0
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        if start + offset < 0:
-            raise OSError(f"there is no byte {start + offset}")
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self._length - self._at, 0)
-        count = left if size is None or size < 0 else min(size, left)
-        data = paths.read_at(self._file, count, self._base + self._at)
-        self._at += len(data)
-        return data
 
 
 class Summed(NamedTuple):
@@ -118,55 +82,53 @@ class RecordReader:
         self.path = path
         self._file = file
         self._base = base
-        window: Any = file if length is None else Window(file, base, length)
-        self._directory = _directory(path, window)
-        names = [info.filename for info in self._directory.infolist()]
-        if len(set(names)) < len(names):
-            double = Counter(names).most_common(1)[0][0]
-            raise UnsafeFileError(
-                f"{path}: two records are named {double!r}, so that programs differ in what they read; do not use it"
-            )
-        if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
+        self._directory = _directory(path, file, base, length)
+        names = self._directory.entries
+        if any(name.rpartition(b"/")[2] == b"constants.pkl" for name in names):
             raise UnsafeFileError(
                 f"{path} is a TorchScript archive (it has a record constants.pkl), which holds code to run; "
                 f"save the model's state_dict with torch.save instead"
             )
-        self.root = names[0].partition("/")[0] if names else ""
+        self._root = next(iter(names), b"").partition(b"/")[0]
+        self.root = self._root.decode(errors="backslashreplace")
 
     @property
     def start(self) -> int:
         """Where the zip begins in what was given of the file."""
-        return min((info.header_offset for info in self._directory.infolist()), default=self._directory.start_dir)
+        return min((entry.header for entry in self._directory.entries.values()), default=self._directory.start)
+
+    def _encoded(self, name: str) -> bytes:
+        return b"%b/%b" % (self._root, name.encode())
 
     def __contains__(self, name: str) -> bool:
-        return f"{self.root}/{name}" in self._directory.NameToInfo
+        return self._encoded(name) in self._directory.entries
 
     def extent(self, name: str) -> Record:
         """Where the data of record `name` (without the root) lies in the file."""
-        info = self._directory.NameToInfo.get(f"{self.root}/{name}")
-        if info is None:
+        entry = self._directory.entries.get(self._encoded(name))
+        if entry is None:
             raise CheckpointError(f"{self.path} has no record {name!r}: it is incomplete, or no file of torch.save")
-        encoded = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-        header = self._at(info.header_offset, _LOCAL_HEADER.size + len(encoded))
-        if not header.startswith(b"PK\3\4") or header[_LOCAL_HEADER.size :] != encoded:
+        fixed = _LOCAL_HEADER.size
+        header = self._at(entry.header, fixed + len(entry.name))
+        if not header.startswith(b"PK\3\4") or header[fixed:] != entry.name:
             raise UnsafeFileError(f"{self.path}: record {name!r} is not where it is said to lie; get the file again")
-        method, name_length, extra_length = (_LOCAL_HEADER.unpack_from(header)[field] for field in (3, 9, 10))
-        if info.compress_type or method or info.flag_bits & 1 or info.file_size != info.compress_size:
+        _, _, _, method, _, _, _, _, _, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+        if entry.method or method or entry.flags & 1 or entry.size != entry.packed:
             raise UnsafeFileError(
                 f"{self.path}: record {name!r} is compressed or encrypted, which torch.save never does; "
                 f"unpack it and zip it again without compression (zip -0)"
             )
-        offset = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if offset + info.file_size > self._directory.start_dir:
+        offset = entry.header + fixed + name_length + extra_length
+        if offset + entry.size > self._directory.start:
             raise UnsafeFileError(
-                f"{self.path}: record {name!r} is said to end at byte {offset + info.file_size}, but the "
-                f"records end at {self._directory.start_dir}; the file is cut or forged, get it again"
+                f"{self.path}: record {name!r} is said to end at byte {offset + entry.size}, but the "
+                f"records end at {self._directory.start}; the file is cut or forged, get it again"
             )
-        return Record(self._base + offset, info.file_size)
+        return Record(self._base + offset, entry.size)
 
     def crc(self, name: str) -> int:
         """The CRC-32 that was written beside record `name`."""
-        return self._directory.NameToInfo[f"{self.root}/{name}"].CRC
+        return self._directory.entries[self._encoded(name)].crc
 
     def bytes_of(self, name: str, most: int = _SMALL) -> bytes:
         """The data of a record of at most so many bytes."""
@@ -180,11 +142,11 @@ class RecordReader:
 
     def summed(self) -> Iterator[Summed]:
         """Every record that lies where it is said to, with its checksum."""
-        for info in self._directory.infolist():
-            root, _, name = info.filename.partition("/")
-            if root == self.root and name:
-                with suppress(UnsafeFileError):  # nobody's
-                    yield Summed(*self.extent(name), info.CRC, name)
+        for encoded, entry in self._directory.entries.items():
+            root, _, name = encoded.partition(b"/")
+            if root == self._root and name:
+                with suppress(UnsafeFileError, UnicodeDecodeError):  # nobody's
+                    yield Summed(*self.extent(name.decode()), entry.crc, name.decode())
 
     def _at(self, offset: int, size: int) -> bytes:
         return paths.read_at(self._file, size, self._base + offset) if offset >= 0 else b""
@@ -192,47 +154,19 @@ class RecordReader:
     def places(self, most: int) -> Iterator[tuple[int, int]]:
         """First byte and end of what `extent` and `bytes_of` will look at: the headers of records, and the records
         that are no tensors and of at most so many bytes."""
-        for info in self._directory.infolist():
-            start = self._base + info.header_offset
-            _, _, name = info.filename.partition("/")
-            small = not name.startswith("data/") and info.file_size <= most
-            yield start, start + _LOCAL_HEADER.size + len(info.filename) + small * (info.file_size + _ALIGNMENT)
+        for encoded, entry in self._directory.entries.items():
+            start = self._base + entry.header
+            _, _, name = encoded.partition(b"/")
+            small = not name.startswith(b"data/") and entry.size <= most
+            yield start, start + _LOCAL_HEADER.size + len(encoded) + small * (entry.size + _ALIGNMENT)
 
 
-def _directory(path: str, file: BinaryIO) -> zipfile.ZipFile:
-    start = file.read(16)
+def _directory(path: str, file: BinaryIO, base: int, length: int | None) -> Directory:
+    start = paths.read_at(file, 16, base)
     if not start.startswith(b"PK\3\4"):
         raise _not_a_zip(path, file, start)
-    if (size := _directory_size(file)) > _LARGEST_DIRECTORY:
-        raise UnsafeFileError(
-            f"{path}: the zip's directory is said to have {size:,} bytes, more than {_LARGEST_DIRECTORY:,}; "
-            f"do not use the file"
-        )
-    try:
-        return zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, struct.error) as error:
-        raise CheckpointError(
-            f"{path} begins as a zip but has no usable directory at its end ({error}): it was cut short, "
-            f"perhaps by an interrupted save or copy; copy it again"
-        ) from error
-
-
-def _directory_size(file: BinaryIO) -> int:
-    """What the end of a zip says of its directory, which is read at once: its bytes; 0 where there is no end."""
-    length = file.seek(0, os.SEEK_END)
-    tail, at = b"", -1
-    for count in (TAIL, _LARGEST_END):
-        if at < _END64.size + _END64_LOCATOR.size:  # torch's files end there; others may have a comment behind
-            file.seek(max(length - count, 0))
-            tail = file.read(count)
-            at = tail.rfind(b"PK\5\6")
-    if at < 0 or at + _END.size > len(tail):
-        return 0
-    sizes = [_END.unpack_from(tail, at)[5]]
-    end64 = tail.rfind(b"PK\6\6", 0, at)
-    if 0 <= end64 <= len(tail) - _END64.size:
-        sizes.append(_END64.unpack_from(tail, end64)[8])
-    return max(size for size in sizes if size != _FULL or len(sizes) == 1)
+    size = file.seek(0, os.SEEK_END) - base if length is None else length
+    return directory.read(path, lambda offset, count: paths.read_at(file, count, base + offset), size)
 
 
 def _not_a_zip(path: str, file: BinaryIO, start: bytes) -> CheckpointError:
@@ -310,23 +244,23 @@ class _Entry(NamedTuple):
         return padding + _ZIP64_SIZES.pack(1, 16, self.size, self.size)
 
     def local_header(self) -> bytes:
-        fields = (_VERSION, 0, 0, 0, _DATE, self.crc or 0, _FULL, _FULL, len(self.name), len(self._extra()))
+        fields = (_VERSION, 0, 0, 0, _DATE, self.crc or 0, FULL, FULL, len(self.name), len(self._extra()))
         return _LOCAL_HEADER.pack(b"PK\3\4", *fields) + self.name + self._extra()
 
     def central_header(self) -> bytes:
         large = [self.size] * 2 * (self.size > _LIMIT) + [self.offset] * (self.offset > _LIMIT)
         extra = struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""
-        size, offset = (_FULL if n > _LIMIT else n for n in (self.size, self.offset))
+        size, offset = (FULL if n > _LIMIT else n for n in (self.size, self.offset))
         versions = (_VERSION, _UNIX, _VERSION, 0)
         lengths = (len(self.name), len(extra), 0)
         fields = (*versions, 0, 0, 0, _DATE, self.crc or 0, size, size, *lengths, 0, 0, _MODE << 16, offset)
-        return _CENTRAL_HEADER.pack(b"PK\1\2", *fields) + self.name + extra
+        return CENTRAL_HEADER.pack(b"PK\1\2", *fields) + self.name + extra
 
 
 def _end_of_directory(count: int, size: int, offset: int) -> bytes:
     end = b""
     if count > _MOST_RECORDS or offset > _LIMIT or size > _LIMIT:
-        end = _END64.pack(b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, size, offset)
-        end += _END64_LOCATOR.pack(b"PK\6\7", 0, offset + size, 1)
+        end = END64.pack(b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, size, offset)
+        end += END64_LOCATOR.pack(b"PK\6\7", 0, offset + size, 1)
     count = min(count, _MOST_RECORDS)
-    return end + _END.pack(b"PK\5\6", 0, 0, count, count, min(size, _FULL), min(offset, _FULL), 0)
+    return end + END.pack(b"PK\5\6", 0, 0, count, count, min(size, FULL), min(offset, FULL), 0)

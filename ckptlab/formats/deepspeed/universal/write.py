@@ -108,7 +108,7 @@ def _common(writer: NativeWriter) -> dict[str, Any]:
     """`optimizer_state.pt`: what the optimizer files say once, hyperparameters included."""
     target, extras = writer.target, writer.source.private.extras
     state = dict(extras) if writer.source.private.dtype == target.private.dtype else {}
-    state |= {"ds_version": writer.folder.models[0, 0].get("ds_version")}
+    state |= {"ds_version": writer.version}
     if target.private.wrapper is not Wrapper.BF16:
         state["zero_stage"] = foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", target.zero_stage)
     groups = writer.groups_on(0)

@@ -1,0 +1,56 @@
+"""Experts dealt to tensor parallel ranks too, made of a case where they are dealt to four ranks of dp."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckptlab.formats.torch import torchfile
+from ckptlab.layout import Layout
+from ckptlab.sharding.strategies import Strategy, replicated
+
+
+class Whole(Strategy):
+    """Nothing is cut."""
+
+    def layout(self, name: str, shards: Any) -> Layout:
+        return replicated(len(shards[0]))
+
+
+def dealt_to_tp(out: Path, case: Path, **more: Any) -> Path:
+    """The case as tp 2 and dp 2 would have left it: the same four ranks, numbered tp first, have the same experts; all
+    else is whole on both tp ranks, and its buffers are cut in two. more: what model files say beside."""
+    step, source = out / "global_step3", case / "global_step3"
+    step.mkdir(parents=True)
+    optims = [torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt") for r in range(4)]
+    for r in range(4):
+        d, t = divmod(r, 2)
+        content = torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt")
+        state, halves = content["optimizer_state_dict"], [optims[2 * d + i]["optimizer_state_dict"] for i in range(2)]
+        masters = "single_partition_of_fp32_groups"
+        for g in (0, 1):
+            state[masters][g] = _joined([h[masters][g] for h in halves])
+            for key in ("exp_avg", "exp_avg_sq"):
+                state["base_optimizer_state"]["state"][g][key] = _joined(
+                    [h["base_optimizer_state"]["state"][g][key] for h in halves]
+                )
+            state["group_paddings"][g] = sum(h["group_paddings"][g] for h in halves)
+        state["partition_count"] = [2] * len(state["partition_count"])
+        state["param_slice_mappings"] = []
+        torchfile.write(step / f"bf16_zero_pp_rank_{d}_mp_rank_{t:02d}_optim_states.pt", content)
+    for t in range(2):
+        content = torchfile.read(source / "mp_rank_00_model_states.pt")
+        content |= {"dp_world_size": 2, "mp_world_size": 2, **more}
+        content["checkpoint_parallel_dimensions"] = {"pp_degree": 1, "tp_degree": 2}
+        torchfile.write(step / f"mp_rank_{t:02d}_model_states.pt", content)
+    for file in source.glob("layer_*"):
+        writer = int(file.name.split("_")[3]) // 2  # of its ep rank, which is its tp rank
+        shutil.copy(file, step / file.name.replace("mp_rank_00", f"mp_rank_{writer:02d}"))
+    return out
+
+
+def _joined(parts: list[Any]) -> np.ndarray:
+    return np.concatenate([part.map() for part in parts])

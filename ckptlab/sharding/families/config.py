@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptlab.catalog import Tensor
+from ckptlab.errors import LayoutError
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -191,12 +192,17 @@ def _mixtral(known: _Known) -> None:
 
 def _qwen_moe(known: _Known) -> None:
     _llama(known)
-    moe = "model.layers.0.mlp"
+    layers = [f"model.layers.{i}.mlp" for i in range(known.layers("model.layers."))]
+    dense = [i for i, layer in enumerate(layers) if known.has(f"{layer}.down_proj.weight")]
+    moe = next((layer for i, layer in enumerate(layers) if i not in dense), layers[0])
     known.set(
         num_experts=known.size(f"{moe}.gate.weight"),
         moe_intermediate_size=known.size(f"{moe}.experts.0.gate_proj.weight"),
         decoder_sparse_step=1,
+        mlp_only_layers=dense,
     )
+    if dense:
+        known.set(intermediate_size=known.size(f"{layers[dense[0]]}.down_proj.weight", 1))
     if known.has(shared := f"{moe}.shared_expert.gate_proj.weight"):
         known.set(shared_expert_intermediate_size=known.size(shared))
     known.take("num_experts_per_tok", "moe_router_topk")
@@ -207,6 +213,9 @@ def _qwen_moe(known: _Known) -> None:
 
 
 def _gpt2(known: _Known) -> None:
+    joined, width = "transformer.h.0.attn.c_attn.weight", known.size("transformer.wte.weight", 1)
+    if known.tensors[joined].shape == (3 * width, width):
+        raise LayoutError(f"{joined} is a linear layer, out × in, and GPT2's is in × out: say family='conv1d'")
     known.set(
         vocab_size=known.size("transformer.wte.weight"),
         n_embd=known.size("transformer.wte.weight", 1),

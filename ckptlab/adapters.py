@@ -2,8 +2,9 @@
 
 A run that PEFT wrapped has, of a layer `X` that is adapted, `X.base_layer.weight` (frozen), `X.lora_A.default.weight`
 (rank, in) and `X.lora_B.default.weight` (out, rank); of a layer that is trained as a whole `X.original_module.weight`
-and `X.modules_to_save.default.weight`. What the model computes with is base + alpha / rank * B A. Sources: Hu et al.
-2021, arXiv:2106.09685; PEFT 0.17, `tuners/lora/layer.py`, `utils/save_and_load.py`.
+and `X.modules_to_save.default.weight`; of an embedding `X.lora_embedding_A.default` (rank, vocab) and B (width, rank).
+What the model computes with is base + alpha / rank * B A; alpha may be another for some modules (`alpha_pattern`).
+Sources: Hu et al. 2021, arXiv:2106.09685; PEFT 0.21, `tuners/lora/layer.py`, `utils/save_and_load.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from ckptlab.sharding.families.numbers import said_beside
 from ckptlab.sharding.families.seen import View, seen_as
 from ckptlab.words import some
 
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B)\.(?P<adapter>[^.]+)\.weight")
+_LORA = re.compile(r"(?P<module>.+)\.(?P<of>lora_(?:embedding_)?)(?P<kind>A|B)\.(?P<adapter>[^.]+)(?P<rest>\.weight)?")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r".+\.original_module\..+")
-_OTHER = re.compile(r".*\.lora_(?!A\.|B\.).*")
+_OTHER = re.compile(r".*\.lora_(?!(embedding_)?[AB]\.).*")
+_CONV1D = re.compile(r"(.+\.)?h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 
@@ -84,10 +86,15 @@ def told(catalog: Catalog) -> Mapping[str, Any]:
 def alone(catalog: Catalog, adapter: Adapter) -> Catalog:
     """The weights of the adapter, under the names that PEFT's files have: without the adapter's own."""
     views = []
-    for module, (a, b) in adapter.pairs.items():
-        for kind, name in (("A", a), ("B", b)):
-            shape = catalog[name].shape
-            views.append(View(f"{_with_prefix(module)}.lora_{kind}.weight", shape, (identity(name, shape),)))
+    if (bias := told(catalog).get("bias", "none")) != "none":
+        raise CheckpointError(
+            f"{catalog.path}: its {CONFIG} says bias {bias!r}: biases are no part of it here: merge it"
+        )
+    for name in (name for pair in adapter.pairs.values() for name in pair):
+        shape, found = catalog[name].shape, _LORA.fullmatch(name)
+        assert found is not None
+        plain = f"{found['module']}.{found['of']}{found['kind']}{found['rest'] or ''}"
+        views.append(View(_with_prefix(plain), shape, (identity(name, shape),)))
     for name, plain in adapter.saved.items():
         shape = catalog[name].shape
         views.append(View(_with_prefix(plain), shape, (identity(name, shape),)))
@@ -98,15 +105,17 @@ def config(catalog: Catalog, adapter: Adapter, alpha: float | None) -> dict[str,
     """What adapter_config.json says. CheckpointError where nobody says alpha."""
     said = told(catalog)
     ranks = adapter.ranks(catalog)
+    usual = max(ranks.values(), key=[*ranks.values()].count, default=0)
     found: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(_turned(said, module) for module in adapter.pairs),
         "inference_mode": True,
         "lora_dropout": 0.0,
-        "r": max(ranks.values(), default=0),
+        "r": usual,
+        "rank_pattern": {_bare(module): rank for module, rank in ranks.items() if rank != usual},
         "target_modules": sorted({module.rpartition(".")[2] for module in adapter.pairs}),
         "modules_to_save": sorted({name.split(".")[-2] for name in adapter.saved.values()}) or None,
         **said,
@@ -122,7 +131,7 @@ def merged(catalog: Catalog, adapter: Adapter, alpha: float | None) -> Catalog:
     alpha: None takes it from adapter_config.json. CheckpointError where nobody says it, or the base is not in the run.
     """
     said = told(catalog)
-    scale, ranks = _alpha(catalog, said, alpha), adapter.ranks(catalog)
+    usual, ranks = _alpha(catalog, said, alpha), adapter.ranks(catalog)
     rooted = bool(said.get("use_rslora"))
     views, added = [], {}
     for name, tensor in catalog.tensors.items():
@@ -135,7 +144,8 @@ def merged(catalog: Catalog, adapter: Adapter, alpha: float | None) -> Catalog:
         views.append(View(here.removeprefix(PREFIX), tensor.shape, (identity(name, tensor.shape),)))
         if rest == "weight" and module in adapter.pairs:
             a, b = adapter.pairs[module]
-            by = LowRank(a, b, scale / (math.sqrt(ranks[module]) if rooted else ranks[module]), _turned(said))
+            scale = _alpha_of(catalog, said, module, usual) / (math.sqrt(ranks[module]) if rooted else ranks[module])
+            by = LowRank(a, b, scale, _turned(said, module) or a.endswith(f"_A.{adapter.name}"))
             _check(catalog, name, by)
             added[views[-1].name] = by
     if lacking := [m for m in adapter.pairs if f"{m.removeprefix(PREFIX)}.weight" not in added]:
@@ -151,6 +161,12 @@ def merged(catalog: Catalog, adapter: Adapter, alpha: float | None) -> Catalog:
 
 def _check(catalog: Catalog, name: str, by: LowRank) -> None:
     """CheckpointError where the shapes of a weight and of what is added to it do not fit."""
+    if any(dtype.kind in "iub" for dtype in catalog[name].states.values()):
+        kept = ", ".join(map(str, catalog[name].states.values()))
+        raise CheckpointError(
+            f"{catalog.path}: {name} is quantized ({kept}, as QLoRA keeps its base): write the adapter alone, or merge "
+            "it into the base as it was published"
+        )
     a, b = catalog[by.a].shape, catalog[by.b].shape
     wanted = (a[1], b[0]) if by.transposed else (b[0], a[1])
     if catalog[name].shape != wanted or a[0] != b[1]:
@@ -168,8 +184,26 @@ def _alpha(catalog: Catalog, said: Mapping[str, Any], alpha: float | None) -> fl
     return found
 
 
-def _turned(said: Mapping[str, Any]) -> bool:
-    return bool(said.get("fan_in_fan_out"))
+def _alpha_of(catalog: Catalog, said: Mapping[str, Any], module: str, usual: float) -> float:
+    """Alpha of one module: keys of alpha_pattern are the ends of names, or regular expressions for them."""
+    patterns = said.get("alpha_pattern") or {}
+    for pattern in patterns if isinstance(patterns, Mapping) else ():
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", _bare(module)):
+                return _alpha(catalog, {"lora_alpha": patterns[pattern]}, None)
+        except re.error as error:
+            raise CheckpointError(f"{catalog.path}: alpha_pattern {pattern!r} of its {CONFIG}: {error}") from None
+    return usual
+
+
+def _turned(said: Mapping[str, Any], module: str) -> bool:
+    """Whether the weight of a layer is in × out: what adapter_config.json says, or that it is GPT-2's `Conv1D`."""
+    turned = said.get("fan_in_fan_out")
+    return bool(turned) if turned is not None else _CONV1D.fullmatch(_bare(module)) is not None
+
+
+def _bare(module: str) -> str:
+    return module.removeprefix(PREFIX)
 
 
 def _with_prefix(name: str) -> str:

@@ -18,6 +18,7 @@ from ckptlab.mesh import Mesh
 from ckptlab.sharding import families
 from ckptlab.sharding.families import Family
 from ckptlab.sharding.families.numbers import said_beside
+from ckptlab.sharding.families.order import ordered
 from ckptlab.sharding.strategies import HuggingFace, Strategy, replicated, resolve
 from ckptlab.words import number_of, some
 
@@ -45,12 +46,14 @@ def begin(
     float32, Adam's moments 0. Reshape it to a mesh in a format and save it, as any checkpoint.
 
     module: the model that the run trains (on torch's meta device will do): the order of its parameters, which of them
-    train, its buffers and ties. DeepSpeed's native files go by that order, so they need it; universal folders and DCP
-    go by names. family: whose names and shapes the run has, as `families.resolve` takes it (None: the weights' own).
-    strategy: its layouts (None: the family's, or those that transformers' names and config.json tell). tp: for how many
-    tensor-parallel ranks a family pads its vocabulary. dtype: what the model computes in. param_groups:
-    hyperparameters of one group of all parameters, or of two, of those with two dims and more and of the others (None:
-    torch's AdamW's, and a finding says so). numbers: heads, kv_heads, … where config.json does not say them.
+    train, its buffers and ties. DeepSpeed's native files go by that order, so they need it, but for models without
+    experts whose order is known by their names (transformers' Llamas, GPT-2 and BLOOM, pipelines of Megatron-DeepSpeed
+    and GPT-NeoX); universal folders and DCP go by names. family: whose names and shapes the run has, as
+    `families.resolve` takes it (None: the weights' own). strategy: its layouts (None: the family's, or those that
+    transformers' names and config.json tell). tp: for how many tensor-parallel ranks a family pads its vocabulary.
+    dtype: what the model computes in. param_groups: hyperparameters of one group of all parameters, or of two, of those
+    with two dims and more and of the others (None: torch's AdamW's, and a finding says so). numbers: heads, kv_heads, …
+    where config.json does not say them.
     LayoutError where a parameter of the module has no weights, or others of another shape.
     """
     if module is not None and not hasattr(module, "named_parameters"):
@@ -66,7 +69,8 @@ def begin(
         theirs = chosen.onto(given, "left", **numbers)
         rules = rules or (families.start(chosen, tp, told) if chosen.strategy is not None else None)
     rules = rules or HuggingFace.of(config)
-    parts = list(_of_module(module, theirs) if module is not None else _of_names(theirs))
+    known = ordered(theirs.tensors)
+    parts = list(_of_module(module, theirs) if module is not None else _of_names(theirs, known))
     made = {part.name: _tensor(part, rules, dtype) for part in parts}
     filled = replace(theirs, tensors={part.name: part.stored for part in parts}, findings=())
     groups, findings = _groups(made, param_groups)
@@ -75,7 +79,7 @@ def begin(
     if left:
         found = f"{number_of(len(left), 'tensor')} that the module has not: {some(left, 4)}"
         findings.append(Finding("weights-left", "warning", Where(tensors=tuple(left)), "", found, "", "target"))
-    if module is None:
+    if module is None and known is None:
         findings.append(
             Finding(
                 "order-unknown",
@@ -115,11 +119,14 @@ class _Part:
     aliases: tuple[str, ...] = ()
 
 
-def _of_names(weights: Catalog) -> Iterator[_Part]:
-    """All of them: what has fractions is trained."""
-    for name, tensor in weights.tensors.items():
+def _of_names(weights: Catalog, known: tuple[list[str], dict[str, str]] | None) -> Iterator[_Part]:
+    """All of them, in their model's order where that is known, with what it ties: what has fractions is trained."""
+    order, tied = known or ([*weights.tensors], {})
+    for name in order:
+        tensor = weights.tensors[name]
         whole = next(iter(tensor.states.values())).kind in "iub"
-        yield _Part(name, tensor, "buffer" if whole else "parameter", tensor.aliases)
+        others = tuple(alias for alias, of in tied.items() if of == name and alias not in tensor.aliases)
+        yield _Part(name, tensor, "buffer" if whole else "parameter", (*tensor.aliases, *others))
 
 
 def _of_module(module: torch.nn.Module, weights: Catalog) -> Iterator[_Part]:

@@ -19,7 +19,7 @@ from ckptlab.formats.fileplan import FilePlan
 from ckptlab.layout import Layout
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Move, Placement, Plan, compose
+from ckptlab.plan import Made, Move, Placement, Plan, compose
 from ckptlab.pool import Workers
 from ckptlab.sharding.relaid import relaid
 from ckptlab.sharding.strategies import Rules, Strategy, resolve
@@ -286,7 +286,7 @@ class Reshape(Viewed, Shown):
         """Which rank's data goes to which rank."""
         return compose(self._planned(), self._states)
 
-    def _planned(self) -> Iterator[tuple[str, int, int, Placement, Placement]]:
+    def _planned(self) -> Iterator[tuple[str, int, int, Placement | Made, Placement]]:
         """What `compose` takes: states that lie alike together, the module weight by itself."""
         for name, tensor in self.target.tensors.items():
             held = self.source[name].states
@@ -310,8 +310,8 @@ class Reshape(Viewed, Shown):
 
     def _moves(
         self, name: str, state: str, becomes: str, read_size: int, written_size: int
-    ) -> Iterator[tuple[str, int, int, Placement, Placement]]:
-        source = self.source.placement(name, state)
+    ) -> Iterator[tuple[str, int, int, Placement | Made, Placement]]:
+        source = self.source.lies(name, state)
         for target in self.target.placements[name, becomes]:
             yield name, read_size, written_size, source, target
 

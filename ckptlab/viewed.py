@@ -135,12 +135,14 @@ class Viewed:
 
     def flat(self, *, dtype: Any = None, backend: Any = None, device: Any = None, chunks: Any = None) -> xr.DataTree:
         """The optimizer's flat buffers as the files hold them, or as the target's will: /pp0/group0 with dims
-        (tp, dp, flat) and true lengths beside. dtype, backend, device, chunks: as for `full`."""
+        (tp, dp, flat) and true lengths beside. Of a checkpoint that is seen through a family they are the stored one's,
+        with its tensors in them. dtype, backend, device, chunks: as for `full`."""
         from ckptlab.arrays.backends import resolve
         from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Flat
 
-        view = Flat(self.source, self._target, dtype_called(dtype), resolve(backend, device))
+        source = self.source.as_stored if self._target is None else self.source
+        view = Flat(source, self._target, dtype_called(dtype), resolve(backend, device))
         return _shown(view, True, None, chunks)
 
     def of_rank(self, rank: int) -> dict[tuple[str, str], np.ndarray]:

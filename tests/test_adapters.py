@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -164,6 +165,7 @@ def test_what_cannot_be_is_refused(run: ckptlab.Checkpoint, tmp_path: Path) -> N
         ({**tensors, f"{AT}.q_proj.lora_B.default.weight": np.zeros((8, 4), "f4")}, "has shape"),
         ({**tensors, f"{AT}.q_proj.lora_magnitude_vector.default.weight": np.zeros(8, "f4")}, "does not know"),
         ({n: t for n, t in tensors.items() if "default" not in n}, "no adapter"),
+        ({**tensors, f"{AT}.q_proj.base_layer.weight": np.zeros((64, 1), "u1")}, "is quantized"),
     ):
         folder = tmp_path / said.replace(" ", "_")
         folder.mkdir()
@@ -173,30 +175,60 @@ def test_what_cannot_be_is_refused(run: ckptlab.Checkpoint, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj", "down_proj"],
+            "alpha_pattern": {"v_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
+            "rank_pattern": {"down_proj": 2},
+        },
+    ),
+    "rslora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_rslora": True}),
+    "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embeddings": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}),
+}
+
+
 @pytest.mark.slow
-def test_peft_loads_an_adapter_alone_and_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("beside", [True, False], ids=["config beside", "alpha given"])
+def test_peft_loads_an_adapter_alone_and_computes_the_same(name: str, beside: bool, tmp_path: Path) -> None:
     """PEFT's own model is the run; its own loading is the judge, of the merged model transformers'."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes: dict[str, int] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=1)
-    base = transformers.LlamaForCausalLM(config).eval()
+    kind, fields = KINDS[name]
+    if not beside and {"alpha_pattern", "use_rslora"} & fields.keys():
+        pytest.skip("what no weights tell")
+    sizes: dict[str, int] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"eos_token_id": 1, "bos_token_id": 1, "attn_implementation": "eager"}
+    if kind == "llama":
+        base = transformers.LlamaForCausalLM._from_config(
+            transformers.LlamaConfig(**sizes, intermediate_size=48, num_key_value_heads=2, **more)
+        )
+    else:
+        base = transformers.GPT2LMHeadModel._from_config(transformers.GPT2Config(**sizes, **more))
+    base = base.eval()
     base.save_pretrained(tmp_path / "base")
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, lora).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **fields)).eval()
+    for key, parameter in model.named_parameters():
+        if "lora_" in key or "modules_to_save" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
     (tmp_path / "run").mkdir()
-    held = {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
+    held = {key: value.detach().numpy().copy() for key, value in model.state_dict().items()}
     save_file(held, tmp_path / "run" / "model.safetensors")
+    if beside:
+        model.peft_config["default"].save_pretrained(tmp_path / "run")
+    said: dict[str, Any] = {} if beside else {"lora_alpha": 8}
     tokens = torch.arange(12)[None]
     expected = model(tokens).logits.detach()
-    ckptlab.save_pretrained(tmp_path / "run", tmp_path / "alone", adapter="alone", lora_alpha=8)
-    fresh = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    ckptlab.save_pretrained(tmp_path / "run", tmp_path / "alone", adapter="alone", **said)
+    fresh = type(base).from_pretrained(tmp_path / "base", attn_implementation="eager")
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "alone").eval()
     assert torch.equal(loaded(tokens).logits, expected)
-    ckptlab.save_pretrained(tmp_path / "run", tmp_path / "merged", adapter="merged", lora_alpha=8, heads=4)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ckptlab.save_pretrained(tmp_path / "run", tmp_path / "merged", adapter="merged", heads=4, **said)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
     torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-5, atol=1e-5)

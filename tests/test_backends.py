@@ -299,7 +299,6 @@ def test_operations_are_right_or_refused(operation: str, dtype: type, backend: B
 
 REFUSED = {
     *(("setting", "jax"), ("rolling", "jax"), ("rolling", "torch")),
-    *(("pointwise", name) for name in NAMES if name != "numpy"),  # once loaded: xarray's array API adapter has none
 }
 
 

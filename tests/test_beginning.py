@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import ZERO2
+from compare import DATA, ZERO2
 from helpers.command import refused, run
 from real_deepspeed import requires_deepspeed, resume
 from safetensors.numpy import save_file
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 import ckptlab
 from ckptlab import CkptlabError, LayoutError, Mesh, ReshapeError
 
+GPT = DATA / "gpt_tp2_pp2_dp2"
 GROUPS: list[dict[str, Any]] = [
     {"name": "decay", "lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
     {"name": "no_decay", "lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0},
@@ -103,6 +104,61 @@ def test_by_names_alone_it_goes_where_names_count(weights: Path, tmp_path: Path)
     for form in ("universal", "dcp"):
         begun.reshape(format=form).save(tmp_path / form)
         assert ckptlab.diff(tmp_path / form, weights, states=["master"]).equal
+
+
+PIPE = ckptlab.Mesh(pp=2, dp=2, tp=2)
+
+
+@requires_deepspeed
+def test_real_deepspeed_begins_a_pipeline_out_of_a_folder_of_transformers(tmp_path: Path) -> None:
+    """No module is given: the order of a pipeline's parameters follows from its names."""
+    run_ = ckptlab.open(GPT)
+    ckptlab.save_pretrained(run_, tmp_path / "hf")
+    begun = ckptlab.begin(
+        tmp_path / "hf", family="gpt2-megatron-deepspeed-tied", tp=2, heads=4, first=2, final=6, param_groups=GROUPS
+    )
+    assert [*begun] == [*run_]
+    assert [g.tensors for g in begun.catalog.groups] == [g.tensors for g in run_.catalog.groups]
+    begun.reshape(PIPE, format="deepspeed", padded_vocab=112).save(tmp_path / "out" / "global_step0")
+    report = resume(tmp_path / "out" / "global_step0", GPT.name, steps=1)
+    assert report["status"] == "different", report.get("error")
+    compared = {key.split("/", 1)[0] for key in report["differences"]}
+    assert compared <= {"exp_avg", "exp_avg_sq", "settings", "step", "steps"}, report["differences"]
+    assert report["losses"]
+
+
+MODELS = {
+    "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"num_key_value_heads": 2}),
+    "gpt2": ("GPT2Config", {}),
+    "bloom": ("BloomConfig", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_in_the_order_of_transformers_own_models(name: str, tmp_path: Path) -> None:
+    """A folder alone, on two tensor-parallel ranks where a layout is known."""
+    transformers = pytest.importorskip("transformers")
+    cls, fields = MODELS[name]
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 4}
+    config = getattr(transformers, cls)(**sizes, intermediate_size=24, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "hf")
+    begun = ckptlab.begin(tmp_path / "hf")
+    assert not [f for f in begun.findings if f.code == "order-unknown"]
+    assert [*begun] == [n for n, _ in model.named_parameters()]
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - {*begun}
+    assert {alias for tensor in begun.values() for alias in tensor.aliases} == tied
+    mesh = Mesh(dp=2) if name == "bloom" else Mesh(tp=2, dp=2)
+    begun.reshape(mesh, format="deepspeed", zero_stage=1).save(tmp_path / "out" / "global_step0")
+    assert ckptlab.diff(tmp_path / "out", tmp_path / "hf", states=["master"]).equal
+    if name == "gpt2":  # the heads of a rank, of q, k and v each
+        key = "transformer.h.1.attn.c_attn.weight"
+        shards = ckptlab.open(tmp_path / "out").shards("master", stack=False)[key].values
+        q, k, v = model.state_dict()[key].numpy().reshape(16, 3, 2, 8).transpose(1, 0, 2, 3)
+        assert np.array_equal(shards[1], np.concatenate([part[:, 1] for part in (q, k, v)], axis=1))
 
 
 def test_what_is_not_the_modules_is_refused(weights: Path, tmp_path: Path) -> None:

@@ -196,6 +196,115 @@ _SAID = (
 )
 
 
+STRETCHED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+NEOX = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 44}
+GPT3 = {"vocab_size": 40, "n_embd": 18, "n_layer": 3, "n_head": 3, "n_positions": 12}
+VARIANTS: dict[str, tuple[str, dict[str, Any], str, tuple[int, int]]] = {
+    "llama, stretched": ("LlamaConfig", {**LLAMA, "rope_scaling": STRETCHED}, "llama-megatron-core", (6, 2)),
+    "mistral, window": ("MistralConfig", {**LLAMA, "sliding_window": 3}, "llama-megatron-core", (6, 2)),
+    "qwen2, window": (
+        "Qwen2Config",
+        {**LLAMA, "head_dim": 4, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+        "llama-megatron-core",
+        (6, 2),
+    ),
+    "qwen3, biases": ("Qwen3Config", {**LLAMA, "attention_bias": True}, "llama-megatron-core", (6, 2)),
+    "mixtral, window": (
+        "MixtralConfig",
+        {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3},
+        "mixtral-megatron-core",
+        (6, 2),
+    ),
+    "qwen2_moe, every second layer": (
+        "Qwen2MoeConfig",
+        {**LLAMA, **MOE, "head_dim": 4, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2},
+        "qwen-moe-megatron-core",
+        (6, 2),
+    ),
+    "qwen3_moe, first dense": (
+        "Qwen3MoeConfig",
+        {**LLAMA, **MOE, "mlp_only_layers": [0], "norm_topk_prob": True},
+        "qwen-moe-megatron-core",
+        (6, 2),
+    ),
+    "gpt_neox, serial": (
+        "GPTNeoXConfig",
+        {**NEOX, "rotary_pct": 0.25, "use_parallel_residual": False},
+        "gpt-neox-sequential",
+        (4, 4),
+    ),
+    "gpt_neox, no biases": ("GPTNeoXConfig", {**NEOX, "attention_bias": False}, "gpt-neox", (4, 4)),
+    "gpt_neox, tied": ("GPTNeoXConfig", {**NEOX, "tie_word_embeddings": True}, "gpt-neox-sequential", (4, 4)),
+    "bloom, three heads": (
+        "BloomConfig",
+        {
+            "vocab_size": 40,
+            "hidden_size": 24,
+            "n_layer": 2,
+            "n_head": 3,
+            "apply_residual_connection_post_layernorm": True,
+        },
+        "bloom-megatron-deepspeed-tied",
+        (3, 3),
+    ),
+    "gpt2, exact gelu": (
+        "GPT2Config",
+        {**GPT3, "activation_function": "gelu", "n_inner": 50},
+        "gpt2-megatron-core",
+        (3, 3),
+    ),
+    "gpt2, untied": ("GPT2Config", {**GPT3, "tie_word_embeddings": False}, "gpt2-megatron-deepspeed", (3, 3)),
+    "gpt2, linear": ("GPT2Config", GPT3, "conv1d", (3, 3)),
+}
+_ALSO = (
+    *("sliding_window", "use_sliding_window", "max_window_layers", "use_parallel_residual", "rope_scaling"),
+    "apply_residual_connection_post_layernorm",
+)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_goes_there_and_back(name: str, tmp_path: Path) -> None:
+    """A folder in several files, under a program's names, and back: the same bits, class and logits."""
+    word, fields, family, (heads, kv_heads) = VARIANTS[name]
+    torch.manual_seed(5)
+    config = getattr(transformers, word)(**fields)
+    made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1))
+    made.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    numbers = {"heads": heads, "kv_heads": kv_heads}
+    left = families.resolve(family).onto(ckptlab.open(tmp_path / "hf"), "left", **numbers)
+    assert not left.findings
+    ckptlab.save_weights(left, tmp_path / "run")
+    said = {k: v for k, v in fields.items() if k in (*_SAID, *_ALSO)}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(said))
+    ckptlab.save_pretrained(tmp_path / "run", tmp_path / "out", family=family, **numbers)
+    again, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(again) is type(made)
+    assert not any(loaded[f"{what}_keys"] for what in ("missing", "unexpected", "mismatched"))
+    assert torch.equal(logits(again), logits(made))
+    assert ckptlab.diff(tmp_path / "out", tmp_path / "hf").equal
+
+
+def test_linear_layers_are_no_gpt2s(tmp_path: Path) -> None:
+    tensors = {"transformer.wte.weight": (5, 4), "transformer.h.0.attn.c_attn.weight": (12, 4)}
+    (tmp_path / "run").mkdir()
+    save_file({n: np.zeros(shape, np.float32) for n, shape in tensors.items()}, tmp_path / "run" / "model.safetensors")
+    with pytest.raises(ckptlab.LayoutError, match="say family='conv1d'"):
+        ckptlab.save_pretrained(tmp_path / "run", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_in_memory_are_those_of_the_files(name: str, saved: Callable[[str], Path]) -> None:
     held = {n: t.numpy() for n, t in model(name).state_dict().items() if ".mlp.experts." in n}

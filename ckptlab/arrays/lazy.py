@@ -20,9 +20,11 @@ from ckptlab.arrays.backends import Backend, resolve
 from ckptlab.arrays.duck import duck, refuse_dask
 from ckptlab.arrays.held import Partition
 from ckptlab.arrays.readers import Reader
+from ckptlab.arrays.taught import teach
 from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
+teach()
 Index = int | slice | NDArray[np.int64]  # what is wanted along one dim
 
 

@@ -22,7 +22,7 @@ from ckptlab.catalog.training import Training
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.findings import Finding
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Holder, Placement
+from ckptlab.plan import Holder, Made, Placement
 from ckptlab.stored import Stored
 
 
@@ -110,6 +110,18 @@ class Catalog:
             raise UnknownNameError(f"{self.path}: no rank holds {state} of {name}")
         return self.placements[name, state][0]
 
+    def lies(self, name: str, state: str) -> Placement | Made:
+        """Where the elements of that state are: its placement, or, of a tensor that is put together from pieces of
+        others, where those are stored. UnknownNameError where no rank holds it."""
+        placement = self.placement(name, state)
+        if self.base is None:
+            return placement
+        pieces, shape = self.seen[name], self.tensors[name].shape
+        parts = tuple((piece, self.base.lies(piece.name, state)) for piece in pieces)
+        if len(pieces) == 1 and pieces[0].is_all(shape, self.base.tensors[pieces[0].name].shape):
+            return parts[0][1]
+        return Made(shape, parts)
+
     def flat(self, name: str, holder: Holder) -> tuple[FlatGroup, int]:
         """The flat group that a holder's shard lies in, and its index there. KeyError if in none."""
         for group, index in self._flat_index.get(name, ()):
@@ -135,7 +147,9 @@ class Catalog:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states, each as often as it is held, flat buffers with their padding."""
+        """Bytes of all states, each as often as it is held, flat buffers with their padding; as they are stored."""
+        if self.base is not None:
+            return self.base.nbytes
         flats = ((flat, d) for g in self.flat_groups for flat in g.flats.values() for d in g.dtypes.values())
         total = sum(flat.total * dtype.itemsize for flat, dtype in flats)
         for (name, state), copies in self.placements.items():

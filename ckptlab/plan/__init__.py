@@ -1,11 +1,13 @@
 """Plans: how to get from one checkpoint's cuts to another's, known without reading any data.
 
-Read flat.py (ZeRO's flat buffers), placement.py (who has which shard), boxes.py, compose.py in this order; then what a
-plan is good for besides: moves.py (between live ranks), ranks.py (the best numbering), time.py.
+Read flat.py (ZeRO's flat buffers), placement.py (who has which shard), boxes.py, compose.py in this order; then made.py
+(tensors put together from others) and what a plan is good for besides: moves.py (between live ranks), ranks.py (the
+best numbering), time.py.
 """
 
 from ckptlab.plan.compose import Plan, between, compose, plan_tensor
 from ckptlab.plan.flat import FlatBuffer
+from ckptlab.plan.made import Made
 from ckptlab.plan.moves import Move, held_by
 from ckptlab.plan.placement import Holder, Placement, Shard
 from ckptlab.plan.ranks import Ranks
@@ -15,6 +17,7 @@ __all__ = [
     "Cluster",
     "FlatBuffer",
     "Holder",
+    "Made",
     "Move",
     "Placement",
     "Plan",

@@ -20,6 +20,7 @@ from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.plan.boxes import Box, shared_boxes
+from ckptlab.plan.made import Made
 from ckptlab.plan.moves import Later, Move
 from ckptlab.plan.placement import InBuffers, Placement
 from ckptlab.plan.ranks import Ranks, best_ranks
@@ -218,7 +219,8 @@ class Plan(Shown):
 
 @explained
 def compose(
-    tensors: Iterable[tuple[str, int, int, Placement, Placement]], moves: Callable[[], Iterable[Move]] | None = None
+    tensors: Iterable[tuple[str, int, int, Placement | Made, Placement]],
+    moves: Callable[[], Iterable[Move]] | None = None,
 ) -> Plan:
     """The plan for many tensors: (name, bytes an element read, bytes an element written, from, to) each.
 
@@ -230,6 +232,7 @@ def compose(
     names: list[str] = []
     figures: list[tuple[int, int]] = []
     pairs: list[tuple[Placement, Placement]] = []
+    made: dict[int, tuple[Made, Placement]] = {}
     alike: dict[Any, list[int]] = {}
     cuts: dict[Cut, int] = {}  # told apart by content, which is looked at once for each that there is
     numbers: dict[int, int] = {}
@@ -237,7 +240,12 @@ def compose(
     for i, (name, read_size, written_size, a, b) in enumerate(tensors):
         names.append(name)
         figures.append((read_size, written_size))
+        if isinstance(a, Made):
+            made[i] = a, b
+            a = Placement(Cut.whole(a.shape, a.mesh))
         pairs.append((a, b))
+        if i in made:
+            continue
         for cut in (a.cut, b.cut):
             if id(cut) not in numbers:
                 numbers[id(cut)] = cuts.setdefault(cut, len(cuts))
@@ -262,6 +270,10 @@ def compose(
             raise
         a, b = sources[0], targets[0]
         elements[index] = _elements_read(a, b.cut.shape), _elements_written(b, a.cut.shape)
+    for i, (a, b) in made.items():
+        from_rank, to_rank, count, read = a.to(b)
+        rows.append((np.full(len(count), i, np.int64), from_rank, to_rank, count))
+        elements[i] = read, _elements_written(b, a.shape)
     tensor, source, target, count = _concatenate(rows)
     order = np.argsort(tensor, kind="stable")
     sizes = np.array(figures, np.int64).reshape(-1, 2)

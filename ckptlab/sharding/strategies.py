@@ -219,6 +219,10 @@ class HuggingFace:
         """See `Strategy.layout`."""
         module, ndim = name.rpartition(".")[0], _ndim(shards)
         style = next((s for pattern, s in self.plan if _names(pattern, module)), None) or self._style(module, shards)
+        if (turned := _CONV1D.get(".".join(module.split(".")[-2:]))) is not None and module.startswith(
+            "transformer.h."
+        ):
+            return Layout(turned if ndim > 1 else turned.removeprefix("in ") if turned.startswith("in ") else "out")
         if style.startswith("colwise"):
             return column(shards)
         if style.startswith(("rowwise", "embedding_rowwise")) and ndim > 1:
@@ -237,6 +241,15 @@ class HuggingFace:
         ):
             return "colwise"
         return "replicated"
+
+
+_CONV1D = {
+    "attn.c_attn": "in (3 tp out)",
+    "attn.c_proj": "(tp in) out",
+    "mlp.c_fc": "in (tp out)",
+    "mlp.c_proj": "(tp in) out",
+}
+"""GPT-2's linear layers, which are the other way round (`Conv1D`: in × out), q, k and v one after the other."""
 
 
 def _names(pattern: str, module: str) -> bool:

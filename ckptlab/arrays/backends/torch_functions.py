@@ -220,6 +220,12 @@ def _norm(array: torch.Tensor, ord: Any = None, axis: Any = None, keepdims: bool
     return torch.linalg.norm(array, ord, axis, keepdims)
 
 
+def _moveaxis(array: torch.Tensor, source: Any, destination: Any) -> torch.Tensor:
+    """Axes in whatever numpy takes: torch takes tuples."""
+    before, after = (tuple(np.atleast_1d(np.asarray(axes, int)).tolist()) for axes in (source, destination))
+    return torch.moveaxis(array, before, after)
+
+
 _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "argsort": partial(_of_a_line, xp.argsort),
     "cumulative_sum": partial(_of_a_line, partial(_added, xp.cumulative_sum)),
@@ -255,6 +261,7 @@ _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "remainder": _REMAINDER,
     "mod": _REMAINDER,
     "divmod": lambda a, b: (_FLOOR_DIVIDE(a, b), _REMAINDER(a, b)),
+    "moveaxis": _moveaxis,
     "searchsorted": _searchsorted,
     "unravel_index": torch.unravel_index,
     "linalg.svd": _svd,

@@ -83,8 +83,8 @@ def _config(
         return dict(options.adapter), []
     if options.config is not None:
         return {**options.config, "dtype": dtype}, []
-    kind = model_type(source.tensors, options.model_type)
     sources = list(told(source))
+    kind = model_type(source.tensors, options.model_type, sources)
     if (
         there := next((s for s in sources if s.get("model_type") in CLASSES and "architectures" in s), None)
     ) is not None:

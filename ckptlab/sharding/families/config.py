@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptlab.catalog import Tensor
+from ckptlab.errors import LayoutError
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -36,9 +37,11 @@ class Config:
     missing: list[str] = field(default_factory=list)
 
 
-def model_type(names: Mapping[str, object], asked: str | None = None) -> str | None:
+def model_type(
+    names: Mapping[str, object], asked: str | None = None, told: Sequence[Mapping[str, Any]] = ()
+) -> str | None:
     """transformers' word for the model whose weights have these names; None where no class that is known here has.
-    asked: what the user calls it, if it is one of those."""
+    asked: what the user calls it, if it is one of those; told: what the program says, of attention within a window."""
     if asked in CLASSES:
         return asked
     if any(name.startswith("gpt_neox.") for name in names):
@@ -56,7 +59,20 @@ def model_type(names: Mapping[str, object], asked: str | None = None) -> str | N
     if "self_attn.q_proj.weight" not in layer:
         return None
     biased = "self_attn.q_proj.bias" in layer and "self_attn.o_proj.bias" not in layer
-    return "qwen3" if normed else "qwen2" if biased else "llama"
+    if normed or biased:
+        return "qwen3" if normed else "qwen2"
+    windowed = any(_window(source) for source in told) and not any(name.endswith(".bias") for name in layer)
+    return "mistral" if windowed else "llama"
+
+
+def _window(source: Mapping[str, Any]) -> int | None:
+    """How many tokens a token attends to, itself counted, as a program says it: Megatron's `window_size` are those
+    before it and those behind."""
+    window = source.get("sliding_window")
+    before = source.get("window_size")
+    if isinstance(before, tuple | list) and len(before) == 2 and type(before[0]) is int and before[0] >= 0:
+        return before[0] + 1
+    return window if type(window) is int else None
 
 
 def config(
@@ -134,7 +150,35 @@ def _llama(known: _Known) -> None:
         known.set(mlp_bias=known.has(f"{layer}.mlp.down_proj.bias"))
     known.take("rms_norm_eps", "layernorm_epsilon", "norm_epsilon", "norm_eps")
     known.take("rope_theta", "rotary_base", "rotary_emb_base")
+    _scaling(known)
+    _windows(known)
     known.take("max_position_embeddings", "seq_length", "max_seq_len")
+
+
+def _scaling(known: _Known) -> None:
+    """Rotary frequencies that were stretched: as Llama 3.1's, whose numbers but the factor Megatron has as constants,
+    or all alike."""
+    if scaling := next((s["rope_scaling"] for s in known.told if isinstance(s.get("rope_scaling"), Mapping)), None):
+        known.set(rope_scaling=dict(scaling))
+    elif any(source.get("use_rope_scaling") for source in known.told):
+        factor = next((s["rope_scaling_factor"] for s in known.told if s.get("rope_scaling_factor")), 8.0)
+        llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        known.set(rope_scaling={"rope_type": "llama3", "factor": float(factor), **llama3})
+    elif factor := next((f for s in known.told if (f := s.get("rotary_seq_len_interpolation_factor"))), None):
+        known.set(rope_scaling={"rope_type": "linear", "factor": float(factor)})
+
+
+def _windows(known: _Known) -> None:
+    """Attention within a window. What Mistral's default is, no program without a word of it means."""
+    kind = known.config.values["model_type"]
+    said = [source for source in known.told if {"sliding_window", "window_size"} & source.keys()]
+    window = _window(said[0]) if said else None
+    if kind in ("mistral", "mixtral"):
+        known.set(sliding_window=window)
+    elif window is not None and kind.startswith("qwen") and said[0].get("use_sliding_window", True):
+        known.set(use_sliding_window=True, sliding_window=window, max_window_layers=said[0].get("max_window_layers", 0))
+    elif window is not None and kind == "llama":
+        known.config.missing.append("attention without a window, which is all that a Llama has")
 
 
 def _mixtral(known: _Known) -> None:
@@ -148,19 +192,30 @@ def _mixtral(known: _Known) -> None:
 
 def _qwen_moe(known: _Known) -> None:
     _llama(known)
-    moe = "model.layers.0.mlp"
+    layers = [f"model.layers.{i}.mlp" for i in range(known.layers("model.layers."))]
+    dense = [i for i, layer in enumerate(layers) if known.has(f"{layer}.down_proj.weight")]
+    moe = next((layer for i, layer in enumerate(layers) if i not in dense), layers[0])
     known.set(
         num_experts=known.size(f"{moe}.gate.weight"),
         moe_intermediate_size=known.size(f"{moe}.experts.0.gate_proj.weight"),
         decoder_sparse_step=1,
+        mlp_only_layers=dense,
     )
+    if dense:
+        known.set(intermediate_size=known.size(f"{layers[dense[0]]}.down_proj.weight", 1))
     if known.has(shared := f"{moe}.shared_expert.gate_proj.weight"):
         known.set(shared_expert_intermediate_size=known.size(shared))
     known.take("num_experts_per_tok", "moe_router_topk")
-    known.take("norm_topk_prob")
+    if any("moe_router_pre_softmax" in source for source in known.told):
+        known.take("norm_topk_prob", "moe_router_pre_softmax", to=lambda said: not said)
+    else:
+        known.take("norm_topk_prob")
 
 
 def _gpt2(known: _Known) -> None:
+    joined, width = "transformer.h.0.attn.c_attn.weight", known.size("transformer.wte.weight", 1)
+    if known.tensors[joined].shape == (3 * width, width):
+        raise LayoutError(f"{joined} is a linear layer, out × in, and GPT2's is in × out: say family='conv1d'")
     known.set(
         vocab_size=known.size("transformer.wte.weight"),
         n_embd=known.size("transformer.wte.weight", 1),

@@ -80,16 +80,18 @@ def llama(program: Program, apart: bool = False, neighbours: bool = False) -> Fa
 
 
 def mixtral(program: Program) -> Family:
-    """Mixtral, each expert by itself, as its files have them."""
+    """Mixtral, each expert by itself, as its files have them: without norms of q and k, and shares of the experts that
+    are chosen sum to one."""
     moe = "model.layers.{i}.block_sparse_moe"
+    program = replace(program, q_norm=None, k_norm=None)
     lines: list[Line] = [*_around(program), *_attention(program)]
     lines.append(Rename(f"{program.at(str(program.router))}.weight", f"{moe}.gate.weight"))
     for up, down in program.experts:
         parts = (f"{moe}.experts.{{e}}.w1.weight", f"{moe}.experts.{{e}}.w3.weight")
         lines.append(Join(program.at(up), "(ffn + ffn) in", parts))
         lines.append(_narrow(program.at(down), f"{moe}.experts.{{e}}.w2.weight"))
-    title = f"{program.name} ↔ transformers' Mixtral"
-    return Family(f"mixtral-{program.name}", title, tuple(lines), program.defaults, ("mixtral",))
+    title, told = f"{program.name} ↔ transformers' Mixtral", (("moe_router_pre_softmax", False),)
+    return Family(f"mixtral-{program.name}", title, tuple(lines), program.defaults, ("mixtral",), told=told)
 
 
 def qwen_moe(program: Program) -> Family:

@@ -120,3 +120,14 @@ def test_the_playground_has_them_in_bars_heading_and_figures() -> None:
     play.activations = {}
     assert "without activations" in play.shown("model.zero")
     assert "activations" not in play.shown("model.told")
+
+
+def test_a_preset_and_its_activations_are_chosen_at_once() -> None:
+    """The source follows before anything is shown, whichever trait is told of first."""
+    play = ckptlab.playground(Mesh(tp=4, pp=2, dp=2), 1)
+    preset = play.presets["Llama 3 70B"]
+    play.choose(activations=preset["activations"], model=preset["model"])
+    play.settled()
+    assert play.shown("about")["title"].startswith("model on paper, 80 layers of 8,192")
+    assert "(70.6 billion) parameters in 483 tensors" in play.shown("model.told")
+    assert len(play.shown("tensors")["names"]) == 483

@@ -170,17 +170,17 @@ class Explorer(anywidget.AnyWidget):
     def _known_step(self, proposal: Any) -> int:
         return min(max(proposal["value"], 0), len(TITLES) - 1)
 
-    def _changed(self, change: Any) -> None:
+    def _changed(self, _: Any) -> None:
         if self._settling:
             return
         self._settling = True
         try:
-            self._settle(change)
+            self._settle()
         finally:
             self._settling = False
         self._show()
 
-    def _settle(self, change: Any) -> None:
+    def _settle(self) -> None:
         """Let what was chosen follow: a state that the tensor has, a window that is in it."""
         tensor = self._good.catalog[self.tensor]
         if not numbers.fits(self.window, tensor.shape):
@@ -313,13 +313,19 @@ class Playground(Explorer):
         subject = Subject.on_paper(model, mesh, zero_stage)
         small = asdict(Activations(sequence=SMALL))
         super().__init__(subject, tab="Model", model=asdict(model), activations=small, most=512, presets=presets)
+        self._made_of = self._of()
 
-    def _settle(self, change: Any) -> None:
-        if change["name"] in ("model", "source_mesh", "source_stage"):
-            self._follow(change)
-        super()._settle(change)
+    def _settle(self) -> None:
+        if (of := self._of()) != self._made_of:  # whatever it was that changed: several traits may be set at once
+            self._made_of = of
+            self._follow()
+        super()._settle()
 
-    def _follow(self, change: Any) -> None:
+    def _of(self) -> tuple[Any, ...]:
+        """What the source is made of."""
+        return self.model, self.source_mesh, self.source_stage
+
+    def _follow(self) -> None:
         """Another source; the target follows it until it is moved, and what was chosen stays where there is such a
         thing."""
         before = self._good.start()

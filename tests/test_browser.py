@@ -259,6 +259,12 @@ def test_no_hand_brings_the_widget_to_contradict_itself(tmp_path: Path) -> None:
             root = page.locator(".ckptlab-explorer")
             root.locator("xpath=self::*[@aria-busy='false']").wait_for()
             root.get_by_role("button", name="Python").click()
+            if name == "Llama 3":  # its numbers and its activations change at once
+                root.get_by_label("start from a model").select_option("Mixtral 8x7B")
+                root.get_by_text("(46.7 billion) parameters").wait_for()
+                assert "32 layers of 4,096" in root.locator(".title").inner_text()
+                assert root.locator('[data-kept="active"]').input_value() == "2"
+                assert "1 × 4,096 tokens" in root.locator('[data-slot="model.zero"]').inner_text()
             root.evaluate(WATCH)
             tabs = root.get_by_role("tab").evaluate_all("tabs => tabs.map((tab) => tab.dataset.tab)")
             for _ in range(12):
@@ -274,15 +280,6 @@ def test_no_hand_brings_the_widget_to_contradict_itself(tmp_path: Path) -> None:
             seen = page.evaluate("window.seen")
             assert seen["wrong"] == [], name
             assert seen["settled"] > 3, name
-            if "Model" in tabs:
-                root.locator('[role=tab][data-tab="Model"]').click()
-                root.get_by_label("start from a model").select_option("Mixtral 8x7B")
-                root.get_by_text("(46.7 billion) parameters").wait_for()
-                root.get_by_label("tp", exact=True).first.wait_for()
-                settled_at_last(page)
-                assert "32 layers of 4,096" in root.locator(".title").inner_text()
-                assert root.locator('[data-kept="active"]').input_value() == "2"
-                assert "activations: 1 × 4,096 tokens" in root.locator('[data-slot="model.zero"]').inner_text()
         assert errors == []
 
 

@@ -262,7 +262,7 @@ def test_no_hand_brings_the_widget_to_contradict_itself(tmp_path: Path) -> None:
             if name == "Llama 3":  # its numbers and its activations change at once
                 root.get_by_label("start from a model").select_option("Mixtral 8x7B")
                 root.get_by_text("(46.7 billion) parameters").wait_for()
-                assert "32 layers of 4,096" in root.locator(".title").inner_text()
+                assert "32 layers of 4,096" in root.locator("h3.title").inner_text()
                 assert root.locator('[data-kept="active"]').input_value() == "2"
                 assert "1 × 4,096 tokens" in root.locator('[data-slot="model.zero"]').inner_text()
             root.evaluate(WATCH)

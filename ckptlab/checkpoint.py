@@ -288,15 +288,18 @@ class Reshape(Viewed, Shown):
 
     def _planned(self) -> Iterator[tuple[str, int, int, Placement | Made, Placement]]:
         """What `compose` takes: states that lie alike together, the module weight by itself."""
+        known: dict[tuple[int, int], list[tuple[str, str, int, int]]] = {}  # of states that many tensors have
+        placements = self.target.placements
         for name, tensor in self.target.tensors.items():
-            held = self.source[name].states
-            flat = [s for s in tensor.states if s != PARAM]
-            if flat:
-                sizes = (sum(t[s].itemsize for s in flat) for t in (held, tensor.states))
-                yield from self._moves(name, flat[0], flat[0], *sizes)
-            if (name, PARAM) in self.target.placements:
-                state = param_source(self.source[name], tensor)
-                yield from self._moves(name, state, PARAM, held[state].itemsize, tensor.states[PARAM].itemsize)
+            held = self.source[name]
+            kind = (id(held.states), id(tensor.states))
+            if kind not in known:
+                known[kind] = list(_together(held, tensor))
+            for state, becomes, read, written in known[kind]:
+                if becomes != PARAM or (name, PARAM) in placements:
+                    source = self.source.lies(name, state)
+                    for target in placements[name, becomes]:
+                        yield name, read, written, source, target
 
     def _states(self) -> Iterator[Move]:
         """Every state by itself, as `Plan.run` moves them: keys are (name, state)."""
@@ -307,13 +310,6 @@ class Reshape(Viewed, Shown):
                 source = self.source.placement(name, drawn)
                 for target in self.target.placements[name, state]:
                     yield Move((name, state), source, target, held.states[drawn], tensor.states[state], (name, drawn))
-
-    def _moves(
-        self, name: str, state: str, becomes: str, read_size: int, written_size: int
-    ) -> Iterator[tuple[str, int, int, Placement | Made, Placement]]:
-        source = self.source.lies(name, state)
-        for target in self.target.placements[name, becomes]:
-            yield name, read_size, written_size, source, target
 
     @cached_property
     def files(self) -> tuple[FilePlan, ...]:
@@ -422,6 +418,18 @@ def source_of(catalog: Catalog) -> convert.Source:
     files = [paths.join(catalog.path, name) for name in catalog.files] if paths.is_folder(catalog.path) else []
     filled = () if catalog.filled is None else source_of(catalog.filled).files
     return convert.Source((*(files or [catalog.path]), *filled), catalog.lying_in)
+
+
+def _together(source: Tensor, target: Tensor) -> Iterator[tuple[str, str, int, int]]:
+    """(state, what becomes of it, bytes an element read, and written) of those that lie alike: what an optimizer keeps,
+    by its first state, and the module weight by itself."""
+    held, wanted = source.states, target.states
+    flat = [state for state in wanted if state != PARAM]
+    if flat:
+        yield flat[0], flat[0], sum(held[s].itemsize for s in flat), sum(wanted[s].itemsize for s in flat)
+    if PARAM in wanted:
+        drawn = param_source(source, target)
+        yield drawn, PARAM, held[drawn].itemsize, wanted[PARAM].itemsize
 
 
 def _check_cuts(laid: Catalog, mesh: Mesh, form: Format) -> None:

@@ -99,17 +99,17 @@ class Mesh(Shown, Mapping[str, int]):
     @property
     def pp(self) -> int:
         """Pipeline-parallel degree."""
-        return self["pp"]
+        return self._known["pp"]
 
     @property
     def dp(self) -> int:
         """Data-parallel degree."""
-        return self["dp"]
+        return self._known["dp"]
 
     @property
     def tp(self) -> int:
         """Tensor-parallel degree."""
-        return self["tp"]
+        return self._known["tp"]
 
     def __getitem__(self, axis: str) -> int:
         if axis not in self._known:
@@ -167,9 +167,14 @@ class Mesh(Shown, Mapping[str, int]):
 
     def ranks(self, **fixed: int) -> list[int]:
         """All ranks at the given coordinates, ascending: `mesh.ranks(pp=0, tp=1)`."""
-        place = self._leaf_coordinate(fixed)
         grid = np.arange(self.size).reshape(self.shape)
-        return [int(r) for r in grid[tuple(place.get(a, slice(None)) for a in self.axes)].ravel()]
+        found: list[int] = grid[self.where(**fixed)].ravel().tolist()
+        return found
+
+    def where(self, **fixed: int) -> tuple[int | slice, ...]:
+        """What indexes an array with one entry a rank, of shape `shape`, for the ranks at the given coordinates."""
+        place = self._leaf_coordinate(fixed)
+        return tuple(place.get(axis, slice(None)) for axis in self.axes)
 
     def groups(self, *axes: str) -> list[list[int]]:
         """Process groups along one axis (or several together): the ranks that differ in nothing else."""
@@ -220,10 +225,13 @@ class Mesh(Shown, Mapping[str, int]):
             if not 0 <= k < self[axis]:
                 raise MeshError(f"{axis} {k} is outside {axis}({self[axis]}) of {self!r}")
             leaves = self.leaves(axis)
+            if leaves == (axis,):
+                found: Any = (k,)
+            else:
+                found = np.unravel_index(k, [self.degrees[leaf] for leaf in leaves])
             twice = [leaf for leaf in leaves if leaf in place]
             if twice:
                 raise MeshError(f"{twice[0]} is given twice, by itself and as a part of a split axis")
-            found = np.unravel_index(k, [self.degrees[leaf] for leaf in leaves])
             place.update((leaf, int(j)) for leaf, j in zip(leaves, found, strict=True))
         return place
 

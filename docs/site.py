@@ -116,13 +116,14 @@ def config(notebooks: list[str]) -> str:
     ]
     palette = [
         {
-            "media": f"(prefers-color-scheme: {scheme})",
-            "scheme": name,
+            "media": f"(prefers-color-scheme{scheme})",
+            **({"scheme": name} if name else {}),
             "toggle": {"icon": icon, "name": "light or dark"},
         }
         for scheme, name, icon in (
-            ("light", "default", "material/weather-night"),
-            ("dark", "slate", "material/weather-sunny"),
+            ("", "", "material/brightness-auto"),  # as the reader's screen, which the pictures follow too
+            (": light", "default", "material/weather-night"),
+            (": dark", "slate", "material/weather-sunny"),
         )
     ]
     return json.dumps(

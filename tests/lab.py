@@ -187,3 +187,52 @@ def shown(page: Any, selector: str) -> None:
     error = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
     page.locator(selector).or_(error).first.wait_for()
     assert not error.count(), error.first.inner_text()[-2000:]
+
+
+_PAGE = """<!doctype html><html><head><meta charset="utf-8"><style>{dark}{style}</style></head>
+<body><div id="root"></div><script type="module">
+{script}
+const traits = JSON.parse(await window.kernel("{{}}"))[0];
+const changed = {{}};
+const on = {{}};
+const tell = (found) => {{
+  const names = Object.keys(found).filter((name) => JSON.stringify(traits[name]) !== JSON.stringify(found[name]));
+  Object.assign(traits, found);
+  for (const name of names) for (const call of on[`change:${{name}}`] || []) call();
+}};
+const model = {{
+  get: (name) => traits[name],
+  set: (name, value) => {{ traits[name] = value; changed[name] = value; }},
+  on: (name, call) => (on[name] ||= []).push(call), off: () => {{}},
+  save_changes: async () => {{
+    const sent = JSON.stringify(changed);
+    for (const name of Object.keys(changed)) delete changed[name];
+    for (const found of JSON.parse(await window.kernel(sent))) tell(found);
+  }},
+}};
+render({{ model, el: document.getElementById("root") }});
+</script></body></html>"""
+
+
+def put_widget(page: Any, explorer: Any, dark: bool = False) -> None:
+    """The widget on a page of its own, its traits here: what a notebook's kernel and page do, without either."""
+    from ckptlab.widgets.explorer import STATIC
+
+    script, style = ((STATIC / name).read_text(encoding="utf-8") for name in ("explorer.js", "explorer.css"))
+    synced = [name for name in explorer.keys if not name.startswith("_")]
+
+    views: list[Any] = []
+    explorer.observe(lambda change: views.append(change["new"]), "view")
+
+    def kernel(sent: str) -> str:
+        views.clear()
+        explorer.set_state(json.loads(sent))
+        explorer.settled()
+        state = explorer.get_state(synced)
+        return json.dumps([{**state, "view": view} for view in views or [state["view"]]])
+
+    page.kernels = [*getattr(page, "kernels", []), kernel]
+    if len(page.kernels) == 1:
+        page.expose_function("kernel", lambda sent: page.kernels[-1](sent))
+    ground = ":root{color-scheme:dark;background:#111;color:#ddd}" if dark else ":root{color-scheme:light}"
+    page.set_content(_PAGE.format(dark=ground, style=style, script=script.replace("export default { render };", "")))

@@ -145,6 +145,11 @@ class Catalog:
     def _in_flats(self) -> frozenset[tuple[str, str]]:
         return frozenset((name, state) for g in self.flat_groups for state in g.dtypes for name in g.names)
 
+    @cached_property
+    def outside(self) -> Placements:
+        """How the states lie that are in no flat buffer."""
+        return {held: copies for held, copies in self.placements.items() if held not in self._in_flats}
+
     @property
     def nbytes(self) -> int:
         """Bytes of all states, each as often as it is held, flat buffers with their padding; as they are stored."""
@@ -152,9 +157,8 @@ class Catalog:
             return self.base.nbytes
         flats = ((flat, d) for g in self.flat_groups for flat in g.flats.values() for d in g.dtypes.values())
         total = sum(flat.total * dtype.itemsize for flat, dtype in flats)
-        for (name, state), copies in self.placements.items():
-            for placement in () if self.is_flat(name, state) else copies:
-                total += placement.numel * self.tensors[name].states[state].itemsize
+        for (name, state), copies in self.outside.items():
+            total += sum(p.numel for p in copies) * self.tensors[name].states[state].itemsize
         return total
 
     @property

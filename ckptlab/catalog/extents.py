@@ -112,10 +112,11 @@ class FlatGroup:
             )
         for holder in first.on(at["pp"]):
             sizes = {of: math.prod(placement.shape(holder)) for of, placement in placements.items()}
-            counts = tuple(sizes[id(cut)] for cut in cuts)
-            if counts not in made:
-                made[counts] = make(tuple(names), counts, len(first.ranks(holder)))
-            flats[holder] = made[counts]
+            different = tuple(sizes.values())
+            if different not in made:
+                counts = tuple(sizes[id(cut)] for cut in cuts)
+                made[different] = make(tuple(names), counts, len(first.ranks(holder)))
+            flats[holder] = made[different]
         data = first.data
         dtypes = {s: d for s, d in tensors[names[0]].states.items() if s != PARAM}
         return cls(at, group, flats, dtypes, sub, data[0] if data != mesh.leaves("dp") and len(data) == 1 else "dp")
@@ -151,10 +152,15 @@ def placements_of(
             stages = tuple(s for s in tensor.stages if s in held)
             at = fixed[id(having[0])]
             one = (Placement(tensor.cut, stages, places[name], tensor.layout.replicas, at),)
-            found.update(((name, state), one) for state in states)
+            for state in states:
+                found[name, state] = one
+    alike: dict[tuple[int, tuple[int, ...], str], tuple[Placement]] = {}
     for (name, state), stages in outside.items():
         tensor = tensors[name]
-        found[name, state] = (Placement(tensor.cut, stages, None, tensor.layout.replicas),)
+        key = (id(tensor.cut), stages, tensor.layout.replicas)
+        if key not in alike:
+            alike[key] = (Placement(tensor.cut, stages, None, tensor.layout.replicas),)
+        found[name, state] = alike[key]
     return found
 
 

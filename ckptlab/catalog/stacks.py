@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from ckptlab.catalog.tensor import Tensor
@@ -61,6 +62,7 @@ def is_number(part: str) -> bool:
     return part.isascii() and part.isdigit() and len(part) <= 18 and (part == "0" or part[0] != "0")
 
 
+@lru_cache(maxsize=1 << 16)
 def split(name: str) -> tuple[str, int | None, str]:
     """What is before the layer's number, the number, and what is behind: `layers.`, 1, `.mlp.w1` of `layers.1.mlp.w1`.
     Without one, or where the number is all of the name: the name, None and nothing."""

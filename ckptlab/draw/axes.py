@@ -23,10 +23,13 @@ class Axes:
     def size(self) -> int:
         return math.prod(self.degrees)
 
-    def label(self, numbers: Sequence[int], order: Sequence[str] = ()) -> str:
-        """`pp 1`, `dp 0–7`, `edp 0 ep 1`; axes of degree 1 are not worth a word. order: in which they are named."""
+    def label(self, numbers: Sequence[int], order: Sequence[str] = (), *, short: bool = False) -> str:
+        """`pp 1`, `dp 0–7`, `edp 0 ep 1`; axes of degree 1 are not worth a word. order: in which they are named.
+        short: those are not either of which there is every coordinate, unless that is so of all."""
         told, degrees = self._values(numbers), dict(zip(self.names, self.degrees, strict=True))
-        return " ".join(f"{name} {ranges(told[name])}" for name in order or self.names if degrees[name] > 1)
+        named = [name for name in order or self.names if degrees[name] > 1]
+        some = [name for name in named if len(told[name]) < degrees[name]]
+        return " ".join(f"{name} {ranges(told[name])}" for name in (short and some) or named)
 
     def data(self, numbers: Sequence[int]) -> dict[str, str]:
         """The same for `data-*` attributes: `{"dp": "0-7"}`, axes of degree 1 too."""

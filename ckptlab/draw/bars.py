@@ -54,6 +54,7 @@ def bars(
         x += width_of(kind) + 34
         wide = max(wide, x)
     y += 18
+    at = None
     if limit is not None and limit <= most:  # behind the bars: what is written on them is not struck through
         at = left + longest * limit / most
         dashed: dict[str, Any] = {"stroke": "currentColor", "stroke_width": "2", "stroke_dasharray": "5 3"}
@@ -73,7 +74,11 @@ def bars(
                     cell((x, y, length, _HEIGHT), colour(k), tip, kind="amount", label=size(amount), data=data)
                 )
                 x += length
-        parts.append(text(x + 8, y + _HEIGHT / 2, size(sum(stack.amounts.values())), "strong total"))
+        said_total = size(sum(stack.amounts.values()))
+        x += 8
+        if at is not None and x - 3 < at < x + width_of(said_total):
+            x = at + 7  # beyond the dashed line, which would strike it through
+        parts.append(text(x, y + _HEIGHT / 2, said_total, "strong total"))
         y += _STEP
     said = wrapped(notes, width)
     for line in said:

@@ -55,7 +55,9 @@ def block(
     )
     left = max([width_of(label) for label in labels[0]] + [0]) + max([width_of(s, 10) for s in labels[1]] + [0]) + 26
     room = 60.0 if width is None else max((width - left - _SLANT * down - 90) / across, 26.0)
-    wide = min(max(max(width_of(label, 10) for label in labels[2]) + 8, 44.0), max(room, 26.0))
+    last, letters_of = int(ranks.max()), 12 if step == 1 else 10
+    longest = width_of(_label([last], step), letters_of)
+    wide = min(max(max(width_of(label, 10) for label in labels[2]) + 8, longest + 10, 44.0), max(room, 26.0))
     begin = left + _SLANT * down
     top = (26.0 if title else 6.0) + 16
     parts = [text(0, 8, title, "title")] if title else []
@@ -86,7 +88,8 @@ def block(
                 at = {n: v for s, b in zip(sides, (panel, row, column), strict=True) for n, v in s.data(b).items()}
                 at = {axis: at[axis] for axis in spoken or at}
                 parts.append(_cell(held, at, found, along, marked, j, _corners(corner, i, i + 1, j, j + 1, wide)))
-                label = str(held[0]) if len(held) == 1 else f"{held[0]} +{len(held) - 1}"
+                texts = (_label(held, len(held)), str(held[0]), "")
+                label = next(said for said in texts if width_of(said, letters_of) <= wide - 4)
                 on = [ink(colour(j))] if not marked.isdisjoint(held) else []
                 letters = ["middle", *(["small"] if len(held) > 1 else []), *on]
                 parts.append(text(x + (j + 0.5) * wide, y, label, " ".join(letters)))
@@ -102,6 +105,11 @@ def block(
         parts.append(text(0, bottom - 9, line, "quiet note"))
     total = max([begin + across * wide + 16 + max(rights), width_of(title, 14), *(width_of(line) for line in said)])
     return drawing(title or "ranks", parts, total, bottom + 2)
+
+
+def _label(held: Sequence[int], step: int) -> str:
+    """`12`, `12 +3` of four."""
+    return str(held[0]) if step == 1 else f"{held[0]} +{step - 1}"
 
 
 def named(along: str, groups: Sequence[int] | range) -> str:

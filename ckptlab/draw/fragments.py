@@ -114,4 +114,4 @@ def fragment_beside(
         for r0, r1, c0, c1 in rectangles(fragment.start, fragment.count, wide):
             box = (x + across * c0 / wide, y + down * r0 / high, across * (c1 - c0) / wide, down * (r1 - r0) / high)
             found.append(cell(box, tinted(fragment.hue, fragment.shade), tip, kind="shard", data=dict(fragment.place)))
-    return found, (max(x + across, x + width_of(said, 13)), y + down)
+    return found, (max(x + across + 1, x + width_of(said, 13)), y + down)

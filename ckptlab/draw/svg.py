@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -23,7 +24,9 @@ class Own(str):
 UID = "\ue000"
 """Stands for the drawing's own id in `id` and `url(#…)` until `drawing` knows it: drawings on one page never clash."""
 
-_CONTROL = re.compile(f"[{UID}\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_FORBIDDEN = f"{UID}\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff"
+_CONTROL = re.compile(f"[{_FORBIDDEN}]")
+_TOLD_OTHERWISE = re.compile(f"[&<>\"'{_FORBIDDEN}]")
 
 # Every rule is scoped, and the same in every drawing. currentColor is the page's own text colour.
 _STYLE = (
@@ -106,7 +109,8 @@ _HATCH = (
 
 def text_of(value: object) -> str:
     """A value as SVG can hold it, in an attribute too: escaped, without characters that XML forbids."""
-    return escape(_CONTROL.sub("�", str(value)))
+    said = str(value)
+    return escape(_CONTROL.sub("�", said)) if _TOLD_OTHERWISE.search(said) else said
 
 
 def number(value: float) -> str:
@@ -117,15 +121,16 @@ def number(value: float) -> str:
 def element(tag: str, content: str = "", /, **attributes: object) -> str:
     """`stroke_width` becomes `stroke-width`, `class_` `class`; None is left out. `content` is SVG already."""
     told = "".join(
-        f' {name.strip("_").replace("_", "-")}="{number(v) if isinstance(v, float) else _attribute(v)}"'
+        f' {_attribute(name)}="{number(v) if isinstance(v, float) else v if isinstance(v, Own) else text_of(v)}"'
         for name, v in attributes.items()
         if v is not None
     )
     return f"<{tag}{told}>{content}</{tag}>" if content else f"<{tag}{told}/>"
 
 
-def _attribute(value: object) -> str:
-    return value if isinstance(value, Own) else text_of(value)
+@cache
+def _attribute(name: str) -> str:
+    return name.strip("_").replace("_", "-")
 
 
 def rect(x: float, y: float, w: float, h: float, **attributes: object) -> str:

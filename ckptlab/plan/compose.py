@@ -234,8 +234,6 @@ def compose(
     pairs: list[tuple[Placement, Placement]] = []
     made: dict[int, tuple[Made, Placement]] = {}
     alike: dict[Any, list[int]] = {}
-    cuts: dict[Cut, int] = {}  # told apart by content, which is looked at once for each that there is
-    numbers: dict[int, int] = {}
     kinds: dict[Any, int] = {}
     for i, (name, read_size, written_size, a, b) in enumerate(tensors):
         names.append(name)
@@ -244,15 +242,10 @@ def compose(
             made[i] = a, b
             a = Placement(Cut.whole(a.shape, a.mesh))
         pairs.append((a, b))
-        if i in made:
-            continue
-        for cut in (a.cut, b.cut):
-            if id(cut) not in numbers:
-                numbers[id(cut)] = cuts.setdefault(cut, len(cuts))
-        key = (numbers[id(a.cut)], numbers[id(b.cut)], _kind(kinds, a, True), _kind(kinds, b, False))
-        alike.setdefault(key, []).append(i)
-    for side, meshes in (("source", [a.mesh for a, _ in pairs]), ("target", [b.mesh for _, b in pairs])):
-        found = {mesh.size for mesh in {id(mesh): mesh for mesh in meshes}.values()}
+        if i not in made:
+            alike.setdefault((_kind(kinds, a, True), _kind(kinds, b, False)), []).append(i)
+    for number, side in enumerate(("source", "target")):
+        found = {pairs[i][number].mesh.size for i in (*(index[0] for index in alike.values()), *made)}
         if len(found) > 1:
             raise ReshapeError(f"the tensors' {side} meshes differ in size: {', '.join(map(str, sorted(found)))} ranks")
     rows: list[Rows] = []
@@ -295,14 +288,15 @@ def compose(
 
 
 def _kind(known: dict[Any, int], placement: Placement, first: bool) -> int:
-    """A number for each kind of placement (see `Placement.kind`), looked up by what placements of a kind share."""
-    flats = placement.flats
+    """A number for each kind of placement of a cut (see `Placement.kind`), looked up by what those of a kind share:
+    contents are looked at once for each that there is."""
+    flats, at = placement.flats, placement.at
     buffers = flats.group if isinstance(flats, InBuffers) else flats
-    at = tuple(placement.at.items()) if placement.at else ()
-    shared = (id(placement.cut), id(buffers), placement.stages, placement.replicas, at, first)
-    if shared not in known:
-        known[shared] = known.setdefault(placement.kind(first), len(known))
-    return known[shared]
+    shared = (id(placement.cut), id(buffers), id(at) if at else 0, placement.stages, placement.replicas, first)
+    found = known.get(shared)
+    if found is None:
+        found = known[shared] = known.setdefault((placement.cut, *placement.kind(first)), len(known))
+    return found
 
 
 @explained

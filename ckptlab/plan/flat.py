@@ -102,6 +102,18 @@ class FlatBuffer:
             return self.size(d) - int(self.within(d)[:, 3].sum())
         return min(max((d + 1) * self.partition - self.used, 0), self.partition)
 
+    @cached_property
+    def cuts(self) -> Int64:
+        """(tensor, 3): elements, start on the line, elements that each rank has of the line; at ZeRO-3 the line is the
+        tensor's own."""
+        found = np.zeros((len(self.counts), 3), np.int64)
+        found[:, 0] = self.counts
+        if self.partition:
+            found[:, 1], found[:, 2] = self.starts, self.partition
+        else:
+            found[:, 2] = self._parts
+        return found
+
     def index(self, name: str) -> int:
         """The place of a tensor in the buffer. CheckpointError if it has none."""
         found = self._index.get(name)

@@ -40,6 +40,9 @@ class Holder(Mapping[str, int]):
     def __len__(self) -> int:
         return len(self._at)
 
+    def __contains__(self, axis: object) -> bool:
+        return axis in self._at
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -112,10 +115,9 @@ class InBuffers(Mapping[Holder, tuple[FlatBuffer, int]]):
 
 
 def _cut_of(flat: FlatBuffer, index: int) -> tuple[int, int, int]:
-    """(elements, start on the line, elements that each rank has of it) of a tensor in a flat buffer: at ZeRO-3 the line
-    is the tensor's own."""
-    count = flat.counts[index]
-    return count, flat.starts[index] if flat.partition else 0, flat.partition or -(-count // flat.dp)
+    """A row of `FlatBuffer.cuts`."""
+    count, start, part = flat.cuts[index].tolist()
+    return count, start, part
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,12 +142,13 @@ class Placement:
     at: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if any(axis == "pp" or axis in self.at for axis in self.cut.axes):
+        at, cut = self.at, self.cut
+        if "pp" in cut.axes or (at and any(axis in at for axis in cut.axes)):
             raise LayoutError(
                 f"{self.cut!r} is cut over an axis on which it is fixed: pp {self.stages}, {dict(self.at)}"
             )
-        if not self.stages or min(self.stages) < 0 or max(self.stages) >= self.mesh.pp:
-            raise LayoutError(f"stages {self.stages} are not all among the stages of pp({self.mesh.pp})")
+        if not self.stages or min(self.stages) < 0 or max(self.stages) >= cut.mesh.pp:
+            raise LayoutError(f"stages {self.stages} are not all among the stages of pp({cut.mesh.pp})")
 
     def __getstate__(self) -> dict[str, Any]:
         """What it was made of, without what was worked out of it."""
@@ -157,7 +160,7 @@ class Placement:
 
     @cached_property
     def _grid(self) -> _Grid:
-        return _grid(self.mesh, self.cut.axes, tuple(sorted(self.at.items())))
+        return _grid(self.cut.mesh, self.cut.axes, tuple(sorted(self.at.items())) if self.at else ())
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -199,7 +202,7 @@ class Placement:
         """The ranks that have a holder's shard together, or a copy each: in dp order."""
         return self._grid.ranks(holder)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements that all holders have together, the padding of flat buffers included."""
         if self.flats:
@@ -225,6 +228,15 @@ class Placement:
         return self._slots[1]
 
     @property
+    def shared(self) -> tuple[tuple[int, ...], list[FlatBuffer]] | None:
+        """What all tensors of its group that lie as this one does have in common: for each holder which of the flat
+        buffers is its own, and those. None where it does not lie, on one stage, in the buffers of a group."""
+        if not isinstance(self.flats, InBuffers) or len(self.stages) > 1:
+            return None
+        slots, flats = self.flats.group.slots(self._grid, self.stages[0])
+        return None if slots is None else (slots, flats)
+
+    @property
     def table(self) -> Int64:
         """The ranks [stage, holder, data rank], the pp stages and a stage's holders in their order."""
         return self._grid.table
@@ -235,10 +247,9 @@ class Placement:
         number = len(self._grid.holders(self.stages[0]))
         if not self.flats:
             return (0,) * (number * len(self.stages)), []
-        if isinstance(self.flats, InBuffers) and len(self.stages) == 1:
-            slots, flats = self.flats.group.slots(self._grid, self.stages[0])
-            if slots is not None:
-                return slots, [_cut_of(flat, self.flats.index) for flat in flats]
+        if isinstance(self.flats, InBuffers) and (shared := self.shared) is not None:
+            slots, flats = shared
+            return slots, [_cut_of(flat, self.flats.index) for flat in flats]
         found: dict[tuple[int, int], int] = {}
         order, buffers = [], []
         for stage in self.stages:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptlab.errors import LayoutError
 from ckptlab.layout.cut import Coordinate
-from ckptlab.plan.placement import Placement
+from ckptlab.plan.placement import InBuffers, Placement
 
 Int64 = NDArray[np.int64]
 
@@ -89,7 +89,7 @@ class Spread:
         counts = np.full(len(placements), length, np.int64)
         if not placements[0].flats:
             return Edges.of(counts, np.zeros_like(counts), np.maximum(counts, 1))
-        cuts = np.array([p.buffers(first)[slot] for p in placements], np.int64).reshape(-1, 3)
+        cuts = Spread._cuts(placements, slot, first)
         if (wrong := np.flatnonzero(cuts[:, 0] != length)).size:
             bad = placements[int(wrong[0])]
             for stage in bad.stages:
@@ -97,6 +97,27 @@ class Spread:
                     bad.shard(holder)
             raise LayoutError(f"a flat buffer holds {cuts[wrong[0], 0]} elements of a shard of {length}")
         return Edges.of(counts, cuts[:, 1], np.maximum(cuts[:, 2], 1))
+
+    @staticmethod
+    def _cuts(placements: Sequence[Placement], slot: int, first: bool) -> Int64:
+        """(tensor, 3), see `FlatBuffer.cuts`: of those in the buffers of a group all at once."""
+        found = np.empty((len(placements), 3), np.int64)
+        groups: dict[int, tuple[list[int], list[int]]] = {}
+        for i, placement in enumerate(placements):
+            flats = placement.flats
+            if isinstance(flats, InBuffers) and len(placement.stages) == 1:
+                here, index = groups.setdefault(id(flats.group), ([], []))
+                here.append(i)
+                index.append(flats.index)
+            else:
+                found[i] = placement.buffers(first)[slot]
+        for here, index in groups.values():
+            shared = placements[here[0]].shared
+            if shared is None:
+                found[here] = [placements[i].buffers(first)[slot] for i in here]
+            else:
+                found[here] = shared[1][slot].cuts[index]
+        return found
 
     def ranks(self, place: Place, tensor: Int64, fragment: Int64) -> Int64:
         """The ranks that have the fragments of a place's shard."""

@@ -92,10 +92,10 @@ class PaperModel:
         """The tensors of one layer, with experts or without."""
         norms = {"input_layernorm.weight": (self.hidden,)}
         after = {"post_attention_layernorm.weight": (self.hidden,)}
-        return norms | self._attention_shapes() | after | (self._experts() if experts else self._network(self._dense))
+        return norms | self._attention_shapes() | after | (self._experts() if experts else self._network(self.dense))
 
     @property
-    def _dense(self) -> int:
+    def dense(self) -> int:
         """Width of the feed-forward network in a layer without experts."""
         return self.dense_ffn if self.experts and self.dense_ffn else self.width
 

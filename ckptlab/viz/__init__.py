@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ckptlab.draw import Drawing
+from ckptlab.sharding.activations import Activations
 from ckptlab.viz.buffers import flat
 from ckptlab.viz.meshes import mesh
 from ckptlab.viz.model import stages
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
+    "Activations",
     "Drawing",
     "family",
     "flat",

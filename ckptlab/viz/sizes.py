@@ -1,4 +1,4 @@
-"""Memory of each rank by kind while it trains: module weights, master weights, moments, gradients, others."""
+"""Memory of each rank while it trains, by kind: weights, master weights, moments, gradients, others, activations."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from ckptlab.arguments import explained
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
+from ckptlab.errors import UnsupportedError
 from ckptlab.layout import Cut
 from ckptlab.mesh import spoken
+from ckptlab.sharding.activations import Activations
+from ckptlab.sharding.transformer import PaperModel
 from ckptlab.viewed import Viewed
 from ckptlab.words import ranges
 
-KINDS = ("module weights", "master weights", "moments", "gradients", "other")
-GRADIENTS = KINDS.index("gradients")
+KINDS = ("module weights", "master weights", "moments", "gradients", "other", "activations")
+GRADIENTS, ACTIVATIONS = KINDS.index("gradients"), KINDS.index("activations")
 RANKS = 16  # ranks that have a bar each
 BARS = 24  # bars that are drawn
 TITLE = "memory by rank"
@@ -31,23 +34,31 @@ Model: TypeAlias = Viewed | Catalog | Mapping[str, Mapping[str, int]]
 
 
 @explained
-def memory(model: Model, *, width: float | None = None) -> Drawing:
+def memory(model: Model, *, activations: Activations | None = None, width: float | None = None) -> Drawing:
     """Bytes on each rank, by kind, as stacked bars: see `memory_by_rank`.
 
     model: a checkpoint, a reshape (what the target's ranks hold), a catalog, or any mapping from labels of ranks to
-    {kind: bytes}. Of many ranks, each bar is the fullest of its block. Lengths are proportional to bytes.
-    width: of the page, in pixels (None: as wide as it likes). Cells: class `amount`, data-kind, data-bytes, data-rank.
+    {kind: bytes}. activations: those of a model on paper too. Of many ranks, each bar is the fullest of its block.
+    Lengths are proportional to bytes. width: of the page, in pixels (None: as wide as it likes). Cells: class `amount`,
+    data-kind, data-bytes, data-rank.
     """
     model = ranked(model)
-    found, kinds, labels = table(model)
+    found, kinds, labels = table(model, activations)
     if isinstance(model, Mapping):
         return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [], width)
     axes = Axes(model.mesh.axes, model.mesh.shape)
     order = spoken(axes.names)
     notes = ["padding of flat buffers is in it; activations and buffers of the communication are not"]
-    return _drawn(
-        found, kinds, lambda ranks: f"{ranges(ranks)}: {axes.label(ranks, order)}", title(model), notes, width
-    )
+    if activations is not None:
+        notes = [
+            f"activations: {activations}",
+            "padding of flat buffers is in it; buffers of the communication are not",
+        ]
+
+    def label(ranks: Sequence[int]) -> str:
+        return f"{ranges(ranks)}: {axes.label(ranks, order, short=True)}"
+
+    return _drawn(found, kinds, label, title(model), notes, width)
 
 
 def ranked(model: Model) -> Catalog | Mapping[str, Mapping[str, int]]:
@@ -61,10 +72,12 @@ def title(model: Catalog | Mapping[str, Mapping[str, int]]) -> str:
     return TITLE if kept is None else f"{TITLE}, {kept}"
 
 
-def table(model: Catalog | Mapping[str, Mapping[str, int]]) -> tuple[Table, Sequence[str], list[str]]:
+def table(
+    model: Catalog | Mapping[str, Mapping[str, int]], activations: Activations | None = None
+) -> tuple[Table, Sequence[str], list[str]]:
     """(rank, kind) bytes, the kinds, and what each rank is called."""
     if not isinstance(model, Mapping):
-        found = memory_by_rank(model)
+        found = memory_by_rank(model, activations)
         return found, KINDS, [str(rank) for rank in range(len(found))]
     kinds = list(dict.fromkeys(kind for amounts in model.values() for kind in amounts))
     if not set(kinds).isdisjoint(KINDS):  # then a kind has the colour that it has elsewhere
@@ -93,8 +106,9 @@ def _drawn(
         sets = [list(block) for block in blocks(len(found), BARS)]
         notes = [f"{len(found):,} ranks in {len(sets):,} bars, each the fullest of {len(sets[0]):,} ranks", *notes[1:]]
     stacks = []
+    sums = found.sum(axis=1).tolist()
     for ranks in sets:
-        fullest = max(ranks, key=lambda r: int(found[r].sum()))
+        fullest = max(ranks, key=sums.__getitem__)
         amounts = dict(zip(kinds, found[fullest].tolist(), strict=True))
         many = f" ({len(ranks):,} ranks)" if len(ranks) > 1 else ""
         stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": ranges(ranks, to="-").replace(" ", "")}))
@@ -106,25 +120,44 @@ def _ends(labels: Sequence[str], ranks: Sequence[int]) -> str:
 
 
 @explained
-def fullest(model: Viewed | Catalog) -> dict[str, int]:
-    """Kind → bytes on the rank that keeps most."""
-    found = memory_by_rank(model)
+def fullest(model: Viewed | Catalog, activations: Activations | None = None) -> dict[str, int]:
+    """Kind → bytes on the rank that keeps most: see `memory_by_rank`."""
+    found = memory_by_rank(model, activations)
     return dict(zip(KINDS, found[found.sum(axis=1).argmax()].tolist(), strict=True))
 
 
 @explained
-def memory_by_rank(model: Viewed | Catalog) -> Table:
+def memory_by_rank(model: Viewed | Catalog, activations: Activations | None = None) -> Table:
     """(rank, kind) bytes, int64, kinds as KINDS: what a rank keeps of the model while it trains, from headers.
 
     By ZeRO stage, master weights and moments (from 1), gradients (from 2) and module weights (at 3) are cut over dp
     (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1), in equal parts with their padding: every dp rank keeps as
     much as the first. Gradients are those of `gradients`. Of files of which no run is known, what is stored.
+    activations: what is kept of a step's, of a model on paper; UnsupportedError for any other, which does not say them.
     """
     catalog = model.held if isinstance(model, Viewed) else model
     if id(catalog) not in _TABLES:
         _TABLES[id(catalog)] = _by_rank(catalog)
         weakref.finalize(catalog, _TABLES.pop, id(catalog), None)
-    return _TABLES[id(catalog)].copy()
+    found = _TABLES[id(catalog)].copy()
+    if activations is not None:
+        found[:, ACTIVATIONS] = _kept(catalog, activations)
+    return found
+
+
+def _kept(catalog: Catalog, activations: Activations) -> Table:
+    """(rank,) bytes of activations."""
+    numbers, mesh = catalog.training.numbers, catalog.mesh
+    if not numbers:
+        raise UnsupportedError(
+            f"{catalog.path}: its headers do not say how it computes: activations are those of a model on paper "
+            "(ckptlab.paper_model)"
+        )
+    found = np.zeros(mesh.shape, np.int64)
+    kept = activations.by_stage(PaperModel(**numbers), mesh, catalog.training.layer_stages)
+    for stage, nbytes in enumerate(kept):
+        found[mesh.where(pp=stage)] = nbytes
+    return found.ravel()
 
 
 _TABLES: dict[int, Table] = {}  # of catalogs that are there: a picture and a figure beside it are of the same one
@@ -133,18 +166,18 @@ _TABLES: dict[int, Table] = {}  # of catalogs that are there: a picture and a fi
 def _by_rank(catalog: Catalog) -> Table:
     catalog = catalog.as_stored
     mesh, kept = catalog.mesh, catalog.training.gradients
-    found = np.zeros((mesh.size, len(KINDS)), np.int64)
+    found = np.zeros((*mesh.shape, len(KINDS)), np.int64)
     for group in catalog.flat_groups:
         for holder, flat in group.flats.items():
-            ranks = mesh.ranks(**holder)
+            ranks, size = mesh.where(**holder), flat.size(0)
             for state, dtype in group.dtypes.items():
-                found[ranks, _kind(state)] += flat.size(0) * dtype.itemsize
+                found[*ranks, _kind(state)] += size * dtype.itemsize
             if kept and kept.flat:
-                found[ranks, GRADIENTS] += (flat.size(0) if kept.cut else flat.total) * kept.dtype.itemsize
+                found[*ranks, GRADIENTS] += (size if kept.cut else flat.total) * kept.dtype.itemsize
 
     @cache
-    def ranks_at(stage: int, axes: tuple[str, ...], at: tuple[int, ...]) -> list[int]:
-        return mesh.ranks(pp=stage, **dict(zip(axes, at, strict=True)))
+    def ranks_at(stage: int, axes: tuple[str, ...], at: tuple[int, ...]) -> tuple[int | slice, ...]:
+        return mesh.where(pp=stage, **dict(zip(axes, at, strict=True)))
 
     for cut, stages, column, size, cut_over_dp, times in _outside(catalog, kept):
         for at in cut.coordinates():
@@ -152,8 +185,8 @@ def _by_rank(catalog: Catalog) -> Table:
             left = math.prod(mesh[axis] for axis in mesh.leaves("dp") if axis not in cut.axes)
             nbytes = (-(-held // left) if cut_over_dp else held) * size * times
             for stage in {min(s, mesh.pp - 1) for s in stages}:  # whole tensors on one rank know their run's stages
-                found[ranks_at(stage, cut.axes, at), column] += nbytes
-    return found
+                found[*ranks_at(stage, cut.axes, at), column] += nbytes
+    return found.reshape(mesh.size, len(KINDS))
 
 
 def _outside(catalog: Catalog, kept: Gradients | None) -> Iterator[tuple[Cut, tuple[int, ...], int, int, bool, int]]:

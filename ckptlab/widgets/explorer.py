@@ -14,8 +14,9 @@ from typing import Any
 import anywidget
 import traitlets
 
-from ckptlab.errors import CheckpointError, CkptlabError
+from ckptlab.errors import CheckpointError, CkptlabError, UnsupportedError
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.activations import Activations
 from ckptlab.sharding.transformer import PaperModel
 from ckptlab.widgets import export, numbers, page, parts
 from ckptlab.widgets.presets import PRESETS
@@ -25,6 +26,7 @@ from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line, pairs
 STATIC = Path(__file__).parent / "static"
 WIDTH = 560  # of a column, in pixels, until the page says how wide it is
 KEPT = 400  # parts
+SMALL = 64  # tokens of a sequence, of a model that is small
 REST = 0.3  # seconds that a state must stand before it is found out which degrees work beside it
 AT_ONCE = 2_000_000  # tensors * ranks, of source and target together, or values: beyond, a state is worked out beside
 
@@ -55,7 +57,8 @@ class Explorer(anywidget.AnyWidget):
 
     What is chosen is in traits, to be read, set and observed: `tab` ("Look", "Values", "Reshape", "Steps"; of a
     playground also "Model"), `tensor`, `state`, `rank`; `window`, of the values, [first, one behind the last] for each
-    dim; the target's `mesh`, `zero_stage` and `target_rank`; `step` of the reshape.
+    dim; the target's `mesh`, `zero_stage` and `target_rank`; `step` of the reshape; of a model on paper `activations`,
+    the fields of `viz.Activations` that memory is told with (none: without).
     `choose(tensor=…, rank=…)` sets several at once. CheckpointError for a tensor that is not there, MeshError for a
     rank that is not on the mesh. `to_html(path)` writes a page that answers without a kernel.
     """
@@ -73,6 +76,7 @@ class Explorer(anywidget.AnyWidget):
     step = traitlets.Int(0).tag(sync=True)
     window: Any = traitlets.List().tag(sync=True)
     width = traitlets.Int(WIDTH).tag(sync=True)
+    activations = traitlets.Dict().tag(sync=True)
     model = traitlets.Dict(None, allow_none=True).tag(sync=True)
     source_mesh = _mesh_trait()
     source_stage = traitlets.Int(0).tag(sync=True)
@@ -126,6 +130,7 @@ class Explorer(anywidget.AnyWidget):
         return Choice(
             *(self.tensor, self.state, self.rank, self.mesh, self.zero_stage, self.target_rank, self.step, self.width),
             tuple((int(a), int(b)) for a, b in self.window),
+            Activations(**self.activations) if self.activations else None,
         )
 
     def choose(self, **changes: Any) -> None:
@@ -153,21 +158,29 @@ class Explorer(anywidget.AnyWidget):
             raise CheckpointError(f"there is no tab {proposal['value']!r}: {', '.join(self.tabs)}")
         return proposal["value"]
 
+    @traitlets.validate("activations")
+    def _known_activations(self, proposal: Any) -> dict[str, Any]:
+        if not proposal["value"]:
+            return {}
+        if not self._good.is_paper:
+            raise UnsupportedError(f"{self._good.catalog.path}: activations are told of models on paper alone")
+        return asdict(Activations(**proposal["value"]))
+
     @traitlets.validate("step")
     def _known_step(self, proposal: Any) -> int:
         return min(max(proposal["value"], 0), len(TITLES) - 1)
 
-    def _changed(self, change: Any) -> None:
+    def _changed(self, _: Any) -> None:
         if self._settling:
             return
         self._settling = True
         try:
-            self._settle(change)
+            self._settle()
         finally:
             self._settling = False
         self._show()
 
-    def _settle(self, change: Any) -> None:
+    def _settle(self) -> None:
         """Let what was chosen follow: a state that the tensor has, a window that is in it."""
         tensor = self._good.catalog[self.tensor]
         if not numbers.fits(self.window, tensor.shape):
@@ -201,6 +214,7 @@ class Explorer(anywidget.AnyWidget):
         self._shown = (state, asked)
         if self._beside is not None:
             self._beside.cancel()
+            self._beside = None
         subject, choice = self.subject, self.choice
         slots = [slot for slot in parts.TABS[self.tab] if slot not in parts.OPTIONAL]
         if self._heavy(subject, choice):
@@ -292,16 +306,26 @@ class Playground(Explorer):
     tabs = ("Model", "Look", "Reshape", "Steps")
 
     def __init__(self, model: PaperModel, mesh: Mesh, zero_stage: int) -> None:
-        presets = {name: {"model": asdict(p.model), "source": p.source} for name, p in PRESETS.items()}
+        presets = {
+            name: {"model": asdict(p.model), "source": p.source, "activations": asdict(Activations(active=p.active))}
+            for name, p in PRESETS.items()
+        }
         subject = Subject.on_paper(model, mesh, zero_stage)
-        super().__init__(subject, tab="Model", model=asdict(model), most=512, presets=presets)
+        small = asdict(Activations(sequence=SMALL))
+        super().__init__(subject, tab="Model", model=asdict(model), activations=small, most=512, presets=presets)
+        self._made_of = self._of()
 
-    def _settle(self, change: Any) -> None:
-        if change["name"] in ("model", "source_mesh", "source_stage"):
-            self._follow(change)
-        super()._settle(change)
+    def _settle(self) -> None:
+        if (of := self._of()) != self._made_of:  # whatever it was that changed: several traits may be set at once
+            self._made_of = of
+            self._follow()
+        super()._settle()
 
-    def _follow(self, change: Any) -> None:
+    def _of(self) -> tuple[Any, ...]:
+        """What the source is made of."""
+        return self.model, self.source_mesh, self.source_stage
+
+    def _follow(self) -> None:
         """Another source; the target follows it until it is moved, and what was chosen stays where there is such a
         thing."""
         before = self._good.start()

@@ -173,8 +173,12 @@ def _add_flat_buffers(catalog: Catalog, rank: int, found: Inventory) -> None:
 
 def _add_outside(catalog: Catalog, rank: int, found: Inventory) -> None:
     where = catalog.mesh.coordinate(rank)
-    for (name, state), placements in catalog.placements.items():
-        if catalog.is_flat(name, state) or not any(placement.holder(where) for placement in placements):
+    held: dict[int, bool] = {}  # many tensors share a placement
+    for (name, state), placements in catalog.outside.items():
+        for placement in placements:
+            if id(placement) not in held:
+                held[id(placement)] = placement.holder(where) is not None
+        if not any(held[id(placement)] for placement in placements):
             continue
         tensor = catalog.tensors[name]
         for at, start, count, stored in _spans(catalog, name, state, rank):

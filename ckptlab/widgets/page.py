@@ -44,11 +44,11 @@ def block(content: str) -> str:
     return f'<div class="ckptlab-text"><style>{STYLE}</style>{content}</div>'
 
 
-def model(subject: Subject) -> str:
+def model(subject: Subject, activations: viz.Activations | None = None) -> str:
     """A model on paper in numbers, and what DeepSpeed would say to it."""
     catalog = subject.catalog
     parameters = sum(t.numel for t in catalog.tensors.values())
-    full = {kind: nbytes for kind, nbytes in viz.fullest(catalog).items() if nbytes}
+    full = {kind: nbytes for kind, nbytes in viz.fullest(catalog, activations).items() if nbytes}
     kept = f"{size(sum(full.values()))} on the fullest rank: {sizes(full)}"
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in catalog.findings)
     said = f"{count(parameters)} parameters in {number_of(len(catalog.tensors), 'tensor')} · {kept}"
@@ -84,10 +84,11 @@ def holdings(catalog: Catalog, rank: int) -> str:
     return f'<div class="subhead">{escape(head)}</div>{quiet}{table}{more}'
 
 
-def figures(reshape: Reshape, cost: Cost | None) -> str:
+def figures(reshape: Reshape, cost: Cost | None, activations: viz.Activations | None = None) -> str:
     """The plan's cost (None: it was not worked out), the memory of the fullest rank before and after, and what the
     user must hear."""
-    kept = [size(sum(viz.fullest(c).values())) for c in (reshape.source, reshape.target) if c.zero_stage is not None]
+    runs = [catalog for catalog in (reshape.source, reshape.target) if catalog.zero_stage is not None]
+    kept = [size(sum(viz.fullest(catalog, activations).values())) for catalog in runs]
     shown = [
         ("read", size(cost.read) if cost else "…"),
         ("written", size(cost.written) if cost else "…"),
@@ -138,10 +139,10 @@ def static(subject: Subject, choice: Choice) -> str:
         if changed:
             parts += [
                 f'<div class="subhead">{towards(target)}</div>',
-                figures(target, target.cost() if quick else None),
+                figures(target, target.cost() if quick else None, choice.activations),
                 _row(layout(target.target, name, choice.state), moves(target) if quick else ""),
             ]
-        parts.append(_row(viz.memory(target.target).svg))
+        parts.append(_row(viz.memory(target.target, activations=choice.activations).svg))
     parts.append(code(subject.reshaping(choice) if changed else subject.opening(choice)))
     quiet = "A picture of the widget as it was when the cell ran; with a kernel it answers to the mouse."
     return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))

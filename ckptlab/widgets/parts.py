@@ -26,7 +26,10 @@ State = Mapping[str, Any]
 
 SOURCE = ("model", "source_mesh", "source_stage")
 TARGET = (*SOURCE, "mesh", "zero_stage")
-FIELDS = ("tab", "tensor", "state", "rank", "window", "mesh", "zero_stage", "target_rank", "step", "width", *SOURCE)
+FIELDS = (
+    *("tab", "tensor", "state", "rank", "window", "mesh", "zero_stage", "target_rank", "step", "width", "activations"),
+    *SOURCE,
+)
 """What a state is made of: what the hands are on in the source, in the target, and what the source is."""
 
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -38,8 +41,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "line.Values": (*SOURCE, "tensor", "state", "window"),
     "line.Reshape": TARGET,
     "line.Steps": TARGET,
-    "model.told": SOURCE,
-    "model.zero": (*SOURCE, "width"),
+    "model.told": (*SOURCE, "activations"),
+    "model.zero": (*SOURCE, "activations", "width"),
     "model.mesh": (*SOURCE, "width"),
     "states": (*SOURCE, "tensor"),
     "look.mesh": (*SOURCE, "width"),
@@ -48,11 +51,11 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "look.held": (*SOURCE, "tensor", "state"),
     "look.holdings": (*SOURCE, "rank"),
     "values.map": (*SOURCE, "tensor", "state", "window", "width"),
-    "to.figures": TARGET,
+    "to.figures": (*TARGET, "activations"),
     "to.works": TARGET,
     "to.mesh": (*TARGET, "width"),
     "to.tensor": (*TARGET, "tensor", "state", "target_rank", "width"),
-    "to.memory": (*TARGET, "width"),
+    "to.memory": (*TARGET, "activations", "width"),
     "to.plan": (*TARGET, "width"),
     "to.flow": (*TARGET, "width"),
     "to.held": (*TARGET, "tensor", "state"),
@@ -94,6 +97,8 @@ def key(slot: str, state: State) -> str:
 def part(slot: str, subject: Subject | Refusal, choice: Choice, most: int = MOST) -> Any:
     """The content of a part: text, HTML, SVG or a small table; None where there is nothing to show."""
     if isinstance(subject, Refusal):
+        if slot.startswith("line."):
+            return f"# {subject}"
         return {"refused": str(subject), "axes": []} if slot == "about" else None
     if slot in _OF_SOURCE:
         return _OF_SOURCE[slot](subject, choice, most)
@@ -112,12 +117,14 @@ def _tensors(subject: Subject) -> dict[str, list[str]]:
     return {"names": [t.name for t in tensors], "notes": [shape_text(t.shape) for t in tensors]}
 
 
-def _zero(subject: Subject, width: int | None) -> str:
-    kept = [Stack(f"ZeRO-{s}", viz.fullest(subject.at_stage(s)), {}) for s in ZERO_STAGES]
-    title = "memory of the fullest rank by ZeRO stage, gradients included"
+def _zero(subject: Subject, choice: Choice) -> str:
+    told = choice.activations
+    kept = [Stack(f"ZeRO-{s}", viz.fullest(subject.at_stage(s), told), {}) for s in ZERO_STAGES]
     fits = [stack.label for stack in kept if sum(stack.amounts.values()) <= DEVICE]
-    said = f"into 80 GB, without activations: {', '.join(fits) or 'none'}"
-    return bars(kept, title=title, notes=[said], limit=DEVICE, width=width).svg
+    notes = [f"fits into 80 GB: {', '.join(fits) or 'none'}", f"activations: {told}" if told else "without activations"]
+    return bars(
+        kept, title="memory of the fullest rank by ZeRO stage", notes=notes, limit=DEVICE, width=choice.width
+    ).svg
 
 
 def _held(catalog: Catalog, choice: Choice) -> dict[str, Any] | None:
@@ -127,9 +134,9 @@ def _held(catalog: Catalog, choice: Choice) -> dict[str, Any] | None:
     return {"lines": lines, "of": of}
 
 
-def _figures(target: Reshape) -> dict[str, Any]:
+def _figures(target: Reshape, activations: viz.Activations | None) -> dict[str, Any]:
     try:
-        html = page.figures(target, target.cost())
+        html = page.figures(target, target.cost(), activations)
     except CkptlabError as error:
         return {"refused": one_line(error)}
     return {"html": html, "title": page.towards(target), "axes": list(target.mesh.degrees.items())}
@@ -159,8 +166,8 @@ _OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
     "line.Values": lambda s, c, _: numbers.line(s, c),
     "line.Reshape": lambda s, c, _: s.reshaping(c),
     "line.Steps": lambda s, c, _: s.reshaping(c),
-    "model.told": lambda s, c, _: page.model(s),
-    "model.zero": lambda s, c, _: _zero(s, c.width),
+    "model.told": lambda s, c, _: page.model(s, c.activations),
+    "model.zero": lambda s, c, _: _zero(s, c),
     "model.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, oblique=True, node=NODE, width=c.width).svg,
     "states": lambda s, c, _: list(s.tensor(c).states),
     "look.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, width=c.width).svg,
@@ -172,10 +179,10 @@ _OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
     "to.works": lambda s, c, most: s.works(c.mesh, c.zero_stage, most),
 }
 _OF_TARGET: dict[str, Callable[[Subject, Choice, Reshape], Any]] = {
-    "to.figures": lambda s, c, t: _figures(t),
+    "to.figures": lambda s, c, t: _figures(t, c.activations),
     "to.mesh": lambda s, c, t: viz.mesh(t.mesh, width=c.width).svg,
     "to.tensor": lambda s, c, t: layout(t.target, c.tensor, c.state, _target_rank(c, t), c.width),
-    "to.memory": lambda s, c, t: viz.memory(t.target, width=c.width).svg,
+    "to.memory": lambda s, c, t: viz.memory(t.target, activations=c.activations, width=c.width).svg,
     "to.plan": lambda s, c, t: _plan(viz.plan, t, c.width),
     "to.flow": lambda s, c, t: _plan(viz.flow, t, c.width),
     "to.held": lambda s, c, t: _held(t.target, c),

@@ -15,11 +15,13 @@ from ckptlab.sharding.transformer import PaperModel
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's numbers, its parameters as its authors count them (billions), and where both are from."""
+    """A model's numbers, its parameters as its authors count them (billions), and where both are from; `active`: to how
+    many of a layer's experts a token goes."""
 
     model: PaperModel
     billions: float
     source: str
+    active: int = 1
 
 
 def _model(layers: int, hidden: int, heads: int, kv: int, ffn: int, vocab: int, **others: Any) -> PaperModel:
@@ -47,7 +49,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "Qwen 3 8B": Preset(_model(36, 4096, 32, 8, 12288, 151936, head_dim=128), 8.19, _QWEN3),
     "Qwen 3 32B": Preset(_model(64, 5120, 64, 8, 25600, 151936, head_dim=128), 32.8, _QWEN3),
-    "Qwen 3 235B A22B": Preset(_model(94, 4096, 64, 4, 1536, 151936, head_dim=128, experts=128), 235, _QWEN3),
+    "Qwen 3 235B A22B": Preset(_model(94, 4096, 64, 4, 1536, 151936, head_dim=128, experts=128), 235, _QWEN3, 8),
     "DeepSeek-V3": Preset(
         _model(
             61,
@@ -65,9 +67,10 @@ PRESETS: dict[str, Preset] = {
         ),
         671,
         "DeepSeek-AI 2024, arXiv:2412.19437, section 4.2",
+        8,
     ),
-    "Mixtral 8x7B": Preset(_model(32, 4096, 32, 8, 14336, 32000, experts=8), 46.7, _MIXTRAL),
-    "Mixtral 8x22B": Preset(_model(56, 6144, 48, 8, 16384, 32768, experts=8), 141, _MIXTRAL),
-    "gpt-oss 20B": Preset(_model(24, 2880, 64, 8, 2880, 201088, head_dim=64, experts=32), 20.9, _OSS),
-    "gpt-oss 120B": Preset(_model(36, 2880, 64, 8, 2880, 201088, head_dim=64, experts=128), 116.8, _OSS),
+    "Mixtral 8x7B": Preset(_model(32, 4096, 32, 8, 14336, 32000, experts=8), 46.7, _MIXTRAL, 2),
+    "Mixtral 8x22B": Preset(_model(56, 6144, 48, 8, 16384, 32768, experts=8), 141, _MIXTRAL, 2),
+    "gpt-oss 20B": Preset(_model(24, 2880, 64, 8, 2880, 201088, head_dim=64, experts=32), 20.9, _OSS, 4),
+    "gpt-oss 120B": Preset(_model(36, 2880, 64, 8, 2880, 201088, head_dim=64, experts=128), 116.8, _OSS, 4),
 }

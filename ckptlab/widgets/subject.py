@@ -16,6 +16,7 @@ from ckptlab.catalog import ZERO_STAGES, Catalog, Tensor
 from ckptlab.checkpoint import Checkpoint, Reshape, paper_model
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.activations import Activations
 from ckptlab.sharding.transformer import PaperModel
 
 DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -26,7 +27,8 @@ DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192,
 class Choice:
     """The chosen tensor, one of its states, a rank of the source; the target's mesh and ZeRO stage, a rank of it; the
     step of the reshape that is shown (from 0); for how wide a page pictures are drawn, in pixels; of the values the
-    window that is shown, (first, one behind the last) for each dim (of all of it, nothing)."""
+    window that is shown, (first, one behind the last) for each dim (of all of it, nothing); of a model on paper the
+    activations that memory is told with."""
 
     tensor: str
     state: str
@@ -37,6 +39,7 @@ class Choice:
     step: int = 0
     width: int | None = None
     window: tuple[tuple[int, int], ...] = ()
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)

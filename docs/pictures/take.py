@@ -1,75 +1,81 @@
 """Take the pictures of the widgets anew: `PYTHONPATH=tests python docs/pictures/take.py [NAME …]`. Needs chromium.
 
-Each is the output of a cell in JupyterLab, in its light and its dark theme, at three widths of the window.
+The widget on a page of its own, light and dark, at three widths of the window; what JupyterLab makes of it is tested,
+and its frame is in no picture.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+from collections.abc import Callable
 from io import BytesIO
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import lab
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE.parents[1] / "data"
-OPEN = 'import ckptlab\nshown = ckptlab.explore(ckptlab.open("data/gpt_tp2_pp2_dp2"))\n'
-SHOTS = {
-    "explore": f'{OPEN}shown.choose(tensor="2.mlp.dense_h_to_4h.weight", rank=3)\nshown',
-    "explore_values": f"""{OPEN}shown.choose(tab="Values", tensor="2.mlp.dense_h_to_4h.weight", rank=3)
-shown""",
-    "explore_reshape": f'{OPEN}shown.choose(tab="Reshape", mesh=ckptlab.Mesh(tp=4, dp=2), target_rank=5)\nshown',
-    "explore_steps": f"""{OPEN}shown.choose(tab="Steps", mesh=ckptlab.Mesh(tp=4, dp=2), step=4)
-shown.tensor = "4.mlp.dense_h_to_4h.weight"
-shown""",
-    "playground": """
 import ckptlab
-shown = ckptlab.playground(ckptlab.Mesh(tp=4, pp=2, dp=8), 1)
-shown.model = shown.presets["Llama 3 70B"]["model"]
-shown""",
-}
-TALL = 2600  # of the window, in pixels: what is taken is all in it, above the status bar
+from ckptlab import Mesh
+
+HERE = Path(__file__).resolve().parent
+TALL = 2600  # of the window, in pixels: what is taken is all in it
 WIDTHS = (900, 1200, 1600)  # of the browser, in pixels; the middle one is what the docs show
+SIDE = 80  # of them at the sides of a notebook's output
+UP = "2.mlp.dense_h_to_4h.weight"
+
+
+def explorer(**chosen: Any) -> Any:
+    """The GPT of data/, with what is chosen."""
+    found = ckptlab.explore(ckptlab.open("data/gpt_tp2_pp2_dp2"))
+    found.choose(**chosen)
+    return found
+
+
+def playground() -> Any:
+    found = ckptlab.playground(Mesh(tp=4, pp=2, dp=8), 1)
+    preset = found.presets["Llama 3 70B"]
+    found.choose(activations=preset["activations"], model=preset["model"])
+    return found
+
+
+SHOTS: dict[str, Callable[[], Any]] = {
+    "explore": lambda: explorer(tensor=UP, rank=3),
+    "explore_values": lambda: explorer(tab="Values", tensor=UP, rank=3),
+    "explore_reshape": lambda: explorer(tab="Reshape", mesh=Mesh(tp=4, dp=2), target_rank=5),
+    "explore_steps": lambda: explorer(tab="Steps", mesh=Mesh(tp=4, dp=2), step=4, tensor="4.mlp.dense_h_to_4h.weight"),
+    "playground": playground,
+}
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        notebooks, private = Path(folder, "notebooks"), Path(folder, "private")
-        notebooks.mkdir()
-        private.mkdir()
-        (notebooks / "data").symlink_to(DATA)
-        for name, source in SHOTS.items():
-            lab.write_notebook(notebooks / f"{name}.ipynb", source.strip())
-        with lab.server(notebooks, private) as address, lab.browser(private, WIDTHS[1], TALL, scale=2) as page:
-            for name in sys.argv[1:] or SHOTS:
-                lab.run_notebook(page, address, f"{name}.ipynb")
-                lab.shown(page, ".ckptlab-explorer figure svg")
-                output = page.locator(".ckptlab-explorer").first
-                if page.locator(".jp-FileBrowser:visible").count():
-                    lab.command(page, "application:toggle-left-area")
-                for theme, width in product(("Light", "Dark"), WIDTHS):
-                    page.set_viewport_size({"width": width, "height": TALL})
-                    lab.command(page, "apputils:change-theme", theme=f"JupyterLab {theme}")
-                    page.wait_for_function(
-                        "light => document.body.dataset.jpThemeLight === light", arg=str(theme == "Light").lower()
-                    )
-                    page.wait_for_timeout(2500)  # the theme's style sheet, and pictures drawn for the width
-                    output.locator("xpath=self::*[@aria-busy='false']").wait_for()
-                    if name == "explore":
-                        output.locator('figure[data-slot="look.mesh"] [data-rank="3"]').hover()
-                        page.wait_for_timeout(500)
-                    if name == "explore_values":
-                        box = output.locator("svg .heat").bounding_box()
-                        page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.52 * box["height"])
-                        page.wait_for_timeout(500)
-                    place = "" if width == WIDTHS[1] else f"_{width}"
-                    if name == "explore_steps" and width == WIDTHS[1]:
-                        animate(page, output, theme.lower())
-                    save(output.screenshot(), HERE / f"{name}{place}_{theme.lower()}.png")
+    os.chdir(HERE.parents[1])  # the line of Python names a path from here
+    with tempfile.TemporaryDirectory() as private, lab.browser(Path(private), WIDTHS[1], TALL, scale=2) as page:
+        for name in sys.argv[1:] or SHOTS:
+            for theme in ("light", "dark"):
+                lab.put_widget(page, SHOTS[name](), theme == "dark")
+                for width in WIDTHS:
+                    take(page, name, theme, width)
+
+
+def take(page: Any, name: str, theme: str, width: int) -> None:
+    output = page.locator(".ckptlab-explorer")
+    page.set_viewport_size({"width": width - SIDE, "height": TALL})
+    page.wait_for_timeout(700)  # pictures are drawn for the width
+    output.locator("xpath=self::*[@aria-busy='false']").wait_for()
+    page.mouse.move(2, 2)
+    if name == "explore":
+        output.locator('figure[data-slot="look.mesh"] [data-rank="3"]').hover()
+    if name == "explore_values":
+        box = output.locator("svg .heat").bounding_box()
+        page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.52 * box["height"])
+    page.wait_for_timeout(400)
+    place = "" if width == WIDTHS[1] else f"_{width}"
+    if name == "explore_steps" and width == WIDTHS[1]:
+        animate(page, output, theme)
+    save(output.screenshot(), HERE / f"{name}{place}_{theme}.png")
 
 
 def animate(page: Any, output: Any, theme: str) -> None:

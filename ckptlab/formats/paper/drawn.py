@@ -48,12 +48,13 @@ def drawn(source: Catalog, mesh: Mesh, zero_stage: int) -> Catalog:
         if kind not in made:
             made[kind] = _tensor(source, tensor, mesh, stages[name], zero_stage)
         like = made[kind]
-        tensors[name] = replace(tensor, layout=like.layout, cut=like.cut, states=like.states, stages=like.stages)
+        its_own = (tensor.group, like.stages, tensor.aliases, tensor.layout_known)
+        tensors[name] = Tensor(name, tensor.shape, like.layout, like.cut, tensor.kind, like.states, *its_own)
     training = source.training
     groups = source.groups or (ParameterGroup({}, tuple(n for n, t in tensors.items() if t.kind == "parameter")),)
     flat_groups = tuple(_flat_groups(tensors, groups, mesh, zero_stage)) if zero_stage else ()
-    flat = {(name, state) for group in flat_groups for name in group.names for state in group.dtypes}
-    outside = {(n, s): t.stages for n, t in tensors.items() for s in t.states if (n, s) not in flat}
+    flat = {name: group.dtypes for group in flat_groups for name in group.names}
+    outside = {(n, s): t.stages for n, t in tensors.items() for s in t.states if s not in flat.get(n, ())}
     cut = zero_stage >= 2
     return Catalog(
         path=source.path,
@@ -73,7 +74,7 @@ def drawn(source: Catalog, mesh: Mesh, zero_stage: int) -> Catalog:
 
 
 def _tensor(source: Catalog, tensor: Tensor, mesh: Mesh, stages: tuple[int, ...], zero_stage: int) -> Tensor:
-    layout = tensor.layout.replace(stages=stages)
+    layout = tensor.layout if tensor.layout.stages == stages else tensor.layout.replace(stages=stages)
     try:
         cut = layout.resolve(tensor.shape, mesh)
     except LayoutError as error:

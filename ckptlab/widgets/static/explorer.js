@@ -19,8 +19,12 @@ const make = (tag, attributes = {}, ...children) => {
   return found;
 };
 
-// `tp 2 · pp 2 · dp 2` of [["tp", 2], …]
-const spoken = (pairs) => pairs.map(([axis, n]) => `${axis} ${n}`).join(" · ");
+// `tp 2 · pp 2 · dp 2` of [["tp", 2], …], in the order in which people name axes.
+const spoken = (pairs) => {
+  const order = ["tp", "pp", "dp"];
+  const place = ([axis]) => (order.includes(axis) ? order.indexOf(axis) : order.length);
+  return [...pairs].sort((a, b) => place(a) - place(b)).map(([axis, n]) => `${axis} ${n}`).join(" · ");
+};
 
 // 0, 1, 2, 5 of `0-2,5`
 const numbers = (text) =>
@@ -90,8 +94,9 @@ function render({ model, el }) {
   const refresh = () => {
     const state = current();
     controls(state);
-    if (complete(state)) show(state);
-    else busy(true, state);
+    if (complete(state)) return show(state);
+    busy(true, state);
+    if (titles[state.tab]) title.textContent = titles[state.tab]; // that of the pictures, which are another tab's no more
   };
   const answered = () => {
     const view = model.get("view");
@@ -176,16 +181,16 @@ function render({ model, el }) {
       value.textContent = options[input.value];
       choose(options[input.value]);
     });
-    // Ticks that have room beside one another: the chosen one before all, then from the left those that work.
+    // Ticks that have room beside one another: the chosen one before all, then those that work, powers of two first.
     const room = () => {
       const wide = ticks.clientWidth || 180;
       const taken = [];
       const order = [...ticks.children].map((tick, i) => [tick, i]);
-      const first = (tick) => (tick.classList.contains("now") ? 0 : tick.classList.contains("no") ? 2 : 1);
+      const first = (tick) => (tick.classList.contains("now") ? 0 : tick.classList.contains("no") ? 4 : 2) + (Math.log2(tick.dataset.degree) % 1 ? 1 : 0);
       order.sort(([a, i], [b, j]) => first(a) - first(b) || i - j);
       for (const [tick, i] of order) {
         const middle = options.length > 1 ? (wide * i) / (options.length - 1) : 0;
-        const half = 3.4 * tick.textContent.length + 2;
+        const half = 3.4 * tick.textContent.length + 4;
         const free = taken.every(([from, to]) => middle + half <= from || to <= middle - half);
         tick.style.visibility = free ? "" : "hidden";
         if (free) taken.push([middle - half, middle + half]);
@@ -259,6 +264,7 @@ function render({ model, el }) {
     panel.append(grid);
   };
   const fields_ = {}; // of the model's numbers
+  const kept_ = {}; // of its activations
   const parts = {}; // single places of the panels
 
   if (panels.Model) {
@@ -267,16 +273,18 @@ function render({ model, el }) {
     const pick = make("select", { "aria-label": "start from a model" }, make("option", { value: "" }, "start from …"), ...Object.keys(presets).map((name) => make("option", { value: name }, name)));
     pick.onchange = () => {
       if (!pick.value) return;
-      said.textContent = presets[pick.value].source;
-      want({ model: presets[pick.value].model });
+      const { model: numbers, activations } = presets[pick.value];
+      want({ model: numbers, activations: { ...hands.activations, sequence: activations.sequence, active: activations.active } });
+    };
+    // Which model the numbers are of, however they came to be.
+    const known = Object.fromEntries(Object.entries(presets).map(([name, preset]) => [JSON.stringify(preset.model), name]));
+    parts.preset = (state) => {
+      pick.value = known[JSON.stringify(state.model)] || "";
+      said.textContent = pick.value ? presets[pick.value].source : "";
     };
     const form = make("div", { class: "numbers" });
     const shownFields = { layers: "", hidden: "", heads: "", kv_heads: "kv heads", ffn: "", vocab: "", head_dim: "head dim", experts: "" };
-    const edit = (name, value) => {
-      pick.value = "";
-      said.textContent = "";
-      want({ model: { ...hands.model, [name]: value } });
-    };
+    const edit = (name, value) => want({ model: { ...hands.model, [name]: value } });
     for (const [name, label] of Object.entries(shownFields)) {
       const input = make("input", { type: "number", min: name === "experts" ? 0 : 1, "data-number": name });
       input.onchange = () => edit(name, input.value === "" ? null : Number(input.value));
@@ -293,9 +301,27 @@ function render({ model, el }) {
       fields_[name] = input;
       form.append(make("label", { class: "check" }, input, make("span", {}, name === "tied" ? "tied embeddings" : "gated (SwiGLU)")));
     }
+    const kept = make("div", { class: "numbers", role: "group", "aria-label": "activations" });
+    const keep = (name, value) => want({ activations: { ...hands.activations, [name]: value } });
+    for (const [name, label] of Object.entries({ sequence: "sequence", micro_batch: "micro-batch", active: "of experts" })) {
+      const input = make("input", { type: "number", min: 1, "data-kept": name, title: name === "active" ? "to how many experts each token goes" : false });
+      input.onchange = () => keep(name, Math.max(1, Math.round(Number(input.value)) || 1));
+      kept_[name] = input;
+      kept.append(make("label", {}, make("span", {}, label), input));
+    }
+    const again = make("select", { "data-kept": "recompute" }, ...["nothing", "attention", "layers"].map((name) => make("option", {}, name)));
+    again.onchange = () => keep("recompute", again.value);
+    kept_.recompute = again;
+    kept.append(make("label", {}, make("span", {}, "recompute"), again));
+    for (const [name, label] of Object.entries({ flash: "FlashAttention", sequence_parallel: "sequence parallelism" })) {
+      const input = make("input", { type: "checkbox", "data-kept": name });
+      input.onchange = () => keep(name, input.checked);
+      kept_[name] = input;
+      kept.append(make("label", { class: "check" }, input, make("span", {}, label)));
+    }
     parts.source = sliders("source_mesh", "source_stage", "source.works");
     parts.sourceRefused = make("div", {});
-    panels.Model.append(make("div", { class: "presets" }, pick, said), form, parts.source.box, parts.sourceRefused);
+    panels.Model.append(make("div", { class: "presets" }, pick, said), form, kept, parts.source.box, parts.sourceRefused);
     cards(panels.Model, "model.told", "model.zero", "model.mesh");
   }
   if (panels.Look) {
@@ -336,11 +362,13 @@ function render({ model, el }) {
     }
     if (parts.source) {
       parts.source.set(state);
-      for (const [name, input] of Object.entries(fields_)) {
-        const value = state.model[name];
-        if (input.type === "checkbox") input.checked = value;
-        else if (root.getRootNode().activeElement !== input) input.value = value ?? "";
-      }
+      parts.preset(state);
+      for (const [inputs, values] of [[fields_, state.model], [kept_, state.activations]])
+        for (const [name, input] of Object.entries(inputs)) {
+          if (input.type === "checkbox") input.checked = values[name];
+          else if (root.getRootNode().activeElement !== input) input.value = values[name] ?? "";
+        }
+      kept_.active.parentNode.hidden = !state.model.experts;
     }
     parts.target?.set(state);
     if (parts.steps) {
@@ -373,6 +401,7 @@ function render({ model, el }) {
   };
 
   let ofTab = {}; // the state whose pictures each tab has
+  const titles = {}; // and what it is called
   const show = (state) => {
     busy(false);
     const about = part("about", state);
@@ -388,7 +417,7 @@ function render({ model, el }) {
     line.textContent = part(`line.${state.tab}`, state);
     if (!stopped) {
       ofTab = { ...ofTab, [state.tab]: state };
-      title.textContent = figures ? figures.title : about.title;
+      title.textContent = titles[state.tab] = figures ? figures.title : about.title;
       fill(tree, part("tensors", state), state);
       for (const box of [parts.states, parts.valueStates]) if (box) choices(box, part("states", state) || [], state);
       if (state.tab === "Values") windows(part("values.map", state)?.grid);
@@ -560,8 +589,7 @@ function render({ model, el }) {
   };
   const named = (rank, axes) => {
     const at = place(rank, axes);
-    const order = ["tp", "pp", "dp", ...axes.map(([axis]) => axis)].filter((axis, i, all) => axis in at && all.indexOf(axis) === i);
-    return `rank ${rank}: ${order.map((axis) => `${axis} ${at[axis]}`).join(" · ")}`;
+    return `rank ${rank}: ${spoken(axes.map(([axis]) => [axis, at[axis]]))}`;
   };
   const holds = (table, rank) => (table ? table.lines[table.of[rank] ?? -1] || [] : []);
   const told = (cell, slot, state) => {

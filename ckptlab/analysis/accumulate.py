@@ -1,8 +1,7 @@
 """One pass over the elements of a tensor for all statistics at once, in blocks that stay in the processor's cache.
 
 Elements of 16 bits and fewer are counted by bit pattern, and the statistics are those of the counts: exact, and the
-same in whatever order the elements come. Wider ones are widened to float64 block by block, and so are bfloat16 of which
-no histogram is asked for: to count takes longer than all the rest.
+same in whatever order the elements come. Wider ones are widened to float64 block by block.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
-from ml_dtypes import bfloat16, finfo
+from ml_dtypes import finfo
 from numpy.typing import NDArray
 
 from ckptlab.analysis.partial import OCTAVES, Bins, Partial, of_octaves
 from ckptlab.errors import UnsupportedError
 
 BLOCK = 1 << 17  # elements whose float64 and exponents are held at a time, if not said
-_BFLOAT16 = np.dtype(bfloat16)
 _ROW = 4096  # elements that one dot product adds up: short enough for BLAS to stay on this thread
 _ONES = np.ones(_ROW)
 _CANCELLED = 1e-4  # of a block's sum of squares: a variance below it is computed again around the mean
@@ -38,9 +36,9 @@ def accumulator(dtype: np.dtype, bins: Bins | None = None, block: int = BLOCK) -
     dtype = np.dtype(dtype)
     if dtype.type is np.void or dtype.kind not in "fiubV":
         raise UnsupportedError(f"there are no statistics of elements of {dtype}")
-    if dtype.itemsize > 2 or (dtype == _BFLOAT16 and bins is None):
-        return _Values(dtype, bins, block)
-    return _Patterns(dtype, bins, block)
+    if dtype.itemsize <= 2:
+        return _Patterns(dtype, bins, block)
+    return _Values(dtype, bins, block)
 
 
 def partial(array: np.ndarray, bins: Bins | None = None) -> Partial:
@@ -113,8 +111,7 @@ class _Values:
 
     def __init__(self, dtype: np.dtype, bins: Bins | None, block: int) -> None:
         self._bins, self._size = bins, block
-        self._halves = dtype == _BFLOAT16  # the upper half of a float32: the same numbers, the same subnormal ones
-        self._single = dtype == np.float32 or self._halves
+        self._single = dtype == np.float32
         self._octaves = bins is not None and bins.edges is None
         self._exponents = np.zeros(1 << (9 if self._single else 12), np.int64)
         self._counts = np.zeros(0 if bins is None else bins.size, np.int64)
@@ -131,8 +128,6 @@ class _Values:
             self._found = self._found.merge(self._block(window[start : start + size]))
 
     def _block(self, block: np.ndarray) -> Partial:
-        if self._halves:
-            block = self._doubled(block)
         wide = self._wide[: len(block)]
         np.copyto(wide, block, casting="unsafe")
         own = block if self._single else wide
@@ -148,12 +143,6 @@ class _Values:
         if not len(wide):
             return Partial(len(block), nan, odd - nan)
         return Partial(len(block), nan, odd - nan, zeros, few - zeros, *_moments(wide), low, high)
-
-    def _doubled(self, block: np.ndarray) -> np.ndarray:
-        """bfloat16 as float32."""
-        bits = self._bits[: len(block)]
-        np.copyto(bits, block.view(np.uint16))
-        return np.left_shift(bits, 16, out=bits).view(np.float32)
 
     def _by_exponent(self, block: np.ndarray) -> tuple[int, int]:
         """How many elements are zero or subnormal, and how many not finite; their exponents are counted."""

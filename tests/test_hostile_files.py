@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -656,6 +657,21 @@ def test_placeholders_that_are_alike_on_their_surface_are_compared_so_often_and_
         pickles.loads(data, "a.pt")
 
 
+def alike(one: bytes, other: bytes, empty: bytes = b"}", fill: bytes = b"u", before: bytes = b"") -> bytes:
+    """A pickle of a dict (or set) whose keys are 30,000 tuples of fifteen elements, each one of two."""
+    keys = (
+        b"(" + b"".join(each) + b"t" for each in itertools.islice(itertools.product((one, other), repeat=15), 30_000)
+    )
+    value = b"N" if fill == b"u" else b""
+    return raw(before + empty + b"(", value.join(keys) + value + fill)
+
+
+REMEMBERED = op(b"J", -1 & 0xFFFFFFFF) + b"q\x000" + op(b"J", -2 & 0xFFFFFFFF) + b"q\x010"
+REMEMBERED_TUPLES = op(b"J", -1 & 0xFFFFFFFF) + b"\x85q\x000" + op(b"J", -2 & 0xFFFFFFFF) + b"\x85q\x010"
+REMEMBERED_SIZES = b"".join(
+    b"ctorch\nSize\n" + op(b"J", n & 0xFFFFFFFF) + b"\x85\x85Rq" + bytes([i]) + b"0" for i, n in enumerate((-1, -2))
+)
+
 BOMBS = {
     "a memo of 3 GB": raw(b"N", op(b"r", 200_000_000)),
     "a memo of 5 GB": raw(b"N", b"p1000000000\n"),
@@ -667,6 +683,13 @@ BOMBS = {
     "2 million calls": raw(b"cm\nn\n", b")R" * 2_000_000),
     "30,000 placeholders as keys": raw(b"}", b"cm\nn\nq\x00", b"".join(b"h\x00)RN}" + b"bNs" for _ in range(30_000))),
     "60,000 integers of one hash": pickle.dumps({i * (2**61 - 1): 0 for i in range(1, 60_000)}, 2),
+    "30,000 tuples of -1 and -2, which have one hash": alike(op(b"J", -1 & 0xFFFFFFFF), op(b"J", -2 & 0xFFFFFFFF)),
+    "the same of floats in a set": alike(b"G" + struct.pack(">d", -1), b"G" + struct.pack(">d", -2), b"\x8f", b"\x90"),
+    "the same of numbers that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED),
+    "the same of tuples that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED_TUPLES),
+    "the same of sizes that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED_SIZES),
+    "30,000 numbers of one hash, as floats": alike(b"G" + struct.pack(">d", 1), b"G" + struct.pack(">d", 2.0**61)),
+    "30,000 frozensets": raw(b"]", b"".join(b"(" + b"K%c" % (i % 256) + b"\x91a" for i in range(30_000))),
     "tuples of 2^60 as a key": doubled(b"Ns"),
     "tuples and None of 2^60 as a key": doubled(b"Ns", b"N\x87"),
 }

@@ -221,7 +221,7 @@ def _by_manifest(folder: str) -> dict[str, Listed] | None:
     try:
         told = json.loads(read(path))["files"]
         sizes = {str(name): int(entry["size"]) for name, entry in told.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     _take(folder, {name: Listed(False, size) for name, size in sizes.items() if ".." not in name.split("/")})
     listing = _folders.pop(folder) or {}

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -778,3 +779,51 @@ def test_names_do_not_command_the_terminal(tmp_path):
     result = CliRunner().invoke(main, ["info", str(tmp_path / "x\x1b[31m")])
     assert "\x1b" not in result.stderr
     assert "\\x1b[31m" in result.stderr
+
+
+def safetensors_of(path: Path, header: bytes, data: bytes = bytes(64)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":{"dtype":"F32","shape":[%d,0],"data_offsets":[0,0]}}' % 10**30,
+        b'{"%s":{"dtype":"F32","shape":[5],"data_offsets":[0,16]}}' % (b"n" * 1_000_000),
+        b'{"%s":{"dtype":"F32","shape":"5"}}' % (b"n" * 1_000_000),
+        b'{"%s":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[8,24]}}'
+        % (b"n" * 1_000_000),
+    ],
+    ids=["a size beyond 64 bits", "a name of a million", "and no offsets", "and shared bytes"],
+)
+def test_a_header_that_lies_is_refused_in_a_line(tmp_path, header):
+    path = safetensors_of(tmp_path / "model.safetensors", header)
+    with pytest.raises(CheckpointError, match="^" + str(path)) as error:
+        ckptlab.open(path)
+    assert len(str(error.value)) < 1000
+    assert not ckptlab.check(path).healthy
+
+
+def test_an_index_of_names_that_no_file_has_is_refused_in_a_line(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    safetensors_of(tmp_path / "m.safetensors", b"{}")
+    for files in (["x" * 100_000], [f"{i:09}.safetensors" for i in range(10_000)]):
+        index.write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(files)}}))
+        with pytest.raises(CheckpointError, match="no weight_map|missing") as error:
+            ckptlab.open(tmp_path)
+        assert len(str(error.value)) < 1000
+        assert all(len(f.found) < 1000 for f in ckptlab.check(tmp_path).findings)
+
+
+@pytest.mark.parametrize("size", ["1e400", "NaN", "-1e400", "[]", '"x"'])
+def test_a_manifest_that_is_none_is_a_finding(tmp_path, size):
+    safetensors_of(tmp_path / "model.safetensors", b'{"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]}}')
+    manifest = tmp_path / convert.MANIFEST
+    manifest.write_text(f'{{"files": {{"model.safetensors": {{"size": {size}, "crc32": "0"}}}}}}')
+    assert not ckptlab.check(tmp_path).healthy
+    manifest.write_text(json.dumps({"files": {"x" * 10_000: {"size": 1, "crc32": "0"}}}))
+    found = ckptlab.check(tmp_path).findings
+    assert found
+    assert all(len(f.found) < 1000 for f in found)

@@ -341,6 +341,7 @@ def test_an_object_that_holds_itself_is_read():
         (0, (1,) * 40, (1,) * 40),
         (None, None, None),
         (10**400, (1,), (1,)),
+        (0, (10**30, 0), (1, 1)),
     ],
 )
 def test_views_beyond_their_storage_are_refused(tmp_path, view):

@@ -124,11 +124,11 @@ def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: in
             pass
         case _:
             raise CheckpointError(f"{path}: {said}: expected shape, data_offsets and dtype: the header is damaged")
-    if len(shape) > _MOST_DIMS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
+    if len(shape) > _MOST_DIMS or not all(type(n) is int and n >= 0 for n in shape):
         raise CheckpointError(f"{path}: {said}: shape {brief(shape)}: the header is damaged")
     dtype = DTYPES.get(kind)
     expected = hi - lo if dtype is None else math.prod(shape) * dtype.itemsize
-    if not 0 <= lo <= hi <= size - begin or hi - lo != expected:
+    if not 0 <= lo <= hi <= size - begin or hi - lo != expected or max(shape, default=0) >= 1 << 63:
         raise CheckpointError(
             f"{path}: {said}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
             f"for {brief(tuple(shape))}: the file is truncated or damaged"

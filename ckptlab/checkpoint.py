@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ckptlab import convert, formats, paths
+from ckptlab import formats, paths
 from ckptlab.arguments import check_fields, explained
 from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
@@ -31,6 +31,7 @@ from ckptlab.viewed import Viewed
 if TYPE_CHECKING:
     import torch
 
+    from ckptlab import convert
     from ckptlab.state_dict import Loaded
 
 PAPER = "paper"  # the format without files, in which anything can be laid out
@@ -363,6 +364,7 @@ class Reshape(Viewed, Shown):
             there = self._in(format)
             running: dict[str, Any] = {"on": on, "progress": progress, "verify": verify, "sync": sync}
             return there.save(destination, storage_options=storage_options, **running)
+        from ckptlab import convert
         from ckptlab.arrays.copies import refuse_unequal
 
         with reading_apart():  # not part of what the plan says is read
@@ -415,6 +417,8 @@ def save_weights(
 
 def source_of(catalog: Catalog) -> convert.Source:
     """What a conversion of a checkpoint reads."""
+    from ckptlab import convert
+
     files = [paths.join(catalog.path, name) for name in catalog.files] if paths.is_folder(catalog.path) else []
     filled = () if catalog.filled is None else source_of(catalog.filled).files
     return convert.Source((*(files or [catalog.path]), *filled), catalog.lying_in)

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -134,7 +133,7 @@ def inside(path: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _named(path: str) -> Iterator[None]:
+def named(path: str) -> Iterator[None]:
     """Errors of file systems as OSErrors that name the URL."""
     try:
         yield
@@ -162,7 +161,7 @@ def _forget(store: str) -> None:
         _systems[store][0].invalidate_cache()
 
 
-def _changed(path: str) -> None:
+def changed(path: str) -> None:
     """Forget what listings say of a file and the folders that it lies in."""
     system, name = inside(path)
     _alone.pop(path, None)
@@ -182,7 +181,7 @@ def listed(folder: str) -> dict[str, Listed]:
 
 def _listing(folder: str) -> dict[str, Listed] | None:
     if folder not in _folders:
-        with _named(folder):
+        with named(folder):
             _folders[folder] = _ask(folder)
     return _folders[folder]
 
@@ -190,7 +189,7 @@ def _listing(folder: str) -> dict[str, Listed] | None:
 def _ask(folder: str) -> dict[str, Listed] | None:
     system, path = inside(folder)
     try:
-        found = _again(system, lambda: system.ls(path, detail=True))
+        found = again(system, lambda: system.ls(path, detail=True))
     except Exception as error:
         refused = path.startswith(_HTTP) and _lasts(error, system)
         if not (isinstance(error, FileNotFoundError | NotADirectoryError) or refused):
@@ -222,7 +221,7 @@ def _by_manifest(folder: str) -> dict[str, Listed] | None:
     try:
         told = json.loads(read(path))["files"]
         sizes = {str(name): int(entry["size"]) for name, entry in told.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None
     _take(folder, {name: Listed(False, size) for name, size in sizes.items() if ".." not in name.split("/")})
     listing = _folders.pop(folder) or {}
@@ -232,9 +231,9 @@ def _by_manifest(folder: str) -> dict[str, Listed] | None:
 def list_below(folder: str) -> None:
     """List a folder and all below it, at once where the store can."""
     system, path = inside(folder)
-    with _named(folder):
+    with named(folder):
         try:
-            found = _again(system, lambda: system.find(path, detail=True))
+            found = again(system, lambda: system.find(path, detail=True))
         except FileNotFoundError:
             found = {}
     start = len(path.strip("/"))
@@ -277,9 +276,9 @@ def _known(path: str) -> Listed | None:
 
 def _info(path: str) -> Listed | None:
     system, name = inside(path)
-    with _named(path):
+    with named(path):
         try:
-            told = _again(system, lambda: system.info(name))
+            told = again(system, lambda: system.info(name))
         except FileNotFoundError:
             return None
     return None if path.startswith(_HTTP) and told.get("mimetype") == "text/html" else _said(told)
@@ -483,7 +482,7 @@ def _get(requests: Sequence[Range]) -> list[bytes]:
         for i, error in failed:
             path = requests[i][0]
             if attempt == TRIES - 1 or _lasts(error, None if isinstance(error, _ShortError) else inside(path)[0]):
-                with _named(path):
+                with named(path):
                     raise error
         left = [i for i, _ in failed]
         if not left:
@@ -520,7 +519,7 @@ def _lasts(error: Exception, system: Any) -> bool:
     return refused or isinstance(error, _LASTING) or getattr(system, "retries", 0) > 1
 
 
-def _again(system: Any, ask: Any) -> Any:
+def again(system: Any, ask: Any) -> Any:
     """What a question to a file system is answered, asked again where it fails."""
     for attempt in range(TRIES):
         try:
@@ -554,54 +553,26 @@ def ahead(ranges: Sequence[Range]) -> None:
 def write(path: str, data: bytes) -> None:
     """Make a small file, which appears whole."""
     system, name = inside(path)
-    with _named(path):
-        _again(system, lambda: system.pipe_file(name, data))
-    _changed(path)
+    with named(path):
+        again(system, lambda: system.pipe_file(name, data))
+    changed(path)
 
 
 def put(near: str, path: str) -> None:
     """Copy a file of this machine, which appears whole."""
     system, name = inside(path)
-    with _named(path):
-        _again(system, lambda: system.put_file(near, name))
-    _changed(path)
+    with named(path):
+        again(system, lambda: system.put_file(near, name))
+    changed(path)
 
 
 def remove(gone: Iterable[str]) -> None:
     """Remove files, those that are there."""
     for path in gone:
         system, name = inside(path)
-        with suppress(FileNotFoundError), _named(path):
-            _again(system, lambda: system.rm_file(name))  # noqa: B023 (called at once)
-        _changed(path)
-
-
-class Upload:
-    """A file on its way up that becomes visible only when it is completed, where the store can hold it back (S3's and
-    Google's multipart uploads)."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        system, name = inside(path)
-        with _named(path):
-            self._file = system.open(name, "wb", autocommit=False)
-            with suppress(ValueError):
-                system.transaction.files.remove(self._file)
-
-    def send(self, near: str) -> None:
-        """Send a file of this machine."""
-        with open(near, "rb") as file, _named(self._path):
-            shutil.copyfileobj(file, self._file, REQUEST)
-            self._file.close()
-
-    def commit(self) -> None:
-        with _named(self._path):
-            self._file.commit()
-        _changed(self._path)
-
-    def discard(self) -> None:
-        with _named(self._path):
-            self._file.discard()
+        with suppress(FileNotFoundError), named(path):
+            again(system, lambda: system.rm_file(name))  # noqa: B023 (called at once)
+        changed(path)
 
 
 class File(io.RawIOBase):

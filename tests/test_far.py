@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import pickle
@@ -11,6 +13,8 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from far_server import Server
 
 import ckptlab
 from ckptlab import far, paths, stored
-from ckptlab.convert import execute, upload
+from ckptlab.convert import execute, parts, upload
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.torch import torchfile
 from ckptlab.stored import Stored
@@ -326,14 +330,14 @@ def test_a_destination_in_memory_is_what_a_near_one_is(near: Path, memory: str, 
 def test_what_is_not_whole_is_no_checkpoint(near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = fsspec.filesystem("memory")
     source = str(near / KINDS["deepspeed"])
-    put = far.Upload.send
+    put = parts.Upload.send
 
     def killed(self: Any, path: str) -> None:
         put(self, path)
         raise SystemExit  # kill -9 would not even remove what is up
 
     with monkeypatch.context() as patched:
-        patched.setattr(far.Upload, "send", killed)
+        patched.setattr(parts.Upload, "send", killed)
         patched.setattr(far, "remove", lambda gone: None)
         with pytest.raises(SystemExit):
             resume(source, "memory://out/run/new", on=1)
@@ -387,6 +391,101 @@ def test_on_s3_a_destination_appears_at_once(
         resume(source, "s3://bucket/failed/new")
     store.invalidate_cache()
     assert not store.find("bucket/failed")
+    assert not store.list_multipart_uploads("bucket")
+
+
+BEGUN = """
+import sys, ckptlab
+from ckptlab.convert import upload
+upload.EVERY = 0.0
+ckptlab.open(sys.argv[1]).reshape(format="universal").save("s3://bucket/killed/new", storage_options={options}, on=2)
+"""
+
+
+def begun(source: Path, options: dict[str, Any], server: Server, files: int) -> None:
+    """A conversion to s3://bucket/killed/new that is killed when so many files were sent."""
+    store = fsspec.filesystem("s3", **options)
+    server.told(latency=0.05)
+    process = subprocess.Popen([sys.executable, "-c", BEGUN.replace("{options}", repr(options)), str(source)])
+    try:
+        sent = 0
+        while sent < files:
+            assert process.poll() is None
+            with suppress(FileNotFoundError):
+                sent = store.cat("bucket/killed/new/ckptlab-journal.json").count(b"\n") - 1
+    finally:
+        process.kill()
+        process.wait()
+        server.told(latency=0)
+
+
+@pytest.mark.slow
+def test_a_killed_upload_goes_on(s3: tuple[Server, dict[str, Any]], near: Path, tmp_path: Path) -> None:
+    """What was sent is not sent again, what was begun does not stay in the store, and the bytes are the same."""
+    server, options = s3
+    store = fsspec.filesystem("s3", **options)
+    source = near / KINDS["deepspeed"]
+    begun(source, options, server, 8)
+    assert list(store.find("bucket/killed")) == ["bucket/killed/new/ckptlab-journal.json"]
+    with pytest.raises(CheckpointError, match=r"^s3://bucket/killed/new: a conversion writes it, or was interrupted"):
+        ckptlab.open("s3://bucket/killed/new", storage_options=options)
+    with pytest.raises(ckptlab.DestinationError, match="exists already"):  # another conversion
+        resume(str(source), "s3://bucket/killed/new", storage_options=options)
+    sent = {json.loads(line)[0] for line in store.cat("bucket/killed/new/ckptlab-journal.json").splitlines()[2:]}
+    lost = sorted(sent)[0]  # the store has it no more
+    uploads = {one["Key"]: one for one in store.list_multipart_uploads("bucket")}
+    assert {f"killed/new/{name}" for name in sent} <= uploads.keys()
+    key = f"killed/new/{lost}"
+    store.call_s3("abort_multipart_upload", Bucket="bucket", Key=key, UploadId=uploads[key]["UploadId"])
+    server.told()
+    ckpt = ckptlab.open(source)
+    report = ckpt.reshape(format="universal").save("s3://bucket/killed/new", storage_options=options)
+    assert report.resumed == len(sent) - 1 >= 7
+    assert not store.list_multipart_uploads("bucket")
+    put = {r.split()[1].removeprefix("/bucket/killed/new/") for r in server.told()["requests"] if r.startswith("PUT")}
+    assert put & sent == {lost}
+    whole = ckpt.reshape(format="universal").save(tmp_path / "new")
+    assert report.verified == whole.verified > 0
+    store.invalidate_cache()
+    store.get("bucket/killed/new", str(tmp_path / "got"), recursive=True)
+    same_files(tmp_path / "new", tmp_path / "got")
+
+
+@pytest.mark.slow
+def test_a_lost_connection_leaves_what_was_sent(
+    s3: tuple[Server, dict[str, Any]], near: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, options = s3
+    store = fsspec.filesystem("s3", **options)
+    reshape = ckptlab.open(near / KINDS["stage 3"]).reshape(format="universal")
+    save = partial(reshape.save, "s3://bucket/lost/new", storage_options=options, on=1)
+    send, sent = parts.InParts.send, []
+
+    def fails(self: Any, path: str) -> None:
+        if len(sent) == 5:
+            raise OSError(errno.EIO, "the connection was lost")
+        sent.append(path)
+        send(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts.InParts, "send", fails)
+        with pytest.raises(OSError, match="the connection was lost"):
+            save()
+    with monkeypatch.context() as patched:  # two at once: whoever came later goes on, and the first one stops
+        take, other = upload._Journal.take, []
+
+        def taken_over(self: Any, one: Any) -> None:
+            take(self, one)
+            if not other:
+                other.append(True)
+                assert save().resumed == 5
+
+        patched.setattr(upload._Journal, "take", taken_over)
+        with pytest.raises((ckptlab.DestinationError, OSError)):
+            save()
+    assert ckptlab.check("s3://bucket/lost/new", checksums=True).healthy
+    store.invalidate_cache()
+    assert not store.exists("bucket/lost/new/ckptlab-journal.json")
     assert not store.list_multipart_uploads("bucket")
 
 

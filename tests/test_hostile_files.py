@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import io
+import itertools
+import json
 import os
 import pickle
 import shutil
@@ -339,6 +341,7 @@ def test_an_object_that_holds_itself_is_read():
         (0, (1,) * 40, (1,) * 40),
         (None, None, None),
         (10**400, (1,), (1,)),
+        (0, (10**30, 0), (1, 1)),
     ],
 )
 def test_views_beyond_their_storage_are_refused(tmp_path, view):
@@ -656,6 +659,21 @@ def test_placeholders_that_are_alike_on_their_surface_are_compared_so_often_and_
         pickles.loads(data, "a.pt")
 
 
+def alike(one: bytes, other: bytes, empty: bytes = b"}", fill: bytes = b"u", before: bytes = b"") -> bytes:
+    """A pickle of a dict (or set) whose keys are 30,000 tuples of fifteen elements, each one of two."""
+    keys = (
+        b"(" + b"".join(each) + b"t" for each in itertools.islice(itertools.product((one, other), repeat=15), 30_000)
+    )
+    value = b"N" if fill == b"u" else b""
+    return raw(before + empty + b"(", value.join(keys) + value + fill)
+
+
+REMEMBERED = op(b"J", -1 & 0xFFFFFFFF) + b"q\x000" + op(b"J", -2 & 0xFFFFFFFF) + b"q\x010"
+REMEMBERED_TUPLES = op(b"J", -1 & 0xFFFFFFFF) + b"\x85q\x000" + op(b"J", -2 & 0xFFFFFFFF) + b"\x85q\x010"
+REMEMBERED_SIZES = b"".join(
+    b"ctorch\nSize\n" + op(b"J", n & 0xFFFFFFFF) + b"\x85\x85Rq" + bytes([i]) + b"0" for i, n in enumerate((-1, -2))
+)
+
 BOMBS = {
     "a memo of 3 GB": raw(b"N", op(b"r", 200_000_000)),
     "a memo of 5 GB": raw(b"N", b"p1000000000\n"),
@@ -667,6 +685,13 @@ BOMBS = {
     "2 million calls": raw(b"cm\nn\n", b")R" * 2_000_000),
     "30,000 placeholders as keys": raw(b"}", b"cm\nn\nq\x00", b"".join(b"h\x00)RN}" + b"bNs" for _ in range(30_000))),
     "60,000 integers of one hash": pickle.dumps({i * (2**61 - 1): 0 for i in range(1, 60_000)}, 2),
+    "30,000 tuples of -1 and -2, which have one hash": alike(op(b"J", -1 & 0xFFFFFFFF), op(b"J", -2 & 0xFFFFFFFF)),
+    "the same of floats in a set": alike(b"G" + struct.pack(">d", -1), b"G" + struct.pack(">d", -2), b"\x8f", b"\x90"),
+    "the same of numbers that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED),
+    "the same of tuples that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED_TUPLES),
+    "the same of sizes that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED_SIZES),
+    "30,000 numbers of one hash, as floats": alike(b"G" + struct.pack(">d", 1), b"G" + struct.pack(">d", 2.0**61)),
+    "30,000 frozensets": raw(b"]", b"".join(b"(" + b"K%c" % (i % 256) + b"\x91a" for i in range(30_000))),
     "tuples of 2^60 as a key": doubled(b"Ns"),
     "tuples and None of 2^60 as a key": doubled(b"Ns", b"N\x87"),
 }
@@ -755,3 +780,51 @@ def test_names_do_not_command_the_terminal(tmp_path):
     result = CliRunner().invoke(main, ["info", str(tmp_path / "x\x1b[31m")])
     assert "\x1b" not in result.stderr
     assert "\\x1b[31m" in result.stderr
+
+
+def safetensors_of(path: Path, header: bytes, data: bytes = bytes(64)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":{"dtype":"F32","shape":[%d,0],"data_offsets":[0,0]}}' % 10**30,
+        b'{"%s":{"dtype":"F32","shape":[5],"data_offsets":[0,16]}}' % (b"n" * 1_000_000),
+        b'{"%s":{"dtype":"F32","shape":"5"}}' % (b"n" * 1_000_000),
+        b'{"%s":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[8,24]}}'
+        % (b"n" * 1_000_000),
+    ],
+    ids=["a size beyond 64 bits", "a name of a million", "and no offsets", "and shared bytes"],
+)
+def test_a_header_that_lies_is_refused_in_a_line(tmp_path, header):
+    path = safetensors_of(tmp_path / "model.safetensors", header)
+    with pytest.raises(CheckpointError, match="^" + str(path)) as error:
+        ckptlab.open(path)
+    assert len(str(error.value)) < 1000
+    assert not ckptlab.check(path).healthy
+
+
+def test_an_index_of_names_that_no_file_has_is_refused_in_a_line(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    safetensors_of(tmp_path / "m.safetensors", b"{}")
+    for files in (["x" * 100_000], [f"{i:09}.safetensors" for i in range(10_000)]):
+        index.write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(files)}}))
+        with pytest.raises(CheckpointError, match="no weight_map|missing") as error:
+            ckptlab.open(tmp_path)
+        assert len(str(error.value)) < 1000
+        assert all(len(f.found) < 1000 for f in ckptlab.check(tmp_path).findings)
+
+
+@pytest.mark.parametrize("size", ["1e400", "NaN", "-1e400", "[]", '"x"'])
+def test_a_manifest_that_is_none_is_a_finding(tmp_path, size):
+    safetensors_of(tmp_path / "model.safetensors", b'{"a":{"dtype":"F32","shape":[16],"data_offsets":[0,64]}}')
+    manifest = tmp_path / convert.MANIFEST
+    manifest.write_text(f'{{"files": {{"model.safetensors": {{"size": {size}, "crc32": "0"}}}}}}')
+    assert not ckptlab.check(tmp_path).healthy
+    manifest.write_text(json.dumps({"files": {"x" * 10_000: {"size": 1, "crc32": "0"}}}))
+    found = ckptlab.check(tmp_path).findings
+    assert found
+    assert all(len(f.found) < 1000 for f in found)

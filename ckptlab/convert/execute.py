@@ -140,8 +140,8 @@ def _upload(
     )
     odd = sum((Counter(done.odd) for done in up.files.values()), Counter[str]())
     pointer = latest and f"{paths.parent(destination)}/{latest}"
-    written = sum(plan.nbytes for plan in plans)
-    return Report(destination, pointer, len(plans), 0, written, up.verified, dict(odd), up.beside)
+    written = sum(plan.nbytes for plan in plans if plan.name not in up.resumed)
+    return Report(destination, pointer, len(plans), len(up.resumed), written, up.verified, dict(odd), up.beside)
 
 
 def _copied(files: Iterable[str], folder: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from ckptlab import paths
 
 MANIFEST = "ckptlab-manifest.json"
 _VERSION = 1
+_LONGEST = 4096  # characters of a path
 
 
 def write(folder: str, files: Mapping[str, tuple[int, int]]) -> str:
@@ -41,9 +42,11 @@ def read(folder: str) -> dict[str, tuple[int, int]] | None:
     try:
         told = json.loads(paths.text(path))["files"]
         found = {name: (int(entry["size"]), int(entry["crc32"], 16)) for name, entry in told.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: it is no manifest of ckptlab ({type(error).__name__})") from None
     outside = [name for name in found if os.path.isabs(name) or ".." in name.split("/") or "\0" in name]
+    if long := [name for name in found if len(name) > _LONGEST]:
+        raise ValueError(f"{path}: it names a file of {len(long[0]):,} characters, which no file system can hold")
     if outside:
         raise ValueError(f"{path}: it names {outside[0]!r}, which lies outside of its folder")
     return found

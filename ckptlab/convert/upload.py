@@ -3,25 +3,31 @@ checksums stand before what they cover, and goes up from there.
 
 A marker goes up first and is removed last; as long as it is there, ckptlab takes the destination for none. On threads
 of this process nothing else is visible until all is up: the uploads are completed together, at the end, where the store
-can hold them back. Workers elsewhere complete each file themselves. A failure removes what went up.
+can hold them back. Workers elsewhere complete each file themselves. The marker is a journal too: it says which files
+were sent, so that a repeated command goes on where a killed one, or a lost connection, stopped. Any other failure
+removes what went up.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import threading
+import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 from ckptlab import far, paths, pool
-from ckptlab.convert import manifest
+from ckptlab.convert import manifest, parts
 from ckptlab.convert.journal import JOURNAL, Done, crc_of, first_line
+from ckptlab.convert.parts import Receipt, Upload
 from ckptlab.convert.sources import Run, Seen, Source, Verified, unchanged
 from ckptlab.errors import CheckpointError, DestinationError
 from ckptlab.formats import fileplan
@@ -30,13 +36,16 @@ from ckptlab.formats.fileplan import FilePlan
 from ckptlab.stored import add_read, observed
 
 PIECE = 16 << 20  # bytes that are drawn at a time
+EVERY = 5.0  # seconds between two writings of the journal: what is sent after the last one is sent again
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What went up: each file's size and checksum, bytes of the source that were compared, the files beside."""
+    """What is up: each file's size and checksum, the names of those that an earlier run sent, bytes of the source that
+    were compared, the files beside."""
 
     files: Mapping[str, Done]
+    resumed: frozenset[str]
     verified: int
     beside: tuple[str, ...]
 
@@ -45,10 +54,10 @@ class Uploaded:
 class _Uploads:
     """What is up, and what waits to be completed, of threads that share it."""
 
-    held: list[tuple[str, far.Upload]] = field(default_factory=list)
+    held: list[tuple[str, Upload]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def hold(self, path: str, upload: far.Upload) -> None:
+    def hold(self, path: str, upload: Upload) -> None:
         with self.lock:
             self.held.append((path, upload))
 
@@ -59,16 +68,71 @@ class _Uploads:
             self.held[0][1].commit()
             self.held.pop(0)
 
-    def discard(self) -> None:
-        for _, upload in self.held:
-            with suppress(Exception):  # what cannot be discarded was never visible
-                upload.discard()
+    def discard(self, kept: Collection[str] = ()) -> None:
+        """Discard all but those of some paths."""
+        for path, upload in self.held:
+            if path not in kept:
+                with suppress(Exception):  # what cannot be discarded was never visible
+                    upload.discard()
 
 
-class _Result(NamedTuple):
+class _Sent(NamedTuple):
+    """A file that is up. receipt: what completes it; None of one that is complete."""
+
     name: str
     done: Done
     runs: list[Run]
+    receipt: Receipt | None
+
+
+class _Journal:
+    """The marker of a destination: what the conversion is, who writes it, and which files were sent."""
+
+    def __init__(self, marker: str, said: str) -> None:
+        self._marker, self._by, self._written = marker, uuid.uuid4().hex, time.monotonic()
+        self._lines = [said]
+        self.told: set[str] = set()  # names of files that it says were sent
+        self._new: set[str] = set()
+        self.sent: dict[str, _Sent] = {}
+
+    def goes_on(self) -> bool:
+        """Whether the destination holds what an interrupted run of the same conversion left; takes it over."""
+        lines = paths.text(self._marker).split("\n") if paths.is_file(self._marker) else [""]
+        if lines[0] != self._lines[0]:
+            return False
+        self._lines += lines[2:]
+        for line in lines[2:]:
+            name, done, runs, receipt = json.loads(line)
+            sent = _Sent(name, Done(*done), [Run(*run) for run in runs], receipt and Receipt(*receipt))
+            self.sent[sent.name] = sent
+        self.told = set(self.sent)
+        return True
+
+    def take(self, sent: _Sent) -> None:
+        """Note a file; written now and then."""
+        self._lines.append(json.dumps(sent))
+        self._new.add(sent.name)
+        if time.monotonic() - self._written > EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Write it. DestinationError where another process has taken the conversion over meanwhile."""
+        if not self.is_mine():
+            raise DestinationError(f"{self._marker}: another process has taken over this conversion")
+        self.begin()
+
+    def begin(self) -> None:
+        """Write it, whoever wrote it before."""
+        said, *sent = self._lines
+        far.write(self._marker, "\n".join([said, json.dumps({"by": self._by}), *sent]).encode())
+        self._written = time.monotonic()
+        self.told |= self._new
+
+    def is_mine(self) -> bool:
+        """Whether nobody else has written it since."""
+        far.changed(self._marker)
+        lines = paths.text(self._marker).split("\n") if paths.is_file(self._marker) else []
+        return len(lines) > 1 and self._by in lines[1]
 
 
 def run(
@@ -85,32 +149,43 @@ def run(
     beside: Sequence[str],
 ) -> Uploaded:
     """Write every file and let the destination appear. See `execute.run`; DestinationError if it exists already."""
-    marker, said = f"{destination}/{JOURNAL}", first_line(identity)
-    if paths.exists(destination) and not (paths.is_file(marker) and paths.text(marker) == said):
+    marker = f"{destination}/{JOURNAL}"
+    journal = _Journal(marker, first_line(identity))
+    if paths.exists(destination) and not journal.goes_on():
         raise DestinationError(f"{destination} exists already: remove it, or name another destination")
+    _begin(journal, destination)
     uploads = _Uploads()
     targets = {plan.name: f"{destination}/{plan.name}" for plan in plans}
     up = [marker]
     try:
-        _begin(marker, said, destination)
         stamp = source.stamp() if source is not None else []
         verified = Verified(source) if source is not None and verify else None
         elsewhere = isinstance(pool.executor_of(on), Executor)
         work = partial(_upload, verify=verified is not None, uploads=None if elsewhere else uploads)
         done: dict[str, Done] = {}
         up += targets.values() if elsewhere else ()
-        ordered = sorted(plans, key=lambda plan: plan.nbytes == 0)
-        with pool.progress(sum(plan.size for plan in plans), "writing", "B", progress) as bar:
+
+        kept = list(_still_up(journal.sent, {plan.name: plan.size for plan in plans}, targets, uploads))
+        parts.abandon(destination, {sent.receipt.upload for sent in kept if sent.receipt is not None})
+        for sent in kept:
+            done[sent.name] = sent.done
+            if verified is not None:
+                verified.add(sent.runs)
+        ordered = sorted((plan for plan in plans if plan.name not in done), key=lambda plan: plan.nbytes == 0)
+        with pool.progress(sum(plan.size for plan in ordered), "writing", "B", progress) as bar:
             tasks = ((plan, targets[plan.name]) for plan in ordered)
-            for result in pool.run(work, tasks, on=on, size=lambda task: task[0].size, bar=bar, ordered=False):
-                done[result.name] = result.done
+            for sent in pool.run(work, tasks, on=on, size=lambda task: task[0].size, bar=bar, ordered=False):
+                done[sent.name] = sent.done
                 if verified is not None:
-                    verified.add(result.runs)
+                    verified.add(sent.runs)
+                if elsewhere or sent.receipt is not None:
+                    journal.take(sent)
         if verified is not None:
             for gap in pool.run(_sum, verified.gaps(), on=on, ordered=False):
                 verified.add([gap])
         if source is not None:
             unchanged(stamp, source)
+        journal.write()
         up += targets.values()
         indices = {targets[plan.name] for plan in plans if plan.nbytes == 0}
         uploads.complete(lambda path: path in indices)
@@ -119,9 +194,10 @@ def run(
             check(destination)
         up.append(f"{destination}/{manifest.MANIFEST}")
         far.write(up[-1], manifest.text({name: one[:2] for name, one in done.items()}).encode())
-    except BaseException:
-        uploads.discard()
-        for path in up:
+    except BaseException as error:
+        stays = _stays(journal, error)
+        uploads.discard({targets[name] for name in journal.told} if stays else ())
+        for path in () if stays else up:
             with suppress(OSError):  # the first error is the one to be told
                 far.remove([path])
         raise
@@ -130,14 +206,45 @@ def run(
     if latest is not None and parent != destination:
         far.write(f"{parent}/{latest}", os.path.basename(destination).encode())
     far.remove([marker])
-    return Uploaded(done, verified.nbytes if verified else 0, copied)
+    return Uploaded(done, frozenset(sent.name for sent in kept), verified.nbytes if verified else 0, copied)
 
 
-def _begin(marker: str, said: str, destination: str) -> None:
+def _begin(journal: _Journal, destination: str) -> None:
     try:
-        far.write(marker, said.encode())
+        journal.begin()
     except OSError as error:
         raise DestinationError(f"{destination} cannot be written: {error.strerror}") from error
+
+
+def _stays(journal: _Journal, error: BaseException) -> bool:
+    """Whether what was sent stays after an error: where it helps a repeated command, since it was a connection (or
+    somebody's patience) that was lost, and where another process has it by now."""
+    try:
+        if not journal.is_mine():
+            return True
+        if isinstance(error, OSError) or not isinstance(error, Exception):
+            journal.write()
+            return bool(journal.told)
+    except OSError:  # nothing can be removed either
+        return True
+    return False
+
+
+def _still_up(
+    sent: Mapping[str, _Sent], sizes: Mapping[str, int], targets: Mapping[str, str], uploads: _Uploads
+) -> Iterator[_Sent]:
+    """Those of the files that an earlier run sent that the store still has, whole; what is to be completed is held."""
+    far.list_below(paths.parent(next(iter(targets.values()))))
+    asked = [one for one in sent.values() if sizes.get(one.name) == one.done.size]
+    with ThreadPoolExecutor(far.AT_ONCE, "ckptlab-uploads") as threads:
+        found = threads.map(lambda one: _taken_up(one, targets[one.name]), asked)
+        for one, upload in zip(asked, found, strict=True):
+            path = targets[one.name]
+            if upload is not None:
+                uploads.hold(path, upload)
+                yield one
+            elif paths.is_file(path) and paths.size(path) == one.done.size:  # complete
+                yield one
 
 
 def copy_beside(files: Iterable[str], folder: str) -> tuple[str, ...]:
@@ -151,10 +258,15 @@ def copy_beside(files: Iterable[str], folder: str) -> tuple[str, ...]:
     return tuple(copied)
 
 
-def _upload(task: tuple[FilePlan, str], verify: bool, uploads: _Uploads | None) -> _Result:
+def _taken_up(sent: _Sent, target: str) -> Upload | None:
+    return None if sent.receipt is None else parts.taken_up(target, sent.receipt, sent.done.size)
+
+
+def _upload(task: tuple[FilePlan, str], verify: bool, uploads: _Uploads | None) -> _Sent:
     """Draw a file and send it up. uploads: takes it, to be completed later; None: it is complete at once."""
     plan, target = task
     seen = Seen()
+    receipt = None
     with tempfile.TemporaryDirectory(prefix="ckptlab-") as folder:
         path = os.path.join(folder, "file")
         with observed(seen) if verify else nullcontext():
@@ -163,11 +275,12 @@ def _upload(task: tuple[FilePlan, str], verify: bool, uploads: _Uploads | None) 
         if uploads is None:
             paths.copy(path, target)
         else:
-            upload = far.Upload(target)
+            upload = parts.begin(target)
             uploads.hold(target, upload)
             upload.send(path)
+            receipt = upload.receipt
     odd = sum((one.odd for one in found), Counter[str]())
-    return _Result(plan.name, Done(plan.size, crc, dict(odd)), seen.runs)
+    return _Sent(plan.name, Done(plan.size, crc, dict(odd)), seen.runs, receipt)
 
 
 def _arrived(destination: str, plans: Sequence[FilePlan]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptlab.analysis.found import Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Summary
-from ckptlab.describe.html import page, table_html
+from ckptlab.describe.page import page, table_html
 from ckptlab.describe.text import aligned, blocks
 from ckptlab.shown import shows
 from ckptlab.viz.depth import plot_depth

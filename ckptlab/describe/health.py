@@ -6,7 +6,7 @@ import textwrap
 from html import escape
 
 from ckptlab.analysis.checkup.health import Health
-from ckptlab.describe.html import page
+from ckptlab.describe.page import page
 from ckptlab.describe.text import WIDTH, aligned
 from ckptlab.findings import Finding, Where
 from ckptlab.shown import shows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from ckptlab.analysis.run import Run
-from ckptlab.describe.html import page, table_html
+from ckptlab.describe.page import page, table_html
 from ckptlab.shown import shows
 
 SKIPPED = 8  # folders that are listed

@@ -13,7 +13,7 @@ import xarray as xr
 
 from ckptlab.analysis.accessor import Table, by_row, row_count, row_keys, row_places
 from ckptlab.arrays.coordinates import rank_dims
-from ckptlab.describe.html import page, table_html
+from ckptlab.describe.page import page, table_html
 from ckptlab.describe.text import NAMES, WIDTH, aligned
 from ckptlab.shown import shows
 from ckptlab.words import number_of, shorten

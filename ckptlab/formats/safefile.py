@@ -16,7 +16,7 @@ import numpy as np
 from ckptlab import paths
 from ckptlab.errors import CheckpointError
 from ckptlab.stored import Stored, row_major_strides
-from ckptlab.words import brief
+from ckptlab.words import brief, shorten
 
 SHARDING = "DCP_SHARDING_INFO"  # the key under which torch's distributed writer says where boxes begin
 
@@ -46,6 +46,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 _MOST_DIMS = 64  # numpy's
+_SHOWN = 200  # characters of a name that an error shows
 _LARGEST_HEADER = 100_000_000
 
 
@@ -110,24 +111,26 @@ def _see_apart(found: Header, path: str) -> None:
     end, before = 0, ""
     for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.nbytes and stored.offset < end:
-            raise CheckpointError(f"{path}: {before} and {name} lie in the same bytes: the header is damaged or forged")
+            both = f"{shorten(before, _SHOWN)} and {shorten(name, _SHOWN)}"
+            raise CheckpointError(f"{path}: {both} lie in the same bytes: the header is damaged or forged")
         end, before = max(end, stored.offset + stored.nbytes), name
 
 
 def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: int) -> None:
     """Take a tensor's entry in the header; the data part begins at `begin` of `size` bytes."""
+    said = shorten(name, _SHOWN)
     match entry:
         case {"shape": list(shape), "data_offsets": [int(lo), int(hi)], "dtype": str(kind)}:
             pass
         case _:
-            raise CheckpointError(f"{path}: {name}: expected shape, data_offsets and dtype: the header is damaged")
+            raise CheckpointError(f"{path}: {said}: expected shape, data_offsets and dtype: the header is damaged")
     if len(shape) > _MOST_DIMS or not all(type(n) is int and n >= 0 for n in shape):
-        raise CheckpointError(f"{path}: {name}: shape {brief(shape)}: the header is damaged")
+        raise CheckpointError(f"{path}: {said}: shape {brief(shape)}: the header is damaged")
     dtype = DTYPES.get(kind)
     expected = hi - lo if dtype is None else math.prod(shape) * dtype.itemsize
-    if not 0 <= lo <= hi <= size - begin or hi - lo != expected:
+    if not 0 <= lo <= hi <= size - begin or hi - lo != expected or max(shape, default=0) >= 1 << 63:
         raise CheckpointError(
-            f"{path}: {name}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
+            f"{path}: {said}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
             f"for {brief(tuple(shape))}: the file is truncated or damaged"
         )
     if dtype is None:

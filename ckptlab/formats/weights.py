@@ -15,8 +15,10 @@ from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
+from ckptlab.words import some
 
 SHARD_BYTES = 5_000_000_000  # files are cut at this size, as Hugging Face's are
+_LONGEST_NAME = 255  # characters of a file's name
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,18 @@ def indexed(path: str) -> dict[str, str]:
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not JSON ({e}): copy it again") from None
     files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(n, str) and n == os.path.basename(n) for n in files.values()):
+    if not isinstance(files, dict) or not all(isinstance(n, str) and _is_name(n) for n in files.values()):
         raise CheckpointError(f"{path}: no weight_map of tensor names to files in this folder: copy it again")
     return files
 
 
+def _is_name(name: str) -> bool:
+    return name == os.path.basename(name) and len(name) <= _LONGEST_NAME
+
+
 def missing(path: str, names: Sequence[str], expected: str) -> Finding:
     """Files of weights that are not in a folder."""
-    found = f"{', '.join(names)} missing"
+    found = f"{some(names, 8)} missing"
     todo = "copy the missing files from where the others were written"
     return Finding("missing-file", "error", Where(tuple(names)), expected, found, todo, "files", f"{path}: {found}")
 

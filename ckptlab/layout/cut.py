@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -42,6 +41,8 @@ class DimCut:
 
     @cached_property
     def _content(self) -> bytes:
+        import hashlib  # OpenSSL's, which takes a while
+
         digest = hashlib.blake2b(repr((self.size, self.axes, sorted(self.widths.items()))).encode(), digest_size=16)
         for coordinate in sorted(self.rows):
             digest.update(self.rows[coordinate].tobytes())

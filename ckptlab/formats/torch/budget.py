@@ -19,7 +19,9 @@ OPCODES = 20_000_000
 OBJECTS = 2_000_000  # lists, tuples, dicts, sets, marks
 CALLS = 1_500_000  # what is made by a call or of a class
 GLOBALS = 4_000  # different names of classes and functions
-LONG_NUMBERS = 10_000  # integers of 8 bytes and more: as keys, those of one hash cost the square of their number
+# numbers that have the hash of another: as keys, those of one hash cost the square of their number
+LONG_NUMBERS = 10_000
+FROZENSETS = 2_000  # of which small integers make any number of one hash
 _SMALL = 1 << 15  # bytes of a pickle that is worth being remembered
 SHARED_TUPLES = 20  # references to tuples from which on it is looked how many one unfolds to
 
@@ -29,14 +31,19 @@ _LINES = {"I": 1, "L": 1, "S": 1, "V": 1, "F": 1, "c": 2, "i": 2, "P": 1, "g": 1
 _CONTAINERS, _CALLS, _TUPLES = b"}](ldt)\x8f\x91\x85\x86\x87", b"Ro\x81\x92bi", b"t\x85\x86\x87"
 _MAKES = b"}](ldt)\x8f\x91\x85\x86\x87Ro\x81\x92icNQPKMJGIFLSVUXTBC\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x96"  # not: POP, …
 _KNOWN = {ord(op.code): op for op in pickletools.opcodes}
-_SPECIAL = {ord(code) for code in (*_LENGTHS, *_LINES, *"qrhj", "\x94", "2", ".")}
+_SPECIAL = {ord(code) for code in (*_LENGTHS, *_LINES, *"qrhjG", "\x94", "2", ".")}
 # bytes of an opcode of fixed size that needs no look, its argument included; 0 for all others
 _PLAIN = [
     0 if op is None or i in _SPECIAL else 1 if op.arg is None else 1 + max(op.arg.n, -1)
     for i, op in enumerate(map(_KNOWN.get, range(256)))
 ]
 # whether what is remembered after an opcode may be a tuple: one was made, or none can say what lies on top
-_MAY_BE_TUPLE = [i in _TUPLES or i not in _MAKES for i in range(256)]
+# (numbers, which no pickler remembers, are treated alike: many tuples of them may have one hash)
+_MAY_BE_TUPLE = [i in _TUPLES + b"JKMGIFL\x8a\x8b" or i not in _MAKES for i in range(256)]
+_MAY_BE_ALIKE = [may or i in b"R\x81\x92" for i, may in enumerate(_MAY_BE_TUPLE)]  # where numbers of one hash occur
+# -1 and -2 have one hash, as integers and as floats: so do tuples of them
+_MINUS_ONE = (b"J\xff\xff\xff\xff", b"G\xbf\xf0\0\0\0\0\0\0", b"I-1\n", b"L-1", b"F-1")
+_MINUS_TWO = (b"J\xfe\xff\xff\xff", b"G\xc0\0\0\0\0\0\0\0", b"I-2\n", b"L-2", b"F-2")
 _BINPUT, _BINGET, _BINUNICODE = b"qhX"
 _BUILD = ord("b")
 _GETS, _EMPTY_TUPLE = b"hj", ord(")")  # with which a record begins
@@ -68,7 +75,8 @@ what is remembered, and so none unfolds."""
 
 
 def examine(data: bytes, most: Budget = Budget()) -> bool:
-    """Whether a pickle has so many references to tuples that a few of them may unfold to more than can be hashed.
+    """Whether a pickle has so many references to tuples that a few of them may unfold to more than can be hashed, or
+    that many of them may have one hash.
 
     UnsafeFileError where it is over a budget; a pickle that is cut or no pickle is left to the unpickler.
     """
@@ -84,7 +92,8 @@ def _examined_before(data: bytes, most: Budget) -> bool:
 def _examined(data: bytes, most: Budget) -> bool:
     position = 0
     opcodes, inside = bytearray(), bytearray()
-    append, plain, may_be_tuple = opcodes.append, _PLAIN, _MAY_BE_TUPLE
+    alike = min(sum(map(data.count, ones)) for ones in (_MINUS_ONE, _MINUS_TWO))
+    append, plain, may_be_tuple = opcodes.append, _PLAIN, _MAY_BE_ALIKE if alike else _MAY_BE_TUPLE
     put = shared = numbers = last = 0
     tuples: set[int] = set()
     try:
@@ -141,6 +150,10 @@ def _examined(data: bytes, most: Budget) -> bool:
                 else:
                     index, position = int.from_bytes(data[position + 1 : position + 5], "little"), position + 5
                 shared += index in tuples
+            elif code == "G":
+                exponent = (data[position + 1] & 0x7F) << 4 | data[position + 2] >> 4
+                numbers += not 1023 - 30 <= exponent <= 1023 + 30 and exponent > 0
+                position += 9
             elif code == "2":
                 raise _over("it doubles objects (DUP)")
             elif code in _LINES:
@@ -150,14 +163,17 @@ def _examined(data: bytes, most: Budget) -> bool:
             else:
                 (size,) = struct.unpack_from(_LENGTHS[code], data, position + 1)
                 position += 1 + struct.calcsize(_LENGTHS[code]) + max(size, 0)
-                numbers += op in (0x8A, 0x8B) and size >= 8
+                if op in (0x8A, 0x8B) and (size >= 8 or (0 < size < 4 and data[position - 1] >= 0x80)):
+                    numbers += 1
+                    may_be_tuple = _MAY_BE_ALIKE
             last = op
     except (ValueError, struct.error, IndexError):
         pass
     _count("opcodes", len(opcodes), OPCODES)
     _count("containers", sum(map(opcodes.count, _CONTAINERS)) + sum(map(inside.count, _CONTAINERS)), most.containers)
     _count("calls", sum(map(opcodes.count, _CALLS)) + sum(map(inside.count, _CALLS)), most.calls)
-    _count("long numbers", numbers, LONG_NUMBERS)
+    _count("numbers that have the hash of others", numbers + alike, LONG_NUMBERS)
+    _count("frozensets", opcodes.count(b"\x91"), FROZENSETS)
     return shared > SHARED_TUPLES
 
 

@@ -37,6 +37,8 @@ __all__ = [
 DEEPEST_TUPLE = 50_000
 LARGEST_TUPLE = 10_000_000
 COMPARISONS = 2_000_000  # of placeholders in the place of keys, those that are alike on their surface
+ALIKE = 2_000  # different tuples of one hash
+MEASURED = 1_000  # elements of a tuple, those of tuples in it included, up to which its hash is looked at
 
 # Their opcodes' methods are no documented interface, and are missing from the type stubs.
 _PythonPickler: Any = pickle._Pickler
@@ -162,13 +164,14 @@ def tuple_opcodes_at_most(data: bytes) -> int:
 
 
 class _Rehearsal(_PythonUnpickler):
-    """Python's slow unpickler on placeholders alone, to refuse tuples that are nested too deep."""
+    """Python's slow unpickler on placeholders alone, to refuse tuples nested too deep, and many of one hash."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(_PythonUnpickler.dispatch)
 
     def load(self) -> Any:
         self.sizes: dict[int, int] = {}  # how many tuples and parts of tuples one unfolds to
         self.depths: dict[int, tuple[int, Any]] = {}  # by id; the tuple with it, so that its id is not used again
+        self.alike: dict[int, list[Any]] = {}  # by hash: different tuples
         return super().load()
 
     def find_class(self, module: str, name: str) -> Global:
@@ -190,6 +193,18 @@ class _Rehearsal(_PythonUnpickler):
             )
         self.depths[id(made)] = depth, made
         self.sizes[id(made)] = size
+        if size <= MEASURED:
+            self._compare(made)
+
+    def _compare(self, made: tuple[Any, ...]) -> None:
+        try:
+            others = self.alike.setdefault(hash(made), [])
+        except TypeError:  # what cannot be hashed is no key
+            return
+        if made not in others:
+            others.append(made)
+        if len(others) > ALIKE:
+            raise UnsafeFileError(f"its pickle holds more than {ALIKE:,} tuples of one hash; do not use it")
 
     for _opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
         dispatch[_opcode[0]] = lambda self, load=dispatch[_opcode[0]]: self._measure(load)

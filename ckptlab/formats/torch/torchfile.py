@@ -274,7 +274,7 @@ def _view(storage: Any, start: Any, shape: Any, strides: Any) -> Stored:
 
 
 def _naturals(*numbers: Any) -> bool:
-    return all(type(number) is int and number >= 0 for number in numbers)
+    return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:

@@ -44,7 +44,7 @@ def put(found: Found, told: Mapping[str, Any], path: str) -> None:
 
 
 def _layout(fields: Mapping[str, Any]) -> Layout:
-    return Layout(fields["layout"], dims=fields["dims"], sizes=fields["sizes"], totals=fields["totals"])
+    return Layout(fields["layout"], dims=fields["dims"], sizes=fields["sizes"], totals=fields.get("totals", {}))
 
 
 def _inside(shape: Sequence[int], found: Found, name: str) -> tuple[int, ...]:

@@ -174,7 +174,7 @@ class Experts:
                 "missing, or of another run",
             )
             return
-        if self.fused and (mesh.tp > 1 > self.over_tp or mesh.pp > 1 or self.total or len(self.sizes) > 1):
+        if self.fused and ((mesh.tp > 1 and not self.over_tp) or mesh.pp > 1 or self.total or len(self.sizes) > 1):
             others = "experts of DeepSpeed-MoE" if self.total else f"ep {' and '.join(map(str, self.sizes))} at once"
             beside = next((f"{axis} {mesh[axis]}" for axis in ("tp", "pp") if mesh[axis] > 1), others)
             yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")

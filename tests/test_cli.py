@@ -504,7 +504,7 @@ def test_errors_of_the_operating_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
         def raises(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr("ckptlab.checkpoint.convert.run", raises)
+        monkeypatch.setattr("ckptlab.convert.run", raises)
 
     command = ["convert", GPT, tmp_path / "o", "--to", "deepspeed"]
     fail(PermissionError(errno.EACCES, "Permission denied", "/data/run"))

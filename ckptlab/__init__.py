@@ -80,6 +80,7 @@ __all__ = [
     "analysis",
     "begin",
     "check",
+    "deepspeed",
     "diff",
     "explore",
     "families",
@@ -133,7 +134,7 @@ _HOMES = {
     "views.saved": "open_view save_view",
     "widgets": "explore playground",
 }
-_MODULES = ("analysis", "plan", "sharding", "testing", "viz")
+_MODULES = ("analysis", "deepspeed", "plan", "sharding", "testing", "viz")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 

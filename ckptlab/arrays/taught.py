@@ -15,8 +15,9 @@ from xarray.core import dtypes, indexing, nputils
 from ckptlab.arrays.dtypes import Narrow, seen
 from ckptlab.arrays.duck import Duck
 
-_PROMOTED = dtypes.maybe_promote
-_VINDEX = indexing.ArrayApiIndexingAdapter._vindex_get
+_PROMOTED: Any = getattr(dtypes, "maybe_promote", None)
+_ADAPTER: Any = getattr(indexing, "ArrayApiIndexingAdapter", None)
+_VINDEX: Any = getattr(_ADAPTER, "_vindex_get", None)
 
 
 def _promoted(dtype: Any) -> Any:
@@ -42,6 +43,8 @@ def _vindex(adapter: Any, indexer: Any) -> Any:
 
 
 def teach() -> None:
-    """Once, when the first of our arrays goes to xarray."""
-    dtypes.maybe_promote = _promoted
-    setattr(indexing.ArrayApiIndexingAdapter, "_vindex_get", _vindex)  # noqa: B010 - a method, as far as types go
+    """Once, when the first of our arrays goes to xarray. An xarray that asks otherwise answers in its own words."""
+    if _PROMOTED is not None:
+        setattr(dtypes, "maybe_promote", _promoted)  # noqa: B010 - theirs, as far as types go
+    if _VINDEX is not None:
+        setattr(_ADAPTER, "_vindex_get", _vindex)  # noqa: B010

@@ -71,6 +71,7 @@ def test_what_fsdp_saved_is_its_truth_and_says_how_it_is_cut() -> None:
     described = json.loads((case / "truth.json").read_text())
     ckpt = ckptlab.open(case / "step-3", mesh=described["mesh"])
     truth = load_file(case / "truth.safetensors")
+    assert ckptlab.check(ckpt).checked.files == len(list((case / "step-3").iterdir()))
     assert {(state, name) for name in ckpt for state in ckpt.catalog.held(name)} == {
         (state, name) for state, _, name in (key.partition("/") for key in truth)
     }

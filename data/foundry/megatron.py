@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foundry.gradients import CLIP, clipped
 from foundry.models import initial_value
-from foundry.onward import CLIP, clipped
 from foundry.truth import MOMENTS, Truth, save
 
 CASE = "megatron_tp2"

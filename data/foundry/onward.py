@@ -26,6 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from foundry.gradients import CLIP, clipped, whole
+from foundry.megatron import run_of
 from foundry.models import TensorParallel, initialise_parallel, initialise_plain
 from foundry.parallel import ColumnParallelLinear, ParallelLoss, ParallelTransformerLayer, pipeline_layers
 from foundry.plain import PlainTransformer
@@ -34,7 +36,6 @@ from foundry.train import Case, micro_batches, parameter_groups
 from foundry.truth import MOMENTS, Truth, differences, load
 
 SALT = 7  # of initial weights that are not those of the case
-CLIP = 1.0  # of the gradient's norm, as the runs clip it
 
 
 class Trained(Protocol):
@@ -69,8 +70,6 @@ def judge(folder: Path, case_folder: Path, programs: Sequence[tuple[int, int]]) 
     tensor: biases of keys have no gradient but rounding.) `without`: `apart` of a step without moments.
     """
     if json.loads((case_folder / "truth.json").read_text()).get("kind") == "megatron":
-        from foundry.megatron import run_of
-
         return judged(folder, run_of(case_folder), programs)
     return judged(folder, _deepspeed_run(case_folder), programs)
 
@@ -199,7 +198,7 @@ def _apart(model: nn.Module, before: dict[str, Tensor], run: Trained) -> dict[st
     apart, moved = {}, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            now, then = (run.same(name, _whole(t)).double() for t in (parameter.detach(), before[name]))
+            now, then = (run.same(name, whole(t)).double() for t in (parameter.detach(), before[name]))
             after = run.expected[f"master/{name}"].double()
             apart[name], moved[name] = (now - after).abs(), (after - then).abs()
     furthest = max(apart, key=lambda name: float(apart[name].max()))
@@ -225,13 +224,6 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, run: Trained, dp_r
     return total
 
 
-def clipped(grads: Sequence[Tensor], most: float) -> None:
-    """Scale gradients so that their norm together is at most that."""
-    norm = torch.stack([_whole(grad).norm() for grad in grads]).norm()
-    for grad in grads:
-        grad.mul_(min(1.0, most / (float(norm) + 1e-6)))
-
-
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer, run: Trained) -> Truth:
     """What a program holds, whole; vocabularies as the truth has them."""
     found = {}
@@ -239,9 +231,5 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer, run: Trained) -> T
         states = {"master": parameter.detach(), **{m: optimizer.state.get(parameter, {}).get(m) for m in MOMENTS}}
         for state, value in states.items():
             if value is not None:
-                found[f"{state}/{name}"] = run.same(name, _whole(value))
+                found[f"{state}/{name}"] = run.same(name, whole(value))
     return Truth(found)
-
-
-def _whole(value: Any) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value

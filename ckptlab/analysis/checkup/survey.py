@@ -73,7 +73,8 @@ def check(
         read += bytes_read
     if checksums:
         findings += against_checksums(catalog, faults, on, progress)
-    checked = Checked(len(faults.files) + len(faults.unread), tensors, read, catalog is not None, data)
+    files = {*faults.files, *faults.unread, *(catalog.files if catalog else ())}
+    checked = Checked(len(files), tensors, read, catalog is not None, data)
     mesh = catalog.training.mesh if catalog else None
     return Health(place.path, place.format, str(mesh) if mesh else None, ordered(findings), checked)
 

@@ -18,6 +18,7 @@ from ckptlab.mesh import Mesh
 from ckptlab.shown import Shown
 
 Coordinate = tuple[int, ...]
+_ALONE = Mesh()  # of one rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Cut(Shown):
     def whole(cls, shape: Sequence[int], mesh: Mesh | None = None) -> Cut:
         """The cut of a tensor that every rank holds whole."""
         shape = tuple(int(n) for n in shape)
-        return _whole(shape, Mesh() if mesh is None else mesh)
+        return _whole(shape, _ALONE if mesh is None else mesh)
 
     @classmethod
     def from_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,9 @@ def grid(shape: Sequence[int], starts: Sequence[Sequence[int]], sizes: Sequence[
     if 0 in shape or not shape:
         if len(starts) > 1:
             raise LayoutError(f"{len(starts)} boxes of a tensor of shape {tuple(shape)}: expected one")
-        return Grid(tuple(np.array([0, n], np.int64) for n in shape), np.zeros((1,) * len(shape), np.int64))
+        return _whole(tuple(shape))
+    if len(starts) == 1 and not any(starts[0]) and tuple(sizes[0]) == tuple(shape):
+        return _whole(tuple(shape))
     kept = [i for i, size in enumerate(sizes) if 0 not in size]
     low = np.array([starts[i] for i in kept], np.int64).reshape(-1, len(shape))
     high = low + np.array([sizes[i] for i in kept], np.int64).reshape(-1, len(shape))
@@ -52,6 +55,12 @@ def grid(shape: Sequence[int], starts: Sequence[Sequence[int]], sizes: Sequence[
     cells = np.zeros(math.prod(counts), np.int64)
     cells[place] = kept
     return Grid(edges, cells.reshape(counts))
+
+
+@lru_cache(maxsize=1 << 10)
+def _whole(shape: tuple[int, ...]) -> Grid:
+    """The grid of one box. The same object for all of a shape: what follows of it is worked out once."""
+    return Grid(tuple(np.array([0, n], np.int64) for n in shape), np.zeros((1,) * len(shape), np.int64))
 
 
 def neutral_axes(counts: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], dict[str, tuple[str | None, ...]]]:

@@ -62,18 +62,18 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
     tensors: dict[str, Tensor] = {}
     placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
     pieces: dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]] = {}
+    known: dict[tuple[Grid, tuple[str | None, ...]], tuple[Layout, Placement, dict[Holder, int | None]]] = {}
     for name, one in grids.items():
-        layout = _layout(one, axes[name], mesh)
-        cut, dtype = layout.resolve(shapes[name], mesh), boxes[name][0][1].dtype
+        if (one, axes[name]) not in known:
+            known[one, axes[name]] = _placed(one, axes[name], shapes[name], mesh)
+        layout, place, box_of = known[one, axes[name]]
+        dtype = boxes[name][0][1].dtype
         state = MASTER if dtype == np.float32 else PARAM
-        tensors[name] = Tensor(name, shapes[name], layout, cut, "parameter", {state: dtype})
-        place = Placement(cut, at={axis: 0 for axis in degrees if axis not in cut.axes})
+        tensors[name] = Tensor(name, shapes[name], layout, place.cut, "parameter", {state: dtype})
         placements[name, state] = (place,)
-        pieces[name, state] = {}
-        for holder in place.holders:
-            cell = tuple(0 if axis is None else holder[axis] for axis in axes[name])
-            has = all(k < n for k, n in zip(cell, one.counts, strict=True))
-            pieces[name, state][holder] = (Fragment(0, boxes[name][int(one.cells[cell])][1]),) if has else ()
+        pieces[name, state] = {
+            holder: () if box is None else (Fragment(0, boxes[name][box][1]),) for holder, box in box_of.items()
+        }
     return Catalog(
         path,
         "safetensors",
@@ -111,6 +111,21 @@ def _one(
         raise CheckpointError(
             f"{folder}: {name} in {files}: {error}: a file of another rank is missing, or is not of this checkpoint"
         ) from None
+
+
+def _placed(
+    boxes: Grid, axes: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh
+) -> tuple[Layout, Placement, dict[Holder, int | None]]:
+    """The layout of a grid whose dims are cut over these axes, where it lies, and which box each holder has."""
+    layout = _layout(boxes, axes, mesh)
+    cut = layout.resolve(shape, mesh)
+    place = Placement(cut, at={axis: 0 for axis in mesh if mesh[axis] > 1 and axis not in cut.axes})
+    box_of: dict[Holder, int | None] = {}
+    for holder in place.holders:
+        cell = tuple(0 if axis is None else holder[axis] for axis in axes)
+        has = all(k < n for k, n in zip(cell, boxes.counts, strict=True))
+        box_of[holder] = int(boxes.cells[cell]) if has else None
+    return layout, place, box_of
 
 
 def _layout(boxes: Grid, axes: Sequence[str | None], mesh: Mesh) -> Layout:

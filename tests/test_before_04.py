@@ -69,6 +69,7 @@ def old(out: Path, step: Path, turns: int = 1, elastic: bool = True) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("case", [PLAIN, GPT], ids=lambda case: case.name)
 def test_every_state_is_what_training_held(case: Path, turns: int, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def gpt(tmp_path: Path) -> Path:
 # What is imported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "light"),
     [
@@ -220,6 +221,7 @@ def test_plan_takes_layouts_of_the_target(tmp_path: Path) -> None:
         assert run("plan", GPT, *wrong).exit_code == 2
 
 
+@pytest.mark.slow
 def test_explore_writes_a_page(tmp_path: Path) -> None:
     pytest.importorskip("anywidget")
     page = tmp_path / "page.html"
@@ -527,6 +529,7 @@ def test_errors_of_the_operating_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
 # As a process
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
     done = process("convert", ZERO2, tmp_path / "step", "--to", "universal")
     assert (done.returncode, done.stderr) == (0, ""), "no bar where nobody looks"

@@ -145,6 +145,7 @@ Reshape.of(read(sys.argv[1]), Mesh(tp=4)).save(sys.argv[2], on=1)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on_where_it_stopped(tmp_path: Path) -> None:
     out = tmp_path / "run" / "step"
     out.parent.mkdir()

@@ -349,6 +349,7 @@ def test_parts_that_are_cut_on_their_own_are_a_chunk_each(mesh: Mesh, chunks: in
     assert ckptlab.diff(ckpt, again).equal
 
 
+@pytest.mark.slow
 def test_parts_of_unequal_size_stay_parts(tmp_path: Path) -> None:
     """Grouped queries: q, k and v are each cut on their own, over dp within, and DeepSpeed's ranks have them so again.
     Where some are whole on every rank chunks do not tell it, and nobody takes them all for whole."""

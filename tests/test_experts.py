@@ -354,6 +354,7 @@ def of_two_degrees(out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_layers_over_different_numbers_of_ranks_without_zero(tmp_path: Path) -> None:
     found = ckptlab.open(of_two_degrees(tmp_path / "run"))
     assert (found.mesh["ep2"], found.mesh["ep4"]) == (2, 2)
@@ -366,6 +367,7 @@ def test_layers_over_different_numbers_of_ranks_without_zero(tmp_path: Path) -> 
         assert ckptlab.check(there).verdict == "healthy"
 
 
+@pytest.mark.slow
 def test_each_process_may_have_the_degrees_in_another_order(tmp_path: Path) -> None:
     """DeepSpeed collects the names of groups in a set of strings."""
     ckptlab.open(of_two_degrees(tmp_path / "run")).reshape(zero_stage=2).save(tmp_path / "two" / "global_step3")

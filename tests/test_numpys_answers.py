@@ -93,6 +93,7 @@ def test_the_answer_is_numpys_or_refused(kind: str, backend: Backend) -> None:  
 REFUSED = {"reciprocal": ("torch", "jax"), "vector_norm": ("torch",)}
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_what_is_known(backend: Backend) -> None:  # noqa: F811
     for kind, (compute, values) in EXACT.items():
         with np.errstate(all="ignore"):

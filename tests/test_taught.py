@@ -33,6 +33,7 @@ IDIOMS: dict[str, Callable[[xr.DataArray], xr.DataArray]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("name", IDIOMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from helpers.files import edit, poke
 
 import ckptlab
 from ckptlab import Mesh
+from ckptlab.arrays import copies
 from ckptlab.errors import LayoutError, ReshapeError, UnsupportedError
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
@@ -120,6 +122,13 @@ class TestCopies:
         held = float(whole(read(GPT), "3.input_layernorm.weight", "master")[0])
         poke(untold, "3.input_layernorm.weight", "master", held * 1.001, tp=1)
         ckptlab.open(untold, "megatron").reshape(tp=1).save(tmp_path / "a" / "step", verify=False)
+
+    def test_copies_of_complex_numbers_differ_in_imaginary_parts_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        held = iter([np.array([1 + 1j, 2]), np.array([1 + 3j, 2])])
+        monkeypatch.setattr(copies, "reader", lambda *_, **__: Namespace(chunks=lambda *_: [next(held)]))
+        first, other = read(GPT).placement("3.input_layernorm.weight", "master").holders[:2]
+        found = copies._difference(read(GPT), "3.input_layernorm.weight", "master", first, other)
+        assert found == pytest.approx((2, 2))
 
 
 class TestSums:

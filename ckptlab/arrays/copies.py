@@ -59,7 +59,7 @@ def _difference(catalog: Catalog, name: str, state: str, first: Holder, other: H
     apart = largest = 0.0
     pieces = (reader(catalog, name, state, holder=h).chunks(placement.cut, at, 0, count) for h in (first, other))
     for a, b in zip(*pieces, strict=True):
-        x, y = a.astype(np.float32), b.astype(np.float32)
+        x, y = (one.astype(np.complex64 if np.iscomplexobj(one) else np.float32) for one in (a, b))
         same = (x == y) | (np.isnan(x) & np.isnan(y))
         with np.errstate(invalid="ignore"):
             gap = np.where(same, 0, np.nan_to_num(np.abs(x - y), nan=np.inf))

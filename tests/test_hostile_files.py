@@ -691,6 +691,9 @@ BOMBS = {
     "the same of tuples that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED_TUPLES),
     "the same of sizes that are remembered": alike(b"h\x00", b"h\x01", before=REMEMBERED_SIZES),
     "30,000 numbers of one hash, as floats": alike(b"G" + struct.pack(">d", 1), b"G" + struct.pack(">d", 2.0**61)),
+    "30,000 frozensets by calls": raw(
+        b"]", b"".join(b"c__builtin__\nfrozenset\n]K%ca\x85Ra" % (i % 256) for i in range(30_000))
+    ),
     "30,000 frozensets": raw(b"]", b"".join(b"(" + b"K%c" % (i % 256) + b"\x91a" for i in range(30_000))),
     "tuples of 2^60 as a key": doubled(b"Ns"),
     "tuples and None of 2^60 as a key": doubled(b"Ns", b"N\x87"),

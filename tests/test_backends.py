@@ -273,7 +273,11 @@ def _set(array: xr.DataArray) -> xr.DataArray:
     indirect=True,
 )
 @pytest.mark.parametrize("operation", MORE)
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=pytest.mark.slow) if d in (np.float32, np.float64) else d for d in FLOATS],
+    ids=lambda d: np.dtype(d).name,
+)
 def test_operations_are_right_or_refused(operation: str, dtype: type, backend: Backend) -> None:
     """Against float64 on the same values. What is not to be had raises; it never gives a wrong number."""
     values = (np.random.default_rng(0).random((3, 8, 6)) + 0.5).astype(dtype)

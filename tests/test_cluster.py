@@ -145,6 +145,7 @@ def test_views_are_read_by_the_workers(client: Any) -> None:
     np.testing.assert_allclose(means.master, ckpt.full()[QKV].master.mean(["out", "in"]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_views_in_chunks_give_the_same_or_are_refused() -> None:
     pytest.importorskip("dask")
     ckpt = ckptlab.open(GPT)

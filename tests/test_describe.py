@@ -232,6 +232,7 @@ def test_whatever_comes_from_files_is_escaped() -> None:
     assert page.count("&lt;script&gt;") >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folds", [True, False])
 def test_html_of_ten_thousand_tensors_is_small(folds: bool) -> None:
     name = "model.layers.{}.w" if folds else "model.layer{}.w"

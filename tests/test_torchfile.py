@@ -454,6 +454,7 @@ plain = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(plain)
 def test_any_plain_object_survives(obj):
     assert pickle.loads(pickles.dumps(pickles.loads(pickle.dumps(obj, 2), "x"))) == obj

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+import importlib.metadata
+from collections.abc import Mapping
 from functools import cached_property
-from importlib.machinery import PathFinder
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ckptlab.errors import CkptlabError
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -42,16 +37,12 @@ class Registry(Generic[T]):
         return name in self._own
 
     @cached_property
-    def _installed(self) -> tuple[EntryPoint, ...]:
-        if not _may_be_named(self.group):
-            return ()
-        from importlib.metadata import entry_points  # slow to import, and looks through all that is installed
-
-        return tuple(entry_points(group=self.group))
+    def _installed(self) -> importlib.metadata.EntryPoints:
+        return importlib.metadata.entry_points(group=self.group)  # looks through all that is installed
 
     def names(self) -> tuple[str, ...]:
         """Ours in their order, then those of installed packages in alphabetical order."""
-        return tuple(dict.fromkeys([*self._own, *sorted(entry.name for entry in self._installed)]))
+        return tuple(dict.fromkeys([*self._own, *sorted(self._installed.names)]))
 
     def get(self, name: str) -> T:
         """What goes by that name; where nothing does, an error with the names that there are, the nearest first."""
@@ -61,9 +52,7 @@ class Registry(Generic[T]):
                 module, _, attribute = value.partition(":")
                 value = self._own[name] = getattr(importlib.import_module(module), attribute)
             return value
-        for entry in self._installed:
-            if entry.name != name:
-                continue
+        for entry in self._installed.select(name=name):
             try:
                 return entry.load()
             except Exception as broken:  # another package's code may raise anything
@@ -72,33 +61,7 @@ class Registry(Generic[T]):
                     f"{self.kind} {name!r} of the package {of} cannot be loaded ({type(broken).__name__}: {broken}): "
                     "update or uninstall that package"
                 ) from broken
-        import difflib
-
         known = self.names()
         near = difflib.get_close_matches(name, known)
         expected = ", ".join([*near, *(n for n in known if n not in near)])
         raise self.error(f"no {self.kind} is called {name!r}: expected one of {expected}{self.hint}")
-
-
-def _may_be_named(group: str) -> bool:
-    """Whether an installed package may name something in an entry point group: as their texts say, which takes a tenth
-    of the time that it takes to import what understands them. What lies in zip files, or is found otherwise, may."""
-    if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
-        return True
-    folders = [folder or os.curdir for folder in sys.path]
-    return any(map(os.path.isfile, folders)) or any(group.encode() in text for text in _entry_points(folders))
-
-
-def _entry_points(folders: Iterable[str]) -> Iterator[bytes]:
-    """The texts that say what the packages in folders name."""
-    inside = {".dist-info": "", ".egg-info": "", ".egg": "EGG-INFO"}
-    for folder in folders:
-        with suppress(OSError):
-            for name in os.listdir(folder):
-                kind = os.path.splitext(name)[1]
-                if kind in inside:
-                    with (
-                        suppress(OSError),
-                        open(os.path.join(folder, name, inside[kind], "entry_points.txt"), "rb") as f,
-                    ):
-                        yield f.read()

@@ -47,4 +47,4 @@ def teach() -> None:
     if _PROMOTED is not None:
         setattr(dtypes, "maybe_promote", _promoted)  # noqa: B010 - theirs, as far as types go
     if _VINDEX is not None:
-        setattr(_ADAPTER, "_vindex_get", _vindex)  # noqa: B010
+        setattr(_ADAPTER, "_vindex_get", _vindex)  # noqa: B010 - the same

@@ -147,7 +147,7 @@ def Rename(left: str, right: str) -> Line:  # noqa: N802 (a kind of line)
 
 
 @explained
-def Permute(left: str, right: str, text: str, **lengths: int) -> Line:  # noqa: N802
+def Permute(left: str, right: str, text: str, **lengths: int) -> Line:  # noqa: N802 (a kind of line)
     """The same elements in another order: `"(h p two) in -> (h two p) in"`, or with dims exchanged: `"out in -> in
     out"`. lengths: those that are always the same."""
     here, arrow, there = text.partition("->")
@@ -157,7 +157,7 @@ def Permute(left: str, right: str, text: str, **lengths: int) -> Line:  # noqa: 
 
 
 @explained
-def Join(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: Side = "left") -> Line:  # noqa: N802
+def Join(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: Side = "left") -> Line:  # noqa: N802 (a kind of line)
     """Parts of one tensor: `Join("qkv.weight", "(kv (q d + d + d)) in", ("q.weight", "k.weight", "v.weight"))`. A part
     may have a notation of its own beside its name."""
     told = tuple((part, None) if isinstance(part, str) else part for part in parts)
@@ -165,7 +165,7 @@ def Join(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: 
 
 
 @explained
-def Stack(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: Side = "left") -> Line:  # noqa: N802
+def Stack(whole: str, text: str, parts: Sequence[str | tuple[str, str]], joined: Side = "left") -> Line:  # noqa: N802 (a kind of line)
     """Tensors of several experts in one, `e` in the notation being their index, `{e}` in a part's name: `Stack("w1", "e
     out in", ("experts.{e}.w1",))`. LayoutError where neither has it."""
     line = Join(whole, text, parts, joined)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,13 +32,16 @@ class RankError(Exception):
 def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
     """Run `work(rank, *arguments)` in `world` processes that have joined one process group.
 
-    Processes are forked, so that DeepSpeed (some ten seconds) is imported only once.
-    Raises RankError when a rank fails; the others are then ended.
+    Processes are forked, so that DeepSpeed, and what its engine imports when it is made (some fifteen seconds in all),
+    are imported only once. Raises RankError when a rank fails; the others are then ended.
     """
     import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import torch._dynamo
 
     # Else DeepSpeed compiles an all-reduce in shared memory, and each rank leaves 66 MiB in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gc.freeze()  # DeepSpeed collects garbage often: not in what all ranks share, which would then be copied
     with tempfile.TemporaryDirectory(prefix="foundry-") as scratch:
         try:
             torch.multiprocessing.start_processes(

@@ -29,10 +29,10 @@ docs: $(VENV)/docs.stamp
 	$(PYTHON) docs/site.py
 
 test: $(VENV)/full.stamp
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/full.stamp
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not deepspeed"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not deepspeed"
 
 lint: $(VENV)/full.stamp
 	$(VENV)/bin/ruff check

@@ -27,16 +27,10 @@ HANGS = 1800.0  # seconds after which ranks that wait for each other are ended: 
 
 
 def requires_deepspeed(test: Callable[..., None]) -> Callable[..., None]:
-    """Mark a test that starts DeepSpeed: skipped without it, and never beside another one (two cores are
-    few)."""
+    """Mark a test that starts DeepSpeed: skipped without it."""
     missing = importlib.util.find_spec("deepspeed") is None
-    for mark in (
-        pytest.mark.deepspeed,
-        pytest.mark.xdist_group("deepspeed"),
-        pytest.mark.skipif(missing, reason="deepspeed is not installed"),
-    ):
-        test = mark(test)
-    return test
+    skipped = pytest.mark.skipif(missing, reason="deepspeed is not installed")
+    return pytest.mark.deepspeed(skipped(test))
 
 
 class _Server:

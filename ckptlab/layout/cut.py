@@ -153,10 +153,11 @@ class Cut(Shown):
 
     def coordinate(self, position: Mapping[str, int]) -> Coordinate:
         """The coordinate on `axes` out of a mesh coordinate (which may have more axes)."""
-        missing = [axis for axis in self.axes if axis not in position]
-        if missing:
-            raise LayoutError(f"the cut is over {self.axes}: {dict(position)} has no {', '.join(missing)}")
-        return tuple(position[axis] for axis in self.axes)
+        try:
+            return tuple(position[axis] for axis in self.axes)
+        except KeyError:
+            missing = ", ".join(axis for axis in self.axes if axis not in position)
+            raise LayoutError(f"the cut is over {self.axes}: {dict(position)} has no {missing}") from None
 
     def shard_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
         """Shape of the shard at a coordinate, padding included."""

@@ -211,14 +211,14 @@ class RecordPlanner:
 
     def plan(self, name: str, nbytes: int) -> FilePlan:
         """The file `name`, with the zip's directory at its end. nbytes: of the model's tensors among the records."""
-        directory, checksums = b"", []
+        directory, checksums = bytearray(), []
         for entry in self._entries:
             if entry.crc is None:
                 places = (entry.offset + _CRC_IN_LOCAL, self._size + len(directory) + _CRC_IN_CENTRAL)
                 checksums.append(Checksum(entry.start, entry.start + entry.size, places))
             directory += entry.central_header()
-        end = _end_of_directory(len(self._entries), len(directory), self._size)
-        return FilePlan(name, (*merged([*self._parts, Literal(directory + end)]),), tuple(checksums), nbytes)
+        directory += _end_of_directory(len(self._entries), len(directory), self._size)
+        return FilePlan(name, (*merged([*self._parts, Literal(bytes(directory))]),), tuple(checksums), nbytes)
 
 
 class _Entry(NamedTuple):

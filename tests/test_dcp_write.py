@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import socket
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +28,7 @@ from ckptlab.testing import check_format
 
 torch: Any = pytest.importorskip("torch")
 dcp: Any = pytest.importorskip("torch.distributed.checkpoint")
+torch_ranks: Any = pytest.importorskip("torch_ranks")
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 MOE = DATA / "moe_ep2_dp4"
@@ -383,51 +381,10 @@ def reshape_of(ckpt: Checkpoint, mesh: Mesh) -> Catalog:
 # Real ranks.
 
 
-def small_model() -> Any:
-    layers = {"up": torch.nn.Linear(6, 10), "down": torch.nn.Linear(10, 7)}
-    return torch.nn.Sequential(OrderedDict(layers))
-
-
-def _load(rank: int, world: int, port: int, path: str, source: str, how: str) -> None:
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        torch.manual_seed(rank + 5)
-        model = small_model()
-        tp = 2 if how == "fsdp2 x tp" else 1
-        mesh = init_device_mesh("cpu", (world // tp, tp), mesh_dim_names=("dp", "tp"))
-        if tp > 1:
-            parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        fully_shard(model, mesh=mesh["dp"])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
-        weights, states = get_state_dict(model, optimizer)
-        loaded = {"model": weights, "optimizer": states}
-        dcp.load(loaded, checkpoint_id=path)
-        ckpt = ckptlab.open(source)
-        for name in ckpt:
-            for state in (MASTER, "exp_avg", "exp_avg_sq"):
-                found = weights[name] if state == MASTER else states["state"][name][state]
-                found = found.full_tensor() if isinstance(found, DTensor) else found
-                equal(found, whole(ckpt.catalog, name, state), f"{name}: {state}")
-        assert states["param_groups"][0]["lr"] == 0.25
-        assert all(float(s["step"]) == 2 for s in states["state"].values())
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "world"), [("fsdp2", 2), ("fsdp2 x tp", 4)])
-def test_fsdp_and_tensor_parallel_ranks_load_it(how: str, world: int, tmp_path: Path) -> None:
-    import torch.multiprocessing as processes
-
-    model = small_model()
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 1), (4, 2)])
+def test_fsdp_and_tensor_parallel_ranks_load_it(ranks: int, tp: int, tmp_path: Path) -> None:
+    model = torch_ranks.small_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
     for _ in range(2):
         model(torch.ones(2, 6)).square().sum().backward()
@@ -438,11 +395,7 @@ def test_fsdp_and_tensor_parallel_ranks_load_it(how: str, world: int, tmp_path: 
     content = {"model": model.state_dict(), "optimizer": {"state": state, "param_groups": [group]}}
     dcp.save(content, checkpoint_id=str(tmp_path / "source"), no_dist=True)
     written(tmp_path / "source", tmp_path / "dcp", mesh=Mesh(dp=4))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (world, port, str(tmp_path / "dcp"), str(tmp_path / "source"), how)
-    processes.spawn(_load, arguments, nprocs=world)
+    torch_ranks.load(tmp_path / "dcp", tmp_path / "source", ranks, tp, tmp_path)
 
 
 @pytest.mark.slow
@@ -498,7 +451,7 @@ def test_deepspeeds_files_are_made_of_it(form: str, stage: int, dp: int, tmp_pat
 
 
 def test_amsgrads_greatest_moment_is_no_copy_of_the_last(tmp_path: Path) -> None:
-    model = small_model()
+    model = torch_ranks.small_model()
     optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
     model(torch.ones(2, 6)).square().sum().backward()
     optimizer.step()

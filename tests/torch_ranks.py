@@ -1,0 +1,64 @@
+"""Ranks of FSDP2, and of tensor parallelism, that load a DCP folder and say what they then hold.
+
+They are forked from a process that has imported what they need: importing it takes longer than all that they do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+from compare import same_bits, whole
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import ckptlab
+from ckptlab.catalog import MASTER
+
+IMPORTED = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "ckptlab.checkpoint")
+
+
+def small_model() -> Any:
+    """Widths that no number of ranks divides."""
+    return torch.nn.Sequential(OrderedDict(up=torch.nn.Linear(6, 10), down=torch.nn.Linear(10, 7)))
+
+
+def load(folder: Path, source: Path, ranks: int, tp: int, scratch: Path) -> None:
+    """Load `folder` on so many ranks. AssertionError in a rank where a state is not that of `source`, bit for bit."""
+    multiprocessing.set_forkserver_preload([*IMPORTED])
+    arguments = (ranks, tp, str(folder), str(source), str(scratch / "rendezvous"))
+    torch.multiprocessing.start_processes(_load, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def _load(rank: int, ranks: int, tp: int, folder: str, source: str, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{rendezvous}")
+    try:
+        torch.manual_seed(rank + 5)
+        model = small_model()
+        mesh = init_device_mesh("cpu", (ranks // tp, tp), mesh_dim_names=("dp", "tp"))
+        if tp > 1:
+            parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+        weights, states = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=folder)
+        ckpt = ckptlab.open(source)
+        for name in ckpt:
+            for state in (MASTER, "exp_avg", "exp_avg_sq"):
+                found = weights[name] if state == MASTER else states["state"][name][state]
+                found = found.full_tensor() if isinstance(found, DTensor) else found
+                assert same_bits(found.detach().numpy(), whole(ckpt.catalog, name, state)), f"{name}: {state}"
+        assert states["param_groups"][0]["lr"] == 0.25
+        assert all(float(s["step"]) == 2 for s in states["state"].values())
+    finally:
+        dist.destroy_process_group()

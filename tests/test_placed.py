@@ -17,11 +17,10 @@ pytest.importorskip("torch")
 pytest.importorskip("jax")
 
 
-def run(tmp_path: Path, code: str, *launcher: str) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(f"GPT = {str(GPT)!r}\n" + textwrap.dedent(code))
-    done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def script(tmp_path: Path, code: str) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(f"GPT = {str(GPT)!r}\n" + textwrap.dedent(code))
+    return path
 
 
 def test_the_sharding_of_a_layout() -> None:
@@ -49,9 +48,7 @@ def test_what_no_sharding_says_is_refused_with_the_reason(layout: Layout, shape:
 
 @pytest.mark.slow
 def test_jax_devices_hold_what_the_ranks_held(tmp_path: Path) -> None:
-    run(
-        tmp_path,
-        """
+    code = """
         import os
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -105,19 +102,20 @@ def test_jax_devices_hold_what_the_ranks_held(tmp_path: Path) -> None:
             assert "mesh= is for jax and torch" in str(e)
         else:
             raise AssertionError("numpy has no mesh")
-        """,
-    )
+        """
+    done = subprocess.run([sys.executable, str(script(tmp_path, code))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_torch_dtensors_hold_what_the_ranks_held(tmp_path: Path) -> None:
-    run(
-        tmp_path,
-        """
-        import torch, torch.distributed as dist, numpy as np, ckptlab
+    ranks = pytest.importorskip("torch_ranks")
+    code = """
+        import sys, torch, torch.distributed as dist, numpy as np, ckptlab
         from torch.distributed.device_mesh import init_device_mesh
 
-        dist.init_process_group("gloo")
+        rank, store = int(sys.argv[1]), sys.argv[2]
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
         ckpt = ckptlab.open(GPT).reshape(ckptlab.Mesh(tp=2, dp=1))
         tp = mesh.get_coordinate()[1]
@@ -130,6 +128,5 @@ def test_torch_dtensors_hold_what_the_ranks_held(tmp_path: Path) -> None:
             assert mine == expected.sel(tp=tp).values.tobytes(), name
             assert placed.values.tobytes() == ckptlab.open(GPT).full("param")[name].param.values.tobytes()
         dist.destroy_process_group()
-        """,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    )
+        """
+    ranks.run(script(tmp_path, code), 2)

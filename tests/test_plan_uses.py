@@ -167,12 +167,8 @@ def script(tmp_path: Path, code: str) -> Path:
 
 @pytest.mark.slow
 def test_torch_ranks_hold_what_the_files_would_say(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    path = script(tmp_path, TORCH)
-    command = [sys.executable, str(path)]
-    ranks = [subprocess.Popen([*command, str(k), str(tmp_path / "store")], stderr=subprocess.PIPE) for k in range(8)]
-    errors = [rank.communicate()[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * 8, "\n".join(errors)[-4000:]
+    ranks = pytest.importorskip("torch_ranks")
+    ranks.run(script(tmp_path, TORCH), 8)
 
 
 @pytest.mark.slow

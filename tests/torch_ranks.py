@@ -1,4 +1,4 @@
-"""Ranks of FSDP2, and of tensor parallelism, that load a DCP folder and say what they then hold.
+"""Ranks of torch.distributed, for tests: of FSDP2 and tensor parallelism, that load a DCP folder; or of any script.
 
 They are forked from a process that has imported what they need: importing it takes longer than all that they do.
 """
@@ -6,7 +6,10 @@ They are forked from a process that has imported what they need: importing it ta
 from __future__ import annotations
 
 import multiprocessing
+import runpy
+import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,26 @@ def small_model() -> Any:
     return torch.nn.Sequential(OrderedDict(up=torch.nn.Linear(6, 10), down=torch.nn.Linear(10, 7)))
 
 
+def run(script: Path, ranks: int) -> None:
+    """Run a script as so many ranks, `script RANK STORE`: STORE is a path for a rendezvous. An error where one fails,
+    with the rank's."""
+    _start(_script, ranks, str(script), f"{script}.store")
+
+
 def load(folder: Path, source: Path, ranks: int, tp: int, scratch: Path) -> None:
-    """Load `folder` on so many ranks. AssertionError in a rank where a state is not that of `source`, bit for bit."""
+    """Load `folder` on so many ranks. An error where a state of one is not that of `source`, bit for bit."""
+    _start(_load, ranks, ranks, tp, str(folder), str(source), str(scratch / "rendezvous"))
+
+
+def _start(work: Callable[..., None], ranks: int, *arguments: Any) -> None:
     multiprocessing.set_forkserver_preload([*IMPORTED])
-    arguments = (ranks, tp, str(folder), str(source), str(scratch / "rendezvous"))
-    torch.multiprocessing.start_processes(_load, arguments, nprocs=ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(work, arguments, nprocs=ranks, start_method="forkserver")
+
+
+def _script(rank: int, *command: str) -> None:
+    torch.set_num_threads(1)
+    sys.argv = [command[0], str(rank), *command[1:]]
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def _load(rank: int, ranks: int, tp: int, folder: str, source: str, rendezvous: str) -> None:

@@ -512,10 +512,26 @@ def test_deepspeed_resumes_experts_elsewhere(asked: dict[str, Any], tmp_path: Pa
 
 @requires_deepspeed
 def test_deepspeed_resumes_a_universal_folder_at_ep_1(tmp_path: Path) -> None:
-    """Which its own tools cannot make; at a higher ep it looks for experts by local numbers there."""
+    """Which its own tools cannot make; at a higher ep it looks for experts by local numbers there, as one is told."""
     ckptlab.open(MOE).reshape(dp=2).save(tmp_path / "out" / "step", "universal")
     report = resume(tmp_path / "out" / "step", "moe_ep2_dp4", steps=1, dp=2, ep=1, universal=True)
     assert report["status"] == "equal", report.get("error") or report["differences"]
+    assert resume(tmp_path / "out" / "step", "moe_ep2_dp4", steps=0, universal=True)["status"] == "different"
+
+
+def test_what_deepspeed_does_not_load_of_a_universal_folder_is_said() -> None:
+    def told(case: Path, **asked: Any) -> dict[str, str]:
+        return {f.code: f.text for f in ckptlab.open(case).reshape(format="universal", **asked).check()}
+
+    assert told(MOE)["universal-experts"].startswith("ep 2: DeepSpeed looks for experts in a universal folder by")
+    assert told(DATA / "autotp_tp2_dp2", zero_stage=3)["universal-whole"].startswith("tp 2: at ZeRO-3 DeepSpeed takes")
+    for quiet in (
+        told(MOE, ep=1),
+        told(DATA / "autoep_ep2_dp4"),
+        told(DATA / "autotp_tp2_dp2", zero_stage=3, tp=1),
+        told(DATA / "autotp_tp2_dp2"),
+    ):
+        assert not quiet.keys() & {"universal-experts", "universal-whole"}
 
 
 @requires_deepspeed

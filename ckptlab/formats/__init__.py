@@ -15,12 +15,13 @@ from typing import Any
 from ckptlab.arguments import kind_of
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, InputError
-from ckptlab.findings import Faults, Strict
+from ckptlab.findings import Faults, Finding, Strict, Where
 from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.formats.locate import locate
 from ckptlab.formats.registered import FORMATS, every, get
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.strategies import Strategy
+from ckptlab.sharding.strategies import Strategy, denied
+from ckptlab.words import some
 
 __all__ = ["FORMATS", "Format", "Listing", "Match", "every", "found", "get", "locate", "read", "read_at"]
 
@@ -64,8 +65,18 @@ def read_at(match: Match, faults: Faults, strategy: Strategy | None = None, mesh
     format = get(match.format)
     with _uncollected():
         if mesh is not None:
-            return format.read_on(mesh, match.path, faults, strategy)
-        return format.read_parts(match, faults, strategy) if match.also else format.read(match.path, faults, strategy)
+            catalog = format.read_on(mesh, match.path, faults, strategy)
+        elif match.also:
+            catalog = format.read_parts(match, faults, strategy)
+        else:
+            catalog = format.read(match.path, faults, strategy)
+    shapes = {name: tensor.shape for name, tensor in catalog.tensors.items()} if catalog else {}
+    against, why, todo = denied(strategy, shapes)
+    if against:
+        where, fits = Where(tensors=against), "a strategy that fits the tensors' shapes"
+        message = f"{match.path}: {some(against, 1)}: {why}: {todo}"
+        faults.report(Finding("strategy-denied", "error", where, fits, why, todo, "headers", message))
+    return catalog
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout import Layout, on_degree, with_lengths, without
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.strategies import Strategy
+from ckptlab.sharding.strategies import Strategy, denied
+from ckptlab.words import some
 
 
 def relaid(
@@ -24,6 +25,9 @@ def relaid(
     padded there is padded to what the new cut needs. ReshapeError, with the tensor's name, where a layout does not fit;
     `uneven`: that an axis does not divide a dim is no reason.
     """
+    against, why, todo = denied(strategy, {name: tensor.shape for name, tensor in source.tensors.items()})
+    if against:
+        raise ReshapeError(f"{source.path}: {some(against, 1)}: {why}: {todo}")
     tensors = {}
     for name, tensor in source.tensors.items():
         try:

@@ -163,6 +163,8 @@ def _ends(pattern: str, name: str) -> bool:
 _NORMS = (
     r"(?:\w*(?:norm|ln)\w*|layer_?norm_\w+)(?:\.(?:weight|bias|scale))?|norm\.norm\.\w+|position_embeddings\.weight"
 )
+MLP_LAYERS = (("dense_h_to_4h", "dense_4h_to_h"), ("linear_fc1", "linear_fc2"))
+"""How Megatron, and its core, call the first and the second layer of an MLP."""
 _UP = r"(?:dense_h_to_4h|linear_fc1)\.(?:weight|bias)"
 MEGATRON = Family(
     column=r"(?:word_embeddings|lm_head|output_layer)\.weight|(?:query_key_value|query|key_value|linear_qkv|linear_q_proj"
@@ -193,6 +195,19 @@ class Megatron:
 
     def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
         return (MEGATRON_SWIGLU if self.swiglu else MEGATRON).layout(name, shards)
+
+    def denied(self, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+        """Of these tensors, whole, the first layers of MLPs that hold something else than `swiglu` says: gate and up
+        projection have twice as many outputs as the second layer has inputs."""
+        return tuple(
+            name
+            for first, second in MLP_LAYERS
+            for name, shape in shapes.items()
+            if name.endswith(f"{first}.weight")
+            and (after := shapes.get(name.replace(f"{first}.weight", f"{second}.weight")))
+            and (len(shape), len(after)) == (2, 2)
+            and shape[0] == after[1] * (1 if self.swiglu else 2)
+        )
 
 
 @explained
@@ -293,6 +308,16 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
             )
         return HuggingFace.of(said) if "model_type" in said else Rules.of(said, strategy)
     return REGISTRY.get(strategy)
+
+
+def denied(strategy: Strategy | None, shapes: Mapping[str, Shape]) -> tuple[tuple[str, ...], str, str]:
+    """The tensors, of these whole shapes, that contradict a strategy, why, and what to do; nothing where none do."""
+    if not isinstance(strategy, Megatron) or not (found := strategy.denied(shapes)):
+        return (), "", ""
+    held, many, instead = "gate and up projection in one", "twice as many outputs as", "megatron-swiglu"
+    if strategy.swiglu:
+        held, many, instead = "no gate in it", "as many outputs as", "megatron"
+    return found, f"{held} ({many} the next layer has inputs)", f"say strategy={instead!r}"
 
 
 @dataclass(frozen=True)

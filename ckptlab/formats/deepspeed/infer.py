@@ -19,7 +19,16 @@ from ckptlab.formats.deepspeed.headers import Header, Shape
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights
 from ckptlab.layout import Layout, cut_dim
-from ckptlab.sharding.strategies import GPT_NEOX, MEGATRON, MEGATRON_SWIGLU, Family, Strategy, column, replicated
+from ckptlab.sharding.strategies import (
+    GPT_NEOX,
+    MEGATRON,
+    MEGATRON_SWIGLU,
+    MLP_LAYERS,
+    Family,
+    Strategy,
+    column,
+    replicated,
+)
 from ckptlab.stored import Stored
 from ckptlab.words import number_of, some
 
@@ -135,7 +144,7 @@ def _fits(name: str, shapes: Mapping[str, list[Shape]], family: Family) -> bool:
     its second has inputs, twice as many where it holds gate and up; a fused q, k, v has three times its inputs."""
     shards = shapes[name]
     rows = sum(s[0] for s in shards)
-    for first, second in (("dense_h_to_4h", "dense_4h_to_h"), ("linear_fc1", "linear_fc2")):
+    for first, second in MLP_LAYERS:
         beside = shapes.get(name.replace(f"{first}.weight", f"{second}.weight"))
         if name.endswith(f"{first}.weight") and beside is not None:
             return rows == sum(s[1] for s in beside) * (2 if family is MEGATRON_SWIGLU else 1)

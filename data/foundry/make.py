@@ -61,6 +61,8 @@ CASES = COMMITTED | {
     "autoep_ep2_dp4_zero3": Case("plain_autoep", dp=4, ep=2, zero=3, zero_config=SHARDED),
     "autoep_ep2_dp2_bf16_optimizer": Case("plain_autoep", dp=2, ep=2, grad_accum_dtype="fp32"),
     "autotp_tp3_zero2": Case("plain_autotp", tp=3, zero=2),
+    "gpt_moe_pp2_ep2_dp2": Case("gpt_moe", pp=2, dp=2, ep=2, grad_accum_dtype="fp32"),
+    "gpt_moe_pp2_ep2_dp2_zero0_fp16": Case("gpt_moe", pp=2, dp=2, ep=2, zero=0, dtype="fp16"),
     "moe_ep4_dp4": Case("plain_moe", dp=4, ep=4, zero=2),
     "plain_zero3_dp3": Case("plain", dp=3, zero=3, zero_config=SHARDED),
 }

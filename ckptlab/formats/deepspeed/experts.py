@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise, zip_longest
 from typing import Any
 
 from ckptlab.catalog import ParameterGroup
@@ -332,12 +332,18 @@ def asked(mesh: Mesh) -> tuple[Mesh, int | None, bool | None]:
 
 
 def regrouped(
-    groups: Sequence[ParameterGroup], source: Experts, target: Experts, sizes: Mapping[str, int]
+    groups: Sequence[ParameterGroup],
+    source: Experts,
+    target: Experts,
+    sizes: Mapping[str, int],
+    own: Mapping[str, int],
+    new: Mapping[str, int],
 ) -> tuple[ParameterGroup, ...]:
     """The parameter groups of a target. Those of experts are called by their degree, and hold at most LARGEST elements
     on a rank: more are several groups (`split_params_into_different_moe_groups_for_optimizer`). `sizes`: elements of
-    each tensor. CheckpointError where the source's are not dealt so."""
-    if (source.local, source.fused) == (target.local, target.fused):
+    each tensor; `own` and `new`: its pp stage in source and target. CheckpointError where the source's are not dealt
+    so."""
+    if (source.local, source.fused, own) == (target.local, target.fused, new):
         return tuple(groups)
     found: list[ParameterGroup] = []
     for group in groups:
@@ -352,15 +358,15 @@ def regrouped(
         for degree in source.sizes:
             same = [g for g in alike if source.has(g, degree)]
             held = [n for g in same for n in g.tensors]
-            if [list(g.tensors) for g in same] != [source.everywhere(own) for own in _dealt(source, held, sizes)]:
+            if [list(g.tensors) for g in same] != [source.everywhere(one) for one in _dealt(source, held, sizes, own)]:
                 raise CheckpointError(
                     f"parameter group {group.name}: experts in {len(same)} groups that are not dealt as DeepSpeed does "
                     f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
                 )
         names = [n for g in alike for n in g.tensors]
         options = _called(group, target.ep(layer))
-        for own in _dealt(target, names, sizes):
-            found.append(replace(group, options=options, tensors=tuple(target.everywhere(own))))
+        for one in _dealt(target, names, sizes, new):
+            found.append(replace(group, options=options, tensors=tuple(target.everywhere(one))))
     return tuple(found)
 
 
@@ -380,13 +386,23 @@ def _unnamed(group: ParameterGroup) -> dict[str, Any]:
     return {key: value for key, value in group.options.items() if key != "name"}
 
 
-def _dealt(experts: Experts, names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
-    """What the first ep rank has of an expert group, in as many groups as DeepSpeed makes of it."""
-    dealt: list[list[str]] = [[]] if names else []
+def _dealt(
+    experts: Experts, names: Sequence[str], sizes: Mapping[str, int], stage_of: Mapping[str, int]
+) -> list[list[str]]:
+    """What the first ep ranks have of an expert group, in as many groups as DeepSpeed makes of it: each pp stage by
+    itself."""
+    stages: dict[int, list[str]] = {}
+    for name in names:
+        if experts.locally(name) == name:
+            stages.setdefault(stage_of[name], []).append(name)
+    dealt = (_dealt_on_stage(stages[stage], sizes) for stage in sorted(stages))
+    return [list(chain(*of_stages)) for of_stages in zip_longest(*dealt, fillvalue=())]
+
+
+def _dealt_on_stage(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    dealt: list[list[str]] = [[]]
     held = 0
-    for name in sorted(
-        (n for n in names if experts.locally(n) == n), key=lambda n: (natural(layer_of(n) or ""), number_of(n))
-    ):
+    for name in sorted(names, key=lambda n: (natural(layer_of(n) or ""), number_of(n))):
         if dealt[-1] and held + sizes[name] > LARGEST:
             dealt.append([])
             held = 0

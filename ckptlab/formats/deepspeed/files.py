@@ -55,8 +55,8 @@ class StepFolder:
     optimizer files (none where the model files hold the optimizer, or there are weights alone), `layers[layer][tp]` the
     tensors of the pipeline engine's layer files, whose names carry `-model_TT` if `layer_axis`, and `others[layer][tp]`
     what else is in them. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split;
-    `expert_optims[tp]` are the ep ranks' optimizers where they train without ZeRO, each with its ep rank; the first is
-    one of that tp rank.
+    `expert_optims[pp, tp]` are the ep ranks' optimizers where they train without ZeRO, each with its ep rank; the first
+    is one of that tp rank.
     """
 
     path: str
@@ -70,7 +70,7 @@ class StepFolder:
     is_zero3: bool = False
     files: tuple[str, ...] = ()
     experts: Experts = field(default_factory=Experts)
-    expert_optims: Mapping[int, tuple[tuple[int, WholeOptimizer], ...]] = field(default_factory=dict)
+    expert_optims: Mapping[Rank, tuple[tuple[int, WholeOptimizer], ...]] = field(default_factory=dict)
 
     @cached_property
     def models(self) -> dict[Rank, Content]:
@@ -102,6 +102,14 @@ class StepFolder:
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine: no rank's model file holds the module, layer files do."""
         return self.first.module is None
+
+    @cached_property
+    def is_numbered(self) -> bool:
+        """There are experts, and tensors go by the numbers of layers, as those of a pipeline do. Of such a model each
+        stage has its part of the module in its model file."""
+        named = (n for of_rank in self.heads.values() for n in of_rank[0].module or {})
+        numbered = all(n.partition(".")[0].isdigit() or n.startswith(names.TIED) for n in named)
+        return bool(self.experts) and not self.is_pipeline and numbered
 
 
 def read_step_folder(
@@ -257,12 +265,11 @@ class _Found:
         return self.head == "zero3_model" and not any(n.dp for n in self.names if n.kind == self.head)
 
     def notices(self, mesh: Mesh) -> Iterator[Finding]:
-        """What is not as usual, and read all the same; experts that train without ZeRO in a pipeline are not."""
-        folded = self.experts.over_tp and self.experts.fused
-        if self.expert_optims and (mesh.pp > 1 or folded):
+        """What is not as usual, and read all the same; AutoEP's experts beside AutoTP without ZeRO are not."""
+        if self.expert_optims and self.experts.over_tp and self.experts.fused:
             yield not_read_yet(
-                f"{self.path}: experts that train without ZeRO (stage 0) {'of AutoEP beside AutoTP' if folded else ''}"
-                f"{f'in a pipeline of {mesh.pp} stages' if mesh.pp > 1 else ''}, which ckptlab cannot open yet"
+                f"{self.path}: experts of AutoEP that train without ZeRO (stage 0) beside AutoTP, which ckptlab cannot "
+                "open yet"
             )
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"
@@ -429,20 +436,20 @@ class _Found:
                 r: tuple(self.optims[FileName("optim", mp, d, prefix=self.prefix)] for d in range(mesh.dp))
                 for r, mp in ranks.items()
             }
-        of_experts: dict[int, tuple[tuple[int, WholeOptimizer], ...]] = {}
+        of_experts: dict[Rank, tuple[tuple[int, WholeOptimizer], ...]] = {}
         held = [(name, one) for name in wanted.get("expert optimizer", ()) if (one := self.expert_optims[name])]
-        for t in {name.mp for name, _ in held}:
-            own = [(name.expert, one) for name, one in held if name.mp == t]
-            others = [(name.expert, one) for name, one in held if name.mp != t and self.experts.over_tp]
-            of_experts[t] = (*own, *others)
+        for mp in sorted({name.mp for name, _ in held}):
+            own = [(name.expert, one) for name, one in held if name.mp == mp]
+            others = [(name.expert, one) for name, one in held if name.mp != mp and self.experts.over_tp]
+            of_experts[mp // mesh.tp, mp % mesh.tp] = (*own, *others)
         heads = {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()}
         if fused := self.experts.fused:
             heads = {
                 r: tuple(replace(h, shared={**h.shared, **autoep.aliases(fused, h.module or {})}) for h in of_rank)
                 for r, of_rank in heads.items()
             }
-        for t, ((_, first), *_) in of_experts.items():
-            heads[0, t] = tuple(replace(h, optimizer=first) for h in heads[0, t])
+        for rank, ((_, first), *_) in of_experts.items():
+            heads[rank] = tuple(replace(h, optimizer=first) for h in heads[rank])
         return StepFolder(
             self.path,
             mesh,

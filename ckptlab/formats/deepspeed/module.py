@@ -17,8 +17,6 @@ from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 from ckptlab.words import some
 
-TIED = "tied_modules."  # before the names of modules that a pipeline has at several places
-
 
 @dataclass
 class ModuleWeights:
@@ -79,7 +77,7 @@ def by_names(module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeig
             numbered.setdefault(int(head), tensor.stages[0])
     module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
     module.layer_stages = dict(numbered)
-    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(TIED)})
+    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(names.TIED)})
     for offset, prefix in enumerate(reversed(tied)):
         layer = min(numbered, default=len(tied)) - 1 - offset
         module.layer_keys = {layer: prefix, **module.layer_keys}

@@ -39,15 +39,20 @@ class TargetOptions:
     data_before_experts: bool | None = None
 
 
-def stage_of(catalog: Catalog, options: TargetOptions) -> int:
+def is_pipeline(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> bool:
+    """Whether the target is to be read by the pipeline engine."""
+    return catalog.private.may_be_pipeline(mesh, options.pipeline is not None)
+
+
+def stage_of(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> int:
     """The target's ZeRO stage: as asked for, else the source's, but that of a bf16 pipeline without ZeRO is 1."""
     if options.zero_stage is not None:
         return options.zero_stage
-    return 1 if _bf16_pipeline(catalog, options) else catalog.zero_stage or 0
+    return 1 if _bf16_pipeline(catalog, mesh, options) else catalog.zero_stage or 0
 
 
-def _bf16_pipeline(catalog: Catalog, options: TargetOptions) -> bool:
-    return catalog.private.is_pipeline and (options.dtype or catalog.private.dtype) == "bf16"
+def _bf16_pipeline(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> bool:
+    return is_pipeline(catalog, mesh, options) and (options.dtype or catalog.private.dtype) == "bf16"
 
 
 def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
@@ -75,7 +80,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
     if not catalog.groups:
         yield "it holds weights alone, and no optimizer that could be resumed: save it as safetensors"
         return
-    stage = stage_of(catalog, options)
+    stage = stage_of(catalog, mesh, options)
     if stage not in ZERO_STAGES:
         yield f"ZeRO stage {stage}: expected 0, 1, 2 or 3"
     trained = native.folder.mesh
@@ -84,14 +89,14 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
             "the checkpoint is elastic and holds no hyperparameters: give param_groups, a list with lr, weight_decay, "
             "… of each group"
         )
-    is_pipeline = native.is_pipeline
-    if is_pipeline and stage in (2, 3):
+    staged = is_pipeline(catalog, mesh, options)
+    if staged and stage in (2, 3):
         yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
-    if stage == 0 and _bf16_pipeline(catalog, options):
+    if stage == 0 and _bf16_pipeline(catalog, mesh, options):
         yield "a bf16 pipeline without ZeRO: DeepSpeed saves such checkpoints and cannot load them: take zero_stage=1"
-    if mesh.pp > 1 and not is_pipeline:
+    if mesh.pp > 1 and not staged:
         yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine: it has no layers to deal to stages"
-    if is_pipeline and mesh.pp != trained.pp:
+    if staged and mesh.pp != trained.pp:
         layers = sum(pipeline.describe(catalog).blocks)
         if mesh.pp > layers:
             yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
@@ -111,11 +116,6 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
             )
     if experts := native.folder.experts:
         yield from experts.refusals(mesh, options.ep, stage)
-        if trained.pp > 1:
-            yield (
-                f"experts in a pipeline (pp {trained.pp}), whose files ckptlab reads and does not write: safetensors "
-                "and dcp can be written"
-            )
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
         cut = any("tp" in t.cut.axes for t in catalog.tensors.values() if experts.degree(t.name) and not experts.fused)

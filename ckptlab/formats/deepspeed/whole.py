@@ -34,7 +34,7 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
             stages[rank[0]] = list(zip(optimizer.options, held, strict=True))
         for g, names in enumerate(held):
             scalars.update(dict.fromkeys(names, optimizer.scalars[g]))
-        for ep, own in folder.expert_optims.get(rank[1], ((0, optimizer),)):
+        for ep, own in folder.expert_optims.get(rank, ((0, optimizer),)):
             for name, at, state, fragments in _fragments(
                 folder, own.ordered_as(optimizer), head.shapes, module, rank, ep
             ):

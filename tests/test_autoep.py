@@ -72,7 +72,7 @@ def test_beside_autotp_they_are_dealt_to_tp_ranks_too(ranks: list[list[int]], tm
         back = ckptlab.open(tmp_path / "out")
         assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
         assert "folding" not in torchfile.read(tmp_path / "out" / "step" / "mp_rank_00_model_states.pt")
-    with pytest.raises(ReshapeError, match="deals experts that tp does not cut to tp ranks too"):
+    with pytest.raises(ReshapeError, match="AutoEP beside AutoTP deals experts to tp ranks"):
         found.reshape(dp=1)
 
 

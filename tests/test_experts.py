@@ -174,7 +174,7 @@ def test_weights_are_saved_under_global_names(tmp_path: Path) -> None:
         ({"dp": 8, "ep": 8}, "the 4 experts of .* cannot be dealt evenly"),
         ({"dp": 3}, "dp 3: ep 2 is a part of it"),
         ({"zero_stage": 3}, "ZeRO-3 with experts"),
-        ({"tp": 2}, "deals experts that tp does not cut to tp ranks too"),
+        ({"tp": 2}, "nothing says how .* are cut"),
         ({"mesh": Mesh(dp=4, ep=2)}, "ep as a part of dp"),
     ],
     ids=str,
@@ -216,11 +216,37 @@ def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
     assert found.mesh == Mesh(dp=2, tp=2)
     assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
     assert ckptlab.check(found).verdict == "healthy"
-    with pytest.raises(ReshapeError, match="DeepSpeed deals experts that tp does not cut to tp ranks too"):
-        found.reshape(dp=1)
+    with pytest.raises(ReshapeError, match="cannot load what it saves at an ep of less, 1"):
+        found.reshape(ep=1)
+    with pytest.raises(ReshapeError, match="say data_before_experts=False"):
+        found.reshape(data_before_experts=True)
     found.reshape(tp=1, dp=2, ep=2).save(tmp_path / "out" / "step")
     back = ckptlab.open(tmp_path / "out")
     assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"dp": 1}, {"ep": 4}, {"tp": 4, "dp": 1, "ep": 4}, {"zero_stage": 0, "ep": 4}], ids=str
+)
+def test_they_are_written_so_too(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Each tp rank has files and buffers of its own experts alone. Real DeepSpeed 0.19.8 resumed such folders, at other
+    tp, ep, dp and stages."""
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
+    there = found.reshape(**asked)
+    there.save(tmp_path / "out" / "step")
+    step, mesh, ep = tmp_path / "out" / "step", {"tp": 2, "dp": 2, "ep": 2} | asked, asked.get("ep", 2)
+    for expert in range(4):
+        of = {f.name for f in step.glob(f"layer_1_expert_{expert}_*")}
+        assert of == {f"layer_1_expert_{expert}_mp_rank_{expert // (4 // ep) % mesh['tp']:02d}_model_states.pt"}
+    if asked.get("zero_stage") == 0:
+        optims = {f"expp_rank_{e}_mp_rank_{e % 2:02d}_optim_states.pt" for e in range(4)}
+        assert {f.name for f in step.glob("expp_*")} == optims
+    else:
+        state = torchfile.read(step / "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt")["optimizer_state_dict"]
+        assert state["partition_count"] == [mesh["dp"]] * 2 + [mesh["dp"] * mesh["tp"] // ep] * 2
+    back = ckptlab.open(tmp_path / "out", strategy=Whole())
+    assert (back.mesh.tp, back.mesh.dp, differences(found.catalog, back.catalog)) == (mesh["tp"], mesh["dp"], [])
+    assert ckptlab.check(back).verdict == "healthy"
 
 
 @pytest.mark.parametrize("fault", ["partitions", "an expert's file"])

@@ -78,6 +78,8 @@ def train(rank: int, name: str, case: Case, folder: Path) -> None:
         losses[step] = run.step(step)
         if step in (*case.earlier_steps, case.saved_step):
             client = client_state(case, step) if case.parallel else {"iteration": step}
+            if case.config.experts:  # then DeepSpeed keeps that name to itself
+                client.pop("universal_checkpoint_info", None)
             run.engine.save_checkpoint(str(folder), tag=f"global_step{step}", client_state=client)
     truth = gather(run)
     last = case.saved_step + case.further_steps

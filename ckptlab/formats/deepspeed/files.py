@@ -180,7 +180,7 @@ class _Found:
         for head in itertools.islice(self.heads.values(), 1):
             with self.faults.caught("odd-header", os.path.basename(head.path)):
                 fused = autoep.layers(head.path, head.content)
-        return Experts.of(self.heads.values(), files, spread, fused, stages)
+        return Experts.of(self.heads.values(), files, spread, fused, stages, tp)
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -369,21 +369,17 @@ class _Found:
                 FileName("expert", mp=p * mesh.tp + t, layer=i, expert=e)
                 for p in range(mesh.pp)
                 for i, e in experts_said(h.content for n, h in self.heads.items() if n.mp // mesh.tp == p)
-                for t in self.experts.of_file(i, e, mesh)
+                for t in self.experts.of_file(p, i, e, mesh)
             ]
             if experts:
                 wanted["expert"] = experts
             if self.inside and self.expert_optims:
                 ranks = range(max(1 + max(n.expert for n in self.expert_optims), self._spread_said()))
-                first = (
-                    self.experts.dealt(len(ranks), mesh)
-                    if self.experts.over_tp
-                    else [[(0, t) for t in world]] * len(ranks)
-                )
                 wanted["expert optimizer"] = [
-                    FileName("expert_optim", mp=t, expert=e)
+                    FileName("expert_optim", mp=p * mesh.tp + t, expert=e)
                     for e in ranks
-                    for _, t in (first[e][:1] if self.experts.over_tp else first[e])
+                    for p in range(mesh.pp)
+                    for t in self.experts.writers(e, len(ranks), mesh)
                 ]
         return wanted
 
@@ -440,7 +436,8 @@ class _Found:
         held = [(name, one) for name in wanted.get("expert optimizer", ()) if (one := self.expert_optims[name])]
         for mp in sorted({name.mp for name, _ in held}):
             own = [(name.expert, one) for name, one in held if name.mp == mp]
-            others = [(name.expert, one) for name, one in held if name.mp != mp and self.experts.over_tp]
+            beside = [(n, one) for n, one in held if n.mp != mp and n.mp // mesh.tp == mp // mesh.tp]
+            others = [(name.expert, one) for name, one in beside if self.experts.over_tp]
             of_experts[mp // mesh.tp, mp % mesh.tp] = (*own, *others)
         heads = {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()}
         if fused := self.experts.fused:

@@ -9,6 +9,7 @@ from typing import Any
 from ckptlab.catalog import DTYPES, Catalog
 from ckptlab.catalog.training import ZERO_STAGES
 from ckptlab.formats.deepspeed import pipeline
+from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
 
 
@@ -69,6 +70,15 @@ def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
     return str(named.get("type")).lower() in ("adam", "adamw") and not torchs
 
 
+def lanes_of(catalog: Catalog, mesh: Mesh) -> int:
+    """Over how many tp ranks a target's experts are dealt, as DeepSpeed deals those that tp does not cut."""
+    experts = catalog.private.folder.experts
+    if not experts or experts.fused:
+        return 1
+    cut = any("tp" in names(node) for t in catalog.tensors.values() if experts.degree(t.name) for node in t.layout.tree)
+    return 1 if cut else mesh.tp
+
+
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
     """(attention heads, key/value heads): from the user, else what the run says."""
     return options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
@@ -115,15 +125,11 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
                 + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
             )
     if experts := native.folder.experts:
-        yield from experts.refusals(mesh, options.ep, stage)
+        yield from experts.refusals(mesh, options.ep, lanes_of(catalog, mesh), options.data_before_experts)
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
-        cut = any("tp" in t.cut.axes for t in catalog.tensors.values() if experts.degree(t.name) and not experts.fused)
-        if mesh.tp > 1 and (experts.over_tp or (mesh.tp != trained.tp and not cut)):
-            yield (
-                f"tp {mesh.tp}: DeepSpeed deals experts that tp does not cut to tp ranks too, of which ckptlab writes "
-                "no files"
-            )
+        if mesh.tp > 1 and experts.fused:
+            yield f"tp {mesh.tp}: AutoEP beside AutoTP deals experts to tp ranks too, of which ckptlab writes no files"
     elif options.ep not in (None, 1):
         yield f"ep {options.ep}: the checkpoint has no experts"
     if options.dtype is not None and options.dtype not in DTYPES:

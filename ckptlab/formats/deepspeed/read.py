@@ -300,7 +300,8 @@ def build_tensors(
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             fused = folder.experts.fused_of(name)
             if folder.experts.over_tp and folder.experts.degree(name):
-                layout, shape, cut = whole(name, replicated(len(shards[0])), shards, None, mesh)
+                layout = _on_stages(replicated(len(shards[0])), tuple(stages[name]))
+                layout, shape, cut = whole(name, layout, shards, None, mesh)
                 layout_known = True
             elif fused is not None:
                 layout, shape, cut = all_experts(name, fused, shards[0], mesh)

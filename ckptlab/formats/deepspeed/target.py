@@ -25,6 +25,7 @@ from ckptlab.formats.deepspeed.options import (
     fused_of,
     head_counts,
     is_pipeline,
+    lanes_of,
     problems,
     stage_of,
 )
@@ -87,7 +88,8 @@ def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Ite
 
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.private
-    experts = source.folder.experts.spread(options.ep, options.data_before_experts)
+    lanes = lanes_of(catalog, mesh)
+    experts = source.folder.experts.spread(options.ep, options.data_before_experts, lanes)
     mesh = experts.on(mesh)
     stage = stage_of(catalog, mesh, options)
     dtype = options.dtype or source.dtype

@@ -84,8 +84,9 @@ class NativeWriter:
                 yield torchfile.plan(names.layer(layer, t if axis else None), self.layer_file(layer, prefix, t))
         for p in range(mesh.pp):
             for i, (expert, held) in self.experts_on(p):
-                for t in range(mesh.tp):
-                    rank = mesh.rank(pp=p, dp=self.place(Holder(pp=p, **self.experts.at(held[0], mesh)))[0], tp=t)
+                at = Holder(pp=p, **self.experts.at(held[0], mesh))
+                for t in [at["tp"]] if "tp" in at else range(mesh.tp):
+                    rank = mesh.rank(pp=p, dp=self.place(at.without("tp"))[0], tp=t)
                     tensors = OrderedDict((name, self.module_weight(name, rank)) for name in held)
                     yield torchfile.plan(names.expert(i, expert, p * mesh.tp + t), tensors)
         for fused, t in itertools.product(() if zero3 else self.experts.fused, range(mesh.tp)):
@@ -95,8 +96,8 @@ class NativeWriter:
                 )
                 yield torchfile.plan(names.expert(fused.number, expert, t), tensors)
         for ep in range(max(self.experts.sizes, default=0) if inside else 0):
-            for p, t in itertools.product(range(mesh.pp), range(mesh.tp)):
-                rank = mesh.rank(pp=p, dp=self.experts.writer(ep, mesh), tp=t)
+            for p, t in itertools.product(range(mesh.pp), self.experts.writers(ep, self.experts.sizes[-1], mesh)):
+                rank = mesh.rank(pp=p, dp=self.experts.writer(ep, mesh) // self.experts.lanes, tp=t)
                 optimizer = whole_state(self, p, rank, ep)
                 yield torchfile.plan(names.expert_optim(ep, p * mesh.tp + t), {"optimizer": optimizer})
 
@@ -163,9 +164,10 @@ class NativeWriter:
 
     # ---------------------------------------------------------------- model files
 
-    def groups_on(self, stage: int, dp: int = 0) -> list[FlatGroup]:
-        """The flat groups that a dp rank has a part of."""
-        return [g for g in self.target.flat_groups if g.stage == stage and dp in self.place(g.at)]
+    def groups_on(self, stage: int, tp: int = 0, dp: int = 0) -> list[FlatGroup]:
+        """The flat groups that a rank has a part of."""
+        there = [g for g in self.target.flat_groups if g.stage == stage and g.at.get("tp", tp) == tp]
+        return [g for g in there if dp in self.place(g.at.without("tp"))]
 
     def place(self, at: Holder) -> list[int]:
         """The dp ranks at these coordinates: those that have a flat group together."""
@@ -187,8 +189,8 @@ class NativeWriter:
         model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
             module=module,
-            optimizer=whole_state(self, p, rank) if whole else None,
-            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(p)],
+            optimizer=whole_state(self, p, rank, t % self.experts.lanes) if whole else None,
+            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(p, t)],
             **self._frozen(weights, d, rank),
             shared_params=None if whole else aliases,
             dp_world_size=mesh.dp,
@@ -292,7 +294,7 @@ class NativeWriter:
 
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         template = self.source.private.extras
-        groups = self.groups_on(p, d)
+        groups = self.groups_on(p, t, d)
         state = (
             self._zero3_state(template, groups, t, d)
             if self.native.wrapper is Wrapper.ZERO3

@@ -149,8 +149,11 @@ def test_a_mesh_may_say_ep_too() -> None:
 
 @pytest.mark.parametrize(("case", "dp", "ep"), [(MOE, 2, 1), (DATA / "autoep_ep2_dp4", 4, 4)], ids=["moe", "autoep"])
 def test_the_plans_figures_are_what_happens(case: Path, dp: int, ep: int, tmp_path: Path) -> None:
-    source = read(case)
-    reshaped = Reshape.of(source, Mesh(dp=dp), ep=ep)
+    figures_are_what_happens(read(case), Mesh(dp=dp), tmp_path, ep=ep)
+
+
+def figures_are_what_happens(source: Any, mesh: Mesh, tmp_path: Path, **asked: Any) -> None:
+    reshaped = Reshape.of(source, mesh, **asked)
     tally = Tally()
     for plan in write.files(source, reshaped.target, tally):
         fileplan.write(plan, tmp_path / plan.name)
@@ -370,6 +373,11 @@ def test_experts_in_a_pipeline_are_written(asked: dict[str, Any], tmp_path: Path
     again = back.reshape(pp=2, dp=4, ep=2, zero_stage=1, dtype="bf16", pipeline=(0, 3))
     again.save(tmp_path / "again" / "step")
     assert [e for e in unlike_the_case(read(tmp_path / "again")) if "dtype" not in asked or PARAM not in e] == []
+
+
+def test_the_plans_figures_are_what_happens_in_a_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    figures_are_what_happens(read(staged(tmp_path / "run")), Mesh(dp=2), tmp_path / "out", ep=1)
 
 
 def test_each_stage_of_a_pipeline_needs_experts(tmp_path: Path) -> None:

@@ -252,6 +252,40 @@ def test_they_are_written_so_too(asked: dict[str, Any], tmp_path: Path) -> None:
     assert ckptlab.check(back).verdict == "healthy"
 
 
+def test_model_files_that_deepspeed_leaves_out(tmp_path: Path) -> None:
+    """At ep of less than tp, so that it cannot load its own (0.19.8: "checkpoint count 2 is different from saved
+    mp_world_size 4"). The optimizer's files are all there. Cases of real DeepSpeed were read bit for bit, written at
+    other degrees and resumed by it."""
+    path = dealt_to_tp(tmp_path / "run", MOE, tp=4)
+    found = ckptlab.open(path, strategy=Whole())
+    assert "mp_rank_02_model_states.pt, mp_rank_03_model_states.pt: not there" in found.catalog.findings[0].found
+    assert (found.mesh, found.zero_stage) == (Mesh(tp=4), 2)
+    case = read(MOE)
+    lost = [f"{PARAM}/{n}" for n, t in case.tensors.items() if t.kind == "parameter" and not experts.layer_of(n)]
+    gone = [n for n, t in case.tensors.items() if t.kind == "frozen"]
+    assert sorted(set(case.tensors) - set(found.catalog.tensors)) == sorted(gone)
+    assert [f for f in differences(case, found.catalog) if not f.startswith("only one has")] == []
+    assert sorted(f"{PARAM}/{n}" for n, t in found.catalog.tensors.items() if PARAM not in t.states) == sorted(lost)
+    (finding,) = ckptlab.check(found).findings
+    assert (finding.code, finding.severity) == ("model-files", "warning")
+    assert "adapter.weight" in finding.found
+    with pytest.raises(ReshapeError, match="adapter.weight, adapter.bias: not stored whole"):
+        found.reshape(tp=2, dp=2, ep=2)
+    for file in (path / "global_step3").glob("mp_rank_*"):
+        content = torchfile.read(file)
+        content["module"] = {n: t for n, t in content["module"].items() if n not in gone}
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    ckptlab.open(path, strategy=Whole()).reshape(tp=2, dp=2, ep=2).save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out", strategy=Whole())
+    for name in back.catalog.tensors:  # masters rounded are what training held
+        assert same_bits(whole(back.catalog, name, PARAM), whole(case, name, PARAM)), name
+    step = tmp_path / "run" / "global_step3"
+    (step / "mp_rank_01_model_states.pt").rename(step / "mp_rank_02_model_states.pt")
+    with pytest.raises(CheckpointError, match="mp_rank_01_model_states.pt, mp_rank_03_model_states.pt missing"):
+        ckptlab.open(step, strategy=Whole())
+
+
 @pytest.mark.parametrize("fault", ["partitions", "an expert's file"])
 def test_experts_that_are_not_dealt_as_their_files_say_are_refused(fault: str, tmp_path: Path) -> None:
     step = dealt_to_tp(tmp_path / "run", MOE) / "global_step3"

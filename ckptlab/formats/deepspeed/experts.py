@@ -270,6 +270,13 @@ class Experts:
         each = len(ranks) // degree
         return [ranks[i * each : (i + 1) * each] if self.data_first else ranks[i::degree] for i in range(degree)]
 
+    def saved(self, mesh: Mesh) -> set[int]:
+        """The tp ranks whose model files DeepSpeed writes: those of the first dp rank that are the first to have their
+        experts."""
+        if not self.over_tp or not self.total:
+            return set(range(mesh.tp))
+        return {t for (d, t), *_ in self.dealt(self.sizes[-1], mesh) if d == 0}
+
     def writers(self, ep: int, degree: int, mesh: Mesh) -> list[int]:
         """The tp ranks that write the optimizer of an ep rank where there is no ZeRO."""
         if self.lanes > 1:

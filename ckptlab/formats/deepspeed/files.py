@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab import paths
+from ckptlab.catalog import PARAM
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said
+from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, layer_of
 from ckptlab.formats.deepspeed.headers import (
     Content,
     EngineConfig,
@@ -56,7 +57,8 @@ class StepFolder:
     tensors of the pipeline engine's layer files, whose names carry `-model_TT` if `layer_axis`, and `others[layer][tp]`
     what else is in them. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split;
     `expert_optims[pp, tp]` are the ep ranks' optimizers where they train without ZeRO, each with its ep rank; the first
-    is one of that tp rank.
+    is one of that tp rank. `left_out` are ranks without a model file, whose head is the one beside with its buffers
+    alone.
     """
 
     path: str
@@ -71,6 +73,7 @@ class StepFolder:
     files: tuple[str, ...] = ()
     experts: Experts = field(default_factory=Experts)
     expert_optims: Mapping[Rank, tuple[tuple[int, WholeOptimizer], ...]] = field(default_factory=dict)
+    left_out: tuple[Rank, ...] = ()
 
     @cached_property
     def models(self) -> dict[Rank, Content]:
@@ -271,6 +274,8 @@ class _Found:
                 f"{self.path}: experts of AutoEP that train without ZeRO (stage 0) beside AutoTP, which ckptlab cannot "
                 "open yet"
             )
+        if left_out := self.left_out(mesh):
+            yield self._left_out(left_out, mesh)
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"
             todo = "nothing, if that is what was copied; to resume, copy the optimizer files too"
@@ -355,7 +360,8 @@ class _Found:
         world = range(mesh.pp * mesh.tp)
         dp = range(mesh.dp)
         writers = range(1) if self.head == "model" or self.of_one_rank else dp
-        wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in writers]}
+        absent = self.left_out(mesh)
+        wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in writers if mp not in absent]}
         if self.optimizer and not self.inside and not self.weights_alone:
             wanted["optimizer"] = [FileName("optim", mp, d, prefix=self.prefix) for mp in world for d in dp]
         numbers = {n.layer for n in self.names if n.kind == "layer"}
@@ -382,6 +388,31 @@ class _Found:
                     for t in self.experts.writers(e, len(ranks), mesh)
                 ]
         return wanted
+
+    def left_out(self, mesh: Mesh) -> tuple[int, ...]:
+        """The numbers of the model files that DeepSpeed leaves out, where experts are dealt to fewer ranks than tp has.
+        Nothing where one of them is there after all, or where nothing else holds these ranks' weights."""
+        if self.head != "model" or "optim" not in self.kinds or not self.experts.over_tp:
+            return ()
+        saved = self.experts.saved(mesh)
+        ranks = tuple(mp for mp in range(mesh.pp * mesh.tp) if mp % mesh.tp not in saved)
+        return () if any(n.kind == self.head and n.mp in ranks for n in self.names) else ranks
+
+    def _left_out(self, ranks: tuple[int, ...], mesh: Mesh) -> Finding:
+        files = tuple(names.model(mp) for mp in ranks)
+        heads = self.heads.values()
+        trained = dict.fromkeys(n for h in heads for n in h.trained if not layer_of(n))
+        others = (n for h in heads for n in h.module or {} if n not in h.buffers and n not in h.shared)
+        frozen = tuple(dict.fromkeys(n for n in others if n not in trained))
+        found = (
+            f"{some(files, 4)}: not there. DeepSpeed, to 0.19.8 at least, writes the model files of just as many tp "
+            f"ranks as experts are spread over (ep {self.experts.sizes[-1]}, of tp {mesh.tp}), and cannot load it. The "
+            "module's weights are left out, and made of the optimizer's where they are written"
+            + (f"; of {some(frozen, 4)} nothing else is stored" if frozen else "")
+        )
+        todo = "convert it, to an ep of at least tp or to tp 1, and train on with that"
+        where = Where(files, (*trained, *frozen), (PARAM,))
+        return Finding("model-files", "warning", where, "one a rank", found, todo, "headers", f"{self.path}: {found}")
 
     def _spread_said(self) -> int:
         """Over how many ranks experts are spread, by the names of their parameter groups; 0 where those do not tell."""
@@ -439,7 +470,16 @@ class _Found:
             beside = [(n, one) for n, one in held if n.mp != mp and n.mp // mesh.tp == mp // mesh.tp]
             others = [(name.expert, one) for name, one in beside if self.experts.over_tp]
             of_experts[mp // mesh.tp, mp % mesh.tp] = (*own, *others)
-        heads = {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()}
+        absent = self.left_out(mesh)
+        heads = {
+            r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items() if mp not in absent
+        }
+        left_out = tuple(r for r, mp in ranks.items() if mp in absent)
+        for rank in left_out:
+            head = heads[rank[0], 0][0]
+            buffers = {n: t for n, t in (head.module or {}).items() if n in head.buffers}
+            heads[rank] = (replace(head, module=buffers, shared={}),)
+        heads = {rank: heads[rank] for rank in ranks}
         if fused := self.experts.fused:
             heads = {
                 r: tuple(replace(h, shared={**h.shared, **autoep.aliases(fused, h.module or {})}) for h in of_rank)
@@ -460,6 +500,7 @@ class _Found:
             tuple(sorted(self.names[n] for needed in wanted.values() for n in needed)),
             self.experts,
             of_experts,
+            left_out,
         )
 
 

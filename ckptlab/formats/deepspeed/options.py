@@ -11,6 +11,7 @@ from ckptlab.catalog.training import ZERO_STAGES
 from ckptlab.formats.deepspeed import pipeline
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
+from ckptlab.words import some
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
                 + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
                 + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
             )
+    held = native.folder.first.module or {} if native.folder.left_out else {}
+    known = {name for tensor in catalog.tensors.values() for name in (tensor.name, *tensor.aliases)}
+    if lost := [name for name in held if name not in known]:
+        yield f"{some(lost, 4)}: not stored whole, and an engine asks for them: save what there is as safetensors"
     if experts := native.folder.experts:
         yield from experts.refusals(mesh, options.ep, lanes_of(catalog, mesh), options.data_before_experts)
         if stage == 3 and experts.total:

@@ -409,6 +409,19 @@ def test_experts_in_a_pipeline_are_written(asked: dict[str, Any], tmp_path: Path
     assert [e for e in unlike_the_case(read(tmp_path / "again")) if "dtype" not in asked or PARAM not in e] == []
 
 
+def test_a_pipeline_whose_model_files_list_no_shapes(tmp_path: Path) -> None:
+    """As DeepSpeed 0.19.8 writes it in bfloat16 without ZeRO, and cannot load it: slice mappings tell how many experts a
+    rank has, and expert files their shapes."""
+    ckptlab.open(staged(tmp_path / "run")).reshape(zero_stage=1).save(tmp_path / "out" / "step")
+    for file in (tmp_path / "out" / "step").glob("mp_rank_*"):
+        content = torchfile.read(file) | {"param_shapes": None}
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    (tmp_path / "out" / "step" / MANIFEST).unlink()
+    found = ckptlab.open(tmp_path / "out")
+    assert (found.mesh["ep"], unlike_the_case(found.catalog)) == (2, [])
+
+
 def test_the_plans_figures_are_what_happens_in_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     figures_are_what_happens(read(staged(tmp_path / "run")), Mesh(dp=2), tmp_path / "out", ep=1)

@@ -97,16 +97,18 @@ class Experts:
         fused: tuple[Fused, ...] = (),
         stages: Mapping[int, int] | None = None,
         tp: int = 1,
+        trained: Iterable[str] = (),
     ) -> Experts:
-        """From the model files, and those of the experts. ep: over how many ranks these are spread where no model file
-        says which tensors are a rank's own. stages: of the layers, by their numbers, in a pipeline. tp: degree."""
+        """From the model files, and those of the experts. trained: what optimizer files know, where no model file does;
+        ep: over how many ranks they are spread where nothing does. stages: of the layers, by their numbers, in a
+        pipeline. tp: degree."""
         heads = list(heads)
         alone = 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
         over_tp = tp > 1 and (any(autoep.FOLDING in h.content for h in heads) if fused else alone)
         if over_tp:
             files = {(layer, expert, t): held for (layer, expert, _), held in files.items() for t in range(tp)}
         local, total = (
-            _numbers(n for head in heads for n in head.trained),
+            _numbers(chain(trained, *(head.trained for head in heads))),
             _numbers(n for f in files.values() for n in f),
         )
         if not local:
@@ -297,7 +299,7 @@ class Experts:
 
     def holder(self, name: str, mesh: Mesh, ep: int = 0, **at: int) -> Holder:
         """Who, of the ranks at these coordinates, has a tensor or an ep rank's part of it."""
-        spread = {"ep": ep} if self.fused_of(name) else self.at(name, mesh)
+        spread = {"ep": ep} if self.fused_of(name) and not self.over_tp else self.at(name, mesh)
         tp = {"tp": at.pop("tp")} if "tp" in at else {}
         return Holder(**{**at, **spread, **tp})
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckptlab import paths
 from ckptlab.catalog import PARAM
-from ckptlab.findings import Faults, Finding, Where, not_read_yet
+from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
 from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, layer_of
@@ -183,7 +183,9 @@ class _Found:
         for head in itertools.islice(self.heads.values(), 1):
             with self.faults.caught("odd-header", os.path.basename(head.path)):
                 fused = autoep.layers(head.path, head.content)
-        return Experts.of(self.heads.values(), files, spread, fused, stages, tp)
+        silent = bool(files) and all(head.shapes is None for head in self.heads.values())
+        listed = (name for file in self.optims.values() for span in file.spans for name in span)
+        return Experts.of(self.heads.values(), files, spread, fused, stages, tp, listed if silent else ())
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -268,12 +270,7 @@ class _Found:
         return self.head == "zero3_model" and not any(n.dp for n in self.names if n.kind == self.head)
 
     def notices(self, mesh: Mesh) -> Iterator[Finding]:
-        """What is not as usual, and read all the same; AutoEP's experts beside AutoTP without ZeRO are not."""
-        if self.expert_optims and self.experts.over_tp and self.experts.fused:
-            yield not_read_yet(
-                f"{self.path}: experts of AutoEP that train without ZeRO (stage 0) beside AutoTP, which ckptlab cannot "
-                "open yet"
-            )
+        """What is not as usual, and read all the same."""
         if left_out := self.left_out(mesh):
             yield self._left_out(left_out, mesh)
         if self.weights_alone:

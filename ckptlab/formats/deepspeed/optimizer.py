@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -156,12 +156,21 @@ def _over_tp(folder: StepFolder, p: int, b: int, shapes: Shapes, degree: int) ->
             if fused is None:
                 found[name, state] = by_holder
                 continue
-            inner = math.prod(shapes[name][1:])
-            own = tuple(one for f in next(iter(by_holder.values())) for one in _of_experts(f, fused.ranks[rank], inner))
             known = next(iter(found.get((name, state), {}).values()), ())
-            new = [f for f in own if f.start // inner not in {one.start // inner for one in known}]  # not its copies
-            found[name, state] = dict.fromkeys(holders, tuple(sorted([*known, *new], key=lambda f: f.start)))
+            own = next(iter(by_holder.values()))
+            every = with_experts(known, own, fused.ranks[rank], math.prod(shapes[name][1:]))
+            found[name, state] = dict.fromkeys(holders, every)
     return found
+
+
+def with_experts(
+    known: Sequence[Fragment], own: Iterable[Fragment], experts: Sequence[int], inner: int
+) -> tuple[Fragment, ...]:
+    """What is known of a tensor of all experts of a layer, and beside it what a rank has of these experts, of so many
+    elements each; not its copies."""
+    found = (one for fragment in own for one in _of_experts(fragment, experts, inner))
+    new = [f for f in found if f.start // inner not in {one.start // inner for one in known}]
+    return tuple(sorted([*known, *new], key=lambda f: f.start))
 
 
 def _of_experts(fragment: Fragment, experts: Sequence[int], inner: int) -> Iterator[Fragment]:

@@ -179,7 +179,9 @@ def _by_spans(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
 def _weight(folder: StepFolder, rank: Rank, name: str) -> Stored | None:
     """The module's weight of a tensor that the optimizer knows by that name."""
     if not folder.is_pipeline:
-        return (folder.heads[rank][0].module or {}).get(name)
+        held = (folder.heads[rank][0].module or {}).get(name)
+        of_experts = (tensors.get(name) for (_, _, tp), tensors in folder.experts.files.items() if tp == rank[1])
+        return held or next((one for one in of_experts if one and folder.experts.stage(name) == rank[0]), None)
     first, _, key = name.partition(".")
     if first.isdecimal():
         return folder.layers[int(first)][rank[1]].get(key) if int(first) in folder.layers else None

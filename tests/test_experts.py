@@ -410,8 +410,8 @@ def test_experts_in_a_pipeline_are_written(asked: dict[str, Any], tmp_path: Path
 
 
 def test_a_pipeline_whose_model_files_list_no_shapes(tmp_path: Path) -> None:
-    """As DeepSpeed 0.19.8 writes it in bfloat16 without ZeRO, and cannot load it: slice mappings tell how many experts a
-    rank has, and expert files their shapes."""
+    """As DeepSpeed 0.19.8 writes it in bfloat16 without ZeRO, and cannot load it: slice mappings tell how many experts
+    a rank has, and expert files their shapes."""
     ckptlab.open(staged(tmp_path / "run")).reshape(zero_stage=1).save(tmp_path / "out" / "step")
     for file in (tmp_path / "out" / "step").glob("mp_rank_*"):
         content = torchfile.read(file) | {"param_shapes": None}

@@ -72,8 +72,35 @@ def test_beside_autotp_they_are_dealt_to_tp_ranks_too(ranks: list[list[int]], tm
         back = ckptlab.open(tmp_path / "out")
         assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
         assert "folding" not in torchfile.read(tmp_path / "out" / "step" / "mp_rank_00_model_states.pt")
-    with pytest.raises(ReshapeError, match="deals experts that tp does not cut to tp ranks too"):
+    with pytest.raises(ReshapeError, match="AutoEP beside AutoTP deals experts to tp ranks"):
         found.reshape(dp=1)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_beside_autotp_without_zero(dtype: str, tmp_path: Path) -> None:
+    """As real DeepSpeed 0.19.8 writes it: each tp rank has a model file, and the optimizer of its own experts."""
+    ckptlab.open(AUTOEP).reshape(dp=4, ep=2, zero_stage=0, dtype=dtype).save(tmp_path / "made" / STEP)
+    made, step = tmp_path / "made" / STEP, tmp_path / "run" / STEP
+    step.mkdir(parents=True)
+    for t in range(2):
+        content = torchfile.read(made / "mp_rank_00_model_states.pt")
+        content |= {"dp_world_size": 2, "mp_world_size": 2, "folding": {"version": 1, "tp_size": 2, "ep_size": 2}}
+        content["checkpoint_parallel_dimensions"] = {"pp_degree": 1, "tp_degree": 2}
+        torchfile.write(step / f"mp_rank_{t:02d}_model_states.pt", content)
+        shutil.copy(
+            made / f"expp_rank_{t}_mp_rank_00_optim_states.pt", step / f"expp_rank_{t}_mp_rank_{t:02d}_optim_states.pt"
+        )
+        for e in (2 * t, 2 * t + 1):
+            shutil.copy(
+                made / f"layer_0_expert_{e}_mp_rank_00_model_states.pt",
+                step / f"layer_0_expert_{e}_mp_rank_{t:02d}_model_states.pt",
+            )
+    found, case = ckptlab.open(step, strategy=Whole()), read(AUTOEP)
+    assert (found.mesh, found[W1].shape, found.zero_stage) == (Mesh(dp=2, tp=2), (4, 37, 24), 0)
+    assert [d for d in differences(case, found.catalog) if dtype == "bf16" or not d.startswith(PARAM)] == []
+    assert ckptlab.check(found).verdict == "healthy"
+    found.reshape(tp=1, dp=2, ep=1, zero_stage=2).save(tmp_path / "out" / "step")
+    assert differences(found.catalog, read(tmp_path / "out")) == []
 
 
 def placed(*ranks: list[int], total: int = 4) -> Callable[[Any], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare import DATA, differences, differences_from_truth, digest, whole
+from compare import DATA, differences, differences_from_truth, digest, same_bits, whole
 from helpers.experts import Whole, dealt_to_tp
 from real_deepspeed import make_case, requires_deepspeed, resume
 from safetensors.numpy import load_file
@@ -22,7 +23,7 @@ from ckptlab.convert.manifest import MANIFEST
 from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
-from ckptlab.formats.deepspeed import experts, write
+from ckptlab.formats.deepspeed import experts, pipeline, write
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
@@ -148,8 +149,11 @@ def test_a_mesh_may_say_ep_too() -> None:
 
 @pytest.mark.parametrize(("case", "dp", "ep"), [(MOE, 2, 1), (DATA / "autoep_ep2_dp4", 4, 4)], ids=["moe", "autoep"])
 def test_the_plans_figures_are_what_happens(case: Path, dp: int, ep: int, tmp_path: Path) -> None:
-    source = read(case)
-    reshaped = Reshape.of(source, Mesh(dp=dp), ep=ep)
+    figures_are_what_happens(read(case), Mesh(dp=dp), tmp_path, ep=ep)
+
+
+def figures_are_what_happens(source: Any, mesh: Mesh, tmp_path: Path, **asked: Any) -> None:
+    reshaped = Reshape.of(source, mesh, **asked)
     tally = Tally()
     for plan in write.files(source, reshaped.target, tally):
         fileplan.write(plan, tmp_path / plan.name)
@@ -173,7 +177,7 @@ def test_weights_are_saved_under_global_names(tmp_path: Path) -> None:
         ({"dp": 8, "ep": 8}, "the 4 experts of .* cannot be dealt evenly"),
         ({"dp": 3}, "dp 3: ep 2 is a part of it"),
         ({"zero_stage": 3}, "ZeRO-3 with experts"),
-        ({"tp": 2}, "deals experts that tp does not cut to tp ranks too"),
+        ({"tp": 2}, "nothing says how .* are cut"),
         ({"mesh": Mesh(dp=4, ep=2)}, "ep as a part of dp"),
     ],
     ids=str,
@@ -215,11 +219,71 @@ def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
     assert found.mesh == Mesh(dp=2, tp=2)
     assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
     assert ckptlab.check(found).verdict == "healthy"
-    with pytest.raises(ReshapeError, match="DeepSpeed deals experts that tp does not cut to tp ranks too"):
-        found.reshape(dp=1)
+    with pytest.raises(ReshapeError, match="cannot load what it saves at an ep of less, 1"):
+        found.reshape(ep=1)
+    with pytest.raises(ReshapeError, match="say data_before_experts=False"):
+        found.reshape(data_before_experts=True)
     found.reshape(tp=1, dp=2, ep=2).save(tmp_path / "out" / "step")
     back = ckptlab.open(tmp_path / "out")
     assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"dp": 1}, {"ep": 4}, {"tp": 4, "dp": 1, "ep": 4}, {"zero_stage": 0, "ep": 4}], ids=str
+)
+def test_they_are_written_so_too(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Each tp rank has files and buffers of its own experts alone. Real DeepSpeed 0.19.8 resumed such folders, at other
+    tp, ep, dp and stages."""
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
+    there = found.reshape(**asked)
+    there.save(tmp_path / "out" / "step")
+    step, mesh, ep = tmp_path / "out" / "step", {"tp": 2, "dp": 2, "ep": 2} | asked, asked.get("ep", 2)
+    for expert in range(4):
+        of = {f.name for f in step.glob(f"layer_1_expert_{expert}_*")}
+        assert of == {f"layer_1_expert_{expert}_mp_rank_{expert // (4 // ep) % mesh['tp']:02d}_model_states.pt"}
+    if asked.get("zero_stage") == 0:
+        optims = {f"expp_rank_{e}_mp_rank_{e % 2:02d}_optim_states.pt" for e in range(4)}
+        assert {f.name for f in step.glob("expp_*")} == optims
+    else:
+        state = torchfile.read(step / "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt")["optimizer_state_dict"]
+        assert state["partition_count"] == [mesh["dp"]] * 2 + [mesh["dp"] * mesh["tp"] // ep] * 2
+    back = ckptlab.open(tmp_path / "out", strategy=Whole())
+    assert (back.mesh.tp, back.mesh.dp, differences(found.catalog, back.catalog)) == (mesh["tp"], mesh["dp"], [])
+    assert ckptlab.check(back).verdict == "healthy"
+
+
+def test_model_files_that_deepspeed_leaves_out(tmp_path: Path) -> None:
+    """At ep of less than tp, so that it cannot load its own (0.19.8: "checkpoint count 2 is different from saved
+    mp_world_size 4"). The optimizer's files are all there. Cases of real DeepSpeed were read bit for bit, written at
+    other degrees and resumed by it."""
+    path = dealt_to_tp(tmp_path / "run", MOE, tp=4)
+    found = ckptlab.open(path, strategy=Whole())
+    assert "mp_rank_02_model_states.pt, mp_rank_03_model_states.pt: not there" in found.catalog.findings[0].found
+    assert (found.mesh, found.zero_stage) == (Mesh(tp=4), 2)
+    case = read(MOE)
+    lost = [f"{PARAM}/{n}" for n, t in case.tensors.items() if t.kind == "parameter" and not experts.layer_of(n)]
+    gone = [n for n, t in case.tensors.items() if t.kind == "frozen"]
+    assert sorted(set(case.tensors) - set(found.catalog.tensors)) == sorted(gone)
+    assert [f for f in differences(case, found.catalog) if not f.startswith("only one has")] == []
+    assert sorted(f"{PARAM}/{n}" for n, t in found.catalog.tensors.items() if PARAM not in t.states) == sorted(lost)
+    (finding,) = ckptlab.check(found).findings
+    assert (finding.code, finding.severity) == ("model-files", "warning")
+    assert "adapter.weight" in finding.found
+    with pytest.raises(ReshapeError, match="adapter.weight, adapter.bias: not stored whole"):
+        found.reshape(tp=2, dp=2, ep=2)
+    for file in (path / "global_step3").glob("mp_rank_*"):
+        content = torchfile.read(file)
+        content["module"] = {n: t for n, t in content["module"].items() if n not in gone}
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    ckptlab.open(path, strategy=Whole()).reshape(tp=2, dp=2, ep=2).save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out", strategy=Whole())
+    for name in back.catalog.tensors:  # masters rounded are what training held
+        assert same_bits(whole(back.catalog, name, PARAM), whole(case, name, PARAM)), name
+    step = tmp_path / "run" / "global_step3"
+    (step / "mp_rank_01_model_states.pt").rename(step / "mp_rank_02_model_states.pt")
+    with pytest.raises(CheckpointError, match="mp_rank_01_model_states.pt, mp_rank_03_model_states.pt missing"):
+        ckptlab.open(step, strategy=Whole())
 
 
 @pytest.mark.parametrize("fault", ["partitions", "an expert's file"])
@@ -238,6 +302,13 @@ def test_experts_that_are_not_dealt_as_their_files_say_are_refused(fault: str, t
         ckptlab.open(step, strategy=Whole())
 
 
+def numbered(name: str) -> str:
+    """What the pipeline engine calls a tensor of the case: by the number of its layer."""
+    if found := re.fullmatch(r"blocks\.(\d)\.(.*)", name):
+        return f"{int(found[1]) + 1}.{found[2]}"
+    return f"5.{name}" if name.startswith("ln_f") else f"0.{name}"
+
+
 def staged(out: Path) -> Path:
     """The case as a pipeline of two stages would have left it: of each stage its part of the module, and the experts of
     its layers, which it counts from 0 on."""
@@ -250,11 +321,12 @@ def staged(out: Path) -> Path:
     for p, held in enumerate(of_stage):
         model = torchfile.read(source / "mp_rank_00_model_states.pt")
         shapes = [{n: s for n, s in group.items() if held(n)} for group in model["param_shapes"]]
-        model |= {"mp_world_size": 2, "num_experts": [4], "param_shapes": shapes}
-        model["module"] = {n: t for n, t in model["module"].items() if held(n)}
-        model["buffer_names"] = [n for n in model["buffer_names"] if held(n)]
+        named = [{numbered(n): s for n, s in group.items()} for group in shapes]
+        model |= {"mp_world_size": 2, "num_experts": [4], "param_shapes": named}
+        model["module"] = {numbered(n): t for n, t in model["module"].items() if held(n)}
+        model["buffer_names"] = [numbered(n) for n in model["buffer_names"] if held(n)]
         model["frozen_param_shapes"] = model["frozen_param_fragments"] = None
-        model["shared_params"] = {a: n for a, n in model["shared_params"].items() if held(n)}
+        model["shared_params"] = {numbered(a): numbered(n) for a, n in model["shared_params"].items() if held(n)}
         model["checkpoint_parallel_dimensions"] = {"pp_degree": 2, "tp_degree": 1}
         torchfile.write(out / "global_step3" / f"mp_rank_{p:02d}_model_states.pt", model)
         for d in range(4):
@@ -277,25 +349,102 @@ def staged(out: Path) -> Path:
                         state["base_optimizer_state"]["state"][g][key] = moment[cut]
             torchfile.write(out / "global_step3" / f"bf16_zero_pp_rank_{d}_mp_rank_{p:02d}_optim_states.pt", content)
         for e in range(4):
-            file = source / f"layer_{p}_expert_{e}_mp_rank_00_model_states.pt"
-            shutil.copy(file, out / "global_step3" / f"layer_0_expert_{e}_mp_rank_{p:02d}_model_states.pt")
+            held_by = torchfile.read(source / f"layer_{p}_expert_{e}_mp_rank_00_model_states.pt")
+            file = out / "global_step3" / f"layer_0_expert_{e}_mp_rank_{p:02d}_model_states.pt"
+            torchfile.write(file, {numbered(n): t for n, t in held_by.items()})
     return out
+
+
+def unlike_the_case(found: Any) -> list[str]:
+    """`state/name` of what a catalog of the case, numbered as the pipeline engine does, has otherwise."""
+    case = read(MOE)
+    both = [(n, s) for n, tensor in case.tensors.items() for s in tensor.states if s in found[numbered(n)].states]
+    return [f"{s}/{n}" for n, s in both if not same_bits(whole(case, n, s), whole(found, numbered(n), s))]
 
 
 def test_experts_in_a_pipeline_are_read(tmp_path: Path) -> None:
     """As real DeepSpeed 0.19.8 writes them, of which a case was read bit for bit too."""
     found = ckptlab.open(staged(tmp_path / "run"))
     assert (found.mesh.pp, found.mesh["ep"], found.mesh["edp"]) == (2, 2, 2)
-    assert differences(found.catalog, read(MOE)) == []
-    assert found[f"{LAYER}3.fc1.weight"].stages == (0,)
-    assert found[f"{LAYER.replace('.1.', '.3.')}3.fc1.weight"].stages == (1,)
+    assert len(found.catalog.tensors) == len(read(MOE).tensors)
+    assert unlike_the_case(found.catalog) == []
+    assert found[numbered(f"{LAYER}3.fc1.weight")].stages == (0,)
+    assert found[numbered(f"{LAYER.replace('.1.', '.3.')}3.fc1.weight")].stages == (1,)
     assert ckptlab.check(found).verdict == "healthy"
-    with pytest.raises(ReshapeError, match="experts in a pipeline"):
-        found.reshape(dp=2)
     ckptlab.save_weights(found, tmp_path / "weights")
     (tmp_path / "run" / "global_step3" / "layer_0_expert_1_mp_rank_01_model_states.pt").unlink()
     with pytest.raises(CheckpointError, match="layer_0_expert_1_mp_rank_01_model_states"):
         ckptlab.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"pp": 1}, {"ep": 4}, {"dp": 2, "ep": 1}, {"pp": 1, "dp": 2}, {"zero_stage": 0, "dtype": "fp16", "ep": 1}],
+    ids=str,
+)
+def test_experts_in_a_pipeline_are_written(asked: dict[str, Any], tmp_path: Path) -> None:
+    """Each stage's model file has its part of the module, and numbers the layers of its experts; and back."""
+    found = ckptlab.open(staged(tmp_path / "run"))
+    there = found.reshape(**asked)
+    there.save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out")
+    asked = {"pp": 2, "dp": 4, "ep": 2} | asked
+    assert (back.mesh.pp, back.mesh["dp"], back.mesh["ep"]) == (asked["pp"], asked["dp"], asked["ep"])
+    states = [entry for entry in unlike_the_case(back.catalog) if "dtype" not in asked or not entry.startswith(PARAM)]
+    assert states == []
+    assert ckptlab.check(back).verdict == "healthy"
+    layers = {0: [0, 1], 1: []} if asked["pp"] == 1 else {0: [0], 1: [0]}
+    for p, numbers in layers.items():
+        files = {f"layer_{i}_expert_{e}_mp_rank_{p:02d}_model_states.pt" for i in numbers for e in range(4)}
+        assert {f.name for f in (tmp_path / "out" / "step").glob(f"layer_*_mp_rank_{p:02d}_*")} == files
+        if numbers:
+            model = torchfile.read(tmp_path / "out" / "step" / f"mp_rank_{p:02d}_model_states.pt")
+            assert model["num_experts"] == [4] * len(numbers)
+            of_stage = {n for n in read(MOE).tensors if p in back[numbered(n)].stages and not experts.layer_of(n)}
+            assert {numbered(n) for n in of_stage} <= model["module"].keys()
+            assert not any(experts.layer_of(n) for n in model["module"])
+            assert model["buffer_names"] == (["0.seen"] if p == 0 else [])
+    again = back.reshape(pp=2, dp=4, ep=2, zero_stage=1, dtype="bf16", pipeline=(0, 3))
+    again.save(tmp_path / "again" / "step")
+    assert [e for e in unlike_the_case(read(tmp_path / "again")) if "dtype" not in asked or PARAM not in e] == []
+
+
+def test_a_pipeline_whose_model_files_list_no_shapes(tmp_path: Path) -> None:
+    """As DeepSpeed 0.19.8 writes it in bfloat16 without ZeRO, and cannot load it: slice mappings tell how many experts
+    a rank has, and expert files their shapes."""
+    ckptlab.open(staged(tmp_path / "run")).reshape(zero_stage=1).save(tmp_path / "out" / "step")
+    for file in (tmp_path / "out" / "step").glob("mp_rank_*"):
+        content = torchfile.read(file) | {"param_shapes": None}
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    (tmp_path / "out" / "step" / MANIFEST).unlink()
+    found = ckptlab.open(tmp_path / "out")
+    assert (found.mesh["ep"], unlike_the_case(found.catalog)) == (2, [])
+
+
+def test_the_plans_figures_are_what_happens_in_a_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    figures_are_what_happens(read(staged(tmp_path / "run")), Mesh(dp=2), tmp_path / "out", ep=1)
+
+
+def test_each_stage_of_a_pipeline_needs_experts(tmp_path: Path) -> None:
+    """DeepSpeed hangs where some ranks have experts and others none."""
+    found = ckptlab.open(staged(tmp_path / "run"))
+    with pytest.raises(ReshapeError, match="pp stage 0 of 2 would have no experts"):
+        found.reshape(pipeline=(0, 2))
+
+
+def test_how_many_experts_a_rank_has_counts_when_layers_are_dealt_by_parameters(tmp_path: Path) -> None:
+    catalog = read(staged(tmp_path / "run"))
+    layers = pipeline.describe(catalog, catalog.private.folder.experts.spread(4, None))
+    assert [layers.counts[i] < alone for i, alone in enumerate(pipeline.describe(catalog).counts)] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def of_two_degrees(out: Path) -> Path:
@@ -422,7 +571,8 @@ def test_layers_that_come_to_be_spread_alike_share_a_group() -> None:
         ParameterGroup({"name": "ep_size_2", "moe": True}, tuple(f"{A}{e}.w" for e in range(4))),
     ]
     sizes = {n: 6 for group in groups for n in group.tensors}
-    dense, spread = experts.regrouped(groups, both, both.spread(1, None), sizes)
+    stages = dict.fromkeys(sizes, 0)
+    dense, spread = experts.regrouped(groups, both, both.spread(1, None), sizes, stages, stages)
     assert (dense, spread.name) == (groups[0], "ep_size_1")
     assert spread.tensors == (*groups[2].tensors, *groups[1].tensors)  # in the order of the model
 
@@ -434,12 +584,26 @@ def test_large_groups_are_dealt_again_for_another_degree(monkeypatch: pytest.Mon
     names = [[f"{A}{e}.w" for e in (0, 1, 4, 5)], [f"{A}{e}.w" for e in (2, 3, 6, 7)]]
     groups = [ParameterGroup({"name": "ep_size_2", "moe": True}, tuple(n)) for n in names]
     sizes = dict.fromkeys((n for own in names for n in own), 6)
-    (one,) = experts.regrouped(groups, four, four.spread(4, None), sizes)
+    stages = dict.fromkeys(sizes, 0)
+    (one,) = experts.regrouped(groups, four, four.spread(4, None), sizes, stages, stages)
     assert (one.name, one.tensors) == ("ep_size_4", tuple(f"{A}{e}.w" for e in range(8)))
-    whole = experts.regrouped([one], four.spread(4, None), four, sizes)
+    whole = experts.regrouped([one], four.spread(4, None), four, sizes, stages, stages)
     assert [g.tensors for g in whole] == [g.tensors for g in groups]
     with pytest.raises(CheckpointError, match="not dealt as DeepSpeed does"):
-        experts.regrouped([groups[1], groups[0]], four, four.spread(4, None), sizes)
+        experts.regrouped([groups[1], groups[0]], four, four.spread(4, None), sizes, stages, stages)
+
+
+def test_each_stage_deals_its_own_experts_to_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages of one group each are, on one stage, two groups; and back."""
+    monkeypatch.setattr(experts, "LARGEST", 12)
+    both = Experts({A: 2, B: 2}, {A: 2, B: 2})
+    every = tuple(f"{layer}{e}.w" for layer in (A, B) for e in range(2))
+    one = [ParameterGroup({"name": "ep_size_1", "moe": True}, every)]
+    sizes, together = dict.fromkeys(every, 6), dict.fromkeys(every, 0)
+    apart = {n: int(n.startswith(B)) for n in every}
+    two = experts.regrouped(one, both, both, sizes, apart, together)
+    assert [g.tensors for g in two] == [every[:2], every[2:]]
+    assert experts.regrouped(two, both, both, sizes, together, apart)[0].tensors == every
 
 
 def test_an_old_checkpoint_has_one_file_for_an_expert_of_all_layers(tmp_path: Path) -> None:
@@ -508,6 +672,24 @@ def test_weights_of_experts_without_their_optimizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [SPREAD[1], SPREAD[3], {"dp": 2, "ep": 2, "zero_stage": 0}], ids=str)
 def test_deepspeed_resumes_experts_elsewhere(asked: dict[str, Any], tmp_path: Path) -> None:
     judge("moe_ep2_dp4", tmp_path, **asked)
+
+
+@requires_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "asked"),
+    [
+        ("gpt_moe_pp2_ep2_dp2", {"pp": 1, "ep": 1}),
+        ("gpt_moe_pp2_ep2_dp2_zero0_fp16", {"dp": 1, "ep": 1}),
+    ],
+)
+def test_deepspeed_resumes_experts_in_a_pipeline(case: str, asked: dict[str, Any], tmp_path: Path) -> None:
+    run = make_case(case, tmp_path / "run")
+    found = ckptlab.open(run)
+    assert differences_from_truth(found.catalog, run / "truth.safetensors") == []
+    found.reshape(**asked).save(tmp_path / "out" / "step")
+    report = resume(tmp_path / "out", run, **asked)
+    assert report["status"] == "equal", report
 
 
 @requires_deepspeed

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ import ckptlab
 from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
-from ckptlab.formats.torch.pickles import foreign
+from ckptlab.formats.torch.pickles import foreign, named
+from ckptlab.stored import Stored
 
 STEPS = DATA / "plain_zero1_dp2_steps"
 
@@ -257,6 +259,7 @@ class TestTheModule:
         folder = made(ZERO2)
         change(folder, "model_states", lambda c: c["module"].update(extra, raw=b"abc"))
         right(folder, ZERO2)
+        assert ckptlab.check(folder).verdict == "healthy"
         ckptlab.open(folder).reshape(dp=1).save(tmp_path / "out" / "step")
         module = torchfile.read(tmp_path / "out" / "step" / "mp_rank_00_model_states.pt")["module"]
         assert module["blocks.0.qkv._extra_state"] is None
@@ -268,6 +271,88 @@ class TestTheModule:
         change(folder, "^layer_03", lambda c: c.update(_extra_state=b"abc"))
         ckptlab.open(folder).reshape(tp=1).save(tmp_path / "out" / "step")
         assert torchfile.read(tmp_path / "out/step/layer_03-model_00-model_states.pt")["_extra_state"] == b"abc"
+
+
+def _deep(value: Any, change: Callable[[Stored], Any]) -> Any:
+    """An object with all its tensors changed."""
+    if isinstance(value, Stored):
+        return change(value)
+    if isinstance(value, dict):
+        return type(value)((key, _deep(inside, change)) for key, inside in value.items())
+    return [_deep(inside, change) for inside in value] if isinstance(value, list) else value
+
+
+def _on_device(rebuild: str) -> Callable[[Stored], Any]:
+    return lambda t: foreign("torch._utils", rebuild, t.map().copy(), named("torch", t.dtype.name), "xla:0", False)
+
+
+class TestOtherDevices:
+    """What builds of torch for other devices write in the place of a tensor, or of its storage's class."""
+
+    def test_a_copy_on_the_cpu(self, made: Callable[[Path], Path]) -> None:
+        """torch_xla, and others whose tensors have no storages (torch 2.6 on)."""
+        folder = made(ZERO2)
+        for pattern in ("model_states", "optim_states"):
+            change(folder, pattern, lambda c: c.update(_deep(c, _on_device("_rebuild_device_tensor_from_cpu_tensor"))))
+        right(folder, ZERO2)
+        assert ckptlab.check(folder).verdict == "healthy"
+
+    @pytest.mark.parametrize("rebuild", ["_rebuild_device_tensor_from_numpy", "_rebuild_xla_tensor"])
+    def test_an_array_in_the_pickle(self, made: Callable[[Path], Path], rebuild: str) -> None:
+        folder = made(ZERO2)
+        change(folder, "optim_states", lambda c: c.update(_deep(c, _on_device(rebuild))))
+        with pytest.raises(UnsupportedError, match=r"zero_pp_rank_0.*map_location='cpu'"):
+            ckptlab.open(folder)
+
+    @pytest.mark.parametrize(
+        ("plain", "other"),
+        [
+            (b"ctorch\nFloatStorage", b"ctorch.npu\nFloatStorage"),
+            (b"ctorch\nBFloat16Storage", b"ctorch_npu.npu\nBFloat16Storage"),
+            (b"ctorch\nFloatStorage", b"ctorch.hpu\nFloatStorage"),
+            (b"ctorch._utils\n_rebuild_tensor_v2", b"ctorch_npu.utils.storage\n_rebuild_npu_tensor"),
+        ],
+        ids=["torch.npu", "torch_npu", "torch.hpu", "rebuilt"],
+    )
+    def test_names_of_their_own(self, made: Callable[[Path], Path], plain: bytes, other: bytes) -> None:
+        folder, changed = made(ZERO2), 0
+        for file in files(folder, r"\.pt$"):
+            with zipfile.ZipFile(file) as archive:
+                records = {name: archive.read(name) for name in archive.namelist()}
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name, data in records.items():
+                    changed += plain in data and name.endswith("data.pkl")
+                    archive.writestr(name, data.replace(plain, other) if name.endswith("data.pkl") else data)
+        assert changed
+        right(folder, ZERO2)
+        assert ckptlab.check(folder).verdict == "healthy"
+
+
+class TestOtherTensors:
+    """What is neither read nor left out without a word: sparse and quantised tensors, and those of classes of their
+    own (torchao's states of an 8-bit optimizer)."""
+
+    ODD = foreign("torch._utils", "_rebuild_wrapper_subclass", named("torchao.optim", "OptimState8bit"), (9,), (1,), 0)
+
+    @pytest.mark.parametrize("place", ["module", "optimizer", "layer"])
+    def test_refused_by_name(self, made: Callable[[Path], Path], place: str) -> None:
+        def put(content: dict) -> None:
+            if place == "optimizer":
+                _state(content)[0]["exp_avg"] = self.ODD
+            else:
+                held = content if place == "layer" else content["module"]
+                held[next(iter(held))] = self.ODD
+
+        folder = made(GPT if place == "layer" else ZERO2)
+        change(folder, {"module": "model_states", "optimizer": "optim_states", "layer": "^layer_03"}[place], put)
+        with pytest.raises(UnsupportedError, match="is made by torch._utils._rebuild_wrapper_subclass"):
+            ckptlab.open(folder)
+
+    def test_left_out_of_a_file_of_weights_and_said(self, tmp_path: Path) -> None:
+        torchfile.write(tmp_path / "pytorch_model.bin", {"a": np.ones(3, np.float32), "b": self.ODD})
+        found = ckptlab.open(tmp_path)
+        assert list(found.catalog.tensors) == ["a"]
+        assert [(f.code, f.where.tensors) for f in found.findings] == [("unknown-dtype", ("b",))]
 
 
 class TestRefusedByName:

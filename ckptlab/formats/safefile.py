@@ -134,7 +134,7 @@ def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: in
             f"for {brief(tuple(shape))}: the file is truncated or damaged"
         )
     if dtype is None:
-        found.unknown[name] = kind
+        found.unknown[name] = shorten(kind, 40)
     else:
         found[name] = Stored(path, begin + lo, dtype, tuple(shape), row_major_strides(tuple(shape)))
 
@@ -144,9 +144,10 @@ def _enter_offsets(found: Header, path: str, told: dict[str, Any]) -> None:
     for name, stored in found.items():
         match told.get(name):
             case {"saved_offsets": [*starts]} if len(starts) == len(stored.shape):
-                if all(isinstance(n, int) and n >= 0 for n in starts):
+                if all(type(n) is int and 0 <= n < 1 << 62 for n in starts):
                     found.offsets[name] = tuple(starts)
                     continue
             case None:
                 continue
-        raise CheckpointError(f"{path}: {name}: {SHARDING} {told[name]} for shape {stored.shape}: damaged")
+        said, shape = shorten(name, _SHOWN), brief(stored.shape)
+        raise CheckpointError(f"{path}: {said}: {SHARDING} {brief(told[name])} for shape {shape}: damaged")

@@ -61,6 +61,8 @@ CASES = COMMITTED | {
     "autoep_ep2_dp4_zero3": Case("plain_autoep", dp=4, ep=2, zero=3, zero_config=SHARDED),
     "autoep_ep2_dp2_bf16_optimizer": Case("plain_autoep", dp=2, ep=2, grad_accum_dtype="fp32"),
     "autotp_tp3_zero2": Case("plain_autotp", tp=3, zero=2),
+    "gpt_moe_pp2_ep2_dp2": Case("gpt_moe", pp=2, dp=2, ep=2, grad_accum_dtype="fp32"),
+    "gpt_moe_pp2_ep2_dp2_zero0_fp16": Case("gpt_moe", pp=2, dp=2, ep=2, zero=0, dtype="fp16"),
     "moe_ep4_dp4": Case("plain_moe", dp=4, ep=4, zero=2),
     "plain_zero3_dp3": Case("plain", dp=3, zero=3, zero_config=SHARDED),
 }
@@ -76,6 +78,8 @@ def train(rank: int, name: str, case: Case, folder: Path) -> None:
         losses[step] = run.step(step)
         if step in (*case.earlier_steps, case.saved_step):
             client = client_state(case, step) if case.parallel else {"iteration": step}
+            if case.config.experts:  # then DeepSpeed keeps that name to itself
+                client.pop("universal_checkpoint_info", None)
             run.engine.save_checkpoint(str(folder), tag=f"global_step{step}", client_state=client)
     truth = gather(run)
     last = case.saved_step + case.further_steps

@@ -61,6 +61,7 @@ LLAMA = ModelConfig(ffn=40, bias=False, rms_norm=True, swiglu=True, untied=True,
 GQA = ModelConfig(ffn=40, kv_heads=2, rms_norm=True, swiglu=True, untied=True, rotary=True, sub_params=True)
 PLAIN = ModelConfig(vocab=61, seq=10, hidden=15, heads=3, kv_heads=3, ffn=37, layers=3)
 MOE = replace(PLAIN, layers=4, experts=4)
+GPT_MOE = replace(GPT, experts=4)
 AUTOTP = ModelConfig(vocab=61, seq=10, hidden=24, heads=6, kv_heads=3, ffn=37, layers=2, bias=False, rms_norm=True)
 AUTOEP = replace(AUTOTP, experts=4)
 LARGE = ModelConfig(vocab=32000, seq=8, hidden=768, heads=12, kv_heads=12, ffn=3072, layers=11)
@@ -71,6 +72,7 @@ CONFIGS = {
     "gqa": GQA,
     "plain": PLAIN,
     "plain_moe": MOE,
+    "gpt_moe": GPT_MOE,
     "plain_autotp": AUTOTP,
     "plain_autoep": AUTOEP,
     "gpt_large": LARGE,
@@ -139,10 +141,13 @@ def initial_value(name: str, shape: tuple[int, ...], salt: int) -> Tensor:
     return 1 + 0.05 * noise if len(shape) < 2 else 0.08 * noise
 
 
-def initialise_parallel(module: nn.Module, config: ModelConfig, tp: TensorParallel, salt: int = 0) -> None:
-    """Fill this rank's part of the parallel model."""
+def initialise_parallel(
+    module: nn.Module, config: ModelConfig, tp: TensorParallel, ep: tuple[int, int] = (0, 1), salt: int = 0
+) -> None:
+    """Fill this rank's part of the parallel model; see `global_name` for `ep`."""
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for local, parameter in module.named_parameters():
+            name = global_name(local, config, ep)
             shape = list(parameter.shape)
             cut = cut_of(name, config, tp.size)
             if cut is not None:

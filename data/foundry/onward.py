@@ -105,7 +105,7 @@ class DeepSpeedRun:
         alone = TensorParallel()
         layers = pipeline_layers(config, alone)
         model = PipelineModule(layers, num_stages=1, loss_fn=ParallelLoss(config, alone), seed_layers=False)
-        initialise_parallel(model, config, alone, salt)
+        initialise_parallel(model, config, alone, salt=salt)
         for layer in self._layers(model) if tp > 1 else ():  # torch cuts layers of its own alone
             for part in (layer.self_attention, layer.mlp):
                 for name, old in part.named_children():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foundry.models import ModelConfig, TensorParallel
-from foundry.plain import attend
+from foundry.plain import attend, experts
 
 
 class _IntoParallel(torch.autograd.Function):
@@ -165,16 +165,20 @@ class ParallelMLP(nn.Module):
 
 
 class ParallelTransformerLayer(nn.Module):
-    def __init__(self, config: ModelConfig, tp: TensorParallel):
+    """`ep`: over how many ranks its experts are spread; 0: it has none."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel, ep: int = 0):
         super().__init__()
         self.input_layernorm = _norm(config)
         self.self_attention = ParallelAttention(config, tp)
         self.post_attention_layernorm = _norm(config)
-        self.mlp = ParallelMLP(config, tp)
+        self.ep = ep
+        self.mlp = experts(config, ep) if ep else ParallelMLP(config, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attention(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + (y[0] if self.ep else y)
 
 
 class Embedding(nn.Module):
@@ -213,15 +217,17 @@ def _tied_logits(embedding: Embedding, x: Tensor) -> Tensor:
     return embedding.word_embeddings.logits(x)
 
 
-def pipeline_layers(config: ModelConfig, tp: TensorParallel) -> list[Any]:
-    """The layer specs of the parallel model, for DeepSpeed's PipelineModule.
+def pipeline_layers(config: ModelConfig, tp: TensorParallel, ep: int = 1) -> list[Any]:
+    """The layer specs of the parallel model, for DeepSpeed's PipelineModule; where there are experts, every second
+    layer's are spread over `ep` ranks (on one tp rank).
 
     Megatron's steps without parameters at both ends are kept: they count in the layer numbers and in the
     division into stages.
     """
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-    body = [LayerSpec(ParallelTransformerLayer, config, tp) for _ in range(config.layers)]
+    spread = [ep if config.experts and i % 2 else 0 for i in range(config.layers)]
+    body = [LayerSpec(ParallelTransformerLayer, config, tp, of_layer) for of_layer in spread]
     norm = LayerSpec(nn.RMSNorm if config.rms_norm else nn.LayerNorm, config.hidden)
     if config.untied:
         first, last = LayerSpec(Embedding, config, tp), LayerSpec(Head, config, tp)

@@ -33,6 +33,22 @@ class FeedForward(nn.Module):
         return self.fc2(functional.gelu(self.fc1(x)))
 
 
+def experts(config: ModelConfig, ep: int) -> nn.Module:
+    """DeepSpeed's residual MoE, whose experts are spread over `ep` ranks."""
+    from deepspeed.moe.layer import MoE
+
+    return MoE(
+        config.hidden,
+        FeedForward(config),
+        num_experts=config.experts,
+        ep_size=ep,
+        capacity_factor=4.0,
+        eval_capacity_factor=4.0,
+        use_rts=False,
+        use_residual=True,
+    )
+
+
 class PlainBlock(nn.Module):
     def __init__(self, config: ModelConfig, ep: int = 0):
         super().__init__()
@@ -42,18 +58,7 @@ class PlainBlock(nn.Module):
         self.proj = nn.Linear(config.hidden, config.hidden)
         self.ln2 = nn.LayerNorm(config.hidden)
         if ep:
-            from deepspeed.moe.layer import MoE
-
-            self.moe = MoE(
-                config.hidden,
-                FeedForward(config),
-                num_experts=config.experts,
-                ep_size=ep,
-                capacity_factor=4.0,
-                eval_capacity_factor=4.0,
-                use_rts=False,
-                use_residual=True,
-            )
+            self.moe = experts(config, ep)
             return
         self.fc1 = nn.Linear(config.hidden, config.ffn)
         self.fc2 = nn.Linear(config.ffn, config.hidden)

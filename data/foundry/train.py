@@ -111,13 +111,13 @@ class Run:
         case = self.case
         tp = TensorParallel(self.coordinate["tp"], case.tp, self._tensor_parallel_group())
         model = PipelineModule(
-            layers=pipeline_layers(case.config, tp),
+            layers=pipeline_layers(case.config, tp, case.ep),
             topology=PipeModelDataParallelTopology(num_pp=case.pp, num_mp=case.tp, num_dp=case.dp),
             loss_fn=ParallelLoss(case.config, tp),
             seed_layers=False,
             partition_method="type:transformer",
         )
-        initialise_parallel(model, case.config, tp, salt)
+        initialise_parallel(model, case.config, tp, self.expert_rank, salt)
         return model
 
     def _plain_model(self, salt: int) -> nn.Module:
@@ -144,6 +144,8 @@ class Run:
         from deepspeed.utils import groups
 
         case = self.case
+        if case.parallel:  # whose groups the engine makes
+            return self.coordinate["dp"] % case.ep, case.ep
         return (groups._get_expert_parallel_rank(f"ep_size_{case.ep}"), case.ep) if case.config.experts else (0, 1)
 
     def _tensor_parallel_group(self) -> Any:

@@ -20,16 +20,18 @@ class Whole(Strategy):
         return replicated(len(shards[0]))
 
 
-def dealt_to_tp(out: Path, case: Path, **more: Any) -> Path:
-    """The case as tp 2 and dp 2 would have left it: the same four ranks, numbered tp first, have the same experts; all
-    else is whole on both tp ranks, and its buffers are cut in two. more: what model files say beside."""
+def dealt_to_tp(out: Path, case: Path, tp: int = 2, **more: Any) -> Path:
+    """The case (ep 2, dp 4) as tp and 4 / tp dp ranks would have left it: the same four ranks, numbered tp first, have
+    the same experts; all else is whole on all tp ranks, and its buffers are cut over dp. DeepSpeed writes the model
+    files of two tp ranks alone. more: what model files say beside."""
+    dp = 4 // tp
     step, source = out / "global_step3", case / "global_step3"
     step.mkdir(parents=True)
     optims = [torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt") for r in range(4)]
     for r in range(4):
-        d, t = divmod(r, 2)
+        d, t = divmod(r, tp)
         content = torchfile.read(source / f"bf16_zero_pp_rank_{r}_mp_rank_00_optim_states.pt")
-        state, halves = content["optimizer_state_dict"], [optims[2 * d + i]["optimizer_state_dict"] for i in range(2)]
+        state, halves = content["optimizer_state_dict"], [optims[tp * d + i]["optimizer_state_dict"] for i in range(tp)]
         masters = "single_partition_of_fp32_groups"
         for g in (0, 1):
             state[masters][g] = _joined([h[masters][g] for h in halves])
@@ -38,13 +40,13 @@ def dealt_to_tp(out: Path, case: Path, **more: Any) -> Path:
                     [h["base_optimizer_state"]["state"][g][key] for h in halves]
                 )
             state["group_paddings"][g] = sum(h["group_paddings"][g] for h in halves)
-        state["partition_count"] = [2] * len(state["partition_count"])
+        state["partition_count"] = [dp, dp, *state["partition_count"][2:]]
         state["param_slice_mappings"] = []
         torchfile.write(step / f"bf16_zero_pp_rank_{d}_mp_rank_{t:02d}_optim_states.pt", content)
-    for t in range(2):
+    for t in range(2):  # as many as ep
         content = torchfile.read(source / "mp_rank_00_model_states.pt")
-        content |= {"dp_world_size": 2, "mp_world_size": 2, **more}
-        content["checkpoint_parallel_dimensions"] = {"pp_degree": 1, "tp_degree": 2}
+        content |= {"dp_world_size": dp, "mp_world_size": tp, **more}
+        content["checkpoint_parallel_dimensions"] = {"pp_degree": 1, "tp_degree": tp}
         torchfile.write(step / f"mp_rank_{t:02d}_model_states.pt", content)
     for file in source.glob("layer_*"):
         writer = int(file.name.split("_")[3]) // 2  # of its ep rank, which is its tp rank

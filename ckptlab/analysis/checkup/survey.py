@@ -88,7 +88,8 @@ def _parts(catalog: Catalog) -> str | list[str]:
 
 def _without_states(catalog: Catalog) -> Iterator[Finding]:
     """Trained tensors that lack a state which the format, or another tensor that has all of theirs, has; a weight that
-    others of their parameter group have."""
+    others of their parameter group have. Not those of which the reader said it already."""
+    said = {(name, state) for f in catalog.findings for name in f.where.tensors for state in f.where.states}
     factored = {name.rpartition(".")[0] for name in catalog.tensors}  # of whose states some have shapes of their own
     trained = [t for t in catalog.tensors.values() if t.group is not None and t.name not in factored]
     kept = {frozenset(t.states) - {PARAM} for t in trained}
@@ -99,7 +100,8 @@ def _without_states(catalog: Catalog) -> Iterator[Finding]:
         more = next((states for states in kept if states > mine), mine)
         needs_weight = tensor.group in weights or (format_of(catalog.format).sharded and catalog.zero_stage in (1, 2))
         for state in sorted(more - mine) + [PARAM] * (needs_weight and PARAM not in tensor.states):
-            lacking.setdefault(state, []).append(tensor.name)
+            if (tensor.name, state) not in said:
+                lacking.setdefault(state, []).append(tensor.name)
     for state, names in lacking.items():
         yield Finding(
             "missing-state",

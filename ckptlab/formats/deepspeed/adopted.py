@@ -18,8 +18,8 @@ from ckptlab.errors import ReshapeError
 from ckptlab.formats.deepspeed.experts import GROUP, Experts, degree_of, layer_of
 from ckptlab.formats.deepspeed.files import StepFolder
 from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
-from ckptlab.formats.deepspeed.module import TIED, ModuleWeights, by_names
-from ckptlab.formats.deepspeed.names import VERSION
+from ckptlab.formats.deepspeed.module import ModuleWeights, by_names
+from ckptlab.formats.deepspeed.names import TIED, VERSION
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import without
 from ckptlab.layout.notation import names
@@ -50,8 +50,8 @@ def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None, pipeli
     stage = source.zero_stage if source.zero_stage is not None else ZERO_STAGE
     training = replace(source.training, mesh=Mesh(), groups=groups, zero_stage=stage, layouts_told=False)
     model = _model_file(source, held, stage)
-    head = ModelFile.of(source.path, {**model, "module": None} if pipeline else model)
     experts = Experts.named(source.tensors, degree_of(groups))
+    head = ModelFile.of(source.path, {**model, "module": None} if pipeline and not experts else model)
     folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)}, experts=experts)
     module = by_names(ModuleWeights(), held) if pipeline else ModuleWeights()
     native = Native(folder, Wrapper.NONE, False, module, {}, False, False)

@@ -21,7 +21,7 @@ Optims = Mapping[FileName, OptimizerFile]
 # what every model file says alike, and every optimizer file beside its parameter groups
 _OF_THE_RUN = ("dp_world_size", "mp_world_size", "global_steps", "global_samples", "skipped_steps", "iteration")
 _OF_ALL = ("ds_version", "ds_config")
-_OF_THE_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "clip_grad", "zero_stage", "partition_count")
+_OF_THE_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "clip_grad", "zero_stage")
 _READ = 64  # elements of a tensor that is compared by its values
 _SHORT = 100  # characters of a value that is shown
 
@@ -192,10 +192,15 @@ def _step_of(heads: Heads) -> str | None:
 
 
 def _settings(optims: Optims, heads: Heads, mesh: Mesh) -> Iterator[Finding]:
-    """Hyperparameters are alike on the ranks of a pp stage, loss scalers and schedules on all ranks."""
+    """Hyperparameters, and how many ranks share a buffer, are alike on the ranks of a stage, loss scalers and schedules
+    on all."""
     for stage in range(mesh.pp):
-        said = {_name(f): f.options for n, f in optims.items() if n.mp // mesh.tp == stage and not f.elastic}
+        there = [f for n, f in optims.items() if n.mp // mesh.tp == stage]
+        said = {_name(f): f.options for f in there if not f.elastic}
         yield from _warned("the same hyperparameters on every rank of a pp stage", "hyperparameters", said)
+        key = "partition_count"
+        said = {_name(f): f.state_dict[key] for f in there if key in f.state_dict}
+        yield from _warned(f"the same {key} on every rank of a pp stage", key, said)
     for key in _OF_THE_OPTIMIZER:
         values = {_name(f): f.state_dict[key] for f in optims.values() if key in f.state_dict}
         yield from _warned(f"the same {key} on every rank", key, values)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise, zip_longest
 from typing import Any
 
 from ckptlab.catalog import ParameterGroup
@@ -76,7 +76,7 @@ class Experts:
     tensors of an expert's file, under their global names. `data_first`: ep is the slower part of dp
     (`use_data_before_expert_parallelism`), else the faster one. `fused`: layers of AutoEP, whose experts are all in one
     tensor that ep cuts. `over_tp`: experts are dealt to tp ranks too, and are whole on each. `stages[layer]`: the pp
-    stage that has it.
+    stage that has it. `lanes`: of a target, over how many tp ranks they are dealt: ep rank r is tp rank r mod lanes.
     """
 
     local: Mapping[str, int] = field(default_factory=dict)
@@ -86,6 +86,7 @@ class Experts:
     fused: tuple[Fused, ...] = ()
     over_tp: bool = False
     stages: Mapping[str, int] = field(default_factory=dict)
+    lanes: int = 1
 
     @classmethod
     def of(
@@ -95,17 +96,19 @@ class Experts:
         ep: int,
         fused: tuple[Fused, ...] = (),
         stages: Mapping[int, int] | None = None,
+        tp: int = 1,
+        trained: Iterable[str] = (),
     ) -> Experts:
-        """From the model files, and those of the experts. ep: over how many ranks these are spread where no model file
-        says which tensors are a rank's own. stages: of the layers, by their numbers, in a pipeline."""
+        """From the model files, and those of the experts. trained: what optimizer files know, where no model file does;
+        ep: over how many ranks they are spread where nothing does. stages: of the layers, by their numbers, in a
+        pipeline. tp: degree."""
         heads = list(heads)
-        tp = max((head.world for head in heads), default=1)
         alone = 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
-        over_tp = tp > 1 and not stages and (any(autoep.FOLDING in h.content for h in heads) if fused else alone)
+        over_tp = tp > 1 and (any(autoep.FOLDING in h.content for h in heads) if fused else alone)
         if over_tp:
             files = {(layer, expert, t): held for (layer, expert, _), held in files.items() for t in range(tp)}
         local, total = (
-            _numbers(n for head in heads for n in head.trained),
+            _numbers(chain(trained, *(head.trained for head in heads))),
             _numbers(n for f in files.values() for n in f),
         )
         if not local:
@@ -179,17 +182,30 @@ class Experts:
             beside = next((f"{axis} {mesh[axis]}" for axis in ("tp", "pp") if mesh[axis] > 1), others)
             yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")
 
-    def spread(self, ep: int | None, data_first: bool | None) -> Experts:
-        """The same experts, each layer's over `ep` ranks (None: as they are); nothing is stored of them."""
+    def spread(self, ep: int | None, data_first: bool | None, lanes: int = 1) -> Experts:
+        """The same experts, each layer's over `ep` ranks (None: as they are) of so many tp ranks; nothing is stored of
+        them."""
         local = {layer: n // (ep or self.ep(layer)) for layer, n in self.total.items()}
         fused = tuple(layer.spread(ep or layer.ep) for layer in self.fused)
-        return Experts(local, self.total, {}, self.data_first if data_first is None else data_first, fused)
+        first = self.data_first if data_first is None else data_first
+        return Experts(local, self.total, {}, first, fused, lanes=lanes)
 
-    def refusals(self, mesh: Mesh, ep: int | None, zero_stage: int) -> Iterator[str]:
+    def refusals(self, mesh: Mesh, ep: int | None, lanes: int, data_first: bool | None) -> Iterator[str]:
         """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
         for wanted in (ep,) if ep else self.sizes:
-            if mesh.dp % wanted:
-                yield f"dp {mesh.dp}: ep {wanted} is a part of it, and does not divide it: say ep="
+            if wanted % lanes:
+                yield (
+                    f"tp {lanes}: DeepSpeed deals experts that tp does not cut to tp ranks too, and cannot load what "
+                    f"it saves at an ep of less, {wanted}; ckptlab writes multiples of tp: say ep="
+                )
+            elif mesh.dp * lanes % wanted:
+                ranks = f"dp {mesh.dp}" if lanes == 1 else f"dp times tp, {mesh.dp * lanes}"
+                yield f"{ranks}: ep {wanted} is a part of it, and does not divide it: say ep="
+        if lanes > 1 and (self.data_first if data_first is None else data_first):
+            yield (
+                f"tp {lanes}: with use_data_before_expert_parallelism DeepSpeed leaves out model files and cannot load "
+                "it: say data_before_experts=False"
+            )
         for layer, total in (*self.total.items(), *((f"{f.prefix}.", f.total) for f in self.fused if f.ep != ep)):
             if ep and total % ep:
                 yield f"ep {ep}: the {total} experts of {layer}* cannot be dealt evenly to as many ranks"
@@ -198,8 +214,17 @@ class Experts:
 
     def on(self, mesh: Mesh) -> Mesh:
         """The mesh with dp split into `edp` and `ep`; where layers differ in their degrees, `ep2` and `ep4`, say, of
-        which a layer that is spread over four ranks takes both."""
-        return split(mesh, self.sizes, self.data_first) if self and not self.over_tp else mesh
+        which a layer that is spread over four ranks takes both. Of a target where they are dealt to tp ranks too,
+        `dp_ep` is what of ep lies along dp."""
+        if not self or self.over_tp:
+            return mesh
+        sizes = [n // self.lanes for n in self.sizes]
+        return split(mesh, sizes, self.axes(self.sizes[-1]), self.data_first)
+
+    def axes(self, degree: int) -> tuple[str, ...]:
+        """The parts of dp over which experts of that ep degree are spread."""
+        along = "ep" if self.lanes == 1 else "dp_ep"
+        return (along,) if len(self.sizes) == 1 else tuple(f"{along}{n}" for n in self.sizes if n <= degree)
 
     def shares(self, names: Iterable[str], mesh: Mesh) -> tuple[Share, ...]:
         """Who has the same tensors of a buffer of these tensors, ep rank by ep rank; one share where it holds none of
@@ -213,20 +238,26 @@ class Experts:
         (degree,) = degrees or {None}
         if self.over_tp and degree is not None:
             return (Share({}, tuple(range(len(self.dealt(degree, mesh)[0]))), "dp"),)
-        return _shares(mesh, () if degree is None else axes_of(self.sizes, degree))
+        if degree is None:
+            return _shares(mesh, ())
+        found = _shares(mesh, self.axes(degree))
+        if self.lanes == 1:
+            return found
+        return tuple(replace(one, at={**one.at, "tp": t}) for one in found for t in range(self.lanes))
 
-    def of_file(self, layer: int, expert: int, mesh: Mesh) -> list[int]:
-        """The tp ranks whose files have an expert of the layer of that number: all, or where experts are dealt to tp
-        ranks too the first of those that have it, of AutoEP's everyone's of the first few dp ranks."""
+    def of_file(self, stage: int, layer: int, expert: int, mesh: Mesh) -> list[int]:
+        """The tp ranks of a pp stage whose files have an expert of its layer of that number: all, or where experts are
+        dealt to tp ranks too the first of those that have it, of AutoEP's everyone's of the first few dp ranks."""
         if not self.over_tp:
             return list(range(mesh.tp))
         for fused in self.fused:
             if fused.number == layer:
                 ranks = zip(fused.ranks, self.dealt(fused.ep, mesh), strict=True)
                 return sorted({t for held, own in ranks if expert in held for d, t in own if d < fused.ep})
-        if self.fused or layer >= len(self.total):
+        layers = [name for name in self.total if self.stages.get(name, 0) == stage]
+        if self.fused or layer >= len(layers):
             return list(range(mesh.tp))
-        name = list(self.total)[layer]
+        name = layers[layer]
         (_, first), *_ = self.dealt(self.ep(name), mesh)[expert // self.local[name]]
         return [first]
 
@@ -240,6 +271,19 @@ class Experts:
         ranks = [(d, t) for d in range(mesh.dp) for t in range(mesh.tp)]
         each = len(ranks) // degree
         return [ranks[i * each : (i + 1) * each] if self.data_first else ranks[i::degree] for i in range(degree)]
+
+    def saved(self, mesh: Mesh) -> set[int]:
+        """The tp ranks whose model files DeepSpeed writes: those of the first dp rank that are the first to have their
+        experts."""
+        if not self.over_tp or not self.total:
+            return set(range(mesh.tp))
+        return {t for (d, t), *_ in self.dealt(self.sizes[-1], mesh) if d == 0}
+
+    def writers(self, ep: int, degree: int, mesh: Mesh) -> list[int]:
+        """The tp ranks that write the optimizer of an ep rank where there is no ZeRO."""
+        if self.lanes > 1:
+            return [ep % self.lanes]
+        return [t for _, t in self.dealt(degree, mesh)[ep][:1]] if self.over_tp else list(range(mesh.tp))
 
     def writer(self, ep: int, mesh: Mesh) -> int:
         """The rank, of those that experts are dealt to, that writes what ep rank `ep` of the largest degree has: the
@@ -255,9 +299,9 @@ class Experts:
 
     def holder(self, name: str, mesh: Mesh, ep: int = 0, **at: int) -> Holder:
         """Who, of the ranks at these coordinates, has a tensor or an ep rank's part of it."""
-        spread = {"ep": ep} if self.fused_of(name) else self.at(name, mesh)
+        spread = {"ep": ep} if self.fused_of(name) and not self.over_tp else self.at(name, mesh)
         tp = {"tp": at.pop("tp")} if "tp" in at else {}
-        return Holder(**at, **spread, **tp)
+        return Holder(**{**at, **spread, **tp})
 
     def at(self, name: str, mesh: Mesh) -> Mapping[str, int]:
         """Where an expert's tensor is: its coordinates on the axes over which its layer is spread. Nothing for tensors
@@ -332,12 +376,18 @@ def asked(mesh: Mesh) -> tuple[Mesh, int | None, bool | None]:
 
 
 def regrouped(
-    groups: Sequence[ParameterGroup], source: Experts, target: Experts, sizes: Mapping[str, int]
+    groups: Sequence[ParameterGroup],
+    source: Experts,
+    target: Experts,
+    sizes: Mapping[str, int],
+    own: Mapping[str, int],
+    new: Mapping[str, int],
 ) -> tuple[ParameterGroup, ...]:
     """The parameter groups of a target. Those of experts are called by their degree, and hold at most LARGEST elements
     on a rank: more are several groups (`split_params_into_different_moe_groups_for_optimizer`). `sizes`: elements of
-    each tensor. CheckpointError where the source's are not dealt so."""
-    if (source.local, source.fused) == (target.local, target.fused):
+    each tensor; `own` and `new`: its pp stage in source and target. CheckpointError where the source's are not dealt
+    so."""
+    if (source.local, source.fused, own) == (target.local, target.fused, new):
         return tuple(groups)
     found: list[ParameterGroup] = []
     for group in groups:
@@ -352,15 +402,15 @@ def regrouped(
         for degree in source.sizes:
             same = [g for g in alike if source.has(g, degree)]
             held = [n for g in same for n in g.tensors]
-            if [list(g.tensors) for g in same] != [source.everywhere(own) for own in _dealt(source, held, sizes)]:
+            if [list(g.tensors) for g in same] != [source.everywhere(one) for one in _dealt(source, held, sizes, own)]:
                 raise CheckpointError(
                     f"parameter group {group.name}: experts in {len(same)} groups that are not dealt as DeepSpeed does "
                     f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
                 )
         names = [n for g in alike for n in g.tensors]
         options = _called(group, target.ep(layer))
-        for own in _dealt(target, names, sizes):
-            found.append(replace(group, options=options, tensors=tuple(target.everywhere(own))))
+        for one in _dealt(target, names, sizes, new):
+            found.append(replace(group, options=options, tensors=tuple(target.everywhere(one))))
     return tuple(found)
 
 
@@ -380,13 +430,23 @@ def _unnamed(group: ParameterGroup) -> dict[str, Any]:
     return {key: value for key, value in group.options.items() if key != "name"}
 
 
-def _dealt(experts: Experts, names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
-    """What the first ep rank has of an expert group, in as many groups as DeepSpeed makes of it."""
-    dealt: list[list[str]] = [[]] if names else []
+def _dealt(
+    experts: Experts, names: Sequence[str], sizes: Mapping[str, int], stage_of: Mapping[str, int]
+) -> list[list[str]]:
+    """What the first ep ranks have of an expert group, in as many groups as DeepSpeed makes of it: each pp stage by
+    itself."""
+    stages: dict[int, list[str]] = {}
+    for name in names:
+        if experts.locally(name) == name:
+            stages.setdefault(stage_of[name], []).append(name)
+    dealt = (_dealt_on_stage(stages[stage], sizes) for stage in sorted(stages))
+    return [list(chain(*of_stages)) for of_stages in zip_longest(*dealt, fillvalue=())]
+
+
+def _dealt_on_stage(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    dealt: list[list[str]] = [[]]
     held = 0
-    for name in sorted(
-        (n for n in names if experts.locally(n) == n), key=lambda n: (natural(layer_of(n) or ""), number_of(n))
-    ):
+    for name in sorted(names, key=lambda n: (natural(layer_of(n) or ""), number_of(n))):
         if dealt[-1] and held + sizes[name] > LARGEST:
             dealt.append([])
             held = 0
@@ -403,18 +463,14 @@ def degrees_named(options: Iterable[Mapping[str, Any]]) -> list[int | None]:
     return [int(one[1]) if one else None for one in found]
 
 
-def split(mesh: Mesh, sizes: Sequence[int], data_first: bool = False) -> Mesh:
-    """The mesh with its dp as `edp` and one axis for each ep degree, ascending, each a multiple of the one before."""
-    parts = {name: n // m for name, n, m in zip(axes_of(sizes, sizes[-1]), sizes, (1, *sizes), strict=False)}
+def split(mesh: Mesh, sizes: Sequence[int], axes: Sequence[str], data_first: bool = False) -> Mesh:
+    """The mesh with its dp as `edp` and one of these axes for each ep degree, ascending, each a multiple of the one
+    before."""
+    parts = {name: n // m for name, n, m in zip(axes, sizes, (1, *sizes), strict=False)}
     if not data_first:
         parts = dict(reversed(parts.items()))
     edp = {"edp": mesh["dp"] // sizes[-1]}
     return mesh.split("dp", **(parts | edp if data_first else edp | parts))
-
-
-def axes_of(sizes: Sequence[int], degree: int) -> tuple[str, ...]:
-    """The mesh axes over which experts of that ep degree are spread."""
-    return ("ep",) if len(sizes) == 1 else tuple(f"ep{n}" for n in sizes if n <= degree)
 
 
 def _numbers(names: Iterable[str]) -> dict[str, int]:

@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from ckptlab import paths
-from ckptlab.findings import Faults, Finding, Where, not_read_yet
+from ckptlab.catalog import PARAM
+from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said
+from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, layer_of
 from ckptlab.formats.deepspeed.headers import (
     Content,
     EngineConfig,
@@ -55,8 +56,9 @@ class StepFolder:
     optimizer files (none where the model files hold the optimizer, or there are weights alone), `layers[layer][tp]` the
     tensors of the pipeline engine's layer files, whose names carry `-model_TT` if `layer_axis`, and `others[layer][tp]`
     what else is in them. `prefix` is that of the optimizer files ("bf16" or ""). Where there are experts, dp is split;
-    `expert_optims[tp]` are the ep ranks' optimizers where they train without ZeRO, each with its ep rank; the first is
-    one of that tp rank.
+    `expert_optims[pp, tp]` are the ep ranks' optimizers where they train without ZeRO, each with its ep rank; the first
+    is one of that tp rank. `left_out` are ranks without a model file, whose head is the one beside with its buffers
+    alone.
     """
 
     path: str
@@ -70,7 +72,8 @@ class StepFolder:
     is_zero3: bool = False
     files: tuple[str, ...] = ()
     experts: Experts = field(default_factory=Experts)
-    expert_optims: Mapping[int, tuple[tuple[int, WholeOptimizer], ...]] = field(default_factory=dict)
+    expert_optims: Mapping[Rank, tuple[tuple[int, WholeOptimizer], ...]] = field(default_factory=dict)
+    left_out: tuple[Rank, ...] = ()
 
     @cached_property
     def models(self) -> dict[Rank, Content]:
@@ -102,6 +105,14 @@ class StepFolder:
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine: no rank's model file holds the module, layer files do."""
         return self.first.module is None
+
+    @cached_property
+    def is_numbered(self) -> bool:
+        """There are experts, and tensors go by the numbers of layers, as those of a pipeline do. Of such a model each
+        stage has its part of the module in its model file."""
+        named = (n for of_rank in self.heads.values() for n in of_rank[0].module or {})
+        numbered = all(n.partition(".")[0].isdigit() or n.startswith(names.TIED) for n in named)
+        return bool(self.experts) and not self.is_pipeline and numbered
 
 
 def read_step_folder(
@@ -172,7 +183,9 @@ class _Found:
         for head in itertools.islice(self.heads.values(), 1):
             with self.faults.caught("odd-header", os.path.basename(head.path)):
                 fused = autoep.layers(head.path, head.content)
-        return Experts.of(self.heads.values(), files, spread, fused, stages)
+        silent = bool(files) and all(head.shapes is None for head in self.heads.values())
+        listed = (name for file in self.optims.values() for span in file.spans for name in span)
+        return Experts.of(self.heads.values(), files, spread, fused, stages, tp, listed if silent else ())
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -257,13 +270,9 @@ class _Found:
         return self.head == "zero3_model" and not any(n.dp for n in self.names if n.kind == self.head)
 
     def notices(self, mesh: Mesh) -> Iterator[Finding]:
-        """What is not as usual, and read all the same; experts that train without ZeRO in a pipeline are not."""
-        folded = self.experts.over_tp and self.experts.fused
-        if self.expert_optims and (mesh.pp > 1 or folded):
-            yield not_read_yet(
-                f"{self.path}: experts that train without ZeRO (stage 0) {'of AutoEP beside AutoTP' if folded else ''}"
-                f"{f'in a pipeline of {mesh.pp} stages' if mesh.pp > 1 else ''}, which ckptlab cannot open yet"
-            )
+        """What is not as usual, and read all the same."""
+        if left_out := self.left_out(mesh):
+            yield self._left_out(left_out, mesh)
         if self.weights_alone:
             found = "no optimizer file: the weights of the model are all there is"
             todo = "nothing, if that is what was copied; to resume, copy the optimizer files too"
@@ -348,7 +357,8 @@ class _Found:
         world = range(mesh.pp * mesh.tp)
         dp = range(mesh.dp)
         writers = range(1) if self.head == "model" or self.of_one_rank else dp
-        wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in writers]}
+        absent = self.left_out(mesh)
+        wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in writers if mp not in absent]}
         if self.optimizer and not self.inside and not self.weights_alone:
             wanted["optimizer"] = [FileName("optim", mp, d, prefix=self.prefix) for mp in world for d in dp]
         numbers = {n.layer for n in self.names if n.kind == "layer"}
@@ -362,23 +372,44 @@ class _Found:
                 FileName("expert", mp=p * mesh.tp + t, layer=i, expert=e)
                 for p in range(mesh.pp)
                 for i, e in experts_said(h.content for n, h in self.heads.items() if n.mp // mesh.tp == p)
-                for t in self.experts.of_file(i, e, mesh)
+                for t in self.experts.of_file(p, i, e, mesh)
             ]
             if experts:
                 wanted["expert"] = experts
             if self.inside and self.expert_optims:
                 ranks = range(max(1 + max(n.expert for n in self.expert_optims), self._spread_said()))
-                first = (
-                    self.experts.dealt(len(ranks), mesh)
-                    if self.experts.over_tp
-                    else [[(0, t) for t in world]] * len(ranks)
-                )
                 wanted["expert optimizer"] = [
-                    FileName("expert_optim", mp=t, expert=e)
+                    FileName("expert_optim", mp=p * mesh.tp + t, expert=e)
                     for e in ranks
-                    for _, t in (first[e][:1] if self.experts.over_tp else first[e])
+                    for p in range(mesh.pp)
+                    for t in self.experts.writers(e, len(ranks), mesh)
                 ]
         return wanted
+
+    def left_out(self, mesh: Mesh) -> tuple[int, ...]:
+        """The numbers of the model files that DeepSpeed leaves out, where experts are dealt to fewer ranks than tp has.
+        Nothing where one of them is there after all, or where nothing else holds these ranks' weights."""
+        if self.head != "model" or "optim" not in self.kinds or not self.experts.over_tp:
+            return ()
+        saved = self.experts.saved(mesh)
+        ranks = tuple(mp for mp in range(mesh.pp * mesh.tp) if mp % mesh.tp not in saved)
+        return () if any(n.kind == self.head and n.mp in ranks for n in self.names) else ranks
+
+    def _left_out(self, ranks: tuple[int, ...], mesh: Mesh) -> Finding:
+        files = tuple(names.model(mp) for mp in ranks)
+        heads = self.heads.values()
+        trained = dict.fromkeys(n for h in heads for n in h.trained if not layer_of(n))
+        others = (n for h in heads for n in h.module or {} if n not in h.buffers and n not in h.shared)
+        frozen = tuple(dict.fromkeys(n for n in others if n not in trained))
+        found = (
+            f"{some(files, 4)}: not there. DeepSpeed, to 0.19.8 at least, writes the model files of just as many tp "
+            f"ranks as experts are spread over (ep {self.experts.sizes[-1]}, of tp {mesh.tp}), and cannot load it. The "
+            "module's weights are left out, and made of the optimizer's where they are written"
+            + (f"; of {some(frozen, 4)} nothing else is stored" if frozen else "")
+        )
+        todo = "convert it, to an ep of at least tp or to tp 1, and train on with that"
+        where = Where(files, (*trained, *frozen), (PARAM,))
+        return Finding("model-files", "warning", where, "one a rank", found, todo, "headers", f"{self.path}: {found}")
 
     def _spread_said(self) -> int:
         """Over how many ranks experts are spread, by the names of their parameter groups; 0 where those do not tell."""
@@ -429,20 +460,30 @@ class _Found:
                 r: tuple(self.optims[FileName("optim", mp, d, prefix=self.prefix)] for d in range(mesh.dp))
                 for r, mp in ranks.items()
             }
-        of_experts: dict[int, tuple[tuple[int, WholeOptimizer], ...]] = {}
+        of_experts: dict[Rank, tuple[tuple[int, WholeOptimizer], ...]] = {}
         held = [(name, one) for name in wanted.get("expert optimizer", ()) if (one := self.expert_optims[name])]
-        for t in {name.mp for name, _ in held}:
-            own = [(name.expert, one) for name, one in held if name.mp == t]
-            others = [(name.expert, one) for name, one in held if name.mp != t and self.experts.over_tp]
-            of_experts[t] = (*own, *others)
-        heads = {r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items()}
+        for mp in sorted({name.mp for name, _ in held}):
+            own = [(name.expert, one) for name, one in held if name.mp == mp]
+            beside = [(n, one) for n, one in held if n.mp != mp and n.mp // mesh.tp == mp // mesh.tp]
+            others = [(name.expert, one) for name, one in beside if self.experts.over_tp]
+            of_experts[mp // mesh.tp, mp % mesh.tp] = (*own, *others)
+        absent = self.left_out(mesh)
+        heads = {
+            r: tuple(self.heads[FileName(self.head, mp, d)] for d in dp) for r, mp in ranks.items() if mp not in absent
+        }
+        left_out = tuple(r for r, mp in ranks.items() if mp in absent)
+        for rank in left_out:
+            head = heads[rank[0], 0][0]
+            buffers = {n: t for n, t in (head.module or {}).items() if n in head.buffers}
+            heads[rank] = (replace(head, module=buffers, shared={}),)
+        heads = {rank: heads[rank] for rank in ranks}
         if fused := self.experts.fused:
             heads = {
                 r: tuple(replace(h, shared={**h.shared, **autoep.aliases(fused, h.module or {})}) for h in of_rank)
                 for r, of_rank in heads.items()
             }
-        for t, ((_, first), *_) in of_experts.items():
-            heads[0, t] = tuple(replace(h, optimizer=first) for h in heads[0, t])
+        for rank, ((_, first), *_) in of_experts.items():
+            heads[rank] = tuple(replace(h, optimizer=first) for h in heads[rank])
         return StepFolder(
             self.path,
             mesh,
@@ -456,6 +497,7 @@ class _Found:
             tuple(sorted(self.names[n] for needed in wanted.values() for n in needed)),
             self.experts,
             of_experts,
+            left_out,
         )
 
 

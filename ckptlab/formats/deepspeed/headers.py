@@ -16,7 +16,9 @@ import numpy as np
 
 from ckptlab.catalog import MASTER
 from ckptlab.errors import CheckpointError, UnsupportedError
+from ckptlab.formats.torch.torchfile import is_unread
 from ckptlab.stored import Stored, scalar
+from ckptlab.words import brief
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -149,7 +151,17 @@ def _shapes(header: Header, key: str, group: Mapping[Any, Any]) -> dict[str, Sha
     return found
 
 
+def _refuse_unread(path: str, values: Iterable[tuple[Any, Any]]) -> None:
+    for name, value in values:
+        if is_unread(value):
+            raise UnsupportedError(
+                f"{path}: {brief(name)} is made by {value.callee}: a sparse or quantised tensor, or one of a class of "
+                "its own, which ckptlab does not read: save it again as a plain one"
+            )
+
+
 def _tensors(header: Header) -> dict[str, Stored]:
+    _refuse_unread(header.path, header.values.items())
     found = {k: v for k, v in header.values.items() if isinstance(v, Stored)}
     if not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"{header.path}: {header.at}: a tensor without a name: {_ODD}")
@@ -252,7 +264,9 @@ def _tree(module: Header) -> dict[tuple[str, ...], Stored]:
             if not all(isinstance(key, str) for key in at):
                 raise CheckpointError(f"{module.path}: {module.at}: a tensor without a name: {_ODD}")
             found[at] = value
-        elif isinstance(value, Mapping):
+            continue
+        _refuse_unread(module.path, [(".".join(map(str, at)), value)])
+        if isinstance(value, Mapping):
             if len(at) > _DEEP:
                 raise CheckpointError(f"{module.path}: {module.at}: nested deeper than {_DEEP} dictionaries: {_ODD}")
             left += [((*at, key), inside) for key, inside in reversed(list(value.items()))]
@@ -463,6 +477,7 @@ def elementwise(path: str, state: Content, numel: int | None) -> tuple[dict[str,
     """
     arrays: dict[str, Stored] = {}
     single: dict[str, Any] = {}
+    _refuse_unread(path, state.items())
     for key, value in state.items():
         several = isinstance(value, Stored) and bool(value.shape) and (numel is None or not value.numel == 1 != numel)
         (arrays if several else single)[key] = value

@@ -17,8 +17,6 @@ from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 from ckptlab.words import some
 
-TIED = "tied_modules."  # before the names of modules that a pipeline has at several places
-
 
 @dataclass
 class ModuleWeights:
@@ -52,6 +50,7 @@ def read_module(folder: StepFolder, faults: Faults) -> ModuleWeights:
         _from_layers(folder, weights, faults)
     else:
         _from_model_files(folder, weights)
+        _without_left_out(folder, weights)
         _from_expert_files(folder, weights, faults)
     for name, by_tp in weights.shapes.items():
         for rank, shapes in folder.trained.items():
@@ -79,7 +78,7 @@ def by_names(module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeig
             numbered.setdefault(int(head), tensor.stages[0])
     module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
     module.layer_stages = dict(numbered)
-    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(TIED)})
+    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(names.TIED)})
     for offset, prefix in enumerate(reversed(tied)):
         layer = min(numbered, default=len(tied)) - 1 - offset
         module.layer_keys = {layer: prefix, **module.layer_keys}
@@ -101,6 +100,13 @@ def _from_model_files(folder: StepFolder, weights: ModuleWeights) -> None:
                 by_place.setdefault(_place(stored), name)
             kind = "parameter" if name in trained else "buffer" if name in model.buffers else "frozen"
             weights.add(name, kind, rank, stored.shape, (Fragment(0, stored),))
+
+
+def _without_left_out(folder: StepFolder, weights: ModuleWeights) -> None:
+    """Where some ranks have no model file, a weight of the others is not the whole; buffers are alike."""
+    for name in [n for n, kind in weights.kinds.items() if folder.left_out and kind != "buffer"]:
+        for held in (weights.pieces, weights.shapes, weights.kinds):
+            held.pop(name, None)
 
 
 def _from_expert_files(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:

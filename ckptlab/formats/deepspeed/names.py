@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+TIED = "tied_modules."  # before the names of modules that a pipeline has at several places
 VERSION = "0.19.8"  # of DeepSpeed: whose engine was seen to load such files
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")

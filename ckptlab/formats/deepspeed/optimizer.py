@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,7 +79,7 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
             if folder.experts.over_tp and (degree := folder.experts.degree(next(iter(shapes), ""))):
                 if t == 0:
                     with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
-                        pieces |= _over_tp(folder, b, shapes, degree)
+                        pieces |= _over_tp(folder, p, b, shapes, degree)
                 continue
             with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
                 shares[p, b] = folder.experts.shares(shapes, folder.mesh)
@@ -138,29 +138,39 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
     )
 
 
-def _over_tp(folder: StepFolder, b: int, shapes: Shapes, degree: int) -> Pieces:
-    """What the ranks have of a buffer of experts that are dealt to ranks of dp and tp alike. CheckpointError where a
-    file speaks against that."""
+def _over_tp(folder: StepFolder, p: int, b: int, shapes: Shapes, degree: int) -> Pieces:
+    """What the ranks of a stage have of a buffer of experts that are dealt to ranks of dp and tp alike. CheckpointError
+    where a file speaks against that."""
     found: Pieces = {}
     for rank, ranks in enumerate(folder.experts.dealt(degree, folder.mesh)):
-        files = [folder.optims[0, t][d] for d, t in ranks]
+        files = [folder.optims[p, t][d] for d, t in ranks]
         flat = _flat_buffer(files, b, folder.experts.shapes_on(shapes, rank))
-        for finding in (f for i, file in enumerate(files) for f in _of_part(folder, file, i, b, flat)):
-            raise finding.error
+        for i, ((_, t), file) in enumerate(zip(ranks, files, strict=True)):
+            for finding in _of_part(folder, (p, t), file, i, b, flat):
+                raise finding.error
         parts = [(d, file.states[b]) for (d, _), file in zip(ranks, files, strict=True)]
-        holders = [Holder(pp=0, tp=t) for t in range(folder.mesh.tp)]
+        holders = [Holder(pp=p, tp=t) for t in range(folder.mesh.tp)]
         held = _apart(replace(flat, names=folder.experts.globally(flat.names, rank)), parts, holders)
         for (name, state), by_holder in held.items():
             fused = folder.experts.fused_of(name)
             if fused is None:
                 found[name, state] = by_holder
                 continue
-            inner = math.prod(shapes[name][1:])
-            own = tuple(one for f in next(iter(by_holder.values())) for one in _of_experts(f, fused.ranks[rank], inner))
             known = next(iter(found.get((name, state), {}).values()), ())
-            new = [f for f in own if f.start // inner not in {one.start // inner for one in known}]  # not its copies
-            found[name, state] = dict.fromkeys(holders, tuple(sorted([*known, *new], key=lambda f: f.start)))
+            own = next(iter(by_holder.values()))
+            every = with_experts(known, own, fused.ranks[rank], math.prod(shapes[name][1:]))
+            found[name, state] = dict.fromkeys(holders, every)
     return found
+
+
+def with_experts(
+    known: Sequence[Fragment], own: Iterable[Fragment], experts: Sequence[int], inner: int
+) -> tuple[Fragment, ...]:
+    """What is known of a tensor of all experts of a layer, and beside it what a rank has of these experts, of so many
+    elements each; not its copies."""
+    found = (one for fragment in own for one in _of_experts(fragment, experts, inner))
+    new = [f for f in found if f.start // inner not in {one.start // inner for one in known}]
+    return tuple(sorted([*known, *new], key=lambda f: f.start))
 
 
 def _of_experts(fragment: Fragment, experts: Sequence[int], inner: int) -> Iterator[Fragment]:
@@ -208,13 +218,15 @@ def _apart(flat: FlatBuffer, parts: Sequence[tuple[int, Mapping[str, Stored]]], 
     }
 
 
-def _of_part(folder: StepFolder, file: OptimizerFile, part: int, b: int, flat: FlatBuffer) -> Iterator[Finding]:
+def _of_part(
+    folder: StepFolder, rank: Rank, file: OptimizerFile, part: int, b: int, flat: FlatBuffer
+) -> Iterator[Finding]:
     """What speaks against a file having that part of a buffer."""
     yield from _spread_otherwise(file, b, flat.dp)
     if b < len(file.spans) and file.spans[b] and file.spans[b] != _spans(flat, part):
         message = f"{file.path}: group {b} is not part {part} of {flat.dp} by its slice mappings"
         yield contradiction(file.path, f"{message}: the ranks were not numbered tp first, or files were renamed")
-    yield from _lengths(folder, (0, 0), file, part, b, flat)
+    yield from _lengths(folder, rank, file, part, b, flat)
 
 
 def _unlike(folder: StepFolder) -> Iterator[Finding]:

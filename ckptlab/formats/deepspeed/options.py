@@ -9,7 +9,9 @@ from typing import Any
 from ckptlab.catalog import DTYPES, Catalog
 from ckptlab.catalog.training import ZERO_STAGES
 from ckptlab.formats.deepspeed import pipeline
+from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
+from ckptlab.words import some
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,20 @@ class TargetOptions:
     data_before_experts: bool | None = None
 
 
-def stage_of(catalog: Catalog, options: TargetOptions) -> int:
+def is_pipeline(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> bool:
+    """Whether the target is to be read by the pipeline engine."""
+    return catalog.private.may_be_pipeline(mesh, options.pipeline is not None)
+
+
+def stage_of(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> int:
     """The target's ZeRO stage: as asked for, else the source's, but that of a bf16 pipeline without ZeRO is 1."""
     if options.zero_stage is not None:
         return options.zero_stage
-    return 1 if _bf16_pipeline(catalog, options) else catalog.zero_stage or 0
+    return 1 if _bf16_pipeline(catalog, mesh, options) else catalog.zero_stage or 0
 
 
-def _bf16_pipeline(catalog: Catalog, options: TargetOptions) -> bool:
-    return catalog.private.is_pipeline and (options.dtype or catalog.private.dtype) == "bf16"
+def _bf16_pipeline(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> bool:
+    return is_pipeline(catalog, mesh, options) and (options.dtype or catalog.private.dtype) == "bf16"
 
 
 def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
@@ -64,6 +71,15 @@ def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
     return str(named.get("type")).lower() in ("adam", "adamw") and not torchs
 
 
+def lanes_of(catalog: Catalog, mesh: Mesh) -> int:
+    """Over how many tp ranks a target's experts are dealt, as DeepSpeed deals those that tp does not cut."""
+    experts = catalog.private.folder.experts
+    if not experts or experts.fused:
+        return 1
+    cut = any("tp" in names(node) for t in catalog.tensors.values() if experts.degree(t.name) for node in t.layout.tree)
+    return 1 if cut else mesh.tp
+
+
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
     """(attention heads, key/value heads): from the user, else what the run says."""
     return options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
@@ -75,7 +91,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
     if not catalog.groups:
         yield "it holds weights alone, and no optimizer that could be resumed: save it as safetensors"
         return
-    stage = stage_of(catalog, options)
+    stage = stage_of(catalog, mesh, options)
     if stage not in ZERO_STAGES:
         yield f"ZeRO stage {stage}: expected 0, 1, 2 or 3"
     trained = native.folder.mesh
@@ -84,14 +100,14 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
             "the checkpoint is elastic and holds no hyperparameters: give param_groups, a list with lr, weight_decay, "
             "… of each group"
         )
-    is_pipeline = native.is_pipeline
-    if is_pipeline and stage in (2, 3):
+    staged = is_pipeline(catalog, mesh, options)
+    if staged and stage in (2, 3):
         yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
-    if stage == 0 and _bf16_pipeline(catalog, options):
+    if stage == 0 and _bf16_pipeline(catalog, mesh, options):
         yield "a bf16 pipeline without ZeRO: DeepSpeed saves such checkpoints and cannot load them: take zero_stage=1"
-    if mesh.pp > 1 and not is_pipeline:
+    if mesh.pp > 1 and not staged:
         yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine: it has no layers to deal to stages"
-    if is_pipeline and mesh.pp != trained.pp:
+    if staged and mesh.pp != trained.pp:
         layers = sum(pipeline.describe(catalog).blocks)
         if mesh.pp > layers:
             yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
@@ -109,21 +125,16 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
                 + (f" and {len(unknown) - 1} more tensors are" if unknown[1:] else " is")
                 + " cut: give a strategy (a registered one such as megatron, or {pattern: notation})"
             )
+    held = native.folder.first.module or {} if native.folder.left_out else {}
+    known = {name for tensor in catalog.tensors.values() for name in (tensor.name, *tensor.aliases)}
+    if lost := [name for name in held if name not in known]:
+        yield f"{some(lost, 4)}: not stored whole, and an engine asks for them: save what there is as safetensors"
     if experts := native.folder.experts:
-        yield from experts.refusals(mesh, options.ep, stage)
-        if trained.pp > 1:
-            yield (
-                f"experts in a pipeline (pp {trained.pp}), whose files ckptlab reads and does not write: safetensors "
-                "and dcp can be written"
-            )
+        yield from experts.refusals(mesh, options.ep, lanes_of(catalog, mesh), options.data_before_experts)
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
-        cut = any("tp" in t.cut.axes for t in catalog.tensors.values() if experts.degree(t.name) and not experts.fused)
-        if mesh.tp > 1 and (experts.over_tp or (mesh.tp != trained.tp and not cut)):
-            yield (
-                f"tp {mesh.tp}: DeepSpeed deals experts that tp does not cut to tp ranks too, of which ckptlab writes "
-                "no files"
-            )
+        if mesh.tp > 1 and experts.fused:
+            yield f"tp {mesh.tp}: AutoEP beside AutoTP deals experts to tp ranks too, of which ckptlab writes no files"
     elif options.ep not in (None, 1):
         yield f"ep {options.ep}: the checkpoint has no experts"
     if options.dtype is not None and options.dtype not in DTYPES:

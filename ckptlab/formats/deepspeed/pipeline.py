@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.errors import ReshapeError
+from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.sharding.stages import balanced, stage_of, uniform
 
 METHODS = ("blocks", "parameters", "uniform")
@@ -61,9 +62,10 @@ class Pipeline:
         return None
 
 
-def describe(catalog: Catalog) -> Pipeline:
-    """The pipeline of a catalog read from layer files."""
-    module = catalog.private.module
+def describe(catalog: Catalog, experts: Experts | None = None) -> Pipeline:
+    """The pipeline of a catalog: its layers are those of layer files, or by tensors' names. experts: as a target has
+    them, of which each rank counts its own (None: the catalog's)."""
+    module, experts = catalog.private.module, catalog.private.folder.experts if experts is None else experts
     prefixes = module.layer_keys
     below = _below(prefixes.values(), catalog)
     by_layer = {layer: below[prefix] for layer, prefix in prefixes.items()}
@@ -76,7 +78,7 @@ def describe(catalog: Catalog) -> Pipeline:
     for layer, tensors in by_layer.items():
         prefix = prefixes[layer]
         signatures[layer] = tuple(sorted((t.name.removeprefix(prefix), t.shape) for t in tensors))
-        counts[layer] = sum(t.numel for t in tensors)
+        counts[layer] = sum(t.numel // (experts.degree(t.name) or 1) for t in tensors)
         stages[layer] = module.layer_stages[layer]
     if tied:
         signatures[last + 1] = ("tied", *sorted(t.name for t in tied))

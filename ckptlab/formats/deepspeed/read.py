@@ -23,7 +23,7 @@ from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
 from ckptlab.formats.deepspeed.infer import infer, vocabulary
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
-from ckptlab.formats.deepspeed.module import ModuleWeights, read_module
+from ckptlab.formats.deepspeed.module import ModuleWeights, by_names, read_module
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
 from ckptlab.formats.deepspeed.whole import whole_optimizer
 from ckptlab.layout import Cut, Layout, on_degree, whole_shape
@@ -119,7 +119,12 @@ class Native:
     @property
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine."""
-        return self.folder.is_pipeline
+        return self.folder.is_pipeline or (self.folder.is_numbered and self.mesh.pp > 1)
+
+    def may_be_pipeline(self, mesh: Mesh, asked: bool) -> bool:
+        """Whether a pipeline engine reads what is written of it for a mesh: where one had written it, and where tensors
+        go by the numbers of layers and there are to be stages. asked: how layers are dealt to them was said."""
+        return self.is_pipeline or (self.folder.is_numbered and (mesh.pp > 1 or asked))
 
 
 def read_native(
@@ -162,6 +167,8 @@ def _catalog(
 ) -> Catalog:
     outside = {(name, PARAM): by_holder for name, by_holder in module.pieces.items()} | dict(optimizer.pieces)
     told = layouts_are_told(info, strategy)
+    if folder.is_numbered:
+        module = by_names(module, tensors)
     native = Native(folder, optimizer.wrapper, told, module, optimizer.extras, optimizer.elastic, optimizer.round_robin)
     return Catalog(
         path=folder.path,
@@ -293,7 +300,8 @@ def build_tensors(
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             fused = folder.experts.fused_of(name)
             if folder.experts.over_tp and folder.experts.degree(name):
-                layout, shape, cut = whole(name, replicated(len(shards[0])), shards, None, mesh)
+                layout = _on_stages(replicated(len(shards[0])), tuple(stages[name]))
+                layout, shape, cut = whole(name, layout, shards, None, mesh)
                 layout_known = True
             elif fused is not None:
                 layout, shape, cut = all_experts(name, fused, shards[0], mesh)

@@ -95,24 +95,29 @@ def _spread(folder: StepFolder) -> StepFolder:
     """The folder with experts that are spread over different numbers of ranks, where they train without ZeRO and just
     the names of parameter groups tell it: each layer's over as many as the group has in its name in which the first
     rank's optimizer holds its weights. As it was where that is not unique: the optimizer then has no names either."""
-    experts, of_first = folder.experts, dict(folder.expert_optims.get(0, ())).get(0)
-    degrees = degrees_named(of_first.options) if of_first is not None else []
-    if of_first is None or len({n for n in degrees if n}) < 2:
+    experts = folder.experts
+    local: dict[str, int] = {}
+    for p in range(folder.mesh.pp):
+        of_first = dict(folder.expert_optims.get((p, 0), ())).get(0)
+        degrees = degrees_named(of_first.options) if of_first is not None else []
+        if of_first is None or len({n for n in degrees if n}) < 2:
+            continue
+        wanted = [(group, n) for group, n in zip(_Group.of(of_first), degrees, strict=True) if n]
+        named = [
+            (name, Weight(stored.shape, (stored,), of_experts=True))
+            for (_, _, tp), held in sorted(experts.files.items())
+            for name, stored in held.items()
+            if tp == 0 and experts.stage(name) == p
+        ]
+        found = _assigned(named, [group for group, _ in wanted]) or ()
+        local |= {
+            layer: experts.total[layer] // degree
+            for names, (_, degree) in zip(found, wanted, strict=False)
+            for name in names
+            if (layer := layer_of(name))
+        }
+    if not local:
         return folder
-    wanted = [(group, n) for group, n in zip(_Group.of(of_first), degrees, strict=True) if n]
-    named = [
-        (name, Weight(stored.shape, (stored,), of_experts=True))
-        for (_, _, tp), held in sorted(experts.files.items())
-        for name, stored in held.items()
-        if tp == 0
-    ]
-    found = _assigned(named, [group for group, _ in wanted]) or ()
-    local = {
-        layer: experts.total[layer] // degree
-        for names, (_, degree) in zip(found, wanted, strict=False)
-        for name in names
-        if (layer := layer_of(name))
-    }
     spread = replace(experts, local={**experts.local, **local})
     return replace(
         folder, experts=spread, mesh=spread.on(Mesh(pp=folder.mesh.pp, dp=folder.mesh.dp, tp=folder.mesh.tp))
@@ -174,7 +179,9 @@ def _by_spans(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
 def _weight(folder: StepFolder, rank: Rank, name: str) -> Stored | None:
     """The module's weight of a tensor that the optimizer knows by that name."""
     if not folder.is_pipeline:
-        return (folder.heads[rank][0].module or {}).get(name)
+        held = (folder.heads[rank][0].module or {}).get(name)
+        of_experts = (tensors.get(name) for (_, _, tp), tensors in folder.experts.files.items() if tp == rank[1])
+        return held or next((one for one in of_experts if one and folder.experts.stage(name) == rank[0]), None)
     first, _, key = name.partition(".")
     if first.isdecimal():
         return folder.layers[int(first)][rank[1]].get(key) if int(first) in folder.layers else None
@@ -220,7 +227,8 @@ def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Weight]]:
             if held and len(held) == len(parts):
                 yield name, Weight((len(held), *held[0].shape), held, of_experts=True)
     for (tp, name), stored in files.items():
-        if tp == rank[1] and layer_of(name) and folder.experts.locally(name) == name:
+        mine = (folder.experts.stage(name), tp) == rank
+        if mine and layer_of(name) and folder.experts.locally(name) == name:
             yield name, Weight(stored.shape, (stored,), of_experts=True)
 
 

@@ -20,7 +20,15 @@ from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import gradients
-from ckptlab.formats.deepspeed.options import TargetOptions, fused_of, head_counts, problems, stage_of
+from ckptlab.formats.deepspeed.options import (
+    TargetOptions,
+    fused_of,
+    head_counts,
+    is_pipeline,
+    lanes_of,
+    problems,
+    stage_of,
+)
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
@@ -80,12 +88,13 @@ def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Ite
 
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.private
-    experts = source.folder.experts.spread(options.ep, options.data_before_experts)
+    lanes = lanes_of(catalog, mesh)
+    experts = source.folder.experts.spread(options.ep, options.data_before_experts, lanes)
     mesh = experts.on(mesh)
-    stage = stage_of(catalog, options)
+    stage = stage_of(catalog, mesh, options)
     dtype = options.dtype or source.dtype
     findings: list[Finding] = []
-    stages, layer_stages, said = _stages(catalog, mesh, options)
+    stages, layer_stages, said = _stages(catalog, mesh, options, experts)
     findings += said
     padded, said = _padded_vocab(catalog, mesh, options)
     findings += said
@@ -106,10 +115,11 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
                 f"whether tp {mesh.tp} divides it was not checked; say {'kv_heads' if source.autotp else 'heads'}=",
             )
         )
-    groups = _groups(catalog, options, experts)
+    groups = _groups(catalog, options, experts, stages)
     place = {name: i for i, group in enumerate(groups) for name in group.tensors}
     tensors = {name: replace(tensor, group=place.get(name)) for name, tensor in tensors.items()}
     flat_groups = _flat_groups(catalog, groups, tensors, mesh, wrapper, options, experts)
+    _refuse_stages_without_experts(catalog, mesh, tensors, experts)
     _refuse_empty_groups(catalog, groups, mesh, tensors)
     if wrapper is Wrapper.WHOLE and source.wrapper is not Wrapper.WHOLE and options.fused is None and dtype != "fp32":
         kept = "in one flat tensor a group, as a fused Adam does" if fused_of(catalog, options) else "one by one"
@@ -121,7 +131,7 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
                 "optimizer does otherwise",
             )
         )
-    outside = _outside(tensors, mesh, wrapper, experts)
+    outside = _outside(tensors, mesh, wrapper, experts, not source.folder.is_pipeline)
     return Catalog(
         path="",
         format="deepspeed",
@@ -164,12 +174,12 @@ def _told(code: str, severity: str, found: str) -> Finding:
 
 
 def _stages(
-    catalog: Catalog, mesh: Mesh, options: TargetOptions
+    catalog: Catalog, mesh: Mesh, options: TargetOptions, experts: Experts
 ) -> tuple[dict[str, tuple[int, ...]], dict[int, int], list[Finding]]:
     """Stages of each tensor, the stage of each layer file, and what was inferred."""
     module = catalog.private.module
     trained = catalog.private.folder.mesh
-    if not catalog.private.is_pipeline:
+    if not is_pipeline(catalog, mesh, options):
         return dict.fromkeys(catalog.tensors, (0,)), {}, []
     if mesh.pp == trained.pp and options.pipeline is None:
         return {n: t.stages for n, t in catalog.tensors.items()}, dict(module.layer_stages), []
@@ -183,7 +193,7 @@ def _stages(
             )
     else:
         method = options.pipeline or layers.infer_method(trained.pp) or "blocks"
-        starts = layers.starts(mesh.pp, method)
+        starts = pipeline.describe(catalog, experts).starts(mesh.pp, method)
         if options.pipeline is None and mesh.pp > 1:
             findings.append(
                 _told(
@@ -295,12 +305,16 @@ def _wrapper(source: Wrapper, stage: int | None) -> Wrapper:
     return Wrapper.BF16 if stage == 1 and source is Wrapper.BF16 else Wrapper.ZERO12
 
 
-def _groups(catalog: Catalog, options: TargetOptions, experts: Experts) -> tuple[ParameterGroup, ...]:
+def _groups(
+    catalog: Catalog, options: TargetOptions, experts: Experts, stages: Mapping[str, tuple[int, ...]]
+) -> tuple[ParameterGroup, ...]:
     groups = catalog.groups
     if experts:
-        ordered = [replace(g, tensors=tuple(original_order(catalog, list(g.tensors)))) for g in groups]
+        ordered = [replace(g, tensors=tuple(_union_of_stages(catalog, g))) for g in groups]
         sizes = {name: tensor.numel for name, tensor in catalog.tensors.items()}
-        groups = regrouped(ordered, catalog.private.folder.experts, experts, sizes)
+        own = {name: tensor.stages[0] for name, tensor in catalog.tensors.items()}
+        new = {name: held[0] for name, held in stages.items()}
+        groups = regrouped(ordered, catalog.private.folder.experts, experts, sizes, own, new)
     if options.param_groups is None:
         return groups
     if len(options.param_groups) != len(groups):
@@ -392,6 +406,17 @@ def _sub_groups(
     return groups
 
 
+def _union_of_stages(catalog: Catalog, group: ParameterGroup) -> dict[str, None]:
+    """The tensors of a group as the program has them, in order: those of the source's first stage, then further ones of
+    the next."""
+    found: dict[str, None] = {}
+    for stage in range(catalog.private.folder.mesh.pp):
+        found |= dict.fromkeys(
+            original_order(catalog, [n for n in group.tensors if stage in catalog.tensors[n].stages])
+        )
+    return found
+
+
 def _refuse_empty_groups(
     catalog: Catalog, groups: tuple[ParameterGroup, ...], mesh: Mesh, tensors: Mapping[str, Tensor]
 ) -> None:
@@ -408,17 +433,30 @@ def _refuse_empty_groups(
             )
 
 
+def _refuse_stages_without_experts(
+    catalog: Catalog, mesh: Mesh, tensors: Mapping[str, Tensor], experts: Experts
+) -> None:
+    """Where some ranks of a pipeline have experts and others do not, DeepSpeed's wait for each other for ever."""
+    held = {stage for name, tensor in tensors.items() if experts.degree(name) for stage in tensor.stages}
+    if held and (without := set(range(mesh.pp)) - held):
+        raise ReshapeError(
+            f"{catalog.path}: pp stage {min(without)} of {mesh.pp} would have no experts, and others some: DeepSpeed "
+            "hangs when it begins to train such a pipeline; take fewer stages, or say pipeline="
+        )
+
+
 def _outside(
-    tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper, experts: Experts
+    tensors: Mapping[str, Tensor], mesh: Mesh, wrapper: Wrapper, experts: Experts, in_model_files: bool
 ) -> dict[tuple[str, str], list[Holder]]:
-    """Who will store module weights: the first stage that holds a tensor. ZeRO-3 stores none for its parameters, and
-    buffers on every dp rank."""
+    """Who will store module weights: all stages that hold a tensor, or where there are layer files the first. ZeRO-3
+    stores none for its parameters, and buffers on every dp rank."""
     zero3 = wrapper is Wrapper.ZERO3
     found: dict[tuple[str, str], list[Holder]] = {}
     for name, tensor in tensors.items():
         if tensor.states.get(PARAM) is None or (zero3 and tensor.kind == "parameter"):
             continue
-        holders = Placement(tensor.cut, tensor.stages[:1], at=experts.at(name, mesh)).holders
+        stages = tensor.stages if in_model_files else tensor.stages[:1]
+        holders = Placement(tensor.cut, stages, at=experts.at(name, mesh)).holders
         every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
         found[name, PARAM] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
         if wrapper is Wrapper.WHOLE:

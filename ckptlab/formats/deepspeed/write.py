@@ -19,7 +19,7 @@ from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
 from ckptlab.formats.deepspeed import info, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import GROUP
+from ckptlab.formats.deepspeed.experts import GROUP, layer_of
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.deepspeed.whole import whole_state
@@ -79,15 +79,16 @@ class NativeWriter:
                 for d in range(0 if inside else mesh.dp):
                     yield torchfile.plan(names.optim(d, mp, self.prefix), self.optim_file(p, t, d))
         axis = self.folder.layer_axis or mesh.tp > 1
-        for layer, prefix in self.source.private.module.layer_keys.items():
+        for layer, prefix in self.source.private.module.layer_keys.items() if self.folder.is_pipeline else ():
             for t in range(mesh.tp):
                 yield torchfile.plan(names.layer(layer, t if axis else None), self.layer_file(layer, prefix, t))
-        for i, layer in enumerate(self.experts.total):
-            for expert, held in self.experts.tensors(layer, self.target.tensors):
-                for t in range(mesh.tp):
-                    rank = mesh.rank(pp=0, dp=self.place(Holder(pp=0, **self.experts.at(held[0], mesh)))[0], tp=t)
+        for p in range(mesh.pp):
+            for i, (expert, held) in self.experts_on(p):
+                at = Holder(pp=p, **self.experts.at(held[0], mesh))
+                for t in [at["tp"]] if "tp" in at else range(mesh.tp):
+                    rank = mesh.rank(pp=p, dp=self.place(at.without("tp"))[0], tp=t)
                     tensors = OrderedDict((name, self.module_weight(name, rank)) for name in held)
-                    yield torchfile.plan(names.expert(i, expert, t), tensors)
+                    yield torchfile.plan(names.expert(i, expert, p * mesh.tp + t), tensors)
         for fused, t in itertools.product(() if zero3 else self.experts.fused, range(mesh.tp)):
             for expert in range(fused.total):
                 tensors = OrderedDict(
@@ -95,10 +96,21 @@ class NativeWriter:
                 )
                 yield torchfile.plan(names.expert(fused.number, expert, t), tensors)
         for ep in range(max(self.experts.sizes, default=0) if inside else 0):
-            for t in range(mesh.tp):
-                rank = mesh.rank(pp=0, dp=self.experts.writer(ep, mesh), tp=t)
-                optimizer = whole_state(self, 0, rank, ep)
-                yield torchfile.plan(names.expert_optim(ep, t), {"optimizer": optimizer})
+            for p, t in itertools.product(range(mesh.pp), self.experts.writers(ep, self.experts.sizes[-1], mesh)):
+                rank = mesh.rank(pp=p, dp=self.experts.writer(ep, mesh) // self.experts.lanes, tp=t)
+                optimizer = whole_state(self, p, rank, ep)
+                yield torchfile.plan(names.expert_optim(ep, p * mesh.tp + t), {"optimizer": optimizer})
+
+    def layers_on(self, stage: int) -> list[str]:
+        """The layers of a stage that have experts, in the order in which it numbers them."""
+        held = {layer_of(name) for name, tensor in self.target.tensors.items() if stage in tensor.stages}
+        return [layer for layer in self.experts.total if layer in held]
+
+    def experts_on(self, stage: int) -> Iterator[tuple[int, tuple[int, list[str]]]]:
+        """(number of the layer on its stage, (expert, its tensors)) of all experts of a stage."""
+        for i, layer in enumerate(self.layers_on(stage)):
+            for one in self.experts.tensors(layer, self.target.tensors):
+                yield i, one
 
     # ---------------------------------------------------------------- tensors
 
@@ -108,7 +120,7 @@ class NativeWriter:
 
     def module_weight(self, name: str, rank: int) -> Pending:
         """A tensor's module weight on a rank: as it was stored, or the master rounded to the target's dtype."""
-        return self.shard(name, PARAM, rank, self.target.tensors[name].stages[0])
+        return self.shard(name, PARAM, rank, self.target.tensors[name].stages[0] if self.folder.is_pipeline else None)
 
     def shard(self, name: str, state: str, rank: int, stage: int | None = None) -> Pending:
         """What a rank has of a state that lies outside of flat buffers. stage: the pp stage that stores it (None: the
@@ -152,9 +164,10 @@ class NativeWriter:
 
     # ---------------------------------------------------------------- model files
 
-    def groups_on(self, stage: int, dp: int = 0) -> list[FlatGroup]:
-        """The flat groups that a dp rank has a part of."""
-        return [g for g in self.target.flat_groups if g.stage == stage and dp in self.place(g.at)]
+    def groups_on(self, stage: int, tp: int = 0, dp: int = 0) -> list[FlatGroup]:
+        """The flat groups that a rank has a part of."""
+        there = [g for g in self.target.flat_groups if g.stage == stage and g.at.get("tp", tp) == tp]
+        return [g for g in there if dp in self.place(g.at.without("tp"))]
 
     def place(self, at: Holder) -> list[int]:
         """The dp ranks at these coordinates: those that have a flat group together."""
@@ -170,14 +183,14 @@ class NativeWriter:
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
         rank = mesh.rank(pp=p, dp=d, tp=t)
         weights: dict[str, Pending] = {}
-        module = None if self.source.private.is_pipeline else self.module(template, rank, weights)
+        module = None if self.folder.is_pipeline else self.module(self.of_stage(p, t), rank, weights)
         whole = self.native.wrapper is Wrapper.WHOLE
         aliases = {a: x.name for x in self.target.tensors.values() for a in x.aliases} if rank == 0 else {}
         model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
             module=module,
-            optimizer=whole_state(self, p, rank) if whole else None,
-            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(p)],
+            optimizer=whole_state(self, p, rank, t % self.experts.lanes) if whole else None,
+            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(p, t)],
             **self._frozen(weights, d, rank),
             shared_params=None if whole else aliases,
             dp_world_size=mesh.dp,
@@ -186,8 +199,12 @@ class NativeWriter:
             ds_config=self.config,
             ds_version=self.version,
         )
+        if self.native.layer_stages and module is not None:
+            of_model = {n for x in self.target.tensors.values() if x.kind == "buffer" for n in (x.name, *x.aliases)}
+            model["buffer_names"] = [name for name in module if name in of_model]
         if self.experts:
-            model["num_experts"] = list(self.experts.total.values()) or [fused.total for fused in self.experts.fused]
+            held = [self.experts.total[layer] for layer in self.layers_on(p)]
+            model["num_experts"] = held or [fused.total for fused in self.experts.fused]
         return info.adapt_client(model, self.target.training.layouts_told, self.target, rank)
 
     def _frozen(self, module: Mapping[str, Any], d: int, rank: int) -> dict[str, Any]:
@@ -208,10 +225,24 @@ class NativeWriter:
     def _shapes(self, group: FlatGroup, rank: int) -> OrderedDict[str, Size]:
         return OrderedDict((self.experts.locally(n), self._shape(self.target.tensors[n], rank)) for n in group.names)
 
-    def module(self, template: Mapping[str, Any], rank: int, made: dict[str, Pending]) -> dict[str, Any]:
+    def of_stage(self, p: int, t: int) -> Mapping[str, Any]:
+        """What is in the module of a stage, by the source's model files: of a pipeline those of all its stages."""
+        trained = self.folder.mesh
+        if not self.native.layer_stages:
+            return self.folder.models[min(p, trained.pp - 1), t % trained.tp].get("module") or {}
+        every: dict[str, Any] = {}
+        for stage in range(trained.pp):
+            every |= self.folder.models[stage, t % trained.tp].get("module") or {}
+        stages = {n: x.stages for x in self.target.tensors.values() for n in (x.name, *x.aliases)}
+        for name in every.keys() - stages.keys():  # `_extra_state` and the like
+            layer = name.partition(".")[0]
+            stages[name] = (self.native.layer_stages.get(int(layer), 0),) if layer.isdigit() else (p,)
+        return {name: value for name, value in every.items() if p in stages[name]}
+
+    def module(self, tree: Mapping[str, Any], rank: int, made: dict[str, Pending]) -> dict[str, Any]:
         """The model's state dict, a tree of dictionaries where the source's is one; at ZeRO-3 everything but buffers is
         an empty placeholder. Tensors come by name into `made`."""
-        return self._module(template.get("module") or {}, (), rank, made)
+        return self._module(tree, (), rank, made)
 
     def _module(
         self, tree: Mapping[str, Any], at: tuple[str, ...], rank: int, made: dict[str, Pending]
@@ -247,13 +278,8 @@ class NativeWriter:
         return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
 
     def expert_weights(self, rank: int) -> OrderedDict[str, Any]:
-        """The module weights of all experts, under their global names."""
-        held = (
-            name
-            for layer in self.experts.total
-            for _, own in self.experts.tensors(layer, self.target.tensors)
-            for name in own
-        )
+        """The module weights of all experts of a rank's stage, under their global names."""
+        held = (name for _, (_, own) in self.experts_on(self.mesh.coordinate(rank)["pp"]) for name in own)
         return OrderedDict((name, self.module_weight(name, rank)) for name in held)
 
     def layer_file(self, layer: int, prefix: str, tp: int) -> OrderedDict[str, Any]:
@@ -268,7 +294,7 @@ class NativeWriter:
 
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         template = self.source.private.extras
-        groups = self.groups_on(p, d)
+        groups = self.groups_on(p, t, d)
         state = (
             self._zero3_state(template, groups, t, d)
             if self.native.wrapper is Wrapper.ZERO3

@@ -23,9 +23,10 @@ from ckptlab.plan import Holder, Placement
 from ckptlab.plan.grid import Grid, grid, neutral_axes
 from ckptlab.sharding.strategies import dim_names
 from ckptlab.stored import Stored
-from ckptlab.words import number_of, some
+from ckptlab.words import number_of, shorten, some
 
 INDEX = "model.safetensors.index.json"
+_SHOWN = 200  # characters of a name that an error shows
 _HEAD = 1 << 16  # bytes at the start of far files that are fetched together: most headers
 _SHARD = re.compile(r"shard-(?P<rank>\d{5})-(?P<of>model-\d{5}-of-\d{5})\.safetensors")
 
@@ -90,17 +91,17 @@ def _one(
     folder: str, name: str, boxes: Sequence[tuple[str, Stored, tuple[int, ...] | None]]
 ) -> tuple[tuple[int, ...], Grid]:
     """The shape and the grid of what files hold of a tensor. CheckpointError where they make no tensor."""
-    files = some([file for file, _, _ in boxes], 4)
+    files, said = some([file for file, _, _ in boxes], 4), shorten(name, _SHOWN)
     starts = [start for _, _, start in boxes if start is not None]
     sizes = [stored.shape for _, stored, _ in boxes]
     if len(boxes) > 1 and len(starts) < len(boxes):
         raise CheckpointError(
-            f"{folder}: {name} stands in {files}, and nothing in them says how they make one tensor: open one of the "
+            f"{folder}: {said} stands in {files}, and nothing in them says how they make one tensor: open one of the "
             "files, or put the others elsewhere"
         )
     kinds = {(stored.dtype.name, len(stored.shape)) for _, stored, _ in boxes}
     if len(kinds) > 1:
-        raise CheckpointError(f"{folder}: {name} in {files}: boxes of different dtypes or numbers of dims: {kinds}")
+        raise CheckpointError(f"{folder}: {said} in {files}: boxes of different dtypes or numbers of dims: {kinds}")
     starts = starts or [(0,) * len(sizes[0])]
     shape = tuple(
         max(start[d] + size[d] for start, size in zip(starts, sizes, strict=True)) for d in range(len(sizes[0]))
@@ -109,7 +110,7 @@ def _one(
         return shape, grid(shape, starts, sizes)
     except LayoutError as error:
         raise CheckpointError(
-            f"{folder}: {name} in {files}: {error}: a file of another rank is missing, or is not of this checkpoint"
+            f"{folder}: {said} in {files}: {error}: a file of another rank is missing, or is not of this checkpoint"
         ) from None
 
 
@@ -143,11 +144,8 @@ def _contradictions(folder: str, headers: Mapping[str, Header], index: Mapping[s
     """What the index, or the numbers in files' names, say otherwise than the files."""
     for name, file in index.items():
         if file in headers and name not in headers[file] and name not in headers[file].unknown:
-            yield contradiction(
-                os.path.join(folder, INDEX),
-                f"{os.path.join(folder, INDEX)}: says that {name} is in {file}, which does not hold it",
-                name,
-            )
+            path, said = os.path.join(folder, INDEX), shorten(name, _SHOWN)
+            yield contradiction(path, f"{path}: says that {said} is in {file}, which does not hold it", name)
     shards: dict[str, set[int]] = {}
     for file in headers:
         if found := _SHARD.fullmatch(file):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 from ckptlab.findings import Finding, Where
-from ckptlab.formats.torch.torchfile import KNOWN_GLOBALS
+from ckptlab.formats.torch.torchfile import KNOWN_GLOBALS, is_of_storages
 from ckptlab.words import some
 
 _TORCH = re.compile(
@@ -19,6 +19,7 @@ _TORCH = re.compile(
 )
 _PLAIN = {
     "_codecs": "encode",
+    "_io": "BytesIO",
     "argparse": "Namespace",
     "array": "array",
     "collections": "OrderedDict defaultdict deque Counter",
@@ -31,6 +32,8 @@ _PLAIN = {
     "numpy._core.multiarray": "_reconstruct scalar",
     "numpy.core.multiarray": "_reconstruct scalar",
     "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+    "torch._utils": "_rebuild_sparse_tensor _rebuild_qtensor _rebuild_nested_tensor _rebuild_wrapper_subclass "
+    "_rebuild_meta_tensor_no_storage",
     "torch.nn.parameter": "Parameter",
     "torch.serialization": "_get_layout",
     "torch.storage": "UntypedStorage TypedStorage",
@@ -59,7 +62,8 @@ def classes(seen: Mapping[str, Iterable[tuple[str, str]]]) -> Iterator[Finding]:
 
 def _plain(module: str, name: str) -> bool:
     known = (module, name) in _PLAIN_PAIRS or (module, name) in KNOWN_GLOBALS
-    return known or (module in ("torch", "torch.cuda") and _TORCH.fullmatch(name) is not None)
+    of_device = is_of_storages(module) and name.endswith("Storage")
+    return known or ((module in ("torch", "torch.cuda") or of_device) and _TORCH.fullmatch(name) is not None)
 
 
 def _is_code(module: str) -> bool:

@@ -13,12 +13,13 @@ from ckptlab import paths
 from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, Tensor, whole_placements
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where
-from ckptlab.formats.torch.torchfile import read_contents, ready
+from ckptlab.formats.torch.torchfile import is_unread, read_contents, ready
 from ckptlab.formats.weights import indexed, missing
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import replicated
 from ckptlab.stored import Stored
+from ckptlab.words import number_of, some
 
 _KEYS = ("state_dict", "model_state_dict", "module", "model", "params")  # under which programs put a state dict
 
@@ -37,7 +38,9 @@ def read_weights(path: str, faults: Faults, weights: re.Pattern[str]) -> Catalog
             continue
         found: dict[str, Stored] = {}
         with faults.caught("odd-header", file):
-            found = _tensors(os.path.join(folder, file), contents.value)
+            found, unread = _tensors(os.path.join(folder, file), contents.value)
+            if unread:
+                faults.report(_unread(file, unread))
         by_place: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
         aliases: dict[str, list[str]] = {}
         for name, stored in found.items():
@@ -57,20 +60,35 @@ def read_weights(path: str, faults: Faults, weights: re.Pattern[str]) -> Catalog
     if faults.failed:
         return None
     placements = whole_placements(tensors, pieces)
-    return Catalog(path, "torch", Mesh(), tensors, placements, Extents(pieces), files=tuple(names))
+    said = tuple(faults.findings)
+    return Catalog(path, "torch", Mesh(), tensors, placements, Extents(pieces), findings=said, files=tuple(names))
 
 
-def _tensors(path: str, content: Any) -> dict[str, Stored]:
-    """The state dict in a file: the object itself, or what stands under a key that programs use."""
+def _tensors(path: str, content: Any) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """The state dict in a file: the object itself, or what stands under a key that programs use; and the names of those
+    that are not read."""
     places = [content, *(content.get(key) for key in _KEYS)] if isinstance(content, Mapping) else []
     for place in places:
         if isinstance(place, Mapping):
             found = {name: v for name, v in place.items() if isinstance(v, Stored) and isinstance(name, str)}
             if found:
-                return found
+                return found, tuple(str(name) for name, v in place.items() if is_unread(v))
     raise CheckpointError(
         f"{path}: no tensors by name, neither in the object itself nor under {', '.join(_KEYS)}: found a "
         f"{type(content).__name__}"
+    )
+
+
+def _unread(file: str, names: tuple[str, ...]) -> Finding:
+    return Finding(
+        "unknown-dtype",
+        "warning",
+        Where((file,), names),
+        "plain tensors",
+        f"{number_of(len(names), 'tensor')} of another kind (sparse, quantised, or of a class of its own): "
+        f"{some(list(names), 4)}",
+        "they are left out; read them with the program that wrote them",
+        "headers",
     )
 
 

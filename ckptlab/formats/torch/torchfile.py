@@ -7,6 +7,7 @@ and for tensors `torch/_utils.py` (`_rebuild_tensor_v2` and others).
 
 import math
 import os
+import re
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
 from ckptlab.formats.torch import budget, pickles
-from ckptlab.formats.torch.pickles import Global, named
+from ckptlab.formats.torch.pickles import Foreign, Global, named
 from ckptlab.formats.torch.torchzip import RecordPlanner, RecordReader
 from ckptlab.stored import Stored, row_major_strides, touch
 from ckptlab.words import brief
@@ -66,6 +67,14 @@ _MOST_HEADERS = 4096  # records of a file of which headers are fetched together
 _MOST_DIMS = 32  # numpy's limit before 2.0
 _CHUNK = 1 << 18  # elements that are copied at a time
 _EXPANDED_LIMIT = 1 << 26  # bytes to which a tensor may be expanded that has more elements than its storage
+
+
+_OF_STORAGES = re.compile(r"torch|torch\.\w+|torch_npu\.npu")  # torch.cuda, torch.npu, torch.storage: modules
+
+
+def is_of_storages(module: str) -> bool:
+    """Whether torch, or a build of it for some device, keeps the names of storages there."""
+    return _OF_STORAGES.fullmatch(module) is not None
 
 
 class Storage(NamedTuple):
@@ -204,11 +213,11 @@ class _TensorUnpickler(pickles.Unpickler):
         match pid:
             case (
                 "storage",
-                Global(module="torch" | "torch.cuda" | "torch.storage", name=kind),
+                Global(module=module, name=kind),
                 str(key),
                 _,
                 int(numel),
-            ):
+            ) if is_of_storages(module):
                 if (kind, key, numel) not in self._storages:
                     self._storages[kind, key, numel] = self._storage(kind, key, numel)
                 return self._storages[kind, key, numel]
@@ -281,9 +290,38 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data if type(data) is Stored else NotImplemented
 
 
+def _rebuild_on_npu(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> Stored:
+    """`torch_npu.utils.storage._rebuild_npu_tensor`: stored in row order, whatever the format on the device."""
+    return _view(storage, start, shape, strides)
+
+
+def _rebuild_on_device(data: Any, dtype: Any, *_: Any) -> Any:
+    """`torch._utils._rebuild_device_tensor_from_cpu_tensor`: of torch_xla and others whose tensors have no storages."""
+    if type(data) is not Stored or not isinstance(dtype, Global):
+        return NotImplemented
+    if dtype.name != data.dtype.name:
+        raise UnsupportedError(f"a tensor of {data.dtype.name} is to become {brief(dtype)}; convert and save it again")
+    return data
+
+
+def _rebuild_from_array(*_: Any) -> Any:
+    """`torch._utils._rebuild_device_tensor_from_numpy`, which older builds for other devices wrote."""
+    raise UnsupportedError(
+        "a tensor was saved on a device without storages (torch_xla, hpu, DirectML) as an array inside the pickle; "
+        "load it with torch.load(map_location='cpu') and save it again"
+    )
+
+
 def _rebuild_from_type(rebuild: Any, _class: Any, args: Any, _state: Any) -> Any:
     value = rebuild(*args) if isinstance(rebuild, Global) and type(args) is tuple else NotImplemented
     return value if type(value) is Stored else NotImplemented
+
+
+def is_unread(value: Any) -> bool:
+    """Whether it stands for a tensor of a kind that is not read: sparse, quantised, or of a class of its own."""
+    if not isinstance(value, Foreign) or not isinstance(value.callee, Global):
+        return False
+    return value.callee.module in ("torch._utils", "torch._tensor") and value.callee.name.startswith("_rebuild_")
 
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2", _rebuild_tensor)
@@ -299,6 +337,10 @@ _TensorUnpickler.known = MappingProxyType(
                 Global("torch._utils", "_rebuild_parameter", _rebuild_parameter),
                 Global("torch._utils", "_rebuild_parameter_with_state", _rebuild_parameter),
                 Global("torch._tensor", "_rebuild_from_type_v2", _rebuild_from_type),
+                Global("torch_npu.utils.storage", "_rebuild_npu_tensor", _rebuild_on_npu),
+                Global("torch._utils", "_rebuild_device_tensor_from_cpu_tensor", _rebuild_on_device),
+                Global("torch._utils", "_rebuild_device_tensor_from_numpy", _rebuild_from_array),
+                Global("torch._utils", "_rebuild_xla_tensor", _rebuild_from_array),
             )
         },
     }

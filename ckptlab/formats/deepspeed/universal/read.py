@@ -81,7 +81,7 @@ def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Commo
         folder,
         common.wrapper,
         layouts_are_told(found.info, found.strategy),
-        by_names(found.module, found.tensors) if folder.is_pipeline else found.module,
+        by_names(found.module, found.tensors) if folder.is_pipeline or folder.is_numbered else found.module,
         {k: common.content[k] for k in EXTRAS if k in common.content},
         not common.options,
         common.wrapper is Wrapper.ZERO12 and folder.config.round_robin and folder.mesh.dp > 1,

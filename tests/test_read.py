@@ -254,3 +254,9 @@ class TestOtherOptimizers:
         assert {t.states["exp_avg"] for t in catalog.tensors.values() if t.kind == "parameter"} == {bf16}
         Reshape.of(catalog, Mesh(dp=5)).save(tmp_path / "out" / "step")
         assert differences(catalog, read(tmp_path / "out")) == []
+
+
+def test_parameter_groups_are_in_the_programs_order_whatever_the_buffers_is() -> None:
+    plain, dealt = read(DATA / "plain_zero2_dp2"), read(DATA / "plain_zero2_dp2_round_robin")
+    assert [g.tensors for g in dealt.groups] == [g.tensors for g in plain.groups]
+    assert [f.names for f in dealt.flat_groups] != [f.names for f in plain.flat_groups]

@@ -21,6 +21,8 @@ def judge(case: str | Path, tmp_path: Path, mesh: Mesh, form: str = "deepspeed",
     reshaped.save(tmp_path / "out" / "step", form)
     stage = {"zero": options["zero_stage"]} if "zero_stage" in options else {}
     changes = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, **stage}
+    if options.get("round_robin") is False:
+        changes["zero_config"] = {}
     report = resume(tmp_path / "out" / "step", case, universal=form == "universal", steps=1, **changes)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] > 20
@@ -54,6 +56,19 @@ def test_3d_universal(mesh: Mesh, tmp_path: Path) -> None:
 )
 def test_zero_native(case: str, mesh: Mesh, options: dict, tmp_path: Path) -> None:
     judge(case, tmp_path, mesh, **options)
+
+
+@requires_deepspeed
+@pytest.mark.parametrize("options", [{}, {"round_robin": False}, {"zero_stage": 0}], ids=str)
+def test_from_round_robin(options: dict, tmp_path: Path) -> None:
+    judge("plain_zero2_dp2_round_robin", tmp_path, Mesh(dp=3), **options)
+
+
+@requires_deepspeed
+@pytest.mark.parametrize("mesh", [Mesh(pp=2, dp=3), Mesh(pp=1)], ids=str)
+def test_from_a_pipeline_with_round_robin(mesh: Mesh, tmp_path: Path) -> None:
+    """Each stage deals its own tensors."""
+    judge(make_case("gpt_tp1_pp2_dp2_round_robin", tmp_path), tmp_path, mesh)
 
 
 @requires_deepspeed

@@ -14,11 +14,12 @@ import pytest
 from compare import GPT, ZERO2, differences, differences_from_truth, whole
 from helpers.command import run
 from helpers.files import edit, poke
+from safetensors.numpy import save_file
 
 import ckptlab
 from ckptlab import Mesh
 from ckptlab.arrays import copies
-from ckptlab.errors import LayoutError, ReshapeError, UnsupportedError
+from ckptlab.errors import CheckpointError, LayoutError, ReshapeError, UnsupportedError
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
@@ -194,6 +195,26 @@ def test_megatron_knows_the_names_of_its_core(name: str, shards: list, text: str
     assert layout.text == text
     gated = resolve("megatron-swiglu").layout(name, shards)  # type: ignore[union-attr]
     assert gated.text == ("(2 tp out) in" if "linear_fc1.weight" in name else text)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("rows", "strategy", "why"),
+    [
+        (16, "megatron", r"a.dense_h_to_4h.weight: gate and up projection in one .* say strategy='megatron-swiglu'"),
+        (8, "megatron-swiglu", r"a.dense_h_to_4h.weight: no gate in it .* say strategy='megatron'"),
+    ],
+)
+def test_a_strategy_that_the_shapes_deny_is_refused(tmp_path: Path, rows: int, strategy: str, why: str) -> None:
+    """Else the halves of a gated layer would be cut as one block, in silence."""
+    weights = {"a.dense_h_to_4h.weight": np.zeros((rows, 4), np.float32), "a.dense_4h_to_h.weight": np.zeros((4, 8))}
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=why):
+        ckptlab.open(tmp_path, strategy=strategy)
+    assert [f.code for f in ckptlab.check(tmp_path, strategy=strategy).findings] == ["strategy-denied"]
+    with pytest.raises(ReshapeError, match=why):
+        ckptlab.open(tmp_path).reshape(tp=2, strategy=strategy)
+    other = {"megatron": "megatron-swiglu", "megatron-swiglu": "megatron"}[strategy]
+    assert ckptlab.open(tmp_path).reshape(tp=2, strategy=other).mesh.tp == 2
 
 
 class TestJSON:

@@ -41,6 +41,7 @@ CASES = COMMITTED | {
     "gpt_tp2_pp1_dp2_fp16": Case("gpt", tp=2, dp=2, dtype="fp16"),
     "gpt_tp1_pp2_dp2_zero0": Case("gpt", pp=2, dp=2, zero=0),
     "gpt_tp2_pp2_dp1_zero0_fp16": Case("gpt", tp=2, pp=2, zero=0, dtype="fp16"),
+    "gpt_tp1_pp2_dp2_round_robin": Case("gpt", pp=2, dp=2, dtype="fp16", zero_config={"round_robin_gradients": True}),
     "gpt_tp4_pp1_dp1": Case("gpt", tp=4, grad_accum_dtype="fp32"),
     "llama_tp2_pp1_dp2": Case("llama", tp=2, dp=2, grad_accum_dtype="fp32"),
     "gqa_tp2_pp1_dp2": Case("gqa", tp=2, dp=2, grad_accum_dtype="fp32"),

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Fragment, Gradients, ParameterGroup
 from ckptlab.errors import CheckpointError
@@ -22,6 +22,7 @@ from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wra
 from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
 
+T = TypeVar("T")
 Pieces = dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]]
 Partitions = Mapping[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]]
 Spans = Mapping[str, tuple[int, int]]  # tensor → (start, count) in a partition
@@ -94,7 +95,8 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
                         faults.report(finding)
     groups: tuple[ParameterGroup, ...] = ()
     with faults.caught():
-        groups, index = match_groups(folder.path, [_stage_groups(folder, p) for p in range(folder.mesh.pp)])
+        stages = [_stage_groups(folder, p, round_robin) for p in range(folder.mesh.pp)]
+        groups, index = match_groups(folder.path, stages)
     if faults.failed:
         return None
     scalars: dict[int, Mapping[str, Any]] = {}
@@ -365,13 +367,33 @@ def _spans(flat: FlatBuffer, d: int) -> Spans:
     return {flat.names[i]: (int(start), int(count)) for i, _, start, count in flat.within(d)}
 
 
-def _stage_groups(folder: StepFolder, stage: int) -> list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]:
-    """(options, names) of each parameter group of a stage; at ZeRO-3 a group's sub-groups are joined."""
+def _stage_groups(
+    folder: StepFolder, stage: int, round_robin: bool
+) -> list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]:
+    """(options, names in the program's order) of each parameter group of a stage; at ZeRO-3 a group's sub-groups are
+    joined."""
     leader = folder.optims[stage, 0][0]
     joined: list[list[str]] = [[] for _ in leader.options]
     for g, names in zip(leader.group_of, folder.heads[stage, 0][0].shapes or (), strict=True):
-        joined[g] += folder.experts.everywhere(list(names)) if folder.experts else names
+        joined[g] += program_order(folder, list(names), round_robin)
     return [(options, tuple(names)) for options, names in zip(leader.options, joined, strict=True)]
+
+
+def program_order(folder: StepFolder, names: list[str], round_robin: bool) -> list[str]:
+    """The tensors of a rank's buffer in the order in which the program has them; of experts, those of all ep ranks."""
+    experts = folder.experts
+    if round_robin and names:
+        degree = experts.degree(names[0])
+        ranks = experts.dealt(degree, folder.mesh)[0] if degree and experts.over_tp else ()
+        dp = len(ranks or experts.shares(names, folder.mesh)[0].ranks)
+        dealt = dealt_round_robin(range(len(names)), dp)
+        names = [name for _, name in sorted(zip(dealt, names, strict=True))]
+    return experts.everywhere(names) if experts else names
+
+
+def dealt_round_robin(names: Sequence[T], dp: int) -> list[T]:
+    """The order in which round_robin_gradients lays a group's tensors out: dealt to dp ranks, then rank after rank."""
+    return [n for j in range(min(dp, len(names))) for n in names[j::dp]]
 
 
 def match_groups(

@@ -19,7 +19,7 @@ from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
-from ckptlab.formats.deepspeed.optimizer import gradients
+from ckptlab.formats.deepspeed.optimizer import dealt_round_robin, gradients
 from ckptlab.formats.deepspeed.options import (
     TargetOptions,
     fused_of,
@@ -310,11 +310,10 @@ def _groups(
 ) -> tuple[ParameterGroup, ...]:
     groups = catalog.groups
     if experts:
-        ordered = [replace(g, tensors=tuple(_union_of_stages(catalog, g))) for g in groups]
         sizes = {name: tensor.numel for name, tensor in catalog.tensors.items()}
         own = {name: tensor.stages[0] for name, tensor in catalog.tensors.items()}
         new = {name: held[0] for name, held in stages.items()}
-        groups = regrouped(ordered, catalog.private.folder.experts, experts, sizes, own, new)
+        groups = regrouped(groups, catalog.private.folder.experts, experts, sizes, own, new)
     if options.param_groups is None:
         return groups
     if len(options.param_groups) != len(groups):
@@ -337,15 +336,13 @@ def _flat_groups(
             every = [n for n in group.tensors if p in tensors[n].stages]
             if not every:
                 continue
-            if not experts:  # those of a model with experts are in order already
-                every = original_order(catalog, every)
             shares = experts.shares(every, mesh)
             if experts.fused_of(every[0]):  # ep cuts them: the same tensors are on all its ranks
                 shares = (replace(shares[0], at={}),)
             for rank, share in enumerate(shares):
                 names = experts.on_rank(every, rank) if share.at else every
                 if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
-                    names = round_robin(names, len(share.ranks))
+                    names = dealt_round_robin(names, len(share.ranks))
                 zero_stage = 3 if wrapper is Wrapper.ZERO3 else 1
                 found += [
                     FlatGroup.laid_out(Holder(pp=p, **share.at), index, members, tensors, mesh, zero_stage, sub)
@@ -358,25 +355,6 @@ def _flat_groups(
 
 def _round_robin(catalog: Catalog, options: TargetOptions) -> bool:
     return catalog.private.round_robin if options.round_robin is None else options.round_robin
-
-
-def round_robin(names: list[str], dp: int) -> list[str]:
-    """The order in which round_robin_gradients lays a group's tensors out: dealt to dp ranks, then rank after rank."""
-    return [n for j in range(min(dp, len(names))) for n in names[j::dp]]
-
-
-def original_order(catalog: Catalog, names: list[str]) -> list[str]:
-    """A group's tensors in the order of the user's program, undoing the source's round robin; of experts, those of all
-    ep ranks."""
-    folder = catalog.private.folder
-    if not catalog.private.round_robin:
-        return names
-    (first, *_) = folder.experts.shares(names, folder.mesh)
-    held = folder.experts.on_rank(names, 0)
-    dealt = round_robin([str(i) for i in range(len(held))], len(first.ranks))
-    position = {int(i): n for i, n in zip(dealt, held, strict=True)}
-    ordered = [position[i] for i in range(len(held))]
-    return folder.experts.everywhere(ordered)
 
 
 def _sub_groups(
@@ -404,17 +382,6 @@ def _sub_groups(
             groups.append([])
             held = 0
     return groups
-
-
-def _union_of_stages(catalog: Catalog, group: ParameterGroup) -> dict[str, None]:
-    """The tensors of a group as the program has them, in order: those of the source's first stage, then further ones of
-    the next."""
-    found: dict[str, None] = {}
-    for stage in range(catalog.private.folder.mesh.pp):
-        found |= dict.fromkeys(
-            original_order(catalog, [n for n in group.tensors if stage in catalog.tensors[n].stages])
-        )
-    return found
 
 
 def _refuse_empty_groups(

@@ -82,7 +82,11 @@ PICTURES: dict[str, Callable[[], str]] = {
     "family": lambda: column(viz.family(line("llama-megatron-core", "linear_qkv.weight"), q=3)),
     "flat": lambda: column(viz.flat(gpt().catalog.flat_groups[0]), viz.flat(zero3().catalog.flat_groups[0])),
     "stages": lambda: row(viz.stages(gpt().catalog), viz.stages(zero3().catalog)),
-    "memory": lambda: column(viz.memory(gpt().catalog), viz.memory(gpt().reshape(Mesh(tp=4, pp=2, dp=64)).target)),
+    "memory": lambda: column(
+        viz.memory(gpt().catalog),
+        viz.memory(gpt().reshape(Mesh(tp=4, pp=2, dp=64)).target),
+        viz.memory(gpt(), activations=viz.Activations(sequence=64, flash=False, dropout=True)),
+    ),
     "plan": lambda: column(viz.plan(gpt().reshape(Mesh(tp=4, dp=2)).plan)),
     "flow": lambda: row(
         viz.flow(gpt().reshape(Mesh(tp=4, dp=2)).plan), viz.flow(gpt().reshape(BIG).plan, gpt().mesh, BIG)

@@ -130,10 +130,10 @@ def test_memory_follows_the_zero_stage() -> None:
     """The figures of the ZeRO paper: 16 bytes a parameter, of which 12, 14 and all 16 are cut over dp."""
     kept = [viz.fullest(ckptlab.paper_model(Mesh(dp=4), stage).catalog) for stage in range(4)]
     n = sum(t.numel for t in ckptlab.paper_model().tensors.values())
-    assert kept[0] == dict(zip(viz.KINDS, (2 * n, 4 * n, 8 * n, 2 * n, 0, 0), strict=True))
+    assert kept[0] == dict(zip(viz.KINDS, (2 * n, 4 * n, 8 * n, 2 * n, *[0] * 8), strict=True))
     wanted = [(2, 4, 8, 2, 0, 0), (2, 1, 2, 2, 0, 0), (2, 1, 2, 0.5, 0, 0), (0.5, 1, 2, 0.5, 0, 0)]
     for found, each in zip(kept, wanted, strict=True):
-        assert list(found.values()) == pytest.approx([n * k for k in each], rel=0.001)
+        assert list(found.values())[:6] == pytest.approx([n * k for k in each], rel=0.001)
 
 
 @pytest.mark.parametrize("source", [GPT, ZERO3, None], ids=str)

@@ -313,7 +313,7 @@ function render({ model, el }) {
     again.onchange = () => keep("recompute", again.value);
     kept_.recompute = again;
     kept.append(make("label", {}, make("span", {}, "recompute"), again));
-    for (const [name, label] of Object.entries({ flash: "FlashAttention", sequence_parallel: "sequence parallelism" })) {
+    for (const [name, label] of Object.entries({ flash: "FlashAttention", sequence_parallel: "sequence parallelism", dropout: "dropout" })) {
       const input = make("input", { type: "checkbox", "data-kept": name });
       input.onchange = () => keep(name, input.checked);
       kept_[name] = input;

@@ -45,7 +45,7 @@ def grid(
     cut = thinned(ranks.shape, (PANELS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(b[0]) for b in cut)
     group_of = {rank: i for i, group in enumerate(groups) for rank in group}
-    size = _cell_size(step, ranks.size, bool(groups))
+    size = _cell_size(step, ranks.size, len(groups))
     left = max([width_of(sides[1].label(b)) for b in cut[1]] + [0]) + 8
     panel_w, panel_h = len(cut[2]) * size[0], len(cut[1]) * size[1]
     across = max(1, min(len(cut[0]), int(((width or 900) - left + _GAP) // (panel_w + _GAP))))
@@ -79,9 +79,9 @@ def grid(
     return drawing(title or "ranks", parts, max(total, width_of(title, 14)), height + 2)
 
 
-def _cell_size(step: int, ranks: int, grouped: bool) -> tuple[float, float]:
-    """Room for a rank's number, and before it for its group's."""
-    more = 16.0 if grouped else 0.0
+def _cell_size(step: int, ranks: int, groups: int) -> tuple[float, float]:
+    """Room for a rank's number, and on both sides of it for its group's."""
+    more = 6.0 + 10.0 * len(str(groups - 1)) if groups else 0.0
     return (46.0 + more, 26.0) if step > 1 else (max(34.0, 8.0 * len(str(ranks - 1)) + 14) + more, 28.0)
 
 

@@ -237,9 +237,9 @@ def tail(name: str, width: float, size: float = 12) -> str:
 
 def fitted(content: str, width: float, size: float = 10) -> str:
     """The text, with its middle cut out to fit the width; nothing if hardly anything fits."""
-    most = int(width / (0.6 * size))
-    if len(content) <= most:
+    if width_of(content, size) <= width + 1e-9:
         return content
+    most = int(width / (0.6 * size))
     if most < 5:
         return ""
     head = (most - 1) // 3

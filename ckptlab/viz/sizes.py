@@ -36,18 +36,24 @@ Model: TypeAlias = Viewed | Catalog | Mapping[str, Mapping[str, int]]
 
 
 @explained
-def memory(model: Model, *, activations: Activations | None = None, width: float | None = None) -> Drawing:
+def memory(
+    model: Model,
+    *,
+    activations: Activations | None = None,
+    title: str | None = None,
+    width: float | None = None,
+) -> Drawing:
     """Bytes on each rank, by kind, as stacked bars: see `memory_by_rank`.
 
     model: a checkpoint, a reshape (what the target's ranks hold), a catalog, or any mapping from labels of ranks to
-    {kind: bytes}. activations: those too, by kind. Of many ranks, each bar is the fullest of its block.
-    Lengths are proportional to bytes. width: of the page, in pixels (None: as wide as it likes). Cells: class `amount`,
-    data-kind, data-bytes, data-rank.
+    {kind: bytes}. activations: those too, by kind. title: what stands above (None: that it is memory by rank). Of many
+    ranks, each bar is the fullest of its block. Lengths are proportional to bytes. width: of the page, in pixels
+    (None: as wide as it likes). Cells: class `amount`, data-kind, data-bytes, data-rank.
     """
     model = ranked(model)
     found, kinds, labels = table(model, activations)
     if isinstance(model, Mapping):
-        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [], width)
+        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), title or TITLE, [], width)
     axes = Axes(model.mesh.axes, model.mesh.shape)
     order = spoken(axes.names)
     notes = ["padding of flat buffers is in it; activations and buffers of the communication are not"]
@@ -60,7 +66,7 @@ def memory(model: Model, *, activations: Activations | None = None, width: float
     def label(ranks: Sequence[int]) -> str:
         return f"{ranges(ranks)}: {axes.label(ranks, order, short=True)}"
 
-    return _drawn(found, kinds, label, title(model), notes, width)
+    return _drawn(found, kinds, label, title or titled(model), notes, width)
 
 
 def ranked(model: Model) -> Catalog | Mapping[str, Mapping[str, int]]:
@@ -68,7 +74,7 @@ def ranked(model: Model) -> Catalog | Mapping[str, Mapping[str, int]]:
     return model.held if isinstance(model, Viewed) else model
 
 
-def title(model: Catalog | Mapping[str, Mapping[str, int]]) -> str:
+def titled(model: Catalog | Mapping[str, Mapping[str, int]]) -> str:
     """What the picture is called: of a run, with how it keeps its gradients."""
     kept = None if isinstance(model, Mapping) else model.training.gradients
     return TITLE if kept is None else f"{TITLE}, {kept}"

@@ -48,12 +48,14 @@ def grid(
     size = _cell_size(step, ranks.size, len(groups))
     left = max([width_of(sides[1].label(b)) for b in cut[1]] + [0]) + 8
     panel_w, panel_h = len(cut[2]) * size[0], len(cut[1]) * size[1]
-    across = max(1, min(len(cut[0]), int(((width or 900) - left + _GAP) // (panel_w + _GAP))))
+    named = max(width_of(sides[0].label(b)) for b in cut[0]) if sides[0].size > 1 else 0.0
+    pitch = max(panel_w, named) + _GAP
+    across = max(1, min(len(cut[0]), int(((width or 900) - left + _GAP) // pitch)))
     top = 24 if title else 4
     head = (18 if sides[0].size > 1 else 0) + (16 if sides[2].size > 1 else 0)
     parts = [text(0, 8, title, "title")] if title else []
     for p, panel in enumerate(cut[0]):
-        x0 = left + (p % across) * (panel_w + _GAP)
+        x0 = left + (p % across) * pitch + (pitch - _GAP - panel_w) / 2
         y0 = top + head + (p // across) * (panel_h + head + _GAP)
         if sides[0].size > 1:
             parts.append(text(x0 + panel_w / 2, y0 - head + 6, sides[0].label(panel), "middle strong panel-label"))
@@ -71,7 +73,7 @@ def grid(
         parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, groups, along, spoken)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
-    total = left + across * (panel_w + _GAP) - _GAP + 6
+    total = left + across * pitch - _GAP + 6
     for note in wrapped(_notes(step, ranks.size, marked, groups, along, cut), width):
         height += 18
         parts.append(text(0, height - 9, note, "quiet note"))

@@ -13,7 +13,7 @@ from ckptlab.draw.colours import PALETTE, colour, tinted
 from ckptlab.draw.edge import Edge, Strip
 from ckptlab.draw.fragments import Fragment, areas_drawn, fragment_beside
 from ckptlab.draw.shard import shard_beside
-from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, text, text_of, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, tail, text, text_of, width_of, wrapped
 
 _SIDES, _THIN = (340.0, 280.0, 230.0, 180.0), 46.0
 _SEEN = 4.0  # pixels between two lines
@@ -53,7 +53,7 @@ def sheet(
     fits it is taken, and what stands beside the tensor goes below it where that does not.
     """
     told: dict[str, Any] = {
-        "title": title,
+        "title": title if room is None else tail(title, room, 14),
         "notation": notation,
         "copies": copies,
         "marked": marked,

@@ -53,6 +53,11 @@ def places() -> dict[Path, str]:
     return found | {path: f"pictures/{path.name}" for path in pictures}
 
 
+def as_built(site: dict[Path, str]) -> dict[Path, str]:
+    """The same places once they are pages."""
+    return {path: re.sub(r"\.(md|ipynb)$", ".html", place) for path, place in site.items()}
+
+
 def relinked(text: str, source: Path, site: dict[Path, str]) -> str:
     """Markdown with its links as they are in the site. SystemExit for one that leads nowhere."""
 
@@ -76,7 +81,7 @@ def relinked(text: str, source: Path, site: dict[Path, str]) -> str:
 def write_pages() -> list[str]:
     """All pages into `build/pages`; the notebooks' places, in order."""
     site = places()
-    built = {path: re.sub(r"\.(md|ipynb)$", ".html", place) for path, place in site.items()}  # notebooks' links stay
+    built = as_built(site)  # the build leaves the links of notebooks as they are
     for source, place in site.items():
         out = PAGES / place
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,14 +157,14 @@ def config(notebooks: list[str]) -> str:
     )
 
 
-def dead_links() -> list[str]:
-    """`page: link` of each link and picture of the built site that leads to no file of it."""
+def dead_links(site: Path) -> list[str]:
+    """`page: link` of each link and picture of a built site that leads to no file of it."""
     lost = []
-    for page in sorted(SITE.rglob("*.html")):
+    for page in sorted(site.rglob("*.html")):
         for link in dict.fromkeys(HREF.findall(page.read_text(encoding="utf-8"))):
             target = unquote(link.partition("#")[0].partition("?")[0])
             if target and not re.match(r"[a-z]+:|/", link) and not (page.parent / target).exists():
-                lost.append(f"{page.relative_to(SITE)}: {link}")
+                lost.append(f"{page.relative_to(site)}: {link}")
     return lost
 
 
@@ -174,7 +179,7 @@ def main() -> None:
     done = subprocess.run(command, check=False, env={**os.environ, **quiet})
     if done.returncode:
         raise SystemExit(done.returncode)
-    if lost := dead_links():
+    if lost := dead_links(SITE):
         raise SystemExit("links that lead nowhere:\n" + "\n".join(lost))
     print(f"{SITE.relative_to(ROOT)}/index.html")
 

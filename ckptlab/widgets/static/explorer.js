@@ -295,7 +295,7 @@ function render({ model, el }) {
     const form = make("div", { class: "numbers" });
     const shownFields = { layers: "", hidden: "", heads: "", kv_heads: "kv heads", ffn: "", vocab: "", head_dim: "head dim", experts: "" };
     const edit = (name, value) => want({ model: { ...hands.model, [name]: value } });
-    const otherwise = { kv_heads: "as heads", ffn: "4 × hidden", head_dim: "hidden / heads" }; // where nothing is said
+    const otherwise = { kv_heads: "as heads", ffn: "4 × hidden", head_dim: "÷ heads" }; // where nothing is said
     for (const [name, label] of Object.entries(shownFields)) {
       const input = make("input", { type: "number", min: name === "experts" ? 0 : 1, "data-number": name, placeholder: otherwise[name] });
       input.onchange = () => edit(name, input.value === "" ? null : Number(input.value));

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import ckptlab
 from ckptlab import Mesh, viz
@@ -161,6 +162,31 @@ def test_of_a_hugging_face_folder_config_json_says_the_heads(tmp_path: Path) -> 
         viz.memory(ckptlab.open(tmp_path / "hf"), activations=Activations())
     said = viz.fullest(ckptlab.open(tmp_path / "hf"), Activations(sequence=64, facts={"heads": 4}))
     assert said["attention"] == one["attention"]
+
+
+def test_experts_of_a_checkpoint_are_told_by_its_config(tmp_path: Path) -> None:
+    """A Mixtral of two layers: shapes say its experts, config.json its heads and to how many a token goes."""
+    h, ffn, experts = 16, 24, 4
+    shapes = {"model.embed_tokens.weight": (50, h), "model.norm.weight": (h,), "lm_head.weight": (50, h)}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.{norm}_layernorm.weight": (h,) for norm in ("input", "post_attention")}
+        shapes |= {f"{layer}.self_attn.{k}_proj.weight": (n, h) for k, n in (("q", h), ("k", 8), ("v", 8), ("o", h))}
+        shapes[f"{layer}.block_sparse_moe.gate.weight"] = (experts, h)
+        for e in range(experts):
+            expert = f"{layer}.block_sparse_moe.experts.{e}"
+            shapes |= {
+                f"{expert}.w1.weight": (ffn, h),
+                f"{expert}.w3.weight": (ffn, h),
+                f"{expert}.w2.weight": (h, ffn),
+            }
+    save_file({n: np.zeros(shape, np.float32) for n, shape in shapes.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "num_experts_per_tok": 2}')
+    found = viz.fullest(ckptlab.open(tmp_path), Activations(sequence=10))
+    assert found["feed-forward"] == 2 * 10 * 2 * ((1 + 2) * h + 2 * 3 * ffn)  # layers, tokens, bytes
+    assert found["attention"] == 2 * 10 * 2 * (h + h + 2 * 8 + h)
+    one = viz.fullest(ckptlab.open(tmp_path), Activations(sequence=10, active=1))
+    assert found["feed-forward"] - one["feed-forward"] == 2 * 10 * 2 * (h + 3 * ffn)
 
 
 def test_of_names_that_no_family_has_the_facts_are_told() -> None:

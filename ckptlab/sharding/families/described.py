@@ -59,6 +59,8 @@ def described(catalog: Catalog, facts: Mapping[str, Any]) -> Described:
     said, stages, gated = _seen(catalog, facts)
     found = {name: said[word] for name, words in _WORDS.items() for word in reversed(words) if said.get(word)}
     if dense := said.get("mlp_only_layers"):
+        if list(dense) != list(range(len(dense))):
+            raise LayoutError(f"{catalog.path}: layers {list(dense)} have no experts: only the first ones may be such")
         found |= {"dense_layers": len(dense), "dense_ffn": said["intermediate_size"]}
     found |= {"gated": gated, "tied": bool(said["tie_word_embeddings"])} if said else {}
     try:

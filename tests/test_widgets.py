@@ -460,3 +460,16 @@ def test_the_chosen_tensor_has_one_colour_through_all_steps(subject: Subject) ->
         assert mine
         assert mine <= blue
         assert {fill for fill, name in fills if name not in ("", DENSE)} <= {"#a8a8a8"}
+
+
+def test_the_line_opens_what_is_shown() -> None:
+    """What was opened with a mesh or layouts, or is seen under other names, no `open` of its path gives."""
+    step = DATA / "fsdp2_tp2_dp2" / "step-3"
+    named = ckptlab.open(step, mesh=Mesh(dp=2, tp=2))
+    assert ckptlab.explore(step).shown("line.Look").startswith("ckptlab.open(")
+    assert ckptlab.explore(named).shown("line.Look") == 'ckpt.full("master", stack=False)["embed.weight"]'
+    seen = ckptlab.families.resolve("gpt2", (run := ckptlab.open(GPT))).onto(run)
+    assert ckptlab.explore(seen).shown("line.Look").startswith('ckpt.full("master", stack=False)["transformer.')
+    explorer = ckptlab.explore(named)
+    explorer.choose(tab="Reshape", mesh=Mesh(dp=2, tp=2))
+    assert explorer.shown("line.Reshape").startswith("ckpt.reshape(ckptlab.Mesh(tp=2, dp=2)")

@@ -51,7 +51,7 @@ def picture(
     over = {*cut.axes, *(axis for f in fragments for axis in f.place)}
     marked = None if rank is None else {axis: k for axis, k in rank.items() if axis in over}
     shard = None
-    if marked and not set(cut.axes) - set(marked):  # of what is not cut, everyone has what is drawn
+    if marked is not None and not set(cut.axes) - set(marked):
         places = zip(cut.dims, cut.per_dim(cut.coordinate(marked)), strict=True)
         shard = [[(int(s), int(n)) for s, n in intervals(dim.runs[at])[:, [0, 2]]] for dim, at in places]
     return sheet(

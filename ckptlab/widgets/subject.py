@@ -67,6 +67,8 @@ class Subject:
     def of_checkpoint(ckpt: Checkpoint) -> Subject:
         if numbers := ckpt.catalog.training.numbers:
             return Subject.on_paper(PaperModel(**numbers), ckpt.mesh, ckpt.zero_stage or 0)
+        if not ckpt.plainly:  # with layouts or a mesh that a user said, or under other names: as the user calls it
+            return Subject(ckpt.catalog, "ckpt")
         path = min(ckpt.path, os.path.relpath(ckpt.path), key=len)
         return Subject(ckpt.catalog, f"ckptlab.open({path!r})")
 

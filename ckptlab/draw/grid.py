@@ -122,7 +122,8 @@ def _panel(
             tip = _tip(held, {axis: place[axis] for axis in spoken or place}, found, along)
             label = str(held[0]) if len(held) == 1 else _several(held, marked)
             strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
-            cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, rx="3", **strong))
+            small = width_of(_several([int(ranks.max())] * len(held), frozenset())) + 8 > box[2] and len(held) > 1
+            cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, small=small, rx="3", **strong))
             if found:
                 outlines.setdefault(found, []).append((i, j, box))
     return cells + [line for found, boxes in outlines.items() for line in _outline(found, boxes)]

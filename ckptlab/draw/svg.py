@@ -157,8 +157,8 @@ def cell(
 ) -> str:
     """A rectangle (x, y, width, height) that stands for something: it has a tooltip and, if it fits, a label.
 
-    Its classes are "cell" and `kind`; `data` become `data-*` attributes; hatch: what it stands for is padding; small: in
-    small letters even where larger ones would fit, as those of cells beside it.
+    Its classes are "cell" and `kind`; `data` become `data-*` attributes; hatch: what it stands for is padding; small:
+    in small letters even where larger ones would fit, as those of cells beside it.
     """
     x, y, w, h = box
     shape = element(

@@ -59,7 +59,9 @@ def open(
     execute something, UnsupportedError for a kind that ckptlab does not read yet.
     """
     said = Mesh(**mesh) if mesh is not None and not isinstance(mesh, Mesh) else mesh
-    return Checkpoint(formats.read(path, resolve(strategy), storage_options, said))
+    found = Checkpoint(formats.read(path, resolve(strategy), storage_options, said))
+    found.plainly = strategy is mesh is storage_options is None and isinstance(path, str | os.PathLike)
+    return found
 
 
 @explained
@@ -84,6 +86,8 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
     """
 
     __eq__, __hash__ = object.__eq__, object.__hash__
+    plainly = False
+    """Whether `ckptlab.open` of its path, and nothing said beside, gives the same."""
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = self.source = self.held = catalog

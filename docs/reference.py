@@ -184,6 +184,7 @@ EXAMPLES = {
     "viz.flat": "viz.flat(ckpt.catalog.flat_groups[0], tp=1)",
     "viz.flow": "viz.flow(reshaped)",
     "viz.fullest": "viz.fullest(ckpt)",
+    "viz.ACTIVATIONS": "viz.ACTIVATIONS",
     "viz.KINDS": "viz.KINDS",
     "viz.memory": "viz.memory(ckpt)",
     "viz.memory_by_rank": "viz.memory_by_rank(reshaped)",

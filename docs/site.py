@@ -15,11 +15,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 PAGES, SITE = BUILD / "pages", BUILD / "site"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+HREF = re.compile(r"<(?:a|img|iframe|source|link|script)\b[^>]*?\b(?:href|src|srcset)=\"([^\"]+)\"")
 TUTORIALS = "Tutorials"
 HOW_TO = {
     "formats.md": "Formats, kind by kind",
@@ -51,6 +53,11 @@ def places() -> dict[Path, str]:
     return found | {path: f"pictures/{path.name}" for path in pictures}
 
 
+def as_built(site: dict[Path, str]) -> dict[Path, str]:
+    """The same places once they are pages."""
+    return {path: re.sub(r"\.(md|ipynb)$", ".html", place) for path, place in site.items()}
+
+
 def relinked(text: str, source: Path, site: dict[Path, str]) -> str:
     """Markdown with its links as they are in the site. SystemExit for one that leads nowhere."""
 
@@ -74,6 +81,7 @@ def relinked(text: str, source: Path, site: dict[Path, str]) -> str:
 def write_pages() -> list[str]:
     """All pages into `build/pages`; the notebooks' places, in order."""
     site = places()
+    built = as_built(site)  # the build leaves the links of notebooks as they are
     for source, place in site.items():
         out = PAGES / place
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +92,12 @@ def write_pages() -> list[str]:
             book = json.loads(source.read_text(encoding="utf-8"))
             for cell in book["cells"]:
                 if cell["cell_type"] == "markdown":
-                    cell["source"] = relinked("".join(cell["source"]), source, site)
+                    cell["source"] = relinked("".join(cell["source"]), source, built)
             out.write_text(json.dumps(book), encoding="utf-8")
         else:
             shutil.copyfile(source, out)
     (PAGES / "widget.md").write_text(WIDGETS, encoding="utf-8")
+    shutil.copyfile(ROOT / "docs" / "site.css", PAGES / "site.css")
     return [place for place in site.values() if place.endswith(".ipynb")]
 
 
@@ -132,7 +141,13 @@ def config(notebooks: list[str]) -> str:
             "docs_dir": str(PAGES),
             "site_dir": str(SITE),
             "use_directory_urls": False,
-            "theme": {"name": "material", "font": False, "palette": palette, "features": ["navigation.sections"]},
+            "theme": {
+                "name": "material",
+                "font": False,
+                "palette": palette,
+                "features": ["navigation.sections", "toc.integrate"],
+            },
+            "extra_css": ["site.css"],
             "plugins": ["search", {"mkdocs-jupyter": {"execute": False, "ignore_h1_titles": True}}],
             "markdown_extensions": ["tables", "fenced_code", "md_in_html", {"toc": {"permalink": True}}],
             "validation": {"links": {"not_found": "warn", "anchors": "warn", "unrecognized_links": "warn"}},
@@ -140,6 +155,17 @@ def config(notebooks: list[str]) -> str:
         },
         indent=1,
     )
+
+
+def dead_links(site: Path) -> list[str]:
+    """`page: link` of each link and picture of a built site that leads to no file of it."""
+    lost = []
+    for page in sorted(site.rglob("*.html")):
+        for link in dict.fromkeys(HREF.findall(page.read_text(encoding="utf-8"))):
+            target = unquote(link.partition("#")[0].partition("?")[0])
+            if target and not re.match(r"[a-z]+:|/", link) and not (page.parent / target).exists():
+                lost.append(f"{page.relative_to(site)}: {link}")
+    return lost
 
 
 def main() -> None:
@@ -153,6 +179,8 @@ def main() -> None:
     done = subprocess.run(command, check=False, env={**os.environ, **quiet})
     if done.returncode:
         raise SystemExit(done.returncode)
+    if lost := dead_links(SITE):
+        raise SystemExit("links that lead nowhere:\n" + "\n".join(lost))
     print(f"{SITE.relative_to(ROOT)}/index.html")
 
 

@@ -20,6 +20,11 @@ def cells(drawing: Drawing, *classes: str) -> list[Element]:
     return [e for e in elements(drawing) if e.tag == f"{SVG}rect" and {*classes} <= {*e.get("class", "").split()}]
 
 
+def paths(drawing: Drawing, kind: str) -> list[Element]:
+    """The paths of a class."""
+    return [e for e in elements(drawing) if e.tag.endswith("}path") and kind in e.get("class", "").split()]
+
+
 def texts(drawing: Drawing, kind: str | None = None) -> list[str]:
     """What is written, of one class or at all; not the tooltips."""
     found = [e for e in elements(drawing) if e.tag == f"{SVG}text"]

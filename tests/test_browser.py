@@ -328,6 +328,11 @@ def test_an_exported_page_answers_from_disk(tmp_path: Path) -> None:
         slide(root, "tp", 8)
         root.get_by_text("not in this page").wait_for()
         root.locator('[data-axis="tp"] [data-degree="2"]').click()
+        root.locator('.panel:not([hidden]) .slider[data-axis="tp"] input').focus()
+        page.keyboard.press("ArrowRight")  # over tp 3, which is not there
+        settled(page, "tp 4 · pp 2 · dp 2")
+        page.keyboard.press("ArrowLeft")
+        settled(page, "tp 2 · pp 2 · dp 2")
         slide(root, "pp", 1)
         settled(page, "tp 2 · pp 1 · dp 2")
         root.locator('.leaf[data-name="5.mlp.dense_4h_to_h.weight"]').or_(

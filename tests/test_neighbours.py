@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn import cells, texts
+from drawn import cells, paths, texts
 
 from ckptlab import LayoutError, Mesh, MeshError, viz
 from ckptlab.errors import InputError
@@ -41,8 +41,8 @@ def test_strided_and_partial_axes_are_said() -> None:
     part = spec([Placed(reduce_op="sum"), Placed(dim=1)], (16, 8), dp=2, tp=2)
     drawing = viz.tensor(part)
     assert "partial over dp: what its 2 ranks hold is put together by sum" in texts(drawing, "note")
-    assert not cells(drawing, "copy")
-    assert len(cells(viz.tensor(spec([Placed(), Placed(dim=1)], (16, 8), dp=2, tp=2)), "copy")) == 1
+    assert not paths(drawing, "copy")
+    assert len(paths(viz.tensor(spec([Placed(), Placed(dim=1)], (16, 8), dp=2, tp=2)), "copy")) == 1
     with pytest.raises(LayoutError, match="strided by 3"):
         viz.tensor(spec([Placed(dim=0, split_factor=3), Placed(dim=0)], (16, 8), dp=2, tp=2))
 

@@ -24,7 +24,7 @@ def test_the_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
-        exec(block.replace("run/reshaped", str(tmp_path)), names)
+        exec(block.replace("/tmp/reshaped", str(tmp_path)), names)
     assert names["diff"].changed
     assert names["run"].steps == (2, 4, 5)
     assert names["cut"].shard_shape((0,)) == (16, 32)

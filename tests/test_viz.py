@@ -9,12 +9,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from xml.etree.ElementTree import Element
 
 import numpy as np
 import pytest
 from compare import GPT, ZERO2, ZERO3
-from drawn import area, box, cells, elements, numbers, overlap, texts, tip
+from drawn import area, box, cells, elements, numbers, overlap, paths, texts, tip
 from helpers.html import assert_well_formed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,9 +226,9 @@ def test_padding_is_hatched_and_counted() -> None:
 
 def test_copies_lie_behind_and_are_told() -> None:
     drawing = viz.tensor("(tp out) in", (8, 4), Mesh(tp=2, dp=3, pp=2))
-    assert len(cells(drawing, "copy")) == 2
+    assert len(paths(drawing, "copy")) == 2
     assert "each piece is held alike by 3 ranks (dp 3)" in texts(drawing, "note")
-    assert not cells(viz.tensor("(tp out) in", (8, 4), Mesh(tp=2, pp=2)), "copy")
+    assert not paths(viz.tensor("(tp out) in", (8, 4), Mesh(tp=2, pp=2)), "copy")
     whole = viz.tensor("out in", (8, 4), Mesh(tp=2))
     assert len(cells(whole, "piece")) == 1
     assert "every rank" in texts(whole)
@@ -653,11 +652,6 @@ def test_every_picture_can_be_made_and_is_there() -> None:
 
 
 # A mesh as a block, a plan as a flow
-
-
-def paths(drawing: Drawing, kind: str) -> list[Element]:
-    """The paths of a class."""
-    return [e for e in elements(drawing) if e.tag.endswith("}path") and kind in e.get("class", "").split()]
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=2, pp=2, dp=2), Mesh(tp=8), Mesh(tp=8, pp=8, dp=8), Mesh(pp=512)], ids=str)

@@ -28,13 +28,15 @@ def bars(
     title: str = "",
     notes: Sequence[str] = (),
     limit: int | None = None,
+    families: Mapping[str, Sequence[str]] | None = None,
     width: float | None = None,
 ) -> Drawing:
     """Bars to one scale, drawn for a page of a width (pixels; None: as wide as they like); kinds in the order in which
     they first come, which is also that of their colours.
 
     A kind of which there is nothing is not in the legend, but keeps its colour. limit: bytes at which a dashed line
-    stands, where a bar reaches it.
+    stands, where a bar reaches it. families: name → kinds that have a line of their own in the legend, behind that
+    name.
     """
     kinds = list(dict.fromkeys(kind for stack in stacks for kind in stack.amounts))
     most = max([sum(stack.amounts.values()) for stack in stacks] + [1])
@@ -44,12 +46,19 @@ def bars(
     longest = _WIDTH if width is None else max(width - left - 80, 80.0)
     parts = [text(0, 8, title, "title")] if title else []
     y, wide = 28.0 if title else 8.0, 0.0
-    x = left if width is None else 0.0
+    family_of = {kind: family for family, members in (families or {}).items() for kind in members}
+    begin = left if width is None else 0.0
+    right = left + _WIDTH if width is None else width
+    x, before = begin, ""
     for k, kind in enumerate(kinds):
         if not any(stack.amounts.get(kind) for stack in stacks):
             continue
-        if width is not None and x and x + width_of(kind) + 15 > width:
-            x, y = 0.0, y + 18
+        if (family := family_of.get(kind, "")) != before:
+            x, y = begin, y + 18 if x > begin else y
+            parts.append(text(x, y, f"{family}:", "legend-family quiet"))
+            x, before = x + width_of(family) + 14, family
+        if x > begin and x + width_of(kind) + 15 > right:
+            x, y = begin, y + 18
         parts += [swatch(x, y, colour(k)), text(x + 15, y, kind, "legend")]
         x += width_of(kind) + 34
         wide = max(wide, x)
@@ -68,7 +77,8 @@ def bars(
             amount = stack.amounts.get(kind, 0)
             if amount:
                 length = longest * amount / most
-                tip = f"{stack.label} · {kind} · {size(amount)}"
+                family = f"{family_of[kind]}, " if kind in family_of else ""
+                tip = f"{stack.label} · {family}{kind} · {size(amount)}"
                 data = {"kind": kind, "bytes": amount, **stack.data}
                 parts.append(
                     cell((x, y, length, _HEIGHT), colour(k), tip, kind="amount", label=size(amount), data=data)

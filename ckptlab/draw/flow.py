@@ -25,7 +25,7 @@ def flow(
     width: float | None = None,
 ) -> Drawing:
     """table[i][j] bytes go from i (left) to j (right), in the colour of i; of these kept[i][j] do not change rank:
-    those bands have an outline.
+    so much of the band has an outline.
 
     Cells: paths of class `flow`, data-source, data-target, data-bytes, data-kept; boxes of class `end`, data-source or
     data-target, data-bytes.
@@ -100,26 +100,28 @@ def _band(
     i: int,
     j: int,
 ) -> str:
+    stays = f" · {size(kept)} stay on their rank" if kept else ""
+    tip = f"{rows.labels[i]} → {columns.labels[j]} · {size(nbytes)}{stays}"
+    data = {"source": _told(rows.ranks[i]), "target": _told(columns.ranks[j]), "bytes": nbytes, "kept": kept}
+    told = {f"data_{name}": value for name, value in data.items()}
+    whole = element(
+        "path", element("title", text_of(tip)), d=_path(band), class_="flow", fill=colour(i), fill_opacity=".4", **told
+    )
+    if not kept:
+        return whole
+    x, y, end, to, high = band
+    outline: dict[str, Any] = {"stroke": "currentColor", "stroke_width": "1.1"}
+    own = _path((x, y, end, to, high * kept / nbytes))
+    return whole + element("path", d=own, class_="own overlay", fill=colour(i), fill_opacity=".6", **outline)
+
+
+def _path(band: tuple[float, float, float, float, float]) -> str:
     x, y, end, to, high = band
     high = max(high, 0.4)
     middle = (x + end) / 2
-    path = (
+    return (
         f"M{x:.1f} {y:.2f}C{middle:.1f} {y:.2f} {middle:.1f} {to:.2f} {end:.1f} {to:.2f}v{high:.2f}"
         f"C{middle:.1f} {to + high:.2f} {middle:.1f} {y + high:.2f} {x:.1f} {y + high:.2f}Z"
-    )
-    stays = f" · {size(kept)} stay on their rank" if kept else ""
-    tip = f"{rows.labels[i]} → {columns.labels[j]} · {size(nbytes)}{stays}"
-    style: dict[str, Any] = {"fill": colour(i), "fill_opacity": ".75" if kept else ".4"}
-    if kept:
-        style |= {"stroke": "currentColor", "stroke_width": "1.1" if kept == nbytes else ".6", "stroke_opacity": "1"}
-    data = {"source": _told(rows.ranks[i]), "target": _told(columns.ranks[j]), "bytes": nbytes, "kept": kept}
-    return element(
-        "path",
-        element("title", text_of(tip)),
-        d=path,
-        class_="flow",
-        **style,
-        **{f"data_{name}": value for name, value in data.items()},
     )
 
 

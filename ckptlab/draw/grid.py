@@ -45,15 +45,17 @@ def grid(
     cut = thinned(ranks.shape, (PANELS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(b[0]) for b in cut)
     group_of = {rank: i for i, group in enumerate(groups) for rank in group}
-    size = _cell_size(step, ranks.size, bool(groups))
+    size = _cell_size(step, ranks.size, len(groups))
     left = max([width_of(sides[1].label(b)) for b in cut[1]] + [0]) + 8
     panel_w, panel_h = len(cut[2]) * size[0], len(cut[1]) * size[1]
-    across = max(1, min(len(cut[0]), int(((width or 900) - left + _GAP) // (panel_w + _GAP))))
+    named = max(width_of(sides[0].label(b)) for b in cut[0]) if sides[0].size > 1 else 0.0
+    pitch = max(panel_w, named) + _GAP
+    across = max(1, min(len(cut[0]), int(((width or 900) - left + _GAP) // pitch)))
     top = 24 if title else 4
     head = (18 if sides[0].size > 1 else 0) + (16 if sides[2].size > 1 else 0)
     parts = [text(0, 8, title, "title")] if title else []
     for p, panel in enumerate(cut[0]):
-        x0 = left + (p % across) * (panel_w + _GAP)
+        x0 = left + (p % across) * pitch + (pitch - _GAP - panel_w) / 2
         y0 = top + head + (p // across) * (panel_h + head + _GAP)
         if sides[0].size > 1:
             parts.append(text(x0 + panel_w / 2, y0 - head + 6, sides[0].label(panel), "middle strong panel-label"))
@@ -71,7 +73,7 @@ def grid(
         parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, groups, along, spoken)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
-    total = left + across * (panel_w + _GAP) - _GAP + 6
+    total = left + across * pitch - _GAP + 6
     for note in wrapped(_notes(step, ranks.size, marked, groups, along, cut), width):
         height += 18
         parts.append(text(0, height - 9, note, "quiet note"))
@@ -79,9 +81,9 @@ def grid(
     return drawing(title or "ranks", parts, max(total, width_of(title, 14)), height + 2)
 
 
-def _cell_size(step: int, ranks: int, grouped: bool) -> tuple[float, float]:
-    """Room for a rank's number, and before it for its group's."""
-    more = 16.0 if grouped else 0.0
+def _cell_size(step: int, ranks: int, groups: int) -> tuple[float, float]:
+    """Room for a rank's number, and on both sides of it for its group's."""
+    more = 6.0 + 10.0 * len(str(groups - 1)) if groups else 0.0
     return (46.0 + more, 26.0) if step > 1 else (max(34.0, 8.0 * len(str(ranks - 1)) + 14) + more, 28.0)
 
 
@@ -120,7 +122,8 @@ def _panel(
             tip = _tip(held, {axis: place[axis] for axis in spoken or place}, found, along)
             label = str(held[0]) if len(held) == 1 else _several(held, marked)
             strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
-            cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, rx="3", **strong))
+            small = width_of(_several([int(ranks.max())] * len(held), frozenset())) + 8 > box[2] and len(held) > 1
+            cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, small=small, rx="3", **strong))
             if found:
                 outlines.setdefault(found, []).append((i, j, box))
     return cells + [line for found, boxes in outlines.items() for line in _outline(found, boxes)]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, rect, text, text_of, width_of, wrapped
+from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, rect, tail, text, text_of, width_of, wrapped
 from ckptlab.words import ranges
 
 ABOVE, BELOW, NAN = "#d55e00", "#0072b2", "#cc79a7"
@@ -82,6 +82,7 @@ def heat(
     area = (left, top, wide * across, high * down)
     strength = np.minimum(np.abs(values) / full, 1.0) if full else np.zeros(values.shape)
     faint = np.ones(values.shape) if marked is None else np.where(np.isin(owner, list(marked)), 1.0, 0.3)
+    title = title if width is None else tail(title, width, 14)
     parts = [text(0, 8, title, "title")] if title else []
     parts += _sides(rows, columns, area, across, down, high, wide)
     if alone and tip is not None:

@@ -60,8 +60,11 @@ def matrix(
         parts.append(text(left + (j + 0.5) * wide, top + down + 12, size(nbytes), "small middle quiet sum"))
     y = top + down + 24
     said = [f"figures in {name}", *notes]
-    if any(n for row in kept for n in row):
-        said[0] += "; thick frame: stays on the rank where it is; thin frame: some of it does"
+    own = [(n, all_) for row, whole in zip(kept, table, strict=True) for n, all_ in zip(row, whole, strict=True) if n]
+    if any(n == all_ for n, all_ in own):
+        said[0] += "; thick frame: stays on the rank where it is"
+    if any(n < all_ for n, all_ in own):
+        said[0] += "; thin frame: some of it stays on its rank"
     said = wrapped(said, width)
     for line in said:
         y += 18

@@ -10,7 +10,7 @@ from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, tail, text, width_of, wrapped
 from ckptlab.words import elements
 
-_WIDTH, _HEIGHT, _GAP = 200.0, 42.0, 50.0
+_WIDTH, _HEIGHT, _GAP = 216.0, 42.0, 50.0
 
 
 @dataclass(frozen=True)

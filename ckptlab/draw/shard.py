@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from ckptlab.draw.colours import colour
+from ckptlab.draw.colours import PALETTE, colour
 from ckptlab.draw.edge import STRIPS, Edge
 from ckptlab.draw.svg import cell, text, width_of
 
@@ -27,13 +27,14 @@ def shard_beside(
     for edge in edges:
         block = next(i for i, b in enumerate(edge.blocks) if edge.axes.where(dict(marked)).intersection(b))
         number = number * len(edge.blocks) + block
+    fill = colour(number) if any(edge.axes.size > 1 for edge in edges) else PALETTE[-1]  # as the whole has it
     who = " ".join(f"{axis} {k}" for axis, k in marked.items()) or "each rank"
     size = " × ".join(f"{sum(n for _, n in pieces):,}" for pieces in shard)
     x, y = corner
     found = [text(x, y - 11, f"{who} holds {size}", "strong shard-label")]
     for (names_a, at_a, a), (names_b, at_b, b) in itertools.product(down, across):
         tip = f"{who} · {', '.join(filter(None, [names_a, names_b]))}"
-        found.append(cell((x + at_b, y + at_a, b, a), colour(number), tip, kind="shard", data=dict(marked)))
+        found.append(cell((x + at_b, y + at_a, b, a), fill, tip, kind="shard", data=dict(marked)))
     end = x + (across[-1][1] + across[-1][2] if across else 0)
     labels = [(end + 8, y + at + a / 2, names) for names, at, a in down if len(down) > 1 and a >= 9]
     found += [text(*label, "small quiet") for label in labels]

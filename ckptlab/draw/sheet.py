@@ -13,7 +13,7 @@ from ckptlab.draw.colours import PALETTE, colour, tinted
 from ckptlab.draw.edge import Edge, Strip
 from ckptlab.draw.fragments import Fragment, areas_drawn, fragment_beside
 from ckptlab.draw.shard import shard_beside
-from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, text, text_of, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, tail, text, text_of, width_of, wrapped
 
 _SIDES, _THIN = (340.0, 280.0, 230.0, 180.0), 46.0
 _SEEN = 4.0  # pixels between two lines
@@ -53,7 +53,7 @@ def sheet(
     fits it is taken, and what stands beside the tensor goes below it where that does not.
     """
     told: dict[str, Any] = {
-        "title": title,
+        "title": title if room is None else tail(title, room, 14),
         "notation": notation,
         "copies": copies,
         "marked": marked,
@@ -98,7 +98,7 @@ def _sheet(
     if notation:
         parts.append(text(0, 26 if title else 8, _spelled(notation, edges), "mono notation", svg=True))
     for k in range(sheets, 0, -1):
-        parts.append(_frame((left + 5 * k, top + 5 * k, width, height), "copy", "1", stroke_opacity=".35"))
+        parts.append(_behind(left + 5 * k, top + 5 * k, width, height))
     down, over = _bands([edges[i] for i in rows], height), _bands([edges[i] for i in columns], width)
     allowed = [edge.axes.where(dict(marked)) if marked is not None else None for edge in edges]
     defs: list[str] = []
@@ -386,6 +386,12 @@ def _parts(edge: Edge, left: float, top: float, width: float, height: float, ver
             found.append(text(box[0] + size / 2, top - 11, said, "middle strong part-label"))
         at += size
     return found
+
+
+def _behind(x: float, y: float, width: float, height: float) -> str:
+    """The edges of a sheet that stand out below and beside the one before it."""
+    path = f"M{x:.1f} {y + height - 5:.1f}v5h{width:.1f}v{-height:.1f}h-5"
+    return element("path", d=path, fill="none", stroke="currentColor", stroke_opacity=".35", class_="copy overlay")
 
 
 def _frame(box: tuple[float, float, float, float], kind: str, width: str, **attributes: object) -> str:

@@ -132,7 +132,7 @@ def _cuts(cuts: Sequence[tuple[int, str]], whole: Bar, left: float, y: float, ac
         x, width = left + across * at / max(whole.length, 1), across * (end - at) / max(whole.length, 1)
         if at:
             high, low = y - 10, y + _HEIGHT + 6
-            path = f"M{x:.2f} {high:.1f}V{low:.1f}"
+            path = f"M{x:.2f} {high:.1f}V{y + 6:.1f}M{x:.2f} {y + _HEIGHT - 6:.1f}V{low:.1f}"  # not through a name
             if len(cuts) > CUTS:
                 path = f"M{x:.2f} {high:.1f}v9M{x:.2f} {low:.1f}v-5"
             style = {"fill": "none", "stroke": "currentColor", "stroke_width": "2", "stroke_dasharray": "4 2"}

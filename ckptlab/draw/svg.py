@@ -152,11 +152,13 @@ def cell(
     label: str = "",
     data: Mapping[str, object] | None = None,
     hatch: bool = False,
+    small: bool = False,
     **attributes: object,
 ) -> str:
     """A rectangle (x, y, width, height) that stands for something: it has a tooltip and, if it fits, a label.
 
-    Its classes are "cell" and `kind`; `data` become `data-*` attributes; hatch: what it stands for is padding.
+    Its classes are "cell" and `kind`; `data` become `data-*` attributes; hatch: what it stands for is padding; small:
+    in small letters even where larger ones would fit, as those of cells beside it.
     """
     x, y, w, h = box
     shape = element(
@@ -174,13 +176,13 @@ def cell(
     shape += hatched(box) if hatch else ""
     if not label or h < 11 or w < width_of(label, 10) + 4:
         return shape
-    small = "" if h >= 14 and w >= width_of(label) + 8 else "small"
+    letters = "" if not small and h >= 14 and w >= width_of(label) + 8 else "small"
     if hatch or fill.startswith("url("):  # on a pattern, letters need a ground of their own
-        wide, high = width_of(label, 10 if small else 12) + 6, 11 if small else 15
+        wide, high = width_of(label, 10 if letters else 12) + 6, 11 if letters else 15
         plate = rect(x + (w - wide) / 2, y + (h - high) / 2, wide, high, rx="3", fill="#fff", class_="plate overlay")
-        return shape + plate + text(x + w / 2, y + h / 2, label, f"middle black {small}".rstrip())
+        return shape + plate + text(x + w / 2, y + h / 2, label, f"middle black {letters}".rstrip())
     on = ink(fill) if fill.startswith("#") and "fill_opacity" not in attributes else ""
-    return shape + text(x + w / 2, y + h / 2, label, " ".join(filter(None, ["middle", small, on])))
+    return shape + text(x + w / 2, y + h / 2, label, " ".join(filter(None, ["middle", letters, on])))
 
 
 def hatched(box: tuple[float, float, float, float]) -> str:
@@ -237,9 +239,9 @@ def tail(name: str, width: float, size: float = 12) -> str:
 
 def fitted(content: str, width: float, size: float = 10) -> str:
     """The text, with its middle cut out to fit the width; nothing if hardly anything fits."""
-    most = int(width / (0.6 * size))
-    if len(content) <= most:
+    if width_of(content, size) <= width + 1e-9:
         return content
+    most = int(width / (0.6 * size))
     if most < 5:
         return ""
     head = (most - 1) // 3

@@ -17,7 +17,7 @@ from ckptlab.viz.model import stages
 from ckptlab.viz.moves import flow, plan
 from ckptlab.viz.placed import placed
 from ckptlab.viz.plots import plot_memory, plot_plan
-from ckptlab.viz.sizes import KINDS, fullest, memory, memory_by_rank
+from ckptlab.viz.sizes import ACTIVATIONS, KINDS, fullest, memory, memory_by_rank
 from ckptlab.viz.tensors import tensor
 from ckptlab.viz.values import values
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ckptlab.viz.families import family
 
 __all__ = [
+    "ACTIVATIONS",
     "KINDS",
     "Activations",
     "Drawing",

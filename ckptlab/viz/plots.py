@@ -12,7 +12,7 @@ from ckptlab.draw.colours import colour
 from ckptlab.draw.pyplot import pyplot
 from ckptlab.plan import Plan
 from ckptlab.viz.moves import moved
-from ckptlab.viz.sizes import Model, ranked, table, title
+from ckptlab.viz.sizes import Model, ranked, table, titled
 from ckptlab.words import size
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def plot_memory(model: Model, ax: Axes | None = None) -> Axes:
         if found[:, k].any():
             ax.bar(np.arange(len(found)), found[:, k], 1.0, bottom, color=colour(k), label=kind)
             bottom += found[:, k]
-    ax.set(xlabel="rank", ylabel="bytes", title=title(model), xlim=(-0.5, max(len(found), 1) - 0.5))
+    ax.set(xlabel="rank", ylabel="bytes", title=titled(model), xlim=(-0.5, max(len(found), 1) - 0.5))
     ax.yaxis.set_major_formatter(lambda value, _: size(value))
     if len(ax.containers):
         ax.legend(frameon=False)

@@ -1,10 +1,12 @@
-"""Memory of each rank while it trains, by kind: weights, master weights, moments, gradients, others, activations."""
+"""Memory of each rank while it trains, by kind: weights, master weights, moments, gradients, others; activations by
+kinds of their own."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TypeAlias
 
@@ -15,16 +17,16 @@ from ckptlab.arguments import explained
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks
-from ckptlab.errors import UnsupportedError
 from ckptlab.layout import Cut
 from ckptlab.mesh import spoken
+from ckptlab.sharding.activations import KINDS as ACTIVATIONS
 from ckptlab.sharding.activations import Activations
-from ckptlab.sharding.transformer import PaperModel
 from ckptlab.viewed import Viewed
 from ckptlab.words import ranges
 
-KINDS = ("module weights", "master weights", "moments", "gradients", "other", "activations")
-GRADIENTS, ACTIVATIONS = KINDS.index("gradients"), KINDS.index("activations")
+STATES = ("module weights", "master weights", "moments", "gradients", "other")
+KINDS = (*STATES, *ACTIVATIONS)
+GRADIENTS = STATES.index("gradients")
 RANKS = 16  # ranks that have a bar each
 BARS = 24  # bars that are drawn
 TITLE = "memory by rank"
@@ -34,18 +36,24 @@ Model: TypeAlias = Viewed | Catalog | Mapping[str, Mapping[str, int]]
 
 
 @explained
-def memory(model: Model, *, activations: Activations | None = None, width: float | None = None) -> Drawing:
+def memory(
+    model: Model,
+    *,
+    activations: Activations | None = None,
+    title: str | None = None,
+    width: float | None = None,
+) -> Drawing:
     """Bytes on each rank, by kind, as stacked bars: see `memory_by_rank`.
 
     model: a checkpoint, a reshape (what the target's ranks hold), a catalog, or any mapping from labels of ranks to
-    {kind: bytes}. activations: those of a model on paper too. Of many ranks, each bar is the fullest of its block.
-    Lengths are proportional to bytes. width: of the page, in pixels (None: as wide as it likes). Cells: class `amount`,
-    data-kind, data-bytes, data-rank.
+    {kind: bytes}. activations: those too, by kind. title: what stands above (None: that it is memory by rank). Of many
+    ranks, each bar is the fullest of its block. Lengths are proportional to bytes. width: of the page, in pixels
+    (None: as wide as it likes). Cells: class `amount`, data-kind, data-bytes, data-rank.
     """
     model = ranked(model)
     found, kinds, labels = table(model, activations)
     if isinstance(model, Mapping):
-        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), TITLE, [], width)
+        return _drawn(found, kinds, lambda ranks: _ends(labels, ranks), title or TITLE, [], width)
     axes = Axes(model.mesh.axes, model.mesh.shape)
     order = spoken(axes.names)
     notes = ["padding of flat buffers is in it; activations and buffers of the communication are not"]
@@ -58,7 +66,7 @@ def memory(model: Model, *, activations: Activations | None = None, width: float
     def label(ranks: Sequence[int]) -> str:
         return f"{ranges(ranks)}: {axes.label(ranks, order, short=True)}"
 
-    return _drawn(found, kinds, label, title(model), notes, width)
+    return _drawn(found, kinds, label, title or titled(model), notes, width)
 
 
 def ranked(model: Model) -> Catalog | Mapping[str, Mapping[str, int]]:
@@ -66,7 +74,7 @@ def ranked(model: Model) -> Catalog | Mapping[str, Mapping[str, int]]:
     return model.held if isinstance(model, Viewed) else model
 
 
-def title(model: Catalog | Mapping[str, Mapping[str, int]]) -> str:
+def titled(model: Catalog | Mapping[str, Mapping[str, int]]) -> str:
     """What the picture is called: of a run, with how it keeps its gradients."""
     kept = None if isinstance(model, Mapping) else model.training.gradients
     return TITLE if kept is None else f"{TITLE}, {kept}"
@@ -112,7 +120,7 @@ def _drawn(
         amounts = dict(zip(kinds, found[fullest].tolist(), strict=True))
         many = f" ({len(ranks):,} ranks)" if len(ranks) > 1 else ""
         stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": ranges(ranks, to="-").replace(" ", "")}))
-    return bars(stacks, title=title, notes=notes, width=width)
+    return bars(stacks, title=title, notes=notes, families={"activations": ACTIVATIONS}, width=width)
 
 
 def _ends(labels: Sequence[str], ranks: Sequence[int]) -> str:
@@ -133,7 +141,8 @@ def memory_by_rank(model: Viewed | Catalog, activations: Activations | None = No
     By ZeRO stage, master weights and moments (from 1), gradients (from 2) and module weights (at 3) are cut over dp
     (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1), in equal parts with their padding: every dp rank keeps as
     much as the first. Gradients are those of `gradients`. Of files of which no run is known, what is stored.
-    activations: what is kept of a step's, of a model on paper; UnsupportedError for any other, which does not say them.
+    activations: what is kept of a step's, by kind. Of a checkpoint: where its names are of a family, or `facts` say
+    how it computes; LayoutError, with what is to be said, where they are not.
     """
     catalog = model.held if isinstance(model, Viewed) else model
     if id(catalog) not in _TABLES:
@@ -141,23 +150,21 @@ def memory_by_rank(model: Viewed | Catalog, activations: Activations | None = No
         weakref.finalize(catalog, _TABLES.pop, id(catalog), None)
     found = _TABLES[id(catalog)].copy()
     if activations is not None:
-        found[:, ACTIVATIONS] = _kept(catalog, activations)
+        found[:, len(STATES) :] = _kept(catalog, activations)
     return found
 
 
 def _kept(catalog: Catalog, activations: Activations) -> Table:
-    """(rank,) bytes of activations."""
-    numbers, mesh = catalog.training.numbers, catalog.mesh
-    if not numbers:
-        raise UnsupportedError(
-            f"{catalog.path}: its headers do not say how it computes: activations are those of a model on paper "
-            "(ckptlab.paper_model)"
-        )
-    found = np.zeros(mesh.shape, np.int64)
-    kept = activations.by_stage(PaperModel(**numbers), mesh, catalog.training.layer_stages)
-    for stage, nbytes in enumerate(kept):
-        found[mesh.where(pp=stage)] = nbytes
-    return found.ravel()
+    """(rank, kind of activations) bytes."""
+    from ckptlab.sharding.families.described import described
+
+    of, mesh = described(catalog, activations.facts), catalog.mesh
+    if activations.active is None:
+        activations = replace(activations, active=of.active)
+    found = np.zeros((*mesh.shape, len(ACTIVATIONS)), np.int64)
+    for stage, kept in enumerate(activations.by_stage(of.model, mesh, of.stages)):
+        found[mesh.where(pp=stage)] = [*kept.values()]
+    return found.reshape(mesh.size, len(ACTIVATIONS))
 
 
 _TABLES: dict[int, Table] = {}  # of catalogs that are there: a picture and a figure beside it are of the same one

@@ -88,7 +88,7 @@ def _notes(found: Sampled) -> list[str]:
         of = shape_text(found.steps[-len(shown) :])
         cells = shape_text(found.values.shape[-len(shown) :])
         said.append(f"{shape_text(shown)} elements in {cells} cells: each shows the largest in size of {of}")
-    told = f"{found.dtype} from {found.lowest:.4g} to {found.highest:.4g}"
+    told = f"{found.dtype} from {found.lowest:.4g} to {found.highest:.4g}".replace("-", "−")
     for count, what in ((found.nan, "NaN"), (found.infinite, "infinite element")):
         if count:
             told += f", {f'{count:,} NaN' if what == 'NaN' else number_of(count, what)}"

@@ -14,9 +14,10 @@ from typing import Any
 import anywidget
 import traitlets
 
-from ckptlab.errors import CheckpointError, CkptlabError, UnsupportedError
+from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.activations import Activations
+from ckptlab.sharding.families.described import described
 from ckptlab.sharding.transformer import PaperModel
 from ckptlab.widgets import export, numbers, page, parts
 from ckptlab.widgets.presets import PRESETS
@@ -57,10 +58,10 @@ class Explorer(anywidget.AnyWidget):
 
     What is chosen is in traits, to be read, set and observed: `tab` ("Look", "Values", "Reshape", "Steps"; of a
     playground also "Model"), `tensor`, `state`, `rank`; `window`, of the values, [first, one behind the last] for each
-    dim; the target's `mesh`, `zero_stage` and `target_rank`; `step` of the reshape; of a model on paper `activations`,
-    the fields of `viz.Activations` that memory is told with (none: without).
-    `choose(tensor=…, rank=…)` sets several at once. CheckpointError for a tensor that is not there, MeshError for a
-    rank that is not on the mesh. `to_html(path)` writes a page that answers without a kernel.
+    dim; the target's `mesh`, `zero_stage` and `target_rank`; `step` of the reshape; `activations`, the fields of
+    `viz.Activations` that memory is told with (none: without). `choose(tensor=…, rank=…)` sets several at once.
+    CheckpointError for a tensor that is not there, MeshError for a rank that is not on the mesh, LayoutError for
+    activations of a model of which too little is known. `to_html(path)` writes a page that answers without a kernel.
     """
 
     _esm = STATIC / "explorer.js"
@@ -162,9 +163,9 @@ class Explorer(anywidget.AnyWidget):
     def _known_activations(self, proposal: Any) -> dict[str, Any]:
         if not proposal["value"]:
             return {}
-        if not self._good.is_paper:
-            raise UnsupportedError(f"{self._good.catalog.path}: activations are told of models on paper alone")
-        return asdict(Activations(**proposal["value"]))
+        wanted = Activations(**proposal["value"])
+        described(self._good.catalog, wanted.facts)  # an error says what is not known of the model
+        return asdict(wanted)
 
     @traitlets.validate("step")
     def _known_step(self, proposal: Any) -> int:

@@ -48,7 +48,9 @@ def model(subject: Subject, activations: viz.Activations | None = None) -> str:
     """A model on paper in numbers, and what DeepSpeed would say to it."""
     catalog = subject.catalog
     parameters = sum(t.numel for t in catalog.tensors.values())
-    full = {kind: nbytes for kind, nbytes in viz.fullest(catalog, activations).items() if nbytes}
+    full = viz.fullest(catalog, activations)
+    full["activations"] = sum(full.pop(kind) for kind in viz.ACTIVATIONS)
+    full = {kind: nbytes for kind, nbytes in full.items() if nbytes}
     kept = f"{size(sum(full.values()))} on the fullest rank: {sizes(full)}"
     notes = "".join(f'<div class="refused">{escape(n.text)}</div>' for n in catalog.findings)
     said = f"{count(parameters)} parameters in {number_of(len(catalog.tensors), 'tensor')} · {kept}"

@@ -122,8 +122,9 @@ def _zero(subject: Subject, choice: Choice) -> str:
     kept = [Stack(f"ZeRO-{s}", viz.fullest(subject.at_stage(s), told), {}) for s in ZERO_STAGES]
     fits = [stack.label for stack in kept if sum(stack.amounts.values()) <= DEVICE]
     notes = [f"fits into 80 GB: {', '.join(fits) or 'none'}", f"activations: {told}" if told else "without activations"]
+    title = "memory of the fullest rank by ZeRO stage"
     return bars(
-        kept, title="memory of the fullest rank by ZeRO stage", notes=notes, limit=DEVICE, width=choice.width
+        kept, title=title, notes=notes, limit=DEVICE, families={"activations": viz.ACTIVATIONS}, width=choice.width
     ).svg
 
 

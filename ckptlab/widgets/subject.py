@@ -18,9 +18,12 @@ from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.activations import Activations
 from ckptlab.sharding.transformer import PaperModel
+from ckptlab.widgets.held import pieces
 
 DEGREES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """What sliders offer, and static/explorer.js with them."""
+
+FIRST = 64  # tensors among which the first to be shown is looked for
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Subject:
     def of_checkpoint(ckpt: Checkpoint) -> Subject:
         if numbers := ckpt.catalog.training.numbers:
             return Subject.on_paper(PaperModel(**numbers), ckpt.mesh, ckpt.zero_stage or 0)
+        if not ckpt.plainly:  # with layouts or a mesh that a user said, or under other names: as the user calls it
+            return Subject(ckpt.catalog, "ckpt")
         path = min(ckpt.path, os.path.relpath(ckpt.path), key=len)
         return Subject(ckpt.catalog, f"ckptlab.open({path!r})")
 
@@ -113,10 +118,12 @@ class Subject:
         return f"{name} · {self.catalog.mesh.title()}{stage}"
 
     def start(self) -> Choice:
-        """What is shown first: the first matrix that tp cuts, on rank 0; the target is the run's own mesh."""
+        """What is shown first: the first matrix that tp cuts and of which rank 0 has something (among the first ones);
+        the target is the run's own mesh."""
         tensors = list(self.catalog.tensors.values())
-        cut = (t for t in tensors if t.cut.axes and len(t.shape) > 1 and len(t.stages) == 1)
-        first = next(cut, next((t for t in tensors if len(t.shape) > 1), tensors[0]))
+        cut = [t for t in tensors if t.cut.axes and len(t.shape) > 1 and len(t.stages) == 1]
+        held = (t for t in cut[:FIRST] if pieces(self.catalog, t.name, next(iter(t.states)), 0))
+        first = next(held, next(iter(cut), next((t for t in tensors if len(t.shape) > 1), tensors[0])))
         stage = self.catalog.zero_stage
         if stage is None:
             stage = 0 if self.home or not self.stages else 1

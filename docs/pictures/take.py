@@ -7,6 +7,7 @@ and its frame is in no picture.
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import ckptlab
 from ckptlab import Mesh
 
 HERE = Path(__file__).resolve().parent
+few = runpy.run_path(str(HERE.parent / "gallery.py"))["few"]
 TALL = 2600  # of the window, in pixels: what is taken is all in it
 WIDTHS = (900, 1200, 1600)  # of the browser, in pixels; the middle one is what the docs show
 SIDE = 80  # of them at the sides of a notebook's output
@@ -91,7 +93,7 @@ def animate(page: Any, output: Any, theme: str) -> None:
     padded = [Image.new("RGB", size, frame.getpixel((frame.width - 1, frame.height - 1))) for frame in frames]
     for whole, frame in zip(padded, frames, strict=True):
         whole.paste(frame)
-    first, *others = (whole.quantize(96, dither=Image.Dither.NONE) for whole in padded)
+    first, *others = (few(whole) for whole in padded)
     first.save(HERE / f"steps_{theme}.gif", save_all=True, append_images=others, duration=2200, loop=0, optimize=True)
     go(page, output, before)
 
@@ -106,8 +108,7 @@ def go(page: Any, output: Any, step: int) -> None:
 
 
 def save(png: bytes, path: Path) -> None:
-    """In few colours: a third of the bytes, and nobody sees it."""
-    Image.open(BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    few(Image.open(BytesIO(png))).save(path, optimize=True)
 
 
 if __name__ == "__main__":

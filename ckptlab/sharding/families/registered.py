@@ -34,6 +34,14 @@ def found(names: Iterable[str], side: Side = "left") -> Family | None:
     return alike[0] if alike else None
 
 
+def unwrapped(catalog: Catalog) -> Catalog:
+    """A catalog without what wrappers put before most of its names."""
+    wrappers = FAMILIES.get("wrappers")
+    while wrappers.fits(catalog.tensors, "left")[0] * 2 > len(catalog.tensors):
+        catalog = wrappers.onto(catalog, "right")
+    return catalog
+
+
 @explained
 def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **numbers: Any) -> Catalog:
     """A catalog under the names of one side, what wrappers put before them taken away; the same if it has them already.
@@ -41,9 +49,7 @@ def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **
     family: as `resolve` takes it; None finds one by the names. Of several that fit alike it takes the first by which
     ranks hold whole heads, and a finding says so. LayoutError where no family takes the names, and as `Family.onto`.
     """
-    bare, wrappers = catalog, FAMILIES.get("wrappers")
-    while wrappers.fits(bare.tensors, "left")[0] * 2 > len(bare.tensors):
-        bare = wrappers.onto(bare, "right")
+    bare = unwrapped(catalog)
     names = [*bare.tensors]
     said = list(told(bare))
     alike = _alike(family, names, (other(side),))

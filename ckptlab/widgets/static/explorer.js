@@ -176,10 +176,19 @@ function render({ model, el }) {
     const value = make("output", {});
     const ticks = make("div", { class: "ticks" });
     let options = [];
+    let [there, at] = [null, null]; // the degrees that this page has, and the one that is shown
     const box = make("div", { class: "slider", "data-axis": axis }, make("label", {}, axis), make("div", {}, input, ticks), value);
+    // In a page without a kernel a hand, or a key, goes on to the next degree that is there.
+    const nearest = (degree) => {
+      if (live || !there || there.includes(degree)) return degree;
+      const ahead = there.filter((n) => Math.sign(n - at) === Math.sign(degree - at));
+      return ahead.length ? ahead.reduce((a, b) => (Math.abs(b - at) < Math.abs(a - at) ? b : a)) : degree;
+    };
     input.addEventListener("input", () => {
-      value.textContent = options[input.value];
-      choose(options[input.value]);
+      const degree = nearest(options[input.value]);
+      input.value = options.indexOf(degree);
+      value.textContent = degree;
+      choose(degree);
     });
     // Ticks that have room beside one another: the chosen one before all, then those that work, powers of two first.
     const room = () => {
@@ -197,6 +206,7 @@ function render({ model, el }) {
       }
     };
     const set = (degree, works) => {
+      [there, at] = [works, degree];
       const fixed = axis === "ZeRO" ? most : [...new Set([...DEGREES.filter((n) => n <= Math.max(most, 4 * degree)), ...(works || []), degree])];
       const next = fixed.sort((a, b) => a - b);
       if (String(next) !== String(options)) {
@@ -285,8 +295,9 @@ function render({ model, el }) {
     const form = make("div", { class: "numbers" });
     const shownFields = { layers: "", hidden: "", heads: "", kv_heads: "kv heads", ffn: "", vocab: "", head_dim: "head dim", experts: "" };
     const edit = (name, value) => want({ model: { ...hands.model, [name]: value } });
+    const otherwise = { kv_heads: "as heads", ffn: "4 × hidden", head_dim: "÷ heads" }; // where nothing is said
     for (const [name, label] of Object.entries(shownFields)) {
-      const input = make("input", { type: "number", min: name === "experts" ? 0 : 1, "data-number": name });
+      const input = make("input", { type: "number", min: name === "experts" ? 0 : 1, "data-number": name, placeholder: otherwise[name] });
       input.onchange = () => edit(name, input.value === "" ? null : Number(input.value));
       fields_[name] = input;
       form.append(make("label", {}, make("span", {}, label || name), input));
@@ -313,7 +324,7 @@ function render({ model, el }) {
     again.onchange = () => keep("recompute", again.value);
     kept_.recompute = again;
     kept.append(make("label", {}, make("span", {}, "recompute"), again));
-    for (const [name, label] of Object.entries({ flash: "FlashAttention", sequence_parallel: "sequence parallelism" })) {
+    for (const [name, label] of Object.entries({ flash: "FlashAttention", sequence_parallel: "sequence parallelism", dropout: "dropout" })) {
       const input = make("input", { type: "checkbox", "data-kept": name });
       input.onchange = () => keep(name, input.checked);
       kept_[name] = input;
@@ -758,7 +769,7 @@ function render({ model, el }) {
       if (found.length > MATCHES) list.append(make("div", { class: "quiet" }, `and ${found.length - MATCHES} more`));
     };
     search.oninput = draw;
-    box.replaceChildren(make("summary", {}, `${names.length.toLocaleString("en")} tensors`), search, list);
+    box.replaceChildren(make("summary", {}, `${names.length.toLocaleString("en")} tensor${names.length === 1 ? "" : "s"}`), search, list);
     draw();
   };
 

@@ -355,6 +355,16 @@ class TestOtherTensors:
         assert [(f.code, f.where.tensors) for f in found.findings] == [("unknown-dtype", ("b",))]
 
 
+def test_a_folder_of_single_files_says_which_may_open(tmp_path: Path) -> None:
+    """As Lightning's `dirpath` of one file a checkpoint."""
+    content = {"epoch": 1, "state_dict": {"model.a": np.ones((4, 3), np.float32)}, "optimizer_states": []}
+    torchfile.write(tmp_path / "last.ckpt", content)
+    (tmp_path / "hparams.yaml").write_text("lr: 0.1")
+    with pytest.raises(CheckpointError, match=r"; last\.ckpt may open by itself"):
+        ckptlab.open(tmp_path)
+    assert list(ckptlab.open(tmp_path / "last.ckpt").catalog.tensors) == ["model.a"]
+
+
 class TestRefusedByName:
     def test_an_8_bit_optimizer(self, made: Callable[[Path], Path]) -> None:
         def quantise(content: dict) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ckptlab import paths
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.format import Listing, Match
 from ckptlab.formats.registered import every
+from ckptlab.words import some
 
 UNFINISHED = "ckptlab-journal.json"  # stands in a far folder as long as it is not whole
+_ASKED = 50  # files of a folder that is no checkpoint that formats are asked of
 _DEPTH = 4  # how far below a folder checkpoints are looked for
 
 
@@ -50,7 +53,10 @@ def _found(path: str) -> Match:
         raise CheckpointError(f"{path}: a single file that no format knows: give the folder that holds the checkpoint")
     if not found:
         known = ", ".join(format.name for format in every() if format.reads)
-        raise CheckpointError(f"{path}: no checkpoint here or below: no format that ckptlab reads ({known}) knows it")
+        hint = f"; {some(alone, 4)} may open by itself" if (alone := list(_alone(path))) else ""
+        raise CheckpointError(
+            f"{path}: no checkpoint here or below: no format that ckptlab reads ({known}) knows it{hint}"
+        )
     listed = "\n".join(f"  {match}" for match in found[:20])
     nodes = len({os.path.basename(match.path) for match in found}) == 1 and not any(m.weights_only for m in found)
     hint = ", or, where they are the parts that several nodes wrote of one, all together" if nodes else ""
@@ -67,6 +73,15 @@ def at(path: str) -> list[Match]:
         )
     found = [match for format in every() if (match := format.recognise(listing)) is not None]
     return [match for match in found if not match.weights_only] or found
+
+
+def _alone(path: str) -> Iterator[str]:
+    """Files of a near folder that some format reads one at a time, as what Lightning calls last.ckpt."""
+    files = [e.name for e in paths.entries(path) if e.is_file] if not paths.is_far(path) else []
+    for name in sorted(files)[:_ASKED]:
+        with suppress(CheckpointError):
+            if at(os.path.join(path, name)):
+                yield name
 
 
 def _below(path: str, depth: int, broken: list[CheckpointError]) -> Iterator[Match]:

@@ -38,6 +38,8 @@ class Commands(click.Group):
         except RuntimeError as error:  # what a signal becomes that comes while Python waits for a lock
             if isinstance(error.__context__, KeyboardInterrupt | _Terminated):
                 _stopped(error.__context__, ctx)
+            if str(error) == "can't start new thread":
+                _fail(_NO_MEMORY)
             raise
         except MemoryError:
             _fail(_NO_MEMORY)

@@ -94,16 +94,19 @@ class Elements:
     def chunks(self) -> Iterator[np.ndarray]:
         """The elements in contiguous 1-D chunks; see `bytes`."""
         expected, given = self.hi - self.lo, 0
-        wanted = f"{expected} elements of {self.dtype} in 1-D chunks were planned"
         for chunk in self.reader.chunks(self.lo, self.hi):
             given += chunk.size
             if chunk.ndim != 1 or chunk.dtype != self.dtype:
-                raise CheckpointError(f"{wanted}, but a chunk has shape {chunk.shape} and dtype {chunk.dtype}")
+                raise self._unlike(f"a chunk has shape {chunk.shape} and dtype {chunk.dtype}")
             if given > expected:
-                raise CheckpointError(f"{wanted}, but there are more: at least {given}")
+                raise self._unlike(f"there are more: at least {given}")
             yield np.ascontiguousarray(chunk)
         if given < expected:
-            raise CheckpointError(f"{wanted}, but there are only {given}")
+            raise self._unlike(f"there are only {given}")
+
+    def _unlike(self, found: str) -> CheckpointError:
+        wanted = f"{self.hi - self.lo} elements of {self.dtype} in 1-D chunks were planned"
+        return CheckpointError(f"{wanted}, but {found}")
 
 
 Part = Literal | Elements | Zeros

@@ -224,25 +224,27 @@ class Piece:
         and the place, where what is drawn is not what was planned; OSError, with the file, where there is no room.
         """
         found = Written()
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 if os.fstat(handle).st_size != self.size:
                     os.ftruncate(handle, self.size)
                 for start, nbytes in self._filled() if hasattr(os, "posix_fallocate") else ():
                     os.posix_fallocate(handle, start, nbytes)
-            except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or 0), self.path) from None
-            offset = self.offset
-            for part in self.parts:
-                try:
-                    crc = _write(handle, offset, part, crc_of, found.odd)
-                except CheckpointError as e:
-                    raise CheckpointError(f"{self.path}: from byte {offset} on {e}") from None
-                found.sums.append(Sum(offset, part.nbytes, crc))
-                offset += part.nbytes
-        finally:
-            os.close(handle)
+                offset = self.offset
+                for part in self.parts:
+                    try:
+                        crc = _write(handle, offset, part, crc_of, found.odd)
+                    except CheckpointError as e:
+                        raise CheckpointError(f"{self.path}: from byte {offset} on {e}") from None
+                    found.sums.append(Sum(offset, part.nbytes, crc))
+                    offset += part.nbytes
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if error.filename is not None or error.errno is None:  # of what is read
+                raise
+            raise OSError(error.errno, os.strerror(error.errno or 0), self.path) from None
         return found
 
 

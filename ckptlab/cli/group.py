@@ -79,6 +79,8 @@ def _reason(error: OSError) -> str:
         return f"{named}; {_NO_MEMORY}"
     if error.errno == errno.EMFILE:
         named += ": too few files may be open at a time (ulimit -n)"
+    if error.errno == errno.EFBIG:
+        named += ": a file may not become that large (ulimit -f, or the file system's limit)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         named += "; what is complete is kept: make room and repeat the command to go on"
     return named

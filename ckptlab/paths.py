@@ -6,7 +6,9 @@ with it, is imported when a URL is first met. What cannot be reached is an OSErr
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -171,12 +173,21 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A file to be read."""
+    """A file to be read. OSError for what is none: a pipe, of which the end may never come, a device."""
     if not is_far(path):
-        return open(path, "rb")
+        return open(path, "rb", opener=_files_alone)
     from ckptlab import far
 
     return cast(BinaryIO, far.File(path))
+
+
+def _files_alone(path: str, flags: int) -> int:
+    handle = os.open(path, flags | os.O_NONBLOCK)  # a pipe waits for whoever writes into it
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # folders are refused by Python
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", path)
 
 
 def read_at(file: BinaryIO, nbytes: int, offset: int) -> bytes:
@@ -194,7 +205,7 @@ def read(path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         from ckptlab import far
 
         return far.read(path, offset, nbytes)
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         if offset:
             file.seek(offset)
         return file.read() if nbytes is None else file.read(nbytes)
@@ -205,9 +216,6 @@ def copy(path: str, destination: str) -> None:
     import shutil
     import tempfile
 
-    if not is_far(path) and not is_far(destination):
-        shutil.copyfile(path, destination)
-        return
     if not is_far(destination):
         with open_binary(path) as file, open(destination, "wb") as made:
             shutil.copyfileobj(file, made, _COPIED)

@@ -113,8 +113,24 @@ def _executor(on: Workers) -> Iterator[tuple[Executor, int]]:
     if count == 1:
         yield _Here(), 1
         return
-    with ThreadPoolExecutor(count, "ckptlab") as threads:
-        yield threads, AHEAD * count
+    with _Threads(count, "ckptlab") as threads:
+        try:
+            threads.submit(bool)
+        except RuntimeError:  # not even one
+            yield _Here(), 1
+        else:
+            yield threads, AHEAD * count
+
+
+class _Threads(ThreadPoolExecutor):
+    """Where the machine gives no further thread (memory, address space, ulimit -u), those that there are do it all."""
+
+    def _adjust_thread_count(self) -> None:
+        try:
+            super()._adjust_thread_count()
+        except RuntimeError:
+            if not self._threads:
+                raise
 
 
 class _Here(Executor):

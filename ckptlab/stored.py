@@ -112,9 +112,13 @@ class Stored:
     @property
     def flat(self) -> np.ndarray:
         """Its elements in row-major order, 1-D and read-only: a view where it is contiguous, else a copy."""
-        if self.contiguous:
-            return self.reshape((self.numel,)).map()
-        return _read_only(self.map().reshape(-1))
+        if not self.contiguous:
+            return _read_only(self.map().reshape(-1))
+        numel = self.numel
+        if numel == 0 or paths.is_far(self.path):
+            return self.reshape((numel,)).map()
+        whole = _mapped_files.get(self.path, self.offset + numel * self.dtype.itemsize)
+        return np.ndarray((numel,), self.dtype, buffer=whole, offset=self.offset)
 
     def reshape(self, shape: tuple[int, ...]) -> "Stored":
         """The same elements under another shape. Raises LayoutError where that needs a copy."""
@@ -197,6 +201,14 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _mapped(path: str, size: int) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+
+
 class _MappedFiles:
     """The files mapped last, each mapped whole and once however many tensors are taken from it.
 
@@ -225,8 +237,13 @@ class _MappedFiles:
             if known is not None and known[0] == version:
                 self._files.move_to_end(path)
                 return known[1]
-            with open(path, "rb") as file:
-                whole = mmap.mmap(file.fileno(), found.st_size, access=mmap.ACCESS_READ)
+            try:
+                whole = _mapped(path, found.st_size)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENOMEM):
+                    raise
+                self._files.clear()  # what nobody looks at gives its open file and its addresses back
+                whole = _mapped(path, found.st_size)
             self._files[path] = version, whole
             self._files.move_to_end(path)
             if len(self._files) > self._capacity:

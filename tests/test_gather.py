@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab.arrays import Tally, reader
+from ckptlab.arrays import gather as gathering
 from ckptlab.arrays.boxes import flat_boxes
-from ckptlab.layout import Cut
+from ckptlab.layout import Cut, Layout
+from ckptlab.mesh import Mesh
 
 DTYPES = [np.float32, np.float64, np.float16, np.int64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 
@@ -45,10 +48,23 @@ def test_any_cut_out_of_any_other(
         )
         if held_by_both is not None:
             assert tally.read.total() == held_by_both * whole.dtype.itemsize  # every element once
-        pieces = [np.array(c) for c in gather.chunks(target, at, lo, hi, limit)]
+        with patch.object(gathering, "_RUN", data.draw(st.sampled_from([1, 1 << 16]))):
+            pieces = [np.array(c) for c in gather.chunks(target, at, lo, hi, limit)]
         assert all(0 < len(p) <= limit for p in pieces)
         together = np.concatenate([np.empty(0, whole.dtype), *pieces])
         assert together.tobytes() == shard.reshape(-1)[lo:hi].tobytes()
+
+
+@pytest.mark.parametrize(("text", "views"), [("(tp out) in", True), ("(3 tp out) in", True), ("out (tp in)", False)])
+def test_long_runs_are_not_copied(text: str, views: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "_RUN", 16)
+    source = Layout(text).resolve(SHAPE, Mesh(tp=2, dp=2))
+    whole = np.arange(math.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+    one = reader(store(tmp_path, source, whole, False, 3), "w", "master")
+    chunks = list(one.chunks(Cut.whole(SHAPE), (), 5, 100))
+    assert {not chunk.flags.writeable for chunk in chunks} == {views}  # what is mapped may not be written to
+    if views:
+        assert np.concatenate(chunks).tolist() == whole.reshape(-1)[5:100].tolist()
 
 
 @given(st.lists(st.integers(1, 5), max_size=4), st.data())

@@ -838,3 +838,28 @@ def test_a_manifest_that_is_none_is_a_finding(tmp_path, size):
     found = ckptlab.check(tmp_path).findings
     assert found
     assert all(len(f.found) < 1000 for f in found)
+
+
+def test_a_pipe_or_a_device_is_no_file(tmp_path: Path) -> None:
+    """In a process of its own: a pipe that is opened waits for whoever writes into it."""
+    folder = Path(shutil.copytree(ZERO2, tmp_path / "run"))
+    (folder / "latest").unlink()
+    os.mkfifo(folder / "latest")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/zero", tmp_path / "zeros")
+    program = """
+import sys
+from ckptlab import paths
+from ckptlab.cli import main
+for name in ("pipe", "zeros"):
+    for read in (paths.open_binary, paths.text, lambda path: paths.copy(path, path + ".copy")):
+        try:
+            read(f"{sys.argv[1]}/{name}")
+        except OSError as error:
+            assert error.strerror == "it is no file, but a pipe or a device", error
+        else:
+            raise AssertionError(name)
+main(["info", f"{sys.argv[1]}/run"])"""
+    ran = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=60)
+    assert ran.returncode in (0, 2), ran.stderr
+    assert "Traceback" not in ran.stderr

@@ -243,3 +243,18 @@ def test_a_bar_is_shown_on_stderr_if_asked_for(capfd: pytest.CaptureFixture[str]
 def test_fewer_than_one_worker_is_refused(count: int) -> None:
     with pytest.raises(InputError, match=f"on={count}: expected how many threads, 1 at least"):
         list(run(square, [1], on=count))
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_threads_that_cannot_be_started_are_done_without(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, real = [0], threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if started[0] >= most:
+            raise RuntimeError("can't start new thread")
+        started[0] += 1
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert list(run(square, range(40), on=8)) == [x * x for x in range(40)]
+    assert started[0] == most

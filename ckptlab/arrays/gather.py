@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from ckptlab.plan import Holder
 from ckptlab.stored import Stored, note_read, touch
 
 FAR_CHUNK = 8 << 20  # bytes that `chunks` gives at a time of far files, each of which is a request or several
+_RUN = 1 << 16  # bytes from which on a run is taken as it lies: shorter ones are copied into their order first
 MAPPED = 1 << 20  # bytes from which on a box that lies in one piece is mapped: less is copied as fast
 
 
@@ -143,6 +144,15 @@ class _Piece:
         return view
 
 
+class _Run(NamedTuple):
+    """Elements start … stop-1 of a flattened shard, which are those from `inside` on of the source's at `at`."""
+
+    start: int
+    stop: int
+    inside: int
+    at: Coordinate
+
+
 class Gather(Reader):
     """Reads what some holders have of one state of a tensor: `holders` names one for each coordinate of the cut.
 
@@ -164,7 +174,8 @@ class Gather(Reader):
         self.placement = catalog.placement(name, state)
         self.cut = self.placement.cut
         self.dtype = np.dtype(catalog.tensors[name].states[state])
-        self.piece = FAR_CHUNK if paths.is_far(catalog.path) else CHUNK
+        self._far = paths.is_far(catalog.path)
+        self.piece = FAR_CHUNK if self._far else CHUNK
         self._catalog: Catalog | None = catalog
         self._known_fragments: dict[Holder, tuple[Fragment, ...]] = {}
         self._known_pieces: dict[Holder, list[_Piece]] = {}
@@ -195,11 +206,43 @@ class Gather(Reader):
         return super().box(cut, at, starts, sizes) if mapped is None else mapped
 
     def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
-        """See Reader. Where source and target hold the same shard, pieces are views of the mapped file."""
-        if self.is_straight(cut, at):
-            yield from self._straight(at, lo, hi, limit or self.piece // self.dtype.itemsize)
-        else:
+        """See Reader. Where source and target hold the same shard, or long runs of it lie in the same order in
+        both, pieces are views of the mapped file."""
+        limit = limit or self.piece // self.dtype.itemsize
+        runs = [_Run(lo, hi, lo, at)] if self.is_straight(cut, at) else self._runs(cut, at)
+        if runs is None:
             yield from super().chunks(cut, at, lo, hi, limit)
+            return
+        for run in runs:
+            first, last = max(run.start, lo), min(run.stop, hi)
+            if first < last:
+                shift = run.inside - run.start
+                yield from self._straight(run.at, first + shift, last + shift, limit)
+
+    def _runs(self, cut: Cut, at: Coordinate) -> list[_Run] | None:
+        """The flattened shard `at` of `cut`, as runs of the source's flattened shards; None where some elements are in
+        none, or the runs are short."""
+        shape, runs = cut.shard_shape(at), list[_Run]()
+        if not shape or self._far:
+            return None
+        inner = math.prod(shape[1:])
+        whole = [[[0, 0, n, 1]] for n in shape[1:]]
+        for coordinate in self.holders:
+            first, *others = self._overlap(coordinate, cut, at)
+            if not first:
+                continue
+            same = self.cut.shard_shape(coordinate)[1:] == shape[1:]
+            if not same or [[row[:4] for row in rows] for rows in others] != whole:
+                return None
+            for a, b, length, count, _, _ in first:
+                if count > 1:
+                    return None
+                runs.append(_Run(b * inner, (b + length) * inner, a * inner, coordinate))
+        runs.sort()
+        if [run.start for run in runs] + [math.prod(shape)] != [0] + [run.stop for run in runs]:
+            return None
+        long = math.prod(shape) * self.dtype.itemsize >= len(runs) * _RUN
+        return runs if long else None
 
     def unordered(self, cut: Cut, at: Coordinate) -> list[tuple[Cut, Coordinate]]:
         """See Reader. Shards of the source's own cut where they make up a whole: `chunks` gives those uncopied."""

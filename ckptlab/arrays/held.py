@@ -157,9 +157,9 @@ class Partition:
         if self._known_parts is not None:
             yield from (part for part in self._known_parts if part.place < hi and lo < part.place + part.count)
             return
-        for index, start, place, count in self.group.flats[self.holder].within(self.dp).tolist():
-            if place >= hi or lo >= place + count:
-                continue
+        held = self.group.flats[self.holder].within(self.dp)
+        held = held[(held[:, 2] < hi) & (lo < held[:, 2] + held[:, 3])]
+        for index, start, place, count in held.tolist():
             tensor = self.held.tensors[self.group.names[index]]
             placement = self.held.placement(tensor.name, self.state)
             tally = self.tally and self.tally.towards(int(placement.ranks(self.holder)[self.dp]))

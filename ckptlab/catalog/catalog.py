@@ -187,8 +187,8 @@ class Catalog:
         group, index = self.flat(name, holder)
         partitions = self.stored.partitions[group.key, state][holder]
         return tuple(
-            Fragment(int(at), partitions[d].elements(int(start), int(count)), int(d))
-            for d, at, start, count in group.flats[holder].fragments(index)
+            Fragment(at, partitions[d].elements(start, count), d)
+            for d, at, start, count in group.flats[holder].fragments(index).tolist()
         )
 
     def lying_in(self, path: str, lo: int, hi: int) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import signal
 import sys
 import threading
@@ -15,7 +14,6 @@ from ckptlab.cli.out import say
 from ckptlab.errors import CkptlabError
 
 TROUBLE, INTERRUPTED, TERMINATED = 2, 130, 143
-_GARBAGE = 20_000  # objects that are made before circles are looked for: hardly any are, and imports make many
 _NO_MEMORY = "there is not enough memory or address space (ulimit -v): --workers 1 needs the least"
 
 
@@ -26,7 +24,6 @@ class Commands(click.Group):
         return list(self.commands)  # in the order in which one uses them
 
     def invoke(self, ctx: click.Context) -> Any:
-        gc.set_threshold(_GARBAGE)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # an arrow that the terminal cannot show is no reason to stop
                 stream.reconfigure(errors="replace")
@@ -41,6 +38,8 @@ class Commands(click.Group):
         except RuntimeError as error:  # what a signal becomes that comes while Python waits for a lock
             if isinstance(error.__context__, KeyboardInterrupt | _Terminated):
                 _stopped(error.__context__, ctx)
+            if str(error) == "can't start new thread":
+                _fail(_NO_MEMORY)
             raise
         except MemoryError:
             _fail(_NO_MEMORY)
@@ -80,6 +79,8 @@ def _reason(error: OSError) -> str:
         return f"{named}; {_NO_MEMORY}"
     if error.errno == errno.EMFILE:
         named += ": too few files may be open at a time (ulimit -n)"
+    if error.errno == errno.EFBIG:
+        named += ": a file may not become that large (ulimit -f, or the file system's limit)"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         named += "; what is complete is kept: make room and repeat the command to go on"
     return named

@@ -68,14 +68,22 @@ class Journal:
         self.reads: list[Run] = []
         self._take(lines[1:])
         if lines[-1]:  # the line that was being written when the run was killed
-            self.file.write("\n")
+            self._write("\n")
         if lines == [""]:
-            self.file.write(said + "\n")
+            self._write(said + "\n")
         self._append({"boot": disk.boot()})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        self._write(json.dumps(entry) + "\n")
+
+    def _write(self, text: str) -> None:
+        """Past Python's buffers: what does not fit on the disk would be tried again when the file is closed."""
+        left = text.encode()
+        try:
+            while left:
+                left = left[os.write(self.file.fileno(), left) :]
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), self.file.name) from None
 
     def piece(self, name: str, offset: int, nbytes: int, found: Written, runs: list[Run]) -> None:
         """A piece of a file is written, and these runs of the source were read for it."""

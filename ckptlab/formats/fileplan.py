@@ -94,16 +94,19 @@ class Elements:
     def chunks(self) -> Iterator[np.ndarray]:
         """The elements in contiguous 1-D chunks; see `bytes`."""
         expected, given = self.hi - self.lo, 0
-        wanted = f"{expected} elements of {self.dtype} in 1-D chunks were planned"
         for chunk in self.reader.chunks(self.lo, self.hi):
             given += chunk.size
             if chunk.ndim != 1 or chunk.dtype != self.dtype:
-                raise CheckpointError(f"{wanted}, but a chunk has shape {chunk.shape} and dtype {chunk.dtype}")
+                raise self._unlike(f"a chunk has shape {chunk.shape} and dtype {chunk.dtype}")
             if given > expected:
-                raise CheckpointError(f"{wanted}, but there are more: at least {given}")
+                raise self._unlike(f"there are more: at least {given}")
             yield np.ascontiguousarray(chunk)
         if given < expected:
-            raise CheckpointError(f"{wanted}, but there are only {given}")
+            raise self._unlike(f"there are only {given}")
+
+    def _unlike(self, found: str) -> CheckpointError:
+        wanted = f"{self.hi - self.lo} elements of {self.dtype} in 1-D chunks were planned"
+        return CheckpointError(f"{wanted}, but {found}")
 
 
 Part = Literal | Elements | Zeros
@@ -221,25 +224,27 @@ class Piece:
         and the place, where what is drawn is not what was planned; OSError, with the file, where there is no room.
         """
         found = Written()
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
             try:
                 if os.fstat(handle).st_size != self.size:
                     os.ftruncate(handle, self.size)
                 for start, nbytes in self._filled() if hasattr(os, "posix_fallocate") else ():
                     os.posix_fallocate(handle, start, nbytes)
-            except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or 0), self.path) from None
-            offset = self.offset
-            for part in self.parts:
-                try:
-                    crc = _write(handle, offset, part, crc_of, found.odd)
-                except CheckpointError as e:
-                    raise CheckpointError(f"{self.path}: from byte {offset} on {e}") from None
-                found.sums.append(Sum(offset, part.nbytes, crc))
-                offset += part.nbytes
-        finally:
-            os.close(handle)
+                offset = self.offset
+                for part in self.parts:
+                    try:
+                        crc = _write(handle, offset, part, crc_of, found.odd)
+                    except CheckpointError as e:
+                        raise CheckpointError(f"{self.path}: from byte {offset} on {e}") from None
+                    found.sums.append(Sum(offset, part.nbytes, crc))
+                    offset += part.nbytes
+            finally:
+                os.close(handle)
+        except OSError as error:
+            if error.filename is not None or error.errno is None:  # of what is read
+                raise
+            raise OSError(error.errno, os.strerror(error.errno or 0), self.path) from None
         return found
 
 

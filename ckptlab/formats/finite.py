@@ -21,7 +21,8 @@ def not_finite(values: np.ndarray) -> int:
     if infinity is None or not values.size:
         return 0
     bits, sign = values.view(unsigned), 1 << (8 * unsigned.itemsize - 1)
-    if bits.max() < infinity + sign and values.view(signed).max() < infinity:
+    largest = np.maximum.reduce  # .max() of an array goes through Python first
+    if largest(bits) < infinity + sign and largest(values.view(signed)) < infinity:
         return 0
     return int(np.count_nonzero((bits & unsigned.type(sign - 1)) >= infinity))
 

@@ -119,12 +119,14 @@ def _see_apart(found: Header, path: str) -> None:
 def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: int) -> None:
     """Take a tensor's entry in the header; the data part begins at `begin` of `size` bytes."""
     said = shorten(name, _SHOWN)
-    match entry:
-        case {"shape": list(shape), "data_offsets": [int(lo), int(hi)], "dtype": str(kind)}:
-            pass
-        case _:
-            raise CheckpointError(f"{path}: {said}: expected shape, data_offsets and dtype: the header is damaged")
-    if len(shape) > _MOST_DIMS or not all(type(n) is int and n >= 0 for n in shape):
+    try:  # there may be very many: a match statement takes as long as all the rest
+        shape, (lo, hi), kind = entry["shape"], entry["data_offsets"], entry["dtype"]
+        told = type(shape) is list and type(lo) is type(hi) is int and type(kind) is str
+    except (KeyError, TypeError, ValueError):
+        told = False
+    if not told:
+        raise CheckpointError(f"{path}: {said}: expected shape, data_offsets and dtype: the header is damaged")
+    if len(shape) > _MOST_DIMS or not {*map(type, shape)} <= {int} or min(shape, default=0) < 0:
         raise CheckpointError(f"{path}: {said}: shape {brief(shape)}: the header is damaged")
     dtype = DTYPES.get(kind)
     expected = hi - lo if dtype is None else math.prod(shape) * dtype.itemsize

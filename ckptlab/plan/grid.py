@@ -34,9 +34,9 @@ def grid(shape: Sequence[int], starts: Sequence[Sequence[int]], sizes: Sequence[
     if 0 in shape or not shape:
         if len(starts) > 1:
             raise LayoutError(f"{len(starts)} boxes of a tensor of shape {tuple(shape)}: expected one")
-        return _whole(tuple(shape))
+        return uncut(tuple(shape))
     if len(starts) == 1 and not any(starts[0]) and tuple(sizes[0]) == tuple(shape):
-        return _whole(tuple(shape))
+        return uncut(tuple(shape))
     kept = [i for i, size in enumerate(sizes) if 0 not in size]
     low = np.array([starts[i] for i in kept], np.int64).reshape(-1, len(shape))
     high = low + np.array([sizes[i] for i in kept], np.int64).reshape(-1, len(shape))
@@ -58,7 +58,7 @@ def grid(shape: Sequence[int], starts: Sequence[Sequence[int]], sizes: Sequence[
 
 
 @lru_cache(maxsize=1 << 10)
-def _whole(shape: tuple[int, ...]) -> Grid:
+def uncut(shape: tuple[int, ...]) -> Grid:
     """The grid of one box. The same object for all of a shape: what follows of it is worked out once."""
     return Grid(tuple(np.array([0, n], np.int64) for n in shape), np.zeros((1,) * len(shape), np.int64))
 
@@ -71,7 +71,8 @@ def neutral_axes(counts: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int],
     """
     degrees: list[int] = []
     chosen: dict[str, list[int | None]] = {}
-    for name, dims in sorted(counts.items(), key=lambda item: (-sum(n > 1 for n in item[1]), [-n for n in item[1]])):
+    apart = {name: dims for name, dims in counts.items() if max(dims, default=1) > 1}
+    for name, dims in sorted(apart.items(), key=lambda item: (-sum(n > 1 for n in item[1]), [-n for n in item[1]])):
         mine: list[int | None] = []
         for count in dims:
             fitting = [i for i, degree in enumerate(degrees) if degree >= count > 1 and i not in mine]
@@ -81,5 +82,6 @@ def neutral_axes(counts: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int],
             mine.append(min(fitting, key=degrees.__getitem__) if fitting else None)
         chosen[name] = mine
     names = ["shard"] if len(degrees) == 1 else [f"shard{i}" for i in range(len(degrees))]
-    axes = {name: tuple(None if i is None else names[i] for i in mine) for name, mine in chosen.items()}
+    axes: dict[str, tuple[str | None, ...]] = {name: (None,) * len(dims) for name, dims in counts.items()}
+    axes |= {name: tuple(None if i is None else names[i] for i in mine) for name, mine in chosen.items()}
     return dict(zip(names, degrees, strict=True)), axes

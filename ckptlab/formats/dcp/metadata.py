@@ -164,6 +164,8 @@ class _Unpickler(pickles.Unpickler):
         try:
             thread = threading.Thread(target=run)
             thread.start()
+        except RuntimeError:  # no room for its stack
+            raise MemoryError from None
         finally:
             threading.stack_size(before)
         thread.join()

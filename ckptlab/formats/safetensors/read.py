@@ -20,7 +20,7 @@ from ckptlab.formats.weights import indexed, missing
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
-from ckptlab.plan.grid import Grid, grid, neutral_axes
+from ckptlab.plan.grid import Grid, grid, neutral_axes, uncut
 from ckptlab.sharding.strategies import dim_names
 from ckptlab.stored import Stored
 from ckptlab.words import number_of, shorten, some
@@ -52,6 +52,10 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
     grids: dict[str, Grid] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, held in boxes.items():
+        if len(held) == 1 and held[0][2] is None:  # nothing that could contradict it, and there may be many
+            shapes[name] = held[0][1].shape
+            grids[name] = uncut(shapes[name])
+            continue
         with faults.caught("contradiction", *(file for file, _, _ in held)):
             shapes[name], grids[name] = _one(folder, name, held)
     if faults.failed:

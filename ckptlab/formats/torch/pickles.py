@@ -156,6 +156,11 @@ class Unpickler(pickle.Unpickler):
             return self._load()
         except CkptlabError as error:
             raise type(error)(f"{self.source}: {shorten(str(error), 400)}") from None
+        except MemoryError:
+            raise CheckpointError(
+                f"{self.source}: there is not enough memory or address space to read its pickle of "
+                f"{len(self._data):,} bytes: raise the limit (ulimit -v)"
+            ) from None
         except Exception as error:  # a hostile or cut pickle may raise anything
             said = f"{type(error).__name__}: {shorten(str(error), 200)}"
             raise CheckpointError(

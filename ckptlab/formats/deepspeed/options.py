@@ -86,7 +86,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         )
     is_pipeline = native.is_pipeline
     if is_pipeline and stage in (2, 3):
-        yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
+        yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only: take zero_stage=1"
     if stage == 0 and _bf16_pipeline(catalog, options):
         yield "a bf16 pipeline without ZeRO: DeepSpeed saves such checkpoints and cannot load them: take zero_stage=1"
     if mesh.pp > 1 and not is_pipeline:

@@ -13,7 +13,7 @@ from compare import GPT
 from test_backends import backend, on  # noqa: F401  (the fixture)
 
 import ckptlab
-from ckptlab.arrays.backends import Backend, resolve
+from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.duck import duck
 
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)

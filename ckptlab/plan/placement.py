@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import constructed
 from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.mesh import Mesh
@@ -120,6 +121,7 @@ def _cut_of(flat: FlatBuffer, index: int) -> tuple[int, int, int]:
     return count, start, part
 
 
+@constructed
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Where one tensor (one of its states) lies on one mesh.

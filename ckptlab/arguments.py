@@ -18,7 +18,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -143,7 +143,8 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (collections.abc.Sequence, collections.abc.Iterable, list):
         if isinstance(value, Iterator):  # a generator is not looked into; a file is none of anything
             return origin is collections.abc.Iterable and not isinstance(value, io.IOBase)
-        plain = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
+        kind = Iterable if origin is collections.abc.Iterable else Sized
+        plain = isinstance(value, Iterable) and isinstance(value, kind) and not isinstance(value, bytes | Mapping)
         plain = plain and not (isinstance(value, np.ndarray) and not value.ndim)
         plain = plain and not (isinstance(value, str) and not fits(value, inner[0]))
         return plain and all(fits(one, inner[0]) for one in itertools.islice(value, ELEMENTS))

@@ -69,7 +69,7 @@ def column(shards: Sequence[Shape], dim: int = 0) -> Layout:
 
 def _ndim(shards: Sequence[Shape]) -> int:
     """The dims of a tensor. LayoutError where there is no shard of it."""
-    if not shards:
+    if not len(shards):
         raise LayoutError("a tensor has at least one shard: give the shape of each")
     return len(shards[0])
 

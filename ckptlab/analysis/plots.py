@@ -83,6 +83,7 @@ def histograms(
     tensors: a regular expression that names must hold; the elements of all that do are counted together. over: another
     dim ("tp", "layer", "tensor") to draw a line for each of. Bins lie side by side: negative octaves, positive ones,
     and between them one for 0 and for those octaves next to it that together hold less than 0.1 % of the elements.
+    So a bell curve shows two humps: the octaves near 0 are narrow, and few elements are in them.
     """
     table = _only(_statistics(found, ["histogram"]), tensors)
     if over is None:

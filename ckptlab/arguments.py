@@ -10,13 +10,15 @@ import builtins
 import collections.abc
 import difflib
 import inspect
+import io
 import itertools
+import math
 import operator
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ import numpy as np
 
 from ckptlab.errors import CkptlabError, InputError
 
+C = TypeVar("C")
 T = TypeVar("T", bound=Callable[..., Any])
 ELEMENTS = 100  # of a sequence or mapping that are looked at
 _WIDER: dict[type, tuple[type, ...]] = {
@@ -58,6 +61,12 @@ def explained(function: T) -> T:
             raise InputError(said) from error
 
     return typing.cast(T, call)
+
+
+def constructed(kind: type[C]) -> type[C]:
+    """A class of which there are many: it says so when it is made, and its methods are left as they are."""
+    setattr(kind, "__init__", explained(kind.__init__))  # noqa: B010
+    return kind
 
 
 def _wrong(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -132,7 +141,10 @@ def fits(value: Any, hint: Any) -> bool:
         items = list(value.items())[:ELEMENTS] if isinstance(value, Mapping) else None
         return items is not None and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in items)
     if origin in (collections.abc.Sequence, collections.abc.Iterable, list):
-        plain = isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
+        if isinstance(value, Iterator):  # a generator is not looked into; a file is none of anything
+            return origin is collections.abc.Iterable and not isinstance(value, io.IOBase)
+        kind = Iterable if origin is collections.abc.Iterable else Sized
+        plain = isinstance(value, Iterable) and isinstance(value, kind) and not isinstance(value, bytes | Mapping)
         plain = plain and not (isinstance(value, np.ndarray) and not value.ndim)
         plain = plain and not (isinstance(value, str) and not fits(value, inner[0]))
         return plain and all(fits(one, inner[0]) for one in itertools.islice(value, ELEMENTS))
@@ -142,9 +154,18 @@ def fits(value: Any, hint: Any) -> bool:
     kind = origin or hint
     if not isinstance(kind, type):
         return True
-    if kind in (int, float) and (isinstance(value, bool) or (isinstance(value, float) and value != value)):
+    if kind in (int, float) and (isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))):
         return False
+    if getattr(kind, "_is_protocol", False):
+        return behaves(value, kind)
     return isinstance(value, _WIDER.get(kind, (kind,)))
+
+
+def behaves(value: Any, protocol: type) -> bool:
+    """Whether a value has a protocol's methods, and not other things of their names (a tensor's `layout`)."""
+    methods = [name for name, method in vars(protocol).items() if isinstance(method, types.FunctionType)]
+    wanted = [name for name in methods if not name.startswith("_")]
+    return not isinstance(value, type) and all(callable(getattr(value, name, None)) for name in wanted)
 
 
 def whole_number(value: Any) -> int:
@@ -155,6 +176,16 @@ def whole_number(value: Any) -> int:
     except TypeError:
         pass
     raise InputError(f"expected a whole number, not {kind_of(value)}")
+
+
+def positive(name: str, value: Any) -> int:
+    """A size or number of at least 1, as Python's int. InputError, with what it is of, for anything else."""
+    try:
+        if (found := whole_number(value)) > 0:
+            return found
+    except InputError:
+        pass
+    raise InputError(f"{name}={kind_of(value)}: expected a whole number, 1 at least")
 
 
 def described(hint: Any) -> str:

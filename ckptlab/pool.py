@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+
 from ckptlab import paths
 from ckptlab.errors import InputError
 from ckptlab.stored import add_read, reading_apart
@@ -37,6 +39,7 @@ class Client(Protocol):
 Workers = int | Executor | Client | None
 
 AHEAD = 8  # tasks for each worker that are begun, or done, and not yet asked for
+_MOST = 1 << 12  # threads that are believed to be meant
 _UNKNOWN = 16  # workers of an executor that does not say how many it has (a cluster's may grow)
 
 
@@ -94,7 +97,9 @@ def _metered(work: Callable[[T], R], task: T, options: dict[str, dict[str, Any]]
 def executor_of(on: Workers) -> Executor | int | None:
     """What `on` means: a client of dask.distributed stands for all of its workers, which take up what a worker that
     died had begun."""
-    if isinstance(on, int | Executor | None):
+    if isinstance(on, int | np.integer):
+        return int(on)
+    if isinstance(on, Executor | None):
         return on
     return on.get_executor(pure=False)
 
@@ -108,8 +113,8 @@ def _executor(on: Workers) -> Iterator[tuple[Executor, int]]:
         yield given, AHEAD * (known or _UNKNOWN)
         return
     count = os.cpu_count() or 1 if given is None else given
-    if count < 1:
-        raise InputError(f"on={on}: expected how many threads, 1 at least, or a concurrent.futures.Executor")
+    if not 1 <= count <= _MOST:
+        raise InputError(f"on={on}: expected how many threads, 1 to {_MOST}, or a concurrent.futures.Executor")
     if count == 1:
         yield _Here(), 1
         return

@@ -68,8 +68,7 @@ class Viewed:
         a coordinate), states as variables. stack=False: a Mapping from the model's own names to DataArrays of that
         state, or to Datasets if no state is named. Vocabulary padding is cut off. Dtypes are those that are stored, and
         sums of 16 bits and fewer are computed in float32; dtype="float32" shows all floating-point states so, exactly,
-        and everything works on them, dask too (of a Dataset or tree, xarray's reductions leave out dtypes that are not
-        numpy's own, bfloat16 among them). A reshape does not change them. CheckpointError for an unknown state.
+        and everything works on them, dask too. A reshape does not change them. CheckpointError for an unknown state.
 
         chunks: as arrays of dask, cut so (xarray's `chunk`): {"layer": 1}, or {} for that where there are layers; on a
         cluster the workers read the files. TypeError for dtypes and libraries for which dask would give other numbers.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +32,7 @@ CUT = Layout("(tp out) in").resolve((4, 4), Mesh(tp=2))
 WRONG: list[Any] = [
     *(None, True, 5, -1, float("nan"), "nonsense", "", b"x", [1, "a"], {"a": object()}, {1: 2}, {"s"}, object(), int),
     *(np.zeros((2, 2)), np.array("x"), Mesh(tp=2), CKPT, PLAN, WHOLE, WHOLE.to_dataset(name="x"), Path("made")),
+    *(float("inf"), "(", iter([]), io.StringIO("x"), np.zeros(0), CUT, PLAN.plan, ckptlab.check(CKPT), CKPT.full()),
 ]
 RIGHT: dict[str, Any] = {
     **dict.fromkeys(("view", "ckpt", "a", "b", "source", "run", "model", "catalog", "weights"), CKPT),
@@ -59,7 +62,7 @@ RIGHT: dict[str, Any] = {
 OPEN = {"ax", "default", "other", "value"}  # matplotlib's, Mapping's
 SKIPPED = {"load_into", "load", "of", "make"}  # of a module of torch's, or what makes a value of ours
 CLASSES = (Mesh, Layout, ckptlab.Megatron, ckptlab.Cluster)
-MADE = ("Rename", "Join", "Permute", "Stack", "Family")  # by users too, of the families
+MADE = ("FlatBuffer", "Placement", "Rename", "Join", "Permute", "Stack", "Family")  # by users too, of the families
 MODULES: list[tuple[str, ModuleType]] = [
     ("ckptlab", ckptlab),
     ("plots", plots),
@@ -246,3 +249,41 @@ def test_strategies_in_json_say_what_is_wrong(text: str, said: str, tmp_path: Pa
     (tmp_path / "own.json").write_text(text)
     with pytest.raises(CkptlabError, match=said):
         ckptlab.open(GPT, strategy=str(tmp_path / "own.json"))
+
+
+def test_what_only_looks_like_a_thing_is_not_taken_for_it(tmp_path: Path) -> None:
+    """A tensor of torch's has a `layout` and a plan has `rows`: neither is a strategy or what has statistics."""
+    torch = pytest.importorskip("torch")
+    for strategy in (torch.zeros(2), GPTS["6.weight"], ckptlab):
+        with pytest.raises(InputError, match="open takes strategy="):
+            ckptlab.open(ZERO2, strategy=strategy)  # type: ignore[arg-type]
+    for view in (PLAN.plan, CUT):
+        with pytest.raises(CkptlabError, match="takes|statistics are of"):
+            ckptlab.stats(view)  # type: ignore[arg-type]
+    assert [f.code for f in ckptlab.check(CKPT)] == list(ckptlab.check(CKPT).codes)  # and ends
+    assert list(CKPT.catalog) == list(CKPT)
+    for path in ("/dev/null", tmp_path / "nothing"):
+        with pytest.raises(CheckpointError, match=r"cannot be read: Not a directory|no such file"):
+            ckptlab.open(path)
+
+
+def test_numbers_of_threads_and_elements_are_those_that_can_be() -> None:
+    for run in (ckptlab.stats, ckptlab.updates, ckptlab.check):
+        for wrong in (0, -1, 1.5, True):
+            with pytest.raises(InputError, match=r"window=(int, not|.*: expected a whole number, 1 at least)"):
+                run(CKPT, window=wrong)  # type: ignore[operator]
+        for on in (0, 10**30, np.int8(-3)):
+            with pytest.raises(InputError, match="expected how many threads, 1 to 4096"):
+                run(CKPT, on=on)  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"tensors='\(' is no regular expression"):
+        plots.norms(CKPT, tensors="(")
+    with pytest.raises(InputError, match="mesh takes width=float or None, not inf"):
+        ckptlab.viz.mesh(CKPT.mesh, width=float("inf"))
+
+
+def test_more_folders_than_can_be_searched_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(6):
+        (tmp_path / "a" / str(n)).mkdir(parents=True)
+    monkeypatch.setattr(import_module("ckptlab.formats.locate"), "_MOST", 5)
+    with pytest.raises(CheckpointError, match="one of more than 5 folders to search: name the checkpoint's"):
+        ckptlab.open(tmp_path)

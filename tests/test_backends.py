@@ -302,7 +302,7 @@ def test_operations_are_right_or_refused(operation: str, dtype: type, backend: B
 
 
 REFUSED = {
-    *(("setting", "jax"), ("rolling", "jax"), ("rolling", "torch")),
+    *(("setting", "jax"), ("rolling", "jax")),
 }
 
 

@@ -590,5 +590,10 @@ def test_help_has_an_example(command: list[str]) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 96
 
 
+def test_options_of_other_commands_are_said_to_be_theirs() -> None:
+    assert "No such option '--tp' here: it is one of explore, plan, convert" in run("info", "x", "--tp", "4").output
+    assert "No such option '--nosuch'" in run("info", "x", "--nosuch").output
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"ckptlab {ckptlab.__version__}\n"

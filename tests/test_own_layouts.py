@@ -68,6 +68,16 @@ def test_kv_heads_that_several_ranks_hold() -> None:
     assert "tp 2 → 4 as kv 2 · rep 2" in repr(reshaped)
 
 
+def test_a_vocabulary_in_widths_of_ones_own_or_whole_is_not_padded() -> None:
+    name = "tied_modules.embed.word_embeddings.weight"
+    rows = grouped()[name].shape[0]
+    assert grouped()[name].layout.padded
+    for layout in (Layout("(tp out) in", sizes={"out": (7, rows - 7)}), Layout("out in")):
+        reshaped = grouped().reshape(Mesh(tp=2), strategy={name.replace(".", r"\."): layout})
+        assert not reshaped.target[name].layout.padded
+        assert assert_merges_back(reshaped) > 150
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 @pytest.mark.parametrize("case", [GPT, ZERO2], ids=lambda c: c.name)

@@ -119,6 +119,7 @@ SHAPE = (12, 4)
 LINES = [
     ("out in", {}),
     ("(tp out) in", {}),
+    ("(tp out) in", {"sizes": "uneven"}),
     ("out (tp in)", {}),
     ("(out tp) in", {}),
     ("(3 tp out) in", {}),
@@ -128,15 +129,16 @@ LINES = [
     ("out in", {"replicas": "mean"}),
     ("((tp q) + k) in", {"totals": {"k": 4}, "replicas": "mean"}),
 ]
+UNEVEN = {1: (12,), 2: (3, 9), 4: (1, 0, 7, 4)}  # by tp
 
 
 @st.composite
 def placements(draw):
     """The same two tensors (and a third between them that only fills the buffers) on a random mesh."""
     mesh = Mesh(pp=draw(st.integers(1, 2)), dp=draw(st.integers(1, 4)), tp=draw(st.sampled_from([1, 2, 4])))
-    layouts = [
-        Layout(text, **fields) for text, fields in draw(st.lists(st.sampled_from(LINES), min_size=2, max_size=2))
-    ]
+    lines = draw(st.lists(st.sampled_from(LINES), min_size=2, max_size=2))
+    widths = {"sizes": {"out": UNEVEN[mesh.tp]}}
+    layouts = [Layout(text, **(widths if fields.get("sizes") == "uneven" else fields)) for text, fields in lines]
     cuts = [layout.resolve(SHAPE, mesh) for layout in layouts]
     stages = draw(st.permutations(range(mesh.pp)).flatmap(lambda p: st.sampled_from([p[:1], p])))
     kind = draw(st.sampled_from(["none", "zero12", "aligned", "zero3"]))
@@ -295,6 +297,14 @@ def test_no_dims_and_no_elements():
     plan = compose([("e", 4, 4, empty, empty)])
     assert (plan.rows, plan.read, plan.written) == (0, 0, 0)
     assert compose([]).matrix().shape == (0, 0)
+
+
+def test_shards_of_unequal_length_without_flat_buffers_are_whole_on_the_first_data_rank():
+    uneven = Layout("(tp out) in", sizes={"out": (1, 11)}).resolve(SHAPE, Mesh(tp=2, dp=2))
+    plan = between(uneven, Layout("out in").resolve(SHAPE, Mesh()))
+    np.testing.assert_array_equal(plan.matrix(), [[16], [176], [0], [0]])
+    back = between(Layout("out in").resolve(SHAPE, Mesh()), uneven)
+    np.testing.assert_array_equal(back.matrix(), [[16, 176, 0, 0]])
 
 
 def test_experts():

@@ -133,6 +133,16 @@ for case in CASES:
     matrix[:target.plan.sources, :target.plan.targets] = target.plan.matrix()
     np.fill_diagonal(matrix, 0)
     assert sent.tolist() == matrix[rank].tolist(), (sent, matrix[rank])
+for wrong in ({}, {"w": np.zeros(3, np.float32)}):  # all ranks hear of it: none waits for another
+    plan = ckptlab.plan.between(
+        ckptlab.Layout("(tp out)").resolve((8,), Mesh(tp=2)), ckptlab.Layout("out").resolve((8,), Mesh()), name="w"
+    )
+    try:
+        plan.run(wrong if rank == 1 else {"w": np.zeros(4, np.float32)})
+    except ckptlab.ReshapeError as error:
+        assert "rank 1" in str(error)
+    else:
+        raise AssertionError
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -175,6 +185,31 @@ def test_torch_ranks_hold_what_the_files_would_say(tmp_path: Path) -> None:
 def test_jax_devices_hold_what_the_files_would_say(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     done = subprocess.run([sys.executable, str(script(tmp_path, JAX))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_what_no_rank_gives_and_what_has_no_elements(tmp_path: Path) -> None:
+    pytest.importorskip("jax")
+    code = """
+import os
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+from ckptlab import Layout
+mesh = jax.make_mesh((2,), ("rank",))
+def plan(rows):
+    cuts = [Layout(text).resolve((rows, 2), Mesh(tp=2)) for text in ("(tp out) in", "out (tp in)")]
+    return ckptlab.plan.between(*cuts, name="w")
+assert plan(0).run([{}, {}], mesh) == [{}, {}]
+try:
+    plan(4).run([{}, {}], mesh)
+except ckptlab.ReshapeError as error:
+    assert "no rank gives w" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, str(script(tmp_path, code))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -241,7 +241,7 @@ def test_a_bar_is_shown_on_stderr_if_asked_for(capfd: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_fewer_than_one_worker_is_refused(count: int) -> None:
-    with pytest.raises(InputError, match=f"on={count}: expected how many threads, 1 at least"):
+    with pytest.raises(InputError, match=f"on={count}: expected how many threads, 1 to 4096"):
         list(run(square, [1], on=count))
 
 

@@ -298,7 +298,7 @@ def test_a_view_a_node_and_a_checkpoint_say_the_same() -> None:
     ckpt = ckptlab.open(GPT)
     whole = stats(ckpt)
     node = ckpt.full()[QKV].to_dataset()
-    for view in (ckpt.full(), node, node.chunk({"layer": 1})[["master", "exp_avg"]], node.load()):
+    for view in (ckpt.full(), node, node[["master", "exp_avg"]].chunk({"layer": 1}), node.load()):
         found = stats(view)
         same = whole.sel(tensor=found["tensor"], state=found["state"])
         for name in ("elements", "norm", "mean", "std", "min", "max"):
@@ -443,7 +443,8 @@ def test_dask_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called
     xr.testing.assert_allclose(found.drop_vars("dtype"), stats(node).drop_vars("dtype"))
     narrow = ckptlab.open(GPT).full("param")[QKV].to_dataset()
-    xr.testing.assert_allclose(stats(narrow.chunk({"layer": 1}))["mean"], stats(narrow)["mean"], rtol=1e-12)
+    plain = narrow.assign(param=narrow.param.copy(data=narrow.param.values))  # numpy's own, which nobody refuses
+    xr.testing.assert_allclose(stats(plain.chunk({"layer": 1}))["mean"], stats(narrow)["mean"], rtol=1e-12)
 
 
 def test_nothing_is_read_to_find_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:

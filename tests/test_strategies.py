@@ -288,3 +288,13 @@ def test_several_folders_on_the_command_line(tmp_path: Path) -> None:
         next(folder.glob(f"*rank_{other}_*optim_states.pt")).unlink()
     told = json.loads(run("info", tmp_path / "node0", tmp_path / "node1", "--json").stdout)
     assert told["mesh"]["dp"] == 2
+
+
+def test_the_command_line_names_every_strategy() -> None:
+    from ckptlab.cli.options import strategy_option
+    from ckptlab.sharding.strategies import REGISTRY
+
+    command: Any = strategy_option(lambda: None)
+    [option] = command.__click_params__
+    assert all(name in option.help for name in ("megatron", "megatron-swiglu", "gpt-neox", "hf"))
+    assert set(REGISTRY.names()) >= {"megatron", "megatron-swiglu", "gpt-neox", "hf"}

@@ -24,7 +24,7 @@ from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say o
 from ckptlab.analysis.accumulate import BLOCK
 from ckptlab.analysis.elements import joined
 from ckptlab.analysis.moved import BY, Held, Moved, Settings, table
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, positive
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.checkpoint import Checkpoint, Source, opened
@@ -95,6 +95,7 @@ def updates(
     """
     if by not in BY:
         raise CheckpointError(f"by={by!r}: expected one of {', '.join(BY)}")
+    window = positive("window", window)
     catalog = opened(ckpt).catalog
     trained = [t for t in catalog.tensors.values() if _is_adams(catalog, t)]
     if not trained:

@@ -20,7 +20,7 @@ from ckptlab.analysis import elements
 from ckptlab.analysis.found import Compared, Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Measure, Sums
 from ckptlab.analysis.renames import renamed
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, positive
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import Catalog, ParameterGroup, Tensor
 from ckptlab.checkpoint import Checkpoint, Source, opened
@@ -58,6 +58,7 @@ def diff(
 
     Raises CheckpointError where there is nothing to compare.
     """
+    window = positive("window", window)
     left, right = _together(_catalog(a), _catalog(b), family, numbers)
     wanted = _wanted(left, right, states)
     pairs, only_a, only_b = _pairs(left, right)
@@ -139,7 +140,7 @@ def _wanted(a: Catalog, b: Catalog, states: Sequence[str] | None) -> Sequence[st
     """The states to compare. CheckpointError for one that neither side has."""
     known = list(dict.fromkeys([*a.states, *b.states]))
     states = (states,) if isinstance(states, str) else states
-    unknown = [s for s in states or () if s not in known]
+    unknown = [s for s in (() if states is None else states) if s not in known]
     if unknown:
         raise CheckpointError(f"no state {unknown[0]!r} in {a.path} or {b.path}: there are {', '.join(known)}")
     return known if states is None else states

@@ -154,7 +154,7 @@ class Diff(Shown):
 
     def by_layer(self, state: str | None = None) -> tuple[Summary, ...]:
         """How far apart each layer is in one state (default: the first that was compared), in order of depth; tensors
-        outside layers come together last, as "other"."""
+        outside layers come together last, as "other". `pandas.DataFrame(diff.by_layer())` is the same as a table."""
         found = [m for m in self.measures if m.state == self._state(state)]
         found.sort(key=lambda m: math.inf if m.layer is None else m.layer)
         return summed(found, lambda m: m.layer, lambda layer: "other" if layer is None else str(layer))

@@ -21,7 +21,7 @@ from ckptlab.arguments import explained
 from ckptlab.arrays.coordinates import rank_dims
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.draw.pyplot import pyplot
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, InputError
 from ckptlab.words import shorten
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def histograms(
     tensors: a regular expression that names must hold; the elements of all that do are counted together. over: another
     dim ("tp", "layer", "tensor") to draw a line for each of. Bins lie side by side: negative octaves, positive ones,
     and between them one for 0 and for those octaves next to it that together hold less than 0.1 % of the elements.
+    So a bell curve shows two humps: the octaves near 0 are narrow, and few elements are in them.
     """
     table = _only(_statistics(found, ["histogram"]), tensors)
     if over is None:
@@ -283,7 +284,11 @@ def _only(table: xr.Dataset, tensors: str | None) -> xr.Dataset:
     """The tensors whose names hold a pattern. CheckpointError, with some names, if none does."""
     if tensors is None:
         return table
-    kept = [i for i, name in enumerate(table["tensor"].values) if re.search(tensors, str(name))]
+    try:
+        pattern = re.compile(tensors)
+    except re.error as error:
+        raise InputError(f"tensors={tensors!r} is no regular expression: {error}") from None
+    kept = [i for i, name in enumerate(table["tensor"].values) if pattern.search(str(name))]
     if not kept:
         names = ", ".join(map(str, table["tensor"].values[:4]))
         raise CheckpointError(f"no tensor's name matches {tensors!r}: there are {names}, …")
@@ -302,10 +307,11 @@ def _replicated(table: xr.Dataset) -> list[int]:
 
 def _states(table: xr.Dataset, states: Sequence[str] | None) -> list[str]:
     known = [str(state) for state in table["state"].values]
-    unknown = [state for state in states or () if state not in known]
-    if unknown:
-        raise CheckpointError(f"no state {unknown[0]!r}: there are {', '.join(known)}")
-    return list(states or known)
+    wanted = known if states is None else [states] if isinstance(states, str) else list(states)
+    unknown = [state for state in wanted if state not in known]
+    if unknown or not wanted:
+        raise CheckpointError(f"no state {unknown[0] if unknown else ''!r}: there are {', '.join(known)}")
+    return wanted
 
 
 def _last_step(table: xr.Dataset) -> xr.Dataset:

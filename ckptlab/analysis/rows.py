@@ -26,7 +26,7 @@ from ckptlab.layout import Cut
 class HasRows(Protocol):
     """What lists its rows itself: a run, or anything else that holds tensors."""
 
-    def rows(self) -> list[Row]:
+    def tensor_rows(self) -> list[Row]:
         """What there is to take statistics of."""
 
 
@@ -59,7 +59,7 @@ def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
     elif isinstance(view, xr.DataArray):
         found = list(_of_array(view))
     elif isinstance(view, HasRows):
-        found = view.rows()
+        found = view.tensor_rows()
     elif isinstance(view, Mapping):
         found = [row for one in view.values() for row in rows_of(cast(View, one))]
     else:

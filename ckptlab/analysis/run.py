@@ -151,7 +151,7 @@ class Run(Shown, Mapping[int, Checkpoint]):
                 nodes[name] = DataTree(node)
         return DataTree(xr.Dataset(attrs={"path": self.path}), nodes)
 
-    def rows(self) -> list[Row]:
+    def tensor_rows(self) -> list[Row]:
         """What there is to take statistics of: every state of every whole tensor at every step."""
         return [replace(row, step=step) for step, ckpt in self.checkpoints.items() for row in rows_of(ckpt)]
 

@@ -22,7 +22,7 @@ from ckptlab.analysis.row import Row
 from ckptlab.analysis.rows import View, rows_of
 from ckptlab.analysis.spectra import Spectrum, spectrum_of
 from ckptlab.analysis.windows import Array, Span, spans
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, positive
 from ckptlab.arrays.coordinates import ranks
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.errors import CheckpointError
@@ -105,6 +105,7 @@ def stats(
         raise CheckpointError(f"by={by!r}: expected one of {', '.join(_BY)}")
     if spectrum and by not in ("tensor", "layer"):
         raise CheckpointError(f"by={by!r}: a row of several tensors has no spectrum: take by='tensor' or 'layer'")
+    window = positive("window", window)
     rows = rows_of(view, states)
     bins = _bins(histogram)
     parts = partials(rows, bins, progress=progress, on=on, window=window)

@@ -118,13 +118,7 @@ class Duck(NDArrayOperatorsMixin):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         plain = self.to_numpy()
-        try:
-            array = plain if dtype is None else plain.astype(dtype, copy=False)
-        except ValueError as error:  # as h5py asks, for what it takes bfloat16 to be
-            raise TypeError(
-                f"{self.dtype} cannot be stored as {dtype}: ckptlab.save_view(view, path) keeps its bits, or open the "
-                'view with dtype="float32"'
-            ) from error
+        array = plain if dtype is None else plain.astype(dtype, copy=False)
         return array.copy() if copy and array is plain else array
 
     def __getitem__(self, key: Any) -> Any:
@@ -195,6 +189,14 @@ class Duck(NDArrayOperatorsMixin):
     def conj(self) -> Any:
         return call(self.backend, "conj", (self,), {}) if self.dtype.kind == "c" else self
 
+    @property
+    def real(self) -> Any:
+        return call(self.backend, "real", (self,), {}) if self.dtype.kind == "c" else self
+
+    @property
+    def imag(self) -> Any:
+        return call(self.backend, "imag" if self.dtype.kind == "c" else "zeros_like", (self,), {})
+
     def copy(self, order: Any = "C") -> Any:
         return call(self.backend, "copy", (self,), {})
 
@@ -226,13 +228,11 @@ class Duck(NDArrayOperatorsMixin):
         name = ufunc.__name__ if method == "__call__" else _REDUCED.get(f"{ufunc.__name__}.{method}")
         if name is None:
             raise TypeError(f"{ufunc.__name__}.{method} has no place here: .to_numpy() first, or .astype('float32')")
-        if "out" in kwargs:
-            raise TypeError(
-                f"{ufunc.__name__} makes a new array here: out= has no place, nor has a += b: write a = a + b"
-            )
+        out = kwargs.pop("out", ())
         if method != "__call__" and isinstance(inputs[0], Duck) and inputs[0].ndim:
             kwargs.setdefault("axis", 0)  # numpy's functions reduce all dims, its ufuncs the first
-        return call(_shared(inputs), name, inputs, kwargs)
+        made = call(_shared((*inputs, *out)), name, inputs, kwargs)
+        return _written(name, made, out) if out else made
 
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         home = function.__module__.removeprefix("numpy").lstrip(".")
@@ -240,6 +240,18 @@ class Duck(NDArrayOperatorsMixin):
         if isinstance(kwargs.get("out"), Duck):
             raise TypeError(f"{name} makes a new array here: out= has no place")
         return call(self.backend, name, args, kwargs)
+
+
+def _written(name: str, made: Any, out: tuple[Any, ...]) -> Any:
+    """What was made, written to the array that is to hold it: a += b. TypeError where numpy finds no room for it."""
+    held = out[0]
+    if len(out) > 1 or not isinstance(held, Duck):
+        raise TypeError(f"{name} writes to one array of its own kind: leave out= out, or .to_numpy() first")
+    if made.shape != held.shape or not np.can_cast(np.dtype(made.dtype), np.dtype(held.dtype), "same_kind"):
+        wanted, given = (f"{array.dtype} {array.shape}" for array in (made, held))
+        raise TypeError(f"{name} makes {wanted}, for which {given} has no room: write a = a + b, not a += b")
+    held[...] = made
+    return held
 
 
 def refuse_dask(backend: Backend, dtype: Any) -> None:

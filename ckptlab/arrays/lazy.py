@@ -17,7 +17,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from ckptlab.arrays.backends import Backend, resolve
-from ckptlab.arrays.duck import duck, refuse_dask
+from ckptlab.arrays.duck import duck
 from ckptlab.arrays.held import Partition
 from ckptlab.arrays.readers import Reader
 from ckptlab.arrays.taught import teach
@@ -208,6 +208,10 @@ class Delivered(BackendArray):
     def __setitem__(self, key: Any, value: Any) -> None:
         raise TypeError("what a view shows is not read yet and cannot be written to: .load() it first")
 
+    def on(self, backend: Backend, dtype: np.dtype) -> Delivered:
+        """The same, arriving on another backend in another dtype."""
+        return Delivered(self.array if dtype == self.dtype else Converted(self.array, dtype), backend)
+
     def permuted(self, order: Sequence[int]) -> Delivered:
         return Delivered(_Permuted(self.array, order), self.backend)
 
@@ -216,13 +220,6 @@ class _Lazily(indexing.LazilyIndexedArray):
     """xarray's lazy indexing, but transposing stays basic indexing (xarray makes it vectorised: much slower)."""
 
     __slots__ = ()
-
-    def _oindex_get(self, indexer: indexing.OuterIndexer) -> Any:
-        """Slices alone come from dask, whose blocks would be plain arrays: refused where those add up wrongly, or would
-        leave the device."""
-        if all(isinstance(k, slice) for k in indexer.tuple):
-            refuse_dask(self.array.backend, self.dtype)
-        return super()._oindex_get(indexer)
 
     def transpose(self, order: Sequence[int]) -> _Lazily:
         dims = [i for i, k in enumerate(self.key.tuple) if not _is_integer(k)]

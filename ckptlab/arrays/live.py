@@ -9,6 +9,7 @@ a rank sends at most limit / ranks bytes to each other; source and target ranks 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,14 @@ class Rank:
         self.shapes: dict[Hashable, tuple[int, ...]] = {}
         self.sends: list[list[Piece]] = [[] for _ in range(ranks)]
         self.receives: list[list[Piece]] = [[] for _ in range(ranks)]
+        self.dtypes: dict[Hashable, np.dtype] = {}
         for move in moves:
-            dtype = np.dtype(move.dtype or dtypes[move.of])
+            told = move.dtype or dtypes.get(move.of)
+            if told is None:
+                if math.prod(move.source.cut.shape):
+                    raise ReshapeError(f"no rank gives {move.of}")
+                continue  # of no elements, of which nobody knows the dtype
+            dtype = self.dtypes[move.of] = np.dtype(told)
             if (mine := held_by(move.source, number)) is not None and move.of not in self.held:
                 self.held[move.of] = _flattened(held, move.of, number, mine, dtype)
             if (mine := held_by(move.target, number)) is not None:
@@ -46,7 +53,6 @@ class Rank:
                     self.sends[piece.target].append(piece)
                 if piece.target == number:
                     self.receives[piece.source].append(piece)
-        self.dtypes = {move.of: np.dtype(move.dtype or dtypes[move.of]) for move in moves}
 
     def rounds(self, pieces: Sequence[Piece], room: int) -> list[list[tuple[Piece, int, int]]]:
         """Pieces in rounds of at most `room` bytes; the same on both sides."""
@@ -181,11 +187,17 @@ def run_torch(moves: Sequence[Move], held: Held, group: Any, limit: int, ranks: 
     _check(held, count, ranks, Mapping)
     told: list[dict[Hashable, str]] = [{} for _ in range(count)]
     dist.all_gather_object(told, _dtypes(held), group=group)
-    worker = Rank(number, count, moves, held, _agreed(told))
-    longest: list[int] = [0] * count
-    dist.all_gather_object(longest, _longest(worker), group=group)
+    worker, wrong = None, None
+    try:
+        worker = Rank(number, count, moves, held, _agreed(told))
+    except ReshapeError as error:  # which all hear of: they would wait for this rank
+        wrong = str(error)
+    said: list[tuple[int, str | None]] = [(0, None)] * count
+    dist.all_gather_object(said, (_longest(worker) if worker else 0, wrong), group=group)
+    if worker is None or any(text for _, text in said):
+        raise ReshapeError(next(text for _, text in said if text))
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    _exchange([worker], _Torch(group, device, count), limit, max(longest))
+    _exchange([worker], _Torch(group, device, count), limit, max(longest for longest, _ in said))
     return worker.result(resolve("torch", device))
 
 

@@ -75,6 +75,9 @@ class Catalog:
             raise CheckpointError(f"{self.path}: nothing is stored of it: look at its layouts and plans")
         return self.extents
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of that name or alias; CheckpointError (with the nearest names) if there is none."""
         if not isinstance(name, str):

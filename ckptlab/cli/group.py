@@ -33,6 +33,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except CkptlabError as error:
             _fail(str(error))
+        except click.NoSuchOption as error:
+            raise self._elsewhere(error) from None
         except (KeyboardInterrupt, _Terminated) as stopped:
             _stopped(stopped, ctx)
         except RuntimeError as error:  # what a signal becomes that comes while Python waits for a lock
@@ -47,6 +49,14 @@ class Commands(click.Group):
             raise
         except OSError as error:
             _fail(_reason(error))
+
+    def _elsewhere(self, error: click.NoSuchOption) -> click.UsageError:
+        """An option that other commands have, said so."""
+        name = error.option_name
+        found = [command.name for command in self.commands.values() if any(name in p.opts for p in command.params)]
+        if not found:
+            return error
+        return click.UsageError(f"No such option {name!r} here: it is one of {', '.join(map(str, found))}", error.ctx)
 
 
 class _Terminated(BaseException):

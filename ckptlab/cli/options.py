@@ -84,8 +84,8 @@ as_json_option = click.option("--json", "as_json", is_flag=True, help="Print one
 strategy_option = click.option(
     "--strategy",
     metavar="NAME|FILE.json",
-    help="Layouts where the checkpoint does not tell them: a registered strategy (megatron), or a JSON file of "
-    "{pattern: notation}.",
+    help="Layouts where the checkpoint does not tell them: megatron, megatron-swiglu, gpt-neox, hf, another "
+    "registered strategy, or a JSON file of {pattern: notation}.",
 )
 scheduler_option = click.option(
     "--scheduler",

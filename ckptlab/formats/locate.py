@@ -16,6 +16,7 @@ from ckptlab.words import some
 
 UNFINISHED = "ckptlab-journal.json"  # stands in a far folder as long as it is not whole
 _ASKED = 50  # files of a folder that is no checkpoint that formats are asked of
+_MOST = 10_000  # folders that are looked into
 _DEPTH = 4  # how far below a folder checkpoints are looked for
 
 
@@ -31,8 +32,6 @@ def locate(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | No
             raise CheckpointError(f"{path}: no such file or folder")
         return _found(path)
     except OSError as error:
-        if not paths.is_far(path):
-            raise
         raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 
 
@@ -41,7 +40,7 @@ def _found(path: str) -> Match:
     found = [match for match in here if not match.weights_only]
     broken: list[CheckpointError] = []
     if not found and paths.is_folder(path):
-        below = list({(paths.real(m.path), m.format): m for m in _below(path, _DEPTH, broken)}.values())
+        below = list({(paths.real(m.path), m.format): m for m in _below(path, _DEPTH, broken, [_MOST])}.values())
         below = [match for match in below if not match.weights_only] or below
         found = [*here, *(match for match in below if not (here and match.weights_only))]
     found = found or here
@@ -84,19 +83,26 @@ def _alone(path: str) -> Iterator[str]:
                 yield name
 
 
-def _below(path: str, depth: int, broken: list[CheckpointError]) -> Iterator[Match]:
+def _below(path: str, depth: int, broken: list[CheckpointError], left: list[int]) -> Iterator[Match]:
+    """What lies below a folder. left: how many more folders are looked into; CheckpointError where they do not do."""
     folders = sorted((e for e in paths.entries(path) if e.is_folder), key=lambda e: natural(e.name))
+    left[0] -= len(folders)
+    if left[0] < 0:
+        raise CheckpointError(
+            f"{path}: this is one of more than {_MOST} folders to search: name the checkpoint's, or one nearer to it"
+        )
     for entry in folders:
         try:
             found = at(entry.path)
-        except PermissionError:
+            deeper = [] if found or depth == 1 else list(_below(entry.path, depth - 1, broken, left))
+        except OSError:  # not ours to look into, or gone by now
             continue
         except CheckpointError as error:
+            if left[0] < 0:
+                raise
             broken.append(error)
             continue
-        yield from found
-        if not found and depth > 1:
-            yield from _below(entry.path, depth - 1, broken)
+        yield from [*found, *deeper]
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -15,11 +15,13 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import constructed
 from ckptlab.errors import CheckpointError
 
 Int64 = NDArray[np.int64]
 
 
+@constructed
 @dataclass(frozen=True)
 class FlatBuffer:
     """The flat buffer of one parameter group on one model-parallel rank. All figures are elements.

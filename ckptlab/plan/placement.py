@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.arguments import constructed
 from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.mesh import Mesh
@@ -120,6 +121,7 @@ def _cut_of(flat: FlatBuffer, index: int) -> tuple[int, int, int]:
     return count, start, part
 
 
+@constructed
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Where one tensor (one of its states) lies on one mesh.
@@ -220,7 +222,8 @@ class Placement:
         return at, self.replicas, number, bool(self.flats), self.slots(first)
 
     def slots(self, first: bool = False) -> tuple[int, ...]:
-        """For each holder, stage by stage, which of the tensor's flat buffers its shard lies in: see `buffers`."""
+        """For each holder, stage by stage, which of the tensor's flat buffers its shard lies in (see `buffers`), or,
+        where there are none, which of the different lengths it has."""
         return self._slots[0][: len(self._slots[0]) // (len(self.stages) if first else 1)]
 
     def buffers(self, first: bool = False) -> list[tuple[int, int, int]]:
@@ -244,9 +247,8 @@ class Placement:
     @cached_property
     def _slots(self) -> tuple[tuple[int, ...], list[tuple[int, int, int]]]:
         """LayoutError where a holder has no flat buffer, or one for another number of ranks."""
-        number = len(self._grid.holders(self.stages[0]))
         if not self.flats:
-            return (0,) * (number * len(self.stages)), []
+            return _lengths(self.cut, self._grid) * len(self.stages), []
         if isinstance(self.flats, InBuffers) and (shared := self.shared) is not None:
             slots, flats = shared
             return slots, [_cut_of(flat, self.flats.index) for flat in flats]
@@ -344,6 +346,17 @@ class _Grid:
 def _numel(cut: Cut, grid: _Grid) -> int:
     """Elements that the holders of one stage have together."""
     return sum(math.prod(cut.shard_shape(cut.coordinate(holder))) for holder in grid.holders(0))
+
+
+@lru_cache(maxsize=4096)
+def _lengths(cut: Cut, grid: _Grid) -> tuple[int, ...]:
+    """For each holder of a stage which of the different lengths of shards, in the order in which they come, is its
+    own."""
+    holders = grid.holders(0)
+    if all(len({*dim.widths.values()}) <= 1 for dim in cut.dims):
+        return (0,) * len(holders)
+    found: dict[int, int] = {}
+    return tuple(found.setdefault(math.prod(cut.shard_shape(cut.coordinate(h))), len(found)) for h in holders)
 
 
 @lru_cache(maxsize=1024)

@@ -57,9 +57,14 @@ def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...
 
 
 def _padded(tensor: Tensor, layout: Layout, mesh: Mesh) -> dict[int, int]:
-    """Padded sizes on the mesh: the source's where they can be cut, else the next that can."""
-    found = {}
+    """Padded sizes on the mesh: the source's where they can be cut, else the next that can. None where no axis cuts the
+    dim, or where the layout says itself how long its parts are."""
+    found, told = {}, dict(layout.sizes)
     for dim, size in tensor.layout.padded:
-        degree = math.prod(mesh[name] for name in names(layout.tree[dim]) if name in mesh)
+        named = list(names(layout.tree[dim]))
+        cutting = [name for name in named if name in mesh]
+        if not cutting or any(name in told for name in named):
+            continue
+        degree = math.prod(mesh[name] for name in cutting)
         found[dim] = size if size % degree == 0 else -(-tensor.shape[dim] // degree) * degree
     return found

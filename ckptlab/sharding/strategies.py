@@ -13,14 +13,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
-from ckptlab.arguments import explained, kind_of
-from ckptlab.errors import CkptlabError, LayoutError, NotationError
+from ckptlab.arguments import behaves, explained, kind_of
+from ckptlab.errors import CkptlabError, InputError, LayoutError, NotationError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
 
 Shape = tuple[int, ...]
+MOST_DIMS = 64  # numpy's own
 
 
 @runtime_checkable
@@ -33,6 +34,8 @@ class Strategy(Protocol):
 
 def dim_names(ndim: int) -> tuple[str, ...]:
     """What ckptlab calls the dims of a tensor that nobody named: out, in, then k2, k3, …"""
+    if not 0 <= ndim <= MOST_DIMS:
+        raise LayoutError(f"a tensor has 0 to {MOST_DIMS} dims, not {ndim}")
     return ("out", "in", *(f"k{i}" for i in range(2, ndim)))[:ndim]
 
 
@@ -66,7 +69,7 @@ def column(shards: Sequence[Shape], dim: int = 0) -> Layout:
 
 def _ndim(shards: Sequence[Shape]) -> int:
     """The dims of a tensor. LayoutError where there is no shard of it."""
-    if not shards:
+    if not len(shards):
         raise LayoutError("a tensor has at least one shard: give the shape of each")
     return len(shards[0])
 
@@ -290,10 +293,15 @@ REGISTRY = Registry[Strategy](
 @explained
 def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Strategy | None:
     """A strategy from whatever a user may give: an object, a mapping, a registered name, or the path of a JSON one."""
-    if strategy is None or isinstance(strategy, Strategy):
-        return strategy
+    if strategy is None or behaves(strategy, Strategy):
+        return cast(Strategy | None, strategy)
     if isinstance(strategy, Mapping):
         return Rules.of(strategy)
+    if not isinstance(strategy, str):
+        raise InputError(
+            "a strategy is a registered name, {pattern: notation}, a .json file of that, or has layout(name, shards); "
+            f"not {kind_of(strategy)}"
+        )
     if strategy.endswith(".json"):
         try:
             with open(strategy, encoding="utf-8") as f:

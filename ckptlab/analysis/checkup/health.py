@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,9 @@ class Health(Shown):
     def codes(self) -> tuple[str, ...]:
         """The codes of the findings, without repeats."""
         return tuple(dict.fromkeys(f.code for f in self.findings))
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
 
     def __getitem__(self, code: str) -> tuple[Finding, ...]:
         """The findings of one code; none if there are none."""

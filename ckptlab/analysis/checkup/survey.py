@@ -11,7 +11,7 @@ from ckptlab.analysis.checkup import data as contents
 from ckptlab.analysis.checkup.checksums import against_manifest
 from ckptlab.analysis.checkup.checksums import checksums as against_checksums
 from ckptlab.analysis.checkup.health import Checked, Health, ordered
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, positive
 from ckptlab.catalog import MASTER, PARAM, Catalog
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.errors import CkptlabError
@@ -48,6 +48,7 @@ def check(
 
     Raises CheckpointError where there is no checkpoint at all, LayoutError for a strategy that is none.
     """
+    window = positive("window", window)
     path = Checkpoint(path.catalog.as_stored) if isinstance(path, Checkpoint) else path
     given = path if isinstance(path, Checkpoint) else None
     place = found(_parts(path.catalog) if isinstance(path, Checkpoint) else path)

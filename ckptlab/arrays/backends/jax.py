@@ -80,6 +80,8 @@ class JaxBackend(Backend):
     def function(self, name: str) -> Callable[..., Any] | None:
         if name in ("floor_divide", "divmod"):
             return partial(_divided, getattr(jnp, name))
+        if name == "pad":
+            return _padded
         try:
             return operator.attrgetter(name)(jnp)
         except AttributeError:
@@ -148,6 +150,15 @@ def _divided(function: Callable[..., Any], a: Any, b: Any) -> Any:
     if not jnp.issubdtype(jnp.result_type(a, b), jnp.integer):
         return found
     return jax.tree.map(lambda one: jnp.where(jnp.asarray(b) == 0, 0, one).astype(one.dtype), found)
+
+
+def _padded(array: Any, widths: Any, mode: Any = "constant", **options: Any) -> Any:
+    """jax.numpy.pad, for what it compiles for: tuples, where others take lists."""
+    return jnp.pad(array, widths, mode, **{name: _as_tuples(value) for name, value in options.items()})
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 Place = int | range  # of one dim: an index, or the indices of a slice

@@ -102,7 +102,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         )
     staged = is_pipeline(catalog, mesh, options)
     if staged and stage in (2, 3):
-        yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only"
+        yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only: take zero_stage=1"
     if stage == 0 and _bf16_pipeline(catalog, mesh, options):
         yield "a bf16 pipeline without ZeRO: DeepSpeed saves such checkpoints and cannot load them: take zero_stage=1"
     if mesh.pp > 1 and not staged:

@@ -50,7 +50,11 @@ class NativeTarget:
 def reshape(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     """The target's catalog. ReshapeError, with every reason and the nearest meshes that work, if it cannot be."""
     if extra := [a for a in mesh.axes if a not in ("pp", *mesh.leaves("dp"), "tp")]:
-        also = ', and ep as a part of dp: Mesh(dp=4).split("dp", edp=2, ep=2)' if extra[0] == "ep" else ""
+        also = (
+            ', and ep as a part of dp: Mesh(dp=4).split("dp", edp=2, ep=2)'
+            if extra[0] == "ep"
+            else ", or lay it out on paper by a strategy, reshape(mesh, strategy={pattern: notation})"
+        )
         raise ReshapeError(f"{mesh}: DeepSpeed's native format has no axis {extra[0]!r}: use pp, dp and tp{also}")
     mesh, ep, data_first = asked(mesh)
     options = replace(

@@ -175,7 +175,7 @@ class Family:
     def arrays(self, tensors: Mapping[str, Any], side: Side | None = None, **numbers: Any) -> dict[str, np.ndarray]:
         """The same of arrays in memory, name → array: whole tensors under the names of the other side (or of `side`),
         those that no line takes as they are. Errors as `onto`."""
-        held = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+        held = {name: _array(name, tensor) for name, tensor in tensors.items()}
         shapes = {name: array.shape for name, array in held.items()}
         towards = other(self.side_of(held)) if side is None else side
         views, _ = self.views(shapes, towards, numbers_of(None, numbers))
@@ -342,3 +342,12 @@ def _findings(family: Family, left: list[str], partial: Mapping[str, str], towar
             "they keep their names and shapes",
             "headers",
         )
+
+
+def _array(name: str, tensor: Any) -> np.ndarray:
+    try:
+        return np.asarray(tensor)
+    except (TypeError, ValueError):
+        raise InputError(
+            f'{name}: {kind_of(tensor)} is no array: give whole tensors by name, ckpt.full("master", stack=False)'
+        ) from None

@@ -286,6 +286,18 @@ def test_model_files_that_deepspeed_leaves_out(tmp_path: Path) -> None:
         ckptlab.open(step, strategy=Whole())
 
 
+@pytest.mark.parametrize("expert", range(4))
+def test_a_missing_expert_of_a_tp_rank_is_named(expert: int, tmp_path: Path) -> None:
+    step = dealt_to_tp(tmp_path / "run", MOE) / "global_step3"
+    for file in step.glob(f"layer_1_expert_{expert}_*"):
+        file.unlink()
+    with pytest.raises(
+        CheckpointError, match=f"layer_1_expert_{expert}_mp_rank_0{expert // 2}_model_states.pt missing"
+    ):
+        ckptlab.open(step, strategy=Whole())
+    assert {f.code for f in ckptlab.check(step).findings} >= {"missing-file"}
+
+
 @pytest.mark.parametrize("fault", ["partitions", "an expert's file"])
 def test_experts_that_are_not_dealt_as_their_files_say_are_refused(fault: str, tmp_path: Path) -> None:
     step = dealt_to_tp(tmp_path / "run", MOE) / "global_step3"

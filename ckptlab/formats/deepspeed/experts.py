@@ -258,8 +258,9 @@ class Experts:
         if self.fused or layer >= len(layers):
             return list(range(mesh.tp))
         name = layers[layer]
-        (_, first), *_ = self.dealt(self.ep(name), mesh)[expert // self.local[name]]
-        return [first]
+        rank = expert // self.local.get(name, self.total[name])
+        own = self.dealt(max(self.ep(name), rank + 1), mesh)[rank]  # files of the last experts may be what is missing
+        return [t for _, t in own[:1]] or list(range(mesh.tp))
 
     def stage(self, name: str) -> int:
         """The pp stage of an expert's tensor."""
@@ -277,7 +278,7 @@ class Experts:
         experts."""
         if not self.over_tp or not self.total:
             return set(range(mesh.tp))
-        return {t for (d, t), *_ in self.dealt(self.sizes[-1], mesh) if d == 0}
+        return {t for ranks in self.dealt(self.sizes[-1], mesh) for d, t in ranks[:1] if d == 0}
 
     def writers(self, ep: int, degree: int, mesh: Mesh) -> list[int]:
         """The tp ranks that write the optimizer of an ep rank where there is no ZeRO."""

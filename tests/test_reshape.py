@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from compare import GPT, ZERO2, ZERO3, differences, digest, same_bits, whole
+from compare import DATA, GPT, ZERO2, ZERO3, differences, digest, same_bits, whole
 from real_deepspeed import make_case, requires_deepspeed
 
 import ckptlab
@@ -75,6 +75,18 @@ def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, f
     assert [(g.name, g.tensors) for g in back.groups] == [(g.name, g.tensors) for g in source.groups]
     assert not [n for n in back.findings if n.code != "slice-mappings"]
     assert digest(case) == before
+
+
+def test_round_robin_is_what_the_run_says_wherever_it_comes_from(tmp_path: Path) -> None:
+    """Through one dp rank, and through stages that do not deal."""
+    source = read(DATA / "plain_zero2_dp2_round_robin")
+    dealt = [f.names for f in source.flat_groups]
+    for mesh, stage in ((Mesh(dp=1), 2), (Mesh(dp=2), 3), (Mesh(dp=2), 0)):
+        between = tmp_path / f"{mesh.dp}-{stage}" / "step"
+        Reshape.of(source, mesh, zero_stage=stage).save(between)
+        assert [f.names for f in Reshape.of(read(between), source.mesh, zero_stage=2).target.flat_groups] == dealt
+        plain = Reshape.of(read(between), source.mesh, zero_stage=2, round_robin=False).target
+        assert [f.names for f in plain.flat_groups] == [g.tensors for g in source.groups]
 
 
 @pytest.mark.slow

@@ -17,8 +17,7 @@ GPT, ZERO2, ZERO3 = "gpt_tp2_pp2_dp2", "plain_zero2_dp2", "plain_zero3_dp2"
 
 def judge(case: str | Path, tmp_path: Path, mesh: Mesh, form: str = "deepspeed", **options: object) -> None:
     folder = DATA / case
-    reshaped = Reshape.of(read(folder), mesh, **options)
-    reshaped.save(tmp_path / "out" / "step", form)
+    Reshape.of(read(folder), mesh, form, **options).save(tmp_path / "out" / "step")
     stage = {"zero": options["zero_stage"]} if "zero_stage" in options else {}
     changes = {"tp": mesh.tp, "pp": mesh.pp, "dp": mesh.dp, **stage}
     if options.get("round_robin") is False:
@@ -38,6 +37,13 @@ def test_3d_native(mesh: Mesh, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mesh", [Mesh(tp=4), Mesh(pp=2)], ids=str)
 def test_3d_universal(mesh: Mesh, tmp_path: Path) -> None:
     judge(GPT, tmp_path, mesh, "universal")
+
+
+@requires_deepspeed
+def test_universal_by_a_strategy_of_the_targets(tmp_path: Path) -> None:
+    """What one tp rank saved tells no layouts: those that are given say where DeepSpeed cuts."""
+    case = make_case("gpt_tp1_pp2_dp2", tmp_path)
+    judge(case, tmp_path, Mesh(tp=2), "universal", strategy="megatron")
 
 
 @requires_deepspeed

@@ -49,10 +49,10 @@ def test_a_run_over_its_steps() -> None:
 def test_opening_and_selecting_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(STEPS)
 
-    def refuse(self: Stored) -> np.ndarray:
-        raise AssertionError(f"{self.path} is read")
+    def refuse(path: str, needed: int) -> NoReturn:
+        raise AssertionError(f"{path} is read")
 
-    monkeypatch.setattr(Stored, "map", refuse)
+    monkeypatch.setattr(stored._mapped_files, "get", refuse)
     part = run.full()["blocks.fc1.weight"].master.sel(step=[2, 5], layer=1).transpose("out", ...)
     assert part.dims == ("out", "step", "in")
     assert "global_step" not in repr(part)

@@ -54,7 +54,7 @@ def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None, pipeli
     head = ModelFile.of(source.path, {**model, "module": None} if pipeline and not experts else model)
     folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)}, experts=experts)
     module = by_names(ModuleWeights(), held) if pipeline else ModuleWeights()
-    native = Native(folder, Wrapper.NONE, False, module, {}, False, False)
+    native = Native(folder, Wrapper.NONE, False, module, {}, False)
     return replace(source, tensors=held, training=training, private=native)
 
 

@@ -11,7 +11,7 @@ from ckptlab import paths
 from ckptlab.arrays import Tally
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, ReshapeError
-from ckptlab.findings import Faults, Finding, Strict
+from ckptlab.findings import Faults, Strict
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.options import TargetOptions
 from ckptlab.formats.fileplan import FilePlan
@@ -142,10 +142,11 @@ class Universal(DeepSpeed):
         """What a step folder would hold on the mesh, which the model files beside whole tensors are made for; of a run
         without ZeRO what it would hold at stage 1, since DeepSpeed reads no universal folder without ZeRO."""
         from ckptlab.formats.deepspeed.headers import Wrapper
+        from ckptlab.formats.deepspeed.target import not_loaded
 
         target = super().target(source, mesh, options)
         if target.private.wrapper is not Wrapper.WHOLE:
-            return replace(target, findings=(*target.findings, *_not_loaded(target)))
+            return replace(target, findings=(*target.findings, *not_loaded(target)))
         if options.zero_stage == 0:
             raise ReshapeError(
                 f"{source.path}: a universal folder for training without ZeRO (zero_stage 0): DeepSpeed reads none "
@@ -167,20 +168,3 @@ class Universal(DeepSpeed):
 
     def pointer(self, destination: str, source: Catalog) -> str | None:
         return LATEST_UNIVERSAL
-
-
-def _not_loaded(target: Catalog) -> Iterator[Finding]:
-    """What DeepSpeed (0.19.8) does not read right out of a universal folder on the target's mesh."""
-    experts, mesh = target.private.experts, target.mesh
-    if experts and not experts.fused and experts.sizes[-1] > 1:
-        text = (
-            f"ep {experts.sizes[-1]}: DeepSpeed looks for experts in a universal folder by the numbers that they have "
-            "on a rank, so that every rank takes the first ones, in silence: load it at ep 1, or write deepspeed files"
-        )
-        yield Finding("universal-experts", "warning", found=text, about="target")
-    if target.zero_stage == 3 and mesh.tp > 1:
-        text = (
-            f"tp {mesh.tp}: at ZeRO-3 DeepSpeed takes tensors of a universal folder whole, which fits one "
-            "tensor-parallel rank alone: load it at tp 1, or write deepspeed files"
-        )
-        yield Finding("universal-whole", "warning", found=text, about="target")

@@ -44,8 +44,8 @@ def gradients(wrapper: Wrapper, dtype: str, stage: int | None) -> Gradients:
 class OptimizerFiles:
     """The optimizer's side of a checkpoint.
 
-    `elastic`: no hyperparameters were stored; `round_robin`: see the module; `extras`: what else the files say
-    (`clip_grad`, `loss_scaler`, …); `pieces`: what lies outside of flat buffers, as in `Extents`.
+    `elastic`: no hyperparameters were stored; `extras`: what else the files say (`clip_grad`, `loss_scaler`, …);
+    `pieces`: what lies outside of flat buffers, as in `Extents`.
     """
 
     wrapper: Wrapper
@@ -54,7 +54,6 @@ class OptimizerFiles:
     flat_groups: tuple[FlatGroup, ...]
     partitions: Partitions
     elastic: bool
-    round_robin: bool
     extras: Mapping[str, Any]
     pieces: Mapping[tuple[str, str], Mapping[Holder, tuple[Fragment, ...]]] = field(default_factory=dict)
 
@@ -134,7 +133,6 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         tuple(flat_groups),
         partitions,
         first.elastic,
-        round_robin,
         {k: first.state_dict[k] for k in EXTRAS if k in first.state_dict},
         pieces,
     )

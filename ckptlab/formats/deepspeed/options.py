@@ -21,7 +21,8 @@ class TargetOptions:
     `zero_stage`: 0 to 3. `dtype`: "bf16", "fp16" or "fp32", what the engine trains in. `pipeline`: a method
     ("blocks", "parameters", "uniform") or the first layer of each stage. `padded_vocab`: rows of the padded vocabulary.
     `heads`: attention heads (and `kv_heads`), where the checkpoint does not tell. `sub_group_size`: ZeRO-3, elements.
-    `round_robin`: whether the target trains with round_robin_gradients. `param_groups`: hyperparameters of each group.
+    `round_robin`: whether the target trains with round_robin_gradients (None: as the run's ds_config says).
+    `param_groups`: hyperparameters of each group.
     `fused`: without ZeRO, whether its optimizer is a fused Adam, which keeps master weights in one flat tensor a group.
     `ep`: over how many of the dp ranks experts are spread; `data_before_experts`: whether the target trains with
     use_data_before_expert_parallelism.

@@ -67,7 +67,7 @@ class Native:
 
     `folder` holds the parsed model files (of a universal folder too: its `mesh` is the one that the run trained on);
     `told`: the layouts are those of its universal_checkpoint_info;
-    `extras`, `elastic` and `round_robin` are those of `OptimizerFiles`.
+    `extras` and `elastic` are those of `OptimizerFiles`.
     """
 
     folder: StepFolder
@@ -76,7 +76,6 @@ class Native:
     module: ModuleWeights
     extras: Mapping[str, Any]
     elastic: bool
-    round_robin: bool
 
     @property
     def mesh(self) -> Mesh:
@@ -169,7 +168,7 @@ def _catalog(
     told = layouts_are_told(info, strategy)
     if folder.is_numbered:
         module = by_names(module, tensors)
-    native = Native(folder, optimizer.wrapper, told, module, optimizer.extras, optimizer.elastic, optimizer.round_robin)
+    native = Native(folder, optimizer.wrapper, told, module, optimizer.extras, optimizer.elastic)
     return Catalog(
         path=folder.path,
         format="deepspeed",

@@ -173,6 +173,23 @@ def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
         yield _told("client-left-out", "info", text)
 
 
+def not_loaded(target: Catalog) -> Iterator[Finding]:
+    """What DeepSpeed (0.19.8) does not read right out of a universal folder on the target's mesh."""
+    experts, mesh = target.private.experts, target.mesh
+    if experts and not experts.fused and experts.sizes[-1] > 1:
+        text = (
+            f"ep {experts.sizes[-1]}: DeepSpeed looks for experts in a universal folder by the numbers that they have "
+            "on a rank, so that every rank takes the first ones, in silence: load it at ep 1, or write deepspeed files"
+        )
+        yield _told("universal-experts", "warning", text)
+    if target.zero_stage == 3 and mesh.tp > 1:
+        text = (
+            f"tp {mesh.tp}: at ZeRO-3 DeepSpeed takes tensors of a universal folder whole, which fits one "
+            "tensor-parallel rank alone: load it at tp 1, or write deepspeed files"
+        )
+        yield _told("universal-whole", "warning", text)
+
+
 def _told(code: str, severity: str, found: str) -> Finding:
     return Finding(code, severity, found=found, about="target")
 
@@ -358,7 +375,7 @@ def _flat_groups(
 
 
 def _round_robin(catalog: Catalog, options: TargetOptions) -> bool:
-    return catalog.private.round_robin if options.round_robin is None else options.round_robin
+    return catalog.private.folder.config.round_robin if options.round_robin is None else options.round_robin
 
 
 def _sub_groups(

@@ -56,7 +56,6 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
         (),
         {},
         False,
-        False,
         {},
         pieces,
     )

@@ -84,7 +84,6 @@ def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Commo
         by_names(found.module, found.tensors) if folder.is_pipeline or folder.is_numbered else found.module,
         {k: common.content[k] for k in EXTRAS if k in common.content},
         not common.options,
-        _round_robin(folder, common),
     )
     zero_stage = 3 if common.wrapper is Wrapper.ZERO3 or folder.is_zero3 else folder.config.stage or 1
     tensors = {n: replace(t, group=group_of.get(n)) for n, t in found.tensors.items()}
@@ -298,18 +297,17 @@ def _lacking(found: _Tensors, groups: tuple[ParameterGroup, ...]) -> Iterator[Fi
                     )
 
 
-def _round_robin(folder: StepFolder, common: _Common) -> bool:
-    return common.wrapper is Wrapper.ZERO12 and folder.config.round_robin and folder.mesh.dp > 1
-
-
 def _groups(
     folder: StepFolder, common: _Common, scalars: Mapping[str, Mapping[str, Any]], faults: Faults
 ) -> tuple[ParameterGroup, ...]:
     """Parameter groups: tensors from the model files, hyperparameters from what the universal folder has of them."""
     stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = []
     for p in range(folder.mesh.pp):
-        shapes = folder.heads[p, 0][0].shapes or ()
-        joined = [tuple(program_order(folder, list(names), _round_robin(folder, common))) for names in shapes]
+        shapes, dealt = (
+            folder.heads[p, 0][0].shapes or (),
+            common.wrapper is Wrapper.ZERO12 and folder.config.round_robin,
+        )
+        joined = [tuple(program_order(folder, list(names), dealt)) for names in shapes]
         if (
             common.wrapper is Wrapper.ZERO3
             and common.members

@@ -32,7 +32,7 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
     flat = target.private.wrapper is Wrapper.ZERO3
     for tensor in source.tensors.values():
         for state in _written(tensor):
-            yield _state_file(source, tensor, state, flat, tally)
+            yield _state_file(source, tensor, target.tensors[tensor.name], state, flat, tally)
     for group in target.groups:
         if "step" in group.scalars and not flat:
             for name in group.tensors:
@@ -58,13 +58,13 @@ def _written(tensor: Tensor) -> list[str]:
     return [s for s in tensor.states if s != PARAM] if tensor.kind == "parameter" else []
 
 
-def _state_file(source: Catalog, tensor: Tensor, state: str, flat: bool, tally: Tally | None) -> FilePlan:
+def _state_file(source: Catalog, tensor: Tensor, cut: Tensor, state: str, flat: bool, tally: Tally | None) -> FilePlan:
     leaf = _leaf(source, tensor, state, tensor.states[state], (tensor.numel,) if flat else tensor.shape, tally)
     fused = source.private.folder.experts.fused_of(tensor.name)
     of_experts = {"cat_dim": 0, "is_expert_param": True, "ep_num_experts": fused.total} if fused else {}
     if fused:
         leaf = replace(leaf, shape=tensor.shape)  # whole at ZeRO-3 too
-    content = leaf if flat and not fused else {**loader_keys(source, tensor), **of_experts, "param": leaf}
+    content = leaf if flat and not fused else {**loader_keys(cut), **of_experts, "param": leaf}
     return torchfile.plan(f"{FOLDER}/{tensor.name}/{file_of(state)}.pt", content)
 
 
@@ -82,8 +82,9 @@ def _leaf(
     return Pending(dtype, shape, (Elements(drawn, dtype, 0, tensor.numel),))
 
 
-def loader_keys(source: Catalog, tensor: Tensor) -> dict[str, Any]:
-    """What DeepSpeed's loader needs to cut a whole tensor again: where its tp cut falls, and how."""
+def loader_keys(tensor: Tensor) -> dict[str, Any]:
+    """What DeepSpeed's loader needs to cut a whole tensor again: where the tp cut falls of this tensor of a target, and
+    how."""
     keys: dict[str, Any] = {}
     dim, terms = cut_dim(tensor.layout, "tp"), sub_parameters(tensor.layout, "tp")
     if dim is None:

@@ -205,10 +205,13 @@ def read(path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         from ckptlab import far
 
         return far.read(path, offset, nbytes)
-    with open_binary(path) as file:
-        if offset:
-            file.seek(offset)
-        return file.read() if nbytes is None else file.read(nbytes)
+    try:
+        with open_binary(path) as file:
+            if offset:
+                file.seek(offset)
+            return file.read() if nbytes is None else file.read(nbytes)
+    except OSError as error:
+        raise error if error.filename is not None else OSError(error.errno, error.strerror, path) from None
 
 
 def copy(path: str, destination: str) -> None:

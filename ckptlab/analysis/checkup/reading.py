@@ -60,7 +60,10 @@ class Reader:
         at, raw = stored.offset + start * stored.dtype.itemsize, out.view(np.uint8)
         file, done = self._open(stored.path), 0
         while done < raw.size:
-            got = os.preadv(file, [raw[done:].data], at + done)
+            try:
+                got = os.preadv(file, [raw[done:].data], at + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, stored.path) from None
             if not got:
                 raise CheckpointError(
                     f"{stored.path} ends before byte {at + raw.size}, where a tensor in it ends: it was cut since it "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 
@@ -86,4 +87,5 @@ class Reader:
 
     def __exit__(self, *raised: object) -> None:
         while self._files:
-            os.close(self._files.popitem()[1])
+            with suppress(OSError):  # of a mount that is gone: what was read is told of by whoever read it
+                os.close(self._files.popitem()[1])

@@ -193,7 +193,10 @@ def _files_alone(path: str, flags: int) -> int:
 def read_at(file: BinaryIO, nbytes: int, offset: int) -> bytes:
     """Bytes of an open file, as far as it has them, wherever it stands."""
     if not is_far(getattr(file, "name", "")):
-        return os.pread(file.fileno(), nbytes, offset)
+        try:
+            return os.pread(file.fileno(), nbytes, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, file.name) from None
     from ckptlab import far
 
     return far.read(str(file.name), offset, nbytes)
@@ -205,10 +208,13 @@ def read(path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
         from ckptlab import far
 
         return far.read(path, offset, nbytes)
-    with open_binary(path) as file:
-        if offset:
-            file.seek(offset)
-        return file.read() if nbytes is None else file.read(nbytes)
+    try:
+        with open_binary(path) as file:
+            if offset:
+                file.seek(offset)
+            return file.read() if nbytes is None else file.read(nbytes)
+    except OSError as error:
+        raise error if error.filename is not None else OSError(error.errno, error.strerror, path) from None
 
 
 def copy(path: str, destination: str) -> None:

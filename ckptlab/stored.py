@@ -24,6 +24,7 @@ from ckptlab.errors import CheckpointError, LayoutError, UnsafeFileError
 
 _POPULATE_READ = 22  # Linux 5.14 on
 _FAR_PIECE = 32 << 20  # bytes of a far file that are fetched at a time
+_SPARSE = 8  # a view's bytes are brought in with what lies between them where that is less than so many times as much
 RESIDENT = 64 << 20  # bytes of mapped files that are read before their pages are let go
 
 
@@ -92,6 +93,18 @@ class Stored:
         whole = _mapped_files.get(self.path, self.offset + (last + 1) * self.dtype.itemsize)
         strides = tuple(stride * self.dtype.itemsize for stride in self.strides)
         return np.ndarray(self.shape, self.dtype, buffer=whole, offset=self.offset, strides=strides)
+
+    def read_one(self) -> np.generic:
+        """The element of a tensor that has but one, without mapping its file.
+
+        Raises CheckpointError where the file has become too short for it since it was opened.
+        """
+        if paths.is_far(self.path):
+            return self.map().reshape(-1)[0]
+        data = paths.read(self.path, self.offset, self.dtype.itemsize)
+        if len(data) < self.dtype.itemsize:
+            raise CheckpointError(_cut(self.path, self.offset + len(data), self.offset + self.dtype.itemsize))
+        return np.frombuffer(data, self.dtype)[0]
 
     def private(self) -> np.ndarray:
         """A contiguous tensor mapped for the caller alone: may be written to, which changes no file.
@@ -201,6 +214,13 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _cut(path: str, size: int, needed: int) -> str:
+    return (
+        f"{path} has {size} bytes, but a tensor in it ends at byte {needed}: the file was cut or replaced since the "
+        "checkpoint was opened; open that, or copy the file, again"
+    )
+
+
 def _mapped(path: str, size: int) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
@@ -228,10 +248,7 @@ class _MappedFiles:
             found = os.stat(path)
             # Touching a mapped page past the end of its file kills the process: hence a look at the size.
             if found.st_size < needed:
-                raise CheckpointError(
-                    f"{path} has {found.st_size} bytes, but a tensor in it ends at byte {needed}: the file "
-                    f"was cut or replaced since the checkpoint was opened; open that, or copy the file, again"
-                )
+                raise CheckpointError(_cut(path, found.st_size, needed))
             version = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
             known = self._files.get(path)
             if known is not None and known[0] == version:
@@ -344,9 +361,13 @@ def observed(observer: Observer) -> Iterator[None]:
 def touch(path: str, offset: int, view: np.ndarray, straight: bool = True) -> None:
     """Say that a view on a mapped file, whose first element lies at byte `offset`, is about to be used: it is brought
     in, and shown to whoever observes. straight: False of a copy, whose elements lie otherwise in the file."""
-    straight = straight and view.flags.c_contiguous
-    if straight and view.nbytes <= RESIDENT:
-        _mapped_files.populate(path, offset, view.nbytes)
+    whole = view.flags.c_contiguous
+    if straight and view.size:
+        last = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides, strict=True))
+        span = view.nbytes if whole else last + view.itemsize
+        if span <= min(RESIDENT, _SPARSE * view.nbytes):
+            _mapped_files.populate(path, offset, span)
+    straight = straight and whole
     observer = _observer.get()
     if observer is not None:
         observer(path, offset, view if straight else None)
@@ -364,5 +385,5 @@ def scalar(value: Any) -> float | None:
     if isinstance(value, Stored):
         if value.numel != 1 or value.dtype.kind == "c":
             return None
-        return float(np.asarray(value.map(), dtype=np.float64).reshape(-1)[0])
+        return float(np.asarray(value.read_one(), dtype=np.float64))
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1 << 62 else None

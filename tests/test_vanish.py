@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from compare import GPT, ZERO3, digest
 from helpers.command import refused, run
 
+from ckptlab import stored
 from ckptlab.convert import execute
+from ckptlab.errors import CheckpointError
+from ckptlab.stored import Stored
 
 
 def command(source: Path, out: Path, form: str = "deepspeed") -> list[str]:
@@ -134,3 +138,16 @@ def test_a_destination_that_somebody_removes(form: str, tmp_path: Path, monkeypa
     assert f"{out}.partial" in said
     assert not out.exists()
     assert same_as_undisturbed(source, out, form)
+
+
+def test_a_scalar_is_read_and_not_mapped(tmp_path: Path) -> None:
+    """A mapped page that cannot be read (a mount that died) ends the process: what few bytes are wanted is read."""
+    file = tmp_path / "numbers"
+    np.array([3.5, 7], np.float32).tofile(file)
+    one = Stored(str(file), 4, np.dtype(np.float32), (), ())
+    before = dict(stored._mapped_files._files)
+    assert stored.scalar(one) == 7
+    assert dict(stored._mapped_files._files) == before
+    os.truncate(file, 6)
+    with pytest.raises(CheckpointError, match="has 6 bytes, but a tensor in it ends at byte 8"):
+        stored.scalar(one)

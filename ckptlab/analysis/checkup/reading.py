@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 
@@ -60,7 +61,10 @@ class Reader:
         at, raw = stored.offset + start * stored.dtype.itemsize, out.view(np.uint8)
         file, done = self._open(stored.path), 0
         while done < raw.size:
-            got = os.preadv(file, [raw[done:].data], at + done)
+            try:
+                got = os.preadv(file, [raw[done:].data], at + done)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, stored.path) from None
             if not got:
                 raise CheckpointError(
                     f"{stored.path} ends before byte {at + raw.size}, where a tensor in it ends: it was cut since it "
@@ -83,4 +87,5 @@ class Reader:
 
     def __exit__(self, *raised: object) -> None:
         while self._files:
-            os.close(self._files.popitem()[1])
+            with suppress(OSError):  # of a mount that is gone: what was read is told of by whoever read it
+                os.close(self._files.popitem()[1])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compare import GPT, ZERO2, ZERO3
+from helpers.files import refuse_reading
 from helpers.html import assert_well_formed
 
 from ckptlab.catalog import ParameterGroup, Tensor
@@ -22,7 +23,6 @@ from ckptlab.describe.fold import fold
 from ckptlab.findings import Finding
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.stored import Stored
 from ckptlab.words import count, figure, ranges, shorten, size
 
 STATES = {s: np.dtype(np.float32) for s in ("master", "exp_avg")}
@@ -174,11 +174,8 @@ def test_the_table_is_cut_and_says_so() -> None:
 
 
 def test_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Stored) -> None:
-        raise AssertionError(f"{self.path} was read")
-
     opened = [open_checkpoint(path) for path in (GPT, ZERO2, ZERO3, GPT / "universal")]
-    monkeypatch.setattr(Stored, "map", read)
+    refuse_reading(monkeypatch)
     for ckpt in opened:
         assert repr(ckpt)
         assert summary_html(ckpt.catalog)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import DATA, GPT
+from helpers.files import refuse_reading
 from safetensors.numpy import save_file
 
 import ckptlab
 from ckptlab import open_run, stats
 from ckptlab.analysis.run import Run
 from ckptlab.errors import CheckpointError
-from ckptlab.stored import Stored
 
 STEPS = DATA / "plain_zero1_dp2_steps"
 
@@ -49,10 +49,7 @@ def test_a_run_over_its_steps() -> None:
 def test_opening_and_selecting_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(STEPS)
 
-    def refuse(path: str, needed: int) -> NoReturn:
-        raise AssertionError(f"{path} is read")
-
-    monkeypatch.setattr(stored._mapped_files, "get", refuse)
+    refuse_reading(monkeypatch)
     part = run.full()["blocks.fc1.weight"].master.sel(step=[2, 5], layer=1).transpose("out", ...)
     assert part.dims == ("out", "step", "in")
     assert "global_step" not in repr(part)

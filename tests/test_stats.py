@@ -18,6 +18,7 @@ import xarray as xr
 from compare import DATA, GPT, ZERO2, ZERO3
 from helpers.arrays import cut, store
 from helpers.command import refused, run
+from helpers.files import refuse_reading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -31,7 +32,6 @@ from ckptlab.analysis.statistics import partials
 from ckptlab.arrays.lazy import LazyArray
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.layout import Cut
-from ckptlab.stored import Stored
 
 STEPS = DATA / "plain_zero1_dp2_steps"
 QKV = "self_attention.query_key_value.weight"
@@ -448,11 +448,8 @@ def test_dask_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_read_to_find_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Stored) -> np.ndarray:
-        raise AssertionError(f"{self.path} is read")
-
     ckpt = ckptlab.open(GPT)
-    monkeypatch.setattr(Stored, "map", refuse)
+    refuse_reading(monkeypatch)
     assert len(rows_of(ckpt)) == 4 * 52
     assert len(rows_of(ckpt.full())) == 4 * 52
 

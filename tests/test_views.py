@@ -15,6 +15,7 @@ import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
 from helpers.arrays import EXPERTS, cut, mixture, store
+from helpers.files import refuse_reading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -30,7 +31,6 @@ from ckptlab.formats import read
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
-from ckptlab.stored import Stored
 
 EMBEDDING = "tied_modules.embed.word_embeddings.weight"
 POSITIONS = "tied_modules.embed.position_embeddings.weight"
@@ -72,10 +72,7 @@ def boxes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int
 
 @pytest.fixture
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Stored) -> np.ndarray:
-        raise AssertionError(f"{self.path} is read")
-
-    monkeypatch.setattr(Stored, "map", refuse)
+    refuse_reading(monkeypatch)
 
 
 def bits(array: xr.DataArray) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from compare import GPT, ZERO2, ZERO3
 from drawn import area, box, cells, elements, numbers, overlap, paths, texts, tip
+from helpers.files import refuse_reading
 from helpers.html import assert_well_formed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,6 @@ from ckptlab.draw import Drawing, Side, matrix
 from ckptlab.draw.svg import width_of
 from ckptlab.plan import FlatBuffer
 from ckptlab.sharding import families
-from ckptlab.stored import Stored
 from ckptlab.testing.families import example
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -528,7 +528,7 @@ def shown(page: str) -> str:
 
 def test_everything_shows_itself_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     ckpt = ckptlab.open(GPT)
-    monkeypatch.setattr(Stored, "map", lambda self: pytest.fail(f"{self.path} was read"))
+    refuse_reading(monkeypatch)
     reshaped = ckpt.reshape(Mesh(tp=4, dp=2))
     for value, pictures in (
         (Mesh(tp=2), 1),

@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import pytest
 
+from ckptlab import stored as storage
 from ckptlab.catalog import Catalog
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
@@ -20,6 +22,16 @@ from ckptlab.stored import Stored
 def copy(case: Path, to: Path) -> Path:
     """A copy of a case's step folder that may be damaged."""
     return Path(shutil.copytree(case / "global_step3", to / "run"))
+
+
+def refuse_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no element of a stored tensor is read: AssertionError."""
+
+    def refuse(*args: Any) -> NoReturn:
+        raise AssertionError(f"{args[0]} is read")
+
+    monkeypatch.setattr(storage._mapped_files, "get", refuse)
+    monkeypatch.setattr(Stored, "read_one", refuse)
 
 
 def overwrite(stored: Stored, element: int, values: Any) -> None:

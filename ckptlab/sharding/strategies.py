@@ -199,7 +199,7 @@ class Megatron:
     def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
         return (MEGATRON_SWIGLU if self.swiglu else MEGATRON).layout(name, shards)
 
-    def denied(self, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+    def _denied(self, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
         """Of these tensors, whole, the first layers of MLPs that hold something else than `swiglu` says: gate and up
         projection have twice as many outputs as the second layer has inputs."""
         return tuple(
@@ -320,7 +320,7 @@ def resolve(strategy: Strategy | Mapping[str, str | Layout] | str | None) -> Str
 
 def denied(strategy: Strategy | None, shapes: Mapping[str, Shape]) -> tuple[tuple[str, ...], str, str]:
     """The tensors, of these whole shapes, that contradict a strategy, why, and what to do; nothing where none do."""
-    if not isinstance(strategy, Megatron) or not (found := strategy.denied(shapes)):
+    if not isinstance(strategy, Megatron) or not (found := strategy._denied(shapes)):
         return (), "", ""
     held, many, instead = "gate and up projection in one", "twice as many outputs as", "megatron-swiglu"
     if strategy.swiglu:

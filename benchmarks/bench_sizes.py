@@ -42,7 +42,7 @@ def write(folder: str, out: str, tensors: int, rows: int, ranks: int, form: str 
     """A checkpoint on so many dp ranks, whose tensors and states begin at different places of the same numbers (of
     `folder`/numbers, where that is there). In a process of its own, as it opens what it writes."""
     states = (MASTER, "exp_avg", "exp_avg_sq")
-    apart, path = 4096, Path(folder, "numbers")
+    apart, path = 4099, Path(folder, "numbers")  # a prime: no two parts of the same numbers are alike
     if not path.exists():
         count = rows * COLUMNS + apart * tensors * len(states)
         np.abs(np.random.default_rng(0).standard_normal(count, np.float32)).tofile(path)

@@ -71,6 +71,19 @@ def test_from_round_robin(options: dict, tmp_path: Path) -> None:
 
 
 @requires_deepspeed
+def test_round_robin_scrambles_universal_folders_as_one_is_told(tmp_path: Path) -> None:
+    case = DATA / "plain_zero2_dp2_round_robin"
+    made = Reshape.of(read(case), Mesh(dp=2), "universal")
+    assert "universal-round-robin" in [f.code for f in made.check()]
+    made.save(tmp_path / "out" / "step")
+    assert resume(tmp_path / "out" / "step", case.name, universal=True, steps=0)["status"] == "different"
+    without = Reshape.of(read(case), Mesh(dp=2), "universal", round_robin=False)
+    assert "universal-round-robin" not in [f.code for f in without.check()]
+    plain = resume(tmp_path / "out" / "step", case.name, universal=True, steps=0, zero_config={})
+    assert plain["status"] == "equal", plain["differences"]
+
+
+@requires_deepspeed
 @pytest.mark.parametrize("mesh", [Mesh(pp=2, dp=3), Mesh(pp=1)], ids=str)
 def test_from_a_pipeline_with_round_robin(mesh: Mesh, tmp_path: Path) -> None:
     """Each stage deals its own tensors."""

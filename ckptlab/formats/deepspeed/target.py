@@ -176,6 +176,7 @@ def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
 def not_loaded(target: Catalog) -> Iterator[Finding]:
     """What DeepSpeed (0.19.8) does not read right out of a universal folder on the target's mesh."""
     experts, mesh = target.private.experts, target.mesh
+    dealt = target.flat_groups if target.private.wrapper is Wrapper.ZERO12 else ()
     if experts and not experts.fused and experts.sizes[-1] > 1:
         text = (
             f"ep {experts.sizes[-1]}: DeepSpeed looks for experts in a universal folder by the numbers that they have "
@@ -188,6 +189,18 @@ def not_loaded(target: Catalog) -> Iterator[Finding]:
             "tensor-parallel rank alone: load it at tp 1, or write deepspeed files"
         )
         yield _told("universal-whole", "warning", text)
+    if any(_is_dealt(flat.names, target.groups[flat.group]) for flat in dealt):
+        text = (
+            "round_robin_gradients: DeepSpeed puts what it loads out of a universal folder in other tensors' places, "
+            "in silence: train on without, or write deepspeed files"
+        )
+        yield _told("universal-round-robin", "warning", text)
+
+
+def _is_dealt(names: Sequence[str], group: ParameterGroup) -> bool:
+    """Whether a buffer has tensors in another order than the program."""
+    held = set(names)
+    return list(names) != [n for n in group.tensors if n in held]
 
 
 def _told(code: str, severity: str, found: str) -> Finding:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor

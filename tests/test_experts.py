@@ -147,19 +147,27 @@ def test_a_mesh_may_say_ep_too() -> None:
     assert Reshape.of(source, Mesh(dp=4).split("dp", ep=2, edp=2)).mesh == Mesh(dp=4).split("dp", ep=2, edp=2)
 
 
+@pytest.mark.parametrize("stage", [None, 0])
 @pytest.mark.parametrize(("case", "dp", "ep"), [(MOE, 2, 1), (DATA / "autoep_ep2_dp4", 4, 4)], ids=["moe", "autoep"])
-def test_the_plans_figures_are_what_happens(case: Path, dp: int, ep: int, tmp_path: Path) -> None:
-    figures_are_what_happens(read(case), Mesh(dp=dp), tmp_path, ep=ep)
+def test_the_plans_figures_are_what_happens(case: Path, dp: int, ep: int, stage: int | None, tmp_path: Path) -> None:
+    figures_are_what_happens(read(case), Mesh(dp=dp), tmp_path, ep=ep, zero_stage=stage)
 
 
-def figures_are_what_happens(source: Any, mesh: Mesh, tmp_path: Path, **asked: Any) -> None:
+@pytest.mark.parametrize("stage", [1, 0])
+def test_the_plans_figures_where_tp_ranks_have_different_ones(stage: int, tmp_path: Path) -> None:
+    source = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole()).catalog
+    figures_are_what_happens(source, Mesh(dp=2, tp=2), tmp_path / "out", moved=False, ep=4, zero_stage=stage)
+
+
+def figures_are_what_happens(source: Any, mesh: Mesh, tmp_path: Path, moved: bool = True, **asked: Any) -> None:
     reshaped = Reshape.of(source, mesh, **asked)
+    tmp_path.mkdir(exist_ok=True)
     tally = Tally()
     for plan in write.files(source, reshaped.target, tally):
         fileplan.write(plan, tmp_path / plan.name)
     cost = reshaped.cost()
     assert cost.read == sum(tally.read.values())
-    assert cost.moved == sum(n for (a, b), n in tally.read.items() if a != b)
+    assert not moved or cost.moved == sum(n for (a, b), n in tally.read.items() if a != b)
     assert cost.written == sum(reshaped.file_sizes.values())
 
 
@@ -435,8 +443,9 @@ def test_a_pipeline_whose_model_files_list_no_shapes(tmp_path: Path) -> None:
 
 
 def test_the_plans_figures_are_what_happens_in_a_pipeline(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    figures_are_what_happens(read(staged(tmp_path / "run")), Mesh(dp=2), tmp_path / "out", ep=1)
+    source = read(staged(tmp_path / "run"))
+    figures_are_what_happens(source, Mesh(dp=2), tmp_path / "out", ep=1)
+    figures_are_what_happens(source, Mesh(dp=2, pp=2), tmp_path / "whole", ep=2, zero_stage=0, dtype="fp16")
 
 
 def test_each_stage_of_a_pipeline_needs_experts(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
         format="deepspeed",
         mesh=mesh,
         tensors=tensors,
-        placements=placements(tensors, flat_groups, outside, mesh, wrapper is Wrapper.ZERO3),
+        placements=placements(tensors, flat_groups, outside, mesh, wrapper is Wrapper.ZERO3)
+        | (_in_every_file(tensors, mesh, experts) if whole and experts else {}),
         flat_groups=flat_groups,
         training=replace(
             catalog.training,
@@ -460,7 +461,24 @@ def _outside(
         holders = Placement(tensor.cut, stages, at=experts.at(name, mesh)).holders
         every = range(mesh.dp) if zero3 and tensor.kind == "buffer" else None
         found[name, PARAM] = [h if d is None else h.with_(dp=d) for d in every or (None,) for h in holders]
-        if wrapper is Wrapper.WHOLE:
-            everywhere = Placement(tensor.cut, tensor.stages, at=experts.at(name, mesh)).holders
+        if wrapper is Wrapper.WHOLE and not experts:  # see _in_every_file
+            everywhere = Placement(tensor.cut, tensor.stages).holders
             found.update({(name, state): list(everywhere) for state in tensor.states if state != PARAM})
+    return found
+
+
+def _in_every_file(
+    tensors: Mapping[str, Tensor], mesh: Mesh, experts: Experts
+) -> dict[tuple[str, str], tuple[Placement, ...]]:
+    """How what an optimizer keeps will lie without ZeRO: each ep rank has a file of all that it has, what the others
+    have too once more."""
+    spread = next(name for name in tensors if experts.degree(name) == experts.sizes[-1])
+    every = [share.at for share in experts.shares([spread], mesh)]
+    found: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    for name, tensor in tensors.items():
+        own = Holder(**experts.at(name, mesh))
+        common = {*tensor.cut.axes, *(() if "tp" in own else ("tp",))}
+        places = dict.fromkeys(Holder(**at).without(*common) for at in every if own.within(at))
+        copies = tuple(Placement(tensor.cut, tensor.stages, None, tensor.layout.replicas, at) for at in places)
+        found.update({(name, state): copies for state in tensor.states if state != PARAM})
     return found

@@ -189,7 +189,7 @@ class NativeWriter:
         model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
             module=module,
-            optimizer=whole_state(self, p, rank, t % self.experts.lanes) if whole else None,
+            optimizer=whole_state(self, p, rank) if whole and not self.experts else None,  # theirs have files
             param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(p, t)],
             **self._frozen(weights, d, rank),
             shared_params=None if whole else aliases,

@@ -14,7 +14,7 @@ from test_backends import backend, on  # noqa: F401  (the fixture)
 
 import ckptlab
 from ckptlab.arrays.backends import Backend
-from ckptlab.arrays.duck import duck
+from ckptlab.arrays.duck import Duck, duck, namespace
 
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -90,7 +90,7 @@ def test_the_answer_is_numpys_or_refused(kind: str, backend: Backend) -> None:  
         np.testing.assert_array_equal(mine, numpys)
 
 
-REFUSED = {"reciprocal": ("torch", "jax"), "vector_norm": ("torch",)}
+REFUSED = {"reciprocal": ("torch", "jax")}
 
 
 @pytest.mark.slow
@@ -213,3 +213,55 @@ def test_dask_is_refused_with_the_one_thing_to_change() -> None:
         ckpt.full("master", backend="torch")["6.weight"].master.load().chunk({"out": 4})
     with pytest.raises(TypeError, match='bfloat16 in its own few bits: open the view with dtype="float32"$'):
         ckpt.full("param")["mlp.dense_h_to_4h.weight"].param.load().chunk({"layer": 1})
+
+
+def test_what_has_named_parts_is_ours_in_each(backend: Backend) -> None:  # noqa: F811
+    """The parts were the library's own: torch's are tuples of a kind of its own, numpy's and jax's have names."""
+    square = held(backend, X[0, :3, :3] + 9 * np.eye(3, dtype=np.float32))
+    for found in (np.linalg.svd(square), np.linalg.eigh(square), np.linalg.qr(square), np.linalg.slogdet(square)):
+        assert all(type(part) is type(square) or isinstance(part, np.generic) for part in found)
+    q, r = np.linalg.qr(square)
+    np.testing.assert_allclose(np.asarray(q @ r), np.asarray(square), rtol=1e-5)
+    assert int(np.linalg.matrix_rank(square)) == 3
+    assert np.unique_counts(square).counts.sum() == 9
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
+def test_another_dtype_is_another_array(dtype: np.dtype, backend: Backend) -> None:  # noqa: F811
+    """astype in the dtype that it has was the same memory: torch's .to()."""
+    array = held(backend, X.astype(dtype))
+    for copied in (array.astype(dtype), array.__array_namespace__().asarray(array, copy=True)):
+        if backend.name != "jax":
+            copied[0] = 7
+        assert float(array[0, 0, 0]) == 0
+    if isinstance(array, Duck):
+        assert array.astype(dtype, copy=False) is array
+
+
+def test_the_namespace_makes_arrays(backend: Backend) -> None:  # noqa: F811
+    xp = namespace(backend)
+    assert np.asarray(xp.arange(3)).tolist() == [0, 1, 2]
+    assert xp.zeros((2, 3)).dtype == xp.eye(2).dtype == np.float64
+    assert xp.full(2, 7, dtype=BF16).dtype == BF16
+    assert xp.isdtype(xp.ones(1, dtype=BF16).dtype, (xp.int8, "real floating"))
+    assert not xp.isdtype(np.dtype(np.int16), np.dtype(np.int8))
+    assert xp.pi == np.pi
+    assert xp.finfo(BF16).bits == xp.iinfo(xp.int16).bits == 16
+    assert not xp.can_cast(xp.ones(1), np.dtype(np.float32))
+    with pytest.raises(TypeError, match="moves an array to elsewhere"):
+        xp.ones(1, device="elsewhere")
+    with pytest.raises(AttributeError, match="has no function 'no_such'"):
+        xp.no_such  # noqa: B018
+
+
+def test_labelled_and_foreign_places(backend: Backend) -> None:  # noqa: F811
+    """A Variable in a key, and places that the other byte order holds."""
+    array = held(backend, X.astype(BF16))
+    for places in (xr.Variable("points", [1, 0]), np.array([1, 0], ">i4")):
+        assert np.asarray(array[places]).astype(np.float32).tolist() == X[[1, 0]].tolist()
+
+
+def test_numbers_that_python_takes(backend: Backend) -> None:  # noqa: F811
+    assert [10, 20, 30][held(backend, np.int64(1))] == 20
+    assert complex(held(backend, np.float32(2))) == 2
+    assert held(backend, X.astype(BF16)).mT.shape == (2, 4, 3)

@@ -79,10 +79,11 @@ def seen(dtype: np.dtype) -> Any:
 
 
 def is_kind(dtype: Any, kind: str | tuple[str, ...]) -> bool:
-    """The array API's `isdtype`, for narrow dtypes too, which are real floating ones."""
+    """The array API's `isdtype`, for narrow dtypes too, which are real floating ones; a dtype is a kind too."""
     dtype = np.dtype(dtype)
-    kinds = (kind,) if isinstance(kind, str) else kind
-    return any(np.issubdtype(WIDE if is_narrow(dtype) else dtype, _KINDS[k]) for k in kinds)
+    held = WIDE if is_narrow(dtype) else dtype
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return any(np.issubdtype(held, _KINDS[k]) if isinstance(k, str) else dtype == k for k in kinds)
 
 
 def dtype_called(dtype: Any) -> np.dtype | None:

@@ -10,6 +10,7 @@ and says what to do instead.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,7 @@ all any argmax argmin argsort clip cumprod cumsum diagonal dot max mean min nonz
 round searchsorted squeeze std sum swapaxes take trace transpose var
 """
 _METHODS = frozenset(_NAMED.split())
+_MADE = frozenset(["arange", "empty", "eye", "full", "linspace", "ones", "zeros"])  # by numpy, and moved
 
 
 class Duck(NDArrayOperatorsMixin):
@@ -112,6 +114,10 @@ class Duck(NDArrayOperatorsMixin):
     def T(self) -> Any:  # noqa: N802 - numpy's name
         return self.transpose()
 
+    @property
+    def mT(self) -> Any:  # noqa: N802 - numpy's name
+        return call(self.backend, "matrix_transpose", (self,), {})
+
     def to_numpy(self) -> np.ndarray:
         """The plain array in the process's memory."""
         return self.backend.to_numpy(self.array)
@@ -132,7 +138,12 @@ class Duck(NDArrayOperatorsMixin):
         self.backend.put(self.array, self._key(key), held)
 
     def _key(self, key: Any) -> tuple[Any, ...]:
-        return tuple(_plain(k, self.backend) for k in (key if isinstance(key, tuple) else (key,)))
+        return tuple(self._index(k) for k in (key if isinstance(key, tuple) else (key,)))
+
+    def _index(self, k: Any) -> Any:
+        """What stands for one dim of a key; labelled arrays and others' arrays count as numpy's."""
+        known = isinstance(k, Duck | np.ndarray | np.generic) or self.backend.is_array(k)
+        return _plain(k if known or not hasattr(k, "__array__") else np.asarray(k), self.backend)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -158,6 +169,12 @@ class Duck(NDArrayOperatorsMixin):
     def __int__(self) -> int:
         return int(self.array)
 
+    def __complex__(self) -> complex:
+        return complex(self.array)
+
+    def __index__(self) -> int:
+        return operator.index(self.array)
+
     def __repr__(self) -> str:
         return repr(self.array)
 
@@ -180,10 +197,15 @@ class Duck(NDArrayOperatorsMixin):
     def tolist(self) -> Any:
         return self.to_numpy().tolist()
 
-    def astype(self, dtype: Any, **options: Any) -> Any:
-        """The array in another dtype; not in `object`, which Python would add up one narrow scalar at a time."""
+    def astype(self, dtype: Any, *, copy: bool = True, **options: Any) -> Any:
+        """The array in another dtype; not in `object`, which Python would add up one narrow scalar at a time.
+
+        copy: whether an array that has the dtype is copied.
+        """
         if np.dtype(dtype) == np.dtype(object):
             raise TypeError(f"{self.dtype} has no place for missing values or objects: .astype('float32') first")
+        if self.dtype == np.dtype(dtype):
+            return self.copy() if copy else self
         return duck(self.backend.cast(self.array, np.dtype(dtype)), self.backend)
 
     def conj(self) -> Any:
@@ -236,7 +258,7 @@ class Duck(NDArrayOperatorsMixin):
 
     def __array_function__(self, function: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         home = function.__module__.removeprefix("numpy").lstrip(".")
-        name = f"{home}.{function.__name__}" if home == "linalg" else function.__name__
+        name = f"{home}.{function.__name__}" if home in ("linalg", "fft") else function.__name__
         if isinstance(kwargs.get("out"), Duck):
             raise TypeError(f"{name} makes a new array here: out= has no place")
         return call(self.backend, name, args, kwargs)
@@ -365,6 +387,7 @@ def _plain(value: Any, backend: Backend, dtype: np.dtype | None = None) -> Any:
             raise TypeError(f"arrays of {value.backend!r} and {backend!r} in one operation: move one to the other's")
         return value.array if dtype is None or not is_narrow(value.dtype) else backend.cast(value.array, dtype)
     if isinstance(value, np.ndarray) and value.dtype != object:
+        value = value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))  # numpy's alone
         value = value if dtype is None or not is_narrow(value.dtype) else value.astype(dtype)
         return backend.from_numpy(value)
     if isinstance(value, np.generic):
@@ -386,8 +409,9 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _wrapped(result: Any, backend: Backend) -> Any:
-    if type(result) in (tuple, list):
-        return type(result)(_wrapped(r, backend) for r in result)
+    if isinstance(result, tuple | list):  # named ones too: numpy's are made of their fields, torch's of a tuple
+        parts = [_wrapped(r, backend) for r in result]
+        return type(result)(*parts) if hasattr(type(result), "_make") else type(result)(parts)
     return duck(result, backend) if backend.is_array(result) else result
 
 
@@ -395,32 +419,53 @@ class Namespace:
     """The array API of a backend, and what else xarray asks of numpy, on `Duck`s."""
 
     bool_ = np.dtype(np.bool_)  # what xarray asks for first; the standard's `bool` is found as all dtypes are
+    e, inf, nan, newaxis, pi = np.e, np.inf, np.nan, np.newaxis, np.pi
 
     def __init__(self, backend: Backend, prefix: str = "") -> None:
         self._backend, self._prefix = backend, prefix
         self.__name__ = f"{backend.name}{prefix and '.'}{prefix.rstrip('.')}"
 
-    def asarray(self, value: Any, dtype: Any = None, **options: Any) -> Any:
+    def asarray(self, value: Any, dtype: Any = None, *, device: Any = None, copy: bool | None = None) -> Any:
         if isinstance(value, Duck):
-            return value if dtype is None or value.dtype == dtype else value.astype(dtype)
-        return duck(self._backend.from_numpy(np.asarray(value, dtype)), self._backend)
+            return value.astype(value.dtype if dtype is None else dtype, copy=bool(copy))
+        return self._held(np.array(value, dtype, copy=copy), device, owned=bool(copy))
 
     def astype(self, array: Any, dtype: Any, **options: Any) -> Any:
-        return array.astype(dtype)
+        return array.astype(dtype, **options)
 
     def isdtype(self, dtype: Any, kind: Any) -> bool:
         return is_kind(dtype, kind)
+
+    def can_cast(self, given: Any, to: Any) -> bool:
+        """numpy's rules on numpy's names: the same on all backends."""
+        return np.can_cast(np.dtype(getattr(given, "dtype", given)), to)
+
+    def finfo(self, of: Any) -> Any:
+        return ml_dtypes.finfo(np.dtype(getattr(of, "dtype", of)))
+
+    def iinfo(self, of: Any) -> Any:
+        return ml_dtypes.iinfo(np.dtype(getattr(of, "dtype", of)))
 
     def result_type(self, *values: Any) -> Any:
         """numpy's rules on numpy's names, whatever the library's own are: the same on all backends."""
         told = [np.dtype(v.dtype) if hasattr(v, "dtype") else np.dtype(v) if isinstance(v, str) else v for v in values]
         return seen(np.result_type(*told))
 
+    def _held(self, array: np.ndarray, device: Any, owned: bool) -> Any:
+        if device is not None and str(device) != self._backend.device:
+            raise TypeError(f"this namespace is of {self._backend!r}: ckptlab.to(array, …) moves an array to {device}")
+        return duck(self._backend.from_numpy(array, owned=owned), self._backend)
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("lib", "linalg", "stride_tricks"):
+        if f"{self._prefix}{name}" in ("lib", "lib.stride_tricks", "linalg") or (
+            name == "fft" and not self._prefix and self._backend.function("fft.fft")
+        ):
             return Namespace(self._backend, f"{self._prefix}{name}.")
-        if isinstance(known := getattr(np, name, None), type) and issubclass(known, np.generic):
+        known: Any = getattr(np, name, None)
+        if isinstance(known, type) and issubclass(known, np.generic):
             return np.dtype(known)
+        if name in _MADE and not self._prefix:
+            return lambda *args, device=None, **kwargs: self._held(known(*args, **kwargs), device, owned=True)
         if name.startswith("_") or self._backend.function(f"{self._prefix}{name}") is None:
             raise AttributeError(f"{self.__name__} has no function {name!r}: .to_numpy() first")
         return lambda *args, **kwargs: call(self._backend, f"{self._prefix}{name}", args, kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,13 +15,16 @@ import torch
 # numpy's; torch has others of numpy's names that do something else (its median is the lower one of two).
 _NAMES = """
 abs acos acosh add all any argmax argmin asin asinh atan atan2 atanh bitwise_and bitwise_invert bitwise_or
-bitwise_xor broadcast_arrays broadcast_to ceil clip concat conj cos cosh diff divide einsum
-empty_like equal exp expand_dims expm1 flip floor fmax fmin full_like greater greater_equal
+bitwise_xor broadcast_arrays broadcast_to ceil clip concat conj copysign cos cosh diff divide einsum
+empty_like equal exp expand_dims expm1 flip floor fmax fmin full_like greater greater_equal hypot imag
 isfinite isinf isnan less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or
-logical_xor matmul max maximum mean min minimum moveaxis multiply nan_to_num negative not_equal ones_like
-permute_dims positive pow ravel reciprocal repeat reshape roll round sign signbit sin
-sinh sqrt square squeeze stack std subtract tan tanh tensordot tile tril triu trunc unstack var vecdot
-where zeros_like
+logical_xor matmul max maximum mean meshgrid min minimum moveaxis multiply nan_to_num negative nextafter nonzero
+not_equal ones_like permute_dims positive pow ravel real reciprocal repeat reshape roll round sign signbit sin
+sinh sqrt square squeeze stack std subtract tan tanh tensordot tile tril triu trunc unique_counts
+unique_inverse unique_values unstack var vecdot where zeros_like
+linalg.cholesky linalg.cross linalg.det linalg.diagonal linalg.eigh linalg.eigvalsh linalg.inv linalg.matmul
+linalg.matrix_norm linalg.matrix_power linalg.matrix_rank linalg.matrix_transpose linalg.outer linalg.pinv linalg.qr
+linalg.slogdet linalg.solve linalg.svdvals linalg.tensordot linalg.vecdot linalg.vector_norm
 """
 _SAME = frozenset(_NAMES.split())
 _CALLED = {
@@ -96,8 +100,11 @@ def _nanvar(array: torch.Tensor, axis: Any = None, dtype: Any = None, ddof: int 
     return torch.where(number > ddof, (apart * apart).nansum(dims) / (number - ddof), torch.nan)
 
 
-def _var(array: torch.Tensor, axis: Any = None, ddof: int = 0, **options: Any) -> torch.Tensor:
-    return xp.var(array, axis=axis, correction=ddof, **options)
+def _var(
+    array: torch.Tensor, axis: Any = None, ddof: float = 0, *, correction: float = 0, **options: Any
+) -> torch.Tensor:
+    """Mean square deviation, `ddof` (the array API's `correction`) taken from the number that it is divided by."""
+    return xp.var(array, axis=axis, correction=ddof or correction, **options)
 
 
 def _round(array: torch.Tensor, decimals: int = 0) -> torch.Tensor:
@@ -130,6 +137,14 @@ def _count_nonzero(array: torch.Tensor, axis: Any = None, keepdims: bool = False
     return (array != 0).sum(_dims(array, axis), keepdim=keepdims)
 
 
+def _sort(array: torch.Tensor, axis: int | None = -1, **options: Any) -> torch.Tensor:
+    return xp.sort(array.ravel(), **options) if axis is None else xp.sort(array, axis=axis, **options)
+
+
+def _take_along_axis(array: torch.Tensor, indices: torch.Tensor, axis: int | None = -1) -> torch.Tensor:
+    return torch.take_along_dim(array, indices.to(torch.int64), axis)
+
+
 def _take(array: torch.Tensor, indices: Any, axis: int | None = None) -> torch.Tensor:
     """numpy's: of the flattened array where no axis is said, with indices of any shape, from the end too."""
     array, axis = (array.ravel(), 0) if axis is None else (array, axis % array.ndim)
@@ -145,6 +160,10 @@ def _added(function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwar
         wide = array.view(torch.int64) if array.dtype == torch.uint64 else array.to(torch.int64)
         return function(wide, *args, **kwargs).view(torch.uint64)
     return function(array, *args, **kwargs)
+
+
+def _trace(array: torch.Tensor, *, offset: int = 0, dtype: Any = None) -> Any:
+    return _added(xp.sum, torch.diagonal(array, offset, -2, -1), axis=-1, dtype=dtype)
 
 
 def _filled(value: float, function: Callable[..., Any], array: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -229,9 +248,12 @@ def _moveaxis(array: torch.Tensor, source: Any, destination: Any) -> torch.Tenso
 _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "argsort": partial(_of_a_line, xp.argsort),
     "cumulative_sum": partial(_of_a_line, partial(_added, xp.cumulative_sum)),
+    "cumulative_prod": partial(_of_a_line, partial(_added, xp.cumulative_prod)),
     "count_nonzero": _count_nonzero,
     "fabs": torch.abs,
+    "sort": _sort,
     "take": _take,
+    "take_along_axis": _take_along_axis,
     "copy": torch.clone,
     "transpose": _transpose,
     "matrix_transpose": lambda array: array.mT,
@@ -266,6 +288,7 @@ _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "unravel_index": torch.unravel_index,
     "linalg.svd": _svd,
     "linalg.lstsq": _lstsq,
+    "linalg.trace": _trace,
     "quantile": partial(_quantile, False),
     "nanquantile": partial(_quantile, True),
     "median": partial(_median, False),
@@ -279,4 +302,4 @@ def find(name: str) -> Callable[..., Any] | None:
     if name in _NUMPYS:
         return _NUMPYS[name]
     name = _CALLED.get(name, name)
-    return getattr(xp, name) if name in _SAME else None
+    return operator.attrgetter(name)(xp) if name in _SAME else None

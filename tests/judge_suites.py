@@ -77,7 +77,7 @@ class Record:
         self.reasons: Counter[str] = Counter()
         self.absent: set[str] = set()
         self.wrong: dict[str, str] = {}
-        self._refusing: set[str] = set()
+        self._of_test: Counter[tuple[str, str]] = Counter()  # (test, "right" or "refused") → examples
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self) -> None:
@@ -116,9 +116,12 @@ class Record:
                     raise
                 self.refused += 1
                 self.reasons[reason] += 1
-                self._refusing.add(self._running)
+                self._of_test[self._running, "refused"] += 1
+                if self._of_test[self._running, "refused"] > EXAMPLES and not self._of_test[self._running, "right"]:
+                    raise
                 hypothesis.reject()
             self.right += 1
+            self._of_test[self._running, "right"] += 1
 
         return one
 
@@ -132,12 +135,13 @@ class Record:
 
     def _told(self, label: str, node: str, error: BaseException | None, outcome: str) -> None:
         if error is None or outcome == "skipped":
-            kind = "left out" if outcome == "skipped" else "partly refused" if node in self._refusing else "right"
+            partly = "partly refused" if self._of_test[node, "refused"] else "right"
+            kind = "left out" if outcome == "skipped" else partly
             self.tests[kind] += 1
         elif found := _ABSENT.search(str(error)):
             self.tests["absent"] += 1
             self.absent.add(found[1] or found[2] or found[3])
-        elif isinstance(error, hypothesis.errors.Unsatisfiable) and node in self._refusing:
+        elif isinstance(error, hypothesis.errors.Unsatisfiable) and self._of_test[node, "refused"]:
             self.tests["refused"] += 1
         elif (reason := _refusal(error)) is not None:
             self.tests["refused"] += 1

@@ -65,6 +65,8 @@ EXACT: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "remainder": (np.remainder, WHOLE),
     "mod of unequal dtypes": (np.mod, (np.array([7, -7, 5], np.int8), np.array([2, -2, 0], np.int64))),
     "floor_divide by a number": (lambda x: x // 0, (WHOLE[0],)),
+    "floor_divide of a narrow number": (lambda x: x // 2, (np.array(7, np.int16),)),
+    "shifts": (lambda x, y: (x << y, x >> y), (np.array([1, -3, 5], np.int8), np.array([2, 1, 7], np.int8))),
     "floor_divide of a number": (lambda x: 7 // x, (WHOLE[1],)),
     "floor_divide of floats": (np.floor_divide, (np.array([7.0, -7.0, 5.0, 0.0]), np.array([2.0, 2.0, 0.0, 0.0]))),
     "remainder of floats": (np.remainder, (np.array([7.0, -7.0, 5.0, 0.0]), np.array([2.0, 2.0, 0.0, 0.0]))),

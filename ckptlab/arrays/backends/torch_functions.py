@@ -14,8 +14,9 @@ import torch
 # What array-api-compat makes of torch is as in the array API standard, and torch's own functions of these names are as
 # numpy's; torch has others of numpy's names that do something else (its median is the lower one of two).
 _NAMES = """
-abs acos acosh add all any argmax argmin asin asinh atan atan2 atanh bitwise_and bitwise_invert bitwise_or
-bitwise_xor broadcast_arrays broadcast_to ceil clip concat conj copysign cos cosh diff divide einsum
+abs acos acosh add all any argmax argmin asin asinh atan atan2 atanh bitwise_and bitwise_invert
+bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor broadcast_arrays
+broadcast_to ceil clip concat conj copysign cos cosh diff divide einsum
 empty_like equal exp expand_dims expm1 flip floor fmax fmin full_like greater greater_equal hypot imag
 isfinite isinf isnan less less_equal log log10 log1p log2 logaddexp logical_and logical_not logical_or
 logical_xor matmul max maximum mean meshgrid min minimum moveaxis multiply nan_to_num negative nextafter nonzero
@@ -40,7 +41,9 @@ _CALLED = {
     "amin": "min",
     "concatenate": "concat",
     "invert": "bitwise_invert",
+    "left_shift": "bitwise_left_shift",
     "power": "pow",
+    "right_shift": "bitwise_right_shift",
     "true_divide": "divide",
 }
 
@@ -184,7 +187,10 @@ def _searchsorted(array: torch.Tensor, values: torch.Tensor, side: str = "left",
 def _divided(function: Callable[..., torch.Tensor], a: Any, b: Any) -> torch.Tensor:
     """Quotients and rests as numpy's: of a whole number and 0 both are 0 (torch raises; CUDA gives any number)."""
     first = a if isinstance(a, torch.Tensor) else b
-    a, b = (x if isinstance(x, torch.Tensor) else torch.as_tensor(x, device=first.device) for x in (a, b))
+    a, b = (
+        x if isinstance(x, torch.Tensor) else torch.as_tensor(x, dtype=torch.result_type(first, x), device=first.device)
+        for x in (a, b)
+    )
     if torch.result_type(a, b).is_floating_point:
         return function(a, b)
     none = b == 0

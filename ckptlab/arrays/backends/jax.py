@@ -78,10 +78,10 @@ class JaxBackend(Backend):
         return jax.enable_x64(True)
 
     def function(self, name: str) -> Callable[..., Any] | None:
-        if name in ("floor_divide", "divmod"):
-            return partial(_divided, getattr(jnp, name))
-        if name == "pad":
-            return _padded
+        if name in _NUMPYS:
+            return _NUMPYS[name]
+        if name in ("cumsum", "cumprod", "cumulative_prod", "nancumsum", "nancumprod"):
+            return partial(_cumulated, getattr(jnp, name))
         try:
             return operator.attrgetter(name)(jnp)
         except AttributeError:
@@ -144,12 +144,26 @@ def _moving(moves: Moves) -> Callable[..., jax.Array]:
     return jax.jit(moved)
 
 
-def _divided(function: Callable[..., Any], a: Any, b: Any) -> Any:
+def _cumulated(function: Callable[..., Any], array: Any, *args: Any, **options: Any) -> Any:
+    """Sums and products along a dim in numpy's dtype: jax's of int8 are int8, and overflow."""
+    if np.issubdtype(array.dtype, np.integer) or array.dtype == np.bool_:
+        array = array.astype(np.empty(0, array.dtype).cumsum().dtype)
+    return function(array, *args, **options)
+
+
+def _divided(a: Any, b: Any) -> jax.Array:
     """Quotients as numpy's: a whole number divided by 0 is 0 (jax: -1 and less)."""
-    found = function(a, b)
-    if not jnp.issubdtype(jnp.result_type(a, b), jnp.integer):
-        return found
-    return jax.tree.map(lambda one: jnp.where(jnp.asarray(b) == 0, 0, one).astype(one.dtype), found)
+    found = jnp.floor_divide(a, b)
+    whole = jnp.issubdtype(found.dtype, jnp.integer)
+    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype) if whole else found
+
+
+def _rest(a: Any, b: Any) -> jax.Array:
+    """Rests as numpy's: of a whole number and 0 it is 0, and those with fractions have the sign of b, 0 too."""
+    found = jnp.remainder(a, b)
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        return jnp.copysign(found, b)
+    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype)
 
 
 def _padded(array: Any, widths: Any, mode: Any = "constant", **options: Any) -> Any:
@@ -160,6 +174,15 @@ def _padded(array: Any, widths: Any, mode: Any = "constant", **options: Any) -> 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
+
+_NUMPYS: Mapping[str, Callable[..., Any]] = {
+    "divmod": lambda a, b: (_divided(a, b), _rest(a, b)),
+    "floor_divide": _divided,
+    "mod": _rest,
+    "pad": _padded,
+    "remainder": _rest,
+    "searchsorted": lambda *args, **options: jnp.searchsorted(*args, **options).astype(np.int64),
+}
 
 Place = int | range  # of one dim: an index, or the indices of a slice
 

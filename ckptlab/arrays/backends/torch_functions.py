@@ -197,8 +197,14 @@ def _divided(function: Callable[..., torch.Tensor], a: Any, b: Any) -> torch.Ten
     return function(a, b.masked_fill(none, 1)).masked_fill(none, 0)
 
 
+def _rest(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """With the sign of b, the sign of 0 too."""
+    found = xp.remainder(a, b)
+    return torch.copysign(found, b) if found.is_floating_point() else found
+
+
 _FLOOR_DIVIDE = partial(_divided, xp.floor_divide)
-_REMAINDER = partial(_divided, xp.remainder)
+_REMAINDER = partial(_divided, _rest)
 
 
 def _svd(array: torch.Tensor, full_matrices: bool = True, compute_uv: bool = True, hermitian: bool = False) -> Any:

@@ -152,10 +152,11 @@ def _cumulated(function: Callable[..., Any], array: Any, *args: Any, **options: 
 
 
 def _divided(a: Any, b: Any) -> jax.Array:
-    """Quotients as numpy's: a whole number divided by 0 is 0 (jax: -1 and less)."""
+    """Quotients as numpy's: a whole number divided by 0 is 0 (jax: -1 and less), and 0 has the sign of both."""
     found = jnp.floor_divide(a, b)
-    whole = jnp.issubdtype(found.dtype, jnp.integer)
-    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype) if whole else found
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        return jnp.where(found == 0, jnp.copysign(found, jnp.divide(a, b)), found)
+    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype)
 
 
 def _rest(a: Any, b: Any) -> jax.Array:

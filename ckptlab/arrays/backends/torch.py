@@ -96,28 +96,24 @@ class TorchBackend(Backend):
         return torch_functions.find(name)
 
     def take(self, array: torch.Tensor, key: tuple[Any, ...]) -> torch.Tensor:
-        return array[self._key(array, key)]
+        array, key = _turned(array, _filled(array, key))
+        return array[self._key(key)]
 
     def put(self, array: torch.Tensor, key: tuple[Any, ...], value: Any) -> None:
-        array[self._key(array, key)] = value
+        if any(_is_backward(k) for k in key):
+            raise TypeError("torch writes along no steps backwards: turn the value round, or .to_numpy() first")
+        array[self._key(_filled(array, key))] = value
 
-    def _key(self, array: torch.Tensor, key: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The key without what torch lacks: steps backwards (indices instead), numpy's integers and arrays; and without
-        what it takes otherwise: uint8 for a mask, an integer beside arrays for none of them."""
-        known = sum(k is not None and k is not Ellipsis for k in key)
-        filled: list[Any] = []
+    def _key(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The key without what torch lacks, numpy's integers and arrays, and without what it takes otherwise: uint8 for
+        a mask, an integer beside arrays for none of them."""
+        found = []
         for k in key:
-            filled += [slice(None)] * (array.ndim - known) if k is Ellipsis else [k]
-        found, dim = [], 0
-        for k in filled:
-            if isinstance(k, slice) and k.step is not None and k.step < 0:
-                k = torch.tensor(range(*k.indices(array.shape[dim])), dtype=torch.int64, device=self._device)
-            elif isinstance(k, np.ndarray | np.generic | list):
+            if isinstance(k, np.ndarray | np.generic | list):
                 k = torch.as_tensor(np.asarray(k), device=self._device)
             if isinstance(k, torch.Tensor) and k.dtype not in (torch.bool, torch.int64):
                 k = k.to(torch.int64)
             found.append(k)
-            dim += k is not None
         if any(isinstance(k, torch.Tensor) and k.ndim for k in found):
             found = [torch.as_tensor(k, device=self._device).reshape(1) if _is_place(k) else k for k in found]
         return tuple(found)
@@ -169,6 +165,40 @@ class TorchBackend(Backend):
             shape=torch.Size(sharding.shape),
             stride=strides,
         )
+
+
+def _filled(array: torch.Tensor, key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The key with whole dims in the place of an ellipsis."""
+    whole = (slice(None),) * (array.ndim - sum(_dims(k) for k in key))
+    return tuple(part for k in key for part in (whole if k is Ellipsis else (k,)))
+
+
+def _dims(k: Any) -> int:
+    """How many dims of an array a part of a key is for."""
+    if k is None or k is Ellipsis:
+        return 0
+    return k.ndim if getattr(k, "dtype", None) in (torch.bool, np.bool_) else 1
+
+
+def _is_backward(k: Any) -> bool:
+    return isinstance(k, slice) and k.step is not None and k.step < 0
+
+
+def _turned(array: torch.Tensor, key: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """What is left to do where a key steps backwards, which torch cannot: the array turned round in those dims, and the
+    key with all of them. (Places in their stead would be paired with the places of other dims.)"""
+    first: list[slice] = []
+    dims = []
+    for k in key:
+        if _is_backward(k):
+            places = range(*k.indices(array.shape[len(first)]))[::-1]
+            dims.append(len(first))
+            first.append(slice(places.start, places.stop, places.step) if places else slice(0, 0))
+        else:
+            first += [slice(None)] * _dims(k)
+    if not dims:
+        return array, key
+    return array[tuple(first)].flip(dims), tuple(slice(None) if _is_backward(k) else k for k in key)
 
 
 def _is_place(k: Any) -> bool:

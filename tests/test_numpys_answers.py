@@ -13,7 +13,7 @@ from compare import GPT
 from test_backends import backend, on  # noqa: F401  (the fixture)
 
 import ckptlab
-from ckptlab.arrays.backends import Backend
+from ckptlab.arrays.backends import Backend, resolve
 from ckptlab.arrays.duck import Duck, duck, namespace
 
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
@@ -272,6 +272,12 @@ def test_labelled_and_foreign_places(backend: Backend) -> None:  # noqa: F811
     array = held(backend, X.astype(BF16))
     for places in (xr.Variable("points", [1, 0]), np.array([1, 0], ">i4")):
         assert np.asarray(array[places]).astype(np.float32).tolist() == X[[1, 0]].tolist()
+
+
+def test_places_without_a_kernel_are_refused() -> None:
+    array = held(resolve("torch"), np.arange(4, dtype=np.uint32))
+    with pytest.raises(TypeError, match=r"uint32 on torch: .* not implemented .*; .to_numpy\(\) first"):
+        array[array.to_numpy() > 1] = 0
 
 
 def test_numbers_that_python_takes(backend: Backend) -> None:  # noqa: F811

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
@@ -128,14 +129,15 @@ class Duck(NDArrayOperatorsMixin):
         return array.copy() if copy and array is plain else array
 
     def __getitem__(self, key: Any) -> Any:
-        with self.backend.computing():
+        with _places(self):
             return duck(self.backend.take(self.array, self._key(key)), self.backend)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         held = _plain(value, self.backend)
         if self.backend.is_array(held) and self.backend.dtype_of(held) != self.backend.dtype_of(self.array):
             held = self.backend.cast(held, self.backend.dtype_of(self.array))
-        self.backend.put(self.array, self._key(key), held)
+        with _places(self):
+            self.backend.put(self.array, self._key(key), held)
 
     def _key(self, key: Any) -> tuple[Any, ...]:
         return tuple(self._index(k) for k in (key if isinstance(key, tuple) else (key,)))
@@ -274,6 +276,17 @@ def _written(name: str, made: Any, out: tuple[Any, ...]) -> Any:
         raise TypeError(f"{name} makes {wanted}, for which {given} has no room: write a = a + b, not a += b")
     held[...] = made
     return held
+
+
+@contextmanager
+def _places(array: Duck) -> Iterator[None]:
+    """Around what reads and writes places. TypeError where the library has no kernel for the dtype."""
+    try:
+        with array.backend.computing():
+            yield
+    except NotImplementedError as error:
+        why = str(error).splitlines()[0]
+        raise TypeError(f"{array.dtype} on {array.backend.name}: {why}; .to_numpy() first, or another dtype") from error
 
 
 def refuse_dask(backend: Backend, dtype: Any) -> None:

@@ -71,6 +71,7 @@ EXACT: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "mod of unequal dtypes": (np.mod, (np.array([7, -7, 5], np.int8), np.array([2, -2, 0], np.int64))),
     "floor_divide by a number": (lambda x: x // 0, (WHOLE[0],)),
     "floor_divide of a narrow number": (lambda x: x // 2, (np.array(7, np.int16),)),
+    "signs of no sign": (lambda x: 1 / np.sign(x), (np.array([-0.0, 0.0, -3.0]),)),
     "signs of no quotient": (lambda x, y: 1 / (x // y), (np.array([-0.0, -0.0, 1.0]), np.array([2.0, -2.0, 2.0]))),
     "signs of no rest": (lambda x, y: 1 / (x % y), (np.array([-0.0, 0.0, 4.0]), np.array([2.0, -2.0, -2.0]))),
     **{

@@ -182,6 +182,7 @@ _NUMPYS: Mapping[str, Callable[..., Any]] = {
     "mod": _rest,
     "pad": _padded,
     "remainder": _rest,
+    "sign": lambda array: jnp.sign(array) + 0,  # of -0 too
     "searchsorted": lambda *args, **options: jnp.searchsorted(*args, **options).astype(np.int64),
 }
 

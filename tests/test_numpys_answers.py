@@ -281,6 +281,11 @@ def test_places_without_a_kernel_are_refused() -> None:
         array[array.to_numpy() > 1] = 0
 
 
+def test_fp8_steps_backwards(backend: Backend) -> None:  # noqa: F811
+    array = held(backend, X.astype(FP8))
+    assert np.asarray(array[::-1, ::-2]).tobytes() == X.astype(FP8)[::-1, ::-2].tobytes()
+
+
 def test_numbers_that_python_takes(backend: Backend) -> None:  # noqa: F811
     assert [10, 20, 30][held(backend, np.int64(1))] == 20
     assert complex(held(backend, np.float32(2))) == 2

@@ -154,17 +154,19 @@ def _cumulated(function: Callable[..., Any], array: Any, *args: Any, **options: 
 def _divided(a: Any, b: Any) -> jax.Array:
     """Quotients as numpy's: a whole number divided by 0 is 0 (jax: -1 and less), and 0 has the sign of both."""
     found = jnp.floor_divide(a, b)
-    if jnp.issubdtype(found.dtype, jnp.floating):
+    if jnp.issubdtype(found.dtype, jnp.floating) and found.dtype.itemsize > 1:
         return jnp.where(found == 0, jnp.copysign(found, jnp.divide(a, b)), found)
-    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype)
+    whole = jnp.issubdtype(found.dtype, jnp.integer)
+    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype) if whole else found
 
 
 def _rest(a: Any, b: Any) -> jax.Array:
     """Rests as numpy's: of a whole number and 0 it is 0, and those with fractions have the sign of b, 0 too."""
     found = jnp.remainder(a, b)
-    if jnp.issubdtype(found.dtype, jnp.floating):
+    if jnp.issubdtype(found.dtype, jnp.floating) and found.dtype.itemsize > 1:
         return jnp.copysign(found, b)
-    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype)
+    whole = jnp.issubdtype(found.dtype, jnp.integer)
+    return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype) if whole else found
 
 
 def _padded(array: Any, widths: Any, mode: Any = "constant", **options: Any) -> Any:

@@ -187,18 +187,13 @@ def _is_backward(k: Any) -> bool:
 def _turned(array: torch.Tensor, key: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """What is left to do where a key steps backwards, which torch cannot: the array turned round in those dims, and the
     key with all of them. (Places in their stead would be paired with the places of other dims.)"""
-    first: list[slice] = []
-    dims = []
+    dim = 0
     for k in key:
-        if _is_backward(k):
-            places = range(*k.indices(array.shape[len(first)]))[::-1]
-            dims.append(len(first))
-            first.append(slice(places.start, places.stop, places.step) if places else slice(0, 0))
-        else:
-            first += [slice(None)] * _dims(k)
-    if not dims:
-        return array, key
-    return array[tuple(first)].flip(dims), tuple(slice(None) if _is_backward(k) else k for k in key)
+        if _is_backward(k):  # one dim at a time, by places: torch flips no fp8
+            places = torch.tensor(range(*k.indices(array.shape[dim])), dtype=torch.int64, device=array.device)
+            array = array[(slice(None),) * dim + (places,)]
+        dim += _dims(k)
+    return array, tuple(slice(None) if _is_backward(k) else k for k in key)
 
 
 def _is_place(k: Any) -> bool:

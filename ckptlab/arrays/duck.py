@@ -10,6 +10,7 @@ and says what to do instead.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -340,9 +341,9 @@ def call(backend: Backend, name: str, args: Any, kwargs: Mapping[str, Any]) -> A
     try:
         with backend.computing():
             result = function(*_plain(args, backend, dtype), **_plain(dict(kwargs), backend, dtype))
-    except refusals as e:
+    except refusals as error:
         hint = '.astype("float32") first' if narrow else '.to_numpy() first, or backend="numpy"'
-        raise TypeError(f"{name} on {backend.name}: {str(e).splitlines()[0]}; {hint}") from e
+        raise TypeError(f"{name} on {backend.name}: {str(error).splitlines()[0]}; {hint}") from error
     if name in _PLACING and backend.is_array(result) and not result.ndim:
         return backend.to_numpy(result)  # a place is no data; xarray takes it for an index only so
     if name in _PICKING and narrow:
@@ -432,7 +433,7 @@ class Namespace:
     """The array API of a backend, and what else xarray asks of numpy, on `Duck`s."""
 
     bool_ = np.dtype(np.bool_)  # what xarray asks for first; the standard's `bool` is found as all dtypes are
-    e, inf, nan, newaxis, pi = np.e, np.inf, np.nan, np.newaxis, np.pi
+    e, inf, nan, newaxis, pi = math.e, math.inf, math.nan, np.newaxis, math.pi
 
     def __init__(self, backend: Backend, prefix: str = "") -> None:
         self._backend, self._prefix = backend, prefix

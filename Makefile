@@ -12,6 +12,9 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 BASE_PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	$$python -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
+# Jupyter refuses root, who is all that there is in many containers, unless told.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
 .PHONY: demo lab docs test check lint bench data notebooks clean
 
 demo: $(VENV)/core.stamp
@@ -23,7 +26,7 @@ demo: $(VENV)/core.stamp
 	@echo 'demo-out/gpt_tp4_pp1_dp1 is the same checkpoint on another mesh. Next: `make lab`.'
 
 lab: $(VENV)/lab.stamp
-	$(VENV)/bin/jupyter lab notebooks/00_tour.ipynb
+	$(VENV)/bin/jupyter lab $(AS_ROOT) notebooks/00_tour.ipynb
 
 docs: $(VENV)/docs.stamp
 	$(PYTHON) docs/site.py

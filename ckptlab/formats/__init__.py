@@ -70,8 +70,9 @@ def read_at(match: Match, faults: Faults, strategy: Strategy | None = None, mesh
             catalog = format.read_parts(match, faults, strategy)
         else:
             catalog = format.read(match.path, faults, strategy)
-    shapes = {name: tensor.shape for name, tensor in catalog.tensors.items()} if catalog else {}
-    against, why, todo = denied(strategy, shapes)
+    if catalog is None or strategy is None:
+        return catalog
+    against, why, todo = denied(strategy, {name: tensor.shape for name, tensor in catalog.tensors.items()})
     if against:
         where, fits = Where(tensors=against), "a strategy that fits the tensors' shapes"
         message = f"{match.path}: {some(against, 1)}: {why}: {todo}"

@@ -24,6 +24,7 @@ from ckptlab.sharding.strategies import (
     MEGATRON,
     MEGATRON_SWIGLU,
     MLP_LAYERS,
+    REGISTRY,
     Family,
     Strategy,
     column,
@@ -79,8 +80,8 @@ def infer(folder: StepFolder, module: ModuleWeights, said: Strategy | None, faul
         faults.report(
             not_read_yet(
                 f"{folder.path}: tp {folder.mesh.tp}, and no universal_checkpoint_info says how the tensors are cut. "
-                f"Of {name} nothing proves it: {reason}{more}. Give a strategy: a registered one (megatron, "
-                "megatron-swiglu, gpt-neox, hf), or {pattern: notation}"
+                f"Of {name} nothing proves it: {reason}{more}. Give a strategy: a registered one "
+                f"({', '.join(REGISTRY.names())}), or {{pattern: notation}}"
             )
         )
     return Inferred(said, found)

@@ -302,11 +302,9 @@ def _groups(
 ) -> tuple[ParameterGroup, ...]:
     """Parameter groups: tensors from the model files, hyperparameters from what the universal folder has of them."""
     stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = []
+    dealt = common.wrapper is Wrapper.ZERO12 and folder.config.round_robin
     for p in range(folder.mesh.pp):
-        shapes, dealt = (
-            folder.heads[p, 0][0].shapes or (),
-            common.wrapper is Wrapper.ZERO12 and folder.config.round_robin,
-        )
+        shapes = folder.heads[p, 0][0].shapes or ()
         joined = [tuple(program_order(folder, list(names), dealt)) for names in shapes]
         if (
             common.wrapper is Wrapper.ZERO3

@@ -15,6 +15,9 @@ BASE_PYTHON ?= $(shell for python in $(CANDIDATES); do \
 # Jupyter refuses root, who is all that there is in many containers, unless told.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
+# Processes that tests start read compiled modules, also where containers say that none be written.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo lab docs test check lint bench data notebooks clean
 
 demo: $(VENV)/core.stamp

@@ -1,6 +1,21 @@
-"""Hypothesis without deadlines: these machines are shared, and a slow example is no fault."""
+"""What holds for the whole run: hypothesis without deadlines, and little time for the garbage collector."""
 
+import gc
+
+import nbformat  # noqa: F401 — before pytest imports it in depth: jsonschema's grammar then costs five times as much
+import pytest
 from hypothesis import settings
 
+# These machines are shared, and a slow example is no fault.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Test modules import some hundred megabytes, none of it garbage: searched once a generation, half of the time."""
+    gc.disable()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()
+    gc.enable()

@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -31,7 +30,15 @@ DTYPES: dict[str, np.dtype] = {
     )
 }
 SHAPES = ((), (3,), (2, 3), (2, 1, 4), (0, 3))
-WAYS = (".to_numpy()", ".astype(", "1 / array", "write a = a + b", "backend=", "open the view with")
+WAYS = (
+    ".to_numpy()",
+    ".astype(",
+    "1 / array",
+    "write a = a + b",
+    "backend=",
+    "open the view with",
+    "must be non-empty",
+)
 
 Call = Callable[..., Any]
 
@@ -55,7 +62,7 @@ cumsum cumprod cumulative_sum cumulative_prod sort diff flip nancumsum nancumpro
 OTHERS: dict[str, Call] = {
     "astype float32": lambda x: x.astype(np.float32),
     "astype float64": lambda x: x.astype(np.float64),
-    "argsort": lambda x: np.argsort(x, stable=True),
+    "argsort": lambda x: np.argsort(x, stable=True) if x.ndim else x,
     "broadcast_to": lambda x: np.broadcast_to(x, (2, *x.shape)),
     "broadcast_arrays": lambda x: np.broadcast_arrays(x, x[None])[0],
     "clip": lambda x: np.clip(x, 0, 2),
@@ -112,16 +119,21 @@ class Verdicts:
     wrong: dict[str, list[str]] = field(default_factory=dict)
 
 
+def along(function: Call, **options: Any) -> Call:
+    """A function along an axis, where there is one: the array API leaves open what it makes of 0 dims."""
+    return lambda x: function(x, **options) if x.ndim else x
+
+
 def calls() -> Iterator[tuple[str, Call, int]]:
     """(name, function, arguments) of everything that is tried."""
     for names, count in ((UNARY, 1), (BINARY, 2), (REDUCING, 1)):
         yield from ((name, getattr(np, name), count) for name in names.split())
     for name in REDUCING.split():
-        yield f"{name} axis=0", partial(getattr(np, name), axis=0), 1
-        yield f"{name} axis=-1, keepdims", partial(getattr(np, name), axis=-1, keepdims=True), 1
+        yield f"{name} axis=0", along(getattr(np, name), axis=0), 1
+        yield f"{name} axis=-1, keepdims", along(getattr(np, name), axis=-1, keepdims=True), 1
     for name in ALONG.split():
-        yield f"{name} along the last", partial(getattr(np, name), axis=-1), 1
-        yield f"{name} along the first", partial(getattr(np, name), axis=0), 1
+        yield f"{name} along the last", along(getattr(np, name), axis=-1), 1
+        yield f"{name} along the first", along(getattr(np, name), axis=0), 1
     yield from ((name, function, 1) for name, function in OTHERS.items())
 
 

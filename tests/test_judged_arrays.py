@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from judge_arrays import DTYPES, judge
@@ -36,3 +37,15 @@ def test_numbers_of_torch_are_lines_where_numpys_are() -> None:
     assert np.take(many, np.array([0, -1])).tolist() == [1, 250]
     assert np.count_nonzero(many, axis=0, keepdims=True).shape == (1, 2)
     assert np.isin(many, [1, 250]).tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("kind", ["float8_e5m2", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", ["exp2", "log2", "log10"])
+def test_what_jax_multiplies_by_constants_is_rounded_once(name: str, kind: str) -> None:
+    jax = resolve("jax", "cpu")
+    values = np.array([3, 1.5, 5, 0.75, 7]).astype(DTYPES[kind])
+    found = getattr(np, name)(duck(jax.from_numpy(values), jax))
+    wanted = getattr(np, name)(values.astype(np.float64))
+    assert found.dtype == values.dtype
+    eps = float(ml_dtypes.finfo(values.dtype).eps)
+    assert np.allclose(found.to_numpy().astype(np.float64), wanted, rtol=eps / 2 + 1e-6, atol=0)

@@ -151,6 +151,13 @@ def _cumulated(function: Callable[..., Any], array: Any, *args: Any, **options: 
     return function(array, *args, **options)
 
 
+def _rounded_once(function: Callable[..., Any], array: Any) -> Any:
+    """What jax multiplies by a constant, computed in float32: it rounds the constant to the array's own few bits, where
+    exp2(5) of fp8 is 56."""
+    few = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize <= 2
+    return function(array.astype(np.float32)).astype(array.dtype) if few else function(array)
+
+
 def _divided(a: Any, b: Any) -> jax.Array:
     """Quotients as numpy's: a whole number divided by 0 is 0 (jax: -1 and less), and 0 has the sign of both."""
     found = jnp.floor_divide(a, b)
@@ -169,6 +176,11 @@ def _rest(a: Any, b: Any) -> jax.Array:
     return jnp.where(jnp.asarray(b) == 0, 0, found).astype(found.dtype) if whole else found
 
 
+def _rounded(array: Any, *args: Any, **options: Any) -> Any:
+    """jax.numpy.round; of bool in numpy's dtype, since jax has no answer."""
+    return jnp.round(array.astype(np.float16) if array.dtype == np.bool_ else array, *args, **options)
+
+
 def _padded(array: Any, widths: Any, mode: Any = "constant", **options: Any) -> Any:
     """jax.numpy.pad, for what it compiles for: tuples, where others take lists."""
     return jnp.pad(array, widths, mode, **{name: _as_tuples(value) for name, value in options.items()})
@@ -179,11 +191,13 @@ def _as_tuples(value: Any) -> Any:
 
 
 _NUMPYS: Mapping[str, Callable[..., Any]] = {
+    **{name: partial(_rounded_once, getattr(jnp, name)) for name in ("exp2", "log2", "log10")},
     "divmod": lambda a, b: (_divided(a, b), _rest(a, b)),
     "floor_divide": _divided,
     "mod": _rest,
     "pad": _padded,
     "remainder": _rest,
+    "round": _rounded,
     "sign": lambda array: jnp.sign(array) + 0,  # of -0 too
     "searchsorted": lambda *args, **options: jnp.searchsorted(*args, **options).astype(np.int64),
 }

@@ -403,7 +403,7 @@ def test_fsdp_and_tensor_parallel_ranks_load_it(ranks: int, tp: int, tmp_path: P
 @pytest.mark.parametrize(
     ("case", "rows", "programs"),
     [
-        ("gpt_tp2_pp1_dp2_fp32", 104, [(2, 1), (4, 1), (4, 2)]),  # ZeRO-1
+        ("gpt_tp2_pp1_dp2_fp32", 104, [(2, 1), (4, 2)]),  # ZeRO-1
         ("plain_zero3_dp2_fp32", None, [(2, 1), (4, 2)]),
         ("megatron_tp2", None, [(2, 1)]),
     ],

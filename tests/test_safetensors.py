@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,8 +186,7 @@ def test_dtypes_that_numpy_cannot_say_and_tensors_without_elements(tmp_path: Pat
 @pytest.mark.slow
 def test_what_torch_writes_distributed(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    code = Path(__file__).with_name("write_hf_sharded.py")
-    subprocess.run([sys.executable, code, tmp_path / "out"], check=True, capture_output=True)
+    pytest.importorskip("torch_ranks").save_distributed(tmp_path / "out", tmp_path)
     assert len(list((tmp_path / "out").glob("shard-*.safetensors"))) == 2
     ckpt = ckptlab.open(tmp_path / "out")
     assert ckpt.mesh == Mesh(shard=2)

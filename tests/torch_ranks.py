@@ -1,4 +1,5 @@
-"""Ranks of torch.distributed, for tests: of FSDP2 and tensor parallelism, that load a DCP folder; or of any script.
+"""Ranks of torch.distributed, for tests: they load a DCP folder as FSDP2 and tensor parallelism do, save one, or run a
+script of their own.
 
 They are forked from a process that has imported what they need: importing it takes longer than all that they do.
 """
@@ -21,7 +22,7 @@ from compare import same_bits, whole
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ckptlab
@@ -44,6 +45,11 @@ def run(script: Path, ranks: int) -> None:
 def load(folder: Path, source: Path, ranks: int, tp: int, scratch: Path) -> None:
     """Load `folder` on so many ranks. An error where a state of one is not that of `source`, bit for bit."""
     _start(_load, ranks, ranks, tp, str(folder), str(source), str(scratch / "rendezvous"))
+
+
+def save_distributed(folder: Path, scratch: Path) -> None:
+    """Two ranks save with torch's HuggingFaceStorageWriter, each its own boxes."""
+    _start(_save_distributed, 2, str(folder), str(scratch / "rendezvous"))
 
 
 def _start(work: Callable[..., None], ranks: int, *arguments: Any) -> None:
@@ -78,5 +84,21 @@ def _load(rank: int, ranks: int, tp: int, folder: str, source: str, rendezvous: 
                 assert same_bits(found.detach().numpy(), whole(ckpt.catalog, name, state)), f"{name}: {state}"
         assert states["param_groups"][0]["lr"] == 0.25
         assert all(float(s["step"]) == 2 for s in states["state"].values())
+    finally:
+        dist.destroy_process_group()
+
+
+def _save_distributed(rank: int, folder: str, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{rendezvous}")
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        table = torch.arange(35.0).reshape(7, 5)
+        state = {
+            "rows": distribute_tensor(table, mesh, [Shard(0)]),
+            "columns": distribute_tensor(table, mesh, [Shard(1)]),
+            "whole": distribute_tensor(torch.arange(3.0), mesh, [Replicate()]),
+        }
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True))
     finally:
         dist.destroy_process_group()

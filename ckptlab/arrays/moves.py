@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ckptlab.arrays.boxes import flat_boxes, plain_rows
 from ckptlab.layout import Cut, DimCut, overlap
+from ckptlab.layout.boxes import flat_boxes, plain_rows
 from ckptlab.layout.cut import check_same_tensor
 from ckptlab.plan import FlatBuffer
 

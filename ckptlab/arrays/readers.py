@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ckptlab.arrays.boxes import flat_boxes
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.layout import Cut
+from ckptlab.layout.boxes import flat_boxes
 
 CHUNK = 1 << 20  # bytes that `chunks` gives at a time: what is done with them next finds them in the cache
 

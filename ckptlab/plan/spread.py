@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ckptlab.errors import LayoutError
 from ckptlab.layout.cut import Coordinate
+from ckptlab.layout.rows import counted
 from ckptlab.plan.placement import InBuffers, Placement
 
 Int64 = NDArray[np.int64]
@@ -39,8 +40,7 @@ class Edges:
         edges = fragments + 1
         first = np.cumsum(edges) - edges
         tensor = np.repeat(np.arange(len(counts)), edges)
-        place = np.arange(int(edges.sum())) - first[tensor]
-        places = np.clip(place * parts[tensor] - (starts - rank * parts)[tensor], 0, counts[tensor])
+        places = np.clip(counted(edges) * parts[tensor] - (starts - rank * parts)[tensor], 0, counts[tensor])
         return Edges(places, tensor, first, rank)
 
 

@@ -11,7 +11,7 @@ from ckptlab.catalog import Catalog, Piece
 from ckptlab.errors import LayoutError, NotationError
 from ckptlab.layout import Cut, DimCut, Layout
 from ckptlab.layout.notation import Name, Product, Sum, names, parse
-from ckptlab.layout.rows import intersect, intervals
+from ckptlab.layout.rows import elements, intersect, intervals
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import dim_names
 
@@ -91,8 +91,7 @@ def _held_of(cut: DimCut, runs: np.ndarray) -> tuple[tuple[str, ...], Held]:
     held: Held = {}
     for place in cut.rows:
         plain = intervals(intersect(cut.runs[place], there))
-        inside = np.arange(plain[:, 2].sum()) - np.repeat(np.cumsum(plain[:, 2]) - plain[:, 2], plain[:, 2])
-        held[place] = np.sort(np.repeat(plain[:, 1], plain[:, 2]) + inside)
+        held[place] = np.sort(elements(plain[:, 1], plain[:, 2]))
     return cut.axes, held
 
 

@@ -244,13 +244,10 @@ def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout, pl
     """The array without axes that hold replicas."""
     for axis in axes:
         first = array.isel({axis: 0}, drop=True)
-        if layout.replicas == "mean" and array.sizes[axis] > 1:
+        if layout.replicas == "sum" or (layout.replicas == "mean" and array.sizes[axis] > 1):
             wide = array.astype("float32") if array.dtype.itemsize < 4 else array
-            array = wide.mean(axis, skipna=False).astype(array.dtype)
-            continue
-        if layout.replicas == "sum":
-            wide = array.astype("float32") if array.dtype.itemsize < 4 else array
-            array = wide.sum(axis, skipna=False).astype(array.dtype)
+            made = wide.sum(axis, skipna=False) if layout.replicas == "sum" else wide.mean(axis, skipna=False)
+            array = made.astype(array.dtype)
             continue
         if layout.replicas == "equal":
             apart = [k for k in range(1, array.sizes[axis]) if not _same(first, array.isel({axis: k}, drop=True))]

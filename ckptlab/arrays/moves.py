@@ -31,6 +31,12 @@ class View:
     shape: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
 
+    def of(self, array: Any) -> Any:
+        """The view of an array that has numpy's methods: nothing is copied."""
+        array = array[(*self.key, ...)]  # with the ellipsis a 0-dim array stays an array
+        array = array if self.shape is None else array.reshape(self.shape)
+        return array if self.order is None else array.transpose(self.order)
+
     def inverse_order(self) -> tuple[int, ...] | None:
         """What undoes `order`."""
         return None if self.order is None else tuple(self.order.index(i) for i in range(len(self.order)))

@@ -108,13 +108,8 @@ def _rows_of(rows: Mapping[tuple[str, int], int], name: str) -> list[int]:
 
 def _shapes(folder: StepFolder, module: ModuleWeights) -> dict[str, dict[int, Shape]]:
     """Shapes of every tensor's shards by tp rank, buffers left out."""
-    shapes: dict[str, dict[int, Shape]] = {}
-    for (_, t), of_rank in folder.trained.items():
-        for name, shape in of_rank.items():
-            shapes.setdefault(name, {})[t] = shape
-    for name, by_tp in module.shapes.items():
-        if module.kinds[name] != "buffer":
-            shapes.setdefault(name, dict(by_tp))
+    stored = {name: by_tp for name, by_tp in module.shapes.items() if module.kinds[name] != "buffer"}
+    shapes = folder.shards | {name: by_tp for name, by_tp in stored.items() if name not in folder.shards}
     return {name: by_tp for name, by_tp in shapes.items() if len(by_tp) == folder.mesh.tp}
 
 

@@ -34,6 +34,14 @@ class ModuleWeights:
     layer_keys: dict[int, str] = field(default_factory=dict)
     layer_stages: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def called(self) -> dict[str, tuple[str, ...]]:
+        """Name → its further names, of tensors that have any."""
+        found: dict[str, tuple[str, ...]] = {}
+        for alias, name in self.aliases.items():
+            found[name] = (*found.get(name, ()), alias)
+        return found
+
     def add(self, name: str, kind: str, rank: Rank, shape: Shape, fragments: tuple[Fragment, ...], **at: int) -> None:
         """Note what a (pp, tp) rank stores; `at`: its dp coordinate, where every dp rank has a copy of its own."""
         self.pieces.setdefault(name, {})[Holder(pp=rank[0], **at, tp=rank[1])] = fragments

@@ -69,7 +69,7 @@ def grid(
             for j, b in enumerate(cut[2])
             if sides[2].size > 1
         ]
-        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, groups, along, spoken)
+        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, along, spoken)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
     total = left + across * pitch - _GAP + 6
@@ -103,7 +103,6 @@ def _panel(
     size: tuple[float, float],
     marked: frozenset[int],
     group_of: Mapping[int, int],
-    groups: Sequence[Sequence[int]],
     along: str,
     spoken: Sequence[str],
 ) -> list[str]:

@@ -60,7 +60,7 @@ def infer(folder: StepFolder, module: ModuleWeights, said: Strategy | None, faul
     reasons: dict[str, list[str]] = {}
     unknown: list[tuple[str, str]] = []
     for name, shards in left.items():
-        layout, reason = _proven(name, shards, _data(folder, module, name), named.get(name), family)
+        layout, reason = _proven(shards, _data(folder, module, name), named.get(name), family)
         if layout is None:
             unknown.append((name, reason))
         else:
@@ -149,9 +149,7 @@ def _fits(name: str, shapes: Mapping[str, list[Shape]], family: Family) -> bool:
     return True
 
 
-def _proven(
-    name: str, shards: list[Shape], data: list[Stored], said: Layout | None, family: str
-) -> tuple[Layout | None, str]:
+def _proven(shards: list[Shape], data: list[Stored], said: Layout | None, family: str) -> tuple[Layout | None, str]:
     """(layout, why); (None, what is missing) where nothing proves one."""
     apart = [d for d in range(len(shards[0])) if len({s[d] for s in shards}) > 1]
     dim = None if said is None else cut_dim(said, "tp")

@@ -86,7 +86,7 @@ def by_names(module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeig
             numbered.setdefault(int(head), tensor.stages[0])
     module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
     module.layer_stages = dict(numbered)
-    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(names.TIED)})
+    tied = _tied(tensors)
     for offset, prefix in enumerate(reversed(tied)):
         layer = min(numbered, default=len(tied)) - 1 - offset
         module.layer_keys = {layer: prefix, **module.layer_keys}
@@ -178,7 +178,7 @@ def _frozen_fragments(folder: StepFolder, rank: Rank, name: str, shape: Shape, f
 
 def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:
     stage_of = {name: p for p in reversed(range(folder.mesh.pp)) for name in folder.trained[p, 0]}
-    prefixes = sorted(_tied(stage_of))
+    prefixes = _tied(stage_of)
     current = 0
     for layer, by_tp in folder.layers.items():
         keys = list(by_tp[0])
@@ -201,9 +201,9 @@ def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> 
                 weights.add(prefix + key, kind, (current, tp), stored.shape, (Fragment(0, stored),))
 
 
-def _tied(tensors: Iterable[str]) -> set[str]:
-    """`tied_modules.KEY.` of every tied module."""
-    return {".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith("tied_modules.")}
+def _tied(tensors: Iterable[str]) -> list[str]:
+    """`tied_modules.KEY.` of every tied module, sorted."""
+    return sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(names.TIED)})
 
 
 def _place(stored: Stored) -> tuple[str, int, Shape]:

@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from ckptlab.convert import manifest
-from ckptlab.convert.journal import crc_of
+from ckptlab.convert.sources import crc_of
 
 FORMS = {
     "native": ["--to", "deepspeed", "--dp", "1"],

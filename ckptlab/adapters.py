@@ -98,7 +98,7 @@ def alone(catalog: Catalog, adapter: Adapter) -> Catalog:
     for name, plain in adapter.saved.items():
         shape = catalog[name].shape
         views.append(View(_with_prefix(plain), shape, (identity(name, shape),)))
-    return seen_as(catalog, views, catalog.findings, {alias: alias for alias in _aliases(catalog)})
+    return seen_as(catalog, views, catalog.findings, _aliases(catalog))
 
 
 def config(catalog: Catalog, adapter: Adapter, alpha: float | None) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def merged(catalog: Catalog, adapter: Adapter, alpha: float | None) -> Catalog:
             added[views[-1].name] = by
     if lacking := [m for m in adapter.pairs if f"{m.removeprefix(PREFIX)}.weight" not in added]:
         raise CheckpointError(f"{catalog.path}: holds no base of {lacking[0]}: merge the adapter where its base is")
-    seen = seen_as(catalog, views, catalog.findings, {alias: alias for alias in _aliases(catalog)})
+    seen = seen_as(catalog, views, catalog.findings, _aliases(catalog))
     tensors, placements = dict(seen.tensors), dict(seen.placements)
     for name in added:
         held = next(state for state in (MASTER, PARAM) if state in tensors[name].states)
@@ -210,5 +210,6 @@ def _with_prefix(name: str) -> str:
     return name if name.startswith(PREFIX) else PREFIX + name
 
 
-def _aliases(catalog: Catalog) -> list[str]:
-    return [alias for tensor in catalog.tensors.values() for alias in tensor.aliases]
+def _aliases(catalog: Catalog) -> dict[str, str]:
+    """Tied tensors' further names, which stay."""
+    return {alias: alias for tensor in catalog.tensors.values() for alias in tensor.aliases}

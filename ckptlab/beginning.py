@@ -74,7 +74,8 @@ def begin(
     made = {part.name: _tensor(part, rules, dtype) for part in parts}
     filled = replace(theirs, tensors={part.name: part.stored for part in parts}, findings=())
     groups, findings = _groups(made, param_groups)
-    tensors = {name: replace(t, group=_group_of(groups, name)) for name, t in made.items()}
+    group_of = {name: i for i, group in enumerate(groups) for name in group.tensors}
+    tensors = {name: replace(t, group=group_of.get(name)) for name, t in made.items()}
     left = [name for name in theirs.tensors if name not in {part.stored.name for part in parts}]
     if left:
         found = f"{number_of(len(left), 'tensor')} that the module has not: {some(left, 4)}"
@@ -193,17 +194,13 @@ def _groups(
         )
     if len(said) not in (1, 2):
         raise ReshapeError(f"param_groups: expected one or two, of matrices and of the rest, not {len(said)}")
-    deep = [t for t in trained if len(t.shape) > 1] if len(said) == 2 else trained
-    members = [deep, [t for t in trained if t not in deep]][: len(said)]
+    deep, flat = ([t for t in trained if (len(t.shape) > 1) == matrix] for matrix in (True, False))
+    members = [deep, flat] if len(said) == 2 else [trained]
     groups = []
     for options, mine in zip(said, members, strict=True):
         told = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
         groups.append(ParameterGroup({**ADAMW, **told}, tuple(t.name for t in mine), {"step": 0}))
     return groups, findings
-
-
-def _group_of(groups: Sequence[ParameterGroup], name: str) -> int | None:
-    return next((i for i, group in enumerate(groups) if name in group.tensors), None)
 
 
 def transformers_module(weights: Source) -> torch.nn.Module | None:

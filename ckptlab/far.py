@@ -7,7 +7,6 @@ Paths are URLs as `paths.absolute` spells them. Whatever a file system raises be
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -206,6 +205,8 @@ def _ask(folder: str) -> dict[str, Listed] | None:
 
 
 def _said(one: Mapping[str, Any]) -> Listed:
+    import hashlib  # OpenSSL's, which takes a while
+
     told = [(key, str(one[key])) for key in _VERSION if one.get(key) is not None]
     version = hashlib.sha256(repr((one.get("size"), told)).encode()).hexdigest()[:15]
     return Listed(one.get("type") == "directory", one.get("size"), version)
@@ -534,7 +535,7 @@ def read(path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
     """Bytes of a file, as far as it has them."""
     end = size(path)
     end = end if nbytes is None else min(offset + nbytes, end)
-    return fetch([(path, offset, max(end, offset))] if offset < end else [], further=True)[0] if offset < end else b""
+    return fetch([(path, offset, end)], further=True)[0] if offset < end else b""
 
 
 def ahead(ranges: Sequence[Range]) -> None:

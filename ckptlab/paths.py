@@ -1,7 +1,7 @@
 """Where bytes lie: in folders and files of this machine, or far away, behind any URL that fsspec knows.
 
-A path is a text; one with `://` in it is far. Near ones go straight to the operating system; `ckptlab.far`, and fsspec
-with it, is imported when a URL is first met. What cannot be reached is an OSError that names the path.
+A path is a text; one with `://` in it is far. Near ones go straight to the operating system, the others to
+`ckptlab.far`. What cannot be reached is an OSError that names the path.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
+from ckptlab import far
 from ckptlab.errors import InputError
 
 T = TypeVar("T")
@@ -54,18 +54,12 @@ def absolute(path: str | os.PathLike[str], options: Mapping[str, Any] | None = N
         if "\0" in path:
             raise InputError(f"{path!r} is no path: it holds a null character")
         return os.path.abspath(os.path.expanduser(path))
-    from ckptlab import far
-
     return far.opened(path, options)
 
 
 def normal(path: str) -> str:
     """A path without `..` and doubled slashes."""
-    if not is_far(path):
-        return os.path.normpath(path)
-    from ckptlab import far
-
-    return far.normal(path)
+    return far.normal(path) if is_far(path) else os.path.normpath(path)
 
 
 def join(folder: str, name: str) -> str:
@@ -81,64 +75,37 @@ def real(path: str) -> str:
 
 def parent(path: str) -> str:
     """The folder that a path lies in; a bucket, a host and an archive lie in themselves."""
-    if not is_far(path):
-        return os.path.dirname(path)
-    from ckptlab import far
-
-    return far.parent(path)
+    return far.parent(path) if is_far(path) else os.path.dirname(path)
 
 
 def exists(path: str) -> bool:
     """Whether there is a file or folder."""
-    if not is_far(path):
-        return os.path.exists(path)
-    return is_folder(path) or is_file(path)
+    return is_folder(path) or is_file(path) if is_far(path) else os.path.exists(path)
 
 
 def is_file(path: str) -> bool:
     """Whether there is a file."""
-    if not is_far(path):
-        return os.path.isfile(path)
-    from ckptlab import far
-
-    return far.is_file(path)
+    return far.is_file(path) if is_far(path) else os.path.isfile(path)
 
 
 def is_folder(path: str) -> bool:
     """Whether there is a folder."""
-    if not is_far(path):
-        return os.path.isdir(path)
-    from ckptlab import far
-
-    return far.is_folder(path)
+    return far.is_folder(path) if is_far(path) else os.path.isdir(path)
 
 
 def size(path: str) -> int:
     """The bytes of a file. FileNotFoundError if there is none."""
-    if not is_far(path):
-        return os.path.getsize(path)
-    from ckptlab import far
-
-    return far.size(path)
+    return far.size(path) if is_far(path) else os.path.getsize(path)
 
 
 def far_sizes(files: Iterable[str]) -> dict[str, int]:
     """The bytes of far files, as far as they can be told, asked for together where no listing says them."""
-    wanted = [path for path in files if is_far(path)]
-    if not wanted:
-        return {}
-    from ckptlab import far
-
-    return far.sizes(wanted)
+    return far.sizes(path for path in files if is_far(path))
 
 
 def names(folder: str) -> list[str]:
     """The names in a folder, in no order. FileNotFoundError if there is none."""
-    if not is_far(folder):
-        return os.listdir(folder)
-    from ckptlab import far
-
-    return list(far.listed(folder))
+    return list(far.listed(folder)) if is_far(folder) else os.listdir(folder)
 
 
 def entries(folder: str) -> list[Entry]:
@@ -146,8 +113,6 @@ def entries(folder: str) -> list[Entry]:
     if not is_far(folder):
         with os.scandir(folder) as found:
             return [Entry(e.name, e.path, e.is_dir(), e.is_file()) for e in found]
-    from ckptlab import far
-
     return [
         Entry(name, os.path.join(folder, name), one.is_folder, not one.is_folder)
         for name, one in far.listed(folder).items()
@@ -160,8 +125,6 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     if not is_far(folder):
         yield from os.walk(folder)
         return
-    from ckptlab import far
-
     far.list_below(folder)
     left = [folder]
     while left:
@@ -174,11 +137,7 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def open_binary(path: str) -> BinaryIO:
     """A file to be read. OSError for what is none: a pipe, of which the end may never come, a device."""
-    if not is_far(path):
-        return open(path, "rb", opener=_files_alone)
-    from ckptlab import far
-
-    return cast(BinaryIO, far.File(path))
+    return cast(BinaryIO, far.File(path)) if is_far(path) else open(path, "rb", opener=_files_alone)
 
 
 def _files_alone(path: str, flags: int) -> int:
@@ -197,16 +156,12 @@ def read_at(file: BinaryIO, nbytes: int, offset: int) -> bytes:
             return os.pread(file.fileno(), nbytes, offset)
         except OSError as error:
             raise OSError(error.errno, error.strerror, file.name) from None
-    from ckptlab import far
-
     return far.read(str(file.name), offset, nbytes)
 
 
 def read(path: str, offset: int = 0, nbytes: int | None = None) -> bytes:
     """Bytes of a file, as far as it has them; all from `offset` on where it is not said how many."""
     if is_far(path):
-        from ckptlab import far
-
         return far.read(path, offset, nbytes)
     try:
         with open_binary(path) as file:
@@ -226,8 +181,6 @@ def copy(path: str, destination: str) -> None:
         with open_binary(path) as file, open(destination, "wb") as made:
             shutil.copyfileobj(file, made, _COPIED)
         return
-    from ckptlab import far
-
     if not is_far(path):
         far.put(path, destination)
         return
@@ -244,10 +197,7 @@ def text(path: str, errors: str = "strict", most: int | None = None) -> str:
 def ahead(ranges: Iterable[Range]) -> None:
     """Fetch bytes of far files that will be read soon, many at a time and neighbours together; near ones are left. An
     optimisation: what does not fit, or cannot be read, is left to whoever reads it."""
-    wanted = [one for one in ranges if is_far(one[0])]
-    if wanted:
-        from ckptlab import far
-
+    if wanted := [one for one in ranges if is_far(one[0])]:
         far.ahead(wanted)
 
 
@@ -268,12 +218,7 @@ def stamps(paths: Iterable[str]) -> list[tuple[str, int, int, int]]:
     """What shows that a file was changed or replaced: path, size, and numbers that are others then, by time and
     identity. Far ones are listed anew."""
     wanted = list(paths)
-    distant = [path for path in wanted if is_far(path)]
-    known: dict[str, tuple[str, int, int, int]] = {}
-    if distant:
-        from ckptlab import far
-
-        known = {stamp[0]: stamp for stamp in far.stamps(distant)}
+    known = {stamp[0]: stamp for stamp in far.stamps([path for path in wanted if is_far(path)])}
     near = ((path, os.stat(path)) for path in wanted if path not in known)
     known |= {path: (path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in near}
     return [known[path] for path in wanted]
@@ -282,15 +227,9 @@ def stamps(paths: Iterable[str]) -> list[tuple[str, int, int, int]]:
 def options_known(path: str | None = None) -> dict[str, dict[str, Any]]:
     """The options that were given for far file systems, by bucket or host; of a path, its own alone: for whoever reads
     it in another process."""
-    loaded = sys.modules.get("ckptlab.far")
-    if loaded is None:
-        return {}
-    return {store: one for store, one in loaded.options.items() if path is None or store == loaded.store_of(path)}
+    return {store: one for store, one in far.options.items() if path is None or store == far.store_of(path)}
 
 
 def options_told(options: Mapping[str, Mapping[str, Any]]) -> None:
     """Take options that another process knows."""
-    if options:
-        from ckptlab import far
-
-        far.learn(options)
+    far.learn(options)

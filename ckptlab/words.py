@@ -85,6 +85,11 @@ def some(names: Sequence[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def more(left: int, what: str = "") -> list[str]:
+    """A line `… and 1,200 more` (what), where a list leaves some out; no line where it does not."""
+    return [f"… and {left:,} more{what}"] if left > 0 else []
+
+
 def shorten(name: str, width: int) -> str:
     """The name in at most `width` characters: the middle goes, beginning and end tell more."""
     if len(name) <= width:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ckptlab.arrays import Tally, reader
 from ckptlab.arrays import gather as gathering
-from ckptlab.arrays.boxes import flat_boxes
 from ckptlab.layout import Cut, Layout
+from ckptlab.layout.boxes import flat_boxes
 from ckptlab.mesh import Mesh
 
 DTYPES = [np.float32, np.float64, np.float16, np.int64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]

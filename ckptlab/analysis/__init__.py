@@ -2,6 +2,9 @@
 
 Each is loaded when it is first used: `check` and `diff` need numpy alone, `stats`, `updates` and `open_run` xarray,
 `plots` matplotlib.
+
+A new statistic of elements is added up by partial.py and accumulate.py, and gets its name in statistics.py; a new test
+of health goes to checkup.
 """
 
 from __future__ import annotations

@@ -153,24 +153,11 @@ def _told(catalog: Catalog) -> str:
 def _pairs(a: Catalog, b: Catalog) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...], tuple[str, ...]]:
     """Tensors that both have, under the same name or an alias of it, and the names that one side alone has."""
     names_a, names_b = _by_name(a), _by_name(b)
-    pairs, only_a, matched = [], [], set()
-    for name, tensor in a.tensors.items():
-        other = _find(names_b, tensor)
-        if other is None:
-            only_a.append(name)
-        else:
-            pairs.append((tensor, other))
-            matched.add(other.name)
-    only_b = []
-    for name, tensor in b.tensors.items():
-        if name in matched:
-            continue
-        other = _find(names_a, tensor)
-        if other is None:
-            only_b.append(name)
-        else:
-            pairs.append((other, tensor))
-    return pairs, tuple(only_a), tuple(only_b)
+    there = [(tensor, _find(names_b, tensor)) for tensor in a.tensors.values()]
+    matched = {other.name for _, other in there if other is not None}
+    back = [(_find(names_a, tensor), tensor) for name, tensor in b.tensors.items() if name not in matched]
+    pairs = [(x, y) for x, y in (*there, *back) if x is not None and y is not None]
+    return pairs, tuple(x.name for x, y in there if y is None), tuple(y.name for x, y in back if x is None)
 
 
 def _by_name(catalog: Catalog) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -81,9 +82,5 @@ def _sample(catalog: Catalog, name: str, state: str) -> np.ndarray:
 def _alike(a: str, b: str) -> float:
     """The share of the longer name's parts in which the two end alike."""
     left, right = a.split("."), b.split(".")
-    shared = 0
-    for x, y in zip(reversed(left), reversed(right), strict=False):
-        if x != y:
-            break
-        shared += 1
-    return shared / max(len(left), len(right))
+    pairs = zip(reversed(left), reversed(right), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))) / max(len(left), len(right))

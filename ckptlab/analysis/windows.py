@@ -16,9 +16,9 @@ import xarray as xr
 
 from ckptlab.analysis.elements import WINDOW, pieces
 from ckptlab.arrays import Reader
-from ckptlab.arrays.boxes import flat_boxes
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, under
 from ckptlab.layout import Cut
+from ckptlab.layout.boxes import flat_boxes
 
 _SPAN = 16  # windows that a task goes through
 

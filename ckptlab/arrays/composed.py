@@ -11,25 +11,22 @@ from functools import cached_property
 
 import numpy as np
 
-from ckptlab.arrays.readers import Coordinate, Reader
+from ckptlab.arrays.readers import Coordinate, Over, Reader
 from ckptlab.catalog.seen import LowRank, Piece, Runs
 from ckptlab.layout import Cut, DimCut
 from ckptlab.layout.rows import intersect, intervals
 from ckptlab.mesh import Mesh
 
 
-class Renamed(Reader):
+class Renamed(Over):
     """A reader under another tensor's name."""
 
     def __init__(self, reader: Reader, name: str) -> None:
-        self.reader, self.name, self.state = reader, name, reader.state
-        self.cut, self.dtype, self.spares = reader.cut, reader.dtype, reader.spares
+        super().__init__(reader)
+        self.name, self.spares = name, reader.spares
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         self.reader.read_into(out, cut, at, starts)
-
-    def leaves_gaps(self, cut: Cut) -> bool:
-        return self.reader.leaves_gaps(cut)
 
     def box(self, cut: Cut, at: Coordinate, starts: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
         return self.reader.box(cut, at, starts, sizes)
@@ -67,23 +64,19 @@ class Composed(Reader):
             part.read_into(out, cut, at, starts)
 
 
-class Adapted(Reader):
+class Adapted(Over):
     """A weight, and the product of two narrow ones added to it, in float32; rounded by whoever asks for less.
 
     Of b (out, rank) and a (rank, in) just the rows and columns of what is asked for are read.
     """
 
     def __init__(self, weight: Reader, a: Reader, b: Reader, shapes: tuple[tuple[int, ...], ...], by: LowRank) -> None:
-        self.weight, self.a, self.b, self.by = weight, a, b, by
-        self.name, self.state, self.cut, self.dtype = weight.name, weight.state, weight.cut, np.dtype(np.float32)
-        self.shapes = shapes
-
-    def leaves_gaps(self, cut: Cut) -> bool:
-        return self.weight.leaves_gaps(cut)
+        super().__init__(weight, np.dtype(np.float32))
+        self.a, self.b, self.by, self.shapes = a, b, by, shapes
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         total = np.zeros(out.shape, np.float32)
-        self.weight.read_into(total, cut, at, starts)
+        self.reader.read_into(total, cut, at, starts)
         rows, columns = (1, 0) if self.by.transposed else (0, 1)
         a = self._narrow(self.a, self.shapes[0], 1, cut, at, columns, starts[columns], out.shape[columns])
         b = self._narrow(self.b, self.shapes[1], 0, cut, at, rows, starts[rows], out.shape[rows])

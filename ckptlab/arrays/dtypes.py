@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,14 @@ import numpy as np
 from ckptlab.errors import InputError
 
 WIDE = np.dtype(np.float32)  # holds every value of every narrow dtype
+
+_NUMPYS = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
+_OTHERS = "bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
+TORCHS: Mapping[str, np.dtype] = {
+    **{name: np.dtype(name) for name in _NUMPYS.split()},
+    **{name: np.dtype(getattr(ml_dtypes, name)) for name in _OTHERS.split()},
+}
+"""Dtypes of tensors by torch's names for them, which are numpy's (and ml_dtypes') too."""
 
 _KINDS = {
     "bool": np.bool_,

@@ -34,23 +34,11 @@ select shape shares_memory size split squeeze stack swapaxes take take_along_axi
 unstack vsplit vstack where zeros_like
 """
 _MOVES = frozenset(_MOVING.split())
-_FLOATING = frozenset(  # what has fractions, of whole numbers too
-    (
-        "mean",
-        "nanmean",
-        "std",
-        "nanstd",
-        "var",
-        "nanvar",
-        "median",
-        "nanmedian",
-        "quantile",
-        "nanquantile",
-        "linalg.norm",
-        "linalg.vector_norm",
-        "linalg.matrix_norm",
-    )
-)
+_FRACTIONS = """
+mean nanmean std nanstd var nanvar median nanmedian quantile nanquantile linalg.norm linalg.vector_norm
+linalg.matrix_norm
+"""
+_FLOATING = frozenset(_FRACTIONS.split())  # what has fractions, of whole numbers too
 _WHOLE = ("bool", "integral")
 _PICKING = frozenset(  # elements, or what stands for those that are not finite: computed wide, they fit the dtype again
     ["amax", "amin", "max", "min", "nanmax", "nanmin", "sort", "nan_to_num"]

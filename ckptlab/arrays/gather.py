@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptlab import paths
-from ckptlab.arrays.boxes import flat_boxes, flat_start, plain_rows, restrict
 from ckptlab.arrays.composed import Adapted, Composed, Renamed
 from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, Zeros, is_sum
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, overlap
+from ckptlab.layout.boxes import flat_boxes, flat_start, plain_rows, restrict
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored, note_read, touch
 

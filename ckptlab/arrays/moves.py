@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ckptlab.arrays.boxes import flat_boxes, plain_rows
 from ckptlab.layout import Cut, DimCut, overlap
+from ckptlab.layout.boxes import flat_boxes, plain_rows
 from ckptlab.layout.cut import check_same_tensor
 from ckptlab.plan import FlatBuffer
 
@@ -30,6 +30,12 @@ class View:
     key: Key
     shape: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
+
+    def of(self, array: Any) -> Any:
+        """The view of an array that has numpy's methods: nothing is copied."""
+        array = array[(*self.key, ...)]  # with the ellipsis a 0-dim array stays an array
+        array = array if self.shape is None else array.reshape(self.shape)
+        return array if self.order is None else array.transpose(self.order)
 
     def inverse_order(self) -> tuple[int, ...] | None:
         """What undoes `order`."""

@@ -74,7 +74,7 @@ def merge(
     array, place = _on(shards, backend, device)
     axes, mesh = _mesh_of(array, layout, on)
     cut = _cut_of(array, layout, mesh, shape)
-    array = _first_replicas(array, [a for a in axes if a not in cut.axes], layout, place)
+    array = _first_replicas(array, [a for a in axes if a not in cut.axes], layout)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
     return _moved(array, cut, Cut.whole(cut.logical), layout, others, place, out)
 
@@ -152,7 +152,7 @@ def reshape(
         array = array.rename({a: b for a, b in zip(layout.dims, recut.dims, strict=True) if a != b})
         layout = layout.replace(dims=recut.dims, replicas=layout.replicas)
     target = recut.resolve(source.logical, mesh)
-    array = _first_replicas(array, [a for a in axes if a not in source.axes], layout, place)
+    array = _first_replicas(array, [a for a in axes if a not in source.axes], layout)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
     moved = _moved(array, source, target, recut, others, place, out)
     return _with_replicas(moved, target, recut)
@@ -240,17 +240,14 @@ def _widths(array: xr.DataArray, dim: str, axis: str, size: int) -> list[int]:
     return [size] * array.sizes[axis]
 
 
-def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout, place: Backend) -> xr.DataArray:
+def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout) -> xr.DataArray:
     """The array without axes that hold replicas."""
     for axis in axes:
         first = array.isel({axis: 0}, drop=True)
-        if layout.replicas == "mean" and array.sizes[axis] > 1:
+        if layout.replicas == "sum" or (layout.replicas == "mean" and array.sizes[axis] > 1):
             wide = array.astype("float32") if array.dtype.itemsize < 4 else array
-            array = wide.mean(axis, skipna=False).astype(array.dtype)
-            continue
-        if layout.replicas == "sum":
-            wide = array.astype("float32") if array.dtype.itemsize < 4 else array
-            array = wide.sum(axis, skipna=False).astype(array.dtype)
+            made = wide.sum(axis, skipna=False) if layout.replicas == "sum" else wide.mean(axis, skipna=False)
+            array = made.astype(array.dtype)
             continue
         if layout.replicas == "equal":
             apart = [k for k in range(1, array.sizes[axis]) if not _same(first, array.isel({axis: k}, drop=True))]

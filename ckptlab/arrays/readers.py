@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ckptlab.arrays.boxes import flat_boxes
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.layout import Cut
+from ckptlab.layout.boxes import flat_boxes
 
 CHUNK = 1 << 20  # bytes that `chunks` gives at a time: what is done with them next finds them in the cache
 
@@ -90,12 +90,20 @@ class Reader(ABC):
         return [(cut, at)]
 
 
-class Cast(Reader):
-    """A reader's elements in another dtype, rounded to nearest even."""
+class Over(Reader):
+    """A reader that stands over another, of the same tensor: what it does not say itself is as that one says."""
 
-    def __init__(self, reader: Reader, dtype: np.dtype) -> None:
+    def __init__(self, reader: Reader, dtype: np.dtype | None = None) -> None:
         self.reader, self.name, self.state = reader, reader.name, reader.state
-        self.cut, self.dtype, self.piece = reader.cut, np.dtype(dtype), reader.piece
+        self.cut, self.piece = reader.cut, reader.piece
+        self.dtype = reader.dtype if dtype is None else np.dtype(dtype)
+
+    def leaves_gaps(self, cut: Cut) -> bool:
+        return self.reader.leaves_gaps(cut)
+
+
+class Cast(Over):
+    """A reader's elements in another dtype, rounded to nearest even."""
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         if out.dtype == self.dtype:
@@ -104,9 +112,6 @@ class Cast(Reader):
         rounded = np.zeros(out.shape, self.dtype)  # two roundings where two dtypes are asked for, as composed
         self.reader.read_into(rounded, cut, at, starts)
         np.copyto(out, rounded, casting="unsafe")
-
-    def leaves_gaps(self, cut: Cut) -> bool:
-        return self.reader.leaves_gaps(cut)
 
     def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
         if not self.reader.is_straight(cut, at):
@@ -119,13 +124,12 @@ class Cast(Reader):
         return self.reader.unordered(cut, at)
 
 
-class Mean(Reader):
+class Mean(Over):
     """The mean (the sum if `summed`) of replicas that each hold the whole, in their own dtype, summed in float32."""
 
     def __init__(self, replicas: Sequence[Reader], summed: bool = False) -> None:
+        super().__init__(replicas[0])
         self.replicas, self.summed = tuple(replicas), summed
-        self.name, self.state = replicas[0].name, replicas[0].state
-        self.cut, self.dtype, self.piece = replicas[0].cut, replicas[0].dtype, replicas[0].piece
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         total = np.zeros(out.shape, np.float32)
@@ -137,25 +141,19 @@ class Mean(Reader):
             np.divide(total, np.float32(len(self.replicas)), out=total)
         np.copyto(out, total, casting="unsafe")
 
-    def leaves_gaps(self, cut: Cut) -> bool:
-        return self.replicas[0].leaves_gaps(cut)
 
-
-class Share(Reader):
+class Share(Over):
     """One of `count` equal parts of a sum: a reader's elements divided by it."""
 
     def __init__(self, reader: Reader, count: int) -> None:
-        self.reader, self.count, self.name, self.state = reader, count, reader.name, reader.state
-        self.cut, self.dtype, self.piece = reader.cut, reader.dtype, reader.piece
+        super().__init__(reader)
+        self.count = count
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         one = np.zeros(out.shape, np.float32)
         self.reader.read_into(one, cut, at, starts)
         np.divide(one, np.float32(self.count), out=one)
         np.copyto(out, one, casting="unsafe")
-
-    def leaves_gaps(self, cut: Cut) -> bool:
-        return self.reader.leaves_gaps(cut)
 
 
 class Zeros(Reader):

@@ -6,41 +6,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial as with_arguments
 from typing import Any
 
 from ckptlab import paths, pool
 from ckptlab.convert import disk, manifest, names
-from ckptlab.convert.journal import JOURNAL, TEMPORARY, Done, Journal, crc_of, finished
-from ckptlab.convert.sources import Run, Seen, Source, Verified, unchanged
+from ckptlab.convert.journal import JOURNAL, TEMPORARY, Done, Journal, finished
+from ckptlab.convert.report import Report, not_finite
+from ckptlab.convert.sources import NOTHING, Run, Seen, Source, Verified, unchanged
 from ckptlab.errors import DestinationError
 from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import FilePlan, Piece, Sum, Written
-from ckptlab.stored import add_read, observed
+from ckptlab.stored import observed
 
 PIECE = 16 << 20  # bytes that a worker writes for one task: of one file, or of several small ones
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did: `files` of the destination, those `resumed` from an interrupted run, bytes of tensor data,
-    the pointer beside the destination that names it (None: none was written), and what was copied `beside` it.
-
-    verified: bytes of the source that were compared with the checksums beside them. not_finite: how many elements of
-    what is written are NaN or infinite, by "tensor: state".
-    """
-
-    destination: str
-    latest: str | None
-    files: int
-    resumed: int
-    bytes_written: int
-    verified: int = 0
-    not_finite: Mapping[str, int] = field(default_factory=dict)
-    beside: tuple[str, ...] = ()
 
 
 def run(
@@ -52,7 +33,7 @@ def run(
     on: pool.Workers = None,
     progress: bool = False,
     check: Callable[[str], None] | None = None,
-    source: Source | None = None,
+    source: Source = NOTHING,
     verify: bool = True,
     sync: bool = True,
     beside: Sequence[str] = (),
@@ -68,7 +49,9 @@ def run(
     """
     destination = paths.absolute(destination)
     if paths.is_far(destination):
-        return _upload(plans, destination, identity, latest, beside, on, progress, check, source, verify)
+        from ckptlab.convert import upload
+
+        return upload.run(plans, destination, identity, latest, on, progress, check, source, verify, beside)
     partial = f"{destination}.partial"
     pointer = latest and os.path.join(os.path.dirname(destination), latest)
     if os.path.lexists(destination):
@@ -79,17 +62,13 @@ def run(
     names.checked((plan.name for plan in plans), destination)
     journal = Journal(partial, identity)
     with journal.file:
-        stamp = source.stamp() if source is not None else []
-        verified = Verified(source) if source is not None and verify else None
+        stamp, verified = source.stamp(), Verified(source if verify else NOTHING)
         todo = [plan for plan in plans if plan.name not in journal.files]
         resumed = len(plans) - len(todo)
         with pool.progress(sum(plan.size for plan in plans), "writing", "B", progress) as bar:
             _write_files(journal, todo, on, bar, verified, sync)
-        if verified is not None:
-            for run in pool.run(_sum, verified.gaps(), on=on, ordered=False):
-                verified.add([run])
-        if source is not None:
-            unchanged(stamp, source)
+        verified.finish(on)
+        unchanged(stamp, source)
         if check is not None:
             check(partial)
         done = journal.files
@@ -104,44 +83,8 @@ def run(
                 os.remove(os.path.join(partial, plan.name) + TEMPORARY)
         os.rename(partial, destination)
         _appear(destination, latest, sync)
-    odd = sum((Counter(done[plan.name].odd) for plan in plans), Counter[str]())
-    written = sum(plan.nbytes for plan in todo)
-    return Report(
-        destination, pointer, len(plans), resumed, written, verified.nbytes if verified else 0, dict(odd), copied
-    )
-
-
-def _upload(
-    plans: Sequence[FilePlan],
-    destination: str,
-    identity: dict[str, Any],
-    latest: str | None,
-    beside: Sequence[str],
-    on: pool.Workers,
-    progress: bool,
-    check: Callable[[str], None] | None,
-    source: Source | None,
-    verify: bool,
-) -> Report:
-    from ckptlab.convert import upload
-
-    names.checked((plan.name for plan in plans), destination)
-    up = upload.run(
-        plans,
-        destination,
-        identity,
-        latest=latest,
-        on=on,
-        progress=progress,
-        check=check,
-        source=source,
-        verify=verify,
-        beside=beside,
-    )
-    odd = sum((Counter(done.odd) for done in up.files.values()), Counter[str]())
-    pointer = latest and f"{paths.parent(destination)}/{latest}"
-    written = sum(plan.nbytes for plan in plans if plan.name not in up.resumed)
-    return Report(destination, pointer, len(plans), len(up.resumed), written, up.verified, dict(odd), up.beside)
+    odd, written = not_finite(done[plan.name] for plan in plans), sum(plan.nbytes for plan in todo)
+    return Report(destination, pointer, len(plans), resumed, written, verified.nbytes, odd, copied)
 
 
 def _copied(files: Iterable[str], folder: str) -> tuple[str, ...]:
@@ -157,7 +100,7 @@ def _copied(files: Iterable[str], folder: str) -> tuple[str, ...]:
 
 
 def _write_files(
-    journal: Journal, plans: Sequence[FilePlan], on: pool.Workers, bar: Any, verified: Verified | None, sync: bool
+    journal: Journal, plans: Sequence[FilePlan], on: pool.Workers, bar: Any, verified: Verified, sync: bool
 ) -> None:
     """Write what is not written yet of some files; each gets its name when it is complete."""
     by_path = {os.path.join(journal.partial, plan.name) + TEMPORARY: plan for plan in plans}
@@ -165,8 +108,7 @@ def _write_files(
         os.makedirs(folder, exist_ok=True)
     begun = {path for path, plan in by_path.items() if os.path.isfile(path) and os.path.getsize(path) == plan.size}
     disk.room(journal.partial, ((path, plan.size) for path, plan in by_path.items()))
-    if verified is not None:
-        verified.add(journal.reads)
+    verified.add(journal.reads)
     sums: defaultdict[str, list[Sum]] = defaultdict(list)
     odd: defaultdict[str, Counter[str]] = defaultdict(Counter)
     arrived: Counter[str] = Counter()
@@ -192,11 +134,10 @@ def _write_files(
                 else:
                     yield piece
 
-    work = with_arguments(_write, verify=verified is not None, sync=sync)
+    work = with_arguments(_write, verify=verified.compares, sync=sync)
     for results, error in pool.run(work, _batches(left()), on=on, ordered=False):
         for path, offset, nbytes, found, runs in results:
-            if verified is not None:
-                verified.add(runs)
+            verified.add(runs)
             journal.piece(by_path[path].name, offset, nbytes, found, runs)
             arrive(path, nbytes, found)
         if error is not None:
@@ -238,13 +179,6 @@ def _write(pieces: tuple[Piece, ...], verify: bool, sync: bool) -> tuple[list[_R
             disk.start_writing(piece.path, piece.offset, piece.nbytes)
         results.append((piece.path, piece.offset, piece.nbytes, found, seen.runs))
     return results, None
-
-
-def _sum(gap: tuple[str, int, int]) -> Run:
-    path, offset, nbytes = gap
-    crc = crc_of(path, offset, nbytes)
-    add_read(nbytes)
-    return Run(path, offset, nbytes, crc)
 
 
 def _appear(destination: str, latest: str | None, sync: bool) -> None:

@@ -14,17 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckptlab import paths
 from ckptlab.convert import disk
-from ckptlab.convert.sources import Run
+from ckptlab.convert.sources import Run, crc_of
 from ckptlab.errors import DestinationError
-from ckptlab.formats.checksum import crc32
 from ckptlab.formats.fileplan import Sum, Written
 from ckptlab.formats.locate import UNFINISHED
 
 JOURNAL = UNFINISHED
 TEMPORARY = ".tmp"  # how a file's name ends until it is complete
-_STEP = 1 << 20
 
 
 class Done(NamedTuple):
@@ -139,25 +136,3 @@ def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:  # cut when the run was killed
             continue
-
-
-def crc_of(path: str, offset: int, nbytes: int) -> int:
-    """The CRC-32 of some bytes of a file, as far as it has them."""
-    crc, buffer = 0, bytearray(_STEP)
-    if paths.is_far(path):
-        for start in range(offset, offset + nbytes, _STEP):
-            crc = crc32(paths.read(path, start, min(_STEP, offset + nbytes - start)), crc)
-        return crc
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        while nbytes:
-            got = os.preadv(handle, [memoryview(buffer)[: min(nbytes, _STEP)]], offset)
-            if not got:
-                break
-            crc = crc32(memoryview(buffer)[:got], crc)
-            offset, nbytes = offset + got, nbytes - got
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
-    finally:
-        os.close(handle)
-    return crc

@@ -7,6 +7,7 @@ sums of runs that lie side by side combine, and what of a record was read otherw
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ckptlab import paths
+from ckptlab import paths, pool
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import checksum
 from ckptlab.formats.checksum import crc32
 from ckptlab.formats.torch import torchzip
 from ckptlab.formats.torch.torchzip import Summed
+from ckptlab.stored import add_read
 from ckptlab.words import some
 
+_STEP = 1 << 20  # bytes that are summed at a time
 _SMALL = 1 << 16  # bytes of a record that is read at once: pickles, steps
 _PIECE = 1 << 24  # bytes of a gap that are read by one task
 
@@ -40,12 +43,15 @@ class Run(NamedTuple):
 class Source:
     """What a conversion draws from: its files, and which tensors lie in bytes of one (file, first, end)."""
 
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
     tensors: Callable[[str, int, int], Iterable[str]] = lambda path, lo, hi: ()
 
     def stamp(self) -> list[tuple[str, int, int, int]]:
         """What shows that a file was changed or replaced: size, time and identity of each."""
         return paths.stamps(self.files)
+
+
+NOTHING = Source()
 
 
 class Seen:
@@ -78,7 +84,7 @@ class Seen:
 
 
 class Verified:
-    """Puts together what was read of each record of a source's files, and compares.
+    """Puts together what was read of each record of a source's files, and compares; of `NOTHING`, nothing.
 
     CheckpointError, with file, record and tensors, as soon as a record is known to be other than it was written.
     """
@@ -99,6 +105,11 @@ class Verified:
                 for record in small:
                     self._compare(path, record, crc32(paths.read_at(file, record.size, record.offset)))
 
+    @property
+    def compares(self) -> bool:
+        """There are checksums to compare with."""
+        return any(self._records.values())
+
     def add(self, runs: Iterable[Run]) -> None:
         """What was read."""
         for run in runs:
@@ -117,6 +128,11 @@ class Verified:
             covered = self._covered[run.path, at] = self._covered.get((run.path, at), 0) + run.nbytes
             if covered == record.size:
                 self._compare(run.path, record, checksum.combined((crc, n) for _, n, crc in known))
+
+    def finish(self, on: pool.Workers) -> None:
+        """Read what is still to be read."""
+        for run in pool.run(_read, self.gaps(), on=on, ordered=False):
+            self.add([run])
 
     def gaps(self) -> Iterator[tuple[str, int, int]]:
         """What is still to be read of records that were begun: file, first byte, bytes."""
@@ -139,6 +155,35 @@ class Verified:
             f"{record.crc:08x}): nothing is made of it. Copy the file again from the run's storage; --no-verify "
             f"(verify=False) takes it as it is"
         )
+
+
+def _read(gap: tuple[str, int, int]) -> Run:
+    path, offset, nbytes = gap
+    crc = crc_of(path, offset, nbytes)
+    add_read(nbytes)
+    return Run(path, offset, nbytes, crc)
+
+
+def crc_of(path: str, offset: int, nbytes: int) -> int:
+    """The CRC-32 of some bytes of a file, as far as it has them."""
+    crc, buffer = 0, bytearray(_STEP)
+    if paths.is_far(path):
+        for start in range(offset, offset + nbytes, _STEP):
+            crc = crc32(paths.read(path, start, min(_STEP, offset + nbytes - start)), crc)
+        return crc
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        while nbytes:
+            got = os.preadv(handle, [memoryview(buffer)[: min(nbytes, _STEP)]], offset)
+            if not got:
+                break
+            crc = crc32(memoryview(buffer)[:got], crc)
+            offset, nbytes = offset + got, nbytes - got
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+    finally:
+        os.close(handle)
+    return crc
 
 
 def unchanged(before: Sequence[tuple[str, int, int, int]], source: Source) -> None:

@@ -25,29 +25,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ckptlab import far, paths, pool
-from ckptlab.convert import manifest, parts
-from ckptlab.convert.journal import JOURNAL, Done, crc_of, first_line
+from ckptlab.convert import manifest, names, parts
+from ckptlab.convert.journal import JOURNAL, Done, first_line
 from ckptlab.convert.parts import Receipt, Upload
-from ckptlab.convert.sources import Run, Seen, Source, Verified, unchanged
+from ckptlab.convert.report import Report, not_finite
+from ckptlab.convert.sources import NOTHING, Run, Seen, Source, Verified, unchanged
 from ckptlab.errors import CheckpointError, DestinationError
 from ckptlab.formats import fileplan
 from ckptlab.formats.checksum import crc32
 from ckptlab.formats.fileplan import FilePlan
-from ckptlab.stored import add_read, observed
+from ckptlab.stored import observed
 
 PIECE = 16 << 20  # bytes that are drawn at a time
 EVERY = 5.0  # seconds between two writings of the journal: what is sent after the last one is sent again
-
-
-@dataclass(frozen=True)
-class Uploaded:
-    """What is up: each file's size and checksum, the names of those that an earlier run sent, bytes of the source that
-    were compared, the files beside."""
-
-    files: Mapping[str, Done]
-    resumed: frozenset[str]
-    verified: int
-    beside: tuple[str, ...]
 
 
 @dataclass
@@ -139,16 +129,16 @@ def run(
     plans: Sequence[FilePlan],
     destination: str,
     identity: Mapping[str, Any],
-    *,
     latest: str | None,
     on: pool.Workers,
     progress: bool,
     check: Callable[[str], None] | None,
-    source: Source | None,
+    source: Source,
     verify: bool,
     beside: Sequence[str],
-) -> Uploaded:
+) -> Report:
     """Write every file and let the destination appear. See `execute.run`; DestinationError if it exists already."""
+    names.checked((plan.name for plan in plans), destination)
     marker = f"{destination}/{JOURNAL}"
     journal = _Journal(marker, first_line(identity))
     if paths.exists(destination) and not journal.goes_on():
@@ -158,10 +148,9 @@ def run(
     targets = {plan.name: f"{destination}/{plan.name}" for plan in plans}
     up = [marker]
     try:
-        stamp = source.stamp() if source is not None else []
-        verified = Verified(source) if source is not None and verify else None
+        stamp, verified = source.stamp(), Verified(source if verify else NOTHING)
         elsewhere = isinstance(pool.executor_of(on), Executor)
-        work = partial(_upload, verify=verified is not None, uploads=None if elsewhere else uploads)
+        work = partial(_upload, verify=verified.compares, uploads=None if elsewhere else uploads)
         done: dict[str, Done] = {}
         up += targets.values() if elsewhere else ()
 
@@ -169,22 +158,17 @@ def run(
         parts.abandon(destination, {sent.receipt.upload for sent in kept if sent.receipt is not None})
         for sent in kept:
             done[sent.name] = sent.done
-            if verified is not None:
-                verified.add(sent.runs)
+            verified.add(sent.runs)
         ordered = sorted((plan for plan in plans if plan.name not in done), key=lambda plan: plan.nbytes == 0)
         with pool.progress(sum(plan.size for plan in ordered), "writing", "B", progress) as bar:
             tasks = ((plan, targets[plan.name]) for plan in ordered)
             for sent in pool.run(work, tasks, on=on, size=lambda task: task[0].size, bar=bar, ordered=False):
                 done[sent.name] = sent.done
-                if verified is not None:
-                    verified.add(sent.runs)
+                verified.add(sent.runs)
                 if elsewhere or sent.receipt is not None:
                     journal.take(sent)
-        if verified is not None:
-            for gap in pool.run(_sum, verified.gaps(), on=on, ordered=False):
-                verified.add([gap])
-        if source is not None:
-            unchanged(stamp, source)
+        verified.finish(on)
+        unchanged(stamp, source)
         journal.write()
         up += targets.values()
         indices = {targets[plan.name] for plan in plans if plan.nbytes == 0}
@@ -206,7 +190,9 @@ def run(
     if latest is not None and parent != destination:
         far.write(f"{parent}/{latest}", os.path.basename(destination).encode())
     far.remove([marker])
-    return Uploaded(done, frozenset(sent.name for sent in kept), verified.nbytes if verified else 0, copied)
+    pointer = latest and f"{parent}/{latest}"
+    odd, written = not_finite(done.values()), sum(plan.nbytes for plan in ordered)
+    return Report(destination, pointer, len(plans), len(kept), written, verified.nbytes, odd, copied)
 
 
 def _begin(journal: _Journal, destination: str) -> None:
@@ -292,10 +278,3 @@ def _arrived(destination: str, plans: Sequence[FilePlan]) -> None:
         if size != plan.size:
             there = "is not there" if size is None else f"has {size:,} bytes"
             raise CheckpointError(f"{path} went up with {plan.size:,} bytes and {there}: repeat the command")
-
-
-def _sum(gap: tuple[str, int, int]) -> Run:
-    path, offset, nbytes = gap
-    crc = crc_of(path, offset, nbytes)
-    add_read(nbytes)
-    return Run(path, offset, nbytes, crc)

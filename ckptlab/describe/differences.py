@@ -8,11 +8,11 @@ from typing import Any
 
 from ckptlab.analysis.found import Diff, Difference, OnlyIn, Setting
 from ckptlab.analysis.measure import Summary
-from ckptlab.describe.page import page, table_html
+from ckptlab.describe.page import folded, page, scrolled, table_html, terms
 from ckptlab.describe.text import aligned, blocks
 from ckptlab.shown import shows
 from ckptlab.viz.depth import plot_depth
-from ckptlab.words import number_of, shape_text, some
+from ckptlab.words import more, number_of, shape_text, some
 
 ROWS = 20  # differences that are listed
 
@@ -67,14 +67,12 @@ def _only(side: str, names: tuple[str, ...]) -> list[str]:
 
 def _renamed(diff: Diff) -> list[str]:
     rows = [[r.a, "→", r.b, "same sample" if r.same else f"{r.distance:.1%} apart"] for r in diff.renamed[:ROWS]]
-    left = len(diff.renamed) - ROWS
-    return [*aligned(rows, "llll"), *([f"… and {left:,} more under another name"] if left > 0 else [])]
+    return [*aligned(rows, "llll"), *more(len(diff.renamed) - ROWS, " under another name")]
 
 
 def _shapes(diff: Diff) -> list[str]:
     rows = [[name, f"{shape_text(a)} in A", f"{shape_text(b)} in B"] for name, a, b in diff.shapes[:ROWS]]
-    left = len(diff.shapes) - ROWS
-    return [*aligned(rows, "lll"), *([f"… and {left:,} more"] if left > 0 else [])]
+    return [*aligned(rows, "lll"), *more(len(diff.shapes) - ROWS)]
 
 
 def _listed(diff: Diff) -> list[str]:
@@ -82,8 +80,7 @@ def _listed(diff: Diff) -> list[str]:
         return []
     most = sorted(diff.differences, key=lambda d: -d.max_abs)
     rows = [_HEADER, *map(_row, most[:ROWS])]
-    left = len(most) - ROWS
-    return ["", *aligned(rows, _SIDES), *([f"… and {left:,} more, smaller ones"] if left > 0 else [])]
+    return ["", *aligned(rows, _SIDES), *more(len(most) - ROWS, ", smaller ones")]
 
 
 _HEADER = ["tensor", "state", "differing", "max |a−b|", "|a−b|/|a|", "cosine", "at", "a → b"]
@@ -126,9 +123,9 @@ def diff_html(diff: Diff) -> str:
         *[("shape", f"{name}: {shape_text(a)} in A, {shape_text(b)} in B") for name, a, b in diff.shapes[:ROWS]],
         *[("setting", f"{s.where}: {s.key} {_values(s)}") for s in diff.settings],
     ]
-    told = "".join(f"<dt>{key}</dt><dd>{escape(str(text))}</dd>" for key, text in facts)
+    states = ("states", table_html([], _states(diff), "lrrl"))
     most = sorted(diff.differences, key=lambda d: -d.max_abs)
-    parts = [f"<dl>{told}<dt>states</dt><dd>{table_html([], _states(diff), 'lrrl')}</dd></dl>"]
+    parts = [terms([*((key, escape(str(text))) for key, text in facts), states])]
     parts += [_folded(title, [title, *_SUMMARY], rows, "lrrrrr") for title, rows in _tables(diff)]
     if most:
         title = f"largest of {number_of(len(most), 'difference')}"
@@ -137,11 +134,7 @@ def diff_html(diff: Diff) -> str:
 
 
 def _folded(title: str, header: list[str], rows: list[list[str]], sides: str) -> str:
-    shown = " open" if len(rows) <= ROWS else ""
-    return (
-        f"<details{shown}><summary>{escape(title)}</summary>"
-        f"<div class=scroll>{table_html(header, rows, sides)}</div></details>"
-    )
+    return folded(title, scrolled(table_html(header, rows, sides)), shown=len(rows) <= ROWS)
 
 
 def _row(d: Difference) -> list[str]:

@@ -6,7 +6,7 @@ import textwrap
 from html import escape
 
 from ckptlab.analysis.checkup.health import Health
-from ckptlab.describe.page import page
+from ckptlab.describe.page import page, terms
 from ckptlab.describe.text import WIDTH, aligned
 from ckptlab.findings import Finding, Where
 from ckptlab.shown import shows
@@ -46,11 +46,10 @@ def _block(key: str, text: str) -> list[str]:
 def health_html(health: Health) -> str:
     """The same for a notebook: a card for each finding, its colour that of its severity."""
     facts = [("path", health.path), ("checked", _checked(health))]
-    told = "".join(f"<dt>{key}</dt><dd>{escape(text)}</dd>" for key, text in facts)
     cards = "".join(_card(f) for f in health.findings)
     colour = _COLOURS["healthy" if health.healthy else health.findings[0].severity]
     said = f'<div style="color:{colour};font-weight:600;margin:.4em 0">{escape(health.verdict)}</div>'
-    return page("health", [said, f"<dl>{told}</dl>", cards])
+    return page("health", [said, terms((key, escape(text)) for key, text in facts), cards])
 
 
 def finding_html(finding: Finding) -> str:
@@ -60,9 +59,9 @@ def finding_html(finding: Finding) -> str:
 
 def _card(finding: Finding) -> str:
     colour = _COLOURS[finding.severity]
-    parts = "".join(f"<dt>{key}</dt><dd>{escape(text)}</dd>" for key, text in _parts(finding))
+    parts = terms((key, escape(text)) for key, text in _parts(finding))
     title = f'<span style="color:{colour};font-weight:600">{finding.severity}</span> {escape(finding.code)}'
-    return f'<div class=note style="border-color:{colour}"><div>{title}</div><dl>{parts}</dl></div>'
+    return f'<div class=note style="border-color:{colour}"><div>{title}</div>{parts}</div>'
 
 
 def _parts(finding: Finding) -> list[tuple[str, str]]:

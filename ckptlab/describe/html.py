@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,8 +12,9 @@ from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Reshape
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold
-from ckptlab.describe.page import page, table_html
+from ckptlab.describe.page import folded, page, scrolled, table_html, terms
 from ckptlab.draw import Drawing
+from ckptlab.words import more
 
 ROWS = 200  # lines of tensors in a summary
 PICTURED = 2000  # tensors whose way over the stages is drawn: naming the layers of more takes too long
@@ -23,7 +24,7 @@ RECEIVERS = 16  # target ranks that a large plan lists
 def summary_html(catalog: Catalog) -> str:
     """The summary, its table of tensors folded away if it is long."""
     about = facts.overview(catalog)
-    facts_ = [
+    about_it = [
         ("path", escape(about["path"])),
         ("training", escape(phrases.training(about))),
         ("size", escape(phrases.extent(about))),
@@ -36,7 +37,7 @@ def summary_html(catalog: Catalog) -> str:
     few = len(catalog.tensors) <= PICTURED
     pictures = _pictures(viz.mesh(mesh), viz.stages(catalog) if mesh.pp > 1 and few else None, viz.memory(catalog))
     shown = pictures if mesh.size > 1 else ""
-    return page(phrases.title(about), [_facts(facts_), _notes(about), shown, _tensors(lines, len(catalog.tensors))])
+    return page(phrases.title(about), [terms(about_it), _notes(about), shown, _tensors(lines, len(catalog.tensors))])
 
 
 def _groups(about: Mapping[str, Any]) -> str:
@@ -47,7 +48,7 @@ def _groups(about: Mapping[str, Any]) -> str:
         f"{escape(', '.join(f'{k}={v}' for k, v in group['options'].items()))}</div>"
         for i, group in enumerate(about["groups"])
     )
-    return f"{rows}<details><summary>hyperparameters</summary>{''.join(told)}</details>" if about["groups"] else ""
+    return rows + folded("hyperparameters", "".join(told), shown=False)
 
 
 def _tensors(lines: Sequence[Line], tensors: int) -> str:
@@ -61,47 +62,39 @@ def _tensors(lines: Sequence[Line], tensors: int) -> str:
         cells = [escape(cell(line)) for *_, cell in columns]
         rows.append([axes.sub(r"<b>\1</b>", c) if t == "layout" else c for t, c in zip(header, cells, strict=True)])
     table = table_html(header, rows, "".join(side for _, side, _ in columns), escaped=True)
-    said = [escape(text) for text in phrases.legend(columns, lines)]
-    if len(lines) > ROWS:
-        said.insert(0, f"… and {sum(line.count for line in lines[ROWS:]):,} more tensors")
-    shown = " open" if len(lines) <= 30 else ""
-    title = f"{tensors:,} tensors"
-    return f"<details{shown}><summary>{title}</summary><div class=scroll>{table}</div>{'<br>'.join(said)}</details>"
+    left = more(sum(line.count for line in lines[ROWS:]), " tensors")
+    said = "<br>".join([*left, *map(escape, phrases.legend(columns, lines))])
+    return folded(f"{tensors:,} tensors", scrolled(table) + said, shown=len(lines) <= 30)
 
 
 def plan_html(reshape: Reshape) -> str:
     """The plan."""
     about = facts.plan(reshape)
     changes = phrases.changes(about)
-    facts_ = [
+    about_it = [
         ("source", escape(f"{about['source']['path']} ({about['source']['format']})")),
         ("target", escape(phrases.target(about))),
         ("changes", table_html([], changes, "ll") if changes else "none: the same mesh, stage and dtype"),
         ("cost", table_html([], phrases.costs(about), "lrl")),
     ]
     memory = _pictures(viz.mesh(reshape.source.mesh), viz.mesh(reshape.mesh), viz.memory(reshape.target))
-    return page(phrases.plan_title(about), [_facts(facts_), _notes(about), _moves(about, reshape), memory])
+    return page(phrases.plan_title(about), [terms(about_it), _notes(about), _moves(about, reshape), memory])
 
 
 def _moves(about: Mapping[str, Any], reshape: Reshape) -> str:
     moves = viz.plan(reshape.plan, reshape.source.mesh, reshape.target.mesh)
-    picture = f"<details open><summary>moves</summary>{moves._repr_html_()}</details>"
+    picture = folded("moves", moves._repr_html_())
     if about["moves"]["matrix"] is not None:
         return picture
     header = ["rank", "", "from other ranks", "own", "sources"]
     table = table_html(header, phrases.receivers(about, RECEIVERS), "rlrrr")
-    return f"{picture}<details><summary>ranks that receive most</summary><div class=scroll>{table}</div></details>"
+    return picture + folded("ranks that receive most", scrolled(table), shown=False)
 
 
 def _pictures(*drawings: Drawing | None) -> str:
     """Drawings beside one another."""
     shown = "".join(d._repr_html_() for d in drawings if d is not None)
-    return f"<details open><summary>pictures</summary><div class=pictures>{shown}</div></details>" if shown else ""
-
-
-def _facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """A list of terms; values are HTML already, empty ones are left out."""
-    return f"<dl>{''.join(f'<dt>{key}</dt><dd>{value}</dd>' for key, value in pairs if value)}</dl>"
+    return folded("pictures", shown and f"<div class=pictures>{shown}</div>")
 
 
 def _notes(about: Mapping[str, Any]) -> str:

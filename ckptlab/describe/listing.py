@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckptlab.describe.facts import summary
 from ckptlab.describe.text import aligned
 from ckptlab.errors import UnknownNameError
+from ckptlab.words import shape_text
 
 if TYPE_CHECKING:
     from ckptlab.checkpoint import Checkpoint
@@ -38,12 +39,8 @@ def listed(ckpt: Checkpoint, pattern: str | None = None, regex: bool = False) ->
 
 def listing(tensors: Sequence[Mapping[str, Any]]) -> str:
     """A line for each: name, shape, layout, states by dtype."""
-    rows = [[t["name"], _shape(t["shape"]), _layout(t["layout"]), _states(t["states"])] for t in tensors]
+    rows = [[t["name"], shape_text(t["shape"]), _layout(t["layout"]), _states(t["states"])] for t in tensors]
     return "\n".join(aligned(rows, "llll"))
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape)) or "scalar"
 
 
 def _layout(text: str | None) -> str:

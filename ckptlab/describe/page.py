@@ -1,4 +1,4 @@
-"""What every page consists of, without the pictures: a box with a heading, and tables."""
+"""What every page consists of, without the pictures: a box with a heading, terms, tables, what can be folded away."""
 
 from __future__ import annotations
 
@@ -33,6 +33,22 @@ def page(title: str, parts: Iterable[str]) -> str:
     """A box with a heading, if there is one; parts are HTML already."""
     head = f"<div class=head>{escape(title)}</div>" if title else ""
     return f"<div class=ckptlab><style>{STYLE}</style>{head}{''.join(parts)}</div>"
+
+
+def terms(pairs: Iterable[tuple[str, str]]) -> str:
+    """A list of terms; values are HTML already, empty ones are left out."""
+    return f"<dl>{''.join(f'<dt>{key}</dt><dd>{value}</dd>' for key, value in pairs if value)}</dl>"
+
+
+def folded(title: str, content: str, *, shown: bool = True) -> str:
+    """Content, which is HTML already, that can be folded away under a title; nothing where there is none."""
+    opened = " open" if shown else ""
+    return f"<details{opened}><summary>{escape(title)}</summary>{content}</details>" if content else ""
+
+
+def scrolled(content: str) -> str:
+    """Content that scrolls where it is long."""
+    return f"<div class=scroll>{content}</div>" if content else ""
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]], sides: str, *, escaped: bool = False) -> str:

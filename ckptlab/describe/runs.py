@@ -7,6 +7,7 @@ from html import escape
 from ckptlab.analysis.run import Run
 from ckptlab.describe.page import page, table_html
 from ckptlab.shown import shows
+from ckptlab.words import more
 
 SKIPPED = 8  # folders that are listed
 
@@ -37,9 +38,7 @@ def _rows(run: Run) -> list[list[str]]:
 
 
 def _skipped(run: Run) -> list[str]:
-    more = len(run.skipped) - SKIPPED
-    listed = [f"skipped {one}" for one in run.skipped[:SKIPPED]]
-    return listed + ([f"… and {more:,} more skipped"] if more > 0 else [])
+    return [f"skipped {one}" for one in run.skipped[:SKIPPED]] + more(len(run.skipped) - SKIPPED, " skipped")
 
 
 shows(Run, text=run_text, html=run_html)

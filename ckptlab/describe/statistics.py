@@ -13,10 +13,10 @@ import xarray as xr
 
 from ckptlab.analysis.accessor import Table, by_row, row_count, row_keys, row_places
 from ckptlab.arrays.coordinates import rank_dims
-from ckptlab.describe.page import page, table_html
+from ckptlab.describe.page import folded, page, scrolled, table_html
 from ckptlab.describe.text import NAMES, WIDTH, aligned
 from ckptlab.shown import shows
-from ckptlab.words import number_of, shorten
+from ckptlab.words import more, number_of, shorten
 
 ROWS = 200  # rows that a notebook shows
 TEXT_ROWS = 60  # rows that a terminal shows
@@ -50,9 +50,7 @@ def statistics_text(found: xr.Dataset, *, everything: bool = False) -> str:
     if not everything and rows:
         others = sum(max(map(len, column)) + 2 for column in list(zip(header, *rows, strict=True))[1:])
         rows = [[shorten(name, max(NAMES, WIDTH - others)), *rest] for name, *rest in rows]
-    left = row_count(found) - len(rows)
-    more = [f"… and {left:,} more rows"] if left > 0 else []
-    return "\n".join([*aligned([header, *rows], sides), *more])
+    return "\n".join([*aligned([header, *rows], sides), *more(row_count(found) - len(rows), " rows")])
 
 
 def statistics_html(found: xr.Dataset) -> str:
@@ -64,12 +62,9 @@ def statistics_html(found: xr.Dataset) -> str:
         counts = found["histogram"].transpose(*row_keys(found), "bin").values
         places = itertools.islice(row_places(found), ROWS)
         cells = [[*row, bars(counts[place])] for row, place in zip(cells, places, strict=True)]
-    left = row_count(found) - len(rows)
-    more = f"<div>… and {left:,} more rows</div>" if left > 0 else ""
-    curves = _curves(found)
-    drawn = f"<details open><summary>norm by layer</summary>{curves}</details>" if curves else ""
-    body = f"<div class=scroll>{table_html(header, cells, sides, escaped=True)}</div>{more}"
-    return page(_title(found), [drawn, body])
+    left = (f"<div>{line}</div>" for line in more(row_count(found) - len(rows), " rows"))
+    table = scrolled(table_html(header, cells, sides, escaped=True))
+    return page(_title(found), [folded("norm by layer", _curves(found)), table, *left])
 
 
 def _title(found: xr.Dataset) -> str:
@@ -168,7 +163,7 @@ def _curves(found: xr.Dataset) -> str:
         if any(cells[1:]):
             rows.append(cells)
     header = ["tensor", *map(str, found["state"].values)]
-    return f"<div class=scroll>{table_html(header, rows, 'l' * len(header), escaped=True)}</div>" if rows else ""
+    return scrolled(table_html(header, rows, "l" * len(header), escaped=True))
 
 
 shows(Table, text=lambda of: statistics_text(of.dataset), html=lambda of: statistics_html(of.dataset))

@@ -10,7 +10,7 @@ from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Reshape
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold, unfolded
-from ckptlab.words import figure, shorten, unit_of
+from ckptlab.words import figure, more, shorten, unit_of
 
 WIDTH = 100
 ROWS = 40  # lines of tensors in a summary
@@ -46,10 +46,8 @@ def _tensors(lines: Sequence[Line], limit: int | None) -> list[str]:
         others = sum(max(map(len, column)) + 2 for column in list(zip(*rows, strict=True))[1:])
         rows = [[shorten(name, max(NAMES, WIDTH - others)), *rest] for name, *rest in rows]
     table = aligned(rows, "".join(side for _, side, _ in columns))
-    if len(lines) > len(shown):
-        left = lines[len(shown) :]
-        table.append(f"… and {sum(line.count for line in left):,} more tensors")
-    return [*table, *phrases.legend(columns, lines)]
+    left = sum(line.count for line in lines[len(shown) :])
+    return [*table, *more(left, " tensors"), *phrases.legend(columns, lines)]
 
 
 def plan_text(reshape: Reshape, *, notices: bool = True) -> str:

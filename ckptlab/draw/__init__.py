@@ -2,7 +2,9 @@
 
 Nothing here knows what a mesh or a checkpoint is. Read svg.py and colours.py first; then one picture a module: grid.py
 and block.py (ranks), sheet.py with edge.py, shard.py and fragments.py (a tensor that is cut), heat.py (its values),
-strips.py (buffers), pipeline.py (stages), bars.py (amounts), matrix.py and flow.py (who sends to whom).
+strips.py (buffers), pipeline.py (stages), bars.py (amounts), matrix.py and flow.py (who sends to whom),
+parts.py (tensors beside one another). What one is drawn of, a checkpoint or a plan, is up to `ckptlab.viz`: a new
+picture has a module here and one there.
 """
 
 from ckptlab.draw.axes import Axes

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.draw.blocks import listed
 from ckptlab.words import ranges
 
 
@@ -33,7 +34,7 @@ class Axes:
 
     def data(self, numbers: Sequence[int]) -> dict[str, str]:
         """The same for `data-*` attributes: `{"dp": "0-7"}`, axes of degree 1 too."""
-        return {name: ranges(values, to="-").replace(" ", "") for name, values in self._values(numbers).items()}
+        return {name: listed(values) for name, values in self._values(numbers).items()}
 
     def where(self, place: dict[str, int]) -> set[int]:
         """The numbers at which the axes named in `place` have the coordinates given there."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ckptlab.draw.axes import placed
-from ckptlab.draw.blocks import thinned
+from ckptlab.draw.blocks import each, fill, listed, notes, thinned, tip
 from ckptlab.draw.colours import colour, ink
 from ckptlab.draw.svg import Drawing, drawing, element, text, text_of, width_of, wrapped
 from ckptlab.words import ranges
@@ -99,7 +99,10 @@ def block(
                 rights.append(width_of(label, 10))
         parts += _frames(frames, corner, wide)
     bottom = corners[-1][1] + high + 8
-    said = wrapped(_notes(step, ranks.size, cut, marked, groups, along), width)
+    said = notes(ranks.size, cut, marked)
+    if groups:
+        said.append(f"framed: {len(groups):,} {along}{'s' if len(groups) > 1 else ''} of {len(groups[0]):,} ranks")
+    said = wrapped(said, width)
     for line in said:
         bottom += 18
         parts.append(text(0, bottom - 9, line, "quiet note"))
@@ -115,11 +118,6 @@ def _label(held: Sequence[int], step: int) -> str:
 def named(along: str, groups: Sequence[int] | range) -> str:
     """`node 3`, `nodes 0–7`."""
     return f"{along} {ranges(groups)}" if len(groups) == 1 else f"{along}s {ranges(groups)}"
-
-
-def _told(numbers: Sequence[int]) -> str:
-    """`0-1,8-9`."""
-    return ranges(numbers, to="-").replace(" ", "")
 
 
 def _corners(corner: Point, i: int, stop: int, j: int, end: int, wide: float) -> str:
@@ -142,16 +140,14 @@ def _cell(
 ) -> str:
     mark = not marked.isdisjoint(held)
     kind = " ".join(["cell", "rank", *(["marked"] if mark else []), *(["dimmed"] if marked and not mark else [])])
-    place = " ".join(f"{axis} {k.replace('-', '–')}" for axis, k in at.items())
-    who = f"rank {held[0]}" if len(held) == 1 else f"{len(held):,} ranks, {held[0]} … {held[-1]}"
-    tip = " · ".join([who, place, *([named(along, groups)] if groups else [])])
-    data: dict[str, object] = {"rank": ",".join(map(str, held)) if len(held) <= 64 else _told(held), **at}
+    said = tip(held, at) + (f" · {named(along, groups)}" if groups else "")
+    data: dict[str, object] = {"rank": each(held), **at}
     if groups:
-        data["group"] = _told(groups)
+        data["group"] = listed(groups)
     strength = "1" if mark else ".1" if marked else ".32"
     return element(
         "path",
-        element("title", text_of(tip)),
+        element("title", text_of(said)),
         d=path,
         class_=kind,
         fill=colour(hue),
@@ -171,34 +167,9 @@ def _edges(corners: Sequence[Point], wide: float, high: float, slant: float) -> 
 def _frames(frames: Mapping[tuple[int, ...], Sequence[tuple[int, int]]], corner: Point, wide: float) -> Iterator[str]:
     """One frame around cells of a group that fill a rectangle of a sheet, else one around each."""
     for found, cells in frames.items():
-        rows, columns = {i for i, _ in cells}, {j for _, j in cells}
-        filled = len(rows) * len(columns) == len(cells) and max(rows) - min(rows) < len(rows)
-        filled = filled and max(columns) - min(columns) < len(columns)
-        spans = [(min(rows), max(rows) + 1, min(columns), max(columns) + 1)] if filled else []
-        spans = spans or [(i, i + 1, j, j + 1) for i, j in cells]
+        (i, j), (last, end) = min(cells), max(cells)
+        spans = [(i, last + 1, j, end + 1)] if fill(cells) else [(i, i + 1, j, j + 1) for i, j in cells]
         for i, stop, j, end in spans:
             style: dict[str, Any] = {"fill": "none", "stroke": "currentColor", "stroke_width": "2.25"}
             path = _corners(corner, i, stop, j, end, wide)
-            yield element("path", d=path, class_="group overlay", data_group=_told(found), **style)
-
-
-def _notes(
-    step: int,
-    size: int,
-    cut: Sequence[Sequence[range]],
-    marked: frozenset[int],
-    groups: Sequence[Sequence[int]],
-    along: str,
-) -> list[str]:
-    found = []
-    if step > 1:
-        cells = math.prod(map(len, cut))
-        found.append(
-            f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks, of which it names the first"
-        )
-    if marked:
-        some = ", ".join(map(str, sorted(marked)[:8])) + (" …" if len(marked) > 8 else "")
-        found.append(f"marked: {'rank' if len(marked) == 1 else f'{len(marked):,} ranks,'} {some}")
-    if groups:
-        found.append(f"framed: {len(groups):,} {along}{'s' if len(groups) > 1 else ''} of {len(groups[0]):,} ranks")
-    return found
+            yield element("path", d=path, class_="group overlay", data_group=listed(found), **style)

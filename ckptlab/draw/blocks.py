@@ -1,9 +1,13 @@
-"""Many as few: which neighbours one cell stands for when there are more than a page can show."""
+"""Many as few: which neighbours one cell stands for when there are more than a page can show, and how that is said."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from ckptlab.words import ranges
+
+_LISTED = 64  # ranks of a cell that are named one by one
 
 
 def blocks(n: int, most: int) -> list[range]:
@@ -33,3 +37,41 @@ def span(numbers: Sequence[int] | range) -> str:
 def told(numbers: Sequence[int] | range) -> str:
     """The same for a `data-*` attribute: `3`, `0-7`."""
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """The same where there are gaps: `0-1,8-9`."""
+    return ranges(numbers, to="-").replace(" ", "")
+
+
+def each(held: Sequence[int]) -> str:
+    """A cell's ranks for a `data-*` attribute: one by one where they are few."""
+    return ",".join(map(str, held)) if len(held) <= _LISTED else listed(held)
+
+
+def tip(held: Sequence[int], place: Mapping[str, str]) -> str:
+    """What a cell says of its ranks, and of where they are: `rank 3 · dp 1 tp 0`."""
+    who = f"rank {held[0]}" if len(held) == 1 else f"{len(held):,} ranks, {held[0]} … {held[-1]}"
+    at = " ".join(f"{axis} {k.replace('-', '–')}" for axis, k in place.items())
+    return f"{who} · {at}"
+
+
+def fill(cells: Collection[tuple[int, int]]) -> bool:
+    """Whether cells (row, column) fill a rectangle."""
+    rows, columns = {i for i, _ in cells}, {j for _, j in cells}
+    whole = len(rows) * len(columns) == len(cells)
+    return whole and all(max(side) - min(side) < len(side) for side in (rows, columns))
+
+
+def notes(size: int, cut: Sequence[Sequence[range]], marked: Collection[int]) -> list[str]:
+    """What is to be said below cells of `size` ranks: how many one stands for, and which are marked."""
+    found = []
+    if (step := math.prod(len(side[0]) for side in cut)) > 1:
+        cells = math.prod(map(len, cut))
+        found.append(
+            f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks, of which it names the first"
+        )
+    if marked:
+        some = ", ".join(map(str, sorted(marked)[:8])) + (" …" if len(marked) > 8 else "")
+        found.append(f"marked: {'rank' if len(marked) == 1 else f'{len(marked):,} ranks,'} {some}")
+    return found

@@ -60,7 +60,7 @@ class Edge:
     @cached_property
     def strips(self) -> list[Strip]:
         """What to draw, from 0 to `size`."""
-        starts, lengths, codes = self._exact if not self.folded else self._windowed(*self._exact)
+        starts, lengths, codes = self._windowed if self.folded else self._exact
         return [self._strip(*row) for row in zip(starts.tolist(), lengths.tolist(), codes.tolist(), strict=True)]
 
     @property
@@ -88,8 +88,10 @@ class Edge:
             code |= inside.astype(np.int64) << i
         return _joined(low, np.diff(breaks), code)
 
-    def _windowed(self, starts: Int64, lengths: Int64, codes: Int64) -> tuple[Int64, Int64, Int64]:
+    @property
+    def _windowed(self) -> tuple[Int64, Int64, Int64]:
         """In each window all that has one code together, in the order of appearance."""
+        starts, _, codes = self._exact
         borders = np.linspace(0, self.size, _WINDOWS + 1).astype(np.int64)
         breaks = np.unique(np.concatenate([starts, borders]))
         at = np.searchsorted(starts, breaks[:-1], "right") - 1

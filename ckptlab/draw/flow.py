@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+from ckptlab.draw.blocks import told
 from ckptlab.draw.colours import colour
-from ckptlab.draw.matrix import Side
+from ckptlab.draw.matrix import Side, carried
 from ckptlab.draw.svg import Drawing, cell, drawing, element, text, text_of, width_of, wrapped
 from ckptlab.words import size
 
@@ -60,7 +61,7 @@ def flow(
         for k, nbytes in enumerate(sums):
             fill = colour(k) if end else "#888888"
             tip = f"{side.name} {side.labels[k]} · {size(nbytes)} {'read from it' if end else 'received'}"
-            data = {what: _told(side.ranks[k]), "bytes": nbytes}
+            data = {what: told(side.ranks[k]), "bytes": nbytes}
             box = (x, at[k], _BOX, max(nbytes * scale, 0.5))
             parts.append(cell(box, fill, tip, kind="end", data=data))
             said = names[0 if end else 1][k]
@@ -71,14 +72,12 @@ def flow(
     bottom = (
         max(max(at[-1] + max(n[-1] * scale, _LINE) for at, n in zip(places, (sent, received), strict=True)), top) + 8
     )
-    told = (
-        ["widths are bytes; outlined: stays on the rank where it is"] if any(map(any, kept)) else ["widths are bytes"]
-    )
-    said_ = wrapped([*told, *notes], width)
-    for line in said_:
+    stays = "; outlined: stays on the rank where it is" if any(map(any, kept)) else ""
+    lines = wrapped([f"widths are bytes{stays}", *notes], width)
+    for line in lines:
         bottom += 18
         parts.append(text(0, bottom - 9, line, "quiet note"))
-    whole = max([right + _BOX + margins[1], width_of(title, 14), *(width_of(line) for line in said_)])
+    whole = max([right + _BOX + margins[1], width_of(title, 14), *(width_of(line) for line in lines)])
     return drawing(title or "flow", parts, whole if width is None else min(whole, max(width, 200)), bottom + 2)
 
 
@@ -100,12 +99,10 @@ def _band(
     i: int,
     j: int,
 ) -> str:
-    stays = f" · {size(kept)} stay on their rank" if kept else ""
-    tip = f"{rows.labels[i]} → {columns.labels[j]} · {size(nbytes)}{stays}"
-    data = {"source": _told(rows.ranks[i]), "target": _told(columns.ranks[j]), "bytes": nbytes, "kept": kept}
-    told = {f"data_{name}": value for name, value in data.items()}
+    tip, data = carried(nbytes, kept, rows, columns, i, j)
+    said = {f"data_{name}": value for name, value in data.items()}
     whole = element(
-        "path", element("title", text_of(tip)), d=_path(band), class_="flow", fill=colour(i), fill_opacity=".4", **told
+        "path", element("title", text_of(tip)), d=_path(band), class_="flow", fill=colour(i), fill_opacity=".4", **said
     )
     if not kept:
         return whole
@@ -123,7 +120,3 @@ def _path(band: tuple[float, float, float, float, float]) -> str:
         f"M{x:.1f} {y:.2f}C{middle:.1f} {y:.2f} {middle:.1f} {to:.2f} {end:.1f} {to:.2f}v{high:.2f}"
         f"C{middle:.1f} {to + high:.2f} {middle:.1f} {y + high:.2f} {x:.1f} {y + high:.2f}Z"
     )
-
-
-def _told(ranks: range) -> str:
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

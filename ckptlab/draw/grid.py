@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptlab.draw.axes import Axes, placed
-from ckptlab.draw.blocks import span, thinned
+from ckptlab.draw.blocks import each, fill, listed, notes, span, thinned, tip
 from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
-from ckptlab.words import ranges
 
 COLUMNS, ROWS, PANELS = 8, 16, 8  # the most that are drawn one by one along each side
 CELLS = 128  # the most cells
@@ -70,11 +69,14 @@ def grid(
             for j, b in enumerate(cut[2])
             if sides[2].size > 1
         ]
-        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, groups, along, spoken)
+        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, along, spoken)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
     total = left + across * pitch - _GAP + 6
-    for note in wrapped(_notes(step, ranks.size, marked, groups, along, cut), width):
+    said = notes(ranks.size, cut, marked)
+    if groups:
+        said.append(f"{len(groups):,} {along}s of {len(groups[0]):,}, each framed in its own colour with its number")
+    for note in wrapped(said, width):
         height += 18
         parts.append(text(0, height - 9, note, "quiet note"))
         total = max(total, width_of(note))
@@ -101,7 +103,6 @@ def _panel(
     size: tuple[float, float],
     marked: frozenset[int],
     group_of: Mapping[int, int],
-    groups: Sequence[Sequence[int]],
     along: str,
     spoken: Sequence[str],
 ) -> list[str]:
@@ -116,22 +117,18 @@ def _panel(
             mark = bool(marked.intersection(held))
             kind = " ".join(["rank", *(["marked"] if mark else []), *(["dimmed"] if marked and not mark else [])])
             place = {k: v for side, b in zip(sides, (panel, row, column), strict=True) for k, v in side.data(b).items()}
-            data = {"rank": ",".join(map(str, held)) if len(held) <= 64 else _told(held), **place, "count": len(held)}
+            data = {"rank": each(held), **place, "count": len(held)}
             if found:
-                data["group"] = _told(found)
-            tip = _tip(held, {axis: place[axis] for axis in spoken or place}, found, along)
+                data["group"] = listed(found)
+            said = tip(held, {axis: place[axis] for axis in spoken or place})
+            said += f" · {along} {span(found)}" if found else ""
             label = str(held[0]) if len(held) == 1 else _several(held, marked)
             strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
             small = width_of(_several([int(ranks.max())] * len(held), frozenset())) + 8 > box[2] and len(held) > 1
-            cells.append(cell(box, tint, tip, kind=kind, label=label, data=data, small=small, rx="3", **strong))
+            cells.append(cell(box, tint, said, kind=kind, label=label, data=data, small=small, rx="3", **strong))
             if found:
                 outlines.setdefault(found, []).append((i, j, box))
     return cells + [line for found, boxes in outlines.items() for line in _outline(found, boxes)]
-
-
-def _told(numbers: Sequence[int]) -> str:
-    """`0-1,8-9`."""
-    return ranges(numbers, to="-").replace(" ", "")
 
 
 def _several(held: Sequence[int], marked: frozenset[int]) -> str:
@@ -140,46 +137,16 @@ def _several(held: Sequence[int], marked: frozenset[int]) -> str:
     return f"({found[0]})" if len(found) == 1 else f"{held[0]} +{len(held) - 1}"
 
 
-def _tip(held: Sequence[int], place: Mapping[str, str], groups: Sequence[int], along: str) -> str:
-    at = " ".join(f"{axis} {k.replace('-', '–')}" for axis, k in place.items())
-    said = f"rank {held[0]} · {at}" if len(held) == 1 else f"{len(held):,} ranks, {held[0]} … {held[-1]} · {at}"
-    return f"{said} · {along} {span(groups)}" if groups else said
-
-
 def _outline(group: tuple[int, ...], boxes: Sequence[tuple[int, int, _Box]]) -> list[str]:
     """One frame around cells that fill a rectangle, else one around each."""
     tint = colour(group[0])
-    rows, columns = {i for i, _, _ in boxes}, {j for _, j, _ in boxes}
-    filled = len(rows) * len(columns) == len(boxes) and max(rows) - min(rows) < len(rows)
-    filled = filled and max(columns) - min(columns) < len(columns)
+    filled = fill([(i, j) for i, j, _ in boxes])
     frames = [[b for _, _, b in boxes]] if filled else [[b] for _, _, b in boxes]
     found = []
     for frame in frames:
         x, y = min(b[0] for b in frame) - 1, min(b[1] for b in frame) - 1
         w, h = max(b[0] + b[2] for b in frame) - x + 1, max(b[1] + b[3] for b in frame) - y + 1
         style = {"fill": "none", "stroke": tint, "stroke_width": "2.5", "rx": "5"}
-        found.append(rect(x, y, w, h, class_="group overlay", data_group=_told(group), **style))
+        found.append(rect(x, y, w, h, class_="group overlay", data_group=listed(group), **style))
         found.append(text(x + 4, y + 7, span(group), "tiny group-label"))
-    return found
-
-
-def _notes(
-    step: int,
-    size: int,
-    marked: Collection[int],
-    groups: Sequence[Sequence[int]],
-    along: str,
-    cut: Sequence[Sequence[range]],
-) -> list[str]:
-    found = []
-    if step > 1:
-        cells = math.prod(map(len, cut))
-        found.append(
-            f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks, of which it names the first"
-        )
-    if marked:
-        some = ", ".join(map(str, sorted(marked)[:8])) + (" …" if len(marked) > 8 else "")
-        found.append(f"marked: {'rank' if len(marked) == 1 else f'{len(marked):,} ranks,'} {some}")
-    if groups:
-        found.append(f"{len(groups):,} {along}s of {len(groups[0]):,}, each framed in its own colour with its number")
     return found

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.draw.blocks import listed
 from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, rect, tail, text, text_of, width_of, wrapped
 from ckptlab.words import ranges
 
@@ -152,7 +153,7 @@ def _cells(
         value = float(values[i, j])
         box = (area[0] + j * size[0], area[1] + i * size[1], *size)
         data = {
-            "rank": ranges(who[int(owner[i, j])], to="-").replace(" ", ""),
+            "rank": listed(who[int(owner[i, j])]),
             "start": f"{rows.start + i * rows.step},{columns.start + j * columns.step}",
         }
         fill = NAN if value != value else ABOVE if value > 0 else BELOW
@@ -244,7 +245,7 @@ def _regions(
             first = (rows.start + i * rows.step, columns.start + j * columns.step)
             last = (rows.behind(stop) - 1, columns.behind(end) - 1)
             told = f"{'rank' if len(who[k]) == 1 else 'ranks'} {ranges(who[k])} · {list(first)} to {list(last)}"
-            data = {"rank": ranges(who[k], to="-").replace(" ", ""), "start": f"{first[0]},{first[1]}"}
+            data = {"rank": listed(who[k]), "start": f"{first[0]},{first[1]}"}
             style = {"stroke": "none", "pointer_events": events}
             yield element(
                 "rect",

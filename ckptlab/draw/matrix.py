@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ckptlab.draw.blocks import told
 from ckptlab.draw.colours import SHADE, colour, strength
 from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
 from ckptlab.words import figure, size, unit_of
@@ -73,6 +74,13 @@ def matrix(
     return drawing(title or "matrix", parts, total, y + 2)
 
 
+def carried(nbytes: int, kept: int, rows: Side, columns: Side, i: int, j: int) -> tuple[str, dict[str, object]]:
+    """The tip and the data of bytes that go from i to j, of which `kept` do not change rank."""
+    stays = f" · {size(kept)} stay on their rank" if kept else ""
+    data = {"source": told(rows.ranks[i]), "target": told(columns.ranks[j]), "bytes": nbytes, "kept": kept}
+    return f"{rows.labels[i]} → {columns.labels[j]} · {size(nbytes)}{stays}", data
+
+
 def _cell(
     nbytes: int,
     kept: int,
@@ -84,14 +92,7 @@ def _cell(
     i: int,
     j: int,
 ) -> str:
-    stays = f" · {size(kept)} stay on their rank" if kept else ""
-    tip = f"{rows.labels[i]} → {columns.labels[j]} · {size(nbytes)}{stays}"
-    data = {
-        "source": _told(rows.ranks[i]),
-        "target": _told(columns.ranks[j]),
-        "bytes": nbytes,
-        "kept": kept,
-    }
+    tip, data = carried(nbytes, kept, rows, columns, i, j)
     label = figure(nbytes / unit) if nbytes else "·"
     opacity = f"{strength(nbytes / most):.3f}"
     shape = cell(box, SHADE, tip, kind="move" if nbytes else "move none", label=label, data=data, fill_opacity=opacity)
@@ -100,10 +101,6 @@ def _cell(
     x, y, w, h = box
     style = {"fill": "none", "stroke": "currentColor", "stroke_width": "2.2" if kept == nbytes else "1.1"}
     return shape + rect(x + 1, y + 1, w - 2, h - 2, class_="own overlay", **style)
-
-
-def _told(ranks: range) -> str:
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
 
 
 def _turned(x: float, y: float) -> str:

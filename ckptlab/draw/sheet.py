@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ckptlab.draw.colours import PALETTE, colour, tinted
@@ -18,6 +19,8 @@ from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, tai
 _SIDES, _THIN = (340.0, 280.0, 230.0, 180.0), 46.0
 _SEEN = 4.0  # pixels between two lines
 _STRIPES = 4  # holders whose colours are striped; more are grey
+
+Area = tuple[float, float, float, float]  # left, top, width, height
 
 
 @dataclass(frozen=True)
@@ -52,94 +55,296 @@ def sheet(
     coordinate. room: the width of the page; the largest scale that
     fits it is taken, and what stands beside the tensor goes below it where that does not.
     """
-    told: dict[str, Any] = {
-        "title": title if room is None else tail(title, room, 14),
-        "notation": notation,
-        "copies": copies,
-        "marked": marked,
-        "shard": shard,
-        "notes": notes,
-    }
-    told |= {"fragments": fragments, "nothing": nothing, "everyone": everyone, "hue": hue, "room": room}
+    told = title if room is None else tail(title, room, 14)
+    one = _Sheet(edges, told, notation, copies, marked, shard, notes, fragments, nothing, everyone, hue, room)
     for below in (False, True):
-        made = _sheet(edges, _SIDES[0], below, **told)
+        made = one.drawn(_SIDES[0], below)
         if room is None or made.width <= room:
             return made
-        smallest = _sheet(edges, _SIDES[-1], below, **told)
+        smallest = one.drawn(_SIDES[-1], below)
         if smallest.width <= room:
-            between = (_sheet(edges, side, below, **told) for side in _SIDES[1:-1])
+            between = (one.drawn(side, below) for side in _SIDES[1:-1])
             return next((made for made in between if made.width <= room), smallest)
     return smallest
 
 
-def _sheet(
-    edges: Sequence[Edge],
-    side: float,
-    below: bool,
-    *,
-    title: str,
-    notation: str,
-    copies: Sequence[tuple[str, int]],
-    marked: Mapping[str, int] | None,
-    shard: Sequence[Sequence[tuple[int, int]]] | None,
-    notes: Sequence[str],
-    fragments: Sequence[Fragment],
-    nothing: str,
-    everyone: str,
-    hue: int | None,
-    room: float | None,
-) -> Drawing:
-    """The tensor with its longer side so long; below: what a rank holds is drawn below it, not beside."""
-    rows, columns = _directions(edges)
-    width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns], side)
-    left, top = _margins([edges[i] for i in rows], [edges[i] for i in columns], title, notation, height)
-    sheets = min(2, math.prod(n for _, n in copies) - 1)
-    parts = [text(0, 8, title, "title")] if title else []
-    if notation:
-        parts.append(text(0, 26 if title else 8, _spelled(notation, edges), "mono notation", svg=True))
-    for k in range(sheets, 0, -1):
-        parts.append(_behind(left + 5 * k, top + 5 * k, width, height))
-    down, over = _bands([edges[i] for i in rows], height), _bands([edges[i] for i in columns], width)
-    allowed = [edge.axes.where(dict(marked)) if marked is not None else None for edge in edges]
-    defs: list[str] = []
-    if fragments:
-        across, deep = (math.prod(edges[i].size for i in side) for side in (columns, rows))
-        parts += areas_drawn(fragments, (left, top, width, height), across, deep, marked, bool(nothing))
-    for a, b in itertools.product(down, over):
-        strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
-        box = (left + b.at, top + a.at, b.length, a.length)
-        parts.append(
-            _cell(edges, strips, box, allowed, defs, bool(copies), everyone, bool(fragments), bool(nothing), hue)
-        )
-    parts.append(_frame((left, top, width, height), "whole overlay", "1.5"))
-    headed = not fragments and _headed(edges, rows, columns, down, over)
-    parts += _inner([edges[i] for i in rows], left, top, width, height, vertical=True)
-    parts += _inner([edges[i] for i in columns], left, top, width, height, vertical=False)
-    parts += _labels([edges[i] for i in rows], down, left, top, width, height, headed, vertical=True)
-    parts += _labels([edges[i] for i in columns], over, left, top, width, height, headed, vertical=False)
-    wide = [
-        width_of(f"{_head([edges[i] for i in rows], b)} · {math.prod(s.length for s in b.strips):,}", 10) for b in down
-    ]
-    right = left + width + 5 * sheets + (max(wide) + 20 if headed else 46)
-    bottom = top + height + 5 * sheets + (28 if len(over) > 1 else 6)
-    corner = (left, bottom + 34) if below else (right + 30, top)
-    cells: list[str] = []
-    end = corner
-    if nothing:
-        cells, end = _empty(nothing, corner, (width, height))
-    elif fragments and marked is not None:
-        cells, end = fragment_beside(fragments, corner, (width, height), edges, rows, columns, marked)
-    elif shard is not None:
-        cells, end = shard_beside(edges, shard, rows, columns, corner, (width, height), marked or {})
-    if cells:
-        parts += cells
-        right, bottom = max(right, end[0]), max(bottom, end[1] + 6)
-    said = wrapped([*_said(edges, rows, columns, copies), *notes], room)
-    for line in said:
-        bottom += 18
-        parts.append(text(0, bottom - 9, line, "quiet note"))
-    total = max([right, width_of(title, 14), width_of(notation, 13), *(width_of(line) for line in said)])
-    return drawing(title or notation, parts, total, bottom + 2, defs)
+@dataclass(frozen=True)
+class _Sheet:
+    """What is drawn of a tensor: see `sheet`."""
+
+    edges: Sequence[Edge]
+    title: str
+    notation: str
+    copies: Sequence[tuple[str, int]]
+    marked: Mapping[str, int] | None
+    shard: Sequence[Sequence[tuple[int, int]]] | None
+    notes: Sequence[str]
+    fragments: Sequence[Fragment]
+    nothing: str
+    everyone: str
+    hue: int | None
+    room: float | None
+
+    def drawn(self, side: float, below: bool) -> Drawing:
+        """The tensor with its longer side so long; below: what a rank holds is drawn below it, not beside."""
+        edges, title, notation, fragments = self.edges, self.title, self.notation, self.fragments
+        rows, columns = self._directions()
+        width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns], side)
+        down = _Direction([edges[i] for i in rows], height, vertical=True)
+        over = _Direction([edges[i] for i in columns], width, vertical=False)
+        left, top = self._margins(down, over)
+        area = (left, top, width, height)
+        sheets = min(2, math.prod(n for _, n in self.copies) - 1)
+        parts = [text(0, 8, title, "title")] if title else []
+        if notation:
+            parts.append(text(0, 26 if title else 8, _spelled(notation, edges), "mono notation", svg=True))
+        for k in range(sheets, 0, -1):
+            parts.append(_behind(left + 5 * k, top + 5 * k, width, height))
+        defs: list[str] = []
+        if fragments:
+            across, deep = (math.prod(edges[i].size for i in side) for side in (columns, rows))
+            parts += areas_drawn(fragments, area, across, deep, self.marked, bool(self.nothing))
+        for a, b in itertools.product(down.bands, over.bands):
+            strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
+            parts.append(self._cell(strips, (left + b.at, top + a.at, b.length, a.length), defs))
+        parts.append(_frame(area, "whole overlay", "1.5"))
+        headed = not fragments and _headed(down, over)
+        parts += [*down.inner(area), *over.inner(area), *down.labels(area, headed), *over.labels(area, headed)]
+        wide = [width_of(f"{down.head(b)} · {math.prod(s.length for s in b.strips):,}", 10) for b in down.bands]
+        right = left + width + 5 * sheets + (max(wide) + 20 if headed else 46)
+        bottom = top + height + 5 * sheets + (28 if len(over.bands) > 1 else 6)
+        corner = (left, bottom + 34) if below else (right + 30, top)
+        cells: list[str] = []
+        end = corner
+        if self.nothing:
+            cells, end = _empty(self.nothing, corner, (width, height))
+        elif fragments and self.marked is not None:
+            cells, end = fragment_beside(fragments, corner, (width, height), edges, rows, columns, self.marked)
+        elif self.shard is not None:
+            cells, end = shard_beside(edges, self.shard, rows, columns, corner, (width, height), self.marked or {})
+        if cells:
+            parts += cells
+            right, bottom = max(right, end[0]), max(bottom, end[1] + 6)
+        said = wrapped([*self._said({*rows, *columns}), *self.notes], self.room)
+        for line in said:
+            bottom += 18
+            parts.append(text(0, bottom - 9, line, "quiet note"))
+        total = max([right, width_of(title, 14), width_of(notation, 13), *(width_of(line) for line in said)])
+        return drawing(title or notation, parts, total, bottom + 2, defs)
+
+    def _directions(self) -> tuple[list[int], list[int]]:
+        """Dims that run down and across. All that are cut are shown, and at least two; the rest are said below."""
+        edges = self.edges
+        cut = [i for i, edge in enumerate(edges) if len(edge.strips) > 1]
+        others = sorted((i for i in range(len(edges)) if i not in cut), key=lambda i: -edges[i].size)
+        shown = sorted([*cut, *others][: max(2, len(cut))])
+        return shown[:-1], shown[-1:]
+
+    def _margins(self, down: _Direction, over: _Direction) -> tuple[float, float]:
+        names = [_named(edge) for edge in down.edges] + [name for edge in down.edges for name, _ in edge.parts]
+        left = max([width_of(name) for name in names] + [0]) + (34 if any(e.parts for e in down.edges) else 14)
+        left = max(left, sum(down.room(depth) for depth in {d for d, *_ in down.blocks}) + 12)
+        top = (22 if self.title else 0) + (20 if self.notation else 0) + (22 if over.edges else 4)
+        return left, top + (20 if any(edge.parts for edge in over.edges) else 0)
+
+    @cached_property
+    def _marked(self) -> list[set[int] | None]:
+        """Of each dim the coordinates on its axes that stand out; None where none do."""
+        return [None if self.marked is None else edge.axes.where(dict(self.marked)) for edge in self.edges]
+
+    def _cell(self, strips: Mapping[int, Strip], box: Area, defs: list[str]) -> str:
+        edges, allowed = self.edges, self._marked
+        holders = [strips[i].holders if i in strips else tuple(range(len(e.blocks))) for i, e in enumerate(edges)]
+        fill = self._fill(holders, defs)
+        held = [[k for h in mine for k in e.blocks[h]] for e, mine in zip(edges, holders, strict=True)]
+        label = " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True))))
+        uncut = all(e.axes.size == 1 for e in edges)
+        place = {name: v for e, k in zip(edges, held, strict=True) for name, v in e.axes.data(k).items()}
+        padding = any(s.padding for s in strips.values())
+        shared = math.prod(map(len, holders)) > 1
+        hit = all(ok is None or ok.intersection(k) for ok, k in zip(allowed, held, strict=True))
+        kinds = ["piece", *(["padding"] if padding else []), *(["replicated"] if shared else [])]
+        if any(ok is not None for ok in allowed):
+            kinds.append("marked" if hit and not self.nothing else "dimmed")
+        sizes = [strips[i].length if i in strips else e.size for i, e in enumerate(edges)]
+        starts = [strips[i].start if i in strips else 0 for i in range(len(edges))]
+        names = [e.parts[s.part][0] for i, e in enumerate(edges) if (s := strips.get(i)) and s.part is not None]
+        data: dict[str, object] = {
+            **place,
+            "start": ",".join(map(str, starts)),
+            "shape": ",".join(map(str, sizes)),
+            "count": math.prod(sizes),
+        }
+        if names:
+            data["part"] = " ".join(names)
+        along = ", ".join(f"{e.name} {s}–{s + n - 1}" for e, s, n in zip(edges, starts, sizes, strict=True))
+        everyone = self.everyone if self.copies else "whole"
+        who = f"{label or everyone}{' (each holds it)' if shared else ''}"
+        tip = f"{who} · {' '.join([*names, along])} · {math.prod(sizes):,} elements{' · padding' if padding else ''}"
+        told: dict[str, Any] = {"kind": " ".join(kinds), "label": everyone if uncut else label, "data": data}
+        faint: dict[str, Any] = {"fill_opacity": ".15"} if "dimmed" in kinds else {}
+        if self.fragments:  # they lie below, and are what the mouse is to find
+            fill, faint = "none", {"pointer_events": "none"}
+            told |= {"kind": "shard-of-fragments", "label": ""}
+        return cell(box, fill, tip, hatch=padding, **told, **faint)
+
+    def _fill(self, holders: Sequence[tuple[int, ...]], defs: list[str]) -> str:
+        """A colour for each coordinate of the cut; stripes for what several hold, grey if it is not cut at all."""
+        edges, hue = self.edges, self.hue
+        if hue is not None and all(len(mine) == 1 for mine in holders):
+            return tinted(hue, sum(k for (k,) in holders))
+        if all(len(e.blocks) == 1 for e in edges):
+            return PALETTE[-1] if all(e.axes.size == 1 for e in edges) else PALETTE[0]
+        numbers = []
+        for combination in itertools.product(*holders):
+            number = 0
+            for edge, k in zip(edges, combination, strict=True):
+                number = number * len(edge.blocks) + k
+            numbers.append(number)
+        if len(numbers) == 1:
+            return colour(numbers[0])
+        colours = tuple(colour(n) for n in numbers) if len(numbers) <= _STRIPES else ("#666666", "#bbbbbb")
+        fill, pattern = striped(colours)
+        defs.append(pattern)
+        return fill
+
+    def _said(self, shown: Collection[int]) -> list[str]:
+        """What must be heard of the dims, of which some are shown."""
+        found = []
+        edges, copies = self.edges, self.copies
+        left_out = [i for i in range(len(edges)) if i not in shown]
+        if left_out:
+            found.append(f"not drawn, held whole: {', '.join(_named(edges[i]) for i in left_out)}")
+        for edge in edges:
+            if edge.true < edge.size:
+                found.append(f"hatched: {edge.size - edge.true:,} of {edge.size:,} {edge.name} are padding")
+            if edge.folded:
+                found.append(
+                    f"{edge.name}: {edge.folded:,} strips, drawn in {edge.windows} windows; "
+                    "in each, what one rank holds is drawn together"
+                )
+            if len(edge.blocks) < len(edge.held):
+                each = f"{len(edge.blocks)} blocks of {len(edge.blocks[0]):,}"
+                found.append(f"{edge.name}: {len(edge.held):,} coordinates in {each}")
+        if copies:
+            each = " · ".join(f"{axis} {n:,}" for axis, n in copies)
+            found.append(f"each piece is held alike by {math.prod(n for _, n in copies):,} ranks ({each})")
+        return found
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """The dims that run along one direction of the page, over so many pixels."""
+
+    edges: Sequence[Edge]
+    extent: float
+    vertical: bool
+
+    @cached_property
+    def bands(self) -> list[_Band]:
+        """The choices of strips, behind one another; together they fill it."""
+        found, at = [], 0.0
+        whole = math.prod(edge.size for edge in self.edges)
+        for strips in itertools.product(*(edge.strips for edge in self.edges)):
+            length = self.extent * math.prod(s.length for s in strips) / whole
+            found.append(_Band(strips, at, length))
+            at += length
+        return found
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, str, float, float]]:
+        """(depth, name, place, length) of the blocks that can be seen; nothing if it has several dims."""
+        if len(self.edges) != 1 or self.edges[0].parts or not self.edges[0].inner:
+            return []
+        scale = self.extent / self.edges[0].size
+        return [(d, name, a * scale, n * scale) for d, name, a, n in self.edges[0].inner if n * scale >= _SEEN]
+
+    def room(self, depth: int) -> float:
+        """How wide the names of the blocks of a depth are written."""
+        return max([width_of(name, 10) + 8 for d, name, _, length in self.blocks if d == depth and length >= 9] + [0])
+
+    def head(self, band: _Band) -> str:
+        """Who holds a band, on its own axes: `tp 0`."""
+        held = ([k for h in s.holders for k in e.blocks[h]] for e, s in zip(self.edges, band.strips, strict=True))
+        return " ".join(filter(None, (e.axes.label(k) for e, k in zip(self.edges, held, strict=True) if k)))
+
+    def labels(self, area: Area, headed: bool) -> list[str]:
+        """Names and sizes of dims and parts before an edge of the rectangle, lengths of strips behind it; headed: with
+        who holds them."""
+        if not self.edges:
+            return []
+        (left, top, width, height), vertical = area, self.vertical
+        name = " × ".join(map(_named, self.edges))
+        parted = len(self.edges) == 1 and bool(self.edges[0].parts)
+        found = []
+        if vertical:
+            above = parted or bool(self.blocks)
+            found.append(text(left - (30 if parted else 8), top - 10 if above else top + height / 2, name, "end dim"))
+        else:
+            found.append(text(left + width / 2, top - (30 if parted else 11), name, "middle dim"))
+        if parted:
+            found += self._parts(area)
+        for band in self.bands:
+            said = f"{math.prod(s.length for s in band.strips):,}"
+            middle = band.at + band.length / 2
+            head = self.head(band) if headed else ""
+            if head and vertical and band.length >= 9:
+                found.append(text(left + width + 16, top + middle, f"{head} · {said}", "small head"))
+                continue
+            if head and not vertical and band.length >= width_of(head, 10):
+                found.append(text(left + middle, top + height + 18, head, "small middle head"))
+                continue
+            if len(self.bands) > 1 and vertical and band.length >= 9:
+                found.append(text(left + width + 16, top + middle, said, "small quiet length"))
+            elif len(self.bands) > 1 and not vertical and band.length >= width_of(said, 10):
+                found.append(text(left + middle, top + height + 18, said, "small quiet middle length"))
+        return found
+
+    def inner(self, area: Area) -> list[str]:
+        """Thin lines between blocks that lie in what one holds, and their names at the edge."""
+        (left, top, width, height), vertical = area, self.vertical
+        found = []
+        depths = sorted({depth for depth, *_ in self.blocks}, reverse=True)
+        for depth, name, at, length in self.blocks:
+            style = {"fill": "none", "stroke": "#000", "stroke_opacity": ".75" if depth == depths[-1] else ".45"}
+            style |= {"stroke_width": "1.1" if depth == depths[-1] else ".7"}
+            a, b = (width, f"M{left:.1f} {top + at:.1f}h") if vertical else (height, f"M{left + at:.1f} {top:.1f}v")
+            side = max(a / 2 - 36, 8.0)  # what is written in the middle of a cell is not struck through
+            line = f"{b}{side:.1f}m{f'{a - 2 * side:.1f} 0' if vertical else f'0 {a - 2 * side:.1f}'}{b[-1]}{side:.1f}"
+            if at:
+                found.append(element("path", d=line, class_="inner overlay", **style))
+            if vertical and length >= 9:
+                place = left - 8 - sum(self.room(deeper) for deeper in depths if deeper > depth)
+                found.append(text(place, top + at + length / 2, name, "small quiet end inner-label"))
+        return found
+
+    def _parts(self, area: Area) -> list[str]:
+        """Of the one dim each part's name and length beside it, and a frame around it."""
+        (left, top, width, height), vertical, edge = area, self.vertical, self.edges[0]
+        found, at = [], 0.0
+        for name, length in edge.parts:
+            size = self.extent * length / edge.size
+            box = (left, top + at, width, size) if vertical else (left + at, top, size, height)
+            found.append(_frame(box, "part overlay", "2.5", data_part=name))
+            said = f"{name} {length:,}"
+            if vertical and size >= 9:
+                small = "small " if size < 14 else ""
+                found.append(text(left - 12, box[1] + size / 2, said, f"end strong {small}part-label"))
+                found.append(_bracket(left - 8, box[1] + 2, size - 4))
+            elif not vertical and size >= width_of(said, 10):
+                found.append(text(box[0] + size / 2, top - 11, said, "middle strong part-label"))
+            at += size
+        return found
+
+
+def _headed(down: _Direction, over: _Direction) -> bool:
+    """Whether who holds a cell is said at the edges, since a label for both directions does not fit into every cell."""
+    if len(down.bands) < 2 or len(over.bands) < 2:
+        return False
+    heads = [[side.head(band) for band in side.bands] for side in (down, over)]
+    widest = max(width_of(f"{a} {b}", 10) for a in heads[0] for b in heads[1])
+    narrow, low = (min(band.length for band in side.bands) for side in (over, down))
+    return all(map(any, heads)) and (widest + 4 > narrow or low < 11)
 
 
 def _spelled(notation: str, edges: Sequence[Edge]) -> str:
@@ -150,14 +355,6 @@ def _spelled(notation: str, edges: Sequence[Edge]) -> str:
         element("tspan", text_of(w), class_="strong", text_decoration="underline") if w in axes else text_of(w)
         for w in words
     )
-
-
-def _directions(edges: Sequence[Edge]) -> tuple[list[int], list[int]]:
-    """Dims that run down and across. All that are cut are shown, and at least two; the rest are said below."""
-    cut = [i for i, edge in enumerate(edges) if len(edge.strips) > 1]
-    others = sorted((i for i in range(len(edges)) if i not in cut), key=lambda i: -edges[i].size)
-    shown = sorted([*cut, *others][: max(2, len(cut))])
-    return shown[:-1], shown[-1:]
 
 
 def _extent(rows: Sequence[int], columns: Sequence[int], side: float) -> tuple[float, float]:
@@ -171,62 +368,8 @@ def _extent(rows: Sequence[int], columns: Sequence[int], side: float) -> tuple[f
     return (side, side * ratio) if ratio <= 1 else (side / ratio, side)
 
 
-def _bands(edges: Sequence[Edge], extent: float) -> list[_Band]:
-    """The choices of strips along one direction, behind one another; together they fill it."""
-    found, at = [], 0.0
-    whole = math.prod(edge.size for edge in edges)
-    for strips in itertools.product(*(edge.strips for edge in edges)):
-        length = extent * math.prod(s.length for s in strips) / whole
-        found.append(_Band(strips, at, length))
-        at += length
-    return found
-
-
-def _cell(
-    edges: Sequence[Edge],
-    strips: Mapping[int, Strip],
-    box: tuple[float, float, float, float],
-    allowed: Sequence[set[int] | None],
-    defs: list[str],
-    copied: bool,
-    everyone: str,
-    fragmented: bool,
-    away: bool,
-    hue: int | None,
-) -> str:
-    holders = [strips[i].holders if i in strips else tuple(range(len(e.blocks))) for i, e in enumerate(edges)]
-    fill = _fill(edges, holders, defs, hue)
-    held = [[k for h in mine for k in e.blocks[h]] for e, mine in zip(edges, holders, strict=True)]
-    label = " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True))))
-    uncut = all(e.axes.size == 1 for e in edges)
-    place = {name: v for e, k in zip(edges, held, strict=True) for name, v in e.axes.data(k).items()}
-    padding = any(s.padding for s in strips.values())
-    shared = math.prod(map(len, holders)) > 1
-    hit = all(ok is None or ok.intersection(k) for ok, k in zip(allowed, held, strict=True))
-    kinds = ["piece", *(["padding"] if padding else []), *(["replicated"] if shared else [])]
-    if any(ok is not None for ok in allowed):
-        kinds.append("marked" if hit and not away else "dimmed")
-    sizes = [strips[i].length if i in strips else e.size for i, e in enumerate(edges)]
-    starts = [strips[i].start if i in strips else 0 for i in range(len(edges))]
-    names = [e.parts[s.part][0] for i, e in enumerate(edges) if (s := strips.get(i)) and s.part is not None]
-    data: dict[str, object] = {
-        **place,
-        "start": ",".join(map(str, starts)),
-        "shape": ",".join(map(str, sizes)),
-        "count": math.prod(sizes),
-    }
-    if names:
-        data["part"] = " ".join(names)
-    along = ", ".join(f"{e.name} {s}–{s + n - 1}" for e, s, n in zip(edges, starts, sizes, strict=True))
-    everyone = everyone if copied else "whole"
-    who = f"{label or everyone}{' (each holds it)' if shared else ''}"
-    tip = f"{who} · {' '.join([*names, along])} · {math.prod(sizes):,} elements{' · padding' if padding else ''}"
-    told: dict[str, Any] = {"kind": " ".join(kinds), "label": everyone if uncut else label, "data": data}
-    faint: dict[str, Any] = {"fill_opacity": ".15"} if "dimmed" in kinds else {}
-    if fragmented:  # they lie below, and are what the mouse is to find
-        fill, faint = "none", {"pointer_events": "none"}
-        told |= {"kind": "shard-of-fragments", "label": ""}
-    return cell(box, fill, tip, hatch=padding, **told, **faint)
+def _named(edge: Edge) -> str:
+    return f"{edge.name} {edge.size:,}"
 
 
 def _empty(said: str, corner: tuple[float, float], whole: tuple[float, float]) -> tuple[list[str], tuple[float, float]]:
@@ -236,156 +379,6 @@ def _empty(said: str, corner: tuple[float, float], whole: tuple[float, float]) -
     place = rect(x, y, w, h, fill="none", stroke="currentColor", stroke_opacity=".5", stroke_dasharray="4 4", rx="4")
     found = [text(x, y - 11, said, "strong shard-label"), place, text(x + w / 2, y + h / 2, "∅", "middle quiet")]
     return found, (max(x + w, x + width_of(said, 13)), y + h)
-
-
-def _fill(edges: Sequence[Edge], holders: Sequence[tuple[int, ...]], defs: list[str], hue: int | None) -> str:
-    """A colour for each coordinate of the cut; stripes for what several hold, grey if it is not cut at all."""
-    if hue is not None and all(len(mine) == 1 for mine in holders):
-        return tinted(hue, sum(k for (k,) in holders))
-    if all(len(e.blocks) == 1 for e in edges):
-        return PALETTE[-1] if all(e.axes.size == 1 for e in edges) else PALETTE[0]
-    numbers = []
-    for combination in itertools.product(*holders):
-        number = 0
-        for edge, k in zip(edges, combination, strict=True):
-            number = number * len(edge.blocks) + k
-        numbers.append(number)
-    if len(numbers) == 1:
-        return colour(numbers[0])
-    colours = tuple(colour(n) for n in numbers) if len(numbers) <= _STRIPES else ("#666666", "#bbbbbb")
-    fill, pattern = striped(colours)
-    defs.append(pattern)
-    return fill
-
-
-def _margins(
-    rows: Sequence[Edge], columns: Sequence[Edge], title: str, notation: str, height: float
-) -> tuple[float, float]:
-    names = [_named(edge) for edge in rows] + [name for edge in rows for name, _ in edge.parts]
-    left = max([width_of(name) for name in names] + [0]) + (34 if any(e.parts for e in rows) else 14)
-    blocks = _named_blocks(rows, height)
-    left = max(left, sum(_room(blocks, depth) for depth in {d for d, *_ in blocks}) + 12)
-    top = (22 if title else 0) + (20 if notation else 0) + (22 if columns else 4)
-    return left, top + (20 if any(edge.parts for edge in columns) else 0)
-
-
-def _named(edge: Edge) -> str:
-    return f"{edge.name} {edge.size:,}"
-
-
-def _labels(
-    edges: Sequence[Edge],
-    bands: Sequence[_Band],
-    left: float,
-    top: float,
-    width: float,
-    height: float,
-    headed: bool,
-    vertical: bool,
-) -> list[str]:
-    """Names and sizes of dims and parts before an edge of the rectangle, lengths of strips behind it; headed: with who
-    holds them."""
-    if not edges:
-        return []
-    name = " × ".join(map(_named, edges))
-    parted = len(edges) == 1 and bool(edges[0].parts)
-    found = []
-    if vertical:
-        above = parted or bool(_named_blocks(edges, height))
-        found.append(text(left - (30 if parted else 8), top - 10 if above else top + height / 2, name, "end dim"))
-    else:
-        found.append(text(left + width / 2, top - (30 if parted else 11), name, "middle dim"))
-    if parted:
-        found += _parts(edges[0], left, top, width, height, vertical)
-    for band in bands:
-        said = f"{math.prod(s.length for s in band.strips):,}"
-        middle = band.at + band.length / 2
-        head = _head(edges, band) if headed else ""
-        if head and vertical and band.length >= 9:
-            found.append(text(left + width + 16, top + middle, f"{head} · {said}", "small head"))
-            continue
-        if head and not vertical and band.length >= width_of(head, 10):
-            found.append(text(left + middle, top + height + 18, head, "small middle head"))
-            continue
-        if len(bands) > 1 and vertical and band.length >= 9:
-            found.append(text(left + width + 16, top + middle, said, "small quiet length"))
-        elif len(bands) > 1 and not vertical and band.length >= width_of(said, 10):
-            found.append(text(left + middle, top + height + 18, said, "small quiet middle length"))
-    return found
-
-
-def _head(edges: Sequence[Edge], band: _Band) -> str:
-    """Who holds a band, on its own axes: `tp 0`."""
-    held = ([k for h in s.holders for k in e.blocks[h]] for e, s in zip(edges, band.strips, strict=True))
-    return " ".join(filter(None, (e.axes.label(k) for e, k in zip(edges, held, strict=True) if k)))
-
-
-def _headed(
-    edges: Sequence[Edge],
-    rows: Sequence[int],
-    columns: Sequence[int],
-    down: Sequence[_Band],
-    over: Sequence[_Band],
-) -> bool:
-    """Whether who holds a cell is said at the edges, since a label for both directions does not fit into every cell."""
-    if len(down) < 2 or len(over) < 2:
-        return False
-    heads = [
-        [_head([edges[i] for i in side], band) for band in bands] for side, bands in ((rows, down), (columns, over))
-    ]
-    widest = max(width_of(f"{a} {b}", 10) for a in heads[0] for b in heads[1])
-    return all(map(any, heads)) and (widest + 4 > min(b.length for b in over) or min(b.length for b in down) < 11)
-
-
-def _named_blocks(edges: Sequence[Edge], extent: float) -> list[tuple[int, str, float, float]]:
-    """(depth, name, place, length) of the blocks in a direction that can be seen; nothing if it has several dims."""
-    if len(edges) != 1 or edges[0].parts or not edges[0].inner:
-        return []
-    scale = extent / edges[0].size
-    return [(d, name, a * scale, n * scale) for d, name, a, n in edges[0].inner if n * scale >= _SEEN]
-
-
-def _inner(edges: Sequence[Edge], left: float, top: float, width: float, height: float, vertical: bool) -> list[str]:
-    """Thin lines between blocks that lie in what one holds, and their names at the edge."""
-    found = []
-    blocks = _named_blocks(edges, height if vertical else width)
-    depths = sorted({depth for depth, *_ in blocks}, reverse=True)
-    for depth, name, at, length in blocks:
-        style = {"fill": "none", "stroke": "#000", "stroke_opacity": ".75" if depth == depths[-1] else ".45"}
-        style |= {"stroke_width": "1.1" if depth == depths[-1] else ".7"}
-        a, b = (width, f"M{left:.1f} {top + at:.1f}h") if vertical else (height, f"M{left + at:.1f} {top:.1f}v")
-        side = max(a / 2 - 36, 8.0)  # what is written in the middle of a cell is not struck through
-        line = f"{b}{side:.1f}m{f'{a - 2 * side:.1f} 0' if vertical else f'0 {a - 2 * side:.1f}'}{b[-1]}{side:.1f}"
-        if at:
-            found.append(element("path", d=line, class_="inner overlay", **style))
-        if vertical and length >= 9:
-            place = left - 8 - sum(_room(blocks, deeper) for deeper in depths if deeper > depth)
-            found.append(text(place, top + at + length / 2, name, "small quiet end inner-label"))
-    return found
-
-
-def _room(blocks: Sequence[tuple[int, str, float, float]], depth: int) -> float:
-    """How wide the names of the blocks of a depth are written."""
-    return max([width_of(name, 10) + 8 for d, name, _, length in blocks if d == depth and length >= 9] + [0])
-
-
-def _parts(edge: Edge, left: float, top: float, width: float, height: float, vertical: bool) -> list[str]:
-    """Each part's name and length beside it, and a frame around it."""
-    found, at = [], 0.0
-    extent = height if vertical else width
-    for name, length in edge.parts:
-        size = extent * length / edge.size
-        box = (left, top + at, width, size) if vertical else (left + at, top, size, height)
-        found.append(_frame(box, "part overlay", "2.5", data_part=name))
-        said = f"{name} {length:,}"
-        if vertical and size >= 9:
-            small = "small " if size < 14 else ""
-            found.append(text(left - 12, box[1] + size / 2, said, f"end strong {small}part-label"))
-            found.append(_bracket(left - 8, box[1] + 2, size - 4))
-        elif not vertical and size >= width_of(said, 10):
-            found.append(text(box[0] + size / 2, top - 11, said, "middle strong part-label"))
-        at += size
-    return found
 
 
 def _behind(x: float, y: float, width: float, height: float) -> str:
@@ -402,28 +395,3 @@ def _frame(box: tuple[float, float, float, float], kind: str, width: str, **attr
 def _bracket(x: float, y: float, length: float) -> str:
     path = f"M{x + 4:.1f} {y:.1f}h-4v{max(length, 1):.1f}h4"
     return element("path", d=path, class_="line")
-
-
-def _said(
-    edges: Sequence[Edge], rows: Sequence[int], columns: Sequence[int], copies: Sequence[tuple[str, int]]
-) -> list[str]:
-    found = []
-    left_out = [i for i in range(len(edges)) if i not in (*rows, *columns)]
-    if left_out:
-        found.append(f"not drawn, held whole: {', '.join(_named(edges[i]) for i in left_out)}")
-    for edge in edges:
-        if edge.true < edge.size:
-            found.append(f"hatched: {edge.size - edge.true:,} of {edge.size:,} {edge.name} are padding")
-        if edge.folded:
-            found.append(
-                f"{edge.name}: {edge.folded:,} strips, drawn in {edge.windows} windows; "
-                "in each, what one rank holds is drawn together"
-            )
-        if len(edge.blocks) < len(edge.held):
-            found.append(
-                f"{edge.name}: {len(edge.held):,} coordinates in {len(edge.blocks)} blocks of {len(edge.blocks[0]):,}"
-            )
-    if copies:
-        each = " · ".join(f"{axis} {n:,}" for axis, n in copies)
-        found.append(f"each piece is held alike by {math.prod(n for _, n in copies):,} ranks ({each})")
-    return found

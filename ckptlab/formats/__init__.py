@@ -1,4 +1,5 @@
-"""Formats: what is stored, read and written. One folder each; read format.py first, then registered.py.
+"""Formats: what is stored, read and written. One folder each; read format.py first, then registered.py,
+where a new one gets its name.
 
 `torch` is what several of them are written in: pickles and zips, read without torch and without executing anything.
 """

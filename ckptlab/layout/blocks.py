@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import accumulate
+from operator import mul
 from typing import Any, Protocol
 
 from ckptlab.errors import LayoutError
@@ -79,6 +82,12 @@ def dims_of_axes(layout: Line, devices: Any) -> tuple[int | None, ...]:
             'the mesh of one stage, mesh.replace(pp=1) or device_mesh["dp", "tp"]'
         )
     return tuple(found.get(axis) for axis in order)
+
+
+def strided_behind(degrees: Iterable[int], factor: int) -> int | None:
+    """Behind how many of the axes that cut a dim, of these degrees, torch puts one that it strides by a split factor (a
+    `_StridedShard`): those of which the factor is the product. None where it is of none."""
+    return next((count for count, n in enumerate(accumulate(degrees, mul, initial=1)) if n == factor), None)
 
 
 def _is_axis(name: str, mesh: Mesh | None) -> bool:

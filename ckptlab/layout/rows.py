@@ -82,21 +82,27 @@ def intervals(table: Rows) -> Rows:
     """Runs spelled out as plain intervals: the same six columns, every count 1."""
     if (table[:, 3] == 1).all():
         return table
-    counts = table[:, 3]
-    k = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    plain = np.repeat(table, counts, axis=0)
-    plain[:, :2] += k[:, None] * plain[:, 4:]
+    plain = np.repeat(table, table[:, 3], axis=0)
+    plain[:, :2] += counted(table[:, 3])[:, None] * plain[:, 4:]
     plain[:, 3:] = (1, 0, 0)
     return plain
+
+
+def counted(numbers: Rows) -> Rows:
+    """0 … n-1 for each of some numbers n, one after the other."""
+    return np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+
+
+def elements(starts: Rows, lengths: Rows) -> Rows:
+    """Every index of intervals, one after the other."""
+    return np.repeat(starts, lengths) + counted(lengths)
 
 
 def positions(rows: Rows) -> Rows:
     """The index in the whole of each element of the shard, in the order of the shard."""
     plain = intervals(runs(rows))
     plain = plain[np.argsort(plain[:, 1], kind="stable")]
-    lengths = plain[:, 2]
-    inside = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return np.repeat(plain[:, 0], lengths) + inside
+    return elements(plain[:, 0], plain[:, 2])
 
 
 def intersect(a: Rows, b: Rows) -> Rows:
@@ -168,7 +174,7 @@ def _intersect_intervals(a: Rows, b: Rows) -> Rows:
     last = np.searchsorted(b[:, 0], a[:, 0] + a[:, 2], "left")
     counts = np.maximum(last - first, 0)
     i = np.repeat(np.arange(len(a)), counts)
-    j = np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts) + first[i]
+    j = first[i] + counted(counts)
     low = np.maximum(a[i, 0], b[j, 0])
     high = np.minimum(a[i, 0] + a[i, 2], b[j, 0] + b[j, 2])
     zero, one = np.zeros_like(low), np.ones_like(low)

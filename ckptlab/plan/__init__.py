@@ -1,8 +1,8 @@
 """Plans: how to get from one checkpoint's cuts to another's, known without reading any data.
 
-Read flat.py (ZeRO's flat buffers), placement.py (who has which shard), boxes.py, compose.py in this order; then made.py
-(tensors put together from others) and what a plan is good for besides: moves.py (between live ranks), ranks.py (the
-best numbering), time.py.
+Read flat.py (ZeRO's flat buffers), placement.py (who has which shard), spread.py (the same of many tensors at once),
+boxes.py, compose.py in this order; then made.py (tensors put together from others), grid.py (cuts that no layout
+explains) and what a plan is good for besides: moves.py (between live ranks), ranks.py (the best numbering), time.py.
 """
 
 from ckptlab.plan.compose import Plan, between, compose, plan_tensor

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.layout.boxes import flat_boxes
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.mesh import Mesh
 from ckptlab.plan.placement import Placement
@@ -88,8 +89,8 @@ def _regions(placement: Placement, first: bool) -> Iterator[tuple[int, Indices]]
         width = placement.cut.shard_shape(at)
         for shard in shards[:1] if first and not mean else shards:
             for j, (lo, hi) in enumerate(zip(shard.edges[:-1].tolist(), shard.edges[1:].tolist(), strict=True)):
-                for box in _boxes(lo, hi, width):
-                    spans = (one[a:b] for one, (a, b) in zip(held, box, strict=True))
+                for starts, sizes in flat_boxes(width, lo, hi):
+                    spans = (one[a : a + n] for one, a, n in zip(held, starts, sizes, strict=True))
                     indices = tuple(i[(i >= 0) & (i < n)] for i, n in zip(spans, shape, strict=True))
                     if all(map(len, indices)):
                         yield int(shard.ranks[shard.first + j]), indices
@@ -105,26 +106,6 @@ def _held(cut: Cut, at: Coordinate, owned: bool) -> list[Int64]:
             positions = np.where(np.isin(positions, np.concatenate(lower)), -1, positions)
         found.append(positions)
     return found
-
-
-def _boxes(lo: int, hi: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Elements lo … hi-1 of a flattened array as boxes, (from, to) on each dim."""
-    if hi <= lo:
-        return
-    if not shape:
-        yield ()
-        return
-    inner = math.prod(shape[1:])
-    (i, low), (j, high) = divmod(lo, inner), divmod(hi, inner)
-    if i == j:
-        yield from (((i, i + 1), *rest) for rest in _boxes(low, high, shape[1:]))
-        return
-    if low:
-        yield from (((i, i + 1), *rest) for rest in _boxes(low, inner, shape[1:]))
-        i += 1
-    if i < j:
-        yield ((i, j), *((0, n) for n in shape[1:]))
-    yield from (((j, j + 1), *rest) for rest in _boxes(0, high, shape[1:]))
 
 
 def _seen(runs: Int64, stored: Int64) -> Int64:

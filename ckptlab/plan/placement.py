@@ -226,7 +226,7 @@ class Placement:
         where there are none, which of the different lengths it has."""
         return self._slots[0][: len(self._slots[0]) // (len(self.stages) if first else 1)]
 
-    def buffers(self, first: bool = False) -> list[tuple[int, int, int]]:
+    def buffers(self) -> list[tuple[int, int, int]]:
         """Of each different place in a flat buffer (elements there, start on the line, elements a rank has of it)."""
         return self._slots[1]
 

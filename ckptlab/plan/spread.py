@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ckptlab.errors import LayoutError
 from ckptlab.layout.cut import Coordinate
+from ckptlab.layout.rows import counted
 from ckptlab.plan.placement import InBuffers, Placement
 
 Int64 = NDArray[np.int64]
@@ -39,8 +40,7 @@ class Edges:
         edges = fragments + 1
         first = np.cumsum(edges) - edges
         tensor = np.repeat(np.arange(len(counts)), edges)
-        place = np.arange(int(edges.sum())) - first[tensor]
-        places = np.clip(place * parts[tensor] - (starts - rank * parts)[tensor], 0, counts[tensor])
+        places = np.clip(counted(edges) * parts[tensor] - (starts - rank * parts)[tensor], 0, counts[tensor])
         return Edges(places, tensor, first, rank)
 
 
@@ -80,16 +80,16 @@ class Spread:
             if lengths.setdefault(slot, length) != length:
                 one.shard(holder)  # says which
             holders.setdefault(one.coordinate(holder), []).append(Place(stage, place, slot))
-        edges = [Spread._edges(placements, slot, length, first) for slot, length in lengths.items()]
+        edges = [Spread._edges(placements, slot, length) for slot, length in lengths.items()]
         return Spread(holders, edges, one.table, stages)
 
     @staticmethod
-    def _edges(placements: Sequence[Placement], slot: int, length: int, first: bool) -> Edges:
+    def _edges(placements: Sequence[Placement], slot: int, length: int) -> Edges:
         """Of one shard of every tensor, all of the same length."""
         counts = np.full(len(placements), length, np.int64)
         if not placements[0].flats:
             return Edges.of(counts, np.zeros_like(counts), np.maximum(counts, 1))
-        cuts = Spread._cuts(placements, slot, first)
+        cuts = Spread._cuts(placements, slot)
         if (wrong := np.flatnonzero(cuts[:, 0] != length)).size:
             bad = placements[int(wrong[0])]
             for stage in bad.stages:
@@ -99,7 +99,7 @@ class Spread:
         return Edges.of(counts, cuts[:, 1], np.maximum(cuts[:, 2], 1))
 
     @staticmethod
-    def _cuts(placements: Sequence[Placement], slot: int, first: bool) -> Int64:
+    def _cuts(placements: Sequence[Placement], slot: int) -> Int64:
         """(tensor, 3), see `FlatBuffer.cuts`: of those in the buffers of a group all at once."""
         found = np.empty((len(placements), 3), np.int64)
         groups: dict[int, tuple[list[int], list[int]]] = {}
@@ -110,11 +110,11 @@ class Spread:
                 here.append(i)
                 index.append(flats.index)
             else:
-                found[i] = placement.buffers(first)[slot]
+                found[i] = placement.buffers()[slot]
         for here, index in groups.values():
             shared = placements[here[0]].shared
             if shared is None:
-                found[here] = [placements[i].buffers(first)[slot] for i in here]
+                found[here] = [placements[i].buffers()[slot] for i in here]
             else:
                 found[here] = shared[1][slot].cuts[index]
         return found

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout import Cut
+from ckptlab.layout.blocks import strided_behind
 from ckptlab.mesh import Mesh
 
 
@@ -99,12 +100,10 @@ def _torch(placements: Sequence[Any], shape: tuple[int, ...], devices: Devices) 
         dim = getattr(placed, "dim", None)
         if dim is None:
             continue
-        dim, after, factor = dim % max(len(shape), 1), 0, getattr(placed, "split_factor", 1)
-        while factor > 1 and after < len(order[dim]) and factor % degrees[order[dim][after]] == 0:
-            factor //= degrees[order[dim][after]]
-            after += 1
-        if factor != 1:
-            raise LayoutError(f"{axis} cuts dim {dim} strided by {placed.split_factor}, which no other axis does")
+        dim, factor = dim % max(len(shape), 1), getattr(placed, "split_factor", 1)
+        after = strided_behind((degrees[later] for later in order[dim]), factor)
+        if after is None:
+            raise LayoutError(f"{axis} cuts dim {dim} strided by {factor}, which no other axis does")
         strided |= {dim} if after else set()
         order[dim].insert(after, axis)
     for dim in strided:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ckptlab.arguments import explained
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
-from ckptlab.draw.blocks import blocks
+from ckptlab.draw.blocks import blocks, listed
 from ckptlab.layout import Cut
 from ckptlab.mesh import spoken
 from ckptlab.sharding.activations import KINDS as ACTIVATIONS
@@ -119,7 +119,7 @@ def _drawn(
         fullest = max(ranks, key=sums.__getitem__)
         amounts = dict(zip(kinds, found[fullest].tolist(), strict=True))
         many = f" ({len(ranks):,} ranks)" if len(ranks) > 1 else ""
-        stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": ranges(ranks, to="-").replace(" ", "")}))
+        stacks.append(Stack(f"{label(ranks)}{many}", amounts, {"rank": listed(ranks)}))
     return bars(stacks, title=title, notes=notes, families={"activations": ACTIVATIONS}, width=width)
 
 

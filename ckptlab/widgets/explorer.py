@@ -252,15 +252,13 @@ class Explorer(anywidget.AnyWidget):
     def _part(self, slot: str, state: dict[str, Any], subject: Subject | Refusal, choice: Choice) -> Any:
         name = parts.key(slot, state)
         if name not in self._parts:
-            content = (
-                self._refused_works(state) if slot == "source.works" else parts.part(slot, subject, choice, self.most)
-            )
+            content = self._refused_works() if slot == "source.works" else parts.part(slot, subject, choice, self.most)
             self._parts[name] = content
             while len(self._parts) > KEPT:
                 self._parts.popitem(last=False)
         return self._parts[name]
 
-    def _refused_works(self, state: dict[str, Any]) -> dict[str, list[int]]:
+    def _refused_works(self) -> dict[str, list[int]]:
         """The degrees that a source may have; of a source that cannot be too."""
         return self._good.works(self.source_mesh, self.source_stage, self.most)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.layout.cut import Coordinate
 from ckptlab.layout.rows import intervals
+from ckptlab.plan import Holder, Placement
 from ckptlab.stored import Stored
 from ckptlab.words import size
 
@@ -67,17 +68,26 @@ def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple
         if holder is None:
             continue
         at, dp = placement.coordinate(holder), placement.ranks(holder).tolist().index(rank)
-        told = catalog.extents is not None and not catalog.is_made(name)
-        stored = catalog.fragments(name, state, holder) if told else ()
-        if placement.flats:
-            flat, index = placement.flats[holder]
-            own = {f.start: f.stored for f in stored if f.dp == dp}
-            for _, start, _, count in flat.fragments(index)[flat.fragments(index)[:, 0] == dp].tolist():
-                yield at, start, count, own.get(start)
-        elif stored:
-            yield from ((at, f.start, f.count, f.stored) for f in stored)
-        else:
-            yield at, 0, math.prod(placement.shape(holder)), None
+        for whose, start, count, stored in _of_holder(catalog, placement, name, state, holder):
+            if whose in (None, dp):
+                yield at, start, count, stored
+
+
+def _of_holder(
+    catalog: Catalog, placement: Placement, name: str, state: str, holder: Holder
+) -> Iterator[tuple[int | None, int, int, Stored | None]]:
+    """(data rank, or None where each has it; start in the shard, count, stored) of the pieces of a holder's shard."""
+    told = catalog.extents is not None and not catalog.is_made(name)
+    stored = catalog.fragments(name, state, holder) if told else ()
+    if placement.flats:
+        flat, index = placement.flats[holder]
+        own = {(f.dp, f.start): f.stored for f in stored}
+        for dp, start, _, count in flat.fragments(index).tolist():
+            yield dp, start, count, own.get((dp, start))
+    elif stored:
+        yield from ((None, f.start, f.count, f.stored) for f in stored)
+    else:
+        yield None, 0, math.prod(placement.shape(holder)), None
 
 
 def _piece(tensor: Tensor, state: str, at: Coordinate, start: int, count: int, stored: Stored | None) -> Piece:
@@ -106,22 +116,11 @@ def by_rank(catalog: Catalog, name: str, state: str) -> tuple[list[list[str]], l
     for placement in catalog.placements.get((tensor.name, state), ()):
         for holder in placement.holders:
             ranks, at = placement.ranks(holder).tolist(), placement.coordinate(holder)
-            told = catalog.extents is not None and not catalog.is_made(tensor.name)
-            stored = catalog.fragments(tensor.name, state, holder) if told else ()
-            if placement.flats:
-                flat, index = placement.flats[holder]
-                own = {(f.dp, f.start): f.stored for f in stored}
-                for dp, start, _, count in flat.fragments(index).tolist():
-                    piece = _piece(tensor, state, at, start, count, own.get((dp, start)))
-                    held[ranks[dp]].append(str(piece))
-                continue
-            shard = math.prod(placement.shape(holder))
-            spans: list[tuple[int, int, Stored | None]] = [(f.start, f.count, f.stored) for f in stored]
-            if not spans and shard:
-                spans = [(0, shard, None)]
-            words = [str(_piece(tensor, state, at, *span)) for span in spans]
-            for rank in ranks:
-                held[rank] += words
+            for dp, start, count, stored in _of_holder(catalog, placement, tensor.name, state, holder):
+                if count or stored:
+                    text = str(_piece(tensor, state, at, start, count, stored))
+                    for rank in ranks if dp is None else [ranks[dp]]:
+                        held[rank].append(text)
     texts: dict[tuple[str, ...], int] = {}
     of = [texts.setdefault(tuple(lines), len(texts)) if lines else -1 for lines in held]
     return [list(lines) for lines in texts], of

@@ -125,11 +125,11 @@ def static(subject: Subject, choice: Choice) -> str:
     flat = buffer(catalog, name, choice.state, choice.rank)
     parts = [
         f'<div class="subhead">{escape(subject.title)}</div>',
-        _row(
+        row(
             viz.mesh(catalog.mesh, highlight=choice.rank).svg,
             layout(catalog, name, choice.state, choice.rank),
         ),
-        *([_row(flat)] if flat else []),
+        *([row(flat)] if flat else []),
     ]
     target = subject.target(choice)
     start = subject.start()
@@ -142,9 +142,9 @@ def static(subject: Subject, choice: Choice) -> str:
             parts += [
                 f'<div class="subhead">{towards(target)}</div>',
                 figures(target, target.cost() if quick else None, choice.activations),
-                _row(layout(target.target, name, choice.state), moves(target) if quick else ""),
+                row(layout(target.target, name, choice.state), moves(target) if quick else ""),
             ]
-        parts.append(_row(viz.memory(target.target, activations=choice.activations).svg))
+        parts.append(row(viz.memory(target.target, activations=choice.activations).svg))
     parts.append(code(subject.reshaping(choice) if changed else subject.opening(choice)))
     quiet = "A picture of the widget as it was when the cell ran; with a kernel it answers to the mouse."
     return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))
@@ -155,5 +155,6 @@ def moves(reshape: Reshape) -> str:
     return viz.plan(reshape.plan, reshape.source.mesh, reshape.mesh).svg
 
 
-def _row(*pictures: str) -> str:
+def row(*pictures: str) -> str:
+    """Pictures side by side."""
     return f'<div class="row">{"".join(f"<div>{svg}</div>" for svg in pictures)}</div>'

@@ -1,7 +1,8 @@
 """What the widget shows, part by part: each part is a function of a subject and of a few fields of a choice.
 
 The page (static/explorer.js) shows a state when it has all parts of its tab, and asks for them by a key that is made of
-those fields alone: so parts of two states are never shown together, and what was shown once needs no kernel.
+those fields alone: so parts of two states are never shown together, and what was shown once needs no kernel. A new part
+is a line of `_OF_SOURCE` or `_OF_TARGET`, and its name in `TABS`.
 """
 
 from __future__ import annotations
@@ -26,44 +27,12 @@ State = Mapping[str, Any]
 
 SOURCE = ("model", "source_mesh", "source_stage")
 TARGET = (*SOURCE, "mesh", "zero_stage")
+_TENSOR = (*SOURCE, "tensor", "state")
 FIELDS = (
     *("tab", "tensor", "state", "rank", "window", "mesh", "zero_stage", "target_rank", "step", "width", "activations"),
     *SOURCE,
 )
 """What a state is made of: what the hands are on in the source, in the target, and what the source is."""
-
-SLOTS: dict[str, tuple[str, ...]] = {
-    "about": SOURCE,
-    "tensors": ("model",),
-    "source.works": SOURCE,
-    "line.Model": SOURCE,
-    "line.Look": (*SOURCE, "tensor", "state"),
-    "line.Values": (*SOURCE, "tensor", "state", "window"),
-    "line.Reshape": TARGET,
-    "line.Steps": TARGET,
-    "model.told": (*SOURCE, "activations"),
-    "model.zero": (*SOURCE, "activations", "width"),
-    "model.mesh": (*SOURCE, "width"),
-    "states": (*SOURCE, "tensor"),
-    "look.mesh": (*SOURCE, "width"),
-    "look.tensor": (*SOURCE, "tensor", "state", "rank", "width"),
-    "look.flat": (*SOURCE, "tensor", "state", "rank", "width"),
-    "look.held": (*SOURCE, "tensor", "state"),
-    "look.holdings": (*SOURCE, "rank"),
-    "values.map": (*SOURCE, "tensor", "state", "window", "width"),
-    "to.figures": (*TARGET, "activations"),
-    "to.works": TARGET,
-    "to.mesh": (*TARGET, "width"),
-    "to.tensor": (*TARGET, "tensor", "state", "target_rank", "width"),
-    "to.memory": (*TARGET, "activations", "width"),
-    "to.plan": (*TARGET, "width"),
-    "to.flow": (*TARGET, "width"),
-    "to.held": (*TARGET, "tensor", "state"),
-    "to.holdings": (*TARGET, "target_rank"),
-    "step.text": (*TARGET, "tensor", "step"),
-    "step.pictures": (*TARGET, "tensor", "step", "width"),
-}
-"""Part → the fields that it follows from."""
 
 TABS: dict[str, tuple[str, ...]] = {
     "Model": ("about", "tensors", "line.Model", "model.told", "model.zero", "model.mesh", "source.works"),
@@ -101,11 +70,11 @@ def part(slot: str, subject: Subject | Refusal, choice: Choice, most: int = MOST
             return f"# {subject}"
         return {"refused": str(subject), "axes": []} if slot == "about" else None
     if slot in _OF_SOURCE:
-        return _OF_SOURCE[slot](subject, choice, most)
+        return _OF_SOURCE[slot][1](subject, choice, most)
     target = subject.target(choice)
     if isinstance(target, Refusal):
         return {"refused": str(target)} if slot == "to.figures" else None
-    return _OF_TARGET[slot](subject, choice, target)
+    return _OF_TARGET[slot][1](subject, choice, target)
 
 
 def _about(subject: Subject) -> dict[str, Any]:
@@ -154,43 +123,62 @@ def _target_rank(choice: Choice, target: Reshape) -> int:
     return min(choice.target_rank, target.mesh.size - 1)
 
 
-def _pictures(step: steps.Step) -> str:
-    return f'<div class="row">{"".join(f"<div>{svg}</div>" for svg in step.pictures)}</div>'
-
-
-_OF_SOURCE: dict[str, Callable[[Subject, Choice, int], Any]] = {
-    "about": lambda s, c, _: _about(s),
-    "tensors": lambda s, c, _: _tensors(s),
-    "source.works": lambda s, c, most: s.works(s.catalog.mesh.joined(), s.catalog.zero_stage or 0, most),
-    "line.Model": lambda s, c, _: s.code,
-    "line.Look": lambda s, c, _: s.opening(c),
-    "line.Values": lambda s, c, _: numbers.line(s, c),
-    "line.Reshape": lambda s, c, _: s.reshaping(c),
-    "line.Steps": lambda s, c, _: s.reshaping(c),
-    "model.told": lambda s, c, _: page.model(s, c.activations),
-    "model.zero": lambda s, c, _: _zero(s, c),
-    "model.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, oblique=True, node=NODE, width=c.width).svg,
-    "states": lambda s, c, _: list(s.tensor(c).states),
-    "look.mesh": lambda s, c, _: viz.mesh(s.catalog.mesh, width=c.width).svg,
-    "look.tensor": lambda s, c, _: layout(s.catalog, c.tensor, c.state, c.rank, c.width),
-    "look.flat": lambda s, c, _: buffer(s.catalog, c.tensor, c.state, c.rank, _across(c.width)),
-    "look.held": lambda s, c, _: _held(s.catalog, c),
-    "look.holdings": lambda s, c, _: page.holdings(s.catalog, c.rank),
-    "values.map": lambda s, c, _: numbers.heat_map(s, c),
-    "to.works": lambda s, c, most: s.works(c.mesh, c.zero_stage, most),
+_OF_SOURCE: dict[str, tuple[tuple[str, ...], Callable[[Subject, Choice, int], Any]]] = {
+    "about": (SOURCE, lambda s, c, _: _about(s)),
+    "tensors": (("model",), lambda s, c, _: _tensors(s)),
+    "source.works": (SOURCE, lambda s, c, most: s.works(s.catalog.mesh.joined(), s.catalog.zero_stage or 0, most)),
+    "line.Model": (SOURCE, lambda s, c, _: s.code),
+    "line.Look": (_TENSOR, lambda s, c, _: s.opening(c)),
+    "line.Values": ((*_TENSOR, "window"), lambda s, c, _: numbers.line(s, c)),
+    "line.Reshape": (TARGET, lambda s, c, _: s.reshaping(c)),
+    "line.Steps": (TARGET, lambda s, c, _: s.reshaping(c)),
+    "model.told": ((*SOURCE, "activations"), lambda s, c, _: page.model(s, c.activations)),
+    "model.zero": ((*SOURCE, "activations", "width"), lambda s, c, _: _zero(s, c)),
+    "model.mesh": (
+        (*SOURCE, "width"),
+        lambda s, c, _: viz.mesh(s.catalog.mesh, oblique=True, node=NODE, width=c.width).svg,
+    ),
+    "states": ((*SOURCE, "tensor"), lambda s, c, _: list(s.tensor(c).states)),
+    "look.mesh": ((*SOURCE, "width"), lambda s, c, _: viz.mesh(s.catalog.mesh, width=c.width).svg),
+    "look.tensor": (
+        (*_TENSOR, "rank", "width"),
+        lambda s, c, _: layout(s.catalog, c.tensor, c.state, c.rank, c.width),
+    ),
+    "look.flat": (
+        (*_TENSOR, "rank", "width"),
+        lambda s, c, _: buffer(s.catalog, c.tensor, c.state, c.rank, _across(c.width)),
+    ),
+    "look.held": (_TENSOR, lambda s, c, _: _held(s.catalog, c)),
+    "look.holdings": ((*SOURCE, "rank"), lambda s, c, _: page.holdings(s.catalog, c.rank)),
+    "values.map": ((*_TENSOR, "window", "width"), lambda s, c, _: numbers.heat_map(s, c)),
+    "to.works": (TARGET, lambda s, c, most: s.works(c.mesh, c.zero_stage, most)),
 }
-_OF_TARGET: dict[str, Callable[[Subject, Choice, Reshape], Any]] = {
-    "to.figures": lambda s, c, t: _figures(t, c.activations),
-    "to.mesh": lambda s, c, t: viz.mesh(t.mesh, width=c.width).svg,
-    "to.tensor": lambda s, c, t: layout(t.target, c.tensor, c.state, _target_rank(c, t), c.width),
-    "to.memory": lambda s, c, t: viz.memory(t.target, activations=c.activations, width=c.width).svg,
-    "to.plan": lambda s, c, t: _plan(viz.plan, t, c.width),
-    "to.flow": lambda s, c, t: _plan(viz.flow, t, c.width),
-    "to.held": lambda s, c, t: _held(t.target, c),
-    "to.holdings": lambda s, c, t: page.holdings(t.target, _target_rank(c, t)),
-    "step.text": lambda s, c, t: page.step(steps.step(t, c.tensor, c.step, c.width), with_code=not s.is_paper),
-    "step.pictures": lambda s, c, t: _pictures(steps.step(t, c.tensor, c.step, c.width)),
+_OF_TARGET: dict[str, tuple[tuple[str, ...], Callable[[Subject, Choice, Reshape], Any]]] = {
+    "to.figures": ((*TARGET, "activations"), lambda s, c, t: _figures(t, c.activations)),
+    "to.mesh": ((*TARGET, "width"), lambda s, c, t: viz.mesh(t.mesh, width=c.width).svg),
+    "to.tensor": (
+        (*TARGET, "tensor", "state", "target_rank", "width"),
+        lambda s, c, t: layout(t.target, c.tensor, c.state, _target_rank(c, t), c.width),
+    ),
+    "to.memory": (
+        (*TARGET, "activations", "width"),
+        lambda s, c, t: viz.memory(t.target, activations=c.activations, width=c.width).svg,
+    ),
+    "to.plan": ((*TARGET, "width"), lambda s, c, t: _plan(viz.plan, t, c.width)),
+    "to.flow": ((*TARGET, "width"), lambda s, c, t: _plan(viz.flow, t, c.width)),
+    "to.held": ((*TARGET, "tensor", "state"), lambda s, c, t: _held(t.target, c)),
+    "to.holdings": ((*TARGET, "target_rank"), lambda s, c, t: page.holdings(t.target, _target_rank(c, t))),
+    "step.text": (
+        (*TARGET, "tensor", "step"),
+        lambda s, c, t: page.step(steps.step(t, c.tensor, c.step, c.width), with_code=not s.is_paper),
+    ),
+    "step.pictures": (
+        (*TARGET, "tensor", "step", "width"),
+        lambda s, c, t: page.row(*steps.step(t, c.tensor, c.step, c.width).pictures),
+    ),
 }
+SLOTS = {slot: fields for slot, (fields, _) in (*_OF_SOURCE.items(), *_OF_TARGET.items())}
+"""Part → the fields that it follows from."""
 
 
 def _across(width: int | None) -> int | None:

@@ -61,7 +61,7 @@ class Subject:
     def __init__(self, catalog: Catalog, code: str) -> None:
         self.catalog, self.code = catalog, code
         self.reshape = lru_cache(maxsize=8)(self._reshape)
-        self._fits = lru_cache(maxsize=4096)(self._refusal)
+        self.fits = lru_cache(maxsize=4096)(self._fits)
 
     @staticmethod
     def of_checkpoint(ckpt: Checkpoint) -> Subject:
@@ -152,11 +152,8 @@ class Subject:
             found["ZeRO"] = [stage for stage in self.stages if self.fits(mesh, stage)]
         return found
 
-    def fits(self, mesh: Mesh, zero_stage: int) -> bool:
-        """Whether there is a target on a mesh. Remembered."""
-        return self._fits(mesh, zero_stage)
-
-    def _refusal(self, mesh: Mesh, zero_stage: int) -> bool:
+    def _fits(self, mesh: Mesh, zero_stage: int) -> bool:
+        """Whether there is a target on a mesh."""
         try:
             if numbers := self.catalog.training.numbers:  # a model of few layers has the same reasons
                 few = min(numbers["layers"], max(mesh.pp, numbers["dense_layers"] + 1))

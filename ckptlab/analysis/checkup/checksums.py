@@ -17,7 +17,7 @@ from ckptlab import paths, pool
 from ckptlab.analysis.checkup.jobs import stored_in
 from ckptlab.catalog import Catalog
 from ckptlab.convert import manifest
-from ckptlab.convert.journal import crc_of
+from ckptlab.convert.sources import crc_of
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Collecting, Finding, Where
 from ckptlab.formats.checksum import crc32_combine

@@ -115,9 +115,7 @@ class Backend(ABC):
 
     def view(self, array: Any, view: View) -> Any:
         """A view of an array: nothing is copied."""
-        array = array[(*view.key, ...)]  # with the ellipsis a 0-dim array stays an array
-        array = array if view.shape is None else array.reshape(view.shape)
-        return array if view.order is None else array.transpose(view.order)
+        return view.of(array)
 
     def assign(self, out: Any, source: Any) -> None:
         """All elements of `source` written into `out`, of the same shape and dtype."""

@@ -212,10 +212,7 @@ def _places(key: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[Place, ...]:
 
 def _box(source: jax.Array, wanted: View, held: View, shape: tuple[int, ...]) -> jax.Array:
     """What a view of the source holds, in the shape that it has at its place in the destination."""
-    taken = source[held.key]
-    taken = taken if held.shape is None else taken.reshape(held.shape)
-    taken = taken if held.order is None else taken.transpose(held.order)
-    back = wanted.inverse_order()
+    taken, back = held.of(source), wanted.inverse_order()
     taken = taken if back is None else taken.transpose(back)
     return taken.reshape([len(place) for place in _places(wanted.key, shape) if isinstance(place, range)])
 

@@ -8,27 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from ckptlab import pool
 from ckptlab.arrays.backends import torch_functions
 from ckptlab.arrays.backends.base import Backend, Coordinate, Read
+from ckptlab.arrays.dtypes import TORCHS
 from ckptlab.arrays.moves import View
 from ckptlab.errors import BackendError
 
 if TYPE_CHECKING:
     from ckptlab.arrays.sharding import Sharding
 
-_OWN = "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 float32 float64 complex64 complex128"
 _DTYPES: dict[np.dtype, torch.dtype] = {
-    **{np.dtype(name): getattr(torch, name) for name in _OWN.split()},
-    **{
-        np.dtype(getattr(ml_dtypes, name)): getattr(torch, name)
-        for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-        if hasattr(torch, name)
-    },
+    dtype: getattr(torch, name)
+    for name, dtype in TORCHS.items()
+    if hasattr(torch, name)  # fp8 came little by little
 }
 STAGE = 1 << 24  # bytes of each pinned buffer
 READERS = min(4, os.cpu_count() or 1)  # threads that read into them

@@ -112,7 +112,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     optimizer does not step it (frozen tensors and buffers); else what the optimizer steps is the weight itself, and it
     is the master: float32 weights, also where no optimizer was stored.
     """
-    states = _states(found, said)
+    states = _states(found)
     grids = {name: next(iter(by_state.values())) for name, by_state in states.items()}
     given = mesh
     layouts = _layouts(grids, strategy) or (dict(found.layouts) if given in (None, found.mesh) else {})
@@ -182,7 +182,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     )
 
 
-def _states(found: Found, said: Said) -> dict[str, dict[str, Grid]]:
+def _states(found: Found) -> dict[str, dict[str, Grid]]:
     """Name → state → grid, the master first and the module weight last; a state of another shape is a tensor of its
     own."""
     states: dict[str, dict[str, Grid]] = {}

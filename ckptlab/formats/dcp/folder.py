@@ -14,6 +14,7 @@ from ckptlab.formats.dcp.items import EntryItems
 from ckptlab.formats.dcp.marks import DATA, METADATA, OF_RANK
 from ckptlab.formats.dcp.metadata import Entry, Metadata, read_metadata
 from ckptlab.formats.dcp.said import Said
+from ckptlab.words import some
 
 _SMALL = 1 << 14  # bytes of an item that is fetched along with others, of far files
 _SLACK = 60  # seconds for which a copy, or a file system's clock, may put files in another order
@@ -36,7 +37,7 @@ def read_folder(folder: str, said: Said) -> Metadata:
     if metadata.lost:
         said.error(
             "dcp-no-place",
-            f"{folder}: .metadata does not say where {_some(metadata.lost)} lies: it is cut or forged; copy it again",
+            f"{folder}: .metadata does not say where {some(metadata.lost)} lies: it is cut or forged; copy it again",
         )
     ends = _ends(metadata)
     for i, name in enumerate(metadata.files):
@@ -60,7 +61,7 @@ def read_folder(folder: str, said: Said) -> Metadata:
     strangers = sorted(n for n in names - set(metadata.files) if DATA.fullmatch(n) and _size(folder, n))
     if strangers:
         said.notice(
-            "dcp-extra-file", f"{folder}: {_some(strangers)} hold nothing that .metadata names: left from another save"
+            "dcp-extra-file", f"{folder}: {some(strangers)} hold nothing that .metadata names: left from another save"
         )
     paths.ahead(_small(metadata))
     _times(metadata, names, said)
@@ -95,7 +96,7 @@ def _times(metadata: Metadata, names: set[str], said: Said) -> None:
     if newer:
         said.notice(
             "dcp-older-metadata",
-            f"{metadata.folder}: .metadata, which is written last, is older than {_some(newer)}, by "
+            f"{metadata.folder}: .metadata, which is written last, is older than {some(newer)}, by "
             f"{max(later.values()):,.0f} seconds: another save into this folder did not end, unless the files "
             "were copied in this order",
         )
@@ -105,11 +106,11 @@ def _all_ranks(folder: str, names: set[str], said: Said) -> None:
     ranks = {int(match[1]) for name in names if (match := OF_RANK.fullmatch(name))}
     written = {int(match[1]) for name in names if (match := DATA.fullmatch(name))}
     gaps = (rank for rank in range(max(ranks)) if rank not in ranks)
-    missing = sorted({*written - ranks, *itertools.islice(gaps, 8)})
+    missing = [*map(str, sorted({*written - ranks, *itertools.islice(gaps, 8)}))]
     if missing:
         said.error(
             "dcp-missing-file",
-            f"{folder}: the metadata of {'rank' if len(missing) == 1 else 'ranks'} {_some(missing)} is missing "
+            f"{folder}: the metadata of {'rank' if len(missing) == 1 else 'ranks'} {some(missing)} is missing "
             f"(__{missing[0]}.metadata): what they stored cannot be found; copy it again",
         )
 
@@ -137,8 +138,3 @@ def _is_zip(path: str) -> bool:
 
 def _size(folder: str, name: str) -> int:
     return paths.size(os.path.join(folder, name))
-
-
-def _some(what: object) -> str:
-    listed = list(map(str, what)) if isinstance(what, list | tuple) else [str(what)]
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

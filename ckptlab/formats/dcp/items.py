@@ -48,7 +48,7 @@ class EntryItems:
         file, shape = int(entry.file[index]), tuple(entry.sizes[index].tolist())
         path, offset, length = self.metadata.path(file), int(entry.offset[index]), int(entry.length[index])
         refuse_transforms(self.metadata, file, entry.key)
-        stored = tensor_at(path, offset, length, entry.key, shape)
+        stored = tensor_at(path, offset, length, entry.key)
         if stored.shape != shape or stored.dtype != entry.dtype:
             raise CheckpointError(
                 f"{path}: {entry.key}: the item at byte {offset} holds {stored.dtype} of shape {stored.shape}, "
@@ -66,11 +66,11 @@ def refuse_transforms(metadata: Metadata, file: int, key: str) -> None:
         )
 
 
-def tensor_at(path: str, offset: int, length: int, key: str, shape: tuple[int, ...]) -> Stored:
+def tensor_at(path: str, offset: int, length: int, key: str) -> Stored:
     """The tensor that a place in a file holds. CheckpointError, naming file and key, where it holds none."""
     try:
         if _is_safetensors(path, _version(path)):
-            return _in_safetensors(path, key, shape)
+            return _in_safetensors(path, key)
         found = torchfile.read_contents(path, offset, length).value
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing: {key} lies in it") from None
@@ -142,7 +142,7 @@ def _header(path: str, _version: int) -> dict[str, Stored]:
     return read_header(path)
 
 
-def _in_safetensors(path: str, key: str, shape: tuple[int, ...]) -> Stored:
+def _in_safetensors(path: str, key: str) -> Stored:
     header = _header(path, _version(path))
     found = header.get(key)
     if found is None:

@@ -68,7 +68,7 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
                     found.states.setdefault(name, {})[_MASTER.get(match[1], match[1])] = grid
                 else:
                     found.weights[name] = grid
-    found.stages = _stages(found, metadata)
+    found.stages = _stages(found)
     gathered = [key for key in metadata.blobs if _GATHERED.fullmatch(key)]
     found.optimizer = bool(found.states or buffers or gathered) or "optimizer" in common
     found.groups = _groups(common.get("optimizer"), found)
@@ -162,7 +162,7 @@ def _mesh(args: Mapping[str, Any], metadata: Metadata) -> Mesh:
     return Mesh(pp=pp, dp=world // (tp * pp) if world % (tp * pp) == 0 else 1, tp=tp)
 
 
-def _stages(found: Found, metadata: Metadata) -> dict[str, int]:
+def _stages(found: Found) -> dict[str, int]:
     """The pp stage of each tensor: that of the ranks that stored its weight."""
     assert found.mesh is not None
     each = found.mesh.size // found.mesh.pp

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptlab import paths
+from ckptlab.arrays.dtypes import TORCHS
 from ckptlab.errors import CheckpointError, UnsafeFileError
 from ckptlab.formats.dcp.marks import DATA, METADATA
 from ckptlab.formats.torch import budget, pickles
@@ -40,14 +40,6 @@ _MOST_DIMS = 32
 _STACK_OF_TUPLE = 256  # bytes of the stack that hashing one tuple in another takes, about threefold
 _MOST_STACK = 1 << 33  # of address space: what is not touched takes no memory
 _BUDGET = budget.Budget(containers=24_000_000, calls=24_000_000)  # some ten of each a chunk
-_DTYPES = {
-    **{n: np.dtype(n) for n in ("float32", "float64", "float16", "complex64", "complex128", "bool")},
-    **{n: np.dtype(n) for n in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
-    **{
-        n: np.dtype(getattr(ml_dtypes, n))
-        for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-    },
-}
 
 
 class _Record:
@@ -349,12 +341,12 @@ class _Columns:
         shape, dtype = entry.size, getattr(entry.properties, "dtype", None)
         if type(shape) is not tuple or len(shape) > _MOST_DIMS or not all(map(natural, shape)):
             raise CheckpointError(f"{key}: its size is {brief(shape)}, expected lengths of dims")
-        if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in _DTYPES:
+        if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in TORCHS:
             raise CheckpointError(
                 f"{key}: its dtype is {brief(dtype)}, which has no equal in numpy: convert it and save again"
             )
-        known = self.tensors.setdefault(key, (path, shape, _DTYPES[dtype.name], {}))
-        if known[1] != shape or known[2] != _DTYPES[dtype.name]:
+        known = self.tensors.setdefault(key, (path, shape, TORCHS[dtype.name], {}))
+        if known[1] != shape or known[2] != TORCHS[dtype.name]:
             raise CheckpointError(
                 f"{key}: has shape {shape} of {dtype.name} here, {known[1]} of {known[2]} in another rank's file: they "
                 "are of different saves"

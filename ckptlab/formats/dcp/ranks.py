@@ -29,6 +29,7 @@ from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Foreign
 from ckptlab.layout import Layout
+from ckptlab.layout.blocks import strided_behind
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import dim_names
 from ckptlab.stored import Stored
@@ -350,11 +351,9 @@ def _ways(
             )
         if not shape:
             raise UnsupportedError(f"it has no dims, and {names[axis]} is said to cut one")
-        dim, strided, after = dim % len(shape), factor, 0
-        while factor > 1 and after < len(order[dim]) and factor % degrees[order[dim][after]] == 0:
-            factor //= degrees[order[dim][after]]
-            after += 1
-        if factor != 1:
-            raise UnsupportedError(f"{names[axis]} cuts dim {dim} strided by {strided}, which no other axis does")
+        dim = dim % len(shape)
+        after = strided_behind((degrees[later] for later in order[dim]), factor)
+        if after is None:
+            raise UnsupportedError(f"{names[axis]} cuts dim {dim} strided by {factor}, which no other axis does")
         order[dim].insert(after, axis)
     return tuple(DimAxes(tuple(names[axis] for axis in axes)) for axes in order)

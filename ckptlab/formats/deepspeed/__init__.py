@@ -1,5 +1,6 @@
 """DeepSpeed's step folders, and its universal ones (`universal`).
 
-Reading: names, files, headers (what each file says), optimizer, module, layouts, checks, assemble, read. Writing:
-options, target, pipeline, info, write. format.py is the face to everybody else.
+Reading: names, headers (what each file says), files (where each stands), shapes, optimizer, module, checks, assemble,
+read; layouts come from layouts, autotp or infer, experts from experts and autoep. Writing: options, target, pipeline,
+info, adopted (of sources of other formats), write; whole is both without ZeRO. format.py is the face to everybody else.
 """

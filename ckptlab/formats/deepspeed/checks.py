@@ -43,7 +43,7 @@ def agreement(path: str, heads: Heads, optims: Optims, mesh: Mesh) -> Iterator[F
         told_late = {file for one in late for file in one.files}
         said = {_name(f): list(f.steps) for n, f in optims.items() if n.mp == mp and _name(f) not in told_late}
         late += minority("optimizer step", said)
-    yield from _steps(path, late, made)
+    yield from _steps(path, late)
     yield from _groups_apart(path, steps)
     told = {f for one in (*odd, *late) for f in one.files}
     yield from _settings(
@@ -124,7 +124,7 @@ def _put_together(path: str, odd: Iterable[_Odd]) -> Iterator[Finding]:
         )
 
 
-def _steps(path: str, late: Iterable[_Odd], steps: Mapping[str, Any]) -> Iterator[Finding]:
+def _steps(path: str, late: Iterable[_Odd]) -> Iterator[Finding]:
     for one in late:
         yield Finding(
             "steps-disagree",

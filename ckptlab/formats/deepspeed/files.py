@@ -101,6 +101,25 @@ class StepFolder:
             found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or dict(local)
         return found
 
+    @cached_property
+    def shards(self) -> dict[str, dict[int, Shape]]:
+        """Of each tensor that an optimizer knows the shape of its shard on every tp rank."""
+        found: dict[str, dict[int, Shape]] = {}
+        for (_, tp), of_rank in self.trained.items():
+            for name, shape in of_rank.items():
+                found.setdefault(name, {})[tp] = shape
+        return found
+
+    @cached_property
+    def stages(self) -> dict[str, tuple[int, ...]]:
+        """Of each tensor that an optimizer knows the pp stages that hold it."""
+        found: dict[str, tuple[int, ...]] = {}
+        for (stage, _), of_rank in self.trained.items():
+            for name in of_rank:
+                if stage not in (held := found.get(name, ())):
+                    found[name] = (*held, stage)
+        return found
+
     @property
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine: no rank's model file holds the module, layer files do."""

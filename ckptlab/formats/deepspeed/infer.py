@@ -60,7 +60,7 @@ def infer(folder: StepFolder, module: ModuleWeights, said: Strategy | None, faul
     reasons: dict[str, list[str]] = {}
     unknown: list[tuple[str, str]] = []
     for name, shards in left.items():
-        layout, reason = _proven(name, shards, _data(folder, module, name), named.get(name), family)
+        layout, reason = _proven(shards, _data(folder, module, name), named.get(name), family)
         if layout is None:
             unknown.append((name, reason))
         else:
@@ -108,13 +108,8 @@ def _rows_of(rows: Mapping[tuple[str, int], int], name: str) -> list[int]:
 
 def _shapes(folder: StepFolder, module: ModuleWeights) -> dict[str, dict[int, Shape]]:
     """Shapes of every tensor's shards by tp rank, buffers left out."""
-    shapes: dict[str, dict[int, Shape]] = {}
-    for (_, t), of_rank in folder.trained.items():
-        for name, shape in of_rank.items():
-            shapes.setdefault(name, {})[t] = shape
-    for name, by_tp in module.shapes.items():
-        if module.kinds[name] != "buffer":
-            shapes.setdefault(name, dict(by_tp))
+    stored = {name: by_tp for name, by_tp in module.shapes.items() if module.kinds[name] != "buffer"}
+    shapes = folder.shards | {name: by_tp for name, by_tp in stored.items() if name not in folder.shards}
     return {name: by_tp for name, by_tp in shapes.items() if len(by_tp) == folder.mesh.tp}
 
 
@@ -154,9 +149,7 @@ def _fits(name: str, shapes: Mapping[str, list[Shape]], family: Family) -> bool:
     return True
 
 
-def _proven(
-    name: str, shards: list[Shape], data: list[Stored], said: Layout | None, family: str
-) -> tuple[Layout | None, str]:
+def _proven(shards: list[Shape], data: list[Stored], said: Layout | None, family: str) -> tuple[Layout | None, str]:
     """(layout, why); (None, what is missing) where nothing proves one."""
     apart = [d for d in range(len(shards[0])) if len({s[d] for s in shards}) > 1]
     dim = None if said is None else cut_dim(said, "tp")

@@ -34,6 +34,14 @@ class ModuleWeights:
     layer_keys: dict[int, str] = field(default_factory=dict)
     layer_stages: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def called(self) -> dict[str, tuple[str, ...]]:
+        """Name → its further names, of tensors that have any."""
+        found: dict[str, tuple[str, ...]] = {}
+        for alias, name in self.aliases.items():
+            found[name] = (*found.get(name, ()), alias)
+        return found
+
     def add(self, name: str, kind: str, rank: Rank, shape: Shape, fragments: tuple[Fragment, ...], **at: int) -> None:
         """Note what a (pp, tp) rank stores; `at`: its dp coordinate, where every dp rank has a copy of its own."""
         self.pieces.setdefault(name, {})[Holder(pp=rank[0], **at, tp=rank[1])] = fragments
@@ -78,7 +86,7 @@ def by_names(module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeig
             numbered.setdefault(int(head), tensor.stages[0])
     module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
     module.layer_stages = dict(numbered)
-    tied = sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(names.TIED)})
+    tied = _tied(tensors)
     for offset, prefix in enumerate(reversed(tied)):
         layer = min(numbered, default=len(tied)) - 1 - offset
         module.layer_keys = {layer: prefix, **module.layer_keys}
@@ -170,7 +178,7 @@ def _frozen_fragments(folder: StepFolder, rank: Rank, name: str, shape: Shape, f
 
 def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:
     stage_of = {name: p for p in reversed(range(folder.mesh.pp)) for name in folder.trained[p, 0]}
-    prefixes = sorted(_tied(stage_of))
+    prefixes = _tied(stage_of)
     current = 0
     for layer, by_tp in folder.layers.items():
         keys = list(by_tp[0])
@@ -193,9 +201,9 @@ def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> 
                 weights.add(prefix + key, kind, (current, tp), stored.shape, (Fragment(0, stored),))
 
 
-def _tied(tensors: Iterable[str]) -> set[str]:
-    """`tied_modules.KEY.` of every tied module."""
-    return {".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith("tied_modules.")}
+def _tied(tensors: Iterable[str]) -> list[str]:
+    """`tied_modules.KEY.` of every tied module, sorted."""
+    return sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(names.TIED)})
 
 
 def _place(stored: Stored) -> tuple[str, int, Shape]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.errors import ReshapeError
+from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.sharding.stages import balanced, stage_of, uniform
 
@@ -69,7 +70,7 @@ def describe(catalog: Catalog, experts: Experts | None = None) -> Pipeline:
     prefixes = module.layer_keys
     below = _below(prefixes.values(), catalog)
     by_layer = {layer: below[prefix] for layer, prefix in prefixes.items()}
-    tied_later = [p for p in set(prefixes.values()) if p.startswith("tied_modules.")]
+    tied_later = [p for p in set(prefixes.values()) if p.startswith(names.TIED)]
     last = max(by_layer, default=0)
     tied = [t for p in sorted(tied_later) for t in below[p]]
     total = last + 1 + bool(tied)
@@ -104,7 +105,7 @@ def tensor_stages(catalog: Catalog, starts: Sequence[int]) -> dict[str, tuple[in
     below = _below(prefixes.values(), catalog)
     for layer, prefix in prefixes.items():
         stage = stage_of(layer, starts)
-        stages = tuple(dict.fromkeys((stage, pp - 1))) if prefix.startswith("tied_modules.") else (stage,)
+        stages = tuple(dict.fromkeys((stage, pp - 1))) if prefix.startswith(names.TIED) else (stage,)
         found |= {tensor.name: stages for tensor in below[prefix]}
     for name, tensor in catalog.tensors.items():
         if name not in found:

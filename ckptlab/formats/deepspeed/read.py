@@ -19,7 +19,7 @@ from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import shapes
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.autoep import FOLDING, Fused
-from ckptlab.formats.deepspeed.files import Rank, StepFolder, read_step_folder
+from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
 from ckptlab.formats.deepspeed.infer import infer, vocabulary
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
@@ -32,33 +32,12 @@ from ckptlab.mesh import STANDARD, Mesh
 from ckptlab.sharding.strategies import Shape, Strategy, replicated
 
 # what DeepSpeed itself puts into a model file; everything else there is the training program's
-ENGINE_KEYS = frozenset(
-    (
-        "module",
-        "buffer_names",
-        "optimizer",
-        "param_shapes",
-        "frozen_param_shapes",
-        "shared_params",
-        "frozen_param_fragments",
-        "lr_scheduler",
-        "data_sampler",
-        "random_ltd",
-        "sparse_tensor_module_names",
-        "skipped_steps",
-        "global_steps",
-        "global_samples",
-        "dp_world_size",
-        "mp_world_size",
-        "checkpoint_parallel_dimensions",
-        "ds_config",
-        "ds_version",
-        "num_experts",
-        "ds_autoep_layers",
-        "autoep_layers",
-        FOLDING,
-    )
-)
+_ENGINES = """
+module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler
+data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size mp_world_size
+checkpoint_parallel_dimensions ds_config ds_version num_experts ds_autoep_layers autoep_layers
+"""
+ENGINE_KEYS = frozenset((*_ENGINES.split(), FOLDING))
 
 
 @dataclass(frozen=True)
@@ -270,36 +249,26 @@ def build_tensors(
     faults: Faults,
 ) -> dict[str, Tensor]:
     """Every tensor with its layout and whole shape, in the model's order (stage by stage)."""
-    mesh, trained = folder.mesh, folder.trained
+    mesh = folder.mesh
     states_of: dict[str, dict[str, np.dtype]] = {}
     for group in optimizer.flat_groups:
         for name in group.names:
             states_of.setdefault(name, dict(group.dtypes))
     for (name, state), by_holder in optimizer.pieces.items():
         states_of.setdefault(name, {})[state] = next(iter(by_holder.values()))[0].stored.dtype
-    shapes_of: dict[str, dict[int, Shape]] = {}
-    stages: dict[str, list[int]] = {}
-    for (p, t), of_rank in trained.items():
-        for name, shape in of_rank.items():
-            shapes_of.setdefault(name, {})[t] = shape
-            held = stages.setdefault(name, [])
-            if p not in held:
-                held.append(p)
-    for name, by_tp in module.shapes.items():
-        shapes_of.setdefault(name, by_tp)
-        stages.setdefault(name, sorted({holder["pp"] for holder in module.pieces[name]}))
+    shapes_of = {**module.shapes, **folder.shards}
+    stages = {name: tuple(sorted({holder["pp"] for holder in held})) for name, held in module.pieces.items()}
+    stages |= folder.stages
     group_of = {name: i for i, g in enumerate(optimizer.groups) for name in g.tensors}
-    aliases: dict[str, list[str]] = {}
-    for alias, target in module.aliases.items():
-        aliases.setdefault(target, []).append(alias)
+    aliases = module.called
     tensors = {}
-    for name in _model_order(module, trained, shapes_of):
+    for name in dict.fromkeys((*module.pieces, *folder.shards)):  # the module's own order where it is stored
         with faults.caught():
             shards = shards_of(folder, name, shapes_of[name])
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             fused = folder.experts.fused_of(name)
             if folder.experts.over_tp and folder.experts.degree(name):
-                layout = _on_stages(replicated(len(shards[0])), tuple(stages[name]))
+                layout = _on_stages(replicated(len(shards[0])), stages[name])
                 layout, shape, cut = whole(name, layout, shards, None, mesh)
                 layout_known = True
             elif fused is not None:
@@ -307,7 +276,7 @@ def build_tensors(
                 layout_known = True
             else:
                 layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
-                layout = _on_stages(layout, tuple(stages[name]))
+                layout = _on_stages(layout, stages[name])
                 layout, shape, cut = whole(name, layout, shards, info, mesh)
             states = dict(states_of.get(name, {}))
             if name in module.pieces:
@@ -320,8 +289,8 @@ def build_tensors(
                 kind,
                 states,
                 group_of.get(name),
-                tuple(stages[name]),
-                tuple(aliases.get(name, ())),
+                stages[name],
+                aliases.get(name, ()),
                 layout_known,
             )
     if mesh.tp > 1 and any(t.layout.replicas == "mean" for t in tensors.values()):
@@ -355,14 +324,6 @@ def _averaged(path: str) -> Finding:
 
 def _module_dtype(module: ModuleWeights, name: str) -> np.dtype:
     return next(f.stored.dtype for fragments in module.pieces[name].values() for f in fragments)
-
-
-def _model_order(
-    module: ModuleWeights, trainable: Mapping[Rank, Mapping[str, Shape]], shapes: Mapping[str, Any]
-) -> list[str]:
-    """The module's own order where it is stored, else that of the optimizer."""
-    order = dict.fromkeys(module.pieces) | dict.fromkeys(n for names in trainable.values() for n in names)
-    return [n for n in order if n in shapes]
 
 
 def choose_layout(

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from ckptlab import paths
+from ckptlab.arrays.dtypes import TORCHS
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
@@ -49,13 +50,7 @@ _STORAGES: dict[str, np.dtype] = {
 }
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 # Dtypes without one: the storage is untyped and the dtype, of the same name in torch and numpy, an argument.
-_UNTYPED: dict[str, np.dtype] = {
-    **{name: np.dtype(name) for name in ("uint16", "uint32", "uint64")},
-    **{
-        name: np.dtype(getattr(ml_dtypes, name))
-        for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-    },
-}
+_UNTYPED = {name: dtype for name, dtype in TORCHS.items() if dtype not in _STORAGE_OF}
 
 # Of far files:
 _SMALL_FILE = 1 << 16  # bytes of one that is fetched whole

@@ -55,7 +55,7 @@ def described(catalog: Catalog, facts: Mapping[str, Any]) -> Described:
         raise LayoutError(f"{catalog.path}: no fact of a model: {', '.join(sorted(unknown))}; there are {names}")
     if catalog.training.numbers:
         model = PaperModel(**catalog.training.numbers)
-        return Described(_agreeing(catalog, model, facts), catalog.training.layer_stages)
+        return Described(_agreeing(model, facts), catalog.training.layer_stages)
     said, stages, gated = _seen(catalog, facts)
     found = {name: said[word] for name, words in _WORDS.items() for word in reversed(words) if said.get(word)}
     if dense := said.get("mlp_only_layers"):
@@ -64,7 +64,7 @@ def described(catalog: Catalog, facts: Mapping[str, Any]) -> Described:
         found |= {"dense_layers": len(dense), "dense_ffn": said["intermediate_size"]}
     found |= {"gated": gated, "tied": bool(said["tie_word_embeddings"])} if said else {}
     try:
-        model = _agreeing(catalog, PaperModel(**{"dtype": _dtype(catalog), **facts, **found}), facts)
+        model = _agreeing(PaperModel(**{"dtype": _dtype(catalog), **facts, **found}), facts)
     except LayoutError as error:
         raise LayoutError(f"{catalog.path}: {error}") from None
     if not stages:
@@ -105,7 +105,7 @@ def _seen(catalog: Catalog, facts: Mapping[str, Any]) -> tuple[Mapping[str, Any]
     return made.values, stages, any(map(_GATED.search, seen.tensors))
 
 
-def _agreeing(catalog: Catalog, model: PaperModel, facts: Mapping[str, Any]) -> PaperModel:
+def _agreeing(model: PaperModel, facts: Mapping[str, Any]) -> PaperModel:
     """The model, if facts do not contradict what is known of it."""
     told_by = {"kv_heads": model.keys, "ffn": model.width, "head_dim": model.head}
     for name, fact in facts.items():

@@ -9,7 +9,7 @@ by different names.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -89,14 +89,9 @@ def ordered(names: Iterable[str]) -> tuple[list[str], dict[str, str]] | None:
     known here has just these."""
     names = list(names)
     for order in _ORDERS:
-        places = {name: order.place(name) for name in names}
-        if names and None not in places.values():
+        places = {name: place for name in names if (place := order.place(name)) is not None}
+        if names and len(places) == len(names):
             first = f"{order.before[0]}.weight"
             tied = {order.tied: first} if order.tied and order.tied not in places and first in places else {}
-            return _sorted(places), tied
+            return sorted(places, key=places.__getitem__), tied
     return None
-
-
-def _sorted(places: dict[str, tuple[int, int, int, bool] | None]) -> list[str]:
-    known: Sequence[tuple[tuple[int, int, int, bool], str]] = [(p, name) for name, p in places.items() if p is not None]
-    return [name for _, name in sorted(known)]

@@ -11,7 +11,7 @@ from ckptlab.catalog import Catalog, Piece
 from ckptlab.errors import LayoutError, NotationError
 from ckptlab.layout import Cut, DimCut, Layout
 from ckptlab.layout.notation import Name, Product, Sum, names, parse
-from ckptlab.layout.rows import intersect, intervals
+from ckptlab.layout.rows import elements, intersect, intervals
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import dim_names
 
@@ -32,7 +32,7 @@ def layout_of(
     called = dims(text, len(shape))
     terms, sizes = [], {}
     for dim, size in enumerate(shape):
-        held = _held(dim, size, pieces, cuts, base.mesh)
+        held = _held(dim, pieces, cuts, base.mesh)
         found = None if held is None else _term(called[dim], size, *held, base.mesh, _tree(text, dim), lengths)
         if found is None:
             return None
@@ -59,9 +59,7 @@ def _tree(text: str | None, dim: int) -> Name | Product | Sum | None:
     return node if isinstance(node, (Name, Product, Sum)) else None
 
 
-def _held(
-    dim: int, size: int, pieces: Sequence[Piece], cuts: Sequence[Cut], mesh: Mesh
-) -> tuple[tuple[str, ...], Held] | None:
+def _held(dim: int, pieces: Sequence[Piece], cuts: Sequence[Cut], mesh: Mesh) -> tuple[tuple[str, ...], Held] | None:
     """The axes that cut a dim, and what is held of it at each coordinate on them; None where pieces that have the same
     of it are cut otherwise."""
     parts: dict[object, tuple[tuple[str, ...], Held]] = {}
@@ -91,8 +89,7 @@ def _held_of(cut: DimCut, runs: np.ndarray) -> tuple[tuple[str, ...], Held]:
     held: Held = {}
     for place in cut.rows:
         plain = intervals(intersect(cut.runs[place], there))
-        inside = np.arange(plain[:, 2].sum()) - np.repeat(np.cumsum(plain[:, 2]) - plain[:, 2], plain[:, 2])
-        held[place] = np.sort(np.repeat(plain[:, 1], plain[:, 2]) + inside)
+        held[place] = np.sort(elements(plain[:, 1], plain[:, 2]))
     return cut.axes, held
 
 

@@ -6,7 +6,7 @@ Megatron-DeepSpeed's pipelines (`model/gpt_model.py`), GPT-NeoX 2.0 (`megatron/m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,12 @@ PIPELINE = Program(
 )
 """Layers are numbered with those around them: `first` is the number of the first transformer layer."""
 
-TIED_PIPELINE = Program(
+TIED_PIPELINE = replace(
+    PIPELINE,
     name="megatron-deepspeed-tied",
     embed="tied_modules.embed.word_embeddings",
     positions="tied_modules.embed.position_embeddings",
     embed_norm="tied_modules.embed.word_embeddings.norm",
-    layer=PIPELINE.layer,
-    norm1=PIPELINE.norm1,
-    norm2=PIPELINE.norm2,
-    qkv=PIPELINE.qkv,
-    dense=PIPELINE.dense,
-    up=PIPELINE.up,
-    down=PIPELINE.down,
-    final=PIPELINE.final,
-    head=PIPELINE.head,
     defaults={"first": "3", "final": "layers+first+1", "head": "final+1"},
 )
 

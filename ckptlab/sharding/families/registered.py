@@ -51,9 +51,7 @@ def towards(catalog: Catalog, side: Side, family: Family | str | None = None, **
     """
     bare = unwrapped(catalog)
     names = [*bare.tensors]
-    said = list(told(bare))
-    alike = _alike(family, names, (other(side),))
-    alike = [one for one in alike if len(alike) == 1 or all(_says(said, word) is value for word, value in one.told)]
+    alike = _as_told(bare, _alike(family, names, (other(side),)))
     there = _alike(family, names, (side,))
     if there and (not alike or there[0].fits(names, side) > alike[0].fits(names, other(side))):
         return bare
@@ -96,9 +94,7 @@ def like(catalog: Catalog, model: Catalog, family: Family | str | None = None, *
     while bare and (prefix := _prefix(wrappers, bare)):
         prefixes.append(prefix)
         bare = [name.removeprefix(prefix) for name in bare]
-    alike = _alike(family, bare, ("left",))
-    said = list(told(model))
-    alike = [one for one in alike if len(alike) == 1 or all(_says(said, word) is value for word, value in one.told)]
+    alike = _as_told(model, _alike(family, bare, ("left",)))
     if not alike:
         raise LayoutError(f"{model.path}: no family takes its names ({some(bare, 4)}): say which, family=")
     found = {k: n for k, n in alike[0].take(bare, "left", {}).numbers.items() if k != "layers"}
@@ -133,6 +129,12 @@ def _alike(family: Family | str | None, names: list[str], sides: Iterable[Side])
     if family is None and best * 2 <= len(names):
         return []
     return [one for one, count in zip(mine, counts, strict=True) if count == best]
+
+
+def _as_told(catalog: Catalog, alike: list[Family]) -> list[Family]:
+    """Those of several families whose switches are as the program's args say."""
+    said = list(told(catalog))
+    return [one for one in alike if len(alike) == 1 or all(_says(said, word) is value for word, value in one.told)]
 
 
 def _says(said: Iterable[Mapping[str, Any]], word: str) -> bool:

@@ -194,12 +194,7 @@ class _Tensors:
 
         What is not trained is read from the model files, where it has its own dtype.
         """
-        shapes: dict[str, dict[int, tuple[int, ...]]] = {}
-        stages: dict[str, dict[int, None]] = {}
-        for (p, t), of_rank in self.folder.trained.items():
-            for name, shape in of_rank.items():
-                shapes.setdefault(name, {})[t] = shape
-                stages.setdefault(name, {})[p] = None
+        shapes, stages = self.folder.shards, self.folder.stages
         for name in dict.fromkeys([*shapes, *stored]):
             if name in self.module.aliases or (name not in shapes and name in self.module.kinds):
                 continue
@@ -209,7 +204,7 @@ class _Tensors:
                 continue
             with self.faults.caught():
                 shards = shards_of(self.folder, name, shapes[name]) if name in shapes else None
-                tensor = self._trained(name, one.states, shards, tuple(stages.get(name, (0,))))
+                tensor = self._trained(name, one.states, shards, stages.get(name, (0,)))
                 self.tensors[name] = tensor
                 for state, data in one.states.items():
                     self.pieces[name, state] = {ALONE: (Fragment(0, data),)}
@@ -239,9 +234,6 @@ class _Tensors:
 
     def add_module(self) -> None:
         """Frozen tensors, buffers and (at tp 1) module weights, from the model files."""
-        aliases: dict[str, list[str]] = {}
-        for alias, target in self.module.aliases.items():
-            aliases.setdefault(target, []).append(alias)
         for name, by_rank in self.module.pieces.items():
             holder, fragments = next(iter(by_rank.items()))
             dtype = fragments[0].stored.dtype
@@ -256,8 +248,9 @@ class _Tensors:
                     name, shape, layout, Cut.whole(shape), kind, {PARAM: dtype}, None, (0,), (), known
                 )
             self.pieces[name, PARAM] = {ALONE: tuple(replace(f, dp=0) for f in fragments)}
-        for target in aliases.keys() & self.tensors.keys():
-            self.tensors[target] = replace(self.tensors[target], aliases=tuple(aliases[target]))
+        for name, aliases in self.module.called.items():
+            if name in self.tensors:
+                self.tensors[name] = replace(self.tensors[name], aliases=aliases)
 
 
 def _missing(path: str, name: str) -> Finding:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ckptlab.layout.rows import intervals
+
 Starts = tuple[int, ...]
 Sizes = tuple[int, ...]
 
@@ -56,14 +58,7 @@ def plain_rows(rows: np.ndarray) -> np.ndarray:
     """Rows of an overlap without runs of length > 1: those are spelled out, runs of single elements stay (a step says
     them)."""
     runs = (rows[:, 3] > 1) & (rows[:, 2] > 1)
-    if not runs.any():
-        return rows
-    kept = [rows[~runs]]
-    for a, b, length, count, stride_a, stride_b in rows[runs]:
-        k = np.arange(count)
-        one = np.ones(count, np.int64)
-        kept.append(np.stack([a + k * stride_a, b + k * stride_b, length * one, one, 0 * one, 0 * one], 1))
-    return np.concatenate(kept)
+    return np.concatenate([rows[~runs], intervals(rows[runs])]) if runs.any() else rows
 
 
 def restrict(row: Sequence[int], a_at: int, a_size: int, b_at: int, b_size: int) -> tuple[slice, slice] | None:

@@ -72,8 +72,98 @@ def test_beside_autotp_they_are_dealt_to_tp_ranks_too(ranks: list[list[int]], tm
         back = ckptlab.open(tmp_path / "out")
         assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
         assert "folding" not in torchfile.read(tmp_path / "out" / "step" / "mp_rank_00_model_states.pt")
-    with pytest.raises(ReshapeError, match="AutoEP beside AutoTP deals experts to tp ranks"):
-        found.reshape(dp=1)
+        found.reshape(zero_stage=3).save(tmp_path / "again" / "step")
+        assert differences(found.catalog, read(tmp_path / "again")) == []
+
+
+BESIDE_AUTOTP = [
+    {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 1},
+    {"dp": 2, "tp": 2, "ep": 4, "zero_stage": 0},
+    {"dp": 2, "tp": 2, "ep": 4, "zero_stage": 3},
+    {"dp": 1, "tp": 4, "ep": 2, "zero_stage": 2},  # tp ranks that have the same experts
+    {"dp": 1, "tp": 4, "ep": 2, "zero_stage": 0},
+    {"dp": 1, "tp": 4, "ep": 2, "zero_stage": 3},
+    {"dp": 2, "tp": 6, "ep": 4, "zero_stage": 0},  # neither a multiple of the other
+    {"dp": 2, "tp": 6, "ep": 4, "zero_stage": 1},
+    {"dp": 2, "tp": 1, "ep": 2, "zero_stage": 1},
+]
+
+
+@pytest.mark.parametrize("asked", BESIDE_AUTOTP, ids=str)
+def test_beside_autotp_they_are_written_so_too(asked: dict[str, Any], tmp_path: Path) -> None:
+    source = ckptlab.open(AUTOEP, strategy=Whole())
+    source.reshape(**asked).save(tmp_path / "there" / "step")
+    there = ckptlab.open(tmp_path / "there", strategy=Whole())
+    assert (there.mesh.tp, there.mesh.dp, there.zero_stage) == (asked["tp"], asked["dp"], asked["zero_stage"])
+    assert differences(source.catalog, there.catalog) == []
+    assert ckptlab.check(there).verdict == "healthy"
+    there.reshape(tp=1, dp=4, ep=2, zero_stage=2).save(tmp_path / "back" / "step")
+    back = ckptlab.open(tmp_path / "back")
+    assert (back.mesh, differences(source.catalog, back.catalog)) == (source.mesh, [])
+
+
+def test_views_of_a_target_beside_autotp() -> None:
+    """Each rank has the experts of its number, whichever of dp and tp it is."""
+    target = ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=2, tp=2, ep=2)
+    truth = load_file(AUTOEP / "truth.safetensors")[f"exp_avg/{W1}"]
+    shards = target.shards("exp_avg", stack=False)[W1]
+    assert dict(shards.sizes) == {"ep": 2, "tp": 1, "expert": 2, "out": 37, "in": 24}
+    assert (shards.sel(ep=1, tp=0).values == truth[2:]).all()
+    held = [target.of_rank(rank) for rank in range(4)]
+    parts = [one.get((W1, "exp_avg"), np.empty(0, np.float32)).ravel() for one in held]
+    for ep in (0, 1):
+        assert (np.concatenate([parts[ep], parts[ep + 2]]) == truth[2 * ep : 2 * ep + 2].ravel()).all()
+    buffers = target.flat()["pp0/group2"]
+    assert dict(buffers.exp_avg.sizes) == {"ep": 2, "tp": 1, "edp": 2, "flat": buffers.sizes["flat"]}
+
+
+def test_what_files_say_of_experts_beside_autotp(tmp_path: Path) -> None:
+    """Which DeepSpeed insists on (`validate_folding_metadata`): who wrote them, and over how many ranks they lie."""
+    ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=2, tp=2, ep=4, zero_stage=2).save(tmp_path / "step")
+    keys = ("tp_rank", "ep_rank", "zero_partition_group", "zero_partition_rank", "zero_partition_count", "family")
+    said = {f.name: torchfile.read(f)["folding"] for f in (tmp_path / "step").glob("*.pt")}
+    assert {(s["version"], s["tp_size"], s["ep_size"], s["etp_size"]) for s in said.values()} == {(1, 2, 4, 1)}
+    found = {name: tuple(one[key] for key in keys) for name, one in said.items()}
+    assert found["mp_rank_01_model_states.pt"] == (1, 1, "dense_dp", 0, 2, "dense")
+    assert found["layer_0_expert_2_mp_rank_00_model_states.pt"] == (0, 2, "edp", 0, 1, "routed_expert")
+    optim = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    assert found[optim] == (0, 2, "per_family", 1, 2, "zero_optimizer_state")
+    router = "layers.1.mlp.router.gate.weight"
+    assert said["mp_rank_01_model_states.pt"]["param_families"][router] == "router_gate_replicated"
+    families = said[optim]["param_families"]
+    dense = {"zero_partition_group": "dense_dp", "zero_partition_rank": 1, "zero_partition_count": 2}
+    assert families["norm.weight"] == {"family": "dense", **dense}
+    assert families[router] == {"family": "router_gate_replicated", **dense}
+    assert families[W1] == {
+        "family": "routed_expert",
+        "zero_partition_group": "edp",
+        "zero_partition_rank": 0,
+        "zero_partition_count": 1,
+    }
+    (layer,) = torchfile.read(tmp_path / "step" / "mp_rank_01_model_states.pt")["ds_autoep_layers"]
+    assert (layer["ep_rank"], layer["num_local_experts"], layer["expert_data_parallel_world_size"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("dp", "tp", "ep"), [(2, 2, 4), (2, 4, 2), (2, 6, 4), (3, 2, 3)])
+def test_who_writes_the_files_of_experts_beside_autotp(dp: int, tp: int, ep: int) -> None:
+    """As DeepSpeed's engine: the first ep dp ranks, each that of its own ep rank and tp rank."""
+    experts = Experts(fused=(Fused(0, LAYER, ep, tuple((e,) for e in range(ep))),), lanes=tp)
+    ranks = [(rank % ep, rank % tp) for rank in range(dp * tp) if rank // tp < ep]
+    assert set(experts.first_ranks(Mesh(dp=dp, tp=tp))) == set(ranks)
+    assert experts.arranged(Mesh(dp=dp, tp=tp)).groups("edp") == [list(range(e, dp * tp, ep)) for e in range(ep)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"ep": 1}, "AutoEP beside AutoTP at an ep of at least 2 alone"),
+        ({"dp": 3}, "dp times tp, 6: ep 4 is a part of it"),
+        ({"data_before_experts": True}, "no AutoEP beside AutoTP with use_data_before_expert_parallelism"),
+    ],
+)
+def test_what_deepspeed_does_not_train_beside_autotp_is_refused(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(ReshapeError, match=says):
+        ckptlab.open(AUTOEP, strategy=Whole()).reshape(**{"dp": 2, "tp": 2, "ep": 4, **asked})
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

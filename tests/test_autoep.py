@@ -27,6 +27,7 @@ from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
+from ckptlab.sharding.strategies import LayoutsOf
 
 AUTOEP = DATA / "autoep_ep2_dp4"
 STEP = "global_step3"
@@ -85,6 +86,8 @@ BESIDE_AUTOTP = [
     {"dp": 1, "tp": 4, "ep": 2, "zero_stage": 3},
     {"dp": 2, "tp": 6, "ep": 4, "zero_stage": 0},  # neither a multiple of the other
     {"dp": 2, "tp": 6, "ep": 4, "zero_stage": 1},
+    {"dp": 4, "tp": 2, "ep": 2, "zero_stage": 2, "round_robin": True},
+    {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 3, "sub_group_size": 900},
     {"dp": 2, "tp": 1, "ep": 2, "zero_stage": 1},
 ]
 
@@ -97,9 +100,17 @@ def test_beside_autotp_they_are_written_so_too(asked: dict[str, Any], tmp_path: 
     assert (there.mesh.tp, there.mesh.dp, there.zero_stage) == (asked["tp"], asked["dp"], asked["zero_stage"])
     assert differences(source.catalog, there.catalog) == []
     assert ckptlab.check(there).verdict == "healthy"
-    there.reshape(tp=1, dp=4, ep=2, zero_stage=2).save(tmp_path / "back" / "step")
+    there.reshape(tp=1, dp=4, ep=2, zero_stage=2, round_robin=False).save(tmp_path / "back" / "step")
     back = ckptlab.open(tmp_path / "back")
     assert (back.mesh, differences(source.catalog, back.catalog)) == (source.mesh, [])
+
+
+def test_beside_autotp_ranks_keep_the_order_of_their_experts(tmp_path: Path) -> None:
+    source = ckptlab.open(changed(tmp_path, placed([2, 0], [3, 1])), strategy=Whole())
+    source.reshape(dp=2, tp=2, ep=2).save(tmp_path / "there" / "step")
+    there = ckptlab.open(tmp_path / "there", strategy=Whole())
+    assert there.catalog.private.folder.experts.fused[0].ranks == ((2, 0), (3, 1))
+    assert differences(source.catalog, there.catalog) == []
 
 
 def test_views_of_a_target_beside_autotp() -> None:
@@ -419,6 +430,69 @@ def test_deepspeed_resumes_them(asked: dict[str, Any], run: dict[str, Any], tmp_
     report = resume(tmp_path, AUTOEP.name, steps=1, **run)
     assert report["status"] == "equal", report
     assert report["losses"]["4"] == pytest.approx(report["uninterrupted"]["4"], rel=1e-4)
+
+
+def headers(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the files of a step say of AutoEP beside AutoTP, by name."""
+    keys = ("folding", "ds_autoep_layers", "universal_checkpoint_info", "param_shapes", "num_experts")
+    found = {}
+    for file in folder.glob("*.pt"):
+        content = torchfile.read(file)
+        found[file.name] = {key: content[key] for key in keys if key in content}
+        state = content.get("optimizer_state_dict", {})
+        found[file.name] |= {key: state[key] for key in ("ds_zero_partition_groups", "partition_count") if key in state}
+        if "expert" in file.name or "expp" in file.name:  # DeepSpeed's is of whoever writes last
+            del found[file.name]["folding"]["zero_partition_rank"]
+    return found
+
+
+@requires_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "asked", "run"),
+    [
+        ("autoep_tp2_ep2_dp2", {"ep": 4, "zero_stage": 1}, {"ep": 4, "zero": 1}),
+        ("autoep_tp2_ep2_dp2_zero0", {"dp": 1}, {"dp": 1}),
+        ("autoep_tp2_ep4_dp2_zero3", {"dp": 1, "ep": 2}, {"dp": 1, "ep": 2}),
+        ("autoep_tp4_ep2", {"tp": 2, "dp": 3, "ep": 3}, {"tp": 2, "dp": 3, "ep": 3}),
+        ("autoep_tp4_ep2", {"zero_stage": 0}, {"zero": 0}),
+        ("autoep_tp2_ep2_dp2", {"tp": 1, "zero_stage": 0}, {"tp": 1, "zero": 0}),
+    ],
+)
+def test_deepspeed_resumes_them_beside_autotp(
+    case: str, asked: dict[str, Any], run: dict[str, Any], tmp_path: Path
+) -> None:
+    made = make_case(case, tmp_path / "made")
+    source = ckptlab.open(made)
+    assert differences_from_truth(source.catalog, made / "truth.safetensors") == []
+    assert ckptlab.check(source).verdict == "healthy"
+    source.reshape().save(tmp_path / "same" / STEP)
+    assert headers(tmp_path / "same" / STEP) == headers(made / STEP)
+    source.reshape(**asked).save(tmp_path / "run" / STEP)
+    assert ckptlab.check(tmp_path / "run").verdict == "healthy"
+    report = resume(tmp_path / "run", made, steps=1, **run)
+    assert report["status"] == "equal", report
+    assert report["losses"]["4"] == pytest.approx(report["uninterrupted"]["4"], rel=1e-4)
+
+
+@requires_deepspeed
+@pytest.mark.slow
+def test_deepspeed_resumes_beside_autotp_what_had_no_tp(tmp_path: Path) -> None:
+    """How AutoTP cuts tensors is known of a run that it was on in."""
+    like = read(make_case("autoep_tp2_ep2_dp2", tmp_path / "made"))
+    layouts = LayoutsOf({name: tensor.layout for name, tensor in like.tensors.items()})
+    ckptlab.open(AUTOEP, strategy=layouts).reshape(tp=2, dp=2, ep=4).save(tmp_path / "run" / STEP)
+    report = resume(tmp_path / "run", AUTOEP.name, steps=1, tp=2, dp=2, ep=4)
+    assert report["status"] == "equal", report
+
+
+@requires_deepspeed
+@pytest.mark.slow
+def test_deepspeed_loads_a_universal_folder_beside_autotp(tmp_path: Path) -> None:
+    """Of which its own converter makes none."""
+    made = make_case("autoep_tp2_ep2_dp2", tmp_path / "made")
+    ckptlab.open(made).reshape(ep=4, format="universal").save(tmp_path / "run" / STEP)
+    assert resume(tmp_path / "run", made, steps=0, ep=4, universal=True)["status"] == "equal"
 
 
 @requires_deepspeed

@@ -105,6 +105,23 @@ def test_beside_autotp_they_are_written_so_too(asked: dict[str, Any], tmp_path: 
     assert (back.mesh, differences(source.catalog, back.catalog)) == (source.mesh, [])
 
 
+class Cut(Whole):
+    """Some are cut, into parts of two sizes."""
+
+    def layout(self, name: str, shards: Any) -> Layout:
+        cut = "gate_proj" in name
+        return Layout("(tp out) in", sizes={"out": (20, 17)}) if cut else super().layout(name, shards)
+
+
+@pytest.mark.parametrize("options", [{"zero_stage": 1}, {"zero_stage": 0}, {"zero_stage": 0, "fused": True}], ids=str)
+def test_beside_autotp_others_are_cut(options: dict[str, Any], tmp_path: Path) -> None:
+    source = ckptlab.open(AUTOEP, strategy=Cut())
+    source.reshape(dp=2, tp=2, ep=4, **options).save(tmp_path / "there" / "step")
+    there = ckptlab.open(tmp_path / "there", strategy=Cut())
+    assert there["layers.0.mlp.gate_proj.weight"].cut.shard_shape((1,)) == (17, 24)
+    assert differences(source.catalog, there.catalog) == []
+
+
 def test_beside_autotp_ranks_keep_the_order_of_their_experts(tmp_path: Path) -> None:
     source = ckptlab.open(changed(tmp_path, placed([2, 0], [3, 1])), strategy=Whole())
     source.reshape(dp=2, tp=2, ep=2).save(tmp_path / "there" / "step")
@@ -153,6 +170,11 @@ def test_what_files_say_of_experts_beside_autotp(tmp_path: Path) -> None:
     }
     (layer,) = torchfile.read(tmp_path / "step" / "mp_rank_01_model_states.pt")["ds_autoep_layers"]
     assert (layer["ep_rank"], layer["num_local_experts"], layer["expert_data_parallel_world_size"]) == (1, 1, 1)
+    ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=4, tp=2, ep=4, zero_stage=3).save(tmp_path / "sharded")
+    content = torchfile.read(tmp_path / "sharded" / "bf16_zero_pp_rank_2_mp_rank_01_optim_states.pt")
+    groups = content["optimizer_state_dict"]["ds_zero_partition_groups"]
+    assert [(g["partition_ranks"], g["partition_rank"]) for g in groups] == [([1, 3, 5, 7], 2)] * 2 + [([1, 5], 1)]
+    assert "param_families" not in content["folding"]
 
 
 @pytest.mark.parametrize(("dp", "tp", "ep"), [(2, 2, 4), (2, 4, 2), (2, 6, 4), (3, 2, 3)])

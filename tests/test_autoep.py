@@ -28,6 +28,7 @@ from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
 from ckptlab.sharding.strategies import LayoutsOf
+from ckptlab.widgets.held import inventory, pieces
 
 AUTOEP = DATA / "autoep_ep2_dp4"
 STEP = "global_step3"
@@ -137,12 +138,18 @@ def test_views_of_a_target_beside_autotp() -> None:
     shards = target.shards("exp_avg", stack=False)[W1]
     assert dict(shards.sizes) == {"ep": 2, "tp": 1, "expert": 2, "out": 37, "in": 24}
     assert (shards.sel(ep=1, tp=0).values == truth[2:]).all()
-    held = [target.of_rank(rank) for rank in range(4)]
-    parts = [one.get((W1, "exp_avg"), np.empty(0, np.float32)).ravel() for one in held]
+    ranks = [target.of_rank(rank) for rank in range(4)]
+    parts = [one.get((W1, "exp_avg"), np.empty(0, np.float32)).ravel() for one in ranks]
     for ep in (0, 1):
         assert (np.concatenate([parts[ep], parts[ep + 2]]) == truth[2 * ep : 2 * ep + 2].ravel()).all()
     buffers = target.flat()["pp0/group2"]
     assert dict(buffers.exp_avg.sizes) == {"ep": 2, "tp": 1, "edp": 2, "flat": buffers.sizes["flat"]}
+    shown = [[sum(p.count for p in pieces(target.target, W1, s, r)) for r in range(4)] for s in ("exp_avg", PARAM)]
+    assert shown == [[part.size for part in parts], [truth[:2].size] * 4]
+    sizes = {name: tensor.numel for name, tensor in target.target.tensors.items()}
+    held = [n // 2 if ".experts." in name else n for name, n in sizes.items()]  # of two bytes each
+    assert ckptlab.viz.memory_by_rank(target)[:, 0].tolist() == [2 * sum(held)] * 4
+    assert [inventory(target.target, rank).kinds[PARAM] for rank in range(4)] == [2 * sum(held)] * 4
 
 
 def test_what_files_say_of_experts_beside_autotp(tmp_path: Path) -> None:

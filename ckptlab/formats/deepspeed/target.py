@@ -497,6 +497,7 @@ def _by_first_ranks(
         data = "edp" if experts.fused_of(name) else "dp"
         states += [PARAM] if data == "edp" and wrapper is not Wrapper.ZERO3 else []
         places = dict.fromkeys(tensor.cut.mesh.coordinate(rank)[data] for rank in writers) if states else ()
-        copies = tuple(Placement(tensor.cut, (0,), None, tensor.layout.replicas, {data: k}) for k in places)
+        at: list[dict[str, int]] = [{data: k} for k in places] if len(places) > 1 else [{}]
+        copies = tuple(Placement(tensor.cut, (0,), None, tensor.layout.replicas, one) for one in at)
         found.update({(name, state): copies for state in states})
     return found

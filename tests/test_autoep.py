@@ -373,6 +373,13 @@ BAD: dict[str, tuple[Callable[[Any], None], type[CkptlabError], str]] = {
     "a billion": (lambda c: c["ds_autoep_layers"][0].update(num_experts=10**9), CheckpointError, "fewer than"),
     "no prefix": (lambda c: c["ds_autoep_layers"][0].update(expert_key_prefix=7), CheckpointError, "a name, found 7"),
     "no list": (lambda c: c.update(ds_autoep_layers=3), CheckpointError, "expected a list"),
+    "newer beside AutoTP": (lambda c: c.update(folding={"version": 2}), UnsupportedError, "folding is of version 2"),
+    "experts that are cut": (
+        lambda c: c.update(folding={"version": 1, "etp_size": 2}),
+        UnsupportedError,
+        "folding is of version 1 and etp_size 2, ckptlab knows version 1 and whole experts",
+    ),
+    "odd beside AutoTP": (lambda c: c.update(folding={"version": "one"}), CheckpointError, "folding.version"),
     "newer": (
         lambda c: c["ds_autoep_layers"][0]["expert_placement"].update(version=2),
         UnsupportedError,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ckptlab.errors import UnsupportedError
+from ckptlab.formats.deepspeed.headers import Header
 from ckptlab.mesh import Mesh
 
 VERSION = 1
@@ -54,6 +56,17 @@ def of_buffer(name: str, ranks: int, part: int) -> dict[str, Any]:
         "zero_partition_rank": part,
         "zero_partition_count": ranks,
     }
+
+
+def check(said: Header) -> None:
+    """UnsupportedError where experts beside AutoTP lie in another way than they are read here: whole on every rank that
+    has them."""
+    version, etp = said.integer("version"), said.integer("etp_size", 1) if "etp_size" in said else 1
+    if version > VERSION or etp > 1:
+        raise UnsupportedError(
+            f"{said.path}: {said.at} is of version {version} and etp_size {etp}, ckptlab knows version {VERSION} and "
+            "whole experts (etp_size 1): a newer ckptlab may read it"
+        )
 
 
 def _family(name: str) -> str:

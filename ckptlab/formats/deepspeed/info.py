@@ -35,6 +35,8 @@ def adapt_config(config: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
         adapted[DATA_FIRST] = native.experts.data_first
     if native.experts.fused and isinstance(adapted.get("expert_parallel"), dict):
         adapted["expert_parallel"]["autoep_size"] = native.experts.fused[0].ep
+    if isinstance(tensor_parallel := adapted.get("tensor_parallel"), dict) and "autotp_size" in tensor_parallel:
+        tensor_parallel["autotp_size"] = target.mesh.tp
     if native.options.dtype is not None:
         for key in ("bf16", "bfloat16", "fp16"):
             if key in adapted:

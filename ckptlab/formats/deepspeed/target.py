@@ -496,7 +496,8 @@ def _by_first_ranks(
         states = [s for s in tensor.states if s != PARAM] if wrapper is Wrapper.WHOLE else []
         data = "edp" if experts.fused_of(name) else "dp"
         states += [PARAM] if data == "edp" and wrapper is not Wrapper.ZERO3 else []
-        places = dict.fromkeys(tensor.cut.mesh.coordinate(rank)[data] for rank in writers) if states else ()
+        each = mesh.size // tensor.cut.mesh[data]
+        places = dict.fromkeys(rank // each for rank in writers) if states else ()
         at: list[dict[str, int]] = [{data: k} for k in places] if len(places) > 1 else [{}]
         copies = tuple(Placement(tensor.cut, (0,), None, tensor.layout.replicas, one) for one in at)
         found.update({(name, state): copies for state in states})

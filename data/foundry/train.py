@@ -227,7 +227,7 @@ def _ds_config(case: Case, universal: bool) -> dict[str, Any]:
         del config["train_batch_size"]  # DeepSpeed would count every rank as one of dp
         config["train_micro_batch_size_per_gpu"] = BATCH // case.dp // _accumulation(case.dp)
     if case.autoep:
-        config["expert_parallel"] = autoep.setting(case.ep)
+        config["expert_parallel"] = autoep.setting(case.ep, case.config.shared_expert)
     if case.parallel:
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if universal:

@@ -27,6 +27,8 @@ from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
+from ckptlab.sharding.strategies import LayoutsOf
+from ckptlab.widgets.held import inventory, pieces
 
 AUTOEP = DATA / "autoep_ep2_dp4"
 STEP = "global_step3"
@@ -72,8 +74,136 @@ def test_beside_autotp_they_are_dealt_to_tp_ranks_too(ranks: list[list[int]], tm
         back = ckptlab.open(tmp_path / "out")
         assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
         assert "folding" not in torchfile.read(tmp_path / "out" / "step" / "mp_rank_00_model_states.pt")
-    with pytest.raises(ReshapeError, match="AutoEP beside AutoTP deals experts to tp ranks"):
-        found.reshape(dp=1)
+        found.reshape(zero_stage=3).save(tmp_path / "again" / "step")
+        assert differences(found.catalog, read(tmp_path / "again")) == []
+
+
+BESIDE_AUTOTP = [
+    {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 1},
+    {"dp": 2, "tp": 2, "ep": 4, "zero_stage": 0},
+    {"dp": 2, "tp": 2, "ep": 4, "zero_stage": 3},
+    {"dp": 1, "tp": 4, "ep": 2, "zero_stage": 2},  # tp ranks that have the same experts
+    {"dp": 1, "tp": 4, "ep": 2, "zero_stage": 0},
+    {"dp": 1, "tp": 4, "ep": 2, "zero_stage": 3},
+    {"dp": 2, "tp": 6, "ep": 4, "zero_stage": 0},  # neither a multiple of the other
+    {"dp": 2, "tp": 6, "ep": 4, "zero_stage": 1},
+    {"dp": 4, "tp": 2, "ep": 2, "zero_stage": 2, "round_robin": True},
+    {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 3, "sub_group_size": 900},
+    {"dp": 2, "tp": 1, "ep": 2, "zero_stage": 1},
+]
+
+
+@pytest.mark.parametrize("asked", BESIDE_AUTOTP, ids=str)
+def test_beside_autotp_they_are_written_so_too(asked: dict[str, Any], tmp_path: Path) -> None:
+    source = ckptlab.open(AUTOEP, strategy=Whole())
+    source.reshape(**asked).save(tmp_path / "there" / "step")
+    there = ckptlab.open(tmp_path / "there", strategy=Whole())
+    assert (there.mesh.tp, there.mesh.dp, there.zero_stage) == (asked["tp"], asked["dp"], asked["zero_stage"])
+    assert differences(source.catalog, there.catalog) == []
+    assert ckptlab.check(there).verdict == "healthy"
+    there.reshape(tp=1, dp=4, ep=2, zero_stage=2, round_robin=False).save(tmp_path / "back" / "step")
+    back = ckptlab.open(tmp_path / "back")
+    assert (back.mesh, differences(source.catalog, back.catalog)) == (source.mesh, [])
+
+
+class Cut(Whole):
+    """Some are cut, into parts of two sizes."""
+
+    def layout(self, name: str, shards: Any) -> Layout:
+        cut = "gate_proj" in name
+        return Layout("(tp out) in", sizes={"out": (20, 17)}) if cut else super().layout(name, shards)
+
+
+@pytest.mark.parametrize("options", [{"zero_stage": 1}, {"zero_stage": 0}, {"zero_stage": 0, "fused": True}], ids=str)
+def test_beside_autotp_others_are_cut(options: dict[str, Any], tmp_path: Path) -> None:
+    source = ckptlab.open(AUTOEP, strategy=Cut())
+    source.reshape(dp=2, tp=2, ep=4, **options).save(tmp_path / "there" / "step")
+    there = ckptlab.open(tmp_path / "there", strategy=Cut())
+    assert there["layers.0.mlp.gate_proj.weight"].cut.shard_shape((1,)) == (17, 24)
+    assert differences(source.catalog, there.catalog) == []
+
+
+def test_beside_autotp_ranks_keep_the_order_of_their_experts(tmp_path: Path) -> None:
+    source = ckptlab.open(changed(tmp_path, placed([2, 0], [3, 1])), strategy=Whole())
+    source.reshape(dp=2, tp=2, ep=2).save(tmp_path / "there" / "step")
+    there = ckptlab.open(tmp_path / "there", strategy=Whole())
+    assert there.catalog.private.folder.experts.fused[0].ranks == ((2, 0), (3, 1))
+    assert differences(source.catalog, there.catalog) == []
+
+
+def test_views_of_a_target_beside_autotp() -> None:
+    """Each rank has the experts of its number, whichever of dp and tp it is."""
+    target = ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=2, tp=2, ep=2)
+    truth = load_file(AUTOEP / "truth.safetensors")[f"exp_avg/{W1}"]
+    shards = target.shards("exp_avg", stack=False)[W1]
+    assert dict(shards.sizes) == {"ep": 2, "tp": 1, "expert": 2, "out": 37, "in": 24}
+    assert (shards.sel(ep=1, tp=0).values == truth[2:]).all()
+    ranks = [target.of_rank(rank) for rank in range(4)]
+    parts = [one.get((W1, "exp_avg"), np.empty(0, np.float32)).ravel() for one in ranks]
+    for ep in (0, 1):
+        assert (np.concatenate([parts[ep], parts[ep + 2]]) == truth[2 * ep : 2 * ep + 2].ravel()).all()
+    buffers = target.flat()["pp0/group2"]
+    assert dict(buffers.exp_avg.sizes) == {"ep": 2, "tp": 1, "edp": 2, "flat": buffers.sizes["flat"]}
+    shown = [[sum(p.count for p in pieces(target.target, W1, s, r)) for r in range(4)] for s in ("exp_avg", PARAM)]
+    assert shown == [[part.size for part in parts], [truth[:2].size] * 4]
+    sizes = {name: tensor.numel for name, tensor in target.target.tensors.items()}
+    held = [n // 2 if ".experts." in name else n for name, n in sizes.items()]  # of two bytes each
+    assert ckptlab.viz.memory_by_rank(target)[:, 0].tolist() == [2 * sum(held)] * 4
+    assert [inventory(target.target, rank).kinds[PARAM] for rank in range(4)] == [2 * sum(held)] * 4
+
+
+def test_what_files_say_of_experts_beside_autotp(tmp_path: Path) -> None:
+    """Which DeepSpeed insists on (`validate_folding_metadata`): who wrote them, and over how many ranks they lie."""
+    ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=2, tp=2, ep=4, zero_stage=2).save(tmp_path / "step")
+    keys = ("tp_rank", "ep_rank", "zero_partition_group", "zero_partition_rank", "zero_partition_count", "family")
+    said = {f.name: torchfile.read(f)["folding"] for f in (tmp_path / "step").glob("*.pt")}
+    assert {(s["version"], s["tp_size"], s["ep_size"], s["etp_size"]) for s in said.values()} == {(1, 2, 4, 1)}
+    found = {name: tuple(one[key] for key in keys) for name, one in said.items()}
+    assert found["mp_rank_01_model_states.pt"] == (1, 1, "dense_dp", 0, 2, "dense")
+    assert found["layer_0_expert_2_mp_rank_00_model_states.pt"] == (0, 2, "edp", 0, 1, "routed_expert")
+    optim = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    assert found[optim] == (0, 2, "per_family", 1, 2, "zero_optimizer_state")
+    router = "layers.1.mlp.router.gate.weight"
+    assert said["mp_rank_01_model_states.pt"]["param_families"][router] == "router_gate_replicated"
+    families = said[optim]["param_families"]
+    dense = {"zero_partition_group": "dense_dp", "zero_partition_rank": 1, "zero_partition_count": 2}
+    assert families["norm.weight"] == {"family": "dense", **dense}
+    assert families[router] == {"family": "router_gate_replicated", **dense}
+    assert families[W1] == {
+        "family": "routed_expert",
+        "zero_partition_group": "edp",
+        "zero_partition_rank": 0,
+        "zero_partition_count": 1,
+    }
+    (layer,) = torchfile.read(tmp_path / "step" / "mp_rank_01_model_states.pt")["ds_autoep_layers"]
+    assert (layer["ep_rank"], layer["num_local_experts"], layer["expert_data_parallel_world_size"]) == (1, 1, 1)
+    ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=4, tp=2, ep=4, zero_stage=3).save(tmp_path / "sharded")
+    content = torchfile.read(tmp_path / "sharded" / "bf16_zero_pp_rank_2_mp_rank_01_optim_states.pt")
+    groups = content["optimizer_state_dict"]["ds_zero_partition_groups"]
+    assert [(g["partition_ranks"], g["partition_rank"]) for g in groups] == [([1, 3, 5, 7], 2)] * 2 + [([1, 5], 1)]
+    assert "param_families" not in content["folding"]
+
+
+@pytest.mark.parametrize(("dp", "tp", "ep"), [(2, 2, 4), (2, 4, 2), (2, 6, 4), (3, 2, 3)])
+def test_who_writes_the_files_of_experts_beside_autotp(dp: int, tp: int, ep: int) -> None:
+    """As DeepSpeed's engine: the first ep dp ranks, each that of its own ep rank and tp rank."""
+    experts = Experts(fused=(Fused(0, LAYER, ep, tuple((e,) for e in range(ep))),), lanes=tp)
+    ranks = [(rank % ep, rank % tp) for rank in range(dp * tp) if rank // tp < ep]
+    assert set(experts.first_ranks(Mesh(dp=dp, tp=tp))) == set(ranks)
+    assert experts.arranged(Mesh(dp=dp, tp=tp)).groups("edp") == [list(range(e, dp * tp, ep)) for e in range(ep)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"ep": 1}, "AutoEP beside AutoTP at an ep of at least 2 alone"),
+        ({"dp": 3}, "dp times tp, 6: ep 4 is a part of it"),
+        ({"data_before_experts": True}, "no AutoEP beside AutoTP with use_data_before_expert_parallelism"),
+    ],
+)
+def test_what_deepspeed_does_not_train_beside_autotp_is_refused(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(ReshapeError, match=says):
+        ckptlab.open(AUTOEP, strategy=Whole()).reshape(**{"dp": 2, "tp": 2, "ep": 4, **asked})
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -243,6 +373,13 @@ BAD: dict[str, tuple[Callable[[Any], None], type[CkptlabError], str]] = {
     "a billion": (lambda c: c["ds_autoep_layers"][0].update(num_experts=10**9), CheckpointError, "fewer than"),
     "no prefix": (lambda c: c["ds_autoep_layers"][0].update(expert_key_prefix=7), CheckpointError, "a name, found 7"),
     "no list": (lambda c: c.update(ds_autoep_layers=3), CheckpointError, "expected a list"),
+    "newer beside AutoTP": (lambda c: c.update(folding={"version": 2}), UnsupportedError, "folding is of version 2"),
+    "experts that are cut": (
+        lambda c: c.update(folding={"version": 1, "etp_size": 2}),
+        UnsupportedError,
+        "folding is of version 1 and etp_size 2, ckptlab knows version 1 and whole experts",
+    ),
+    "odd beside AutoTP": (lambda c: c.update(folding={"version": "one"}), CheckpointError, "folding.version"),
     "newer": (
         lambda c: c["ds_autoep_layers"][0]["expert_placement"].update(version=2),
         UnsupportedError,
@@ -329,6 +466,67 @@ def test_deepspeed_resumes_them(asked: dict[str, Any], run: dict[str, Any], tmp_
     report = resume(tmp_path, AUTOEP.name, steps=1, **run)
     assert report["status"] == "equal", report
     assert report["losses"]["4"] == pytest.approx(report["uninterrupted"]["4"], rel=1e-4)
+
+
+def headers(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the files of a step say of AutoEP beside AutoTP, by name."""
+    keys = ("folding", "ds_autoep_layers", "universal_checkpoint_info", "param_shapes", "num_experts")
+    found = {}
+    for file in folder.glob("*.pt"):
+        content = torchfile.read(file)
+        found[file.name] = {key: content[key] for key in keys if key in content}
+        state = content.get("optimizer_state_dict", {})
+        found[file.name] |= {key: state[key] for key in ("ds_zero_partition_groups", "partition_count") if key in state}
+    return found
+
+
+@requires_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "asked", "run"),
+    [
+        ("autoep_tp2_ep4_dp2", {"ep": 2, "zero_stage": 1}, {"ep": 2, "zero": 1}),
+        ("autoep_tp2_ep4_dp2_zero0", {"dp": 1, "ep": 2}, {"dp": 1, "ep": 2}),
+        ("autoep_tp2_ep4_dp2_zero3", {"dp": 1, "ep": 2}, {"dp": 1, "ep": 2}),
+        ("autoep_tp4_ep2", {"tp": 2, "dp": 3, "ep": 3}, {"tp": 2, "dp": 3, "ep": 3}),
+        ("autoep_tp4_ep2", {"zero_stage": 0}, {"zero": 0}),
+        ("autoep_tp2_ep4_dp2", {"tp": 1, "ep": 2, "zero_stage": 0}, {"tp": 1, "ep": 2, "zero": 0}),
+    ],
+)
+def test_deepspeed_resumes_them_beside_autotp(
+    case: str, asked: dict[str, Any], run: dict[str, Any], tmp_path: Path
+) -> None:
+    made = make_case(case, tmp_path / "made")
+    source = ckptlab.open(made)
+    assert differences_from_truth(source.catalog, made / "truth.safetensors") == []
+    assert ckptlab.check(source).verdict == "healthy"
+    source.reshape().save(tmp_path / "same" / STEP)
+    assert headers(tmp_path / "same" / STEP) == headers(made / STEP)
+    source.reshape(**asked).save(tmp_path / "run" / STEP)
+    assert ckptlab.check(tmp_path / "run").verdict == "healthy"
+    report = resume(tmp_path / "run", made, steps=1, **run)
+    assert report["status"] == "equal", report
+    assert report["losses"]["4"] == pytest.approx(report["uninterrupted"]["4"], rel=1e-4)
+
+
+@requires_deepspeed
+@pytest.mark.slow
+def test_deepspeed_resumes_beside_autotp_what_had_no_tp(tmp_path: Path) -> None:
+    """How AutoTP cuts tensors is known of a run that it was on in."""
+    like = read(make_case("autoep_tp2_ep4_dp2", tmp_path / "made"))
+    layouts = LayoutsOf({name: tensor.layout for name, tensor in like.tensors.items()})
+    ckptlab.open(AUTOEP, strategy=layouts).reshape(tp=2, dp=2, ep=4).save(tmp_path / "run" / STEP)
+    report = resume(tmp_path / "run", AUTOEP.name, steps=1, tp=2, dp=2, ep=4)
+    assert report["status"] == "equal", report
+
+
+@requires_deepspeed
+@pytest.mark.slow
+def test_deepspeed_loads_a_universal_folder_beside_autotp(tmp_path: Path) -> None:
+    """Of which its own converter makes none."""
+    made = make_case("autoep_tp2_ep4_dp2", tmp_path / "made")
+    ckptlab.open(made).reshape(ep=2, format="universal").save(tmp_path / "run" / STEP)
+    assert resume(tmp_path / "run", made, steps=0, ep=2, universal=True)["status"] == "equal"
 
 
 @requires_deepspeed

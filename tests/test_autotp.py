@@ -88,6 +88,12 @@ def test_its_own_maps_are_written_again(tmp_path: Path) -> None:
     }
 
 
+def test_the_configuration_says_the_targets_degree(tmp_path: Path) -> None:
+    ckptlab.open(AUTOTP).reshape(tp=1).save(tmp_path / "step")
+    config = torchfile.read(tmp_path / "step" / "mp_rank_00_model_states.pt")["ds_config"]
+    assert config["tensor_parallel"]["autotp_size"] == 1
+
+
 def test_heads_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
     ckptlab.open(AUTOTP).reshape(tp=3, dp=1).save(tmp_path / "step")
     even = ckptlab.open(tmp_path / "step")

@@ -159,6 +159,13 @@ def test_the_plans_figures_where_tp_ranks_have_different_ones(stage: int, tmp_pa
     figures_are_what_happens(source, Mesh(dp=2, tp=2), tmp_path / "out", moved=False, ep=4, zero_stage=stage)
 
 
+@pytest.mark.parametrize("stage", [2, 0, 3])
+@pytest.mark.parametrize(("dp", "tp", "ep"), [(2, 2, 4), (1, 4, 2)])
+def test_the_plans_figures_of_autoep_beside_autotp(dp: int, tp: int, ep: int, stage: int, tmp_path: Path) -> None:
+    source = ckptlab.open(DATA / "autoep_ep2_dp4", strategy=Whole()).catalog
+    figures_are_what_happens(source, Mesh(dp=dp, tp=tp), tmp_path, ep=ep, zero_stage=stage)
+
+
 def figures_are_what_happens(source: Any, mesh: Mesh, tmp_path: Path, moved: bool = True, **asked: Any) -> None:
     reshaped = Reshape.of(source, mesh, **asked)
     tmp_path.mkdir(exist_ok=True)

@@ -132,6 +132,11 @@ class Catalog:
                 return group, index
         raise KeyError(f"{name} of {holder}")
 
+    def mesh_of(self, group: FlatGroup) -> Mesh:
+        """The mesh that the holders of a flat group are on: the catalog's, or its ranks arranged otherwise."""
+        lie = (self.placements.get((name, state)) for name in group.names for state in group.dtypes)
+        return next((copies[0].mesh for copies in lie if copies), self.mesh)
+
     @cached_property
     def _flat_index(self) -> dict[str, list[tuple[FlatGroup, int]]]:
         found: dict[str, list[tuple[FlatGroup, int]]] = {}

@@ -83,8 +83,9 @@ class Placed(View):
         """The degrees of the library's mesh. BackendError if they are not those of the catalog's."""
         assert self.backend is not None
         held, degrees = self.held, self.backend.degrees(self.devices)
-        cut = {axis for t in held.tensors.values() for axis in t.cut.axes}
-        wrong = [a for a in {*cut, *(a for a in ("pp",) if a in degrees)} if degrees.get(a, 1) != held.mesh[a]]
+        needed = {axis: t.cut.mesh[axis] for t in held.tensors.values() for axis in t.cut.axes}
+        needed |= {"pp": held.mesh.pp} if "pp" in degrees else {}
+        wrong = [axis for axis, n in needed.items() if degrees.get(axis, 1) != n]
         if wrong:
             axis = sorted(wrong)[0]
             raise BackendError(

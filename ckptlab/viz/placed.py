@@ -55,7 +55,7 @@ def placed(
             )
         else:
             notes.append(f"flattened, each shard is cut over {' · '.join(placement.data)} in the order of its elements")
-    at = None if rank is None else catalog.mesh.coordinate(rank)
+    at = None if rank is None else placement.mesh.coordinate(rank)
     nothing = ""
     if at is not None and not _holds(placement, at):
         nothing = f"rank {rank} ({catalog.mesh.place(rank or 0)}) holds nothing of it"
@@ -65,7 +65,7 @@ def placed(
         *catalog.mesh.leaves("pp"),
         *placement.at,
     }
-    copies = [(axis, n) for axis, n in catalog.mesh.degrees.items() if n > 1 and axis not in over]
+    copies = [(axis, n) for axis, n in placement.mesh.degrees.items() if n > 1 and axis not in over]
     if len(placement.stages) > 1:
         copies.append(("pp", len(placement.stages)))
     return picture(

@@ -18,7 +18,7 @@ from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
 from ckptlab.draw.blocks import blocks, listed
 from ckptlab.layout import Cut
-from ckptlab.mesh import spoken
+from ckptlab.mesh import Mesh, spoken
 from ckptlab.sharding.activations import KINDS as ACTIVATIONS
 from ckptlab.sharding.activations import Activations
 from ckptlab.viewed import Viewed
@@ -175,24 +175,28 @@ def _by_rank(catalog: Catalog) -> Table:
     mesh, kept = catalog.mesh, catalog.training.gradients
     found = np.zeros((*mesh.shape, len(KINDS)), np.int64)
     for group in catalog.flat_groups:
+        on = catalog.mesh_of(group)
+        table = found.reshape(*on.shape, len(KINDS))
         for holder, flat in group.flats.items():
-            ranks, size = mesh.where(**holder), flat.size(0)
+            ranks, size = on.where(**holder), flat.size(0)
             for state, dtype in group.dtypes.items():
-                found[*ranks, _kind(state)] += size * dtype.itemsize
+                table[*ranks, _kind(state)] += size * dtype.itemsize
             if kept and kept.flat:
-                found[*ranks, GRADIENTS] += (size if kept.cut else flat.total) * kept.dtype.itemsize
+                table[*ranks, GRADIENTS] += (size if kept.cut else flat.total) * kept.dtype.itemsize
 
     @cache
-    def ranks_at(stage: int, axes: tuple[str, ...], at: tuple[int, ...]) -> tuple[int | slice, ...]:
-        return mesh.where(pp=stage, **dict(zip(axes, at, strict=True)))
+    def ranks_at(on: Mesh, stage: int, axes: tuple[str, ...], at: tuple[int, ...]) -> tuple[int | slice, ...]:
+        return on.where(pp=stage, **dict(zip(axes, at, strict=True)))
 
     for cut, stages, column, size, cut_over_dp, times in _outside(catalog, kept):
+        on = cut.mesh if cut.axes else mesh
+        table = found.reshape(*on.shape, len(KINDS))
         for at in cut.coordinates():
             held = math.prod(cut.shard_shape(at))
-            left = math.prod(mesh[axis] for axis in mesh.leaves("dp") if axis not in cut.axes)
+            left = math.prod(on[axis] for axis in on.leaves("dp") if axis not in cut.axes)
             nbytes = (-(-held // left) if cut_over_dp else held) * size * times
-            for stage in {min(s, mesh.pp - 1) for s in stages}:  # whole tensors on one rank know their run's stages
-                found[*ranks_at(stage, cut.axes, at), column] += nbytes
+            for stage in {min(s, on.pp - 1) for s in stages}:  # whole tensors on one rank know their run's stages
+                table[*ranks_at(on, stage, cut.axes, at), column] += nbytes
     return found.reshape(mesh.size, len(KINDS))
 
 

@@ -62,9 +62,8 @@ def pieces(catalog: Catalog, name: str, state: str, rank: int) -> tuple[Piece, .
 
 def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple[Coordinate, int, int, Stored | None]]:
     """(coordinate in the cut, start in the shard, count, stored) of the pieces that a rank holds."""
-    where = catalog.mesh.coordinate(rank)
     for placement in catalog.placements.get((name, state), ()):
-        holder = placement.holder(where)
+        holder = placement.holder(placement.mesh.coordinate(rank))
         if holder is None:
             continue
         at, dp = placement.coordinate(holder), placement.ranks(holder).tolist().index(rank)
@@ -153,11 +152,15 @@ def inventory(catalog: Catalog, rank: int) -> Inventory:
 
 
 def _add_flat_buffers(catalog: Catalog, rank: int, found: Inventory) -> None:
-    at = catalog.mesh.coordinate(rank)
-    groups = [g for g in catalog.flat_groups if all(at.get(axis, k) == k for axis, k in g.at.items())]
-    for number, group in enumerate(groups):
+    number = -1
+    for group in catalog.flat_groups:
+        mesh = catalog.mesh_of(group)
+        at = mesh.coordinate(rank)
+        if any(at.get(axis, k) != k for axis, k in group.at.items()):
+            continue
+        number += 1
         holder = group.holder(at)
-        flat, dp = group.flats[holder], catalog.mesh.index(group.over, at)
+        flat, dp = group.flats[holder], mesh.ranks(**holder).index(rank)
         each = sum(dtype.itemsize for dtype in group.dtypes.values())
         for index, start, place, count in flat.within(dp).tolist():
             share = 100 * count / flat.counts[index]
@@ -171,12 +174,11 @@ def _add_flat_buffers(catalog: Catalog, rank: int, found: Inventory) -> None:
 
 
 def _add_outside(catalog: Catalog, rank: int, found: Inventory) -> None:
-    where = catalog.mesh.coordinate(rank)
     held: dict[int, bool] = {}  # many tensors share a placement
     for (name, state), placements in catalog.outside.items():
         for placement in placements:
             if id(placement) not in held:
-                held[id(placement)] = placement.holder(where) is not None
+                held[id(placement)] = placement.holder(placement.mesh.coordinate(rank)) is not None
         if not any(held[id(placement)] for placement in placements):
             continue
         tensor = catalog.tensors[name]

@@ -15,9 +15,10 @@ def layout(catalog: Catalog, name: str, state: str, rank: int | None = None, wid
 def buffer(catalog: Catalog, name: str, state: str, rank: int, width: int | None = None) -> str:
     """The flat buffers that hold the state, for the tp of a rank and its pp stage (or the tensor's own); SVG, empty
     where it is in none."""
-    tensor, at = catalog[name], catalog.mesh.coordinate(rank)
+    tensor = catalog[name]
     if not catalog.is_flat(tensor.name, state):
         return ""
-    holders = catalog.placement(tensor.name, state).holders
-    mine = next((h for h in holders if h.within(at)), holders[0])
+    placement = catalog.placement(tensor.name, state)
+    at = placement.mesh.coordinate(rank)
+    mine = next((h for h in placement.holders if h.within(at)), placement.holders[0])
     return viz.flat(catalog.flat(tensor.name, mine)[0], tensor=None, width=width, **mine).svg

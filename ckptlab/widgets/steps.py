@@ -132,7 +132,7 @@ def _cut(catalog: Catalog, tensor: Tensor, width: int | None) -> viz.Drawing:
     if not placement.flats:  # then it lies as its cut says
         return viz.placed(catalog, tensor.name, _state(tensor), hue=HUE, width=width)
     one = dict.fromkeys((*catalog.mesh.leaves("pp"), *placement.data, *placement.at), 1)
-    layout, mesh = tensor.layout.replace(stages=None), catalog.mesh.replace(**one)
+    layout, mesh = tensor.layout.replace(stages=None), placement.mesh.replace(**one)
     return viz.tensor(layout, tensor.shape, mesh, name=tensor.name, hue=HUE, width=width)
 
 
@@ -143,7 +143,8 @@ def _over(tensor: Tensor) -> str:
 
 def _ranks(tensor: Tensor, mesh: Mesh) -> str:
     """`4 tp ranks`."""
-    return number_of(math.prod(mesh[axis] for axis in tensor.cut.axes or ("tp",)), f"{_over(tensor)} rank")
+    ranks = math.prod(tensor.cut.mesh[axis] for axis in tensor.cut.axes) if tensor.cut.axes else mesh.tp
+    return number_of(ranks, f"{_over(tensor)} rank")
 
 
 def _each_shard(tensor: Tensor, mesh: Mesh) -> str:

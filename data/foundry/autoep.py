@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foundry.autotp import AutoTPTransformer
+from foundry.autotp import AutoTPTransformer, FeedForward
 from foundry.models import ModelConfig
 
 EXPERTS = re.compile(r".*\.experts\.w[123]")
 
 
-def setting(ep: int) -> dict[str, Any]:
-    """DeepSpeed's `expert_parallel` for it."""
+def setting(ep: int, shared: bool) -> dict[str, Any]:
+    """DeepSpeed's `expert_parallel` for it, with a shared expert or without."""
+    said = {"has_shared_experts": True, "shared_experts_pattern": "shared_expert"} if shared else {}
     return {
         "enabled": True,
         "autoep_size": ep,
@@ -29,6 +30,7 @@ def setting(ep: int) -> dict[str, Any]:
         "num_experts_attr": "num_experts",
         "top_k": 2,
         "use_grouped_mm": False,
+        **said,
     }
 
 
@@ -46,6 +48,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = nn.Linear(config.hidden, config.experts, bias=False)
         self.experts = Experts(config)
+        if config.shared_expert:
+            self.shared_expert = FeedForward(config)
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError("AutoEP computes it")

@@ -61,6 +61,11 @@ CASES = COMMITTED | {
     "autoep_ep2_dp2_zero0": Case("plain_autoep", dp=2, ep=2, zero=0),
     "autoep_ep2_dp4_zero3": Case("plain_autoep", dp=4, ep=2, zero=3, zero_config=SHARDED),
     "autoep_ep2_dp2_bf16_optimizer": Case("plain_autoep", dp=2, ep=2, grad_accum_dtype="fp32"),
+    # of ranks that have the same experts at one tp rank, DeepSpeed has all write one file at once: here there are none
+    "autoep_tp2_ep4_dp2": Case("plain_autoep", tp=2, dp=2, ep=4, zero=2),
+    "autoep_tp2_ep4_dp2_zero3": Case("plain_autoep", tp=2, dp=2, ep=4, zero=3, zero_config=SHARDED),
+    "autoep_tp2_ep4_dp2_zero0": Case("plain_autoep", tp=2, dp=2, ep=4, zero=0),
+    "autoep_tp4_ep2": Case("plain_autoep_wide", tp=4, ep=2, zero=2),
     "autotp_tp3_zero2": Case("plain_autotp", tp=3, zero=2),
     "gpt_moe_pp2_ep2_dp2": Case("gpt_moe", pp=2, dp=2, ep=2, grad_accum_dtype="fp32"),
     "gpt_moe_pp2_ep2_dp2_zero0_fp16": Case("gpt_moe", pp=2, dp=2, ep=2, zero=0, dtype="fp16"),

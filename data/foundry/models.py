@@ -40,6 +40,8 @@ class ModelConfig:
     """q, k and v one below the other, each cut on its own: what unequal numbers of heads need."""
     experts: int = 0
     """Of every second layer, beside its own feed-forward network (DeepSpeed's residual MoE); 0: no layer has any."""
+    shared_expert: bool = False
+    """One of AutoEP's experts that takes every token, beside the others."""
 
     @property
     def head_dim(self) -> int:
@@ -64,6 +66,8 @@ MOE = replace(PLAIN, layers=4, experts=4)
 GPT_MOE = replace(GPT, experts=4)
 AUTOTP = ModelConfig(vocab=61, seq=10, hidden=24, heads=6, kv_heads=3, ffn=37, layers=2, bias=False, rms_norm=True)
 AUTOEP = replace(AUTOTP, experts=4)
+WIDE = replace(AUTOEP, heads=12, kv_heads=12, experts=6, layers=4, shared_expert=True)
+"""Heads and experts for more ranks, in two layers, with a shared expert in each."""
 LARGE = ModelConfig(vocab=32000, seq=8, hidden=768, heads=12, kv_heads=12, ffn=3072, layers=11)
 """103 million parameters, for benchmarks: as "gpt_large" and "plain_large"."""
 CONFIGS = {
@@ -75,6 +79,7 @@ CONFIGS = {
     "gpt_moe": GPT_MOE,
     "plain_autotp": AUTOTP,
     "plain_autoep": AUTOEP,
+    "plain_autoep_wide": WIDE,
     "gpt_large": LARGE,
     "plain_large": LARGE,
 }

@@ -68,7 +68,7 @@ class Case:
     @property
     def autoep(self) -> bool:
         """Whether DeepSpeed's AutoEP spreads the model's experts."""
-        return self.model == "plain_autoep"
+        return self.model.startswith("plain_autoep")
 
     @property
     def config(self) -> ModelConfig:
@@ -222,12 +222,12 @@ def _ds_config(case: Case, universal: bool) -> dict[str, Any]:
         config["fp16"] = {"enabled": True, "initial_scale_power": 10}
     if case.grad_accum_dtype is not None:
         config["data_types"] = {"grad_accum_dtype": case.grad_accum_dtype}
-    if case.autotp and case.tp > 1:
+    if (case.autotp or case.autoep) and case.tp > 1:
         config["tensor_parallel"] = autotp.setting(case.tp)
         del config["train_batch_size"]  # DeepSpeed would count every rank as one of dp
         config["train_micro_batch_size_per_gpu"] = BATCH // case.dp // _accumulation(case.dp)
     if case.autoep:
-        config["expert_parallel"] = autoep.setting(case.ep)
+        config["expert_parallel"] = autoep.setting(case.ep, case.config.shared_expert)
     if case.parallel:
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if universal:

@@ -52,7 +52,7 @@ def gather(run: Run) -> Truth:
     every: list[Any] = [None] * run.case.world
     torch.distributed.all_gather_object(every, (run.coordinate, mine, settings))
     if run.case.autoep:
-        _over_ep([tensors for _, tensors, _ in every], run.case.ep)
+        _over_ep([tensors for _, tensors, _ in every], run.case.ep)  # in the order of their numbers, whatever tp is
     held = {(c["pp"], c["tp"]): tensors for c, tensors, _ in every if c["dp"] == 0}
     for c, tensors, _ in every:  # other dp ranks have other experts
         held[c["pp"], c["tp"]] = tensors | held[c["pp"], c["tp"]]
@@ -71,16 +71,20 @@ def gather(run: Run) -> Truth:
 
 
 def _over_ep(ranks: list[dict[str, Tensor]], ep: int) -> None:
-    """Put all experts of a layer into the first rank's tensors; ranks that follow one another have what follows."""
+    """Put all experts of a layer into every rank's tensors; ranks that follow one another have what follows."""
     for key in ranks[0]:
         if EXPERTS.fullmatch(key):
-            ranks[0][key] = torch.cat([ranks[rank][key] for rank in range(ep)])
+            groups = [ranks[first : first + ep] for first in range(0, len(ranks), ep)]
+            for group in groups:
+                whole = torch.cat([tensors[key] for tensors in group])
+                for tensors in group:
+                    tensors[key] = whole
 
 
 def _over_tp(key: str, shards: list[Tensor], case: Case) -> tuple[Tensor, bool]:
     """One tensor of one stage, and whether its tensor-parallel replicas are equal."""
     name = key.split("/", 1)[1]
-    if case.autotp and (dim := cut_dim(name)) is not None:
+    if (case.autotp or case.autoep) and (dim := cut_dim(name)) is not None:
         return torch.cat(shards, dim), True
     cut = cut_of(name, case.config, case.tp) if case.parallel else None
     tensor = unshard(shards, cut)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.errors import UnsupportedError
+from ckptlab.formats.deepspeed import folding
 from ckptlab.formats.deepspeed.headers import Content, Header
 from ckptlab.formats.deepspeed.rows import RowsLayout, Runs
 from ckptlab.layout import Layout
@@ -89,6 +90,8 @@ def layers(path: str, content: Content) -> tuple[Fused, ...]:
     """What a model file says of them. CheckpointError for an entry of another form, UnsupportedError for one of a newer
     version."""
     header = Header(path, content)
+    if content.get(FOLDING) is not None:
+        folding.check(header.inside(FOLDING))
     key = KEY if content.get(KEY) else OLD_KEY
     return tuple(_layer(entry) for entry in header.dictionaries(key)) if content.get(key) else ()
 

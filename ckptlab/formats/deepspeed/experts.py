@@ -8,8 +8,10 @@ over the ranks that have the same experts (`edp`).
 Beside tensor parallelism there are two kinds. Experts that are tensor parallel themselves
 (`enable_expert_tensor_parallelism`) lie so on each tp rank. All others are whole, and are dealt to the ranks of dp and
 tp alike, in the order of global ranks: tp ranks have different ones, or share the buffers of the same, and an expert's
-file is the one rank's that comes first. Sources: DeepSpeed 0.19.8, `moe/layer.py`, `utils/groups.py`
-(`_create_expert_and_data_parallel`, `_create_expert_data_and_model_parallel`), engine (`_save_moe_checkpoint`).
+file is the one rank's that comes first. Those of AutoEP always lie so beside AutoTP ("folding"): the ranks of a stage
+are dp × tp to all other tensors, and edp × ep to them (`Experts.arranged`). Sources: DeepSpeed 0.19.8, `moe/layer.py`,
+`utils/groups.py` (`_create_expert_and_data_parallel`, `_create_expert_data_and_model_parallel`), engine
+(`_save_moe_checkpoint`), `module_inject/auto_ep_folding.py`.
 """
 
 from __future__ import annotations
@@ -192,8 +194,11 @@ class Experts:
 
     def refusals(self, mesh: Mesh, ep: int | None, lanes: int, data_first: bool | None) -> Iterator[str]:
         """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
+        folded = bool(self.fused) and lanes > 1
         for wanted in (ep,) if ep else self.sizes:
-            if wanted % lanes:
+            if folded and wanted == 1:
+                yield f"tp {lanes}: DeepSpeed trains AutoEP beside AutoTP at an ep of at least 2 alone: say ep="
+            elif wanted % lanes and not folded:
                 yield (
                     f"tp {lanes}: DeepSpeed deals experts that tp does not cut to tp ranks too, and cannot load what "
                     f"it saves at an ep of less, {wanted}; ckptlab writes multiples of tp: say ep="
@@ -201,7 +206,12 @@ class Experts:
             elif mesh.dp * lanes % wanted:
                 ranks = f"dp {mesh.dp}" if lanes == 1 else f"dp times tp, {mesh.dp * lanes}"
                 yield f"{ranks}: ep {wanted} is a part of it, and does not divide it: say ep="
-        if lanes > 1 and (self.data_first if data_first is None else data_first):
+        if folded and (self.data_first if data_first is None else data_first):
+            yield (
+                f"tp {lanes}: DeepSpeed trains no AutoEP beside AutoTP with use_data_before_expert_parallelism: say "
+                "data_before_experts=False"
+            )
+        elif lanes > 1 and (self.data_first if data_first is None else data_first):
             yield (
                 f"tp {lanes}: with use_data_before_expert_parallelism DeepSpeed leaves out model files and cannot load "
                 "it: say data_before_experts=False"
@@ -212,11 +222,30 @@ class Experts:
 
     # ------------------------------------------------------------------ on the mesh
 
+    @property
+    def folded(self) -> bool:
+        """Of a target: AutoEP beside AutoTP, of whose ranks experts are dealt to all."""
+        return bool(self.fused) and self.lanes > 1
+
+    def arranged(self, mesh: Mesh) -> Mesh:
+        """The ranks of a target's mesh as tensors of all experts of a layer lie on them: as they are, or with those of
+        each stage as edp × ep in the order of their numbers, whichever of dp and tp they are."""
+        return split(Mesh(pp=mesh.pp, dp=mesh.dp * mesh.tp), self.sizes, ("ep",)) if self.folded else mesh
+
+    def first_ranks(self, mesh: Mesh) -> dict[tuple[int, int], int]:
+        """(ep rank, tp rank) → the first rank of a target's stage that is both, which writes the files of experts that
+        such ranks read."""
+        arranged = self.arranged(mesh)
+        found: dict[tuple[int, int], int] = {}
+        for rank in range(mesh.dp * mesh.tp):
+            found.setdefault((arranged.coordinate(rank)["ep"], rank % mesh.tp), rank)
+        return found
+
     def on(self, mesh: Mesh) -> Mesh:
         """The mesh with dp split into `edp` and `ep`; where layers differ in their degrees, `ep2` and `ep4`, say, of
         which a layer that is spread over four ranks takes both. Of a target where they are dealt to tp ranks too,
         `dp_ep` is what of ep lies along dp."""
-        if not self or self.over_tp:
+        if not self or self.over_tp or self.folded:
             return mesh
         sizes = [n // self.lanes for n in self.sizes]
         return split(mesh, sizes, self.axes(self.sizes[-1]), self.data_first)
@@ -240,6 +269,8 @@ class Experts:
             return (Share({}, tuple(range(len(self.dealt(degree, mesh)[0]))), "dp"),)
         if degree is None:
             return _shares(mesh, ())
+        if self.folded:
+            return _shares(self.arranged(mesh), ("ep",))
         found = _shares(mesh, self.axes(degree))
         if self.lanes == 1:
             return found
@@ -284,7 +315,10 @@ class Experts:
         """The tp ranks that write the optimizer of an ep rank where there is no ZeRO."""
         if self.lanes > 1:
             return [ep % self.lanes]
-        return [t for _, t in self.dealt(degree, mesh)[ep][:1]] if self.over_tp else list(range(mesh.tp))
+        if not self.over_tp:
+            return list(range(mesh.tp))
+        own = self.dealt(degree, mesh)[ep]
+        return sorted({t for d, t in own if d < degree}) if self.fused else [t for _, t in own[:1]]
 
     def writer(self, ep: int, mesh: Mesh) -> int:
         """The rank, of those that experts are dealt to, that writes what ep rank `ep` of the largest degree has: the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckptlab.catalog import Catalog, Tensor
@@ -13,7 +14,7 @@ from ckptlab.formats.deepspeed.experts import GROUP
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.torch.pickles import Foreign, foreign
-from ckptlab.layout import cut_dim
+from ckptlab.layout import Cut, cut_dim
 
 DATA_FIRST = "use_data_before_expert_parallelism"
 SCALERS = "deepspeed.runtime.fp16.loss_scaler"
@@ -34,6 +35,8 @@ def adapt_config(config: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
         adapted[DATA_FIRST] = native.experts.data_first
     if native.experts.fused and isinstance(adapted.get("expert_parallel"), dict):
         adapted["expert_parallel"]["autoep_size"] = native.experts.fused[0].ep
+    if isinstance(tensor_parallel := adapted.get("tensor_parallel"), dict) and "autotp_size" in tensor_parallel:
+        tensor_parallel["autotp_size"] = target.mesh.tp
     if native.options.dtype is not None:
         for key in ("bf16", "bfloat16", "fp16"):
             if key in adapted:
@@ -62,11 +65,11 @@ def adapt_client(model: dict[str, Any], told: bool, target: Catalog, rank: int) 
         model["args"] = args.with_attributes(**known)
     if isinstance(model.get("checkpoint_info"), dict) and padded and "padded_vocab_size" in model["checkpoint_info"]:
         model["checkpoint_info"] = {**model["checkpoint_info"], "padded_vocab_size": padded}
-    if (found := universal_info(model.get("universal_checkpoint_info"), told, target)) is None:
+    if (found := universal_info(model.get("universal_checkpoint_info"), told, target, rank)) is None:
         model.pop("universal_checkpoint_info", None)
     else:
         model["universal_checkpoint_info"] = found
-    model.pop(autoep.FOLDING, None)  # of a mesh with tp, for which nothing of it is written
+    model.pop(autoep.FOLDING, None)  # of the source's mesh
     for held in (model, found or {}):
         for key in (autoep.KEY, autoep.OLD_KEY):
             if held.get(key):
@@ -77,7 +80,8 @@ def adapt_client(model: dict[str, Any], told: bool, target: Catalog, rank: int) 
 def _autoep(entry: Mapping[str, Any], target: Catalog, rank: int) -> dict[str, Any]:
     """What AutoEP records of a layer of the target, on one rank of it."""
     (fused,) = (one for one in target.private.experts.fused if one.number == entry["moe_layer_id"])
-    at, zero3 = target.mesh.coordinate(rank), target.private.wrapper is Wrapper.ZERO3
+    mesh, zero3 = target.tensors[fused.names[0]].cut.mesh, target.private.wrapper is Wrapper.ZERO3
+    at = mesh.coordinate(rank)
     local = len(fused.ranks[at["ep"]])
     placed = [{"rank": r, "experts": list(held)} for r, held in enumerate(fused.ranks)]
     maps = {name: autotp.map_of(target.tensors[name], "ep") for name in fused.names}
@@ -97,14 +101,14 @@ def _autoep(entry: Mapping[str, Any], target: Catalog, rank: int) -> dict[str, A
         "ep_group_name": GROUP.format(fused.ep),
         "ep_rank": at["ep"],
         "expert_data_parallel_rank": at["edp"],
-        "expert_data_parallel_world_size": target.mesh["edp"],
+        "expert_data_parallel_world_size": mesh["edp"],
         "global_expert_start": at["ep"] * local,
         "global_expert_end": (at["ep"] + 1) * local,
     }
 
 
-def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] | None:
-    """`universal_checkpoint_info` for the target.
+def universal_info(stored: Any, told: bool, target: Catalog, rank: int) -> dict[str, Any] | None:
+    """`universal_checkpoint_info` for the target, in the file of a rank.
 
     told: the source's own lists said its layouts. Where they did not, lists are made of the layouts; where those cannot
     be said in such lists there is None, so that nobody goes by wrong ones.
@@ -116,7 +120,7 @@ def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] |
     if info is None or (target.mesh.tp == 1 and info.get("affine_map")):  # AutoTP says nothing where it is off
         return None
     if told and info.get("affine_map"):
-        return info | _affine(info, target)
+        return info | _affine(info, target, rank)
     padded = [t for t in target.tensors.values() if t.layout.padded]
     if padded:
         info["padded_vocab_size"] = padded[0].cut.shape[0]
@@ -127,10 +131,11 @@ def universal_info(stored: Any, told: bool, target: Catalog) -> dict[str, Any] |
     return info
 
 
-def _affine(info: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
-    """What AutoTP says of the target: the map of every tensor, and the widths of its sub-parameters."""
+def _affine(info: Mapping[str, Any], target: Catalog, rank: int) -> dict[str, Any]:
+    """What AutoTP says of the target, on a rank: the map of every tensor, and the widths of its sub-parameters. Of all
+    experts of a layer it knows those that the rank has, and takes all tp ranks to have them."""
     tensors = {f"^{re.escape(name)}$": tensor for name, tensor in target.tensors.items() if tensor.kind != "buffer"}
-    maps = {pattern: autotp.map_of(tensor) for pattern, tensor in tensors.items()}
+    maps = {pattern: autotp.map_of(_as_autotp_sees(tensor, target, rank)) for pattern, tensor in tensors.items()}
     found: dict[str, Any] = {"affine_map": {"version": autotp.VERSION, "params": maps}}
     if widths := info.get("sub_param_shard_widths"):
         found["sub_param_shard_widths"] = {
@@ -140,6 +145,13 @@ def _affine(info: Mapping[str, Any], target: Catalog) -> dict[str, Any]:
             if re.match(pattern, tensor.name) and (dim := cut_dim(tensor.layout, "tp")) is not None
         }
     return found
+
+
+def _as_autotp_sees(tensor: Tensor, target: Catalog, rank: int) -> Tensor:
+    if target.private.experts.fused_of(tensor.name) is None:
+        return tensor
+    shape = tensor.cut.shard_shape(tensor.cut.coordinate(tensor.cut.mesh.coordinate(rank)))
+    return replace(tensor, shape=shape, cut=Cut.whole(shape, target.mesh))
 
 
 def _spread(widths: Sequence[int], tp: int) -> list[int]:

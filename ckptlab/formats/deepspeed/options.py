@@ -76,7 +76,7 @@ def lanes_of(catalog: Catalog, mesh: Mesh) -> int:
     """Over how many tp ranks a target's experts are dealt, as DeepSpeed deals those that tp does not cut."""
     experts = catalog.private.folder.experts
     if not experts or experts.fused:
-        return 1
+        return mesh.tp if experts else 1
     cut = any("tp" in names(node) for t in catalog.tensors.values() if experts.degree(t.name) for node in t.layout.tree)
     return 1 if cut else mesh.tp
 
@@ -134,8 +134,6 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         yield from experts.refusals(mesh, options.ep, lanes_of(catalog, mesh), options.data_before_experts)
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
-        if mesh.tp > 1 and experts.fused:
-            yield f"tp {mesh.tp}: AutoEP beside AutoTP deals experts to tp ranks too, of which ckptlab writes no files"
     elif options.ep not in (None, 1):
         yield f"ep {options.ep}: the checkpoint has no experts"
     if options.dtype is not None and options.dtype not in DTYPES:

@@ -142,7 +142,8 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
         mesh=mesh,
         tensors=tensors,
         placements=placements(tensors, flat_groups, outside, mesh, wrapper is Wrapper.ZERO3)
-        | (_in_every_file(tensors, mesh, experts) if whole and experts else {}),
+        | (_in_every_file(tensors, mesh, experts) if whole and experts and not experts.folded else {})
+        | (_by_first_ranks(tensors, mesh, experts, wrapper) if experts.folded else {}),
         flat_groups=flat_groups,
         training=replace(
             catalog.training,
@@ -302,7 +303,7 @@ def _retarget(
 ) -> Tensor:
     source = catalog.private
     if (fused := experts.fused_of(tensor.name)) is not None:
-        layout = fused.layout(tensor.shape)
+        layout, mesh = fused.layout(tensor.shape), experts.arranged(mesh)
     elif source.autotp and mesh.tp != source.folder.mesh.tp:
         layout = autotp.on_tp(tensor.layout, tensor.name, tensor.shape, mesh.tp, kv_heads, source.grain)
     else:
@@ -371,16 +372,16 @@ def _flat_groups(
             every = [n for n in group.tensors if p in tensors[n].stages]
             if not every:
                 continue
-            shares = experts.shares(every, mesh)
+            shares, on = experts.shares(every, mesh), mesh
             if experts.fused_of(every[0]):  # ep cuts them: the same tensors are on all its ranks
-                shares = (replace(shares[0], at={}),)
+                shares, on = (replace(shares[0], at={}),), experts.arranged(mesh)
             for rank, share in enumerate(shares):
                 names = experts.on_rank(every, rank) if share.at else every
                 if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
                     names = dealt_round_robin(names, len(share.ranks))
                 zero_stage = 3 if wrapper is Wrapper.ZERO3 else 1
                 found += [
-                    FlatGroup.laid_out(Holder(pp=p, **share.at), index, members, tensors, mesh, zero_stage, sub)
+                    FlatGroup.laid_out(Holder(pp=p, **share.at), index, members, tensors, on, zero_stage, sub)
                     for sub, members in enumerate(
                         _sub_groups(names, tensors, len(share.ranks), wrapper, options, catalog)
                     )
@@ -481,4 +482,23 @@ def _in_every_file(
         places = dict.fromkeys(Holder(**at).without(*common) for at in every if own.within(at))
         copies = tuple(Placement(tensor.cut, tensor.stages, None, tensor.layout.replicas, at) for at in places)
         found.update({(name, state): copies for state in tensor.states if state != PARAM})
+    return found
+
+
+def _by_first_ranks(
+    tensors: Mapping[str, Tensor], mesh: Mesh, experts: Experts, wrapper: Wrapper
+) -> dict[tuple[str, str], tuple[Placement, ...]]:
+    """How what the files of experts hold will lie beside AutoTP: each ep rank and tp rank that go together have files
+    of their own, without ZeRO of all that the optimizer keeps."""
+    found: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    writers = experts.first_ranks(mesh).values()
+    for name, tensor in tensors.items():
+        states = [s for s in tensor.states if s != PARAM] if wrapper is Wrapper.WHOLE else []
+        data = "edp" if experts.fused_of(name) else "dp"
+        states += [PARAM] if data == "edp" and wrapper is not Wrapper.ZERO3 else []
+        each = mesh.size // tensor.cut.mesh[data]
+        places = dict.fromkeys(rank // each for rank in writers) if states else ()
+        at: list[dict[str, int]] = [{data: k} for k in places] if len(places) > 1 else [{}]
+        copies = tuple(Placement(tensor.cut, (0,), None, tensor.layout.replicas, one) for one in at)
+        found.update({(name, state): copies for state in states})
     return found

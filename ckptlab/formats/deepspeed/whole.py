@@ -71,8 +71,12 @@ def _fragments(
 ) -> Iterator[tuple[str, Holder, str, tuple[Fragment, ...]]]:
     """(tensor, holder, state, where it lies) of all that the optimizer of a rank keeps, of its experts by their global
     names. What it steps is the module's own weight where it has no other."""
+    experts = folder.experts
+    elsewhere = experts.over_tp and rank[1] not in experts.writers(ep, experts.sizes[-1], folder.mesh)
     for g, of_first in enumerate(shapes):
         degree = folder.experts.degree(next(iter(of_first), ""))
+        if degree is None and elsewhere:  # another tp rank's file, whose shards of such tensors are others
+            continue
         at = folder.experts.place(ep, degree, folder.mesh) if degree else ep
         done, names = 0, folder.experts.shapes_on(of_first, at)
         for k, (name, shape) in enumerate(zip(folder.experts.globally(names, at), names.values(), strict=True)):

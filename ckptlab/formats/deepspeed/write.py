@@ -17,8 +17,7 @@ import numpy as np
 
 from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
-from ckptlab.formats.deepspeed import info, names
-from ckptlab.formats.deepspeed.autoep import Fused
+from ckptlab.formats.deepspeed import autoep, folding, info, names
 from ckptlab.formats.deepspeed.experts import GROUP, layer_of
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
@@ -27,6 +26,7 @@ from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Size, foreign
 from ckptlab.formats.torch.torchfile import Pending
+from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
@@ -60,6 +60,7 @@ class NativeWriter:
         self.prefix = "bf16" if self.native.dtype == "bf16" else ""
         self.experts = self.native.experts
         self._places: dict[Holder, list[int]] = {}
+        self._ranks: dict[tuple[Mesh, Holder], list[int]] = {}
 
     @property
     def version(self) -> str:
@@ -89,17 +90,41 @@ class NativeWriter:
                     rank = mesh.rank(pp=p, dp=self.place(at.without("tp"))[0], tp=t)
                     tensors = OrderedDict((name, self.module_weight(name, rank)) for name in held)
                     yield torchfile.plan(names.expert(i, expert, p * mesh.tp + t), tensors)
-        for fused, t in itertools.product(() if zero3 else self.experts.fused, range(mesh.tp)):
-            for expert in range(fused.total):
-                tensors = OrderedDict(
-                    (fused.name(name, expert), self.expert(fused, name, expert)) for name in fused.names
-                )
-                yield torchfile.plan(names.expert(fused.number, expert, t), tensors)
-        for ep in range(max(self.experts.sizes, default=0) if inside else 0):
+        yield from () if zero3 else self.fused_files()
+        for ep, p, rank in self.optimizers_of_experts() if inside else ():
+            content = {"optimizer": whole_state(self, p, rank, ep), **self.folding("routed_expert", rank)}
+            yield torchfile.plan(names.expert_optim(ep, p * mesh.tp + rank % mesh.tp), content)
+
+    def fused_files(self) -> Iterator[FilePlan]:
+        """The files of experts that are a tensor together: each by the first rank that has it, for its tp rank."""
+        for fused in self.experts.fused:
+            made = set()
+            for (ep, t), rank in self.experts.first_ranks(self.mesh).items():
+                for index, expert in enumerate(fused.ranks[ep]):
+                    if (expert, t) in made:
+                        continue
+                    made.add((expert, t))
+                    tensors = {fused.name(name, expert): self.expert(name, rank, index) for name in fused.names}
+                    content = OrderedDict({**tensors, **self.folding("routed_expert", rank)})
+                    yield torchfile.plan(names.expert(fused.number, expert, t), content)
+
+    def optimizers_of_experts(self) -> Iterator[tuple[int, int, int]]:
+        """(ep rank, pp stage, rank) of all who write the optimizer of their experts, and of what is beside these, where
+        there is no ZeRO."""
+        mesh = self.mesh
+        if self.experts.folded:
+            yield from ((ep, 0, rank) for (ep, _), rank in self.experts.first_ranks(mesh).items())
+            return
+        for ep in range(max(self.experts.sizes, default=0)):
             for p, t in itertools.product(range(mesh.pp), self.experts.writers(ep, self.experts.sizes[-1], mesh)):
-                rank = mesh.rank(pp=p, dp=self.experts.writer(ep, mesh) // self.experts.lanes, tp=t)
-                optimizer = whole_state(self, p, rank, ep)
-                yield torchfile.plan(names.expert_optim(ep, p * mesh.tp + t), {"optimizer": optimizer})
+                yield ep, p, mesh.rank(pp=p, dp=self.experts.writer(ep, mesh) // self.experts.lanes, tp=t)
+
+    def folding(self, family: str, rank: int, families: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What a rank's file says of AutoEP beside AutoTP; nothing where there is none."""
+        if not self.experts.folded:
+            return {}
+        ep = self.experts.sizes[-1]
+        return {autoep.FOLDING: folding.said(self.mesh, ep, rank, family, families)}
 
     def layers_on(self, stage: int) -> list[str]:
         """The layers of a stage that have experts, in the order in which it numbers them."""
@@ -116,7 +141,7 @@ class NativeWriter:
 
     def coordinate(self, tensor: Tensor, rank: int) -> tuple[int, ...]:
         """The coordinate of the tensor's cut that a rank has."""
-        return tensor.cut.coordinate(self.mesh.coordinate(rank))
+        return tensor.cut.coordinate(tensor.cut.mesh.coordinate(rank))
 
     def module_weight(self, name: str, rank: int) -> Pending:
         """A tensor's module weight on a rank: as it was stored, or the master rounded to the target's dtype."""
@@ -129,18 +154,16 @@ class NativeWriter:
         shape = tensor.cut.shard_shape(self.coordinate(tensor, rank))
         return self._elements(tensor, state, rank, stage, shape, 0)
 
-    def expert(self, fused: Fused, name: str, expert: int) -> Pending:
-        """The module weight of one of the experts that are a tensor together."""
+    def expert(self, name: str, rank: int, index: int) -> Pending:
+        """The module weight of one of the experts that are a tensor together: the index-th of a rank."""
         tensor = self.target.tensors[name]
-        ep = next(k for k, held in enumerate(fused.ranks) if expert in held)
-        rank = int(self.mesh.ranks(pp=0, ep=ep, tp=0)[0])
-        return self._elements(tensor, PARAM, rank, 0, tensor.shape[1:], fused.ranks[ep].index(expert))
+        return self._elements(tensor, PARAM, rank, 0, tensor.shape[1:], index)
 
     def _elements(
         self, tensor: Tensor, state: str, rank: int, stage: int | None, shape: tuple[int, ...], index: int
     ) -> Pending:
         """The part number `index` of that shape of a rank's shard."""
-        at, where = self.coordinate(tensor, rank), self.mesh.coordinate(rank)
+        at, where = self.coordinate(tensor, rank), tensor.cut.mesh.coordinate(rank)
         dtype, count = tensor.states[state], math.prod(shape)
         stage = where["pp"] if stage is None else stage
         holder = self.experts.holder(tensor.name, self.mesh, where.get("ep", 0), pp=stage, tp=where["tp"])
@@ -154,8 +177,16 @@ class NativeWriter:
 
     def share(self, group: FlatGroup, tp: int, dp: int) -> tuple[Holder, int]:
         """Which of a group's buffers a dp rank has a part of, and which part."""
-        holder = group.holder(self.mesh.coordinate(self.mesh.rank(pp=group.stage, dp=dp, tp=tp)))
-        return holder, self.place(holder.without("tp")).index(dp)
+        rank = self.mesh.rank(pp=group.stage, dp=dp, tp=tp)
+        holder = group.holder(self.target.tensors[group.names[0]].cut.mesh.coordinate(rank))
+        return holder, self.ranks(group, holder).index(rank)
+
+    def ranks(self, group: FlatGroup, holder: Holder) -> list[int]:
+        """The ranks that have one of a group's buffers together."""
+        key = self.target.tensors[group.names[0]].cut.mesh, holder
+        if key not in self._ranks:
+            self._ranks[key] = key[0].ranks(**holder)
+        return self._ranks[key]
 
     def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
         """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
@@ -205,7 +236,8 @@ class NativeWriter:
         if self.experts:
             held = [self.experts.total[layer] for layer in self.layers_on(p)]
             model["num_experts"] = held or [fused.total for fused in self.experts.fused]
-        return info.adapt_client(model, self.target.training.layouts_told, self.target, rank)
+        model = info.adapt_client(model, self.target.training.layouts_told, self.target, rank)
+        return model | self.folding("dense", rank, folding.of_modules(module or {}))
 
     def _frozen(self, module: Mapping[str, Any], d: int, rank: int) -> dict[str, Any]:
         """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None."""
@@ -300,7 +332,12 @@ class NativeWriter:
             if self.native.wrapper is Wrapper.ZERO3
             else self._flat_state(template, groups, t, d)
         )
-        return {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": self.version}
+        content = {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": self.version}
+        families = None  # at ZeRO-3 the sub-groups say it
+        if self.native.wrapper is not Wrapper.ZERO3:
+            shared = ((g, *self.share(g, t, d)) for g in groups)
+            families = {n: folding.of_buffer(n, g.flats[h].dp, part) for g, h, part in shared for n in g.names}
+        return content | self.folding("zero_optimizer_state", self.mesh.rank(pp=p, dp=d, tp=t), families)
 
     def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
         found = {}
@@ -367,7 +404,7 @@ class NativeWriter:
                     "group_names": [GROUP.format(degree) if degree else "replicated"],
                     "partition_count": group.flats[holder].dp,
                     "partition_rank": part,
-                    "partition_ranks": self.place(holder.without("tp")),
+                    "partition_ranks": self.ranks(group, holder),
                 }
             )
         return {"ds_zero_partition_groups": found}

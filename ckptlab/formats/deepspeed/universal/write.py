@@ -25,8 +25,8 @@ from ckptlab.layout import cut_dim, equal_parts, sub_parameters
 def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
     """Every file of the universal folder. `target` says for which mesh, stage and dtype the model files beside are
     made; tensors are whole, whatever the mesh. So are experts: they are in one model file, under their global names, as
-    for ep 1."""
-    if target.private.experts:
+    for ep 1, or, of AutoEP beside AutoTP, whose model files name the ranks, in none."""
+    if target.private.experts and not target.private.experts.folded:
         target = reshape(source, target.mesh.joined(), replace(target.private.options, ep=1))
     writer = NativeWriter(source, target, tally)
     flat = target.private.wrapper is Wrapper.ZERO3

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, swatch, text, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, noted, swatch, text, width_of
 from ckptlab.words import size
 
 _WIDTH, _HEIGHT, _STEP = 520.0, 20.0, 26.0
@@ -90,9 +90,6 @@ def bars(
             x = at + 7  # beyond the dashed line, which would strike it through
         parts.append(text(x, y + _HEIGHT / 2, said_total, "strong total"))
         y += _STEP
-    said = wrapped(notes, width)
-    for line in said:
-        y += 18
-        parts.append(text(0, y - 9, line, "quiet note"))
-    total = max([left + longest + 76, wide if width is None else 0.0, *(width_of(line) for line in said)])
-    return drawing(title or "bars", parts, total if width is None else min(total, width), y + 2)
+    said, y, broad = noted(notes, y, width)
+    total = max(left + longest + 76, wide if width is None else 0.0, broad)
+    return drawing(title or "bars", [*parts, *said], total if width is None else min(total, width), y + 2)

@@ -12,7 +12,7 @@ import numpy as np
 from ckptlab.draw.axes import placed
 from ckptlab.draw.blocks import each, fill, listed, notes, thinned, tip
 from ckptlab.draw.colours import colour, ink
-from ckptlab.draw.svg import Drawing, drawing, element, text, text_of, width_of, wrapped
+from ckptlab.draw.svg import Drawing, drawing, element, noted, text, text_of, width_of
 from ckptlab.words import ranges
 
 SHEETS, ROWS, COLUMNS = 8, 8, 8  # the most that are drawn one by one along each side
@@ -102,12 +102,9 @@ def block(
     said = notes(ranks.size, cut, marked)
     if groups:
         said.append(f"framed: {len(groups):,} {along}{'s' if len(groups) > 1 else ''} of {len(groups[0]):,} ranks")
-    said = wrapped(said, width)
-    for line in said:
-        bottom += 18
-        parts.append(text(0, bottom - 9, line, "quiet note"))
-    total = max([begin + across * wide + 16 + max(rights), width_of(title, 14), *(width_of(line) for line in said)])
-    return drawing(title or "ranks", parts, total, bottom + 2)
+    below, bottom, broad = noted(said, bottom, width)
+    total = max(begin + across * wide + 16 + max(rights), width_of(title, 14), broad)
+    return drawing(title or "ranks", [*parts, *below], total, bottom + 2)
 
 
 def _label(held: Sequence[int], step: int) -> str:

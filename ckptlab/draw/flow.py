@@ -9,7 +9,7 @@ from typing import Any
 from ckptlab.draw.blocks import told
 from ckptlab.draw.colours import colour
 from ckptlab.draw.matrix import Side, carried
-from ckptlab.draw.svg import Drawing, cell, drawing, element, text, text_of, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, noted, text, text_of, width_of
 from ckptlab.words import size
 
 _HEIGHT, _ACROSS, _BOX, _GAP, _LINE = 300.0, 260.0, 14.0, 7.0, 13.0
@@ -73,11 +73,9 @@ def flow(
         max(max(at[-1] + max(n[-1] * scale, _LINE) for at, n in zip(places, (sent, received), strict=True)), top) + 8
     )
     stays = "; outlined: stays on the rank where it is" if any(map(any, kept)) else ""
-    lines = wrapped([f"widths are bytes{stays}", *notes], width)
-    for line in lines:
-        bottom += 18
-        parts.append(text(0, bottom - 9, line, "quiet note"))
-    whole = max([right + _BOX + margins[1], width_of(title, 14), *(width_of(line) for line in lines)])
+    below, bottom, broad = noted([f"widths are bytes{stays}", *notes], bottom, width)
+    parts += below
+    whole = max(right + _BOX + margins[1], width_of(title, 14), broad)
     return drawing(title or "flow", parts, whole if width is None else min(whole, max(width, 200)), bottom + 2)
 
 

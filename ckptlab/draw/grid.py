@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ckptlab.draw.axes import Axes, placed
 from ckptlab.draw.blocks import each, fill, listed, notes, span, thinned, tip
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, noted, rect, text, width_of
 
 COLUMNS, ROWS, PANELS = 8, 16, 8  # the most that are drawn one by one along each side
 CELLS = 128  # the most cells
@@ -76,11 +76,8 @@ def grid(
     said = notes(ranks.size, cut, marked)
     if groups:
         said.append(f"{len(groups):,} {along}s of {len(groups[0]):,}, each framed in its own colour with its number")
-    for note in wrapped(said, width):
-        height += 18
-        parts.append(text(0, height - 9, note, "quiet note"))
-        total = max(total, width_of(note))
-    return drawing(title or "ranks", parts, max(total, width_of(title, 14)), height + 2)
+    below, height, broad = noted(said, height, width)
+    return drawing(title or "ranks", [*parts, *below], max(total, broad, width_of(title, 14)), height + 2)
 
 
 def _cell_size(step: int, ranks: int, groups: int) -> tuple[float, float]:

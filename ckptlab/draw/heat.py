@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptlab.draw.blocks import listed
-from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, rect, tail, text, text_of, width_of, wrapped
+from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, noted, rect, tail, text, text_of, width_of
 from ckptlab.words import ranges
 
 ABOVE, BELOW, NAN = "#d55e00", "#0072b2", "#cc79a7"
@@ -106,11 +106,9 @@ def heat(
     bottom += 24
     lines_said = ["lines: where other ranks, or another place in a file, begin"] if not fine and len(who) > 1 else []
     lines_said += ["who holds it changes within cells: those lines are not drawn"] if fine else []
-    told = wrapped([*notes, *lines_said], width)
-    for line in told:
-        bottom += 18
-        parts.append(text(0, bottom - 9, line, "quiet note"))
-    total = max([left + area[2] + right, end, width_of(title, 14), *(width_of(line) for line in told)])
+    below, bottom, broad = noted([*notes, *lines_said], bottom, width)
+    parts += below
+    total = max(left + area[2] + right, end, width_of(title, 14), broad)
     return drawing(title or "values", parts, total if width is None else min(total, max(width, 160)), bottom + 2, defs)
 
 

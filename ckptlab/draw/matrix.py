@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptlab.draw.blocks import told
 from ckptlab.draw.colours import SHADE, colour, strength
-from ckptlab.draw.svg import Drawing, cell, drawing, rect, text, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, noted, rect, text, width_of
 from ckptlab.words import figure, size, unit_of
 
 _HEIGHT, _MARGIN = 26.0, 90.0
@@ -66,12 +66,9 @@ def matrix(
         said[0] += "; thick frame: stays on the rank where it is"
     if any(n < all_ for n, all_ in own):
         said[0] += "; thin frame: some of it stays on its rank"
-    said = wrapped(said, width)
-    for line in said:
-        y += 18
-        parts.append(text(0, y - 9, line, "quiet note"))
-    total = max([left + across + margin + 60, *(width_of(line) for line in said), width_of(title, 14)])
-    return drawing(title or "matrix", parts, total, y + 2)
+    below, y, broad = noted(said, y, width)
+    total = max(left + across + margin + 60, broad, width_of(title, 14))
+    return drawing(title or "matrix", [*parts, *below], total, y + 2)
 
 
 def carried(nbytes: int, kept: int, rows: Side, columns: Side, i: int, j: int) -> tuple[str, dict[str, object]]:

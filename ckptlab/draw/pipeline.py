@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptlab.draw.colours import colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, rect, tail, text, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, fitted, noted, rect, tail, text, width_of
 from ckptlab.words import elements
 
 _WIDTH, _HEIGHT, _GAP = 216.0, 42.0, 50.0
@@ -52,12 +52,9 @@ def pipeline(
     height = top + 20 + deepest * (_HEIGHT + 6)
     parts += [_link(places, k, height) for k, places in enumerate(linked.values()) if len(places) > 1]
     height += 12 + 8 * sum(len(places) > 1 for places in linked.values())
-    said = wrapped(notes, width)
-    for line in said:
-        height += 18
-        parts.append(text(0, height - 9, line, "quiet note"))
-    total = max([left + 6 + len(columns) * (_WIDTH + _GAP) - _GAP, *(width_of(line) for line in said)])
-    return drawing(title or "stages", parts, total, height + 2)
+    said, height, broad = noted(notes, height, width)
+    total = max(left + 6 + len(columns) * (_WIDTH + _GAP) - _GAP, broad)
+    return drawing(title or "stages", [*parts, *said], total, height + 2)
 
 
 def _box(box: Box, x: float, y: float, largest: int, tint: str) -> str:

@@ -14,7 +14,7 @@ from ckptlab.draw.colours import PALETTE, colour, tinted
 from ckptlab.draw.edge import Edge, Strip
 from ckptlab.draw.fragments import Fragment, areas_drawn, fragment_beside
 from ckptlab.draw.shard import shard_beside
-from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, striped, tail, text, text_of, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, noted, rect, striped, tail, text, text_of, width_of
 
 _SIDES, _THIN = (340.0, 280.0, 230.0, 180.0), 46.0
 _SEEN = 4.0  # pixels between two lines
@@ -125,12 +125,9 @@ class _Sheet:
         if cells:
             parts += cells
             right, bottom = max(right, end[0]), max(bottom, end[1] + 6)
-        said = wrapped([*self._said({*rows, *columns}), *self.notes], self.room)
-        for line in said:
-            bottom += 18
-            parts.append(text(0, bottom - 9, line, "quiet note"))
-        total = max([right, width_of(title, 14), width_of(notation, 13), *(width_of(line) for line in said)])
-        return drawing(title or notation, parts, total, bottom + 2, defs)
+        said, bottom, broad = noted([*self._said({*rows, *columns}), *self.notes], bottom, self.room)
+        total = max(right, width_of(title, 14), width_of(notation, 13), broad)
+        return drawing(title or notation, [*parts, *said], total, bottom + 2, defs)
 
     def _directions(self) -> tuple[list[int], list[int]]:
         """Dims that run down and across. All that are cut are shown, and at least two; the rest are said below."""

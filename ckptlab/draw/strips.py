@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptlab.draw.colours import PALETTE, colour
-from ckptlab.draw.svg import Drawing, cell, drawing, element, rect, swatch, text, width_of, wrapped
+from ckptlab.draw.svg import Drawing, cell, drawing, element, noted, rect, swatch, text, width_of
 
 _WIDTH, _HEIGHT, _STEP = 760.0, 30.0, 46.0
 CUTS = 16  # cuts of a whole that are drawn through it
@@ -93,12 +93,9 @@ def strips(
     said = [*notes]
     if merged:
         said.append(f"{merged:,} pieces are too thin to be seen; they are drawn together with their neighbours")
-    said = wrapped(said, width)
-    for line in said:
-        y += 18
-        parts.append(text(0, y - 9, line, "quiet note"))
-    total = max([left + across + 12, *(width_of(line) for line in said)])
-    return drawing(title or "buffers", parts, total if width is None else min(total, width), y + 2)
+    below, y, broad = noted(said, y, width)
+    total = max(left + across + 12, broad)
+    return drawing(title or "buffers", [*parts, *below], total if width is None else min(total, width), y + 2)
 
 
 def _bar(bar: Bar, left: float, y: float, scale: float) -> tuple[list[str], int]:

@@ -227,6 +227,14 @@ def wrapped(lines: Iterable[str], width: float | None, size: float = 12) -> list
     return [part for line in lines for part in (textwrap.wrap(line, most, break_long_words=False) or [""])]
 
 
+def noted(lines: Iterable[str], bottom: float, room: float | None) -> tuple[list[str], float, float]:
+    """Notes below a picture that ends at `bottom`, each on a line of its own, or on several that fit the room; where
+    they end, and how wide they are."""
+    said = wrapped(lines, room)
+    found = [text(0, bottom + 18 * k + 9, line, "quiet note") for k, line in enumerate(said)]
+    return found, bottom + 18 * len(said), max(map(width_of, said), default=0.0)
+
+
 def tail(name: str, width: float, size: float = 12) -> str:
     """A dotted name that fits the width: leading parts go first, `…word_embeddings.weight`, else its beginning."""
     most = int(width / width_of("x", size))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
 from ckptlab.cli.given import opened, workers_of
 from ckptlab.cli.group import main
-from ckptlab.cli.options import as_json_option, family_option, scheduler_option, strategy_option
+from ckptlab.cli.options import as_json_option, family_option, progress_option, scheduler_option, strategy_option
 from ckptlab.cli.out import note, print_json, say
 
 
@@ -18,7 +17,7 @@ from ckptlab.cli.out import note, print_json, say
 @click.option("--no-data", is_flag=True, help="Look at files and headers alone; read no tensor.")
 @click.option("--checksums", is_flag=True, help="Also compare every file with the checksums that torch wrote into it.")
 @scheduler_option
-@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@progress_option
 @strategy_option
 @as_json_option
 @click.pass_context
@@ -28,7 +27,7 @@ def check(
     no_data: bool,
     checksums: bool,
     scheduler: str | None,
-    no_progress: bool,
+    progress: bool,
     strategy: str | None,
     as_json: bool,
 ) -> None:
@@ -46,7 +45,6 @@ def check(
     """
     from ckptlab.analysis import check as check_all
 
-    progress = sys.stderr.isatty() and not no_progress
     with workers_of(scheduler) as on:
         asked: dict[str, Any] = {"data": not no_data, "checksums": checksums, "strategy": strategy}
         found = check_all(path, progress=progress, on=on, **asked)
@@ -69,7 +67,7 @@ def check(
 @click.option("--spectrum", is_flag=True, help="Effective and stable rank of every matrix too (slower).")
 @click.option("--all", "everything", is_flag=True, help="Every row, no name cut.")
 @scheduler_option
-@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@progress_option
 @strategy_option
 @as_json_option
 def stats(
@@ -82,7 +80,7 @@ def stats(
     spectrum: bool,
     everything: bool,
     scheduler: str | None,
-    no_progress: bool,
+    progress: bool,
     strategy: str | None,
     as_json: bool,
 ) -> None:
@@ -103,7 +101,6 @@ def stats(
         raise click.UsageError("--updates has a table of its own, --by tensor, layer or stack, without other options")
     from ckptlab.describe.statistics import statistics_text
 
-    progress = sys.stderr.isatty() and not no_progress
     with workers_of(scheduler) as on:
         if updates:
             from ckptlab.analysis import updates as next_update
@@ -133,7 +130,7 @@ def stats(
 @family_option
 @click.option("--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where neither side tells.")
 @click.option("--kv-heads", type=click.IntRange(1), metavar="N", help="Key/value heads, likewise.")
-@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@progress_option
 @strategy_option
 @as_json_option
 @click.pass_context
@@ -146,7 +143,7 @@ def diff(
     family: str | None,
     heads: int | None,
     kv_heads: int | None,
-    no_progress: bool,
+    progress: bool,
     strategy: str | None,
     as_json: bool,
 ) -> None:
@@ -165,7 +162,6 @@ def diff(
     from ckptlab.analysis import diff as compare
 
     wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
-    progress = sys.stderr.isatty() and not no_progress
     numbers: dict[str, Any] = {name: n for name, n in (("heads", heads), ("kv_heads", kv_heads)) if n is not None}
     sides = opened(a, strategy), opened(b, strategy)
     with workers_of(scheduler) as on:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,13 @@ scheduler_option = click.option(
     "--scheduler",
     metavar="tcp://HOST:PORT",
     help="Run on the workers of this dask.distributed scheduler, which must see the same files.",
+)
+progress_option = click.option(
+    "--no-progress",
+    "progress",
+    is_flag=True,
+    callback=lambda ctx, param, off: sys.stderr.isatty() and not off,
+    help="No bar, even in a terminal.",
 )
 family_option = click.option(
     "--family",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from ckptlab.cli.options import (
     family_option,
     layout_options,
     mesh_options,
+    progress_option,
     scheduler_option,
     target_options,
 )
@@ -98,7 +98,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
 @scheduler_option
 @click.option("--no-verify", is_flag=True, help="Do not compare what is read with the checksums that it carries.")
 @click.option("--no-sync", is_flag=True, help="Do not wait until all is on the disk.")
-@click.option("--no-progress", is_flag=True, help="No bar, even in a terminal.")
+@progress_option
 @as_json_option
 def convert(
     source: str,
@@ -115,7 +115,7 @@ def convert(
     scheduler: str | None,
     no_verify: bool,
     no_sync: bool,
-    no_progress: bool,
+    progress: bool,
     as_json: bool,
     strategy: str | None,
     **options: Any,
@@ -167,7 +167,6 @@ def convert(
         ckpt = _begun(ckpt, family, strategy, options)
     elif family is not None and form != "huggingface":
         ckpt = _renamed(ckpt, family, options)
-    progress = sys.stderr.isatty() and not no_progress
     with workers_of(scheduler, workers) as on:
         running = {"on": on, "progress": progress, "verify": not no_verify, "sync": not no_sync}
         if form == "huggingface":

@@ -217,6 +217,23 @@ def test_a_layer_and_rows_are_read_alone(gpt: Catalog, boxes: list[Any]) -> None
     assert boxes == [(f"4.{QKV}", (24, 16))]
 
 
+def test_of_a_stack_the_layers_that_are_looked_at_are_made(gpt: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def noted(catalog: Catalog, name: str, state: str) -> Any:
+        made.append(name)
+        return reader(catalog, name, state)
+
+    monkeypatch.setattr("ckptlab.views.tensors.reader", noted)
+    node = views.Full(gpt, states=("master",)).tree()[QKV]
+    layers = node.layer.values.tolist()
+    assert [name for name in made if name.endswith(QKV)] == [f"{layers[0]}.{QKV}"]
+    made.clear()
+    for _ in range(2):
+        node.master.sel(layer=layers[-1]).load()
+    assert made == [f"{layers[-1]}.{QKV}"]
+
+
 def test_pickles_hold_paths_not_catalogs_nor_data(gpt: Catalog) -> None:
     for view in (views.Full(gpt).tree(), views.Shards(gpt).tree(), views.Flat(gpt).tree()):
         assert b"Catalog" not in pickle.dumps(view)

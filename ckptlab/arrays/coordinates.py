@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -14,8 +15,14 @@ ROLE, MESH_AXIS = "role", "mesh axis"
 
 def ranks(along: Mapping[str, int | Sequence[int]]) -> dict[str, xr.Variable]:
     """Axis → the coordinate of a dim that lists ranks along it: all, of a degree, or those that are given."""
-    numbers = {axis: np.arange(n) if isinstance(n, int) else np.asarray(n) for axis, n in along.items()}
-    return {axis: xr.Variable((axis,), listed, {ROLE: MESH_AXIS}) for axis, listed in numbers.items()}
+    numbers = {axis: np.arange(n) if isinstance(n, int) else n for axis, n in along.items()}
+    return {axis: plain((axis,), listed, {ROLE: MESH_AXIS}) for axis, listed in numbers.items()}
+
+
+def plain(dims: Sequence[str], values: Any, attrs: Mapping[Hashable, Any] | None = None) -> xr.Variable:
+    """A coordinate of numbers. xarray need not look what they are, for which it would import dask wherever that is
+    installed: longer than all the rest of a view takes."""
+    return xr.Variable(dims, np.asarray(values), attrs, fastpath=True)
 
 
 def rank_dims(array: xr.DataArray | xr.Dataset) -> tuple[str, ...]:

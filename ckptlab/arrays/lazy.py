@@ -7,8 +7,8 @@ on a backend (`Delivered`), the last step of all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeGuard, TypeVar, overload
 
 import numpy as np
 import xarray as xr
@@ -25,6 +25,7 @@ from ckptlab.layout import Cut
 from ckptlab.stored import Stored
 
 teach()
+T = TypeVar("T")
 Index = int | slice | NDArray[np.int64]  # what is wanted along one dim
 
 
@@ -101,7 +102,7 @@ class Stacked(LazyArray):
 
     def __init__(self, arrays: Sequence[LazyArray]) -> None:
         super().__init__((len(arrays), *arrays[0].shape), arrays[0].dtype)
-        self.arrays = tuple(arrays)
+        self.arrays = arrays
 
     def read_into(self, out: np.ndarray, index: tuple[Index, ...]) -> None:
         first, rest = index[0], index[1:]
@@ -113,6 +114,34 @@ class Stacked(LazyArray):
 
     def read(self, index: tuple[Index, ...]) -> np.ndarray:
         return self.arrays[index[0]].read(index[1:]) if _is_integer(index[0]) else super().read(index)
+
+
+class Made(Sequence[LazyArray], Generic[T]):
+    """An array of each of several things, made when it is first asked for: of many layers few are looked at. Pickled,
+    they are all made."""
+
+    def __init__(self, make: Callable[[T], LazyArray], of: Sequence[T]) -> None:
+        self._make, self._of = make, of
+        self._known: dict[int, LazyArray] = {}
+
+    @overload
+    def __getitem__(self, index: int) -> LazyArray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LazyArray]: ...
+
+    def __getitem__(self, index: int | slice) -> LazyArray | Sequence[LazyArray]:
+        if isinstance(index, slice):
+            return Made(self._make, self._of[index])
+        if index not in self._known:
+            self._known[index] = self._make(self._of[index])
+        return self._known[index]
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __reduce__(self) -> tuple[type, tuple[list[LazyArray]]]:
+        return tuple, (list(self),)
 
 
 def nested(arrays: Sequence[LazyArray], degrees: Sequence[int]) -> LazyArray:

@@ -19,7 +19,7 @@ import xarray as xr
 
 from ckptlab.arguments import explained
 from ckptlab.arrays.backends import Backend, of, resolve
-from ckptlab.arrays.coordinates import ranks
+from ckptlab.arrays.coordinates import plain, ranks
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.moves import held_shape, moves
 from ckptlab.arrays.taught import teach
@@ -316,13 +316,13 @@ def _order(dims: Sequence[Any], others: Sequence[Any]) -> list[Any]:
     return [*others, *(d for d in dims if d not in others)]
 
 
-def extents(cut: Cut, layout: Layout) -> dict[str, Any]:
+def extents(cut: Cut, layout: Layout) -> dict[str, xr.Variable]:
     """Widths of a dim's shards where they differ, on the axes that cut it."""
     found = {}
     for name, dim in zip(layout.dims, cut.dims, strict=True):
         if len(set(dim.widths.values())) > 1:
             widths = [dim.widths[at] for at in sorted(dim.widths)]
-            found[f"{name}_extent"] = (dim.axes, np.reshape(widths, [cut.mesh[a] for a in dim.axes]))
+            found[f"{name}_extent"] = plain(dim.axes, np.reshape(widths, [cut.mesh[a] for a in dim.axes]))
     return found
 
 

@@ -11,7 +11,7 @@ import xarray as xr
 
 from ckptlab.arrays import Partition, lazy
 from ckptlab.arrays.backends import Backend
-from ckptlab.arrays.coordinates import ranks
+from ckptlab.arrays.coordinates import plain, ranks
 from ckptlab.arrays.lazy import LazyArray, Padded, Stacked, nested, variable
 from ckptlab.catalog import Catalog, FlatGroup
 from ckptlab.errors import UnknownNameError
@@ -78,10 +78,10 @@ class Flat:
             dims = (*group.axes, group.over, "flat")
             variables[state] = variable(dims, converted(array, self.dtype), backend=self.backend)
             lengths = np.array([[a.shape[0] for a in row] for row in by_holder])
-            variables[f"{state}_numel"] = (dims[:-1], lengths.reshape(*degrees, -1))
+            variables[f"{state}_numel"] = plain(dims[:-1], lengths.reshape(*degrees, -1))
         name = self.held.groups[group.group].name
         places = ranks({**dict(zip(group.axes, degrees, strict=True)), group.over: group.dp})
-        coordinates = {**places, **group.at.without("pp")}
+        coordinates = {**places, **{axis: plain((), k) for axis, k in group.at.without("pp").items()}}
         return xr.Dataset(variables, coordinates, {"group": group.group if name is None else str(name)})
 
     def _partitions(self, group: FlatGroup, state: str, holder: Holder) -> list[LazyArray]:

@@ -16,6 +16,7 @@ from xarray.core import indexing
 
 from ckptlab.arrays import shard_reader
 from ckptlab.arrays.backends import Backend
+from ckptlab.arrays.coordinates import plain
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.lazy import Gathered, LazyArray, Stacked
 from ckptlab.arrays.sharding import Sharding
@@ -120,5 +121,5 @@ class Placed(View):
             found[at] = converted(Gathered(one, tensor.cut, at), self.dtype)
         return found
 
-    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, Any]:
-        return {"pp": tensor.stages[0]}
+    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, xr.Variable]:
+        return {"pp": plain((), tensor.stages[0])}

@@ -19,8 +19,8 @@ from ckptlab.arguments import explained
 from ckptlab.arrays import operations as operations  # with the accessor of what is made here
 from ckptlab.arrays import reader, shard_reader
 from ckptlab.arrays.backends import Backend
-from ckptlab.arrays.coordinates import ranks
-from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Padded, Stacked, nested, variable
+from ckptlab.arrays.coordinates import plain, ranks
+from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Made, Padded, Stacked, nested, variable
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.catalog.stacks import Stack, stacks
 from ckptlab.errors import CheckpointError, UnknownNameError
@@ -59,7 +59,7 @@ class View(ABC):
         """A state of a tensor, or of same-shaped layers along `layer`."""
 
     @abstractmethod
-    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, Any]:
+    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, xr.Variable]:
         """The coordinates that a tensor's variables have in common; `dims` are all that they have."""
 
     def shown(self, tensor: Tensor) -> list[str]:
@@ -105,8 +105,8 @@ class View(ABC):
         variables = {state: self._variable(stack, state) for state in self.shown(first)}
         coordinates = self._coordinates(first, {str(dim) for v in variables.values() for dim in v.dims})
         if stack.numbers is not None:
-            coordinates["layer"] = list(stack.numbers)
-            coordinates["pp"] = ("layer", [t.stages[0] for t in stack.tensors])
+            coordinates["layer"] = plain(("layer",), stack.numbers)
+            coordinates["pp"] = plain(("layer",), [t.stages[0] for t in stack.tensors])
         return xr.Dataset(variables, coordinates, self._attributes(stack))
 
     def _one(self, tensor: Tensor) -> xr.Dataset:
@@ -136,11 +136,13 @@ class Full(View):
     """Whole tensors, vocabulary padding cut off: dims ([layer,] *tensor dims)."""
 
     def _variable(self, stack: Stack, state: str) -> xr.Variable:
-        whole = [Gathered(reader(self.held, t.name, state), Cut.whole(t.shape)) for t in stack.tensors]
+        def whole(tensor: Tensor) -> LazyArray:
+            return Gathered(reader(self.held, tensor.name, state), Cut.whole(tensor.shape))
+
         return layered(stack, stack.tensors[0].dims, whole, self)
 
-    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, Any]:
-        return {"pp": tensor.stages[0]}
+    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, xr.Variable]:
+        return {"pp": plain((), tensor.stages[0])}
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Shards(View):
         dims = (*placement.axes, *stack.tensors[0].dims)
         if len(self._copies(stack.tensors[0], placement)) > 1:
             dims = ("pp", *dims)
-        return layered(stack, dims, [self._of(t, state) for t in stack.tensors], self)
+        return layered(stack, dims, lambda tensor: self._of(tensor, state), self)
 
     def _of(self, tensor: Tensor, state: str) -> LazyArray:
         placement = self.held.placement(tensor.name, state)
@@ -181,17 +183,19 @@ class Shards(View):
         arrays = [a if a.shape == widest else Padded(a, widest) for a in arrays]
         return nested(arrays, [placement.mesh[axis] for axis in placement.axes])
 
-    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, Any]:
+    def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, xr.Variable]:
         placement = self.held.placement(tensor.name, self.shown(tensor)[0])
         extents = operations.extents(placement.cut, tensor.layout)
         places = ranks({axis: placement.mesh[axis] for axis in placement.axes})
-        stages = list(tensor.stages) if "pp" in dims else tensor.stages[0]
+        stages = plain(("pp",), tensor.stages) if "pp" in dims else plain((), tensor.stages[0])
         alone = len(self.held.placements[tensor.name, self.shown(tensor)[0]]) == 1
-        return {**places, **(placement.at if alone else {}), "pp": stages, **extents}
+        fixed = {axis: plain((), k) for axis, k in placement.at.items()} if alone else {}
+        return {**places, **fixed, "pp": stages, **extents}
 
 
-def layered(stack: Stack, dims: tuple[str, ...], arrays: Sequence[LazyArray], view: View) -> xr.Variable:
+def layered(stack: Stack, dims: tuple[str, ...], array_of: Callable[[Tensor], LazyArray], view: View) -> xr.Variable:
     """The array of a tensor, or those of layers along `layer`, in the view's dtype and on its backend."""
+    arrays = Made(array_of, stack.tensors)
     array = arrays[0]
     if stack.numbers is not None:
         dims, array = ("layer", *dims), Stacked(arrays)

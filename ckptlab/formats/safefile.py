@@ -45,6 +45,7 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+_INTEGER = frozenset((int,))
 _MOST_DIMS = 64  # numpy's
 _SHOWN = 200  # characters of a name that an error shows
 _LARGEST_HEADER = 100_000_000
@@ -77,10 +78,14 @@ def read_header(path: str) -> Header:
             )
         header = _json(path, f.read(length))
     found = Header()
-    for name, entry in header.items():
-        if name != "__metadata__":
-            _enter(found, path, name, entry, 8 + length, size)
-    _see_apart(found, path)
+    _see_apart(
+        path,
+        [
+            (*_enter(found, path, name, entry, 8 + length, size), name)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ],
+    )
     told = header.get("__metadata__")
     if isinstance(told, dict) and SHARDING in told:
         _enter_offsets(found, path, _json(path, told[SHARDING]))
@@ -106,39 +111,43 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _see_apart(found: Header, path: str) -> None:
-    """CheckpointError where tensors share bytes, which the format forbids."""
+def _see_apart(path: str, places: list[tuple[int, int, str]]) -> None:
+    """CheckpointError where tensors, each with its first byte and its end, share bytes, which the format forbids."""
     end, before = 0, ""
-    for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if stored.nbytes and stored.offset < end:
+    for lo, hi, name in sorted(places):
+        if lo < end and lo < hi:
             both = f"{shorten(before, _SHOWN)} and {shorten(name, _SHOWN)}"
             raise CheckpointError(f"{path}: {both} lie in the same bytes: the header is damaged or forged")
-        end, before = max(end, stored.offset + stored.nbytes), name
+        end, before = max(end, hi), name
 
 
-def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: int) -> None:
-    """Take a tensor's entry in the header; the data part begins at `begin` of `size` bytes."""
-    said = shorten(name, _SHOWN)
+def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: int) -> tuple[int, int]:
+    """Take a tensor's entry in the header; the data part begins at `begin` of `size` bytes. Returns where the tensor
+    begins and ends there."""
     try:  # there may be very many: a match statement takes as long as all the rest
         shape, (lo, hi), kind = entry["shape"], entry["data_offsets"], entry["dtype"]
         told = type(shape) is list and type(lo) is type(hi) is int and type(kind) is str
     except (KeyError, TypeError, ValueError):
         told = False
     if not told:
+        said = shorten(name, _SHOWN)
         raise CheckpointError(f"{path}: {said}: expected shape, data_offsets and dtype: the header is damaged")
-    if len(shape) > _MOST_DIMS or not {*map(type, shape)} <= {int} or min(shape, default=0) < 0:
-        raise CheckpointError(f"{path}: {said}: shape {brief(shape)}: the header is damaged")
+    if len(shape) > _MOST_DIMS or not _INTEGER.issuperset(map(type, shape)) or (shape and min(shape) < 0):
+        raise CheckpointError(f"{path}: {shorten(name, _SHOWN)}: shape {brief(shape)}: the header is damaged")
     dtype = DTYPES.get(kind)
     expected = hi - lo if dtype is None else math.prod(shape) * dtype.itemsize
-    if not 0 <= lo <= hi <= size - begin or hi - lo != expected or max(shape, default=0) >= 1 << 63:
+    far = not expected and shape and max(shape) >= 1 << 63  # of what has elements the file's size is the bound
+    if not 0 <= lo <= hi <= size - begin or hi - lo != expected or far:
         raise CheckpointError(
-            f"{path}: {said}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected {expected:,} bytes "
-            f"for {brief(tuple(shape))}: the file is truncated or damaged"
+            f"{path}: {shorten(name, _SHOWN)}: bytes {lo:,} to {hi:,} of a {size - begin:,} byte data part, expected "
+            f"{expected:,} bytes for {brief(tuple(shape))}: the file is truncated or damaged"
         )
     if dtype is None:
         found.unknown[name] = shorten(kind, 40)
     else:
-        found[name] = Stored(path, begin + lo, dtype, tuple(shape), row_major_strides(tuple(shape)))
+        sizes = tuple(shape)
+        found[name] = Stored(path, begin + lo, dtype, sizes, row_major_strides(sizes))
+    return lo, hi
 
 
 def _enter_offsets(found: Header, path: str, told: dict[str, Any]) -> None:

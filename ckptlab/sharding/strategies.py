@@ -53,8 +53,14 @@ def _replicated(ndim: int) -> Layout:
 @explained
 def cut(ndim: int, dim: int, term: str = "tp {}", **fields: Any) -> Layout:
     """Dim `dim` is composed as `term` says (`{}` stands for the dim's name); the others are whole."""
+    plain = _cut(ndim, dim, term)
+    return plain.replace(**fields) if fields else plain
+
+
+@lru_cache(maxsize=1024)
+def _cut(ndim: int, dim: int, term: str) -> Layout:
     names = dim_names(ndim)
-    return Layout(" ".join(f"({term.format(n)})" if i == dim else n for i, n in enumerate(names)), dims=names, **fields)
+    return Layout(" ".join(f"({term.format(n)})" if i == dim else n for i, n in enumerate(names)), dims=names)
 
 
 @explained

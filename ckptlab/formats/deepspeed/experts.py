@@ -39,24 +39,31 @@ GROUP = "ep_size_{}"  # what DeepSpeed calls the parameter groups of experts tha
 _EXPERT = re.compile(r"((?:.*\.)?deepspeed_moe\.experts\.deepspeed_experts\.)(\d{1,9})(\..*)")
 
 
+@lru_cache(maxsize=1 << 16)
+def _in_name(name: str) -> tuple[str, int, str] | None:
+    """What is before the number of an expert in the name of one of its tensors, the number, and what is behind it."""
+    found = _EXPERT.fullmatch(name)
+    return (found[1], int(found[2]), found[3]) if found else None
+
+
 def layer_of(name: str) -> str | None:
     """What the experts of one layer have in common in their names; None for a tensor that is no expert's."""
-    found = _EXPERT.fullmatch(name)
-    return found and found[1]
+    found = _in_name(name)
+    return found and found[0]
 
 
 def number_of(name: str) -> int:
     """The number of the expert in its name."""
-    found = _EXPERT.fullmatch(name)
+    found = _in_name(name)
     if found is None:
         raise CheckpointError(f"{name}: not the name of an expert's tensor")
-    return int(found[2])
+    return found[1]
 
 
 def renumbered(name: str, by: int) -> str:
     """An expert's tensor with a number that is so much higher; other names stay."""
-    found = _EXPERT.fullmatch(name)
-    return f"{found[1]}{int(found[2]) + by}{found[3]}" if found else name
+    found = _in_name(name)
+    return f"{found[0]}{found[1] + by}{found[2]}" if found else name
 
 
 @dataclass(frozen=True)

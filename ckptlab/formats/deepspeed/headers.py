@@ -26,7 +26,7 @@ Content = Mapping[str, Any]
 
 EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
 _BIG = 1 << 62  # beyond any number of elements
-_CODES = ("int8", "uint8")  # of quantised states, which mean nothing without their scales
+_CODES = (np.dtype(np.int8), np.dtype(np.uint8))  # of quantised states, which mean nothing without their scales
 _IN_PARTS = "local_sub_partitions_of_fp32_groups"
 _BY_GROUP = ("group_paddings", "partition_count")  # what an optimizer file has a list of, an entry a group
 _DEEP = 64  # dictionaries in one another, in a module
@@ -483,7 +483,7 @@ def elementwise(path: str, state: Content, numel: int | None) -> tuple[dict[str,
         (arrays if several else single)[key] = value
     lengths = Counter(a.numel for a in arrays.values())
     usual = max(lengths, key=lambda n: (lengths[n], n), default=0)
-    odd = [k for k, a in arrays.items() if a.numel != usual or a.numel < (numel or 0) or a.dtype.name in _CODES]
+    odd = [k for k, a in arrays.items() if a.numel != usual or a.numel < (numel or 0) or a.dtype in _CODES]
     if odd:
         told = ", ".join(f"{key} {arrays[key].dtype.name} {arrays[key].shape}" for key in arrays)
         raise UnsupportedError(

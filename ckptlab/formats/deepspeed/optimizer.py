@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Fragment, Gradients, ParameterGroup
@@ -100,6 +102,7 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         return None
     scalars: dict[int, Mapping[str, Any]] = {}
     flat_groups: list[FlatGroup] = []
+    subs: Counter[tuple[Holder, int]] = Counter()  # of those of a group, how many there are already
     partitions: dict[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]] = {}
     for p in range(folder.mesh.pp):
         leader = folder.optims[p, 0][0]
@@ -112,7 +115,8 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
             fused = folder.experts.fused_of(next(iter(flats[Holder(pp=p, tp=0, **shares[p, b][0].at)][b].names), ""))
             for held in [list(enumerate(shares[p, b]))] if fused else [[one] for one in enumerate(shares[p, b])]:
                 at = Holder(pp=p) if fused else Holder(pp=p, **held[0][1].at)
-                sub = sum(g.at == at and g.group == group for g in flat_groups)
+                sub = subs[at, group]
+                subs[at, group] += 1
                 by_holder, ranks = {}, {}
                 for (rank, share), t in itertools.product(held, range(folder.mesh.tp)):
                     flat = flats[holder := Holder(pp=p, **share.at, tp=t)][b]
@@ -360,8 +364,9 @@ def _contradicting_mappings(folder: StepFolder, round_robin: bool) -> Finding:
     )
 
 
+@lru_cache(maxsize=1024)
 def _spans(flat: FlatBuffer, d: int) -> Spans:
-    """name → (start, count) in dp rank d's partition."""
+    """name → (start, count) in dp rank d's partition: the same for all tp ranks, as a rule."""
     return {flat.names[i]: (int(start), int(count)) for i, _, start, count in flat.within(d)}
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,40 +47,48 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
     headers = {file: found for file in names if (found := faults.read(folder, file, read_header)) is not None}
     for finding in _contradictions(folder, headers, index):
         faults.report(finding)
+    often = Counter(name for header in headers.values() for name in header)
+    wholes: dict[str, Stored] = {}  # nothing that could contradict these, and there may be very many
     boxes: dict[str, list[tuple[str, Stored, tuple[int, ...] | None]]] = {}
     for file, header in headers.items():
         for name, stored in header.items():
-            boxes.setdefault(name, []).append((file, stored, header.offsets.get(name)))
-    grids: dict[str, Grid] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+            if often[name] == 1 and name not in header.offsets:
+                wholes[name] = stored
+            else:
+                boxes.setdefault(name, []).append((file, stored, header.offsets.get(name)))
+    grids: dict[str, tuple[tuple[int, ...], Grid]] = {}
     for name, held in boxes.items():
-        if len(held) == 1 and held[0][2] is None:  # nothing that could contradict it, and there may be many
-            shapes[name] = held[0][1].shape
-            grids[name] = uncut(shapes[name])
-            continue
         with faults.caught("contradiction", *(file for file, _, _ in held)):
-            shapes[name], grids[name] = _one(folder, name, held)
+            grids[name] = _one(folder, name, held)
     if faults.failed:
         return None
-    for finding in _remarks(headers, shapes):
-        faults.report(finding)
-    degrees, axes = neutral_axes({name: one.counts for name, one in grids.items()})
+    degrees, axes = neutral_axes({name: one.counts for name, (_, one) in grids.items()})
     mesh = Mesh(**degrees)
     tensors: dict[str, Tensor] = {}
     placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
     pieces: dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]] = {}
-    known: dict[tuple[Grid, tuple[str | None, ...]], tuple[Layout, Placement, dict[Holder, int | None]]] = {}
-    for name, one in grids.items():
-        if (one, axes[name]) not in known:
-            known[one, axes[name]] = _placed(one, axes[name], shapes[name], mesh)
-        layout, place, box_of = known[one, axes[name]]
-        dtype = boxes[name][0][1].dtype
-        state = MASTER if dtype == np.float32 else PARAM
-        tensors[name] = Tensor(name, shapes[name], layout, place.cut, "parameter", {state: dtype})
+    known: dict[tuple[tuple[int, ...], np.dtype], _Whole] = {}
+    for name in often:
+        if name in wholes:
+            stored = wholes[name]
+            alike = stored.shape, stored.dtype
+            if alike not in known:
+                known[alike] = _Whole.of(*alike, mesh)
+            one = known[alike]
+            tensors[name] = Tensor(name, stored.shape, one.layout, one.places[0].cut, "parameter", one.states)
+            placements[name, one.state] = one.places
+            pieces[name, one.state] = {one.holder: (Fragment(0, stored),)}
+            continue
+        (shape, cells), held = grids[name], boxes[name]
+        layout, place, box_of = _placed(cells, axes[name], shape, mesh)
+        state, states = _state(held[0][1].dtype)
+        tensors[name] = Tensor(name, shape, layout, place.cut, "parameter", states)
         placements[name, state] = (place,)
         pieces[name, state] = {
-            holder: () if box is None else (Fragment(0, boxes[name][box][1]),) for holder, box in box_of.items()
+            holder: () if box is None else (Fragment(0, held[box][1]),) for holder, box in box_of.items()
         }
+    for finding in _remarks(headers, tensors):
+        faults.report(finding)
     return Catalog(
         path,
         "safetensors",
@@ -89,6 +99,29 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
         findings=tuple(faults.findings),
         files=tuple(names),
     )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What tensors of one shape and dtype have in common that are stored whole."""
+
+    layout: Layout
+    places: tuple[Placement]
+    holder: Holder
+    state: str
+    states: Mapping[str, np.dtype]
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: np.dtype, mesh: Mesh) -> _Whole:
+        layout, place, box_of = _placed(uncut(shape), (None,) * len(shape), shape, mesh)
+        (holder,) = box_of
+        return _Whole(layout, (place,), holder, *_state(dtype))
+
+
+def _state(dtype: np.dtype) -> tuple[str, Mapping[str, np.dtype]]:
+    """The state that a tensor of that dtype is, and its states."""
+    state = MASTER if dtype == np.float32 else PARAM
+    return state, {state: dtype}
 
 
 def _one(
@@ -160,7 +193,7 @@ def _contradictions(folder: str, headers: Mapping[str, Header], index: Mapping[s
             yield missing(folder, lost, "the files of all ranks")
 
 
-def _remarks(headers: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
+def _remarks(headers: Mapping[str, Header], tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
     unknown = {name: kind for header in headers.values() for name, kind in header.unknown.items()}
     if unknown:
         kinds = ", ".join(sorted(set(unknown.values())))
@@ -173,7 +206,7 @@ def _remarks(headers: Mapping[str, Header], shapes: Mapping[str, tuple[int, ...]
             "they are left out; read them with the program that wrote them",
             "headers",
         )
-    empty = tuple(name for name, shape in shapes.items() if 0 in shape)
+    empty = tuple(name for name, tensor in tensors.items() if 0 in tensor.shape)
     if empty:
         yield Finding(
             "no-elements",

@@ -65,8 +65,12 @@ class Foreign:
     @property
     def attributes(self) -> dict[str, Any]:
         """The attributes that its state holds (of `__dict__` and of slots), by name."""
+        return {key: value for part in self._states for key, value in part.items()}
+
+    @property
+    def _states(self) -> list[dict[str, Any]]:
         parts = self.state if isinstance(self.state, tuple) and len(self.state) == 2 else (self.state,)
-        return {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+        return [part for part in parts if isinstance(part, dict)]
 
     def with_attributes(self, **changes: Any) -> "Foreign":
         """A copy whose state, which must be a dict, has these attributes changed or added."""
@@ -81,9 +85,9 @@ class Foreign:
     def __getattr__(self, name: str) -> Any:
         # Never a private name: numpy, IPython and others look for hooks such as __array_interface__.
         if not name.startswith("_"):
-            attributes = self.attributes
-            if name in attributes:
-                return attributes[name]
+            for part in reversed(self._states):
+                if name in part:
+                    return part[name]
         raise AttributeError(f"the placeholder of {self.callee!r} has no attribute {name!r}")
 
     # What the unpickler does to an object: it is called, filled and given its state.

@@ -7,22 +7,22 @@ Each gives a `Drawing`: a notebook shows it, `.svg` is its text, `.save(path)` w
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.draw import Drawing
-from ckptlab.sharding.activations import Activations
-from ckptlab.viz.buffers import flat
-from ckptlab.viz.meshes import mesh
-from ckptlab.viz.model import stages
-from ckptlab.viz.moves import flow, plan
-from ckptlab.viz.placed import placed
-from ckptlab.viz.plots import plot_memory, plot_plan
-from ckptlab.viz.sizes import ACTIVATIONS, KINDS, fullest, memory, memory_by_rank
-from ckptlab.viz.tensors import tensor
-from ckptlab.viz.values import values
-
 if TYPE_CHECKING:
+    from ckptlab.draw import Drawing
+    from ckptlab.sharding.activations import Activations
+    from ckptlab.viz.buffers import flat
     from ckptlab.viz.families import family
+    from ckptlab.viz.heatmap import values
+    from ckptlab.viz.meshes import mesh
+    from ckptlab.viz.model import stages
+    from ckptlab.viz.moves import flow, plan
+    from ckptlab.viz.placings import placed
+    from ckptlab.viz.plots import plot_memory, plot_plan
+    from ckptlab.viz.sizes import ACTIVATIONS, KINDS, fullest, memory, memory_by_rank
+    from ckptlab.viz.tensors import tensor
 
 __all__ = [
     "ACTIVATIONS",
@@ -46,13 +46,29 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`family`, loaded when it is asked for: what shows a checkpoint needs no families."""
-    if name != "family":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckptlab.viz.families import family
+_HOME_OF = {  # no module has the name of what is in it: imported, it would stand here in its place
+    **dict.fromkeys(("flow", "plan"), "viz.moves"),
+    **dict.fromkeys(("plot_memory", "plot_plan"), "viz.plots"),
+    **dict.fromkeys(("ACTIVATIONS", "KINDS", "fullest", "memory", "memory_by_rank"), "viz.sizes"),
+    "Activations": "sharding.activations",
+    "Drawing": "draw",
+    "family": "viz.families",
+    "flat": "viz.buffers",
+    "mesh": "viz.meshes",
+    "placed": "viz.placings",
+    "stages": "viz.model",
+    "tensor": "viz.tensors",
+    "values": "viz.heatmap",
+}
 
-    return family
+
+def __getattr__(name: str) -> Any:
+    """Load a picture when it is first asked for (PEP 562): what shows a checkpoint needs few of them."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

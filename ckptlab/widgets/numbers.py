@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ckptlab.errors import CkptlabError
+from ckptlab.viz.heatmap import drawn
 from ckptlab.viz.sampled import Sampled, sample
-from ckptlab.viz.values import drawn
 from ckptlab.widgets.subject import Choice, Subject, one_line
 
 CELLS = (64, 88)  # down and across

@@ -31,31 +31,30 @@ def agreement(path: str, heads: Heads, optims: Optims, mesh: Mesh) -> Iterator[F
     both: dict[FileName, ModelFile | OptimizerFile] = {**heads, **optims}
     odd: list[_Odd] = []
     for key in _OF_THE_RUN:
-        odd += minority(key, {_name(f): f.content[key] for f in heads.values() if key in f.content})
+        odd += minority(key, {f.name: f.content[key] for f in heads.values() if key in f.content})
     for key in _OF_ALL:
-        odd += minority(key, {_name(f): f.content[key] for f in both.values() if key in f.content})
-    odd += minority("optimizer", {_name(f): f.wrapper.value for f in optims.values()})
+        odd += minority(key, {f.name: f.content[key] for f in both.values() if key in f.content})
+    odd += minority("optimizer", {f.name: f.wrapper.value for f in optims.values()})
     yield from _put_together(path, odd)
-    steps = {_name(f): f.steps for f in optims.values() if f.steps}
+    steps = {f.name: f.steps for f in optims.values() if f.steps}
     made = {name: max(each) for name, each in steps.items()}  # some group of every rank makes every step
     late = list(minority("optimizer step", made, _step_of(heads)))
-    for mp in sorted({n.mp for n in optims}):
-        told_late = {file for one in late for file in one.files}
-        said = {_name(f): list(f.steps) for n, f in optims.items() if n.mp == mp and _name(f) not in told_late}
+    told_late = {file for one in late for file in one.files}
+    by_mp: dict[int, dict[str, list[float]]] = {}
+    for n, f in optims.items():
+        if f.name not in told_late:
+            by_mp.setdefault(n.mp, {})[f.name] = list(f.steps)
+    for _, said in sorted(by_mp.items()):
         late += minority("optimizer step", said)
     yield from _steps(path, late)
     yield from _groups_apart(path, steps)
     told = {f for one in (*odd, *late) for f in one.files}
     yield from _settings(
-        {n: f for n, f in optims.items() if _name(f) not in told},
-        {n: f for n, f in heads.items() if _name(f) not in told},
+        {n: f for n, f in optims.items() if f.name not in told},
+        {n: f for n, f in heads.items() if f.name not in told},
         mesh,
     )
     yield from _shapes(path, heads, mesh)
-
-
-def _name(file: ModelFile | OptimizerFile) -> str:
-    return os.path.basename(file.path)
 
 
 @dataclass(frozen=True)
@@ -196,15 +195,15 @@ def _settings(optims: Optims, heads: Heads, mesh: Mesh) -> Iterator[Finding]:
     on all."""
     for stage in range(mesh.pp):
         there = [f for n, f in optims.items() if n.mp // mesh.tp == stage]
-        said = {_name(f): f.options for f in there if not f.elastic}
+        said = {f.name: f.options for f in there if not f.elastic}
         yield from _warned("the same hyperparameters on every rank of a pp stage", "hyperparameters", said)
         key = "partition_count"
-        said = {_name(f): f.state_dict[key] for f in there if key in f.state_dict}
+        said = {f.name: f.state_dict[key] for f in there if key in f.state_dict}
         yield from _warned(f"the same {key} on every rank of a pp stage", key, said)
     for key in _OF_THE_OPTIMIZER:
-        values = {_name(f): f.state_dict[key] for f in optims.values() if key in f.state_dict}
+        values = {f.name: f.state_dict[key] for f in optims.values() if key in f.state_dict}
         yield from _warned(f"the same {key} on every rank", key, values)
-    schedules = {_name(f): f.content["lr_scheduler"] for f in heads.values() if "lr_scheduler" in f.content}
+    schedules = {f.name: f.content["lr_scheduler"] for f in heads.values() if "lr_scheduler" in f.content}
     yield from _warned("the same learning rate schedule on every rank", "lr_scheduler", schedules)
 
 
@@ -223,9 +222,9 @@ def _shapes(path: str, heads: Heads, mesh: Mesh) -> Iterator[Finding]:
         if head.shapes is None:
             continue
         rank = name.rank(mesh.tp)
-        lists.setdefault(rank["pp"], {})[_name(head)] = [tuple(g) for g in head.shapes]
+        lists.setdefault(rank["pp"], {})[head.name] = [tuple(g) for g in head.shapes]
         for tensor, shape in head.trained.items():
-            shapes.setdefault((tensor, rank["tp"]), {}).setdefault(shape, []).append(_name(head))
+            shapes.setdefault((tensor, rank["tp"]), {}).setdefault(shape, []).append(head.name)
     for by_file in lists.values():
         for odd in minority("param_shapes", by_file):
             expected = "the same tensors, in the same order, on every rank of a pp stage"

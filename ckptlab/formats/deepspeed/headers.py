@@ -6,10 +6,12 @@ Every reader after this works on these values; nobody else takes the dictionarie
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -248,6 +250,11 @@ class ModelFile:
             header.stored("frozen_param_fragments"),
         )
 
+    @cached_property
+    def name(self) -> str:
+        """The file's own name."""
+        return os.path.basename(self.path)
+
     @property
     def trained(self) -> dict[str, Shape]:
         """Shard shapes of the tensors that the optimizer of this rank knows, in memory order."""
@@ -421,6 +428,11 @@ class OptimizerFile:
         kept |= {field: taken(getattr(self, field)) for field in ("alignment", "paddings", "spans")}
         return replace(self, content={**self.content, "optimizer_state_dict": {**self.state_dict, **said}}, **kept)
 
+    @cached_property
+    def name(self) -> str:
+        """The file's own name."""
+        return os.path.basename(self.path)
+
     @property
     def state_dict(self) -> Content:
         """The optimizer's own part of the file."""
@@ -582,7 +594,8 @@ def _spans(mapping: Header) -> dict[str, tuple[int, int]]:
     """name → (start, count) of what a slice mapping says that the file holds."""
     found = {}
     for name, address in mapping.values.items():
-        start, count = getattr(address, "start", None), getattr(address, "numel", None)
+        told = getattr(address, "attributes", {})
+        start, count = told.get("start"), told.get("numel")
         if not isinstance(name, str) or not isinstance(start, int) or not isinstance(count, int):
             raise mapping.odd(name, "a start and a number of elements")
         if count > 0:

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
@@ -67,6 +68,7 @@ _EXPANDED_LIMIT = 1 << 26  # bytes to which a tensor may be expanded that has mo
 _OF_STORAGES = re.compile(r"torch|torch\.\w+|torch_npu\.npu")  # torch.cuda, torch.npu, torch.storage: modules
 
 
+@lru_cache(maxsize=1024)
 def is_of_storages(module: str) -> bool:
     """Whether torch, or a build of it for some device, keeps the names of storages there."""
     return _OF_STORAGES.fullmatch(module) is not None
@@ -205,18 +207,15 @@ class _TensorUnpickler(pickles.Unpickler):
         self.sums: dict[int, int] = {}
 
     def persistent_load(self, pid: Any) -> Storage:
-        match pid:
-            case (
-                "storage",
-                Global(module=module, name=kind),
-                str(key),
-                _,
-                int(numel),
-            ) if is_of_storages(module):
-                if (kind, key, numel) not in self._storages:
-                    self._storages[kind, key, numel] = self._storage(kind, key, numel)
-                return self._storages[kind, key, numel]
-        raise UnsafeFileError(f"its pickle refers to {brief(pid)}, which is no storage; do not use it")
+        parts: tuple[Any, ...] = pid if type(pid) is tuple and len(pid) == 5 else (None,) * 5
+        tag, of, key, _, numel = parts
+        fits = tag == "storage" and type(key) is str and type(numel) is int
+        if not (fits and isinstance(of, Global) and is_of_storages(of.module)):
+            raise UnsafeFileError(f"its pickle refers to {brief(pid)}, which is no storage; do not use it")
+        found = self._storages.get((of.name, key, numel))
+        if found is None:
+            found = self._storages[of.name, key, numel] = self._storage(of.name, key, numel)
+        return found
 
     def _storage(self, kind: str, key: str, numel: int) -> Storage:
         dtype = np.dtype(np.uint8) if kind == "UntypedStorage" else _STORAGES.get(kind)
@@ -268,7 +267,7 @@ def _view(storage: Any, start: Any, shape: Any, strides: Any) -> Stored:
             f"storage; do not use the file"
         )
     numel = math.prod(shape)
-    end = start + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if numel else 0
+    end = start + 1 + sum([(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]) if numel else 0
     if end > storage.numel or (numel > storage.numel and numel * storage.dtype.itemsize > _EXPANDED_LIMIT):
         raise UnsafeFileError(
             f"a tensor of shape {brief(shape)}, strides {brief(strides)} at element {brief(start)} claims more "
@@ -278,7 +277,7 @@ def _view(storage: Any, start: Any, shape: Any, strides: Any) -> Stored:
 
 
 def _naturals(*numbers: Any) -> bool:
-    return all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+    return {*map(type, numbers)} == {int} and min(numbers) >= 0 and max(numbers) < 1 << 63
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:

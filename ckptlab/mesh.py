@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +71,7 @@ class Mesh(Shown, Mapping[str, int]):
         """What it was made of: hashes of text differ from one process to the next."""
         return {"_degrees": self._degrees, "_parts": self._parts}
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """Names of the axes, slowest first; of an axis that was split, its parts."""
         return tuple(axis for axis, _ in self._degrees)
@@ -86,12 +87,12 @@ class Mesh(Shown, Mapping[str, int]):
         whole = {axis: math.prod(self.degrees[leaf] for leaf in self.leaves(axis)) for axis, _ in self._parts}
         return {**self.degrees, **whole}
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The degrees alone, slowest first."""
         return tuple(degree for _, degree in self._degrees)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of ranks."""
         return math.prod(self.shape)
@@ -134,7 +135,7 @@ class Mesh(Shown, Mapping[str, int]):
 
     def leaves(self, axis: str) -> tuple[str, ...]:
         """The axis itself, or all parts of an axis that was split, slowest first."""
-        if axis in self.degrees:
+        if axis in self.axes:
             return (axis,)
         parts = dict(self._parts)
         if axis not in parts:
@@ -148,13 +149,19 @@ class Mesh(Shown, Mapping[str, int]):
         missing = [f"{axis}({n})" for axis, n in self._degrees if axis not in place and n > 1]
         if missing:
             raise MeshError(f"a rank of {self!r} needs a coordinate on {', '.join(missing)}")
-        return int(np.ravel_multi_index(tuple(place.get(axis, 0) for axis in self.axes), self.shape))
+        found = 0
+        for axis, degree in self._degrees:
+            found = found * degree + place.get(axis, 0)
+        return found
 
     def coordinate(self, rank: int) -> dict[str, int]:
         """Axis → coordinate of a rank, on `axes`."""
         if not 0 <= rank < self.size:
             raise MeshError(f"rank {rank} is not on {self!r}, which has {self.size} ranks")
-        return {a: int(k) for a, k in zip(self.axes, np.unravel_index(rank, self.shape), strict=True)}
+        left, place = operator.index(rank), dict.fromkeys(self.axes, 0)
+        for axis, degree in reversed(self._degrees):
+            left, place[axis] = divmod(left, degree)
+        return place
 
     def index(self, axis: str, coordinate: dict[str, int]) -> int:
         """The coordinate on one axis, taken out of a full one; on a split axis, its parts run together."""
@@ -226,7 +233,7 @@ class Mesh(Shown, Mapping[str, int]):
                 raise MeshError(f"{axis} {k} is outside {axis}({self[axis]}) of {self!r}")
             leaves = self.leaves(axis)
             if leaves == (axis,):
-                found: Any = (k,)
+                found: Any = (operator.index(k),)
             else:
                 found = np.unravel_index(k, [self.degrees[leaf] for leaf in leaves])
             twice = [leaf for leaf in leaves if leaf in place]

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,7 +28,6 @@ _SPARSE = 8  # a view's bytes are brought in with what lies between them where t
 RESIDENT = 64 << 20  # bytes of mapped files that are read before their pages are let go
 
 
-@lru_cache(maxsize=4096)
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a contiguous tensor of this shape."""
     strides, step = [], 1

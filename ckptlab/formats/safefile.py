@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -46,6 +47,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 _INTEGER = frozenset((int,))
+_strides = lru_cache(maxsize=4096)(row_major_strides)
 _MOST_DIMS = 64  # numpy's
 _SHOWN = 200  # characters of a name that an error shows
 _LARGEST_HEADER = 100_000_000
@@ -146,7 +148,7 @@ def _enter(found: Header, path: str, name: str, entry: Any, begin: int, size: in
         found.unknown[name] = shorten(kind, 40)
     else:
         sizes = tuple(shape)
-        found[name] = Stored(path, begin + lo, dtype, sizes, row_major_strides(sizes))
+        found[name] = Stored(path, begin + lo, dtype, sizes, _strides(sizes))
     return lo, hi
 
 

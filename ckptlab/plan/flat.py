@@ -145,12 +145,12 @@ class FlatBuffer:
         Columns: dp rank, start in the flattened shard, start in that rank's buffer, count (never 0).
         """
         edges, first = self.edges(i)
-        ranks = first + np.arange(len(edges) - 1)
-        if self.partition is None:
-            place = np.full(len(ranks), self.starts[i])
-        else:
-            place = edges[:-1] + self.starts[i] - ranks * self.partition
-        return np.column_stack([ranks, edges[:-1], place, np.diff(edges)])
+        found = np.empty((len(edges) - 1, 4), np.int64)
+        found[:, 0] = ranks = np.arange(first, first + len(found))
+        found[:, 1] = edges[:-1]
+        found[:, 2] = self.starts[i] + (0 if self.partition is None else edges[:-1] - ranks * self.partition)
+        found[:, 3] = edges[1:] - edges[:-1]
+        return found
 
     def within(self, d: int) -> Int64:
         """What dp rank d's buffer holds, sorted by the place there, (k, 4).

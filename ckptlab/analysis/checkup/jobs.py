@@ -87,13 +87,12 @@ def jobs(catalog: Catalog, unreadable: Unreadable, window: int = WINDOW) -> Iter
     """Everything that a catalog has of tensors, once; in jobs of many windows of so many bytes. What cannot be read,
     of formats whose tensors have headers of their own, goes into `unreadable`."""
     for tensor in catalog.tensors.values():
+        held = _rows(catalog, tensor, unreadable)
+        compared = tensor.layout.replicas not in ("mean", "sum")
         for at in tensor.cut.coordinates():
-            rows = tuple(_rows(catalog, tensor, at, unreadable))
             count = math.prod(tensor.cut.shard_shape(at))
-            if rows and count:
-                yield from _split(
-                    tensor.name, tensor.kind, count, window, rows, tensor.layout.replicas not in ("mean", "sum")
-                )
+            if at in held and count:
+                yield from _split(tensor.name, tensor.kind, count, window, tuple(held[at]), compared)
 
 
 def _split(name: str, kind: str, count: int, window: int, rows: tuple[Row, ...], compared: bool) -> Iterator[Job]:
@@ -101,18 +100,20 @@ def _split(name: str, kind: str, count: int, window: int, rows: tuple[Row, ...],
         yield Job(name, kind, lo, min(lo + _JOB * window, count), rows, compared)
 
 
-def _rows(catalog: Catalog, tensor: Tensor, at: Coordinate, unreadable: Unreadable) -> Iterator[Row]:
-    """The states of a tensor at a coordinate of its cut, each with all its copies, the canonical stage's first."""
+def _rows(catalog: Catalog, tensor: Tensor, unreadable: Unreadable) -> dict[Coordinate, list[Row]]:
+    """The states of a tensor at each coordinate of its cut, with all their copies, the canonical stage's first."""
+    found: dict[Coordinate, list[Row]] = {}
     for state, dtype in tensor.states.items():
         for placement in catalog.placements.get((tensor.name, state), ()):
             for holder in placement.holders:
-                if placement.coordinate(holder) == at:
-                    try:
-                        fragments = catalog.fragments(tensor.name, state, holder)
-                    except CkptlabError as error:
-                        unreadable.setdefault((tensor.name, state), error)
-                        continue
-                    yield Row(state, holder, np.dtype(dtype), fragments)
+                try:
+                    fragments = catalog.fragments(tensor.name, state, holder)
+                except CkptlabError as error:
+                    unreadable.setdefault((tensor.name, state), error)
+                    continue
+                row = Row(state, holder, np.dtype(dtype), fragments)
+                found.setdefault(placement.coordinate(holder), []).append(row)
+    return found
 
 
 def gaps(catalog: Catalog) -> Iterator[Gap]:

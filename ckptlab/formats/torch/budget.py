@@ -92,7 +92,8 @@ def _examined_before(data: bytes, most: Budget) -> bool:
 def _examined(data: bytes, most: Budget) -> bool:
     position = 0
     opcodes, inside = bytearray(), bytearray()
-    alike = min(sum(map(data.count, ones)) for ones in (_MINUS_ONE, _MINUS_TWO))
+    alike = sum(map(data.count, _MINUS_ONE))
+    alike = min(alike, sum(map(data.count, _MINUS_TWO))) if alike else 0
     append, plain, may_be_tuple = opcodes.append, _PLAIN, _MAY_BE_ALIKE if alike else _MAY_BE_TUPLE
     put = shared = numbers = last = 0
     tuples: set[int] = set()

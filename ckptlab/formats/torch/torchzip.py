@@ -231,21 +231,18 @@ class _Entry(NamedTuple):
     crc: int | None
 
     @property
-    def padding(self) -> int:
-        return -(self.offset + _LOCAL_HEADER.size + len(self.name) + _PADDING.size + _ZIP64_SIZES.size) % _ALIGNMENT
-
-    @property
     def start(self) -> int:
         """Where its data begins."""
-        return self.offset + _LOCAL_HEADER.size + len(self.name) + len(self._extra())
-
-    def _extra(self) -> bytes:
-        padding = _PADDING.pack(b"FB", self.padding) + b"Z" * self.padding  # as torch fills it
-        return padding + _ZIP64_SIZES.pack(1, 16, self.size, self.size)
+        least = self.offset + _LOCAL_HEADER.size + len(self.name) + _PADDING.size + _ZIP64_SIZES.size
+        return least + -least % _ALIGNMENT
 
     def local_header(self) -> bytes:
-        fields = (_VERSION, 0, 0, 0, _DATE, self.crc or 0, FULL, FULL, len(self.name), len(self._extra()))
-        return _LOCAL_HEADER.pack(b"PK\3\4", *fields) + self.name + self._extra()
+        """What stands before its data."""
+        extra = self.start - self.offset - _LOCAL_HEADER.size - len(self.name)
+        padding = extra - _PADDING.size - _ZIP64_SIZES.size
+        fields = (_VERSION, 0, 0, 0, _DATE, self.crc or 0, FULL, FULL, len(self.name), extra)
+        padded = _PADDING.pack(b"FB", padding) + b"Z" * padding  # as torch fills it
+        return _LOCAL_HEADER.pack(b"PK\3\4", *fields) + self.name + padded + _ZIP64_SIZES.pack(1, 16, *[self.size] * 2)
 
     def central_header(self) -> bytes:
         large = [self.size] * 2 * (self.size > _LIMIT) + [self.offset] * (self.offset > _LIMIT)

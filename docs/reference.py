@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,9 @@ def entry(name: str) -> str:
         methods = [
             f"`.{key}`: {sentence(value)}"
             for key, value in inspect.getmembers(thing)
-            if not key.startswith("_") and (callable(value) or isinstance(value, property)) and sentence(value)
+            if not key.startswith("_")
+            and (callable(value) or isinstance(value, property | cached_property))
+            and sentence(value)
         ]
         lines += ["", *(f"- {line}" for line in methods)]
     lines += ["", "```python", EXAMPLES[name], "```"]

@@ -128,6 +128,10 @@ class Layout(Shown):
             kept.pop("dims", None)
         return Layout(**(kept | fields))
 
+    def on_stages(self, stages: tuple[int, ...] | None) -> Layout:
+        """The layout on these pp stages. Cached: of many layers it is the same few."""
+        return self if self.stages == stages else _on_stages(self, stages)
+
     def resolve(self, shape: Sequence[int], mesh: Mesh) -> Cut:
         """The cut for a true shape on a mesh. Raises LayoutError, with text, shape and mesh. Cached."""
         shape = tuple(int(n) for n in shape)
@@ -136,7 +140,7 @@ class Layout(Shown):
     @cached_property
     def _on_any_stage(self) -> Layout:
         """The same, whatever stages hold it: they make no other cut."""
-        return self if self.stages is None else self.replace(stages=None)
+        return self.on_stages(None)
 
     def check(
         self, shape: Sequence[int], mesh: Mesh, there: Layout | None = None, mesh_there: Mesh | None = None
@@ -224,6 +228,11 @@ class Layout(Shown):
 
 
 _FIELDS = ("text", "dims", "sizes", "totals", "units", "padded", "stages", "replicas")
+
+
+@lru_cache(maxsize=4096)
+def _on_stages(layout: Layout, stages: tuple[int, ...] | None) -> Layout:
+    return layout.replace(stages=stages)
 
 
 @lru_cache(maxsize=4096)

@@ -42,7 +42,7 @@ def _tensor(tensor: Tensor, mesh: Mesh, strategy: Strategy, cuts: tuple[str, ...
     layout = strategy.layout(tensor.name, [tensor.shape])
     if layout is None:
         gone = [a for a in tensor.cut.mesh.axes if a not in mesh or (cuts is not None and a not in cuts)]
-        layout = without(tensor.layout.replace(stages=None), gone)
+        layout = without(tensor.layout.on_stages(None), gone)
         for axis in dict.fromkeys(name for node in layout.tree for name in names(node) if name in mesh):
             layout = on_degree(layout, axis, mesh[axis])
     elif len(layout.dims) != len(tensor.shape):

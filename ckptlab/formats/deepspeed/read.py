@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -268,7 +267,7 @@ def build_tensors(
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             fused = folder.experts.fused_of(name)
             if folder.experts.over_tp and folder.experts.degree(name):
-                layout = _on_stages(replicated(len(shards[0])), stages[name])
+                layout = replicated(len(shards[0])).on_stages(stages[name])
                 layout, shape, cut = whole(name, layout, shards, None, mesh)
                 layout_known = True
             elif fused is not None:
@@ -276,7 +275,7 @@ def build_tensors(
                 layout_known = True
             else:
                 layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
-                layout = _on_stages(layout, stages[name])
+                layout = layout.on_stages(stages[name])
                 layout, shape, cut = whole(name, layout, shards, info, mesh)
             states = dict(states_of.get(name, {}))
             if name in module.pieces:
@@ -296,11 +295,6 @@ def build_tensors(
     if mesh.tp > 1 and any(t.layout.replicas == "mean" for t in tensors.values()):
         faults.report(_averaged(folder.path))
     return tensors
-
-
-@lru_cache(maxsize=1024)
-def _on_stages(layout: Layout, stages: tuple[int, ...]) -> Layout:
-    return layout.replace(stages=stages)
 
 
 def shards_of(folder: StepFolder, name: str, shapes: Mapping[int, Shape]) -> list[Shape]:

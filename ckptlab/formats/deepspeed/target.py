@@ -308,7 +308,7 @@ def _retarget(
         layout = autotp.on_tp(tensor.layout, tensor.name, tensor.shape, mesh.tp, kv_heads, source.grain)
     else:
         layout = on_degree(tensor.layout, "tp", mesh.tp)
-    layout = layout.replace(stages=stages)
+    layout = layout.on_stages(stages)
     if layout.padded and padded is not None:
         layout = layout.replace(padded={0: padded})
     try:

@@ -74,7 +74,7 @@ def drawn(source: Catalog, mesh: Mesh, zero_stage: int) -> Catalog:
 
 
 def _tensor(source: Catalog, tensor: Tensor, mesh: Mesh, stages: tuple[int, ...], zero_stage: int) -> Tensor:
-    layout = tensor.layout if tensor.layout.stages == stages else tensor.layout.replace(stages=stages)
+    layout = tensor.layout.on_stages(stages)
     try:
         cut = layout.resolve(tensor.shape, mesh)
     except LayoutError as error:

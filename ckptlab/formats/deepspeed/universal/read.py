@@ -229,7 +229,7 @@ class _Tensors:
                 self.faults.report(contradiction(one.path, message, name))
         ordered = {s: states[s].dtype for s in sorted(states, key=lambda s: s != MASTER)}
         return Tensor(
-            name, shape, layout.replace(stages=stages), Cut.whole(shape), "parameter", ordered, None, stages, (), known
+            name, shape, layout.on_stages(stages), Cut.whole(shape), "parameter", ordered, None, stages, (), known
         )
 
     def add_module(self) -> None:

@@ -173,7 +173,7 @@ _TABLES: dict[int, Table] = {}  # of catalogs that are there: a picture and a fi
 def _by_rank(catalog: Catalog) -> Table:
     catalog = catalog.as_stored
     mesh, kept = catalog.mesh, catalog.training.gradients
-    found = np.zeros((*mesh.shape, len(KINDS)), np.int64)
+    found = np.zeros((mesh.size, len(KINDS)), np.int64)
     for group in catalog.flat_groups:
         on = catalog.mesh_of(group)
         table = found.reshape(*on.shape, len(KINDS))

@@ -16,7 +16,7 @@ from ckptlab.catalog import PARAM
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, layer_of
+from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, layer_of, numbers
 from ckptlab.formats.deepspeed.headers import (
     Content,
     EngineConfig,
@@ -96,7 +96,7 @@ class StepFolder:
         ranks."""
         found: dict[Rank, dict[str, Shape]] = {}
         for rank, (head, *_) in self.heads.items():
-            local = self.experts.whole(head.trained)
+            local = head.trained
             of_ranks = self.experts.everywhere(list(local)) if self.experts else []
             found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or dict(local)
         return found
@@ -204,7 +204,21 @@ class _Found:
                 fused = autoep.layers(head.path, head.content)
         silent = bool(files) and all(head.shapes is None for head in self.heads.values())
         listed = (name for file in self.optims.values() for span in file.spans for name in span)
-        return Experts.of(self.heads.values(), files, spread, fused, stages, tp, listed if silent else ())
+        said = listed if silent else ()
+        return Experts.of(self.heads.values(), files, spread, fused, stages, tp, said, self._over_tp())
+
+    def _over_tp(self) -> bool:
+        """Whether the first rank's buffers of experts are cut over ranks of tp too, by the numbers of partitions."""
+        first, head = self.optims.get(FileName("optim", prefix=self.prefix)), self.heads.get(FileName(self.head))
+        counts = first.state_dict.get("partition_count") if first else None
+        if not isinstance(counts, (list, tuple)) or head is None or head.shapes is None:
+            return False
+        total, mesh = numbers(name for tensors in self.expert_files.values() for name in tensors), self.mesh()
+        for shapes, count in zip(head.shapes, counts, strict=False):
+            for layer, local in numbers(shapes).items():
+                if total.get(layer, 0) // local * count == mesh.dp * mesh.tp != mesh.dp:
+                    return True
+        return False
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -393,6 +407,10 @@ class _Found:
                 for i, e in experts_said(h.content for n, h in self.heads.items() if n.mp // mesh.tp == p)
                 for t in self.experts.of_file(p, i, e, mesh)
             ]
+            if self.experts.over_tp and not self.experts.fused:  # copies of it are there where DeepSpeed can load them
+                first = {(n.mp // mesh.tp, n.layer, n.expert): n for n in reversed(experts)}
+                needed = {*first.values()}
+                experts = [n for n in experts if n in needed or n in self.names]
             if experts:
                 wanted["expert"] = experts
             if self.inside and self.expert_optims:

@@ -97,19 +97,9 @@ class DeepSpeed(Format):
         told = target.training.layouts_told and not silent
         layouts = LayoutsOf({name: tensor.layout for name, tensor in target.tensors.items()})
         found = self.read(folder, Strict(), None if not silent and (told or target.mesh.tp == 1) else layouts)
-        experts = target.private.experts
-        dealt = experts.fused if experts.folded else ()  # their tensors are read as whole ones
-        if dealt and found and found.private.folder.experts.fused != dealt:
-            raise CheckpointError(
-                f"{folder}: experts were written as {found.private.folder.experts.fused}, expected {dealt}: this is a "
-                "fault of ckptlab; please report it"
-            )
         for name, tensor in target.tensors.items():
             again = found.tensors.get(name) if found else None
-            alike = again is not None and again.shape == tensor.shape
-            if alike and dealt and experts.fused_of(name):
-                continue
-            alike = alike and again is not None and _alike(again.cut, tensor.cut)
+            alike = again is not None and again.shape == tensor.shape and _alike(again.cut, tensor.cut)
             if not alike or (told and again and again.layout.text != tensor.layout.text):
                 raise CheckpointError(
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "

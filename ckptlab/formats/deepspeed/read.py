@@ -267,13 +267,12 @@ def build_tensors(
             shards = shards_of(folder, name, shapes_of[name])
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             fused = folder.experts.fused_of(name)
-            if folder.experts.over_tp and folder.experts.degree(name):
-                layout = _on_stages(replicated(len(shards[0])), stages[name])
-                layout, shape, cut = whole(name, layout, shards, None, mesh)
+            if fused is not None:
+                layout, shape, cut = all_experts(name, fused, shards[0], folder.experts.mesh(mesh))
                 layout_known = True
-            elif fused is not None:
-                layout, shape, cut = all_experts(name, fused, shards[0], mesh)
-                layout_known = True
+            elif folder.experts.over_tp and folder.experts.degree(name):
+                layout, shape = _on_stages(replicated(len(shards[0])), stages[name]), shards[0]
+                cut, layout_known = layout.resolve(shape, folder.experts.mesh(mesh)), True
             else:
                 layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
                 layout = _on_stages(layout, stages[name])
@@ -305,6 +304,8 @@ def _on_stages(layout: Layout, stages: tuple[int, ...]) -> Layout:
 
 def shards_of(folder: StepFolder, name: str, shapes: Mapping[int, Shape]) -> list[Shape]:
     """The shapes of a tensor's shards, tp rank by tp rank. CheckpointError where they have other numbers of dims."""
+    if folder.experts.over_tp and folder.experts.degree(name):
+        return [shapes[0]]  # the first ep rank's: they are on a mesh of their own
     shards = [shapes[t] for t in range(folder.mesh.tp) if t in shapes]
     if len(shards) != folder.mesh.tp or len({len(s) for s in shards}) > 1:
         raise CheckpointError(

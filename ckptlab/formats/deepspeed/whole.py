@@ -11,7 +11,7 @@ from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
-from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces, match_groups, with_experts
+from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces, match_groups
 from ckptlab.formats.deepspeed.options import fused_of
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.plan import Holder
@@ -38,15 +38,7 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
             for name, at, state, fragments in _fragments(
                 folder, own.ordered_as(optimizer), head.shapes, module, rank, ep
             ):
-                by_holder, fused = pieces.setdefault((name, state), {}), folder.experts.fused_of(name)
-                if fused is None or not folder.experts.over_tp:
-                    by_holder.setdefault(at, fragments)
-                elif state != MASTER or optimizer.masters is not None:
-                    of_rank = fused.ranks[folder.experts.place(ep, fused.ep, folder.mesh)]
-                    inner = math.prod(folder.trained[rank][name][1:])
-                    by_holder[at] = with_experts(by_holder.get(at, ()), fragments, of_rank, inner)
-                else:  # the module's own, of all experts
-                    by_holder[at] = fragments
+                pieces.setdefault((name, state), {}).setdefault(at, fragments)
     groups, _ = match_groups(folder.path, stages)
     stage = folder.config.stage
     return OptimizerFiles(

@@ -216,7 +216,8 @@ class _Tensors:
         if shards is None:  # not in the model files: what is stored is all there is to know
             shards, info = [next(iter(states.values())).shape], None
         if (fused := self.folder.experts.fused_of(name)) is not None:
-            (layout, shape, _), known = all_experts(name, fused, shards[0], self.folder.mesh), True
+            on = self.folder.experts.mesh(self.folder.mesh)
+            (layout, shape, _), known = all_experts(name, fused, shards[0], on), True
         else:
             layout, known = choose_layout(name, "parameter", shards, info, self.strategy, self.folder.path)
             layout, shape, _ = whole(name, layout, shards, info, self.folder.mesh if len(shards) > 1 else Mesh())

@@ -189,7 +189,7 @@ def _by_rank(catalog: Catalog) -> Table:
         return on.where(pp=stage, **dict(zip(axes, at, strict=True)))
 
     for cut, stages, column, size, cut_over_dp, times in _outside(catalog, kept):
-        on = cut.mesh if cut.axes else mesh
+        on = cut.mesh if cut.mesh.size == mesh.size else mesh  # whole tensors lie on one rank
         table = found.reshape(*on.shape, len(KINDS))
         for at in cut.coordinates():
             held = math.prod(cut.shard_shape(at))

@@ -107,6 +107,10 @@ def _over_dp(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not parameter.requires_grad:
             tensors[f"frozen/{name}"] = weight
             continue
+        if not weight.numel():  # of which AutoTP leaves this rank nothing: no optimizer has it
+            tensors |= {f"{state}/{name}": weight.float() for state in ("master", *MOMENTS)}
+            tensors[f"param/{name}"] = weight
+            continue
         states, settings[name] = masters[id(parameter)]
         tensors |= {f"{state}/{name}": flat.reshape(weight.shape) for state, flat in states.items()}
         tensors[f"param/{name}"] = weight

@@ -206,7 +206,8 @@ class Experts:
             elif zero_stage == 0 and target.shared(wanted, mesh) and not target.folded:
                 yield (
                     f"tp {mesh.tp}, ep {wanted}: without ZeRO DeepSpeed leaves out the optimizers of tp ranks that "
-                    "share experts, and cannot load what it saves: take an ep that is a multiple of tp, and not "
+                    "share experts, and cannot load what it saves; with them, nothing would tell these experts from "
+                    "tensor parallel ones: take an ep that is a multiple of tp, and not "
                     "use_data_before_expert_parallelism, or zero_stage=1"
                 )
         if target.folded and target.data_first:

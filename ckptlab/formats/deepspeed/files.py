@@ -149,6 +149,7 @@ def read_step_folder(
     found.choose(mesh)
     found.parse("optim" if found.sets else "expert_optim")
     found.put_in_order()
+    found.with_empty()
     for finding in (
         *found.misplaced(mesh),
         *found.notices(mesh),
@@ -282,6 +283,22 @@ class _Found:
             if order and head.shapes is not None and len(head.shapes) == len(order):
                 self.heads[name] = replace(head, shapes=tuple(head.shapes[i] for i in order))
         self.optims.update({name: self.optims[name].reordered(order) for name, order in orders.items() if order})
+
+    def with_empty(self) -> None:
+        """Give every rank the tensors too of which it has nothing, and which DeepSpeed lists in its module alone: those
+        that AutoTP cuts between fewer heads than there are tp ranks."""
+        tp = self.mesh().tp
+        for name, head in self.heads.items():
+            first = self.heads.get(replace(name, mp=name.mp // tp * tp))
+            if first is None or not first.shapes or not head.shapes or len(first.shapes) != len(head.shapes):
+                continue
+            module = head.module or {}
+            groups = []
+            for every, own in zip(first.shapes, head.shapes, strict=True):
+                empty = {n: module[n].shape for n in every if n not in own and n in module and not module[n].numel}
+                known = {**empty, **own}
+                groups.append({n: known[n] for n in every if n in known} if own.keys() <= every.keys() else own)
+            self.heads[name] = replace(head, shapes=tuple(groups))
 
     @property
     def inside(self) -> bool:
@@ -439,12 +456,12 @@ class _Found:
         others = (n for h in heads for n in h.module or {} if n not in h.buffers and n not in h.shared)
         frozen = tuple(dict.fromkeys(n for n in others if n not in trained))
         found = (
-            f"{some(files, 4)}: not there. DeepSpeed, to 0.19.8 at least, writes the model files of just as many tp "
-            f"ranks as experts are spread over (ep {self.experts.sizes[-1]}, of tp {mesh.tp}), and cannot load it. The "
-            "module's weights are left out, and made of the optimizer's where they are written"
+            f"{some(files, 4)}: not there. DeepSpeed, to 0.19.8 at least, writes the model files of those tp ranks "
+            f"alone that come first among ranks with the same experts (ep {self.experts.sizes[-1]}, of tp {mesh.tp}), "
+            "and cannot load it. The module's weights are left out, and made of the optimizer's where they are written"
             + (f"; of {some(frozen, 4)} nothing else is stored" if frozen else "")
         )
-        todo = "convert it, to an ep of at least tp or to tp 1, and train on with that"
+        todo = "convert it, and train on with that: ckptlab writes all files, on the same mesh too"
         where = Where(files, (*trained, *frozen), (PARAM,))
         return Finding("model-files", "warning", where, "one a rank", found, todo, "headers", f"{self.path}: {found}")
 
@@ -476,8 +493,9 @@ class _Found:
             ep = self.experts.sizes[-1]
             return (
                 f"{self.path}: incomplete: {some(missing, 4)} missing. DeepSpeed, to 0.19.8 at least, writes those of "
-                f"just as many tp ranks as experts are spread over (ep {ep}, of tp {mesh.tp}) and cannot load it: save "
-                "it again with ep of at least tp, or experts that are tensor parallel themselves"
+                f"the tp ranks alone that come first among ranks with the same experts (ep {ep}, of tp {mesh.tp}) and "
+                "cannot load it: save it again with an ep that is a multiple of tp, or experts that are tensor "
+                "parallel themselves"
             )
         needs = f"{model} model files" + (f" and {mesh.size} optimizer files" if self.optimizer else "")
         return (

@@ -232,8 +232,11 @@ def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> Flat
     # ZeRO-1/2 keep the last rank's padding out of its masters. The longest is right even where files were swapped
     left_out = [f.paddings[b] if f.wrapper is Wrapper.ZERO12 and b < len(f.paddings) else 0 for f in files]
     held = max(f.states[b][MASTER].numel + padding for f, padding in zip(files, left_out, strict=True))
-    alignment = files[0].alignment
-    return FlatBuffer.contiguous(tuple(shapes), counts, len(files), alignment[b] if b < len(alignment) else None, held)
+    paddings = files[0].alignment[b] if b < len(files[0].alignment) else None
+    if paddings and len(paddings) == sum(map(bool, counts)):  # DeepSpeed knows no tensor of no elements
+        each = iter(paddings)
+        paddings = tuple(next(each) if n else 0 for n in counts)
+    return FlatBuffer.contiguous(tuple(shapes), counts, len(files), paddings, held)
 
 
 def _lengths_and_mappings(

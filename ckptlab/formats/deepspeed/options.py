@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptlab.catalog import DTYPES, Catalog
 from ckptlab.catalog.training import ZERO_STAGES
-from ckptlab.formats.deepspeed import pipeline
+from ckptlab.formats.deepspeed import autotp, pipeline
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
@@ -82,8 +82,12 @@ def experts_of(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Experts:
 
 
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads): from the user, else what the run says."""
-    return options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
+    """(attention heads, key/value heads): from the user, else what the run says, and of AutoTP's the tensors; there a
+    model is taken to have as many of both where nothing says otherwise, as AutoTP does."""
+    heads, kv_heads = options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
+    if catalog.private.autotp:
+        kv_heads = kv_heads or autotp.told_heads(catalog.tensors, heads) or heads
+    return heads, kv_heads
 
 
 def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
@@ -112,8 +116,13 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         layers = sum(pipeline.describe(catalog).blocks)
         if mesh.pp > layers:
             yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
+    heads, kv = head_counts(catalog, options)
+    if native.autotp and stage == 3 and kv and kv < mesh.tp:
+        yield (
+            f"ZeRO-3 at tp {mesh.tp} of {kv} key/value heads: AutoTP leaves tp ranks from {kv} on no part of "
+            "attention, which DeepSpeed trains at ZeRO-2 and below alone: take a tp of at most as many"
+        )
     if mesh.tp > 1 and mesh.tp != trained.tp:
-        heads, kv = head_counts(catalog, options)
         for count, what in (
             () if native.autotp else ((heads, "attention heads"), (kv if kv != heads else None, "key/value heads"))
         ):

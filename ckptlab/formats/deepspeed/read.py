@@ -184,8 +184,13 @@ def training(native: Native, zero_stage: int | None, groups: tuple[ParameterGrou
     )
 
 
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads")
+
+
 def head_counts(client: Mapping[str, Any], path: str) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads) by the client's `args`, or by a config.json in the folder or beside it."""
+    """(attention heads, key/value heads) by the client's `args`, or by a config.json in the folder or beside it, under
+    the names that AutoTP looks for (`module_inject/tp_shard.py`)."""
     args = getattr(client.get("args"), "attributes", None) or {}
     config: Mapping[str, Any] = {}
     for folder in (path, paths.parent(path)):
@@ -194,10 +199,11 @@ def head_counts(client: Mapping[str, Any], path: str) -> tuple[int | None, int |
         except (OSError, ValueError):
             continue
         config = found if isinstance(found, dict) else {}
+        config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
         break
     heads, kv_heads = (
-        next((n for n in (args.get(key), config.get(key)) if isinstance(n, int) and n > 0), None)
-        for key in ("num_attention_heads", "num_key_value_heads")
+        next((n for key in keys for n in (args.get(key), config.get(key)) if isinstance(n, int) and n > 0), None)
+        for keys in (_HEADS, _KV_HEADS)
     )
     return heads, kv_heads
 

@@ -104,12 +104,24 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     wrapper = _wrapper(source.wrapper, stage)
     whole = wrapper is Wrapper.WHOLE
     heads, kv_heads = head_counts(catalog, options)
-    kv_heads = kv_heads or autotp.told_heads(catalog.tensors)
+    divides = source.folder.mesh.tp % mesh.tp == 0  # then as many heads on a rank of the source are as many here
+    if source.autotp:
+        kv_heads = kv_heads or (autotp.divided_heads(catalog.tensors, source.folder.mesh.tp) if divides else None)
     tensors = {
         name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole, experts)
         for name, t in catalog.tensors.items()
     }
-    if mesh.tp not in (1, source.folder.mesh.tp) and (kv_heads if source.autotp else heads) is None:
+    if source.autotp and kv_heads and mesh.tp > kv_heads and mesh.tp != source.folder.mesh.tp:
+        findings.append(
+            _told(
+                "heads-few",
+                "warning",
+                f"tp {mesh.tp} of {kv_heads} key/value heads: AutoTP leaves tp ranks from {kv_heads} on no part of "
+                "attention. DeepSpeed trains that (transformers' LLaMA, say), no faster; a model whose own "
+                "code divides by its number of heads fails",
+            )
+        )
+    if not divides and (kv_heads if source.autotp else heads) is None:
         findings.append(
             _told(
                 "heads-unknown",

@@ -70,10 +70,16 @@ def _fragments(
         if degree is None and elsewhere:  # another tp rank's file, whose shards of such tensors are others
             continue
         at = folder.experts.place(ep, degree, folder.mesh) if degree else ep
-        done, names = 0, folder.experts.shapes_on(of_first, at)
-        for k, (name, shape) in enumerate(zip(folder.experts.globally(names, at), names.values(), strict=True)):
+        done, k, names = 0, -1, folder.experts.shapes_on(of_first, at)
+        whole = optimizer.fused or len(optimizer.states[g]) == len(names)  # else without tensors of no elements
+        for name, shape in zip(folder.experts.globally(names, at), names.values(), strict=True):
             holder = folder.experts.holder(name, folder.mesh, at, pp=rank[0], tp=rank[1])
             count = math.prod(shape)
+            if not (count or whole):
+                own_masters = () if optimizer.masters is None else (MASTER,)
+                yield from ((name, holder, state, ()) for state in (*own_masters, *optimizer.states[g][0]))
+                continue
+            k += 1
             kept: dict[str, Stored] = dict(optimizer.states[g][0 if optimizer.fused else k])
             if optimizer.masters is not None:
                 kept = {MASTER: optimizer.masters[g][0 if optimizer.fused else k], **kept}
@@ -115,6 +121,7 @@ def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str,
         if not names:
             continue
         shards = [{s: writer.shard(n, s, rank) for s in target.tensors[n].states if s != PARAM} for n in names]
+        shards = [one for one in shards if all(math.prod(held.shape) for held in one.values())]  # as DeepSpeed does
         if fused:
             shards = [{s: _joined([one[s] for one in shards]) for s in shards[0]}]
         ids = list(range(len(state), len(state) + len(shards)))

@@ -251,7 +251,8 @@ class NativeWriter:
         return Size(tensor.cut.shard_shape(self.coordinate(tensor, rank)))
 
     def _shapes(self, group: FlatGroup, rank: int) -> OrderedDict[str, Size]:
-        return OrderedDict((self.experts.locally(n), self._shape(self.target.tensors[n], rank)) for n in group.names)
+        shapes = ((self.experts.locally(n), self._shape(self.target.tensors[n], rank)) for n in group.names)
+        return OrderedDict((name, shape) for name, shape in shapes if math.prod(shape))  # as DeepSpeed does
 
     def of_stage(self, p: int, t: int) -> Mapping[str, Any]:
         """What is in the module of a stage, by the source's model files: of a pipeline those of all its stages."""

@@ -122,6 +122,8 @@ def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str,
             continue
         shards = [{s: writer.shard(n, s, rank) for s in target.tensors[n].states if s != PARAM} for n in names]
         shards = [one for one in shards if all(math.prod(held.shape) for held in one.values())]  # as DeepSpeed does
+        if not shards:
+            continue
         if fused:
             shards = [{s: _joined([one[s] for one in shards]) for s in shards[0]}]
         ids = list(range(len(state), len(state) + len(shards)))

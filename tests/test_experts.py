@@ -196,6 +196,16 @@ def test_experts_lie_on_ranks_that_are_no_grid_of_dp_and_tp(
         source.reshape(**asked, zero_stage=0)
 
 
+@pytest.mark.parametrize("stage", [1, 0])
+def test_what_is_written_of_a_universal_folder_has_experts_in_their_own_files_alone(stage: int, tmp_path: Path) -> None:
+    """Whose model file has them all: DeepSpeed takes none that a rank has not ("Unexpected key(s) in state_dict")."""
+    ckptlab.open(MOE).reshape(format="universal").save(tmp_path / "universal" / "step")
+    source = read(tmp_path / "universal")
+    figures_are_what_happens(source, Mesh(dp=4), tmp_path / "out", ep=2, zero_stage=stage)
+    module = torchfile.read(tmp_path / "out" / "mp_rank_00_model_states.pt")["module"]
+    assert module.keys() == torchfile.read(MOE / "global_step3" / "mp_rank_00_model_states.pt")["module"].keys()
+
+
 def test_weights_are_saved_under_global_names(tmp_path: Path) -> None:
     ckptlab.save_weights(ckptlab.open(MOE), tmp_path / "weights")
     truth, found = load_file(MOE / "truth.safetensors"), load_file(tmp_path / "weights" / "model.safetensors")

@@ -245,8 +245,10 @@ class _Tensors:
             else:
                 shape, kind = self.module.shapes[name][holder["tp"]], self.module.kinds[name]
                 layout, known = choose_layout(name, kind, [shape], None, None, self.folder.path)
+                stages = tuple(sorted({one["pp"] for one in by_rank}))
+                layout = layout.replace(stages=stages)
                 self.tensors[name] = Tensor(
-                    name, shape, layout, Cut.whole(shape), kind, {PARAM: dtype}, None, (0,), (), known
+                    name, shape, layout, Cut.whole(shape), kind, {PARAM: dtype}, None, stages, (), known
                 )
             self.pieces[name, PARAM] = {ALONE: tuple(replace(f, dp=0) for f in fragments)}
         for name, aliases in self.module.called.items():

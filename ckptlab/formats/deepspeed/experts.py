@@ -8,7 +8,8 @@ over the ranks that have the same experts (`edp`).
 Beside tensor parallelism there are two kinds. Experts that are tensor parallel themselves
 (`enable_expert_tensor_parallelism`) lie so on each tp rank. All others are whole, and are dealt to the ranks of dp and
 tp alike, in the order of global ranks: tp ranks have different ones, or share the buffers of the same, and an expert's
-file is the one rank's that comes first. Those of AutoEP always lie so beside AutoTP ("folding"): the ranks of a stage
+file is the one rank's that comes first (where tp ranks share it an engine looks for one of each, so that it cannot load
+what it saved; ckptlab writes them all). Those of AutoEP always lie so beside AutoTP ("folding"): the ranks of a stage
 are dp × tp to all other tensors, and edp × ep to them (`Experts.mesh`). Sources: DeepSpeed 0.19.8, `moe/layer.py`,
 `utils/groups.py` (`_create_expert_and_data_parallel`, `_create_expert_data_and_model_parallel`), engine
 (`_save_moe_checkpoint`), `module_inject/auto_ep_folding.py`.

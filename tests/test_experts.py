@@ -269,6 +269,23 @@ def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
     assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
 
 
+def test_views_show_whose_dealt_experts_are(tmp_path: Path) -> None:
+    """On edp and ep, into which dp and tp are arranged once more: ep rank 1 is ranks 1 and 3."""
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
+    truth, name = load_file(MOE / "truth.safetensors"), f"{LAYER}2.fc2.weight"
+    shards = found.shards(stack=False)[name]
+    assert (dict(shards.sizes), int(shards.ep)) == ({"tp": 1, "out": 15, "in": 37}, 1)
+    assert (shards.exp_avg.values[0] == truth[f"exp_avg/{name}"]).all()
+    place = found.catalog.placement(name, MASTER)
+    assert (place.mesh, place.mesh.size) == (Mesh(dp=4).split("dp", edp=2, ep=2), found.mesh.size)
+    assert [place.holder(rank) is not None for rank in range(4)] == [False, True, False, True]
+    assert {r for r in range(4) if (name, "exp_avg") in found.of_rank(r)} <= {1, 3}
+    flat = found.flat()["/pp0/group2/ep1"]
+    assert flat.master.dims == ("tp", "edp", "flat")
+    assert dict(found.flat()["/pp0/group0"].sizes)["tp"] == 2
+    assert "replicas-differ" not in {f.code for f in ckptlab.check(found).findings}
+
+
 @pytest.mark.parametrize(
     "asked", [{}, {"dp": 1}, {"ep": 4}, {"tp": 4, "dp": 1, "ep": 4}, {"zero_stage": 0, "ep": 4}], ids=str
 )

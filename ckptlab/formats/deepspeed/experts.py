@@ -230,11 +230,19 @@ class Experts:
     def first_ranks(self, mesh: Mesh, degree: int) -> dict[tuple[int, int], int]:
         """(ep rank of this degree, tp rank) → the first rank of a stage that is both, which writes the files of experts
         that such ranks read; where they are dealt to tp ranks too."""
+        if (known := self._first_ranks.get((mesh, degree))) is not None:
+            return known
         found: dict[tuple[int, int], int] = {}
         for ep, ranks in enumerate(self.dealt(degree, mesh)):
             for d, t in ranks:
                 found.setdefault((ep, t), d * mesh.tp + t)
-        return dict(sorted(found.items(), key=lambda one: one[1]))
+        self._first_ranks[mesh, degree] = dict(sorted(found.items(), key=lambda one: one[1]))
+        return self._first_ranks[mesh, degree]
+
+    @cached_property
+    def _first_ranks(self) -> dict[tuple[Mesh, int], dict[tuple[int, int], int]]:
+        """What `first_ranks` found: each tensor of an expert asks."""
+        return {}
 
     def shared(self, degree: int, mesh: Mesh) -> bool:
         """Whether tp ranks have the same experts of this degree, where they are dealt to tp ranks too."""

@@ -212,9 +212,10 @@ class _Found:
         """Whether the first rank's buffers of experts are cut over ranks of tp too, by the numbers of partitions."""
         first, head = self.optims.get(FileName("optim", prefix=self.prefix)), self.heads.get(FileName(self.head))
         counts = first.state_dict.get("partition_count") if first else None
-        if not isinstance(counts, (list, tuple)) or head is None or head.shapes is None:
+        mesh = self.mesh()
+        if mesh.tp == 1 or not isinstance(counts, (list, tuple)) or head is None or head.shapes is None:
             return False
-        total, mesh = numbers(name for tensors in self.expert_files.values() for name in tensors), self.mesh()
+        total = numbers(name for tensors in self.expert_files.values() for name in tensors)
         for shapes, count in zip(head.shapes, counts, strict=False):
             for layer, local in numbers(shapes).items():
                 if total.get(layer, 0) // local * count == mesh.dp * mesh.tp != mesh.dp:
@@ -291,6 +292,8 @@ class _Found:
         for name, head in self.heads.items():
             first = self.heads.get(replace(name, mp=name.mp // tp * tp))
             if first is None or not first.shapes or not head.shapes or len(first.shapes) != len(head.shapes):
+                continue
+            if all(len(own) == len(every) for own, every in zip(head.shapes, first.shapes, strict=True)):
                 continue
             module = head.module or {}
             groups = []

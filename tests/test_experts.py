@@ -20,7 +20,7 @@ import ckptlab
 from ckptlab.catalog import MASTER, PARAM, ParameterGroup
 from ckptlab.checkpoint import Reshape
 from ckptlab.convert.manifest import MANIFEST
-from ckptlab.errors import CheckpointError, ReshapeError
+from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
 from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import experts, pipeline
@@ -267,6 +267,19 @@ def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
     found.reshape(tp=1, dp=2, ep=2).save(tmp_path / "out" / "step")
     back = ckptlab.open(tmp_path / "out")
     assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
+
+
+def test_of_dealt_experts_there_is_no_layout_to_prove(tmp_path: Path) -> None:
+    """A tp rank has the whole of some, and nothing of others."""
+    path = dealt_to_tp(tmp_path / "run", MOE)
+    with pytest.raises(UnsupportedError, match="Of scale nothing proves it: its shards are all one number") as caught:
+        ckptlab.open(path)
+    assert "likewise" not in str(caught.value)
+    found = ckptlab.open(path, strategy={"scale$": "out"})
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    (finding,) = found.catalog.findings
+    assert finding.code == "layouts-inferred"
+    assert not any(map(experts.layer_of, finding.where.tensors))
 
 
 def test_views_show_whose_dealt_experts_are(tmp_path: Path) -> None:
@@ -797,6 +810,22 @@ def test_deepspeed_resumes_experts_in_a_pipeline(case: str, asked: dict[str, Any
     found.reshape(**asked).save(tmp_path / "out" / "step")
     report = resume(tmp_path / "out", run, **asked)
     assert report["status"] == "equal", report
+
+
+@requires_deepspeed
+@pytest.mark.slow
+def test_deepspeed_resumes_experts_that_tp_ranks_share(tmp_path: Path) -> None:
+    """Which it cannot of its own: it leaves out the files of all but the first of ranks with the same experts."""
+    run = make_case("gpt_moe_tp2_dp2_ep4", tmp_path / "run")
+    found = ckptlab.open(run, strategy="megatron")
+    assert differences_from_truth(found.catalog, run / "truth.safetensors") == []
+    first = {"config_extra": {"use_data_before_expert_parallelism": True}}
+    for k, asked in enumerate([{"ep": 1}, {"ep": 2, **first}, {"pp": 2, "dp": 1, "ep": 1}, {"dp": 3, "ep": 2}]):
+        wanted = {key: value for key, value in asked.items() if key != "config_extra"}
+        found.reshape(**wanted, data_before_experts="config_extra" in asked).save(tmp_path / str(k) / "step")
+        report = resume(tmp_path / str(k) / "step", run, steps=1, **asked)
+        assert report["status"] == "equal", report.get("error") or report["differences"]
+        assert report["compared"]["exp_avg_sq"] == 90
 
 
 @requires_deepspeed

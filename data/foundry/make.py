@@ -69,6 +69,7 @@ CASES = COMMITTED | {
     "autotp_tp4": Case("plain_autotp", tp=4),
     "autotp_tp4_zero0": Case("plain_autotp", tp=4, zero=0),
     "autotp_tp3_zero2": Case("plain_autotp", tp=3, zero=2),
+    "gpt_moe_tp2_dp2_ep4": Case("gpt_moe", tp=2, dp=2, ep=4, grad_accum_dtype="fp32"),
     "gpt_moe_pp2_ep2_dp2": Case("gpt_moe", pp=2, dp=2, ep=2, grad_accum_dtype="fp32"),
     "gpt_moe_pp2_ep2_dp2_zero0_fp16": Case("gpt_moe", pp=2, dp=2, ep=2, zero=0, dtype="fp16"),
     "moe_ep4_dp4": Case("plain_moe", dp=4, ep=4, zero=2),

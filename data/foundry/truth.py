@@ -58,8 +58,9 @@ def gather(run: Run) -> Truth:
         held[c["pp"], c["tp"]] = tensors | held[c["pp"], c["tp"]]
     truth = Truth()
     for stage in range(run.case.pp):
-        for key in held[stage, 0]:
-            tensor, equal = _over_tp(key, [held[stage, tp][key] for tp in range(run.case.tp)], run.case)
+        of_stage = [held[stage, tp] for tp in range(run.case.tp)]
+        for key in dict.fromkeys(key for tensors in of_stage for key in tensors):  # tp ranks may have other experts
+            tensor, equal = _over_tp(key, [tensors[key] for tensors in of_stage if key in tensors], run.case)
             first = truth.tensors.setdefault(key, tensor)
             if not equal or not same_bits(first, tensor):
                 truth.copies_differ.append(key)

@@ -161,6 +161,18 @@ def test_a_config_beside_tells_heads(config: dict[str, Any], tmp_path: Path) -> 
     assert there.target[Q].layout == read(AUTOTP)[Q].layout
 
 
+def test_a_universal_folder_tells_heads_by_the_runs_cut(tmp_path: Path) -> None:
+    """Its tensors are whole; the layouts beside them are those of the run, whose ranks had two heads and one."""
+    ckptlab.open(AUTOTP).reshape(format="universal").save(tmp_path / "universal" / "step")
+    found = ckptlab.open(tmp_path / "universal")
+    there = found.reshape(tp=4, dp=1)
+    assert [f.code for f in there.check()] == ["heads-few"]
+    assert there.target[Q].cut.shard_shape((3,)) == (0, 24)
+    ckptlab.open(AUTOTP).reshape(tp=4, dp=1, format="universal").save(tmp_path / "four" / "step")
+    halves = ckptlab.open(tmp_path / "four").reshape(tp=2)
+    assert halves.target[Q].layout == read(AUTOTP)[Q].layout
+
+
 @pytest.mark.parametrize(
     ("norm", "heads"), [((8,), 3), ((3, 8), 3), ((24,), None), ((7,), None), (None, None)], ids=str
 )
@@ -171,7 +183,7 @@ def test_norms_of_keys_tell_heads(norm: tuple[int, ...] | None, heads: int | Non
     layouts["x.k_norm.weight"] = Layout("out in" if norm and len(norm) == 2 else "out")
     cuts = {n: layouts[n].resolve(s, Mesh(tp=2)) for n, s in shapes.items()}
     tensors = {n: Tensor(n, s, layouts[n], cuts[n], "parameter", {}, 0, (0,), (), True) for n, s in shapes.items()}
-    assert told_heads(tensors, None) == heads
+    assert told_heads(tensors, Mesh(tp=2), None) == heads
 
 
 def test_a_degree_that_divides_the_sources_needs_no_heads(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from ckptlab.catalog import Tensor
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.headers import Header
 from ckptlab.formats.deepspeed.rows import RowsLayout, Run, Runs
-from ckptlab.layout import Layout, cut_dim
+from ckptlab.layout import Cut, Layout, cut_dim
 from ckptlab.layout.notation import Name, Product, Sum, names
+from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Shape, dim_names, replicated
 
 VERSION = 1
@@ -262,14 +263,20 @@ def on_tp(layout: Layout, tensor: str, shape: Shape, tp: int, kv_heads: int | No
     return layout.replace(sizes=known, totals=totals)
 
 
-def told_heads(tensors: Mapping[str, Tensor], heads: int | None) -> int | None:
-    """The number of key/value heads, where key projections tell it: by an uneven cut (ranks have n or n + 1 of them),
-    by the norm of one head's keys, or of all heads', or where the number of attention heads is known by the rows of a
-    query projection."""
+def _trained(tensor: Tensor, mesh: Mesh) -> Cut:
+    """The cut on the mesh of the run, where what is stored may be whole tensors."""
+    return tensor.cut if tensor.cut.mesh.tp == mesh.tp else tensor.layout.resolve(tensor.shape, mesh)
+
+
+def told_heads(tensors: Mapping[str, Tensor], mesh: Mesh, heads: int | None) -> int | None:
+    """The number of key/value heads, where key projections tell it: by an uneven cut on the run's mesh (ranks have n or
+    n + 1 of them), by the norm of one head's keys, or of all heads', or where the number of attention heads is known by
+    the rows of a query projection."""
     for name, tensor in tensors.items():
         if re.search(r"\bk_proj\.weight$", name) is None:
             continue
-        widths = [tensor.cut.shard_shape(at)[0] for at in tensor.cut.coordinates()]
+        cut = _trained(tensor, mesh)
+        widths = [cut.shard_shape(at)[0] for at in cut.coordinates()]
         if len(set(widths)) > 1:
             return sum(widths) // math.gcd(*widths)
         prefix, rows = name.removesuffix("k_proj.weight"), tensor.shape[0]
@@ -284,14 +291,15 @@ def told_heads(tensors: Mapping[str, Tensor], heads: int | None) -> int | None:
     return None
 
 
-def divided_heads(tensors: Mapping[str, Tensor], tp: int) -> int | None:
-    """A number that divides that of key/value heads, if AutoTP knew it: the degree, where every tp rank has as much of
-    all that is cut between heads."""
+def divided_heads(tensors: Mapping[str, Tensor], mesh: Mesh) -> int | None:
+    """A number that divides that of key/value heads, if AutoTP knew it: the run's degree, where every tp rank has as
+    much of all that is cut between heads."""
     for tensor in tensors.values():
-        widths = {tensor.cut.shard_shape(at) for at in tensor.cut.coordinates()}
-        if len(widths) > 1 and _by_heads(tensor.name.rpartition(".")[0]):
-            return None
-    return tp
+        if _by_heads(tensor.name.rpartition(".")[0]):
+            cut = _trained(tensor, mesh)
+            if len({cut.shard_shape(at) for at in cut.coordinates()}) > 1:
+                return None
+    return mesh.tp
 
 
 def map_of(tensor: Tensor, axis: str = "tp") -> dict[str, Any]:

@@ -86,7 +86,7 @@ def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, i
     model is taken to have as many of both where nothing says otherwise, as AutoTP does."""
     heads, kv_heads = options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
     if catalog.private.autotp:
-        kv_heads = kv_heads or autotp.told_heads(catalog.tensors, heads) or heads
+        kv_heads = kv_heads or autotp.told_heads(catalog.tensors, catalog.private.folder.mesh, heads) or heads
     return heads, kv_heads
 
 

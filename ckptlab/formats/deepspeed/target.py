@@ -106,7 +106,7 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     heads, kv_heads = head_counts(catalog, options)
     divides = source.folder.mesh.tp % mesh.tp == 0  # then as many heads on a rank of the source are as many here
     if source.autotp:
-        kv_heads = kv_heads or (autotp.divided_heads(catalog.tensors, source.folder.mesh.tp) if divides else None)
+        kv_heads = kv_heads or (autotp.divided_heads(catalog.tensors, source.folder.mesh) if divides else None)
     tensors = {
         name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole, experts)
         for name, t in catalog.tensors.items()

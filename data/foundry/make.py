@@ -66,6 +66,7 @@ CASES = COMMITTED | {
     "autoep_tp2_ep4_dp2_zero3": Case("plain_autoep", tp=2, dp=2, ep=4, zero=3, zero_config=SHARDED),
     "autoep_tp2_ep4_dp2_zero0": Case("plain_autoep", tp=2, dp=2, ep=4, zero=0),
     "autoep_tp4_ep2": Case("plain_autoep_wide", tp=4, ep=2, zero=2),
+    "autoep_tp4_ep2_zero0": Case("plain_autoep", tp=4, ep=2, zero=0),
     "autotp_tp4": Case("plain_autotp", tp=4),
     "autotp_tp4_zero0": Case("plain_autotp", tp=4, zero=0),
     "autotp_tp3_zero2": Case("plain_autotp", tp=3, zero=2),

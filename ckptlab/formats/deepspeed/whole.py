@@ -34,9 +34,10 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
             stages[rank[0]] = list(zip(optimizer.options, held, strict=True))
         for g, names in enumerate(held):
             scalars.update(dict.fromkeys(names, optimizer.scalars[g]))
-        for ep, own in folder.expert_optims.get(rank, ((0, optimizer),)):
+        files = folder.expert_optims.get(rank, ((0, optimizer),))
+        for i, (ep, own) in enumerate(files):  # the first is the rank's own, others may be of other tp ranks
             for name, at, state, fragments in _fragments(
-                folder, own.ordered_as(optimizer), head.shapes, module, rank, ep
+                folder, own.ordered_as(optimizer), head.shapes, module, rank, ep, i > 0
             ):
                 pieces.setdefault((name, state), {}).setdefault(at, fragments)
     groups, _ = match_groups(folder.path, stages)
@@ -60,14 +61,13 @@ def _fragments(
     module: ModuleWeights,
     rank: Rank,
     ep: int,
+    experts_alone: bool,
 ) -> Iterator[tuple[str, Holder, str, tuple[Fragment, ...]]]:
     """(tensor, holder, state, where it lies) of all that the optimizer of a rank keeps, of its experts by their global
     names. What it steps is the module's own weight where it has no other."""
-    experts = folder.experts
-    elsewhere = experts.over_tp and rank[1] not in experts.writers(ep, experts.sizes[-1], folder.mesh)
     for g, of_first in enumerate(shapes):
         degree = folder.experts.degree(next(iter(of_first), ""))
-        if degree is None and elsewhere:  # another tp rank's file, whose shards of such tensors are others
+        if degree is None and experts_alone:
             continue
         at = folder.experts.place(ep, degree, folder.mesh) if degree else ep
         done, k, names = 0, -1, folder.experts.shapes_on(of_first, at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -304,7 +304,28 @@ class Reshape(Viewed, Shown):
                 if becomes != PARAM or (name, PARAM) in placements:
                     source = self.source.lies(name, state)
                     for target in placements[name, becomes]:
-                        yield name, read, written, source, target
+                        for a, b in self._kept(name, becomes, source, target):
+                            yield name, read, written, a, b
+
+    def _kept(
+        self, name: str, state: str, source: Placement | Made, target: Placement
+    ) -> Iterator[tuple[Placement | Made, Placement]]:
+        """From where to where a state goes: of a buffer of which a target's holders keep copies of their own, holder by
+        holder."""
+        from ckptlab.arrays.held import own_copy
+
+        if isinstance(source, Made) or self.target.tensors[name].kind != "buffer":
+            yield source, target
+            return
+        kept = {}
+        for holder in target.holders:
+            if (own := own_copy(self.source, self.target, name, state, holder)) is None:
+                yield source, target
+                return
+            kept[holder.without(*target.cut.axes)] = own.without(*source.cut.axes)
+        for there, own in kept.items():
+            taken = replace(source, stages=(own["pp"],), at=own.without("pp"))
+            yield taken, replace(target, stages=(there["pp"],), at=there.without("pp"))
 
     def _states(self) -> Iterator[Move]:
         """Every state by itself, as `Plan.run` moves them: keys are (name, state)."""

@@ -16,9 +16,10 @@ from real_deepspeed import make_case, requires_deepspeed, resume
 
 import ckptlab
 from ckptlab.catalog import Tensor
+from ckptlab.convert.manifest import MANIFEST
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError, UnsupportedError
 from ckptlab.formats import fileplan, read
-from ckptlab.formats.deepspeed.autotp import AffineMap, AffineMaps, RowsLayout, map_of, on_tp, shard_widths
+from ckptlab.formats.deepspeed.autotp import AffineMap, AffineMaps, RowsLayout, map_of, on_tp, shard_widths, told_heads
 from ckptlab.formats.deepspeed.headers import Header
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
@@ -102,6 +103,98 @@ def test_heads_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
     assert "say kv_heads=" in guessed.check()[0].text
     assert even.reshape(tp=2, kv_heads=3).target[Q].layout == read(AUTOTP)[Q].layout
     assert even.reshape(tp=2, kv_heads=3).check() == ()
+
+
+def test_more_ranks_than_heads_are_written_and_said() -> None:
+    """Rank 3 has nothing of attention. Real DeepSpeed 0.19.8 trains that, transformers' LLaMA too, to the same loss."""
+    there = ckptlab.open(AUTOTP).reshape(tp=4, dp=1)
+    assert [(f.code, f.severity) for f in there.check()] == [("heads-few", "warning")]
+    assert "tp 4 of 3 key/value heads: AutoTP leaves tp ranks from 3 on no part" in there.check()[0].found
+    assert there.target[Q].cut.shard_shape((3,)) == (0, 24)
+    with pytest.raises(ReshapeError, match="ZeRO-3 at tp 4 of 3 key/value heads: AutoTP leaves tp ranks from 3 on"):
+        ckptlab.open(AUTOTP).reshape(tp=4, dp=1, zero_stage=3)
+
+
+@pytest.mark.parametrize("stage", [1, 0])
+def test_tensors_of_which_a_rank_has_nothing_are_in_its_module_alone(stage: int, tmp_path: Path) -> None:
+    """DeepSpeed's optimizer knows none of them, nor do its lists (`runtime/utils.py`, `filter_empty_parameters`); maps
+    say where nothing begins."""
+    source = ckptlab.open(AUTOTP)
+    source.reshape(tp=4, dp=1, zero_stage=stage).save(tmp_path / "step")
+    path = tmp_path / "step" / "mp_rank_03_model_states.pt"
+    content = torchfile.read(path)
+    assert content["module"][Q].shape == (0, 24)
+    if stage == 0:
+        assert sum(len(group["params"]) for group in content["optimizer"]["optimizer_state_dict"]["param_groups"]) == 13
+    else:
+        assert [len(group) for group in content["param_shapes"]] == [8, 5]
+    for file in (tmp_path / "step").glob("mp_rank_*"):
+        content = torchfile.read(file)
+        params = content["universal_checkpoint_info"]["affine_map"]["params"]
+        nothing = {"shape": [24, 0], "source": [24, [24, 1]], "dest": [0, [0, 1]], "locations": [3]}
+        params["^layers\\.0\\.self_attn\\.o_proj\\.weight$"]["ranks"][3]["pieces"] = [nothing]
+        torchfile.write(tmp_path / "new", content)
+        (tmp_path / "new").replace(file)
+    (tmp_path / "step" / MANIFEST).unlink()
+    there = ckptlab.open(tmp_path / "step")
+    assert differences(source.catalog, there.catalog) == []
+    assert ckptlab.check(there).verdict == "healthy"
+    there.reshape(tp=2, dp=2, zero_stage=1).save(tmp_path / "back" / "step")
+    assert differences(source.catalog, read(tmp_path / "back")) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_key_value_heads": 3, "num_attention_heads": 6},
+        {"num_kv_heads": 3},
+        {"text_config": {"num_key_value_heads": 3}, "num_attention_heads": 7},
+        {"n_heads": 6},  # and a key projection of half as many rows as the queries'
+    ],
+    ids=str,
+)
+def test_a_config_beside_tells_heads(config: dict[str, Any], tmp_path: Path) -> None:
+    ckptlab.open(AUTOTP).reshape(tp=3, dp=1).save(tmp_path / "step")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    there = ckptlab.open(tmp_path / "step").reshape(tp=2)
+    assert there.check() == ()
+    assert there.target[Q].layout == read(AUTOTP)[Q].layout
+
+
+def test_a_universal_folder_tells_heads_by_the_runs_cut(tmp_path: Path) -> None:
+    """Its tensors are whole; the layouts beside them are those of the run, whose ranks had two heads and one."""
+    ckptlab.open(AUTOTP).reshape(format="universal").save(tmp_path / "universal" / "step")
+    found = ckptlab.open(tmp_path / "universal")
+    there = found.reshape(tp=4, dp=1)
+    assert [f.code for f in there.check()] == ["heads-few"]
+    assert there.target[Q].cut.shard_shape((3,)) == (0, 24)
+    ckptlab.open(AUTOTP).reshape(tp=4, dp=1, format="universal").save(tmp_path / "four" / "step")
+    halves = ckptlab.open(tmp_path / "four").reshape(tp=2)
+    assert halves.target[Q].layout == read(AUTOTP)[Q].layout
+
+
+@pytest.mark.parametrize(
+    ("norm", "heads"), [((8,), 3), ((3, 8), 3), ((24,), None), ((7,), None), (None, None)], ids=str
+)
+def test_norms_of_keys_tell_heads(norm: tuple[int, ...] | None, heads: int | None) -> None:
+    """That of one head's keys (Qwen3), that of each head's (Cohere); one of all keys together (OLMo2) does not."""
+    layouts = {f"x.{n}.weight": Layout(text) for n, text in (("k_proj", "(tp out) in"), ("k_norm", "out"))}
+    shapes = {"x.k_proj.weight": (24, 5)} | ({} if norm is None else {"x.k_norm.weight": norm})
+    layouts["x.k_norm.weight"] = Layout("out in" if norm and len(norm) == 2 else "out")
+    cuts = {n: layouts[n].resolve(s, Mesh(tp=2)) for n, s in shapes.items()}
+    tensors = {n: Tensor(n, s, layouts[n], cuts[n], "parameter", {}, 0, (0,), (), True) for n, s in shapes.items()}
+    assert told_heads(tensors, Mesh(tp=2), None) == heads
+
+
+def test_a_degree_that_divides_the_sources_needs_no_heads(tmp_path: Path) -> None:
+    """As many heads on each of four ranks are twice as many on each of two, however many they are."""
+    source = ckptlab.open(AUTOTP)
+    source.reshape(tp=4, dp=1, kv_heads=4).save(tmp_path / "step")
+    even = ckptlab.open(tmp_path / "step")
+    there = even.reshape(tp=2, dp=1)
+    assert there.check() == ()
+    assert there.target[Q].cut.shard_shape((0,)) == there.target[Q].cut.shard_shape((1,)) == (12, 24)
+    assert [f.code for f in even.reshape(tp=3, dp=1).check()] == ["heads-unknown"]
 
 
 @pytest.mark.parametrize(
@@ -306,13 +399,23 @@ def test_a_map_that_follows_no_rule_cannot_go_elsewhere(tmp_path: Path) -> None:
 
 
 @requires_deepspeed
-@pytest.mark.parametrize("asked", [{"tp": 3, "dp": 1}, {"tp": 1, "dp": 2}], ids=str)
+@pytest.mark.parametrize("asked", [{"tp": 3, "dp": 1}, {"tp": 1, "dp": 2}, {"tp": 4, "dp": 1}], ids=str)
 def test_deepspeed_resumes_at_another_tp(asked: dict[str, int], tmp_path: Path) -> None:
     """Its own words are that AutoTP restores at the same tp only."""
     ckptlab.open(AUTOTP).reshape(**asked).save(tmp_path / "out" / "step")
     report = resume(tmp_path / "out" / "step", "autotp_tp2_dp2", steps=1, **asked)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] == 21
+
+
+@requires_deepspeed
+@pytest.mark.parametrize("stage", [1, 0])
+def test_deepspeed_trains_more_ranks_than_heads(stage: int, tmp_path: Path) -> None:
+    folder = make_case("autotp_tp4" if stage else "autotp_tp4_zero0", tmp_path)
+    assert differences_from_truth(read(folder), folder / "truth.safetensors") == []
+    ckptlab.open(folder).reshape(zero_stage=1 - stage).save(tmp_path / "out" / "step")
+    report = resume(tmp_path / "out" / "step", folder, steps=1, zero=1 - stage)
+    assert report["status"] == "equal", report.get("error") or report["differences"]
 
 
 @requires_deepspeed

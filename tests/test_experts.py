@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,20 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import DATA, differences, differences_from_truth, digest, same_bits, whole
-from helpers.experts import Whole, dealt_to_tp
+from helpers.experts import Whole, dealt_to_tp, figures_are_what_happens
 from real_deepspeed import make_case, requires_deepspeed, resume
 from safetensors.numpy import load_file
 
 import ckptlab
-from ckptlab.arrays import Tally
 from ckptlab.catalog import MASTER, PARAM, ParameterGroup
 from ckptlab.checkpoint import Reshape
 from ckptlab.convert.manifest import MANIFEST
-from ckptlab.errors import CheckpointError, ReshapeError
+from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
 from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
-from ckptlab.formats.deepspeed import experts, pipeline, write
+from ckptlab.formats.deepspeed import experts, pipeline
 from ckptlab.formats.deepspeed.experts import Experts
+from ckptlab.formats.deepspeed.format import DeepSpeed
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 
@@ -156,7 +157,8 @@ def test_the_plans_figures_are_what_happens(case: Path, dp: int, ep: int, stage:
 @pytest.mark.parametrize("stage", [1, 0])
 def test_the_plans_figures_where_tp_ranks_have_different_ones(stage: int, tmp_path: Path) -> None:
     source = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole()).catalog
-    figures_are_what_happens(source, Mesh(dp=2, tp=2), tmp_path / "out", moved=False, ep=4, zero_stage=stage)
+    figures_are_what_happens(source, Mesh(dp=2, tp=2), tmp_path / "out", ep=4, zero_stage=stage)
+    figures_are_what_happens(source, Mesh(dp=4), tmp_path / "at tp 1", ep=2, zero_stage=stage)
 
 
 @pytest.mark.parametrize("stage", [2, 0, 3])
@@ -166,16 +168,44 @@ def test_the_plans_figures_of_autoep_beside_autotp(dp: int, tp: int, ep: int, st
     figures_are_what_happens(source, Mesh(dp=dp, tp=tp), tmp_path, ep=ep, zero_stage=stage)
 
 
-def figures_are_what_happens(source: Any, mesh: Mesh, tmp_path: Path, moved: bool = True, **asked: Any) -> None:
-    reshaped = Reshape.of(source, mesh, **asked)
-    tmp_path.mkdir(exist_ok=True)
-    tally = Tally()
-    for plan in write.files(source, reshaped.target, tally):
-        fileplan.write(plan, tmp_path / plan.name)
-    cost = reshaped.cost()
-    assert cost.read == sum(tally.read.values())
-    assert not moved or cost.moved == sum(n for (a, b), n in tally.read.items() if a != b)
-    assert cost.written == sum(reshaped.file_sizes.values())
+@pytest.mark.parametrize(
+    ("asked", "ranks"),
+    [
+        ({"dp": 2, "tp": 2, "ep": 1}, [[0, 1, 2, 3]]),
+        ({"dp": 2, "tp": 2, "ep": 2, "data_before_experts": True}, [[0, 1], [2, 3]]),
+        ({"dp": 4, "tp": 3, "ep": 4}, [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]),
+    ],
+    ids=str,
+)
+def test_experts_lie_on_ranks_that_are_no_grid_of_dp_and_tp(
+    asked: dict[str, Any], ranks: list[list[int]], tmp_path: Path
+) -> None:
+    """DeepSpeed deals them so (moe/layer.py, groups.py), leaves out files of some, and cannot load that itself: all
+    that it looks for is written. Real DeepSpeed 0.19.8 resumed such folders."""
+    source = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
+    degrees = {axis: asked[axis] for axis in ("dp", "tp")}
+    options = {key: value for key, value in asked.items() if key not in degrees}
+    figures_are_what_happens(source.catalog, Mesh(**degrees), tmp_path / "figures", **options)
+    source.reshape(**asked).save(tmp_path / "out" / "step")
+    back = ckptlab.open(tmp_path / "out", strategy=Whole())
+    assert (back.mesh, differences(source.catalog, back.catalog)) == (Mesh(**degrees), [])
+    assert ckptlab.check(back).findings == ()
+    for expert in range(4):
+        place = back.catalog.placement(f"{LAYER}{expert}.fc1.weight", "exp_avg")
+        assert place.ranks(place.holders[0]).tolist() == ranks[expert * asked["ep"] // 4]
+    figures_are_what_happens(back.catalog, Mesh(dp=2), tmp_path / "from it", ep=2, data_before_experts=False)
+    with pytest.raises(ReshapeError, match="without ZeRO DeepSpeed leaves out the optimizers"):
+        source.reshape(**asked, zero_stage=0)
+
+
+@pytest.mark.parametrize("stage", [1, 0])
+def test_what_is_written_of_a_universal_folder_has_experts_in_their_own_files_alone(stage: int, tmp_path: Path) -> None:
+    """Whose model file has them all: DeepSpeed takes none that a rank has not ("Unexpected key(s) in state_dict")."""
+    ckptlab.open(MOE).reshape(format="universal").save(tmp_path / "universal" / "step")
+    source = read(tmp_path / "universal")
+    figures_are_what_happens(source, Mesh(dp=4), tmp_path / "out", ep=2, zero_stage=stage)
+    module = torchfile.read(tmp_path / "out" / "mp_rank_00_model_states.pt")["module"]
+    assert module.keys() == torchfile.read(MOE / "global_step3" / "mp_rank_00_model_states.pt")["module"].keys()
 
 
 def test_weights_are_saved_under_global_names(tmp_path: Path) -> None:
@@ -234,13 +264,39 @@ def test_experts_are_dealt_to_tp_ranks_too(tmp_path: Path) -> None:
     assert found.mesh == Mesh(dp=2, tp=2)
     assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
     assert ckptlab.check(found).verdict == "healthy"
-    with pytest.raises(ReshapeError, match="cannot load what it saves at an ep of less, 1"):
-        found.reshape(ep=1)
-    with pytest.raises(ReshapeError, match="say data_before_experts=False"):
-        found.reshape(data_before_experts=True)
     found.reshape(tp=1, dp=2, ep=2).save(tmp_path / "out" / "step")
     back = ckptlab.open(tmp_path / "out")
     assert (back.mesh["ep"], differences(found.catalog, back.catalog)) == (2, [])
+
+
+def test_of_dealt_experts_there_is_no_layout_to_prove(tmp_path: Path) -> None:
+    """A tp rank has the whole of some, and nothing of others."""
+    path = dealt_to_tp(tmp_path / "run", MOE)
+    with pytest.raises(UnsupportedError, match="Of scale nothing proves it: its shards are all one number") as caught:
+        ckptlab.open(path)
+    assert "likewise" not in str(caught.value)
+    found = ckptlab.open(path, strategy={"scale$": "out"})
+    assert differences_from_truth(found.catalog, MOE / "truth.safetensors") == []
+    (finding,) = found.catalog.findings
+    assert finding.code == "layouts-inferred"
+    assert not any(map(experts.layer_of, finding.where.tensors))
+
+
+def test_views_show_whose_dealt_experts_are(tmp_path: Path) -> None:
+    """On edp and ep, into which dp and tp are arranged once more: ep rank 1 is ranks 1 and 3."""
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
+    truth, name = load_file(MOE / "truth.safetensors"), f"{LAYER}2.fc2.weight"
+    shards = found.shards(stack=False)[name]
+    assert (dict(shards.sizes), int(shards.ep)) == ({"tp": 1, "out": 15, "in": 37}, 1)
+    assert (shards.exp_avg.values[0] == truth[f"exp_avg/{name}"]).all()
+    place = found.catalog.placement(name, MASTER)
+    assert (place.mesh, place.mesh.size) == (Mesh(dp=4).split("dp", edp=2, ep=2), found.mesh.size)
+    assert [place.holder(rank) is not None for rank in range(4)] == [False, True, False, True]
+    assert {r for r in range(4) if (name, "exp_avg") in found.of_rank(r)} <= {1, 3}
+    flat = found.flat()["/pp0/group2/ep1"]
+    assert flat.master.dims == ("tp", "edp", "flat")
+    assert dict(found.flat()["/pp0/group0"].sizes)["tp"] == 2
+    assert "replicas-differ" not in {f.code for f in ckptlab.check(found).findings}
 
 
 @pytest.mark.parametrize(
@@ -460,6 +516,42 @@ def test_each_stage_of_a_pipeline_needs_experts(tmp_path: Path) -> None:
     found = ckptlab.open(staged(tmp_path / "run"))
     with pytest.raises(ReshapeError, match="pp stage 0 of 2 would have no experts"):
         found.reshape(pipeline=(0, 2))
+
+
+def test_a_universal_folder_of_stages_with_other_parameter_groups_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """DeepSpeed zips the groups of the first stage with an engine's own, in `runtime/base_optimizer.py`: what is beyond
+    them keeps its initial weights, in silence."""
+    found = ckptlab.open(staged(tmp_path / "run"))
+    found.reshape(format="universal").save(tmp_path / "out" / "step")
+    assert differences(found.catalog, read(tmp_path / "out")) == []
+    made = DeepSpeed.target
+
+    def without_one(self: Any, source: Any, mesh: Mesh, options: Any) -> Any:
+        target = made(self, source, mesh, options)
+        return replace(target, flat_groups=tuple(g for g in target.flat_groups if (g.stage, g.group) != (0, 1)))
+
+    monkeypatch.setattr(DeepSpeed, "target", without_one)
+    with pytest.raises(ReshapeError, match="stage 1 has others .4., some of which it would leave as they begin"):
+        found.reshape(format="universal")
+
+
+def test_what_a_later_stage_alone_has_stays_there_by_way_of_a_universal_folder(tmp_path: Path) -> None:
+    """Buffers and frozen tensors too: DeepSpeed loads each stage's part of the module strictly."""
+    step = staged(tmp_path / "run") / "global_step3"
+    model = torchfile.read(step / "mp_rank_01_model_states.pt")
+    model["module"] |= {"5.mean": np.arange(3, dtype=np.float32)}
+    model["buffer_names"] = ["5.mean"]
+    torchfile.write(tmp_path / "new", model)
+    (tmp_path / "new").replace(step / "mp_rank_01_model_states.pt")
+    ckptlab.open(step).reshape(format="universal").save(tmp_path / "universal" / "step")
+    found = ckptlab.open(tmp_path / "universal")
+    assert found["5.mean"].stages == (1,)
+    found.reshape(ep=1).save(tmp_path / "out" / "step")
+    held = [torchfile.read(tmp_path / "out" / "step" / f"mp_rank_0{p}_model_states.pt")["module"] for p in (0, 1)]
+    assert ["5.mean" in module for module in held] == [False, True]
+    assert differences(read(step), read(tmp_path / "out")) == []
 
 
 def test_how_many_experts_a_rank_has_counts_when_layers_are_dealt_by_parameters(tmp_path: Path) -> None:
@@ -718,6 +810,22 @@ def test_deepspeed_resumes_experts_in_a_pipeline(case: str, asked: dict[str, Any
     found.reshape(**asked).save(tmp_path / "out" / "step")
     report = resume(tmp_path / "out", run, **asked)
     assert report["status"] == "equal", report
+
+
+@requires_deepspeed
+@pytest.mark.slow
+def test_deepspeed_resumes_experts_that_tp_ranks_share(tmp_path: Path) -> None:
+    """Which it cannot of its own: it leaves out the files of all but the first of ranks with the same experts."""
+    run = make_case("gpt_moe_tp2_dp2_ep4", tmp_path / "run")
+    found = ckptlab.open(run, strategy="megatron")
+    assert differences_from_truth(found.catalog, run / "truth.safetensors") == []
+    first = {"config_extra": {"use_data_before_expert_parallelism": True}}
+    for k, asked in enumerate([{"ep": 1}, {"ep": 2, **first}, {"pp": 2, "dp": 1, "ep": 1}, {"dp": 3, "ep": 2}]):
+        wanted = {key: value for key, value in asked.items() if key != "config_extra"}
+        found.reshape(**wanted, data_before_experts="config_extra" in asked).save(tmp_path / str(k) / "step")
+        report = resume(tmp_path / str(k) / "step", run, steps=1, **asked)
+        assert report["status"] == "equal", report.get("error") or report["differences"]
+        assert report["compared"]["exp_avg_sq"] == 90
 
 
 @requires_deepspeed

@@ -121,11 +121,12 @@ def table(catalog: Catalog, held: Sequence[Held], found: Sequence[Moved], by: st
     """The figures of what was held, along the dims tensor (the stack's name, of rows by layer or stack), layer, and an
     axis for each that cuts a shard."""
     stack_of = places(catalog.tensors.values())
-    axes = [axis for axis in catalog.mesh.axes if any(axis in one.cut.axes for one in held)]
+    degrees = {axis: one.cut.mesh[axis] for one in held for axis in one.cut.axes}
+    axes = sorted(degrees, key=[*dict.fromkeys((*catalog.mesh.axes, *degrees))].index)
     labels: dict[str, list[Any]] = {"tensor": list(dict.fromkeys(_row(one, by, stack_of) for one in held))}
     if by == "layer":
         labels["layer"] = sorted({stack_of[one.tensor.name][1] for one in held})
-    labels |= {axis: list(range(catalog.mesh[axis])) for axis in axes}
+    labels |= {axis: list(range(degrees[axis])) for axis in axes}
     shape = tuple(map(len, labels.values()))
     index = {dim: {label: i for i, label in enumerate(labels[dim])} for dim in labels if dim not in axes}
     sums = np.full(shape, Moved(), object)

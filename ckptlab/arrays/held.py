@@ -33,9 +33,7 @@ def shard_reader(
     tensor = held.tensors[name]
     drawn = param_source(source[name], tensor) if state == PARAM else state
     placement = held.placement(name, state)
-    cut = source.placement(name, drawn).cut
-    copied = tensor.kind == "buffer" and (not cut.axes or cut.dims == placement.cut.dims)
-    own = _own(source, held, name, drawn, holder) if copied else None
+    own = own_copy(source, held, name, state, holder)
     one = reader(source, name, drawn, dtype=tensor.states[state], holder=own, tally=tally)
     return _shared(one, placement, state, holder)
 
@@ -48,9 +46,13 @@ def _shared(one: Reader, placement: Placement, state: str, holder: Holder) -> Re
     return Share(one, sum(placement.coordinate(h) == at for h in placement.on(placement.stages[0])))
 
 
-def _own(source: Catalog, held: Catalog, name: str, state: str, holder: Holder) -> Holder | None:
-    """The source's holder at the same coordinates, where the meshes have the same degrees on all of the axes."""
-    placement = source.placement(name, state)
+def own_copy(source: Catalog, held: Catalog, name: str, state: str, holder: Holder) -> Holder | None:
+    """Whose copy of a buffer a target's holder keeps: that of the source's at the same coordinates, where the meshes
+    have the same degrees on all of the axes. None: it has no copy of its own."""
+    tensor = held.tensors[name]
+    placement = source.placement(name, param_source(source[name], tensor) if state == PARAM else state)
+    if tensor.kind != "buffer" or (placement.cut.axes and placement.cut.dims != held.placement(name, state).cut.dims):
+        return None
     if any(source.mesh[axis] != held.mesh[axis] for axis in placement.axes if axis in held.mesh):
         return None
     at = {axis: holder.get(axis, 0) for axis in placement.axes}

@@ -132,11 +132,6 @@ class Catalog:
                 return group, index
         raise KeyError(f"{name} of {holder}")
 
-    def mesh_of(self, group: FlatGroup) -> Mesh:
-        """The mesh that the holders of a flat group are on: the catalog's, or its ranks arranged otherwise."""
-        lie = (self.placements.get((name, state)) for name in group.names for state in group.dtypes)
-        return next((copies[0].mesh for copies in lie if copies), self.mesh)
-
     @cached_property
     def _flat_index(self) -> dict[str, list[tuple[FlatGroup, int]]]:
         found: dict[str, list[tuple[FlatGroup, int]]] = {}
@@ -144,6 +139,10 @@ class Catalog:
             for i, name in enumerate(group.names):
                 found.setdefault(name, []).append((group, i))
         return found
+
+    def mesh_of(self, group: FlatGroup) -> Mesh:
+        """The mesh that the holders of a flat group are on: the run's, or another of the same ranks (see Placement)."""
+        return next((self.tensors[name].cut.mesh for name in group.names if name in self.tensors), self.mesh)
 
     def is_flat(self, name: str, state: str) -> bool:
         """Whether that state of a tensor lies in the flat buffers of a group, with others."""

@@ -135,6 +135,9 @@ class Placement:
     axes, and flat buffers are cut over the rest. `at` fixes coordinates instead: a tensor that only ep rank 1 has says
     {"ep": 1}. `replicas`: see Layout; with "mean" every holder is read. LayoutError where cut, stages and flats do not
     fit.
+
+    The mesh is that of the cut, and may be another than that of the tensor beside: the same ranks, numbered alike, as
+    the coordinates of other axes. Experts that are dealt to ranks of dp and tp together lie on ep and edp of both.
     """
 
     cut: Cut
@@ -183,9 +186,9 @@ class Placement:
         """The holders of one stage."""
         return self._grid.holders(stage)
 
-    def holder(self, at: Mapping[str, int]) -> Holder | None:
-        """Who has the shard of a rank at a mesh coordinate; None where that rank has none."""
-        stage = 0
+    def holder(self, rank: int) -> Holder | None:
+        """Who has the shard of a rank; None where that rank has none."""
+        at, stage = self.mesh.coordinate(rank), 0
         for axis in self.mesh.leaves("pp"):
             stage = stage * self.mesh[axis] + at[axis]
         if stage not in self.stages or any(at[axis] != k for axis, k in self.at.items()):

@@ -72,7 +72,7 @@ class Flat:
         variables: dict[str, Any] = {}
         rows = {s: [self._partitions(group, s, holder) for holder in group.holders] for s in group.dtypes}
         longest = max((a.shape[0] for by_holder in rows.values() for row in by_holder for a in row), default=0)
-        degrees = [len({holder[axis] for holder in group.holders}) for axis in group.axes]
+        degrees = [self.held.mesh_of(group)[axis] for axis in group.axes]
         for state, by_holder in rows.items():
             array = nested([Stacked([Padded(a, (longest,)) for a in row]) for row in by_holder], degrees)
             dims = (*group.axes, group.over, "flat")

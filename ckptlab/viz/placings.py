@@ -57,12 +57,12 @@ def placed(
             notes.append(f"flattened, each shard is cut over {' · '.join(placement.data)} in the order of its elements")
     at = None if rank is None else placement.mesh.coordinate(rank)
     nothing = ""
-    if at is not None and not _holds(placement, at):
-        nothing = f"rank {rank} ({catalog.mesh.place(rank or 0)}) holds nothing of it"
+    if rank is not None and not _holds(placement, rank):
+        nothing = f"rank {rank} ({catalog.mesh.place(rank)}) holds nothing of it"
     over = {
         *placement.cut.axes,
         *(placement.data if placement.flats else ()),
-        *catalog.mesh.leaves("pp"),
+        *placement.mesh.leaves("pp"),
         *placement.at,
     }
     copies = [(axis, n) for axis, n in placement.mesh.degrees.items() if n > 1 and axis not in over]
@@ -93,16 +93,15 @@ def _parts(tensor: Tensor, placement: Placement) -> Sequence[Parts]:
         return [()] * len(tensor.shape)
 
 
-def _holds(placement: Placement, at: dict[str, int]) -> bool:
-    """Whether the rank at a coordinate holds an element."""
-    holder = placement.holder(at)
+def _holds(placement: Placement, rank: int) -> bool:
+    """Whether a rank holds an element."""
+    holder = placement.holder(rank)
     if holder is None:
         return False
     if not placement.flats:
         return math.prod(placement.shape(holder)) > 0
     flat, index = placement.flats[holder]
-    mine = placement.mesh.rank(**{axis: at[axis] for axis in placement.mesh.axes})
-    dp = int(np.flatnonzero(placement.ranks(holder) == mine)[0])
+    dp = int(np.flatnonzero(placement.ranks(holder) == rank)[0])
     return bool((flat.fragments(index)[:, 0] == dp).any())
 
 

@@ -173,7 +173,7 @@ _TABLES: dict[int, Table] = {}  # of catalogs that are there: a picture and a fi
 def _by_rank(catalog: Catalog) -> Table:
     catalog = catalog.as_stored
     mesh, kept = catalog.mesh, catalog.training.gradients
-    found = np.zeros((*mesh.shape, len(KINDS)), np.int64)
+    found = np.zeros((mesh.size, len(KINDS)), np.int64)
     for group in catalog.flat_groups:
         on = catalog.mesh_of(group)
         table = found.reshape(*on.shape, len(KINDS))
@@ -189,7 +189,7 @@ def _by_rank(catalog: Catalog) -> Table:
         return on.where(pp=stage, **dict(zip(axes, at, strict=True)))
 
     for cut, stages, column, size, cut_over_dp, times in _outside(catalog, kept):
-        on = cut.mesh if cut.axes else mesh
+        on = cut.mesh if cut.mesh.size == mesh.size else mesh  # whole tensors lie on one rank
         table = found.reshape(*on.shape, len(KINDS))
         for at in cut.coordinates():
             held = math.prod(cut.shard_shape(at))

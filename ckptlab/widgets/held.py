@@ -63,7 +63,7 @@ def pieces(catalog: Catalog, name: str, state: str, rank: int) -> tuple[Piece, .
 def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple[Coordinate, int, int, Stored | None]]:
     """(coordinate in the cut, start in the shard, count, stored) of the pieces that a rank holds."""
     for placement in catalog.placements.get((name, state), ()):
-        holder = placement.holder(placement.mesh.coordinate(rank))
+        holder = placement.holder(rank)
         if holder is None:
             continue
         at, dp = placement.coordinate(holder), placement.ranks(holder).tolist().index(rank)
@@ -178,7 +178,7 @@ def _add_outside(catalog: Catalog, rank: int, found: Inventory) -> None:
     for (name, state), placements in catalog.outside.items():
         for placement in placements:
             if id(placement) not in held:
-                held[id(placement)] = placement.holder(placement.mesh.coordinate(rank)) is not None
+                held[id(placement)] = placement.holder(rank) is not None
         if not any(held[id(placement)] for placement in placements):
             continue
         tensor = catalog.tensors[name]

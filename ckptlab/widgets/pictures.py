@@ -19,6 +19,5 @@ def buffer(catalog: Catalog, name: str, state: str, rank: int, width: int | None
     if not catalog.is_flat(tensor.name, state):
         return ""
     placement = catalog.placement(tensor.name, state)
-    at = placement.mesh.coordinate(rank)
-    mine = next((h for h in placement.holders if h.within(at)), placement.holders[0])
+    mine = placement.holder(rank) or placement.holders[0]
     return viz.flat(catalog.flat(tensor.name, mine)[0], tensor=None, width=width, **mine).svg

@@ -131,7 +131,7 @@ def _cut(catalog: Catalog, tensor: Tensor, width: int | None) -> viz.Drawing:
     placement = catalog.placement(tensor.name, _state(tensor))
     if not placement.flats:  # then it lies as its cut says
         return viz.placed(catalog, tensor.name, _state(tensor), hue=HUE, width=width)
-    one = dict.fromkeys((*catalog.mesh.leaves("pp"), *placement.data, *placement.at), 1)
+    one = dict.fromkeys((*placement.mesh.leaves("pp"), *placement.data, *placement.at), 1)
     layout, mesh = tensor.layout.replace(stages=None), placement.mesh.replace(**one)
     return viz.tensor(layout, tensor.shape, mesh, name=tensor.name, hue=HUE, width=width)
 

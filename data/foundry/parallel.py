@@ -17,6 +17,18 @@ from foundry.models import ModelConfig, TensorParallel
 from foundry.plain import attend, experts
 
 
+def gather_tokens_on_gloo(tp: TensorParallel) -> None:
+    """Have DeepSpeed's MoE gather what tp ranks have of the tokens in a way that gloo knows too."""
+    from deepspeed.moe import mappings
+
+    def gathered(x: Tensor, dim: int = 0) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(tp.size)]
+        torch.distributed.all_gather(parts, x.contiguous(), group=tp.group)
+        return torch.cat(parts, dim)
+
+    mappings._gather_tokens = gathered
+
+
 class _IntoParallel(torch.autograd.Function):
     """Identity forward, sum over the ranks backward: in front of a column-parallel layer."""
 

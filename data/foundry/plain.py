@@ -13,7 +13,7 @@ from foundry.models import ModelConfig
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of (batch, seq, head, d) to (batch, seq, head*d); k and v may have fewer heads."""
-    repeats = q.shape[2] // k.shape[2]
+    repeats = q.shape[2] // max(k.shape[2], 1)  # AutoTP leaves some tp ranks no heads
     q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)))
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)

@@ -106,10 +106,12 @@ class Run:
         from deepspeed.pipe import PipelineModule
         from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
-        from foundry.parallel import ParallelLoss, pipeline_layers
+        from foundry.parallel import ParallelLoss, gather_tokens_on_gloo, pipeline_layers
 
         case = self.case
         tp = TensorParallel(self.coordinate["tp"], case.tp, self._tensor_parallel_group())
+        if case.config.experts and case.tp > 1:
+            gather_tokens_on_gloo(tp)
         model = PipelineModule(
             layers=pipeline_layers(case.config, tp, case.ep),
             topology=PipeModelDataParallelTopology(num_pp=case.pp, num_mp=case.tp, num_dp=case.dp),
@@ -144,8 +146,10 @@ class Run:
         from deepspeed.utils import groups
 
         case = self.case
-        if case.parallel:  # whose groups the engine makes
-            return self.coordinate["dp"] % case.ep, case.ep
+        if case.parallel:  # whose groups the engine makes, of ranks of dp and tp alike
+            rank, ranks = self.coordinate["dp"] * case.tp + self.coordinate["tp"], case.dp * case.tp
+            first = case.config_extra.get("use_data_before_expert_parallelism")
+            return rank // (ranks // case.ep) if first else rank % case.ep, case.ep
         return (groups._get_expert_parallel_rank(f"ep_size_{case.ep}"), case.ep) if case.config.experts else (0, 1)
 
     def _tensor_parallel_group(self) -> Any:

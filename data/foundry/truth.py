@@ -58,8 +58,9 @@ def gather(run: Run) -> Truth:
         held[c["pp"], c["tp"]] = tensors | held[c["pp"], c["tp"]]
     truth = Truth()
     for stage in range(run.case.pp):
-        for key in held[stage, 0]:
-            tensor, equal = _over_tp(key, [held[stage, tp][key] for tp in range(run.case.tp)], run.case)
+        of_stage = [held[stage, tp] for tp in range(run.case.tp)]
+        for key in dict.fromkeys(key for tensors in of_stage for key in tensors):  # tp ranks may have other experts
+            tensor, equal = _over_tp(key, [tensors[key] for tensors in of_stage if key in tensors], run.case)
             first = truth.tensors.setdefault(key, tensor)
             if not equal or not same_bits(first, tensor):
                 truth.copies_differ.append(key)
@@ -106,6 +107,10 @@ def _over_dp(run: Run) -> tuple[dict[str, Tensor], dict[str, str]]:
             weight = parameter.detach().clone()
         if not parameter.requires_grad:
             tensors[f"frozen/{name}"] = weight
+            continue
+        if not weight.numel():  # of which AutoTP leaves this rank nothing: no optimizer has it
+            tensors |= {f"{state}/{name}": weight.float() for state in ("master", *MOMENTS)}
+            tensors[f"param/{name}"] = weight
             continue
         states, settings[name] = masters[id(parameter)]
         tensors |= {f"{state}/{name}": flat.reshape(weight.shape) for state, flat in states.items()}

@@ -8,8 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.arrays import Tally
+from ckptlab.checkpoint import Reshape
+from ckptlab.formats import fileplan
+from ckptlab.formats.deepspeed import write
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
+from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy, replicated
 
 
@@ -56,3 +61,18 @@ def dealt_to_tp(out: Path, case: Path, tp: int = 2, **more: Any) -> Path:
 
 def _joined(parts: list[Any]) -> np.ndarray:
     return np.concatenate([part.map() for part in parts])
+
+
+def figures_are_what_happens(source: Any, mesh: Mesh, tmp_path: Path, **asked: Any) -> None:
+    """What a plan says of a reshape is what its files then draw, rank by rank."""
+    reshaped = Reshape.of(source, mesh, **asked)
+    tmp_path.mkdir(exist_ok=True)
+    tally = Tally()
+    for plan in write.files(source, reshaped.target, tally):
+        fileplan.write(plan, tmp_path / plan.name)
+    cost = reshaped.cost()
+    assert cost.read == sum(tally.read.values())
+    assert cost.moved == sum(n for (a, b), n in tally.read.items() if a != b)
+    matrix = reshaped.plan.matrix()
+    assert {(a, b): matrix[a, b] for a, b in zip(*matrix.nonzero(), strict=True)} == dict(tally.read)
+    assert cost.written == sum(reshaped.file_sizes.values())

@@ -315,7 +315,10 @@ def _unfinite(seen: Seen) -> str:
 
 
 def named(mesh: Mesh, rank: Holder) -> NamedRank:
-    """A rank with its axes; those of degree 1 are left out."""
+    """A rank with its axes; those of degree 1 are left out, as are those of the mesh itself where the holder is on
+    another mesh of its ranks."""
+    if any(axis not in mesh for axis in rank):
+        return {axis: rank[axis] for axis in spoken(rank) if axis not in mesh or (axis == "pp" and mesh.pp > 1)}
     data = (*mesh.leaves("dp"), "dp")  # the first dp rank speaks for all
     return {axis: rank[axis] for axis in spoken(rank) if mesh[axis] > 1 and (axis not in data or rank[axis])}
 

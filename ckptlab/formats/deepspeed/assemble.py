@@ -26,8 +26,6 @@ def placements(
         tensor = tensors[name]
         stages = tuple(dict.fromkeys(h["pp"] for h in holders))
         cut = ["pp", "tp", "dp", *tensor.cut.axes]
-        if mesh.tp > 1 and "tp" not in tensor.cut.axes and len({h.get("tp") for h in holders}) == 1:
-            cut.remove("tp")
         spread = {axis: k for axis, k in next(iter(holders), ALONE).items() if axis not in cut}
         whole = Placement(tensor.cut, stages, None, tensor.layout.replicas, spread)
         copies = dict.fromkeys(h["dp"] for h in holders if "dp" in h)

@@ -20,8 +20,9 @@ from ckptlab.catalog import Tensor
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.headers import Header
 from ckptlab.formats.deepspeed.rows import RowsLayout, Run, Runs
-from ckptlab.layout import Layout, cut_dim
+from ckptlab.layout import Cut, Layout, cut_dim
 from ckptlab.layout.notation import Name, Product, Sum, names
+from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Shape, dim_names, replicated
 
 VERSION = 1
@@ -106,7 +107,8 @@ def _rows(logical: Shape, of_rank: Header) -> tuple[Runs, ...]:
     shard = tuple(of_rank.integers("shard_shape"))
     if len(shard) != len(logical):
         raise of_rank.odd("shard_shape", f"a shape of {len(logical)} dims")
-    boxes = [_box(logical, shard, piece) for piece in of_rank.dictionaries("pieces")]
+    pieces = [piece for piece in of_rank.dictionaries("pieces") if 0 not in piece.integers("shape")]
+    boxes = [_box(logical, shard, piece) for piece in pieces]
     if not boxes and 0 in shard:  # a rank that has nothing of it
         return tuple(((0, 0, n, 1, 0),) for n in shard)
     dims = tuple(tuple(sorted({box[i] for box in boxes}, key=lambda run: run[1])) for i in range(len(logical)))
@@ -223,7 +225,7 @@ def shard_widths(total: int, tp: int, name: str, kv_heads: int | None, grain: in
     number and the module is attention's, else an even share of the grains, the last rank what is left
     (`module_inject/tp_shard.py`, `get_shard_size`)."""
     unit, rest = 0, 0
-    if kv_heads and total % kv_heads == 0 and name not in _HEADS and not any(part in name for part in _APART):
+    if kv_heads and total % kv_heads == 0 and _by_heads(name):
         count, unit = kv_heads, total // kv_heads
     elif total >= grain:
         (count, rest), unit = divmod(total, grain), grain
@@ -232,6 +234,11 @@ def shard_widths(total: int, tp: int, name: str, kv_heads: int | None, grain: in
     widths = [(count // tp + (rank < count % tp)) * unit for rank in range(tp)]
     widths[-1] += rest
     return tuple(widths)
+
+
+def _by_heads(module: str) -> bool:
+    """Whether AutoTP cuts a module between heads, where it knows their number."""
+    return module not in _HEADS and not any(part in module for part in _APART)
 
 
 def on_tp(layout: Layout, tensor: str, shape: Shape, tp: int, kv_heads: int | None, grain: int) -> Layout:
@@ -256,14 +263,43 @@ def on_tp(layout: Layout, tensor: str, shape: Shape, tp: int, kv_heads: int | No
     return layout.replace(sizes=known, totals=totals)
 
 
-def told_heads(tensors: Mapping[str, Tensor]) -> int | None:
-    """The number of key/value heads, where an uneven cut of a key projection tells: ranks have n or n + 1 of them."""
+def _trained(tensor: Tensor, mesh: Mesh) -> Cut:
+    """The cut on the mesh of the run, where what is stored may be whole tensors."""
+    return tensor.cut if tensor.cut.mesh.tp == mesh.tp else tensor.layout.resolve(tensor.shape, mesh)
+
+
+def told_heads(tensors: Mapping[str, Tensor], mesh: Mesh, heads: int | None) -> int | None:
+    """The number of key/value heads, where key projections tell it: by an uneven cut on the run's mesh (ranks have n or
+    n + 1 of them), by the norm of one head's keys, or of all heads', or where the number of attention heads is known by
+    the rows of a query projection."""
     for name, tensor in tensors.items():
-        if re.search(r"\bk_proj\.weight$", name):
-            widths = [tensor.cut.shard_shape(at)[0] for at in tensor.cut.coordinates()]
-            if len(set(widths)) > 1:
-                return sum(widths) // math.gcd(*widths)
+        if re.search(r"\bk_proj\.weight$", name) is None:
+            continue
+        cut = _trained(tensor, mesh)
+        widths = [cut.shard_shape(at)[0] for at in cut.coordinates()]
+        if len(set(widths)) > 1:
+            return sum(widths) // math.gcd(*widths)
+        prefix, rows = name.removesuffix("k_proj.weight"), tensor.shape[0]
+        norm = tensors[f"{prefix}k_norm.weight"].shape if f"{prefix}k_norm.weight" in tensors else ()
+        if len(norm) == 2 and math.prod(norm) == rows:
+            return norm[0]
+        if len(norm) == 1 and rows > norm[0] > 0 == rows % norm[0]:
+            return rows // norm[0]
+        queries = tensors.get(f"{prefix}q_proj.weight")
+        if heads and queries is not None and rows * heads % queries.shape[0] == 0:
+            return rows * heads // queries.shape[0]
     return None
+
+
+def divided_heads(tensors: Mapping[str, Tensor], mesh: Mesh) -> int | None:
+    """A number that divides that of key/value heads, if AutoTP knew it: the run's degree, where every tp rank has as
+    much of all that is cut between heads."""
+    for tensor in tensors.values():
+        if _by_heads(tensor.name.rpartition(".")[0]):
+            cut = _trained(tensor, mesh)
+            if len({cut.shard_shape(at) for at in cut.coordinates()}) > 1:
+                return None
+    return mesh.tp
 
 
 def map_of(tensor: Tensor, axis: str = "tp") -> dict[str, Any]:

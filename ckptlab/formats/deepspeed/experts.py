@@ -8,8 +8,9 @@ over the ranks that have the same experts (`edp`).
 Beside tensor parallelism there are two kinds. Experts that are tensor parallel themselves
 (`enable_expert_tensor_parallelism`) lie so on each tp rank. All others are whole, and are dealt to the ranks of dp and
 tp alike, in the order of global ranks: tp ranks have different ones, or share the buffers of the same, and an expert's
-file is the one rank's that comes first. Those of AutoEP always lie so beside AutoTP ("folding"): the ranks of a stage
-are dp × tp to all other tensors, and edp × ep to them (`Experts.arranged`). Sources: DeepSpeed 0.19.8, `moe/layer.py`,
+file is the one rank's that comes first (where tp ranks share it an engine looks for one of each, so that it cannot load
+what it saved; ckptlab writes them all). Those of AutoEP always lie so beside AutoTP ("folding"): the ranks of a stage
+are dp × tp to all other tensors, and edp × ep to them (`Experts.mesh`). Sources: DeepSpeed 0.19.8, `moe/layer.py`,
 `utils/groups.py` (`_create_expert_and_data_parallel`, `_create_expert_data_and_model_parallel`), engine
 (`_save_moe_checkpoint`), `module_inject/auto_ep_folding.py`.
 """
@@ -68,8 +69,8 @@ def renumbered(name: str, by: int) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """Ranks that have the same tensors of a flat buffer: where they stand on the mesh (nothing where all dp ranks
-    do), which dp ranks they are, and the axis that cuts the buffer."""
+    """Ranks that have the same tensors of a flat buffer: where they stand on their mesh (nothing where all dp ranks
+    do), which dp ranks of it they are, and the axis that cuts the buffer."""
 
     at: Mapping[str, int]
     ranks: tuple[int, ...]
@@ -85,7 +86,7 @@ class Experts:
     tensors of an expert's file, under their global names. `data_first`: ep is the slower part of dp
     (`use_data_before_expert_parallelism`), else the faster one. `fused`: layers of AutoEP, whose experts are all in one
     tensor that ep cuts. `over_tp`: experts are dealt to tp ranks too, and are whole on each. `stages[layer]`: the pp
-    stage that has it. `lanes`: of a target, over how many tp ranks they are dealt: ep rank r is tp rank r mod lanes.
+    stage that has it.
     """
 
     local: Mapping[str, int] = field(default_factory=dict)
@@ -95,7 +96,6 @@ class Experts:
     fused: tuple[Fused, ...] = ()
     over_tp: bool = False
     stages: Mapping[str, int] = field(default_factory=dict)
-    lanes: int = 1
 
     @classmethod
     def of(
@@ -107,18 +107,21 @@ class Experts:
         stages: Mapping[int, int] | None = None,
         tp: int = 1,
         trained: Iterable[str] = (),
+        over_tp: bool = False,
     ) -> Experts:
         """From the model files, and those of the experts. trained: what optimizer files know, where no model file does;
         ep: over how many ranks they are spread where nothing does. stages: of the layers, by their numbers, in a
-        pipeline. tp: degree."""
+        pipeline. tp: degree. over_tp: optimizer files say that they are dealt to tp ranks too, as they are where each
+        expert has one file."""
         heads = list(heads)
         alone = 0 < len(files) == len({(layer, expert) for layer, expert, _ in files})
-        over_tp = tp > 1 and (any(autoep.FOLDING in h.content for h in heads) if fused else alone)
+        over_tp = tp > 1 and (any(autoep.FOLDING in h.content for h in heads) if fused else alone or over_tp)
         if over_tp:
-            files = {(layer, expert, t): held for (layer, expert, _), held in files.items() for t in range(tp)}
+            first_of = {(i, expert): held for (i, expert, _), held in sorted(files.items(), reverse=True)}
+            files = {(i, expert, t): first_of[i, expert] for i, expert, _ in files for t in range(tp)}
         local, total = (
-            _numbers(chain(trained, *(head.trained for head in heads))),
-            _numbers(n for f in files.values() for n in f),
+            numbers(chain(trained, *(head.trained for head in heads))),
+            numbers(n for f in files.values() for n in f),
         )
         if not local:
             local = {layer: -(-count // ep) for layer, count in total.items()}
@@ -132,7 +135,7 @@ class Experts:
     @classmethod
     def named(cls, names: Iterable[str], ep: int) -> Experts:
         """From the names of all experts' tensors, each layer's spread over `ep` ranks where that divides them."""
-        total = dict(sorted(_numbers(names).items(), key=lambda one: natural(one[0])))
+        total = dict(sorted(numbers(names).items(), key=lambda one: natural(one[0])))
         return cls({layer: n // ep if n % ep == 0 else n for layer, n in total.items()}, total)
 
     def __bool__(self) -> bool:
@@ -191,37 +194,34 @@ class Experts:
             beside = next((f"{axis} {mesh[axis]}" for axis in ("tp", "pp") if mesh[axis] > 1), others)
             yield not_read_yet(f"{path}: AutoEP (ds_autoep_layers) beside {beside}, which ckptlab cannot open yet")
 
-    def spread(self, ep: int | None, data_first: bool | None, lanes: int = 1) -> Experts:
-        """The same experts, each layer's over `ep` ranks (None: as they are) of so many tp ranks; nothing is stored of
+    def spread(self, ep: int | None, data_first: bool | None, over_tp: bool = False) -> Experts:
+        """The same experts, each layer's over `ep` ranks (None: as they are), of tp too or not; nothing is stored of
         them."""
         local = {layer: n // (ep or self.ep(layer)) for layer, n in self.total.items()}
         fused = tuple(layer.spread(ep or layer.ep) for layer in self.fused)
         first = self.data_first if data_first is None else data_first
-        return Experts(local, self.total, {}, first, fused, lanes=lanes)
+        return Experts(local, self.total, {}, first, fused, over_tp)
 
-    def refusals(self, mesh: Mesh, ep: int | None, lanes: int, data_first: bool | None) -> Iterator[str]:
-        """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh."""
-        folded = bool(self.fused) and lanes > 1
+    def refusals(self, mesh: Mesh, ep: int | None, target: Experts, zero_stage: int) -> Iterator[str]:
+        """Why they cannot be spread over `ep` ranks (None: over as many as now) of a mesh, as `target` would be."""
+        ranks = mesh.dp * mesh.tp if target.over_tp else mesh.dp
         for wanted in (ep,) if ep else self.sizes:
-            if folded and wanted == 1:
-                yield f"tp {lanes}: DeepSpeed trains AutoEP beside AutoTP at an ep of at least 2 alone: say ep="
-            elif wanted % lanes and not folded:
+            if target.folded and wanted == 1:
+                yield f"tp {mesh.tp}: DeepSpeed trains AutoEP beside AutoTP at an ep of at least 2 alone: say ep="
+            elif ranks % wanted:
+                named = f"dp {mesh.dp}" if not target.over_tp else f"dp times tp, {ranks}"
+                yield f"{named}: ep {wanted} is a part of it, and does not divide it: say ep="
+            elif zero_stage == 0 and target.shared(wanted, mesh) and not target.folded:
                 yield (
-                    f"tp {lanes}: DeepSpeed deals experts that tp does not cut to tp ranks too, and cannot load what "
-                    f"it saves at an ep of less, {wanted}; ckptlab writes multiples of tp: say ep="
+                    f"tp {mesh.tp}, ep {wanted}: without ZeRO DeepSpeed leaves out the optimizers of tp ranks that "
+                    "share experts, and cannot load what it saves; with them, nothing would tell these experts from "
+                    "tensor parallel ones: take an ep that is a multiple of tp, and not "
+                    "use_data_before_expert_parallelism, or zero_stage=1"
                 )
-            elif mesh.dp * lanes % wanted:
-                ranks = f"dp {mesh.dp}" if lanes == 1 else f"dp times tp, {mesh.dp * lanes}"
-                yield f"{ranks}: ep {wanted} is a part of it, and does not divide it: say ep="
-        if folded and (self.data_first if data_first is None else data_first):
+        if target.folded and target.data_first:
             yield (
-                f"tp {lanes}: DeepSpeed trains no AutoEP beside AutoTP with use_data_before_expert_parallelism: say "
+                f"tp {mesh.tp}: DeepSpeed trains no AutoEP beside AutoTP with use_data_before_expert_parallelism: say "
                 "data_before_experts=False"
-            )
-        elif lanes > 1 and (self.data_first if data_first is None else data_first):
-            yield (
-                f"tp {lanes}: with use_data_before_expert_parallelism DeepSpeed leaves out model files and cannot load "
-                "it: say data_before_experts=False"
             )
         for layer, total in (*self.total.items(), *((f"{f.prefix}.", f.total) for f in self.fused if f.ep != ep)):
             if ep and total % ep:
@@ -232,35 +232,46 @@ class Experts:
     @property
     def folded(self) -> bool:
         """Of a target: AutoEP beside AutoTP, of whose ranks experts are dealt to all."""
-        return bool(self.fused) and self.lanes > 1
+        return bool(self.fused) and self.over_tp
 
-    def arranged(self, mesh: Mesh) -> Mesh:
-        """The ranks of a target's mesh as tensors of all experts of a layer lie on them: as they are, or with those of
-        each stage as edp × ep in the order of their numbers, whichever of dp and tp they are."""
-        return split(Mesh(pp=mesh.pp, dp=mesh.dp * mesh.tp), self.sizes, ("ep",)) if self.folded else mesh
-
-    def first_ranks(self, mesh: Mesh) -> dict[tuple[int, int], int]:
-        """(ep rank, tp rank) → the first rank of a target's stage that is both, which writes the files of experts that
-        such ranks read."""
-        arranged = self.arranged(mesh)
+    def first_ranks(self, mesh: Mesh, degree: int) -> dict[tuple[int, int], int]:
+        """(ep rank of this degree, tp rank) → the first rank of a stage that is both, which writes the files of experts
+        that such ranks read; where they are dealt to tp ranks too."""
+        if (known := self._first_ranks.get((mesh, degree))) is not None:
+            return known
         found: dict[tuple[int, int], int] = {}
-        for rank in range(mesh.dp * mesh.tp):
-            found.setdefault((arranged.coordinate(rank)["ep"], rank % mesh.tp), rank)
-        return found
+        for ep, ranks in enumerate(self.dealt(degree, mesh)):
+            for d, t in ranks:
+                found.setdefault((ep, t), d * mesh.tp + t)
+        self._first_ranks[mesh, degree] = dict(sorted(found.items(), key=lambda one: one[1]))
+        return self._first_ranks[mesh, degree]
+
+    @cached_property
+    def _first_ranks(self) -> dict[tuple[Mesh, int], dict[tuple[int, int], int]]:
+        """What `first_ranks` found: each tensor of an expert asks."""
+        return {}
+
+    def shared(self, degree: int, mesh: Mesh) -> bool:
+        """Whether tp ranks have the same experts of this degree, where they are dealt to tp ranks too."""
+        return self.over_tp and len(self.first_ranks(mesh, degree)) > degree
 
     def on(self, mesh: Mesh) -> Mesh:
         """The mesh with dp split into `edp` and `ep`; where layers differ in their degrees, `ep2` and `ep4`, say, of
-        which a layer that is spread over four ranks takes both. Of a target where they are dealt to tp ranks too,
-        `dp_ep` is what of ep lies along dp."""
-        if not self or self.over_tp or self.folded:
+        which a layer that is spread over four ranks takes both. As it is where they are on a mesh of their own."""
+        if not self or self.over_tp:
             return mesh
-        sizes = [n // self.lanes for n in self.sizes]
-        return split(mesh, sizes, self.axes(self.sizes[-1]), self.data_first)
+        return split(mesh, self.sizes, self.axes(self.sizes[-1]), self.data_first)
+
+    def mesh(self, mesh: Mesh) -> Mesh:
+        """The mesh on which experts are: the run's, split; where they are dealt to tp ranks too, the same ranks with
+        dp and tp as one axis, `dp`, that is split so."""
+        if not self.over_tp:
+            return mesh
+        return _folded(mesh, self.sizes, self.axes(self.sizes[-1]), self.data_first)
 
     def axes(self, degree: int) -> tuple[str, ...]:
         """The parts of dp over which experts of that ep degree are spread."""
-        along = "ep" if self.lanes == 1 else "dp_ep"
-        return (along,) if len(self.sizes) == 1 else tuple(f"{along}{n}" for n in self.sizes if n <= degree)
+        return ("ep",) if len(self.sizes) == 1 else tuple(f"ep{n}" for n in self.sizes if n <= degree)
 
     def shares(self, names: Iterable[str], mesh: Mesh) -> tuple[Share, ...]:
         """Who has the same tensors of a buffer of these tensors, ep rank by ep rank; one share where it holds none of
@@ -272,20 +283,14 @@ class Experts:
                 "trains each kind in a group of its own"
             )
         (degree,) = degrees or {None}
-        if self.over_tp and degree is not None:
-            return (Share({}, tuple(range(len(self.dealt(degree, mesh)[0]))), "dp"),)
         if degree is None:
             return _shares(mesh, ())
-        if self.folded:
-            return _shares(self.arranged(mesh), ("ep",))
-        found = _shares(mesh, self.axes(degree))
-        if self.lanes == 1:
-            return found
-        return tuple(replace(one, at={**one.at, "tp": t}) for one in found for t in range(self.lanes))
+        return _shares(self.mesh(mesh), self.axes(degree))
 
     def of_file(self, stage: int, layer: int, expert: int, mesh: Mesh) -> list[int]:
         """The tp ranks of a pp stage whose files have an expert of its layer of that number: all, or where experts are
-        dealt to tp ranks too the first of those that have it, of AutoEP's everyone's of the first few dp ranks."""
+        dealt to tp ranks too those that have it, of which DeepSpeed writes the first one's; of AutoEP's everyone's of
+        the first few dp ranks."""
         if not self.over_tp:
             return list(range(mesh.tp))
         for fused in self.fused:
@@ -298,7 +303,7 @@ class Experts:
         name = layers[layer]
         rank = expert // self.local.get(name, self.total[name])
         own = self.dealt(max(self.ep(name), rank + 1), mesh)[rank]  # files of the last experts may be what is missing
-        return [t for _, t in own[:1]] or list(range(mesh.tp))
+        return list(dict.fromkeys(t for _, t in own)) or list(range(mesh.tp))
 
     def stage(self, name: str) -> int:
         """The pp stage of an expert's tensor."""
@@ -318,10 +323,16 @@ class Experts:
             return set(range(mesh.tp))
         return {t for ranks in self.dealt(self.sizes[-1], mesh) for d, t in ranks[:1] if d == 0}
 
+    def kept_by(self, name: str, mesh: Mesh, stage: int) -> list[int]:
+        """The ranks of a pp stage that write an expert's file: of those of each tp rank the first."""
+        if not self.over_tp:
+            return [mesh.ranks(pp=stage, tp=t, **self.at(name, mesh))[0] for t in range(mesh.tp)]
+        layer = layer_of(name) or ""
+        first, own = self.first_ranks(mesh, self.ep(layer)), number_of(name) // self.local[layer]
+        return [stage * mesh.dp * mesh.tp + rank for (ep, _), rank in first.items() if ep == own]
+
     def writers(self, ep: int, degree: int, mesh: Mesh) -> list[int]:
         """The tp ranks that write the optimizer of an ep rank where there is no ZeRO."""
-        if self.lanes > 1:
-            return [ep % self.lanes]
         if not self.over_tp:
             return list(range(mesh.tp))
         own = self.dealt(degree, mesh)[ep]
@@ -340,16 +351,16 @@ class Experts:
         return rank // (ranks // degree) if self.data_first else rank % degree
 
     def holder(self, name: str, mesh: Mesh, ep: int = 0, **at: int) -> Holder:
-        """Who, of the ranks at these coordinates, has a tensor or an ep rank's part of it."""
-        spread = {"ep": ep} if self.fused_of(name) and not self.over_tp else self.at(name, mesh)
-        tp = {"tp": at.pop("tp")} if "tp" in at else {}
+        """Who, of the ranks at these coordinates of the run's mesh, has a tensor or an ep rank's part of it."""
+        spread = {"ep": ep} if self.fused_of(name) else self.at(name, mesh)
+        tp = {"tp": 0 if self.over_tp and self.degree(name) else at.pop("tp")} if "tp" in at else {}
         return Holder(**{**at, **spread, **tp})
 
     def at(self, name: str, mesh: Mesh) -> Mapping[str, int]:
         """Where an expert's tensor is: its coordinates on the axes over which its layer is spread. Nothing for tensors
         that all have, or have a part of."""
         layer = layer_of(name)
-        if layer is None or self.over_tp:
+        if layer is None:
             return {}
         rank = number_of(name) // self.local.get(layer, self.total[layer])
         return self.shares([name], mesh)[rank].at
@@ -366,14 +377,6 @@ class Experts:
             return shapes
         held = {name: len(fused.ranks[rank]) for name in shapes if (fused := self.fused_of(name))}
         return {name: (held[name], *shape[1:]) if name in held else shape for name, shape in shapes.items()}
-
-    def whole(self, shapes: Mapping[str, Shape]) -> Mapping[str, Shape]:
-        """The shapes that tensors have where they are read: those of all experts of a layer, where tp ranks have
-        different ones, are of all of them."""
-        if not (self.fused and self.over_tp):
-            return shapes
-        total = {name: fused.total for name in shapes if (fused := self.fused_of(name))}
-        return {name: (total[name], *shape[1:]) if name in total else shape for name, shape in shapes.items()}
 
     def on_rank(self, names: Iterable[str], rank: int) -> list[str]:
         """Those of a group's tensors that a rank has: all, or of experts those of its ep rank."""
@@ -515,7 +518,13 @@ def split(mesh: Mesh, sizes: Sequence[int], axes: Sequence[str], data_first: boo
     return mesh.split("dp", **(parts | edp if data_first else edp | parts))
 
 
-def _numbers(names: Iterable[str]) -> dict[str, int]:
+@lru_cache(maxsize=64)
+def _folded(mesh: Mesh, sizes: tuple[int, ...], axes: tuple[str, ...], data_first: bool) -> Mesh:
+    """The ranks of a mesh as those of pp and of dp and tp together, the latter split for experts."""
+    return split(Mesh(pp=mesh.pp, dp=mesh.dp * mesh.tp), sizes, axes, data_first)
+
+
+def numbers(names: Iterable[str]) -> dict[str, int]:
     """Layer → how many experts the names have."""
     found: dict[str, int] = {}
     for name in names:

@@ -16,7 +16,7 @@ from ckptlab.catalog import PARAM
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import autoep, checks, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, layer_of
+from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, layer_of, numbers
 from ckptlab.formats.deepspeed.headers import (
     Content,
     EngineConfig,
@@ -96,7 +96,7 @@ class StepFolder:
         ranks."""
         found: dict[Rank, dict[str, Shape]] = {}
         for rank, (head, *_) in self.heads.items():
-            local = self.experts.whole(head.trained)
+            local = head.trained
             of_ranks = self.experts.everywhere(list(local)) if self.experts else []
             found[rank] = {name: local[self.experts.locally(name)] for name in of_ranks} or dict(local)
         return found
@@ -149,6 +149,7 @@ def read_step_folder(
     found.choose(mesh)
     found.parse("optim" if found.sets else "expert_optim")
     found.put_in_order()
+    found.with_empty()
     for finding in (
         *found.misplaced(mesh),
         *found.notices(mesh),
@@ -204,7 +205,22 @@ class _Found:
                 fused = autoep.layers(head.path, head.content)
         silent = bool(files) and all(head.shapes is None for head in self.heads.values())
         listed = (name for file in self.optims.values() for span in file.spans for name in span)
-        return Experts.of(self.heads.values(), files, spread, fused, stages, tp, listed if silent else ())
+        said = listed if silent else ()
+        return Experts.of(self.heads.values(), files, spread, fused, stages, tp, said, self._over_tp())
+
+    def _over_tp(self) -> bool:
+        """Whether the first rank's buffers of experts are cut over ranks of tp too, by the numbers of partitions."""
+        first, head = self.optims.get(FileName("optim", prefix=self.prefix)), self.heads.get(FileName(self.head))
+        counts = first.state_dict.get("partition_count") if first else None
+        mesh = self.mesh()
+        if mesh.tp == 1 or not isinstance(counts, (list, tuple)) or head is None or head.shapes is None:
+            return False
+        total = numbers(name for tensors in self.expert_files.values() for name in tensors)
+        for shapes, count in zip(head.shapes, counts, strict=False):
+            for layer, local in numbers(shapes).items():
+                if total.get(layer, 0) // local * count == mesh.dp * mesh.tp != mesh.dp:
+                    return True
+        return False
 
     def parse(self, *kinds: str) -> None:
         """Read every file of these kinds; what cannot be read, or has another form, is a finding."""
@@ -268,6 +284,24 @@ class _Found:
             if order and head.shapes is not None and len(head.shapes) == len(order):
                 self.heads[name] = replace(head, shapes=tuple(head.shapes[i] for i in order))
         self.optims.update({name: self.optims[name].reordered(order) for name, order in orders.items() if order})
+
+    def with_empty(self) -> None:
+        """Give every rank the tensors too of which it has nothing, and which DeepSpeed lists in its module alone: those
+        that AutoTP cuts between fewer heads than there are tp ranks."""
+        tp = self.mesh().tp
+        for name, head in self.heads.items():
+            first = self.heads.get(replace(name, mp=name.mp // tp * tp))
+            if first is None or not first.shapes or not head.shapes or len(first.shapes) != len(head.shapes):
+                continue
+            if all(len(own) == len(every) for own, every in zip(head.shapes, first.shapes, strict=True)):
+                continue
+            module = head.module or {}
+            groups = []
+            for every, own in zip(first.shapes, head.shapes, strict=True):
+                empty = {n: module[n].shape for n in every if n not in own and n in module and not module[n].numel}
+                known = {**empty, **own}
+                groups.append({n: known[n] for n in every if n in known} if own.keys() <= every.keys() else own)
+            self.heads[name] = replace(head, shapes=tuple(groups))
 
     @property
     def inside(self) -> bool:
@@ -393,6 +427,10 @@ class _Found:
                 for i, e in experts_said(h.content for n, h in self.heads.items() if n.mp // mesh.tp == p)
                 for t in self.experts.of_file(p, i, e, mesh)
             ]
+            if self.experts.over_tp and not self.experts.fused:  # copies of it are there where DeepSpeed can load them
+                first = {(n.mp // mesh.tp, n.layer, n.expert): n for n in reversed(experts)}
+                needed = {*first.values()}
+                experts = [n for n in experts if n in needed or n in self.names]
             if experts:
                 wanted["expert"] = experts
             if self.inside and self.expert_optims:
@@ -421,12 +459,12 @@ class _Found:
         others = (n for h in heads for n in h.module or {} if n not in h.buffers and n not in h.shared)
         frozen = tuple(dict.fromkeys(n for n in others if n not in trained))
         found = (
-            f"{some(files, 4)}: not there. DeepSpeed, to 0.19.8 at least, writes the model files of just as many tp "
-            f"ranks as experts are spread over (ep {self.experts.sizes[-1]}, of tp {mesh.tp}), and cannot load it. The "
-            "module's weights are left out, and made of the optimizer's where they are written"
+            f"{some(files, 4)}: not there. DeepSpeed, to 0.19.8 at least, writes the model files of those tp ranks "
+            f"alone that come first among ranks with the same experts (ep {self.experts.sizes[-1]}, of tp {mesh.tp}), "
+            "and cannot load it. The module's weights are left out, and made of the optimizer's where they are written"
             + (f"; of {some(frozen, 4)} nothing else is stored" if frozen else "")
         )
-        todo = "convert it, to an ep of at least tp or to tp 1, and train on with that"
+        todo = "convert it, and train on with that: ckptlab writes all files, on the same mesh too"
         where = Where(files, (*trained, *frozen), (PARAM,))
         return Finding("model-files", "warning", where, "one a rank", found, todo, "headers", f"{self.path}: {found}")
 
@@ -458,8 +496,9 @@ class _Found:
             ep = self.experts.sizes[-1]
             return (
                 f"{self.path}: incomplete: {some(missing, 4)} missing. DeepSpeed, to 0.19.8 at least, writes those of "
-                f"just as many tp ranks as experts are spread over (ep {ep}, of tp {mesh.tp}) and cannot load it: save "
-                "it again with ep of at least tp, or experts that are tensor parallel themselves"
+                f"the tp ranks alone that come first among ranks with the same experts (ep {ep}, of tp {mesh.tp}) and "
+                "cannot load it: save it again with an ep that is a multiple of tp, or experts that are tensor "
+                "parallel themselves"
             )
         needs = f"{model} model files" + (f" and {mesh.size} optimizer files" if self.optimizer else "")
         return (

@@ -19,6 +19,7 @@ from ckptlab.formats.format import Beside, Format, Listing, Match
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import LayoutsOf, Strategy
+from ckptlab.words import number_of
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 ZERO = "zero"  # the folder of a universal checkpoint that holds the tensors
@@ -97,19 +98,9 @@ class DeepSpeed(Format):
         told = target.training.layouts_told and not silent
         layouts = LayoutsOf({name: tensor.layout for name, tensor in target.tensors.items()})
         found = self.read(folder, Strict(), None if not silent and (told or target.mesh.tp == 1) else layouts)
-        experts = target.private.experts
-        dealt = experts.fused if experts.folded else ()  # their tensors are read as whole ones
-        if dealt and found and found.private.folder.experts.fused != dealt:
-            raise CheckpointError(
-                f"{folder}: experts were written as {found.private.folder.experts.fused}, expected {dealt}: this is a "
-                "fault of ckptlab; please report it"
-            )
         for name, tensor in target.tensors.items():
             again = found.tensors.get(name) if found else None
-            alike = again is not None and again.shape == tensor.shape
-            if alike and dealt and experts.fused_of(name):
-                continue
-            alike = alike and again is not None and _alike(again.cut, tensor.cut)
+            alike = again is not None and again.shape == tensor.shape and _alike(again.cut, tensor.cut)
             if not alike or (told and again and again.layout.text != tensor.layout.text):
                 raise CheckpointError(
                     f"{folder}: {name} was written as {again and (again.layout, again.cut)}, expected "
@@ -156,6 +147,14 @@ class Universal(DeepSpeed):
 
         target = super().target(source, mesh, options)
         if target.private.wrapper is not Wrapper.WHOLE:
+            on = [{g.group for g in target.flat_groups if g.stage == p} for p in range(target.mesh.pp)]
+            if apart := [p for p, held in enumerate(on) if held != on[0]]:
+                raise ReshapeError(
+                    f"{source.path}: a universal folder keeps the parameter groups of the first pp stage, which has "
+                    f"{number_of(len(on[0]), 'group')}, and DeepSpeed gives them to other stages in turn: stage "
+                    f"{apart[0]} has others ({len(on[apart[0]])}), some of which it would leave as they begin: take "
+                    "pp=1, or write deepspeed files"
+                )
             return replace(target, findings=(*target.findings, *not_loaded(target)))
         if options.zero_stage == 0:
             raise ReshapeError(

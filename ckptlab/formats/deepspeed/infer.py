@@ -107,10 +107,12 @@ def _rows_of(rows: Mapping[tuple[str, int], int], name: str) -> list[int]:
 
 
 def _shapes(folder: StepFolder, module: ModuleWeights) -> dict[str, dict[int, Shape]]:
-    """Shapes of every tensor's shards by tp rank, buffers left out."""
+    """Shapes of every tensor's shards by tp rank, without buffers, and experts that are whole since tp ranks are dealt
+    them."""
+    dealt = folder.experts.degree if folder.experts.over_tp else lambda name: None
     stored = {name: by_tp for name, by_tp in module.shapes.items() if module.kinds[name] != "buffer"}
     shapes = folder.shards | {name: by_tp for name, by_tp in stored.items() if name not in folder.shards}
-    return {name: by_tp for name, by_tp in shapes.items() if len(by_tp) == folder.mesh.tp}
+    return {n: by_tp for n, by_tp in shapes.items() if len(by_tp) == folder.mesh.tp and dealt(n) is None}
 
 
 def _data(folder: StepFolder, module: ModuleWeights, name: str) -> list[Stored]:

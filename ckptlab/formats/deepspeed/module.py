@@ -118,9 +118,11 @@ def _without_left_out(folder: StepFolder, weights: ModuleWeights) -> None:
 
 
 def _from_expert_files(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:
-    parts = {(tp, name): stored for (_, _, tp), held in folder.experts.files.items() for name, stored in held.items()}
+    over_tp, files = folder.experts.over_tp, folder.experts.files
+    places = range(1 if over_tp else folder.mesh.tp)
+    parts = {(tp, name): one for (_, _, tp), held in files.items() if tp in places for name, one in held.items()}
     for layer in folder.experts.fused if parts else ():
-        for tp, name in itertools.product(range(folder.mesh.tp), layer.names):
+        for tp, name in itertools.product(places, layer.names):
             kind = "parameter" if name in folder.trained[0, tp] else "frozen"
             own = {e: parts.pop((tp, layer.name(name, e)), None) for e in range(layer.total)}
             held = {e: one for e, one in own.items() if one is not None}
@@ -130,10 +132,6 @@ def _from_expert_files(folder: StepFolder, weights: ModuleWeights, faults: Fault
                 faults.report(contradiction(folder.path, message, name))
                 continue
             inner = held[0].shape
-            if folder.experts.over_tp:
-                every = tuple(Fragment(e * math.prod(inner), one) for e, one in held.items())
-                weights.add(name, kind, (0, tp), (layer.total, *inner), every)
-                continue
             for ep, experts in reversed(list(enumerate(layer.ranks))):  # the first rank's shape is the one that is kept
                 fragments = tuple(Fragment(i * math.prod(inner), held[e]) for i, e in enumerate(experts))
                 weights.add(name, kind, (0, tp), (len(experts), *inner), fragments, ep=ep)

@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from ckptlab.stored import Stored
 T = TypeVar("T")
 Pieces = dict[tuple[str, str], dict[Holder, tuple[Fragment, ...]]]
 Partitions = Mapping[tuple[tuple[Holder, int, int], str], Mapping[Holder, tuple[Stored, ...]]]
+Place = tuple[Rank, int]  # whose optimizer file: of a (pp, tp) rank, that of one of its dp ranks
 Spans = Mapping[str, tuple[int, int]]  # tensor → (start, count) in a partition
 
 
@@ -78,21 +79,20 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
                     for state_of, fragments in _of_parts(files, Holder(pp=p, tp=t), b, shapes).items():
                         pieces.setdefault(state_of, {}).update(fragments)
                 continue
-            if folder.experts.over_tp and (degree := folder.experts.degree(next(iter(shapes), ""))):
-                if t == 0:
-                    with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
-                        pieces |= _over_tp(folder, p, b, shapes, degree)
+            if t and _over_tp(folder, shapes):
                 continue
             with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
                 shares[p, b] = folder.experts.shares(shapes, folder.mesh)
-                if shares[p, b][0].at:
-                    for finding in _spread_otherwise(files[0], b, len(shares[p, b][0].ranks)):
-                        faults.report(finding)
                 for rank, share in enumerate(shares[p, b]):
                     own = folder.experts.shapes_on(shapes, rank)
-                    flat = _flat_buffer([files[d] for d in share.ranks], b, own)
+                    places = _places(folder, (p, t), share, _over_tp(folder, shapes))
+                    sharing = [folder.optims[of][d] for of, d in places]
+                    wrong = (f for file in sharing if share.at for f in _spread_otherwise(file, b, len(sharing)))
+                    for finding in itertools.islice(wrong, 1):
+                        faults.report(finding)
+                    flat = _flat_buffer(sharing, b, own)
                     flats.setdefault(Holder(pp=p, tp=t, **share.at), {})[b] = flat
-                    for finding in _lengths_and_mappings(folder, (p, t), b, flat, share.ranks, round_robin):
+                    for finding in _lengths_and_mappings(folder, places, b, flat, round_robin):
                         faults.report(finding)
     groups: tuple[ParameterGroup, ...] = ()
     with faults.caught():
@@ -117,16 +117,17 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
                 at = Holder(pp=p) if fused else Holder(pp=p, **held[0][1].at)
                 sub = subs[at, group]
                 subs[at, group] += 1
-                by_holder, ranks = {}, {}
-                for (rank, share), t in itertools.product(held, range(folder.mesh.tp)):
+                by_holder, places_of = {}, {}
+                over_tp = _over_tp(folder, (folder.heads[p, 0][0].shapes or ())[b])
+                for (rank, share), t in itertools.product(held, range(1 if over_tp else folder.mesh.tp)):
                     flat = flats[holder := Holder(pp=p, **share.at, tp=t)][b]
                     by_holder[holder] = replace(flat, names=folder.experts.globally(flat.names, rank))
-                    ranks[holder] = share.ranks
+                    places_of[holder] = _places(folder, (p, t), share, over_tp)
                 flat_groups.append(one := FlatGroup(at, group, by_holder, dtypes, sub, held[0][1].over))
                 for state in dtypes:
                     partitions[one.key, state] = {
-                        holder: tuple(folder.optims[p, holder["tp"]][d].states[b][state] for d in ranks[holder])
-                        for holder in by_holder
+                        holder: tuple(folder.optims[of][d].states[b][state] for of, d in places)
+                        for holder, places in places_of.items()
                     }
     bf16 = 0 if folder.config.stage == 0 else 1  # pipelines without ZeRO have BF16_Optimizer too
     stage = 3 if first.wrapper is Wrapper.ZERO3 else bf16 if first.wrapper is Wrapper.BF16 else None
@@ -142,51 +143,17 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
     )
 
 
-def _over_tp(folder: StepFolder, p: int, b: int, shapes: Shapes, degree: int) -> Pieces:
-    """What the ranks of a stage have of a buffer of experts that are dealt to ranks of dp and tp alike. CheckpointError
-    where a file speaks against that."""
-    found: Pieces = {}
-    for rank, ranks in enumerate(folder.experts.dealt(degree, folder.mesh)):
-        files = [folder.optims[p, t][d] for d, t in ranks]
-        flat = _flat_buffer(files, b, folder.experts.shapes_on(shapes, rank))
-        for i, ((_, t), file) in enumerate(zip(ranks, files, strict=True)):
-            for finding in _of_part(folder, (p, t), file, i, b, flat):
-                raise finding.error
-        parts = [(d, file.states[b]) for (d, _), file in zip(ranks, files, strict=True)]
-        holders = [Holder(pp=p, tp=t) for t in range(folder.mesh.tp)]
-        held = _apart(replace(flat, names=folder.experts.globally(flat.names, rank)), parts, holders)
-        for (name, state), by_holder in held.items():
-            fused = folder.experts.fused_of(name)
-            if fused is None:
-                found[name, state] = by_holder
-                continue
-            known = next(iter(found.get((name, state), {}).values()), ())
-            own = next(iter(by_holder.values()))
-            every = with_experts(known, own, fused.ranks[rank], math.prod(shapes[name][1:]))
-            found[name, state] = dict.fromkeys(holders, every)
-    return found
+def _over_tp(folder: StepFolder, shapes: Shapes) -> bool:
+    """Whether a buffer of tensors of these shapes is that of experts which are dealt to tp ranks too."""
+    return folder.experts.over_tp and folder.experts.degree(next(iter(shapes), "")) is not None
 
 
-def with_experts(
-    known: Sequence[Fragment], own: Iterable[Fragment], experts: Sequence[int], inner: int
-) -> tuple[Fragment, ...]:
-    """What is known of a tensor of all experts of a layer, and beside it what a rank has of these experts, of so many
-    elements each; not its copies."""
-    found = (one for fragment in own for one in _of_experts(fragment, experts, inner))
-    new = [f for f in found if f.start // inner not in {one.start // inner for one in known}]
-    return tuple(sorted([*known, *new], key=lambda f: f.start))
-
-
-def _of_experts(fragment: Fragment, experts: Sequence[int], inner: int) -> Iterator[Fragment]:
-    """A fragment of a shard that has these experts, in this order, of so many elements each: of the tensor that has all
-    of them."""
-    at, end = fragment.start, fragment.start + fragment.count
-    while at < end:
-        place, within = divmod(at, inner)
-        count = min(inner - within, end - at)
-        stored = fragment.stored.elements(at - fragment.start, count)
-        yield Fragment(experts[place] * inner + within, stored, fragment.dp)
-        at += count
+def _places(folder: StepFolder, rank: Rank, share: Share, over_tp: bool) -> list[Place]:
+    """Whose files have the parts of a buffer that one rank's share has: of that rank, or where experts are dealt to tp
+    ranks too of all of its stage."""
+    if not over_tp:
+        return [(rank, d) for d in share.ranks]
+    return [((rank[0], r % folder.mesh.tp), r // folder.mesh.tp) for r in share.ranks]
 
 
 def _of_parts(files: Sequence[OptimizerFile], holder: Holder, b: int, shapes: Shapes) -> Pieces:
@@ -220,17 +187,6 @@ def _apart(flat: FlatBuffer, parts: Sequence[tuple[int, Mapping[str, Stored]]], 
         for i, name in enumerate(flat.names)
         for state in parts[0][1]
     }
-
-
-def _of_part(
-    folder: StepFolder, rank: Rank, file: OptimizerFile, part: int, b: int, flat: FlatBuffer
-) -> Iterator[Finding]:
-    """What speaks against a file having that part of a buffer."""
-    yield from _spread_otherwise(file, b, flat.dp)
-    if b < len(file.spans) and file.spans[b] and file.spans[b] != _spans(flat, part):
-        message = f"{file.path}: group {b} is not part {part} of {flat.dp} by its slice mappings"
-        yield contradiction(file.path, f"{message}: the ranks were not numbered tp first, or files were renamed")
-    yield from _lengths(folder, rank, file, part, b, flat)
 
 
 def _unlike(folder: StepFolder) -> Iterator[Finding]:
@@ -280,21 +236,24 @@ def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> Flat
     # ZeRO-1/2 keep the last rank's padding out of its masters. The longest is right even where files were swapped
     left_out = [f.paddings[b] if f.wrapper is Wrapper.ZERO12 and b < len(f.paddings) else 0 for f in files]
     held = max(f.states[b][MASTER].numel + padding for f, padding in zip(files, left_out, strict=True))
-    alignment = files[0].alignment
-    return FlatBuffer.contiguous(tuple(shapes), counts, len(files), alignment[b] if b < len(alignment) else None, held)
+    paddings = files[0].alignment[b] if b < len(files[0].alignment) else None
+    if paddings and len(paddings) == sum(map(bool, counts)):  # DeepSpeed knows no tensor of no elements
+        each = iter(paddings)
+        paddings = tuple(next(each) if n else 0 for n in counts)
+    return FlatBuffer.contiguous(tuple(shapes), counts, len(files), paddings, held)
 
 
 def _lengths_and_mappings(
-    folder: StepFolder, rank: Rank, b: int, flat: FlatBuffer, ranks: Sequence[int], round_robin: bool
+    folder: StepFolder, places: Sequence[Place], b: int, flat: FlatBuffer, round_robin: bool
 ) -> Iterator[Finding]:
-    """Compare what the dp ranks that share a buffer store of it, and say where it lies, with the geometry."""
-    expected = [_spans(flat, i) for i in range(len(ranks))] if flat.partition is not None else []
-    for i, d in enumerate(ranks):
+    """Compare what the ranks that share a buffer store of it, and say where it lies, with the geometry."""
+    expected = [_spans(flat, i) for i in range(len(places))] if flat.partition is not None else []
+    for i, (rank, d) in enumerate(places):
         file = folder.optims[rank][d]
         said = file.spans[b] if expected and b < len(file.spans) else {}
         wrong = bool(said) and said != expected[i]
         if wrong and said in expected:
-            yield _swapped(file, rank, d, ranks[expected.index(said)])
+            yield _swapped(file, rank, d, places[expected.index(said)])
             continue
         if wrong:
             yield _contradicting_mappings(folder, round_robin)
@@ -325,8 +284,9 @@ def _lengths(
             )
 
 
-def _swapped(file: OptimizerFile, rank: Rank, mine: int, holder: int) -> Finding:
+def _swapped(file: OptimizerFile, rank: Rank, mine: int, place: Place) -> Finding:
     name = os.path.basename(file.path)
+    holder = place[1] if place[0] == rank else f"{place[1]} of tp rank {place[0][1]}"
     return Finding(
         "swapped-file",
         "error",
@@ -386,9 +346,7 @@ def program_order(folder: StepFolder, names: list[str], round_robin: bool) -> li
     """The tensors of a rank's buffer in the order in which the program has them; of experts, those of all ep ranks."""
     experts = folder.experts
     if round_robin and names:
-        degree = experts.degree(names[0])
-        ranks = experts.dealt(degree, folder.mesh)[0] if degree and experts.over_tp else ()
-        dp = len(ranks or experts.shares(names, folder.mesh)[0].ranks)
+        dp = len(experts.shares(names, folder.mesh)[0].ranks)
         dealt = dealt_round_robin(range(len(names)), dp)
         names = [name for _, name in sorted(zip(dealt, names, strict=True))]
     return experts.everywhere(names) if experts else names

@@ -8,7 +8,8 @@ from typing import Any
 
 from ckptlab.catalog import DTYPES, Catalog
 from ckptlab.catalog.training import ZERO_STAGES
-from ckptlab.formats.deepspeed import pipeline
+from ckptlab.formats.deepspeed import autotp, pipeline
+from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
 from ckptlab.words import some
@@ -72,18 +73,21 @@ def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
     return str(named.get("type")).lower() in ("adam", "adamw") and not torchs
 
 
-def lanes_of(catalog: Catalog, mesh: Mesh) -> int:
-    """Over how many tp ranks a target's experts are dealt, as DeepSpeed deals those that tp does not cut."""
-    experts = catalog.private.folder.experts
-    if not experts or experts.fused:
-        return mesh.tp if experts else 1
-    cut = any("tp" in names(node) for t in catalog.tensors.values() if experts.degree(t.name) for node in t.layout.tree)
-    return 1 if cut else mesh.tp
+def experts_of(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Experts:
+    """A target's experts: dealt to tp ranks too, as DeepSpeed deals those that tp does not cut."""
+    experts: Experts = catalog.private.folder.experts
+    trees = (node for t in catalog.tensors.values() if experts.degree(t.name) for node in t.layout.tree)
+    over_tp = bool(experts) and mesh.tp > 1 and not any("tp" in names(node) for node in trees)
+    return experts.spread(options.ep, options.data_before_experts, over_tp)
 
 
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads): from the user, else what the run says."""
-    return options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
+    """(attention heads, key/value heads): from the user, else what the run says, and of AutoTP's the tensors; there a
+    model is taken to have as many of both where nothing says otherwise, as AutoTP does."""
+    heads, kv_heads = options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
+    if catalog.private.autotp:
+        kv_heads = kv_heads or autotp.told_heads(catalog.tensors, catalog.private.folder.mesh, heads) or heads
+    return heads, kv_heads
 
 
 def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
@@ -112,8 +116,13 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
         layers = sum(pipeline.describe(catalog).blocks)
         if mesh.pp > layers:
             yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
+    heads, kv = head_counts(catalog, options)
+    if native.autotp and stage == 3 and kv and kv < mesh.tp:
+        yield (
+            f"ZeRO-3 at tp {mesh.tp} of {kv} key/value heads: AutoTP leaves tp ranks from {kv} on no part of "
+            "attention, which DeepSpeed trains at ZeRO-2 and below alone: take a tp of at most as many"
+        )
     if mesh.tp > 1 and mesh.tp != trained.tp:
-        heads, kv = head_counts(catalog, options)
         for count, what in (
             () if native.autotp else ((heads, "attention heads"), (kv if kv != heads else None, "key/value heads"))
         ):
@@ -131,7 +140,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
     if lost := [name for name in held if name not in known]:
         yield f"{some(lost, 4)}: not stored whole, and an engine asks for them: save what there is as safetensors"
     if experts := native.folder.experts:
-        yield from experts.refusals(mesh, options.ep, lanes_of(catalog, mesh), options.data_before_experts)
+        yield from experts.refusals(mesh, options.ep, experts_of(catalog, mesh, options), stage)
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
     elif options.ep not in (None, 1):

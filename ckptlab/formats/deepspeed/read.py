@@ -183,8 +183,13 @@ def training(native: Native, zero_stage: int | None, groups: tuple[ParameterGrou
     )
 
 
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads")
+
+
 def head_counts(client: Mapping[str, Any], path: str) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads) by the client's `args`, or by a config.json in the folder or beside it."""
+    """(attention heads, key/value heads) by the client's `args`, or by a config.json in the folder or beside it, under
+    the names that AutoTP looks for (`module_inject/tp_shard.py`)."""
     args = getattr(client.get("args"), "attributes", None) or {}
     config: Mapping[str, Any] = {}
     for folder in (path, paths.parent(path)):
@@ -193,10 +198,11 @@ def head_counts(client: Mapping[str, Any], path: str) -> tuple[int | None, int |
         except (OSError, ValueError):
             continue
         config = found if isinstance(found, dict) else {}
+        config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
         break
     heads, kv_heads = (
-        next((n for n in (args.get(key), config.get(key)) if isinstance(n, int) and n > 0), None)
-        for key in ("num_attention_heads", "num_key_value_heads")
+        next((n for key in keys for n in (args.get(key), config.get(key)) if isinstance(n, int) and n > 0), None)
+        for keys in (_HEADS, _KV_HEADS)
     )
     return heads, kv_heads
 
@@ -266,13 +272,12 @@ def build_tensors(
             shards = shards_of(folder, name, shapes_of[name])
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             fused = folder.experts.fused_of(name)
-            if folder.experts.over_tp and folder.experts.degree(name):
-                layout = replicated(len(shards[0])).on_stages(stages[name])
-                layout, shape, cut = whole(name, layout, shards, None, mesh)
+            if fused is not None:
+                layout, shape, cut = all_experts(name, fused, shards[0], folder.experts.mesh(mesh))
                 layout_known = True
-            elif fused is not None:
-                layout, shape, cut = all_experts(name, fused, shards[0], mesh)
-                layout_known = True
+            elif folder.experts.over_tp and folder.experts.degree(name):
+                layout, shape = replicated(len(shards[0])).on_stages(stages[name]), shards[0]
+                cut, layout_known = layout.resolve(shape, folder.experts.mesh(mesh)), True
             else:
                 layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
                 layout = layout.on_stages(stages[name])
@@ -299,6 +304,8 @@ def build_tensors(
 
 def shards_of(folder: StepFolder, name: str, shapes: Mapping[int, Shape]) -> list[Shape]:
     """The shapes of a tensor's shards, tp rank by tp rank. CheckpointError where they have other numbers of dims."""
+    if folder.experts.over_tp and folder.experts.degree(name):
+        return [shapes[0]]  # the first ep rank's: they are on a mesh of their own
     shards = [shapes[t] for t in range(folder.mesh.tp) if t in shapes]
     if len(shards) != folder.mesh.tp or len({len(s) for s in shards}) > 1:
         raise CheckpointError(

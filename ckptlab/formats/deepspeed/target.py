@@ -17,15 +17,15 @@ from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import autotp, pipeline
 from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
 from ckptlab.formats.deepspeed.assemble import placements
-from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
+from ckptlab.formats.deepspeed.experts import Experts, asked, layer_of, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import dealt_round_robin, gradients
 from ckptlab.formats.deepspeed.options import (
     TargetOptions,
+    experts_of,
     fused_of,
     head_counts,
     is_pipeline,
-    lanes_of,
     problems,
     stage_of,
 )
@@ -92,8 +92,7 @@ def _nearest_meshes(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Ite
 
 def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     source = catalog.private
-    lanes = lanes_of(catalog, mesh)
-    experts = source.folder.experts.spread(options.ep, options.data_before_experts, lanes)
+    experts = experts_of(catalog, mesh, options)
     mesh = experts.on(mesh)
     stage = stage_of(catalog, mesh, options)
     dtype = options.dtype or source.dtype
@@ -105,12 +104,24 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     wrapper = _wrapper(source.wrapper, stage)
     whole = wrapper is Wrapper.WHOLE
     heads, kv_heads = head_counts(catalog, options)
-    kv_heads = kv_heads or autotp.told_heads(catalog.tensors)
+    divides = source.folder.mesh.tp % mesh.tp == 0  # then as many heads on a rank of the source are as many here
+    if source.autotp:
+        kv_heads = kv_heads or (autotp.divided_heads(catalog.tensors, source.folder.mesh) if divides else None)
     tensors = {
         name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole, experts)
         for name, t in catalog.tensors.items()
     }
-    if mesh.tp not in (1, source.folder.mesh.tp) and (kv_heads if source.autotp else heads) is None:
+    if source.autotp and kv_heads and mesh.tp > kv_heads and mesh.tp != source.folder.mesh.tp:
+        findings.append(
+            _told(
+                "heads-few",
+                "warning",
+                f"tp {mesh.tp} of {kv_heads} key/value heads: AutoTP leaves tp ranks from {kv_heads} on no part of "
+                "attention. DeepSpeed trains that (transformers' LLaMA, say), no faster; a model whose own "
+                "code divides by its number of heads fails",
+            )
+        )
+    if not divides and (kv_heads if source.autotp else heads) is None:
         findings.append(
             _told(
                 "heads-unknown",
@@ -143,7 +154,8 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
         tensors=tensors,
         placements=placements(tensors, flat_groups, outside, mesh, wrapper is Wrapper.ZERO3)
         | (_in_every_file(tensors, mesh, experts) if whole and experts and not experts.folded else {})
-        | (_by_first_ranks(tensors, mesh, experts, wrapper) if experts.folded else {}),
+        | (_by_first_ranks(tensors, mesh, experts, wrapper) if experts.folded else {})
+        | _in_several_files(tensors, mesh, experts),
         flat_groups=flat_groups,
         training=replace(
             catalog.training,
@@ -303,7 +315,7 @@ def _retarget(
 ) -> Tensor:
     source = catalog.private
     if (fused := experts.fused_of(tensor.name)) is not None:
-        layout, mesh = fused.layout(tensor.shape), experts.arranged(mesh)
+        layout = fused.layout(tensor.shape)
     elif source.autotp and mesh.tp != source.folder.mesh.tp:
         layout = autotp.on_tp(tensor.layout, tensor.name, tensor.shape, mesh.tp, kv_heads, source.grain)
     else:
@@ -312,7 +324,7 @@ def _retarget(
     if layout.padded and padded is not None:
         layout = layout.replace(padded={0: padded})
     try:
-        cut = layout.resolve(tensor.shape, mesh)
+        cut = layout.resolve(tensor.shape, experts.mesh(mesh) if experts.degree(tensor.name) else mesh)
     except LayoutError as e:
         raise LayoutError(f"{tensor.name}: {e}") from None
     states = {s: d for s, d in tensor.states.items() if s != PARAM}
@@ -372,9 +384,10 @@ def _flat_groups(
             every = [n for n in group.tensors if p in tensors[n].stages]
             if not every:
                 continue
-            shares, on = experts.shares(every, mesh), mesh
+            shares = experts.shares(every, mesh)
+            on = experts.mesh(mesh) if experts.degree(every[0]) else mesh
             if experts.fused_of(every[0]):  # ep cuts them: the same tensors are on all its ranks
-                shares, on = (replace(shares[0], at={}),), experts.arranged(mesh)
+                shares = (replace(shares[0], at={}),)
             for rank, share in enumerate(shares):
                 names = experts.on_rank(every, rank) if share.at else every
                 if wrapper is Wrapper.ZERO12 and _round_robin(catalog, options):
@@ -476,10 +489,12 @@ def _in_every_file(
     spread = next(name for name in tensors if experts.degree(name) == experts.sizes[-1])
     every = [share.at for share in experts.shares([spread], mesh)]
     found: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    rows = {experts.writer(ep, mesh) // mesh.tp for ep in range(len(every))}  # where each writer is a tp rank's own
     for name, tensor in tensors.items():
         own = Holder(**experts.at(name, mesh))
-        common = {*tensor.cut.axes, *(() if "tp" in own else ("tp",))}
-        places = dict.fromkeys(Holder(**at).without(*common) for at in every if own.within(at))
+        places = dict.fromkeys(Holder(**at).without(*tensor.cut.axes) for at in every if own.within(at))
+        if experts.over_tp and not experts.degree(name):
+            places = dict.fromkeys(Holder(dp=d) for d in sorted(rows))
         copies = tuple(Placement(tensor.cut, tensor.stages, None, tensor.layout.replicas, at) for at in places)
         found.update({(name, state): copies for state in tensor.states if state != PARAM})
     return found
@@ -491,7 +506,7 @@ def _by_first_ranks(
     """How what the files of experts hold will lie beside AutoTP: each ep rank and tp rank that go together have files
     of their own, without ZeRO of all that the optimizer keeps."""
     found: dict[tuple[str, str], tuple[Placement, ...]] = {}
-    writers = experts.first_ranks(mesh).values()
+    writers = experts.first_ranks(mesh, experts.sizes[-1]).values()
     for name, tensor in tensors.items():
         states = [s for s in tensor.states if s != PARAM] if wrapper is Wrapper.WHOLE else []
         data = "edp" if experts.fused_of(name) else "dp"
@@ -501,4 +516,19 @@ def _by_first_ranks(
         at: list[dict[str, int]] = [{data: k} for k in places] if len(places) > 1 else [{}]
         copies = tuple(Placement(tensor.cut, (0,), None, tensor.layout.replicas, one) for one in at)
         found.update({(name, state): copies for state in states})
+    return found
+
+
+def _in_several_files(
+    tensors: Mapping[str, Tensor], mesh: Mesh, experts: Experts
+) -> dict[tuple[str, str], tuple[Placement, ...]]:
+    """How module weights of experts will lie that tp ranks share: once in the files of each of these."""
+    found: dict[tuple[str, str], tuple[Placement, ...]] = {}
+    on = experts.mesh(mesh)
+    for name, tensor in tensors.items():
+        if experts.over_tp and layer_of(name) and len(ranks := experts.kept_by(name, mesh, 0)) > 1:
+            places = [{axis: on.coordinate(rank)[axis] for axis in on.leaves("dp")} for rank in ranks]
+            found[name, PARAM] = tuple(
+                Placement(tensor.cut, tensor.stages, None, tensor.layout.replicas, at) for at in places
+            )
     return found

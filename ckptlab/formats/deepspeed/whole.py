@@ -11,7 +11,7 @@ from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
-from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces, match_groups, with_experts
+from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces, match_groups
 from ckptlab.formats.deepspeed.options import fused_of
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.plan import Holder
@@ -34,19 +34,12 @@ def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles
             stages[rank[0]] = list(zip(optimizer.options, held, strict=True))
         for g, names in enumerate(held):
             scalars.update(dict.fromkeys(names, optimizer.scalars[g]))
-        for ep, own in folder.expert_optims.get(rank, ((0, optimizer),)):
+        files = folder.expert_optims.get(rank, ((0, optimizer),))
+        for i, (ep, own) in enumerate(files):  # the first is the rank's own, others may be of other tp ranks
             for name, at, state, fragments in _fragments(
-                folder, own.ordered_as(optimizer), head.shapes, module, rank, ep
+                folder, own.ordered_as(optimizer), head.shapes, module, rank, ep, i > 0
             ):
-                by_holder, fused = pieces.setdefault((name, state), {}), folder.experts.fused_of(name)
-                if fused is None or not folder.experts.over_tp:
-                    by_holder.setdefault(at, fragments)
-                elif state != MASTER or optimizer.masters is not None:
-                    of_rank = fused.ranks[folder.experts.place(ep, fused.ep, folder.mesh)]
-                    inner = math.prod(folder.trained[rank][name][1:])
-                    by_holder[at] = with_experts(by_holder.get(at, ()), fragments, of_rank, inner)
-                else:  # the module's own, of all experts
-                    by_holder[at] = fragments
+                pieces.setdefault((name, state), {}).setdefault(at, fragments)
     groups, _ = match_groups(folder.path, stages)
     stage = folder.config.stage
     return OptimizerFiles(
@@ -68,20 +61,25 @@ def _fragments(
     module: ModuleWeights,
     rank: Rank,
     ep: int,
+    experts_alone: bool,
 ) -> Iterator[tuple[str, Holder, str, tuple[Fragment, ...]]]:
     """(tensor, holder, state, where it lies) of all that the optimizer of a rank keeps, of its experts by their global
     names. What it steps is the module's own weight where it has no other."""
-    experts = folder.experts
-    elsewhere = experts.over_tp and rank[1] not in experts.writers(ep, experts.sizes[-1], folder.mesh)
     for g, of_first in enumerate(shapes):
         degree = folder.experts.degree(next(iter(of_first), ""))
-        if degree is None and elsewhere:  # another tp rank's file, whose shards of such tensors are others
+        if degree is None and experts_alone:
             continue
         at = folder.experts.place(ep, degree, folder.mesh) if degree else ep
-        done, names = 0, folder.experts.shapes_on(of_first, at)
-        for k, (name, shape) in enumerate(zip(folder.experts.globally(names, at), names.values(), strict=True)):
+        done, k, names = 0, -1, folder.experts.shapes_on(of_first, at)
+        whole = optimizer.fused or len(optimizer.states[g]) == len(names)  # else without tensors of no elements
+        for name, shape in zip(folder.experts.globally(names, at), names.values(), strict=True):
             holder = folder.experts.holder(name, folder.mesh, at, pp=rank[0], tp=rank[1])
             count = math.prod(shape)
+            if not (count or whole):
+                own_masters = () if optimizer.masters is None else (MASTER,)
+                yield from ((name, holder, state, ()) for state in (*own_masters, *optimizer.states[g][0]))
+                continue
+            k += 1
             kept: dict[str, Stored] = dict(optimizer.states[g][0 if optimizer.fused else k])
             if optimizer.masters is not None:
                 kept = {MASTER: optimizer.masters[g][0 if optimizer.fused else k], **kept}
@@ -123,6 +121,9 @@ def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str,
         if not names:
             continue
         shards = [{s: writer.shard(n, s, rank) for s in target.tensors[n].states if s != PARAM} for n in names]
+        shards = [one for one in shards if all(math.prod(held.shape) for held in one.values())]  # as DeepSpeed does
+        if not shards:
+            continue
         if fused:
             shards = [{s: _joined([one[s] for one in shards]) for s in shards[0]}]
         ids = list(range(len(state), len(state) + len(shards)))

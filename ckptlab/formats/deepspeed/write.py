@@ -59,7 +59,7 @@ class NativeWriter:
         self.config = info.adapt_config(source.private.config, target)
         self.prefix = "bf16" if self.native.dtype == "bf16" else ""
         self.experts = self.native.experts
-        self._places: dict[Holder, list[int]] = {}
+        self._at: dict[tuple[Mesh, int], Mapping[str, int]] = {}
         self._ranks: dict[tuple[Mesh, Holder], list[int]] = {}
 
     @property
@@ -85,11 +85,9 @@ class NativeWriter:
                 yield torchfile.plan(names.layer(layer, t if axis else None), self.layer_file(layer, prefix, t))
         for p in range(mesh.pp):
             for i, (expert, held) in self.experts_on(p):
-                at = Holder(pp=p, **self.experts.at(held[0], mesh))
-                for t in [at["tp"]] if "tp" in at else range(mesh.tp):
-                    rank = mesh.rank(pp=p, dp=self.place(at.without("tp"))[0], tp=t)
+                for rank in self.experts.kept_by(held[0], mesh, p):
                     tensors = OrderedDict((name, self.module_weight(name, rank)) for name in held)
-                    yield torchfile.plan(names.expert(i, expert, p * mesh.tp + t), tensors)
+                    yield torchfile.plan(names.expert(i, expert, p * mesh.tp + rank % mesh.tp), tensors)
         yield from () if zero3 else self.fused_files()
         for ep, p, rank in self.optimizers_of_experts() if inside else ():
             content = {"optimizer": whole_state(self, p, rank, ep), **self.folding("routed_expert", rank)}
@@ -99,7 +97,7 @@ class NativeWriter:
         """The files of experts that are a tensor together: each by the first rank that has it, for its tp rank."""
         for fused in self.experts.fused:
             made = set()
-            for (ep, t), rank in self.experts.first_ranks(self.mesh).items():
+            for (ep, t), rank in self.experts.first_ranks(self.mesh, self.experts.sizes[-1]).items():
                 for index, expert in enumerate(fused.ranks[ep]):
                     if (expert, t) in made:
                         continue
@@ -111,13 +109,14 @@ class NativeWriter:
     def optimizers_of_experts(self) -> Iterator[tuple[int, int, int]]:
         """(ep rank, pp stage, rank) of all who write the optimizer of their experts, and of what is beside these, where
         there is no ZeRO."""
-        mesh = self.mesh
+        mesh, degree = self.mesh, max(self.experts.sizes, default=0)
         if self.experts.folded:
-            yield from ((ep, 0, rank) for (ep, _), rank in self.experts.first_ranks(mesh).items())
+            yield from ((ep, 0, rank) for (ep, _), rank in self.experts.first_ranks(mesh, degree).items())
             return
-        for ep in range(max(self.experts.sizes, default=0)):
-            for p, t in itertools.product(range(mesh.pp), self.experts.writers(ep, self.experts.sizes[-1], mesh)):
-                yield ep, p, mesh.rank(pp=p, dp=self.experts.writer(ep, mesh) // self.experts.lanes, tp=t)
+        for ep in range(degree):
+            dp = self.experts.writer(ep, mesh) // (mesh.tp if self.experts.over_tp else 1)
+            for p, t in itertools.product(range(mesh.pp), self.experts.writers(ep, degree, mesh)):
+                yield ep, p, mesh.rank(pp=p, dp=dp, tp=t)
 
     def folding(self, family: str, rank: int, families: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What a rank's file says of AutoEP beside AutoTP; nothing where there is none."""
@@ -141,7 +140,13 @@ class NativeWriter:
 
     def coordinate(self, tensor: Tensor, rank: int) -> tuple[int, ...]:
         """The coordinate of the tensor's cut that a rank has."""
-        return tensor.cut.coordinate(tensor.cut.mesh.coordinate(rank))
+        return tensor.cut.coordinate(self.at(tensor.cut.mesh, rank))
+
+    def at(self, mesh: Mesh, rank: int) -> Mapping[str, int]:
+        """Where a rank stands on the target's mesh, or on that of its experts."""
+        if (mesh, rank) not in self._at:
+            self._at[mesh, rank] = mesh.coordinate(rank)
+        return self._at[mesh, rank]
 
     def module_weight(self, name: str, rank: int) -> Pending:
         """A tensor's module weight on a rank: as it was stored, or the master rounded to the target's dtype."""
@@ -163,7 +168,7 @@ class NativeWriter:
         self, tensor: Tensor, state: str, rank: int, stage: int | None, shape: tuple[int, ...], index: int
     ) -> Pending:
         """The part number `index` of that shape of a rank's shard."""
-        at, where = self.coordinate(tensor, rank), tensor.cut.mesh.coordinate(rank)
+        at, where = self.coordinate(tensor, rank), self.at(tensor.cut.mesh, rank)
         dtype, count = tensor.states[state], math.prod(shape)
         stage = where["pp"] if stage is None else stage
         holder = self.experts.holder(tensor.name, self.mesh, where.get("ep", 0), pp=stage, tp=where["tp"])
@@ -175,37 +180,28 @@ class NativeWriter:
         """Reads a tensor of the source for a rank of the target."""
         return reader(self.source, name, state, dtype=dtype, tally=self.tally and self.tally.towards(rank))
 
-    def share(self, group: FlatGroup, tp: int, dp: int) -> tuple[Holder, int]:
-        """Which of a group's buffers a dp rank has a part of, and which part."""
-        rank = self.mesh.rank(pp=group.stage, dp=dp, tp=tp)
-        holder = group.holder(self.target.tensors[group.names[0]].cut.mesh.coordinate(rank))
-        return holder, self.ranks(group, holder).index(rank)
+    def share(self, group: FlatGroup, rank: int) -> tuple[Holder, int]:
+        """Which of a group's buffers a rank has a part of, and which part."""
+        mesh = self.target.mesh_of(group)
+        holder = group.holder(self.at(mesh, rank))
+        return holder, self.ranks(mesh, holder).index(rank)
 
-    def ranks(self, group: FlatGroup, holder: Holder) -> list[int]:
-        """The ranks that have one of a group's buffers together."""
-        key = self.target.tensors[group.names[0]].cut.mesh, holder
-        if key not in self._ranks:
-            self._ranks[key] = key[0].ranks(**holder)
-        return self._ranks[key]
-
-    def partition(self, group: FlatGroup, state: str, tp: int, dp: int, count: int) -> Pending:
-        """The first `count` elements of a dp rank's partition of a flat buffer; padding is zero."""
-        held = Partition(self.source, self.target, group, state, *self.share(group, tp, dp), self.tally)
+    def partition(self, group: FlatGroup, state: str, rank: int, count: int) -> Pending:
+        """The first `count` elements of a rank's partition of a flat buffer; padding is zero."""
+        held = Partition(self.source, self.target, group, state, *self.share(group, rank), self.tally)
         return Pending(held.dtype, (count,), (Elements(held, held.dtype, 0, count),))
 
     # ---------------------------------------------------------------- model files
 
-    def groups_on(self, stage: int, tp: int = 0, dp: int = 0) -> list[FlatGroup]:
+    def groups_on(self, rank: int) -> list[FlatGroup]:
         """The flat groups that a rank has a part of."""
-        there = [g for g in self.target.flat_groups if g.stage == stage and g.at.get("tp", tp) == tp]
-        return [g for g in there if dp in self.place(g.at.without("tp"))]
+        return [g for g in self.target.flat_groups if g.at.within(self.at(self.target.mesh_of(g), rank))]
 
-    def place(self, at: Holder) -> list[int]:
-        """The dp ranks at these coordinates: those that have a flat group together."""
-        if at not in self._places:
-            ranks = self.mesh.ranks(**{**at, "tp": 0})
-            self._places[at] = [self.mesh.index("dp", self.mesh.coordinate(rank)) for rank in ranks]
-        return self._places[at]
+    def ranks(self, mesh: Mesh, holder: Holder) -> list[int]:
+        """The ranks at a holder's coordinates: those that have a flat buffer together."""
+        if (mesh, holder) not in self._ranks:
+            self._ranks[mesh, holder] = mesh.ranks(**holder)
+        return self._ranks[mesh, holder]
 
     def model_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         """The model file of a rank (of a pp and tp coordinate only, below ZeRO-3), made from the nearest one of the
@@ -221,7 +217,7 @@ class NativeWriter:
         model.update(
             module=module,
             optimizer=whole_state(self, p, rank) if whole and not self.experts else None,  # theirs have files
-            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(p, t)],
+            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(rank)],
             **self._frozen(weights, d, rank),
             shared_params=None if whole else aliases,
             dp_world_size=mesh.dp,
@@ -255,7 +251,8 @@ class NativeWriter:
         return Size(tensor.cut.shard_shape(self.coordinate(tensor, rank)))
 
     def _shapes(self, group: FlatGroup, rank: int) -> OrderedDict[str, Size]:
-        return OrderedDict((self.experts.locally(n), self._shape(self.target.tensors[n], rank)) for n in group.names)
+        shapes = ((self.experts.locally(n), self._shape(self.target.tensors[n], rank)) for n in group.names)
+        return OrderedDict((name, shape) for name, shape in shapes if math.prod(shape))  # as DeepSpeed does
 
     def of_stage(self, p: int, t: int) -> Mapping[str, Any]:
         """What is in the module of a stage, by the source's model files: of a pipeline those of all its stages."""
@@ -290,6 +287,8 @@ class NativeWriter:
                 module[key] = value  # `_extra_state` and the like
                 continue
             tensor = self.target[places.get((*at, key), key)]
+            if layer_of(tensor.name):  # a universal folder has experts here too, which have files of their own
+                continue
             if zero3 and tensor.kind != "buffer":
                 module[key] = np.empty(0, tensor.states[PARAM])
                 continue
@@ -325,26 +324,26 @@ class NativeWriter:
     # ---------------------------------------------------------------- optimizer files
 
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
-        template = self.source.private.extras
-        groups = self.groups_on(p, t, d)
+        template, rank = self.source.private.extras, self.mesh.rank(pp=p, dp=d, tp=t)
+        groups = self.groups_on(rank)
         state = (
-            self._zero3_state(template, groups, t, d)
+            self._zero3_state(template, groups, rank)
             if self.native.wrapper is Wrapper.ZERO3
-            else self._flat_state(template, groups, t, d)
+            else self._flat_state(template, groups, rank)
         )
         content = {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": self.version}
         families = None  # at ZeRO-3 the sub-groups say it
         if self.native.wrapper is not Wrapper.ZERO3:
-            shared = ((g, *self.share(g, t, d)) for g in groups)
+            shared = ((g, *self.share(g, rank)) for g in groups)
             families = {n: folding.of_buffer(n, g.flats[h].dp, part) for g, h, part in shared for n in g.names}
-        return content | self.folding("zero_optimizer_state", self.mesh.rank(pp=p, dp=d, tp=t), families)
+        return content | self.folding("zero_optimizer_state", rank, families)
 
-    def _states(self, groups: list[FlatGroup], tp: int, dp: int) -> dict[int, dict[str, Any]]:
+    def _states(self, groups: list[FlatGroup], rank: int) -> dict[int, dict[str, Any]]:
         found = {}
         for i, group in enumerate(groups):
-            holder, part = self.share(group, tp, dp)
+            holder, part = self.share(group, rank)
             size = group.flats[holder].size(part)
-            states = {s: self.partition(group, s, tp, dp, size) for s in group.dtypes if s != MASTER}
+            states = {s: self.partition(group, s, rank, size) for s in group.dtypes if s != MASTER}
             found[i] = self.scalars(group.group) | states
         return found
 
@@ -375,27 +374,27 @@ class NativeWriter:
         )
         return {**scaler, "dynamic_loss_scale": dynamic, "overflow": False}
 
-    def _zero3_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
+    def _zero3_state(self, template: Mapping[str, Any], groups: list[FlatGroup], rank: int) -> dict[str, Any]:
         return {
             "zero_stage": foreign(*ZERO_STAGE, 3),
             **self._scaler(template),
             "partition_count": self.mesh.dp,
-            **self._partition_groups(groups, t, d),
-            "optimizer_state_dict": {"state": self._states(groups, t, d), "param_groups": self.param_groups(groups)},
+            **self._partition_groups(groups, rank),
+            "optimizer_state_dict": {"state": self._states(groups, rank), "param_groups": self.param_groups(groups)},
             "fp32_flat_groups": [
-                self.partition(g, MASTER, t, d, g.flats[holder].size(part))
+                self.partition(g, MASTER, rank, g.flats[holder].size(part))
                 for g in groups
-                for holder, part in (self.share(g, t, d),)
+                for holder, part in (self.share(g, rank),)
             ],
         }
 
-    def _partition_groups(self, groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
+    def _partition_groups(self, groups: list[FlatGroup], rank: int) -> dict[str, Any]:
         """Who shares each buffer at ZeRO-3, which DeepSpeed says where experts are shared by others."""
         if not self.experts:
             return {}
         found = []
         for i, group in enumerate(groups):
-            holder, part = self.share(group, t, d)
+            holder, part = self.share(group, rank)
             degree = self.experts.degree(group.names[0])
             found.append(
                 {
@@ -404,15 +403,15 @@ class NativeWriter:
                     "group_names": [GROUP.format(degree) if degree else "replicated"],
                     "partition_count": group.flats[holder].dp,
                     "partition_rank": part,
-                    "partition_ranks": self.ranks(group, holder),
+                    "partition_ranks": self.ranks(self.target.mesh_of(group), holder),
                 }
             )
         return {"ds_zero_partition_groups": found}
 
-    def _flat_state(self, template: Mapping[str, Any], groups: list[FlatGroup], t: int, d: int) -> dict[str, Any]:
+    def _flat_state(self, template: Mapping[str, Any], groups: list[FlatGroup], rank: int) -> dict[str, Any]:
         bf16 = self.native.wrapper is Wrapper.BF16
         # each with the place that the rank has among those that share the buffer
-        flats = [(g.flats[holder], part) for g in groups for holder, part in (self.share(g, t, d),)]
+        flats = [(g.flats[holder], part) for g in groups for holder, part in (self.share(g, rank),)]
         if bf16:
             paddings = [f.total - f.used if i == f.dp - 1 else 0 for f, i in flats]
             masters = [f.size(i) for f, i in flats]
@@ -422,9 +421,9 @@ class NativeWriter:
         state: dict[str, Any] = {} if bf16 else self._scaler(template)
         if "clip_grad" in template:
             state["clip_grad"] = template["clip_grad"]
-        state["base_optimizer_state"] = {"state": self._states(groups, t, d), "param_groups": self.param_groups(groups)}
+        state["base_optimizer_state"] = {"state": self._states(groups, rank), "param_groups": self.param_groups(groups)}
         state["single_partition_of_fp32_groups"] = [
-            self.partition(g, MASTER, t, d, n) for g, n in zip(groups, masters, strict=True)
+            self.partition(g, MASTER, rank, n) for g, n in zip(groups, masters, strict=True)
         ]
         if not bf16:
             state["zero_stage"] = foreign(*ZERO_STAGE, self.target.zero_stage)

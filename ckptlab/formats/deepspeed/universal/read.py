@@ -216,7 +216,8 @@ class _Tensors:
         if shards is None:  # not in the model files: what is stored is all there is to know
             shards, info = [next(iter(states.values())).shape], None
         if (fused := self.folder.experts.fused_of(name)) is not None:
-            (layout, shape, _), known = all_experts(name, fused, shards[0], self.folder.mesh), True
+            on = self.folder.experts.mesh(self.folder.mesh)
+            (layout, shape, _), known = all_experts(name, fused, shards[0], on), True
         else:
             layout, known = choose_layout(name, "parameter", shards, info, self.strategy, self.folder.path)
             layout, shape, _ = whole(name, layout, shards, info, self.folder.mesh if len(shards) > 1 else Mesh())
@@ -244,8 +245,10 @@ class _Tensors:
             else:
                 shape, kind = self.module.shapes[name][holder["tp"]], self.module.kinds[name]
                 layout, known = choose_layout(name, kind, [shape], None, None, self.folder.path)
+                stages = tuple(sorted({one["pp"] for one in by_rank}))
+                layout = layout.replace(stages=stages)
                 self.tensors[name] = Tensor(
-                    name, shape, layout, Cut.whole(shape), kind, {PARAM: dtype}, None, (0,), (), known
+                    name, shape, layout, Cut.whole(shape), kind, {PARAM: dtype}, None, stages, (), known
                 )
             self.pieces[name, PARAM] = {ALONE: tuple(replace(f, dp=0) for f in fragments)}
         for name, aliases in self.module.called.items():

@@ -282,6 +282,18 @@ def test_of_dealt_experts_there_is_no_layout_to_prove(tmp_path: Path) -> None:
     assert not any(map(experts.layer_of, finding.where.tensors))
 
 
+@pytest.mark.parametrize("ep", [1, 2])
+def test_dealt_experts_keep_their_order_by_way_of_a_universal_folder(ep: int, tmp_path: Path) -> None:
+    """Round robin deals a buffer to all ranks that share it, of tp too."""
+    found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())
+    found.reshape(format="universal", ep=ep, round_robin=True).save(tmp_path / "universal" / "step")
+    there = ckptlab.open(tmp_path / "universal", strategy=Whole())
+    assert [g.tensors for g in there.catalog.groups] == [g.tensors for g in found.catalog.groups]
+    found.reshape(round_robin=True, ep=ep).save(tmp_path / "native" / "step")
+    there = ckptlab.open(tmp_path / "native", strategy=Whole())
+    assert [g.tensors for g in there.catalog.groups] == [g.tensors for g in found.catalog.groups]
+
+
 def test_views_show_whose_dealt_experts_are(tmp_path: Path) -> None:
     """On edp and ep, into which dp and tp are arranged once more: ep rank 1 is ranks 1 and 3."""
     found = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole())

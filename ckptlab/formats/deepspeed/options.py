@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptlab.catalog import DTYPES, Catalog
+from ckptlab.catalog import DTYPES, Catalog, Tensor
 from ckptlab.catalog.training import ZERO_STAGES
 from ckptlab.formats.deepspeed import autotp, pipeline
 from ckptlab.formats.deepspeed.experts import Experts
@@ -74,11 +74,15 @@ def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
 
 
 def experts_of(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Experts:
-    """A target's experts: dealt to tp ranks too, as DeepSpeed deals those that tp does not cut."""
+    """A target's experts."""
     experts: Experts = catalog.private.folder.experts
-    trees = (node for t in catalog.tensors.values() if experts.degree(t.name) for node in t.layout.tree)
-    over_tp = bool(experts) and mesh.tp > 1 and not any("tp" in names(node) for node in trees)
-    return experts.spread(options.ep, options.data_before_experts, over_tp)
+    return experts.spread(options.ep, options.data_before_experts, dealt_to_tp(experts, catalog.tensors, mesh.tp))
+
+
+def dealt_to_tp(experts: Experts, tensors: Mapping[str, Tensor], tp: int) -> bool:
+    """Whether experts are dealt to tp ranks too, as DeepSpeed deals those that tp does not cut."""
+    trees = (node for tensor in tensors.values() if experts.degree(tensor.name) for node in tensor.layout.tree)
+    return bool(experts) and tp > 1 and not any("tp" in names(node) for node in trees)
 
 
 def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:

@@ -240,12 +240,17 @@ class NativeWriter:
         if (self.target.zero_stage or 0) < 2:
             return {"frozen_param_shapes": None, "frozen_param_fragments": None}
         zero3 = self.native.wrapper is Wrapper.ZERO3
-        frozen = [x for x in self.target.tensors.values() if x.kind == "frozen" and self.experts.degree(x.name) is None]
+        others = (x for x in self.target.tensors.values() if self.experts.degree(x.name) is None)
+        frozen = [x for x in others if x.kind == "frozen" or self._is_empty(x, rank)]
         fragments = ((x.name, self._fragment(x, d, rank) if zero3 else module[x.name]) for x in frozen)
         return {
             "frozen_param_shapes": OrderedDict((x.name, self._shape(x, rank)) for x in frozen),
             "frozen_param_fragments": OrderedDict(fragments),
         }
+
+    def _is_empty(self, tensor: Tensor, rank: int) -> bool:
+        """A rank has nothing of a parameter, which to DeepSpeed's optimizer is none there."""
+        return tensor.kind == "parameter" and not math.prod(self._shape(tensor, rank))
 
     def _shape(self, tensor: Tensor, rank: int) -> Size:
         return Size(tensor.cut.shard_shape(self.coordinate(tensor, rank)))

@@ -17,6 +17,7 @@ from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names, read_module
 from ckptlab.formats.deepspeed.optimizer import match_groups, program_order
+from ckptlab.formats.deepspeed.options import dealt_to_tp
 from ckptlab.formats.deepspeed.read import (
     Native,
     all_experts,
@@ -66,7 +67,9 @@ def read_universal(path: str, faults: Faults, strategy: Strategy | None = None) 
     found = _Tensors(folder, info, strategy, module, faults)
     found.add_trained(stored)
     found.add_module()
-    groups = _groups(folder, common, {n: one.scalars for n, one in stored.items()}, faults)
+    over_tp = dealt_to_tp(folder.experts, found.tensors, folder.mesh.tp)
+    dealt = replace(folder, experts=replace(folder.experts, over_tp=over_tp))
+    groups = _groups(dealt, common, {n: one.scalars for n, one in stored.items()}, faults)
     for finding in _lacking(found, groups):
         faults.report(finding)
     if faults.failed:

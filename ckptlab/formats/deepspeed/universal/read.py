@@ -249,7 +249,7 @@ class _Tensors:
                 shape, kind = self.module.shapes[name][holder["tp"]], self.module.kinds[name]
                 layout, known = choose_layout(name, kind, [shape], None, None, self.folder.path)
                 stages = tuple(sorted({one["pp"] for one in by_rank}))
-                layout = layout.replace(stages=stages)
+                layout = layout.on_stages(stages)
                 self.tensors[name] = Tensor(
                     name, shape, layout, Cut.whole(shape), kind, {PARAM: dtype}, None, stages, (), known
                 )

@@ -4,13 +4,16 @@ tp 4, pp 12, dp 8: 384 ranks; 70 layers of hidden size 14,336; structure and siz
 pipeline engine write them. Every element reads as 0.
 
 `python benchmarks/holes.py FOLDER` makes it in FOLDER, which must lie on a file system that keeps holes. With
-`--experts` it is a mixture of experts (DeepSpeed-MoE, ZeRO-2): 64 of them in each of 32 layers, ep 8 in dp 16.
+`--experts` it is a mixture of experts (DeepSpeed-MoE, ZeRO-2): 64 of them in each of 32 layers, ep 8 in dp 16. With
+`--tensors 300000` it is one file of safetensors with so many matrices and vectors of four shapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import struct
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -251,6 +254,21 @@ def make_experts(folder: Path) -> Path:
     return folder
 
 
+def make_tensors(folder: Path, count: int) -> Path:
+    """A file of safetensors in `folder`, which must not exist yet: bfloat16, nine tensors a layer."""
+    folder.mkdir(parents=True)
+    shapes, header, end = ((4096, 4096), (4096,), (11008, 4096), (1024, 4096)), {}, 0
+    for i in range(count):
+        start, end = end, end + 2 * math.prod(shapes[i % 4])
+        told = {"dtype": "BF16", "shape": shapes[i % 4], "data_offsets": [start, end]}
+        header[f"model.layers.{i // 9}.mlp.w{i % 9}.weight"] = told
+    data = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(data)) + data)
+        file.truncate(8 + len(data) + end)
+    return folder
+
+
 def sizes(folder: Path) -> tuple[int, int, int]:
     """Of a folder's files: how many, their bytes as their lengths say, their bytes on disk."""
     stats = [path.stat() for path in folder.iterdir()]
@@ -261,8 +279,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--tensors", type=int, default=0)
     options = parser.parse_args()
-    count, apparent, held = sizes((make_experts if options.experts else make)(options.folder.resolve()))
+    folder = options.folder.resolve()
+    if options.tensors:
+        make_tensors(folder, options.tensors)
+    else:
+        (make_experts if options.experts else make)(folder)
+    count, apparent, held = sizes(folder)
     print(f"{count} files, {apparent / 1e12:.2f} TB apparent, {held / 1e6:.0f} MB on disk")
 
 

@@ -188,3 +188,17 @@ def test_a_frozen_tied_weight_left_out(tmp_path: Path) -> None:
         file = next((tmp_path / f"z{stage}").rglob("*model_states.pt"))
         assert ("head.weight" in torchfile.read(file)["module"]) is kept
         assert differences(source.catalog, read(tmp_path / f"z{stage}")) == []
+
+
+def test_a_factored_optimizer_without_zero_is_all_that_is_said(tmp_path: Path) -> None:
+    """Adafactor's rows and columns: not that optimizer files are missing, which there never were."""
+    ckptlab.open(ZERO2).reshape(zero_stage=0).save(tmp_path / "run" / "global_step3")
+
+    def change(content: dict[str, Any]) -> None:
+        for state in content["optimizer"]["optimizer_state_dict"]["state"].values():
+            moment = state.pop("exp_avg")
+            del state["exp_avg_sq"]
+            state.update(row_var=np.ones((moment.shape[0], 1), np.float32), col_var=np.ones(7, np.float32))
+
+    edit(next((tmp_path / "run").rglob("*model_states.pt")), change)
+    assert [f.code for f in ckptlab.check(tmp_path / "run").findings] == ["not-read-yet"]

@@ -412,7 +412,8 @@ class _Found:
         writers = range(1) if self.head == "model" or self.of_one_rank else dp
         absent = self.left_out(mesh)
         wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in writers if mp not in absent]}
-        if self.optimizer and not self.inside and not self.weights_alone:
+        told = bool(self.heads) or "optim" in self.kinds  # else model files that cannot be read may hold it
+        if self.optimizer and told and not self.inside and not self.weights_alone:
             wanted["optimizer"] = [FileName("optim", mp, d, prefix=self.prefix) for mp in world for d in dp]
         numbers = {n.layer for n in self.names if n.kind == "layer"}
         if self.optimizer and (numbers or self._is_pipeline):

@@ -204,3 +204,23 @@ def test_a_factored_optimizer_without_zero_is_all_that_is_said(tmp_path: Path) -
     edit(next((tmp_path / "run").rglob("*model_states.pt")), change)
     (tmp_path / "run" / "global_step3" / MANIFEST).unlink()
     assert [f.code for f in ckptlab.check(tmp_path / "run").findings] == ["not-read-yet"]
+
+
+@pytest.mark.parametrize("case", [ZERO2, ZERO3], ids=lambda c: c.name)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_frozen_tensors_that_a_run_leaves_out(case: Path, stage: int, tmp_path: Path) -> None:
+    """As PEFT's runs do. An engine takes every frozen tensor of its model out of `frozen_param_fragments`, if there is
+    such a thing, even an empty one."""
+    folder = Path(shutil.copytree(case, tmp_path / "run", ignore=shutil.ignore_patterns("truth*", "universal")))
+
+    def change(content: dict[str, Any]) -> None:
+        for name in content["frozen_param_shapes"]:
+            del content["module"][name]
+        content.update(frozen_param_shapes=None, frozen_param_fragments=None)
+
+    for file in folder.rglob("*model_states.pt"):
+        edit(file, change)
+    ckptlab.open(folder).reshape(zero_stage=stage).save(tmp_path / "out" / "global_step3")
+    for file in (tmp_path / "out").rglob("*model_states.pt"):
+        content = torchfile.read(file)
+        assert content["frozen_param_fragments"] is content["frozen_param_shapes"] is None

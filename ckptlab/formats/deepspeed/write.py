@@ -244,11 +244,16 @@ class NativeWriter:
         return model | self.folding("dense", rank, folding.of_modules(module or {}))
 
     def _frozen(self, module: Mapping[str, Any], d: int, rank: int) -> dict[str, Any]:
-        """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None."""
-        if (self.target.zero_stage or 0) < 2:
-            return {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None, and so does a
+        run that keeps them out of its checkpoints: an engine that has some looks for each of them elsewise."""
+        nothing = {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        said = self.folder.models[0, 0].get("frozen_param_shapes") is not None or (self.source.zero_stage or 0) < 2
         zero3 = self.native.wrapper is Wrapper.ZERO3
+        if (self.target.zero_stage or 0) < 2 or (not said and not zero3):
+            return nothing
         frozen = [x for x in self.target.tensors.values() if x.kind == "frozen" and self.experts.degree(x.name) is None]
+        if not frozen:
+            return nothing
         fragments = ((x.name, self._fragment(x, d, rank) if zero3 else module[x.name]) for x in frozen)
         return {
             "frozen_param_shapes": OrderedDict((x.name, self._shape(x, rank)) for x in frozen),

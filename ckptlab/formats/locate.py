@@ -71,7 +71,14 @@ def at(path: str) -> list[Match]:
             f"{path}: a conversion writes it, or was interrupted while it did ({UNFINISHED} is there): repeat it, or "
             "remove what is there"
         )
-    return _best([match for format in every() if (match := format.recognise(listing)) is not None])
+    known = sorted(every(), key=lambda format: not format.reads)
+    found: list[Match] = []
+    for format in known:
+        if not format.reads and any(not match.weights_only for match in found):
+            break  # a training checkpoint, of perhaps very many files
+        if (match := format.recognise(listing)) is not None:
+            found.append(match)
+    return _best(found)
 
 
 def _best(found: list[Match]) -> list[Match]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -299,7 +299,7 @@ class Reshape(Viewed, Shown):
             held = self.source[name]
             kind = (id(held.states), id(tensor.states))
             if kind not in known:
-                known[kind] = list(_together(held, tensor))
+                known[kind] = list(_together(held, tensor, lambda *states, of=name: self._alike(of, *states)))
             for state, becomes, read, written in known[kind]:
                 if becomes != PARAM or (name, PARAM) in placements:
                     source = self.source.lies(name, state)
@@ -326,6 +326,12 @@ class Reshape(Viewed, Shown):
         for there, own in kept.items():
             taken = replace(source, stages=(own["pp"],), at=own.without("pp"))
             yield taken, replace(target, stages=(there["pp"],), at=there.without("pp"))
+
+    def _alike(self, name: str, state: str, other: str) -> bool:
+        """Whether two states of a tensor lie in the same places, of the source and of the target."""
+        found, there = self.target.placements, self.source
+        alike = found[name, state] is found[name, other] or found[name, state] == found[name, other]
+        return alike and there.placement(name, state) == there.placement(name, other)
 
     def _states(self) -> Iterator[Move]:
         """Every state by itself, as `Plan.run` moves them: keys are (name, state)."""
@@ -449,13 +455,17 @@ def source_of(catalog: Catalog) -> convert.Source:
     return convert.Source((*(files or [catalog.path]), *filled), catalog.lying_in)
 
 
-def _together(source: Tensor, target: Tensor) -> Iterator[tuple[str, str, int, int]]:
+def _together(source: Tensor, target: Tensor, alike: Callable[[str, str], bool]) -> Iterator[tuple[str, str, int, int]]:
     """(state, what becomes of it, bytes an element read, and written) of those that lie alike: what an optimizer keeps,
-    by its first state, and the module weight by itself."""
+    by the first state of those that do, and the module weight by itself."""
     held, wanted = source.states, target.states
-    flat = [state for state in wanted if state != PARAM]
-    if flat:
-        yield flat[0], flat[0], sum(held[s].itemsize for s in flat), sum(wanted[s].itemsize for s in flat)
+    groups: list[list[str]] = []
+    for state in wanted:
+        if state != PARAM:
+            known = next((group for group in groups if alike(group[0], state)), None)
+            groups.append([state]) if known is None else known.append(state)
+    for group in groups:
+        yield group[0], group[0], sum(held[s].itemsize for s in group), sum(wanted[s].itemsize for s in group)
     if PARAM in wanted:
         drawn = param_source(source, target)
         yield drawn, PARAM, held[drawn].itemsize, wanted[PARAM].itemsize

@@ -115,6 +115,28 @@ class TestOldReleases:
         assert "extra-file" not in [f.code for f in ckptlab.check(folder, data=False).findings]
 
 
+class TestSequenceParallelism:
+    """DeepSpeed (0.19) says the degree of Ulysses' ranks, among which ZeRO cuts as among those of dp, as that of tp."""
+
+    @pytest.mark.parametrize("case", [ZERO2, ZERO3], ids=lambda c: c.name)
+    def test_its_ranks_are_of_dp(self, case: Path, made: Callable[[Path], Path], tmp_path: Path) -> None:
+        folder = made(case)
+        said = {"pp_degree": 1, "tp_degree": 2}
+        change(folder, "model_states", lambda c: c.update(checkpoint_parallel_dimensions=said))
+        right(folder, case)
+        assert ckptlab.open(folder).mesh.dp == 2
+        assert ckptlab.check(folder).verdict == "healthy"
+        ckptlab.open(folder).reshape(dp=4).save(tmp_path / "out" / "step")
+        right(tmp_path / "out", case)
+
+    def test_half_of_a_run_with_tp_is_still_refused(self, made: Callable[[Path], Path]) -> None:
+        folder = made(GPT)
+        for file in list(files(folder, r"mp_rank_0[13]|model_01")):
+            file.unlink()
+        with pytest.raises(CheckpointError, match="incomplete"):
+            ckptlab.open(folder)
+
+
 class TestWhatIsThere:
     @pytest.mark.parametrize("case", [ZERO2, GPT], ids=lambda c: c.name)
     def test_weights_alone(self, case: Path, made: Callable[[Path], Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from ckptlab import paths
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.format import Listing, Match
-from ckptlab.formats.registered import every
+from ckptlab.formats.registered import every, get
 from ckptlab.words import some
 
 UNFINISHED = "ckptlab-journal.json"  # stands in a far folder as long as it is not whole
@@ -41,8 +41,8 @@ def _found(path: str) -> Match:
     broken: list[CheckpointError] = []
     if not found and paths.is_folder(path):
         below = list({(paths.real(m.path), m.format): m for m in _below(path, _DEPTH, broken, [_MOST])}.values())
-        below = [match for match in below if not match.weights_only] or below
-        found = [*here, *(match for match in below if not (here and match.weights_only))]
+        held = [match for match in here if get(match.format).reads]
+        found = [*held, *(match for match in _best(below) if not (held and match.weights_only))]
     found = found or here
     if len(found) == 1:
         return found[0]
@@ -63,15 +63,28 @@ def _found(path: str) -> Match:
 
 
 def at(path: str) -> list[Match]:
-    """What the formats recognise at this very path: weights alone only if that is all."""
+    """What the formats recognise at this very path: weights alone only if that is all, and what none of them reads only
+    if nothing else is."""
     listing = Listing(path)
     if paths.is_far(path) and UNFINISHED in listing.names:
         raise CheckpointError(
             f"{path}: a conversion writes it, or was interrupted while it did ({UNFINISHED} is there): repeat it, or "
             "remove what is there"
         )
-    found = [match for format in every() if (match := format.recognise(listing)) is not None]
-    return [match for match in found if not match.weights_only] or found
+    known = sorted(every(), key=lambda format: not format.reads)
+    found: list[Match] = []
+    for format in known:
+        if not format.reads and any(not match.weights_only for match in found):
+            break  # a training checkpoint, of perhaps very many files
+        if (match := format.recognise(listing)) is not None:
+            found.append(match)
+    return _best(found)
+
+
+def _best(found: list[Match]) -> list[Match]:
+    """Those that go before the others: training checkpoints, else weights, else weights that no format reads."""
+    training = [match for match in found if not match.weights_only]
+    return training or [match for match in found if get(match.format).reads] or found
 
 
 def _alone(path: str) -> Iterator[str]:

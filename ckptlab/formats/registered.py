@@ -21,9 +21,8 @@ FORMATS: Registry[type[Format]] = Registry(
         "paper": "ckptlab.formats.paper.format:Paper",
         "dcp": "ckptlab.formats.dcp.format:DCP",
         "megatron": "ckptlab.formats.known:Megatron",
-        "nanotron": "ckptlab.formats.known:Nanotron",
-        "orbax": "ckptlab.formats.known:Orbax",
         "torchscript": "ckptlab.formats.known:TorchScript",
+        "unread": "ckptlab.formats.known:Unread",
     },
 )
 

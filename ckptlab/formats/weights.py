@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,16 @@ from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
+from ckptlab.formats.format import Listing
+from ckptlab.formats.known import Unread
 from ckptlab.words import some
 
 SHARD_BYTES = 5_000_000_000  # files are cut at this size, as Hugging Face's are
 _LONGEST_NAME = 255  # characters of a file's name
+_MOST_FILES = 10_000
+# files beside weights in which programs keep an optimizer: accelerate, transformers, torchtune, OLMo
+OPTIMIZERS = re.compile(r"optimizer(?:_\d+)?\.(?:pt|bin|pth)|optim\.pt|recipe_state\.pt")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<of>\d{5})(?P<suffix>\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,36 @@ def missing(path: str, names: Sequence[str], expected: str) -> Finding:
     found = f"{some(names, 8)} missing"
     todo = "copy the missing files from where the others were written"
     return Finding("missing-file", "error", Where(tuple(names)), expected, found, todo, "files", f"{path}: {found}")
+
+
+def of_several_ranks(folder: str, file: str) -> Iterator[Finding]:
+    """A finding on a file that is opened by itself, and beside which are those of other ranks."""
+    kind = None if paths.is_far(folder) else Unread.of_ranks(Listing(folder), file)
+    if kind is not None:
+        found = f"{file} is one of {kind.title}: its tensors may be parts of the model's"
+        where, expected = Where((file,)), "tensors that are whole"
+        yield Finding("of-several-ranks", "warning", where, expected, found, kind.todo, "headers")
+
+
+def optimizer_left_out(places: Sequence[str], files: tuple[str, ...]) -> Finding:
+    """An optimizer's states beside weights, which are read alone."""
+    found = f"what an optimizer holds ({some(places, 4)}) stands beside the weights, and is not read"
+    todo = "nothing, for the weights; to train on, load it with the program that wrote it"
+    return Finding("optimizer-left-out", "info", Where(files), "weights alone", found, todo, "headers")
+
+
+def unnumbered(names: Sequence[str]) -> list[str]:
+    """What is not there of files that say how many they are, NAME-00001-of-00003, where there is no index."""
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        if m := _NUMBERED.fullmatch(name):
+            found.setdefault((m["stem"], m["of"], m["suffix"]), set()).add(int(m["number"]))
+    return [
+        f"{stem}-{i:0{len(of)}d}-of-{of}{suffix}"
+        for (stem, of, suffix), have in found.items()
+        for i in range(min(have | {1}), int(of) + min(have | {1}))
+        if i not in have and int(of) < _MOST_FILES
+    ]
 
 
 def entries(source: Catalog, dtype: np.dtype | None, aliases: bool = True) -> Iterator[Entry]:

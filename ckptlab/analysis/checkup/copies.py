@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ckptlab import paths
-from ckptlab.catalog import PARAM, Catalog
+from ckptlab.catalog import MASTER, PARAM, Catalog
 from ckptlab.errors import CkptlabError
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.torch.torchfile import Contents
@@ -25,6 +25,7 @@ from ckptlab.words import number_of, some
 _NAMELESS = (".distcp", ".safetensors")
 _TAIL = 1 << 12  # bytes at the end of a file, among which checksums of what is in it may stand
 _FEW = 4  # elements that may be the same by chance
+_NEVER_ALIKE = {MASTER, "exp_avg", "exp_avg_sq"}  # states of one tensor
 _PUT_BACK = "put back the file that was saved under this name; if there is none, go back to an earlier step"
 
 
@@ -140,8 +141,8 @@ def _apart(a: _Held, b: _Held) -> bool:
     """Whether the two are no copies of each other by right, as those of replicas and of tied tensors are."""
     if (a.stored.path, a.stored.offset) == (b.stored.path, b.stored.offset):
         return False
-    if a.names == b.names and {a.state, b.state} == {"exp_avg_sq", "max_exp_avg_sq"}:  # AMSGrad's, while it grows
-        return False
+    if a.names == b.names and a.state != b.state and not {a.state, b.state} <= _NEVER_ALIKE:
+        return False  # AMSGrad's greatest mean while it grows, ASGD's and others' averages of weights before they begin
     return a.state != b.state or a.of == b.of or not set(a.names) & set(b.names)
 
 

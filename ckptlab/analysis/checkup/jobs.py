@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import ALONE, Catalog, FlatGroup, Fragment, Tensor
+from ckptlab.catalog import ALONE, MASTER, Catalog, FlatGroup, Fragment, Tensor
 from ckptlab.errors import CkptlabError
 from ckptlab.layout.cut import Coordinate
 from ckptlab.plan import Holder
@@ -117,14 +117,21 @@ def _rows(catalog: Catalog, tensor: Tensor, unreadable: Unreadable) -> dict[Coor
 
 
 def gaps(catalog: Catalog) -> Iterator[Gap]:
-    """The padding of flat buffers that must be zero: that of stages 1 and 2. (ZeRO-3's is memory nobody wrote.)"""
+    """The padding of flat buffers that must be zero: that of stages 1 and 2, of states that nothing but gradients
+    moves. (ZeRO-3's is memory nobody wrote.)"""
     for group in catalog.flat_groups:
-        for state, (holder, flat) in itertools.product(group.dtypes, group.flats.items()):
+        for state, (holder, flat) in itertools.product(filter(_is_zero_untrained, group.dtypes), group.flats.items()):
             partitions = catalog.stored.partitions[group.key, state][holder]
             for d, stored in enumerate(partitions) if flat.partition is not None else ():
                 spans = tuple(_between([(int(at), int(n)) for _, _, at, n in flat.within(d)], stored.numel))
                 if spans:
                     yield Gap(group, state, holder.with_(**{group.over: d}), stored, spans)
+
+
+def _is_zero_untrained(state: str) -> bool:
+    """Whether it stays zero where no gradient comes: unlike a state that has another beginning (Adagrad's sum, Rprop's
+    step sizes) or a floor (Adamax's norm)."""
+    return state in (MASTER, "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def _between(held: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:

@@ -27,6 +27,7 @@ from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.dcp.styles import found_style
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
+from ckptlab.words import brief
 
 _FILES, _EACH = 64, 2  # of how many files, and how many in each, steps are looked at
 
@@ -47,6 +48,8 @@ def read_dcp(
     names = set(paths.names(path))
     if "model" in ranks.files_of(names):
         return assemble(ranks.find(path, said), said, strategy, mesh)
+    about = os.path.join(path, ABOUT)
+    backend = _backend(about) if paths.is_file(about) else None
     folders = _folders(path)
     read = [read_folder(os.path.join(path, folder), said) for folder in folders]
     files = tuple(
@@ -54,16 +57,23 @@ def read_dcp(
         for folder, metadata in zip(folders, read, strict=True)
         for name in (*metadata_files(set(paths.names(metadata.folder))), *metadata.files)
     )
-    about = os.path.join(path, ABOUT)
-    if paths.is_file(about):
-        try:
-            backend = json.loads(paths.text(about)).get("sharded_backend")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{about}: is no JSON object ({error}): copy it again") from None
-        if backend != "torch_dist":
-            raise UnsupportedError(f"{about}: its sharded backend is {backend!r}; ckptlab reads torch_dist")
+    if backend is not None:
         return assemble(megatron.find(path, read[0], files, said), said, strategy, mesh)
     return assemble(_find(path, read, files, said), said, strategy, mesh)
+
+
+def _backend(about: str) -> str:
+    """What Megatron-core says of how a folder is written. UnsupportedError for what is not DCP."""
+    try:
+        backend = json.loads(paths.text(about)).get("sharded_backend")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{about}: is no JSON object ({error}): copy it again") from None
+    if backend != "torch_dist":
+        raise UnsupportedError(
+            f"{about}: its sharded backend is {brief(backend)}; ckptlab reads torch_dist: load it with Megatron-core "
+            "and save it with --ckpt-format torch_dist"
+        )
+    return "torch_dist"
 
 
 def _folders(path: str) -> list[str]:

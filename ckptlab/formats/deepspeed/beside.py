@@ -16,7 +16,7 @@ from ckptlab.words import some
 _OF_THE_RUN = re.compile(
     r"(?:generation_|preprocessor_|processor_|adapter_)?config\.json|trainer_state\.json|training_args\.bin"
     r"|scheduler\.(?:pt|bin)|scaler\.pt|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.\w+|merges\.txt"
-    r"|\w+\.model|chat_template.*|zero_to_fp32\.py|custom_checkpoint_\d+\.pkl"
+    r"|\w+\.model|chat_template.*|zero_to_(?:fp32|torch)\.py|custom_checkpoint_\d+\.pkl|README\.md"
 )
 # of each rank: the n-th of as many as there are ranks
 _OF_RANKS = re.compile(r"(?:rng_state|random_states)(?:_\d+)?\.(?:pth|pkl)")

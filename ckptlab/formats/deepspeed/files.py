@@ -250,13 +250,15 @@ class _Found:
 
         DeepSpeed before 0.16 did not record pp and tp; its layer files tell. Where the number of dp ranks is not said
         (0), or in a pipeline that of tp ranks for all of a stage's and its own (as converters of others do), file
-        names tell.
+        names tell. Under sequence parallelism, whose ranks are ranks of dp here, DeepSpeed calls its degree that of tp.
         """
         layers = max((n.mp + 1 for n in self.names if n.kind == "layer"), default=0)
         said = Counter((h.world, h.dp, h.degrees) for h in self.heads.values())
         ranks = [n for n in self.names if n.kind in (self.head, "optim")]
         spanned = max((n.mp for n in ranks), default=0) + 1, max((n.dp for n in ranks), default=0) + 1, None
         world, dp, degrees = said.most_common(1)[0][0] if said else spanned
+        if degrees is not None and spanned[0] <= world < math.prod(degrees):  # of sequence parallelism
+            degrees = None
         tp = layers or world
         if degrees is None and world == layers and self._is_pipeline and spanned[0] % tp == 0:
             world = max(world, sum(n.kind == self.head for n in self.names))
@@ -412,7 +414,8 @@ class _Found:
         writers = range(1) if self.head == "model" or self.of_one_rank else dp
         absent = self.left_out(mesh)
         wanted = {"model": [FileName(self.head, mp, d) for mp in world for d in writers if mp not in absent]}
-        if self.optimizer and not self.inside and not self.weights_alone:
+        told = bool(self.heads) or "optim" in self.kinds  # else model files that cannot be read may hold it
+        if self.optimizer and told and not self.inside and not self.weights_alone:
             wanted["optimizer"] = [FileName("optim", mp, d, prefix=self.prefix) for mp in world for d in dp]
         numbers = {n.layer for n in self.names if n.kind == "layer"}
         if self.optimizer and (numbers or self._is_pipeline):

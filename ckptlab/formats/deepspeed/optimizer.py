@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Fragment, Gradients, ParameterGroup
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where, contradiction, not_read_yet
+from ckptlab.formats.deepspeed import muon
 from ckptlab.formats.deepspeed.experts import Share
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wrapper
@@ -71,6 +72,7 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         return None
     flats: dict[Holder, dict[int, FlatBuffer]] = {}  # of every buffer, under the names in the files
     shares: dict[tuple[int, int], tuple[Share, ...]] = {}  # of a stage's buffer: who has the same tensors of it
+    whole: dict[tuple[int, int], tuple[str, ...]] = {}  # the states of a stage's buffer that dp does not cut
     pieces: Pieces = {}
     for (p, t), files in folder.optims.items():
         for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
@@ -91,8 +93,14 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
                     for finding in itertools.islice(wrong, 1):
                         faults.report(finding)
                     flat = _flat_buffer(sharing, b, own)
-                    flats.setdefault(Holder(pp=p, tp=t, **share.at), {})[b] = flat
-                    for finding in _lengths_and_mappings(folder, places, b, flat, round_robin):
+                    flats.setdefault(holder := Holder(pp=p, tp=t, **share.at), {})[b] = flat
+                    if apart := muon.kept_whole(sharing, b, flat):
+                        whole[p, b] = apart
+                        named = replace(flat, names=folder.experts.globally(flat.names, rank))
+                        for name, d, fragment in muon.pieces(sharing, [d for _, d in places], b, named):
+                            of_rank = holder if folder.experts else holder.with_(dp=d)
+                            pieces.setdefault((name, muon.MOMENTUM), {})[of_rank] = (fragment,)
+                    for finding in _lengths_and_mappings(folder, places, b, flat, round_robin, apart):
                         faults.report(finding)
     groups: tuple[ParameterGroup, ...] = ()
     with faults.caught():
@@ -111,7 +119,7 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
             scalars.setdefault(group, leader.scalars[b])
             if (p, b) not in shares:  # in pieces
                 continue
-            dtypes = {state: stored.dtype for state, stored in leader.states[b].items()}
+            dtypes = {s: stored.dtype for s, stored in leader.states[b].items() if s not in whole.get((p, b), ())}
             fused = folder.experts.fused_of(next(iter(flats[Holder(pp=p, tp=0, **shares[p, b][0].at)][b].names), ""))
             for held in [list(enumerate(shares[p, b]))] if fused else [[one] for one in enumerate(shares[p, b])]:
                 at = Holder(pp=p) if fused else Holder(pp=p, **held[0][1].at)
@@ -244,9 +252,10 @@ def _flat_buffer(files: Sequence[OptimizerFile], b: int, shapes: Shapes) -> Flat
 
 
 def _lengths_and_mappings(
-    folder: StepFolder, places: Sequence[Place], b: int, flat: FlatBuffer, round_robin: bool
+    folder: StepFolder, places: Sequence[Place], b: int, flat: FlatBuffer, round_robin: bool, apart: Sequence[str]
 ) -> Iterator[Finding]:
-    """Compare what the ranks that share a buffer store of it, and say where it lies, with the geometry."""
+    """Compare what the ranks that share a buffer store of it, and say where it lies, with the geometry. apart: the
+    states that dp does not cut."""
     expected = [_spans(flat, i) for i in range(len(places))] if flat.partition is not None else []
     for i, (rank, d) in enumerate(places):
         file = folder.optims[rank][d]
@@ -257,11 +266,17 @@ def _lengths_and_mappings(
             continue
         if wrong:
             yield _contradicting_mappings(folder, round_robin)
-        yield from _lengths(folder, rank, file, i, b, flat)
+        yield from _lengths(folder, rank, file, i, b, flat, apart)
 
 
 def _lengths(
-    folder: StepFolder, rank: Rank, file: OptimizerFile, d: int, b: int, flat: FlatBuffer
+    folder: StepFolder,
+    rank: Rank,
+    file: OptimizerFile,
+    d: int,
+    b: int,
+    flat: FlatBuffer,
+    apart: Sequence[str] = (),
 ) -> Iterator[Finding]:
     head = folder.heads[rank][0]
     whole = flat.size(d)
@@ -274,7 +289,7 @@ def _lengths(
         )
         return
     for state, stored in file.states[b].items():
-        if not filled <= stored.numel <= whole:
+        if not filled <= stored.numel <= whole and state not in apart:
             needed = f"{filled:,} to {whole:,}" if whole != filled else f"{filled:,}"
             yield contradiction(
                 file.path,

@@ -255,7 +255,7 @@ def _of_stage(
         named = list(_weights(folder, rank))
         routers = [one for one in named if any(one[0].startswith(layer.router) for layer in folder.experts.fused)]
         orders = [named, [*(one for one in named if one not in routers), *routers]]  # AutoEP's may stand last
-        ways = [way for order in orders[: 1 + bool(routers)] if (way := _assigned(order, groups)) is not None]
+        ways = [way for order in orders[: 1 + bool(routers)] if (way := _in_runs(order, groups)) is not None]
         return (ways[0] if ways and all(way == ways[0] for way in ways) else None), 0
     layers = list(folder.layers)
     by_shape = [replace(g, masters=()) if g.shapes else g for g in groups]  # copies of tied tensors need not be equal
@@ -275,12 +275,14 @@ def _of_stage(
 class _Group:
     """A parameter group whose parameters have no names. `masters` are one for each of `shapes`, or, where there are no
     shapes, one flat tensor in pieces; none where the module's own weights are. `end`: parameters, or elements.
-    `experts`: whether it is one of experts' (None: nothing says it)."""
+    `experts`: whether it is one of experts' (None: nothing says it). `by_shape`: larger shapes stand first, as Muon
+    puts them, and those of one shape in the module's order."""
 
     shapes: tuple[tuple[int, ...] | None, ...]
     masters: tuple[Stored, ...]
     end: int
     experts: bool | None = None
+    by_shape: bool = False
 
     @classmethod
     def of(cls, optimizer: WholeOptimizer) -> list[_Group]:
@@ -295,7 +297,19 @@ class _Group:
             shapes = shapes or [None if s is None else s.shape for s in kept]
             flat = optimizer.fused
             held, end = ((), masters[0].numel) if flat else (tuple(shapes), len(shapes))
-            found.append(cls(held, masters, end, experts))
+            found.append(cls(held, masters, end, experts, bool(optimizer.options[g].get("use_muon")) and not flat))
+        return found
+
+    def runs(self) -> list[_Group]:
+        """The parts of it that are in the module's order, one after the other."""
+        if not self.by_shape:
+            return [self]
+        found, at = [], 0
+        for _, alike in itertools.groupby(self.shapes):
+            shapes = tuple(alike)
+            masters = self.masters[at : at + len(shapes)]
+            found.append(replace(self, shapes=shapes, masters=masters, end=len(shapes)))
+            at += len(shapes)
         return found
 
     def takes(self, weight: Weight) -> bool:
@@ -320,6 +334,16 @@ class _Group:
             found.append(({at: end for end in ends if (at := self.before(end, weight)) is not None}, reached))
             reached |= found[-1][0].keys()
         return found[::-1]
+
+
+def _in_runs(named: Named, groups: Sequence[_Group]) -> tuple[Shapes, ...] | None:
+    """`_assigned` of groups that need not be in the module's order throughout."""
+    runs = [group.runs() for group in groups]
+    found = _assigned(named, list(itertools.chain.from_iterable(runs)))
+    if found is None:
+        return None
+    left = iter(found)
+    return tuple({n: s for one in itertools.islice(left, len(of)) for n, s in one.items()} for of in runs)
 
 
 def _rounds(parts: Sequence[Stored], at: int, weight: Weight) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
-from ckptlab.formats.deepspeed import autotp, pipeline
+from ckptlab.formats.deepspeed import autotp, muon, pipeline
 from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.experts import Experts, asked, layer_of, regrouped
@@ -146,7 +146,8 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
                 "optimizer does otherwise",
             )
         )
-    outside = _outside(tensors, mesh, wrapper, experts, not source.folder.is_pipeline)
+    flat_groups, whole_states = muon.of_target(flat_groups, groups, wrapper, source.config, bool(experts))
+    outside = _outside(tensors, mesh, wrapper, experts, not source.folder.is_pipeline) | whole_states
     return Catalog(
         path="",
         format="deepspeed",

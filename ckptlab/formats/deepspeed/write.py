@@ -17,7 +17,7 @@ import numpy as np
 
 from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
-from ckptlab.formats.deepspeed import autoep, folding, info, names
+from ckptlab.formats.deepspeed import autoep, folding, info, muon, names
 from ckptlab.formats.deepspeed.experts import GROUP, layer_of
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
@@ -46,6 +46,14 @@ def payload(target: Catalog) -> int:
     flats = [(group, flat) for group in target.flat_groups for flat in group.flats.values() if MASTER in group.dtypes]
     padding = (sum(map(flat.padding, range(flat.dp))) * group.dtypes[MASTER].itemsize for group, flat in flats)
     return target.nbytes - sum(padding)  # the master is stored without it
+
+
+def _left_out(value: Stored, name: str, source: Catalog) -> bool:
+    """Whether that is ZeRO-3's placeholder of a frozen tensor that the run kept out of its checkpoints (DeepSpeed
+    forgets the other names of a tied one there, `exclude_frozen_parameters` in `runtime/engine.py`)."""
+    if value.numel or source.zero_stage != 3:
+        return False
+    return not any(name == tensor.name or name in tensor.aliases for tensor in source.tensors.values())
 
 
 class NativeWriter:
@@ -236,12 +244,17 @@ class NativeWriter:
         return model | self.folding("dense", rank, folding.of_modules(module or {}))
 
     def _frozen(self, module: Mapping[str, Any], d: int, rank: int) -> dict[str, Any]:
-        """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None."""
-        if (self.target.zero_stage or 0) < 2:
-            return {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        """Frozen tensors, which stage 2 repeats whole and ZeRO-3 keeps in fragments; stage 1 says None, and so does a
+        run that keeps them out of its checkpoints: an engine that has some looks for each of them elsewise."""
+        nothing = {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        said = self.folder.models[0, 0].get("frozen_param_shapes") is not None or (self.source.zero_stage or 0) < 2
         zero3 = self.native.wrapper is Wrapper.ZERO3
-        others = (x for x in self.target.tensors.values() if self.experts.degree(x.name) is None)
-        frozen = [x for x in others if x.kind == "frozen" or self._is_empty(x, rank)]
+        if (self.target.zero_stage or 0) < 2:
+            return nothing
+        others = [x for x in self.target.tensors.values() if self.experts.degree(x.name) is None]
+        frozen = [x for x in others if (x.kind == "frozen" and (said or zero3)) or self._is_empty(x, rank)]
+        if not frozen:
+            return nothing
         fragments = ((x.name, self._fragment(x, d, rank) if zero3 else module[x.name]) for x in frozen)
         return {
             "frozen_param_shapes": OrderedDict((x.name, self._shape(x, rank)) for x in frozen),
@@ -291,7 +304,10 @@ class NativeWriter:
             if not isinstance(value, Stored):
                 module[key] = value  # `_extra_state` and the like
                 continue
-            tensor = self.target[places.get((*at, key), key)]
+            if _left_out(value, name := places.get((*at, key), key), self.source):
+                module |= {key: value} if zero3 else {}
+                continue
+            tensor = self.target[name]
             if layer_of(tensor.name):  # a universal folder has experts here too, which have files of their own
                 continue
             if zero3 and tensor.kind != "buffer":
@@ -349,8 +365,19 @@ class NativeWriter:
             holder, part = self.share(group, rank)
             size = group.flats[holder].size(part)
             states = {s: self.partition(group, s, rank, size) for s in group.dtypes if s != MASTER}
-            found[i] = self.scalars(group.group) | states
+            found[i] = self.scalars(group.group) | states | self._momentum(group, rank)
         return found
+
+    def _momentum(self, group: FlatGroup, rank: int) -> dict[str, Any]:
+        """Muon's, where each rank has that of whole tensors."""
+        holder, part = self.share(group, rank)
+        flat = group.flats[holder]
+        tensors = [flat.names[i] for i in muon.held(flat, part)]
+        if muon.MOMENTUM in group.dtypes or not any(muon.MOMENTUM in self.target.tensors[n].states for n in tensors):
+            return {}
+        whole = [self.shard(name, muon.MOMENTUM, rank) for name in tensors]
+        count = sum(math.prod(one.shape) for one in whole)
+        return {muon.MOMENTUM: Pending(whole[0].dtype, (count,), tuple(p for one in whole for p in one.parts))}
 
     def scalars(self, group: int) -> dict[str, Any]:
         """What the optimizer keeps once, as tensors of their own: torch counts steps in place, in each."""

@@ -12,6 +12,7 @@ from ckptlab.errors import ReshapeError
 from ckptlab.findings import Faults
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.format import Format, Listing, Match
+from ckptlab.formats.known import Unread
 from ckptlab.formats.weights import SHARD_BYTES, entries
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
@@ -35,7 +36,8 @@ class Safetensors(Format):
 
     def recognise(self, folder: Listing) -> Match | None:
         ours = folder.path.endswith(".safetensors") and folder.is_file
-        if ours or any(name.endswith(".safetensors") for name in folder.names):
+        held = any(name.endswith(".safetensors") for name in folder.names) and not Unread.of_ranks(folder)
+        if ours or held:
             return Match(folder.path, self.name, weights_only=True)
         return None
 

@@ -18,7 +18,7 @@ from ckptlab.catalog import MASTER, PARAM, Catalog, Extents, Fragment, Tensor
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats.safefile import DTYPES, Header, read_header
-from ckptlab.formats.weights import indexed, missing
+from ckptlab.formats.weights import OPTIMIZERS, indexed, missing, of_several_ranks, optimizer_left_out, unnumbered
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
@@ -30,6 +30,14 @@ from ckptlab.words import number_of, shorten, some
 INDEX = "model.safetensors.index.json"
 _SHOWN = 200  # characters of a name that an error shows
 _HEAD = 1 << 16  # bytes at the start of far files that are fetched together: most headers
+_MODEL = re.compile(r"model(?:-\d+-of-\d+)?\.safetensors")
+# what quantised weights are called, or what stands beside them: GPTQ and AWQ, bitsandbytes, compressed-tensors and fp8,
+# ExLlama, MXFP4, MLX
+_CODES = (
+    *(".qweight", ".scales", ".SCB", ".absmax", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".q_weight", "_blocks"),
+)
+_QUANTISED = ".quant_state."
 _SHARD = re.compile(r"shard-(?P<rank>\d{5})-(?P<of>model-\d{5}-of-\d{5})\.safetensors")
 
 
@@ -39,12 +47,17 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
     What torch's distributed writer left in boxes, a file a rank, is one tensor each, cut over axes (`shard`) that stand
     for whatever its mesh was. None where `faults` was told of files that are missing, damaged or contradictory.
     """
-    folder, names = (os.path.split(path)[0], [os.path.basename(path)]) if paths.is_file(path) else (path, None)
     index: dict[str, str] = {}
-    if names is None:
+    if alone := paths.is_file(path):
+        folder, file = os.path.split(path)
+        names = [file]
+    else:
+        folder = path
         names, index = _files(path, faults)
     paths.ahead((os.path.join(folder, file), 0, _HEAD) for file in names)
     headers = {file: found for file in names if (found := faults.read(folder, file, read_header)) is not None}
+    headers = headers if alone or index else _of_one_model(headers)
+    names = list(headers) if not faults.failed else names
     for finding in _contradictions(folder, headers, index):
         faults.report(finding)
     often = Counter(name for header in headers.values() for name in header)
@@ -87,7 +100,8 @@ def read_safetensors(path: str, faults: Faults) -> Catalog | None:
         pieces[name, state] = {
             holder: () if box is None else (Fragment(0, held[box][1]),) for holder, box in box_of.items()
         }
-    for finding in _remarks(headers, tensors):
+    beside = of_several_ranks(folder, names[0]) if alone else _beside(folder, names)
+    for finding in (*_remarks(headers, tensors), *beside):
         faults.report(finding)
     return Catalog(
         path,
@@ -217,6 +231,17 @@ def _remarks(headers: Mapping[str, Header], tensors: Mapping[str, Tensor]) -> It
             "a ZeRO-3 model that was saved without gathering its parameters leaves them so: export it again",
             "headers",
         )
+    if quantised := tuple(name for name in tensors if name.endswith(_CODES) or _QUANTISED in name):
+        yield Finding(
+            "quantised",
+            "info",
+            Where(tensors=quantised),
+            "weights as numbers",
+            f"weights are quantised: {some(quantised, 4)}",
+            "nothing, to look at them or to keep them: what is stored is codes and scales, and no element of these is "
+            "one of the model's weights",
+            "headers",
+        )
     if any(header.offsets for header in headers.values()):
         yield Finding(
             "shapes-inferred",
@@ -234,10 +259,32 @@ def _files(path: str, faults: Faults) -> tuple[list[str], dict[str, str]]:
     """The names of a folder's files, those in its index or all; and what the index says: tensor → file."""
     names = sorted(n for n in paths.names(path) if n.endswith(".safetensors"))
     index: dict[str, str] = {}
+    expected = f"the files of {INDEX}"
     if paths.is_file(os.path.join(path, INDEX)):
         index = faults.read(path, INDEX, indexed) or {}
         names = sorted(set(index.values())) or names
-    lost = [n for n in names if not paths.is_file(os.path.join(path, n))]
+        lost = [n for n in names if not paths.is_file(os.path.join(path, n))]
+    else:
+        lost, expected = unnumbered(names), "as many files as their names say"
     if lost or not names:
-        faults.report(missing(path, lost or ["every .safetensors file"], f"the files of {INDEX}"))
+        faults.report(missing(path, lost or ["every .safetensors file"], expected))
     return [n for n in names if n not in lost], index
+
+
+def _of_one_model(headers: Mapping[str, Header]) -> dict[str, Header]:
+    """The files that are called as a model's are, if no other has a tensor of theirs; else all."""
+    model = {file: header for file, header in headers.items() if _MODEL.fullmatch(file)}
+    held = {name for header in model.values() for name in header}
+    others = (name for file, header in headers.items() if file not in model for name in header)
+    return dict(headers) if not model or any(name in held for name in others) else model
+
+
+def _beside(folder: str, names: Sequence[str]) -> Iterator[Finding]:
+    """What else is in the folder, and is not read."""
+    here = sorted(paths.names(folder))
+    if others := [n for n in here if n.endswith(".safetensors") and n not in names]:
+        found = f"the model is taken to be {some(names, 2)}; {some(others, 4)} beside left alone"
+        todo = "open one of the others by itself if that is the one you mean"
+        yield Finding("other-weights", "info", Where(tuple(others)), "files of one model", found, todo, "headers")
+    if optimizers := [n for n in here if OPTIMIZERS.fullmatch(n)]:
+        yield optimizer_left_out(optimizers, tuple(optimizers))

@@ -26,7 +26,8 @@ from ckptlab.arrays.dtypes import TORCHS
 from ckptlab.errors import CheckpointError, UnsafeFileError, UnsupportedError
 from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal, Part
-from ckptlab.formats.torch import budget, pickles
+from ckptlab.formats.torch import budget, legacy, pickles
+from ckptlab.formats.torch.legacy import LegacyRecords
 from ckptlab.formats.torch.pickles import Foreign, Global, named
 from ckptlab.formats.torch.torchzip import RecordPlanner, RecordReader
 from ckptlab.stored import Stored, row_major_strides, touch
@@ -49,6 +50,7 @@ _STORAGES: dict[str, np.dtype] = {
     "ComplexFloatStorage": np.dtype(np.complex64),
     "ComplexDoubleStorage": np.dtype(np.complex128),
 }
+_SIZES = {"UntypedStorage": 1, **{name: dtype.itemsize for name, dtype in _STORAGES.items()}}
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 # Dtypes without one: the storage is untyped and the dtype, of the same name in torch and numpy, an argument.
 _UNTYPED = {name: dtype for name, dtype in TORCHS.items() if dtype not in _STORAGE_OF}
@@ -160,7 +162,8 @@ def read_contents(path: str | os.PathLike[str], base: int = 0, length: int | Non
     if not (paths.is_far(path) or stat.S_ISREG(os.stat(path).st_mode)):
         raise CheckpointError(f"{path} is no ordinary file (a folder, pipe or device): nothing is read of it")
     with paths.open_binary(path) as file:
-        records = RecordReader(path, file, base, length)
+        old = length is None and base == 0 and legacy.is_legacy(file)
+        records = LegacyRecords(path, file, _SIZES) if old else RecordReader(path, file, base, length)
         if "byteorder" in records and records.bytes_of("byteorder") != b"little":
             raise UnsupportedError(f"{path}: its numbers are not little-endian; load it with torch and save it again")
         unpickler = _TensorUnpickler(records)
@@ -200,7 +203,7 @@ def fetch_headers(places: Sequence[tuple[str, int, int | None]]) -> None:
 class _TensorUnpickler(pickles.Unpickler):
     """Reads `data.pkl`: a persistent id becomes a `Storage`, what rebuilds a tensor of one a `Stored`."""
 
-    def __init__(self, records: RecordReader) -> None:
+    def __init__(self, records: RecordReader | LegacyRecords) -> None:
         super().__init__(records.bytes_of("data.pkl", budget.PICKLE_BYTES), records.path)
         self._records = records
         self._storages: dict[tuple[str, str, int], Storage] = {}
@@ -208,6 +211,8 @@ class _TensorUnpickler(pickles.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         parts: tuple[Any, ...] = pid if type(pid) is tuple and len(pid) == 5 else (None,) * 5
+        if type(pid) is tuple and len(pid) == 6 and pid[5] is None:  # of before 1.6: no view on another storage
+            parts = pid[:5]
         tag, of, key, _, numel = parts
         fits = tag == "storage" and type(key) is str and type(numel) is int
         if not (fits and isinstance(of, Global) and is_of_storages(of.module)):
@@ -227,7 +232,8 @@ class _TensorUnpickler(pickles.Unpickler):
                 f"storage {key} is said to hold {numel} elements of {dtype}, but its record has {size} "
                 f"bytes; the file is damaged or forged, get it again"
             )
-        self.sums[offset] = self._records.crc(f"data/{key}")
+        if isinstance(self._records, RecordReader):
+            self.sums[offset] = self._records.crc(f"data/{key}")
         return Storage(self.source, offset, dtype, numel)
 
 

@@ -30,7 +30,6 @@ _VERSION = 45  # of the format: with zip64
 _UNIX, _MODE = 3, 0o600  # what made it; the mode of what is unpacked
 _DATE = 1 << 5 | 1  # the first of January 1980
 _LFS = b"version https://git-lfs"  # how a pointer begins that git-lfs left in the place of a file
-_LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch's number before the zip format
 
 
 class Record(NamedTuple):
@@ -170,11 +169,6 @@ def _directory(path: str, file: BinaryIO, base: int, length: int | None) -> Dire
 
 
 def _not_a_zip(path: str, file: BinaryIO, start: bytes) -> CheckpointError:
-    if start[2:].startswith(_LEGACY_MAGIC):
-        return UnsupportedError(
-            f"{path} is in torch's format from before 1.6; save it again where you trust it: "
-            f"torch.save(torch.load({path!r}, weights_only=True), new_path)"
-        )
     magic, place = _TAR
     file.seek(place)
     if file.read(len(magic)) == magic:

@@ -590,3 +590,55 @@ def test_a_pipeline_is_made_of_numbered_layers_alone(tmp_path: Path) -> None:
     _, there = through_dcp(ZERO2, tmp_path)
     with pytest.raises(ReshapeError, match=r"scale, gains and 44 more are in no layer of a pipeline"):
         there.reshape(format="deepspeed", pp=2, dp=2)
+
+
+def _late(path: Path) -> dict[str, Any]:
+    """A folder of a program in which one tensor of the parameter group was not trained until the last of three steps;
+    and what it held."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = None if name == "1.weight" and step < 2 else torch.randn(parameter.shape)
+        optimizer.step()
+    named = dict(zip(range(4), dict(model.named_parameters()), strict=True))
+    held = optimizer.state_dict()
+    state = {named[i]: its for i, its in held["state"].items()}
+    groups = [{**g, "params": [named[i] for i in g["params"]]} for g in held["param_groups"]]
+    program = {"model": model.state_dict(), "optimizer": {"state": state, "param_groups": groups}}
+    dcp.save(program, checkpoint_id=str(path), no_dist=True)
+    return program
+
+
+@pytest.mark.parametrize("hop", [None, "deepspeed"])
+def test_a_tensor_that_was_not_trained_in_every_step_keeps_its_own(hop: str | None, tmp_path: Path) -> None:
+    program = _late(tmp_path / "program")
+    ckpt = ckptlab.open(tmp_path / "program")
+    if hop is not None:  # without ZeRO the optimizer counts tensor by tensor
+        ckpt.reshape(format="deepspeed", zero_stage=0).save(tmp_path / "global_step3")
+        model = torch.load(tmp_path / "global_step3" / "mp_rank_00_model_states.pt", weights_only=False)
+        steps = [float(its["step"]) for _, its in sorted(model["optimizer"]["state"].items())]
+        assert steps == [3, 3, 1, 3]
+        return
+    assert ckpt.catalog.groups[0].apart == {"1.weight": {"step": 1}}
+    ckpt.reshape(format="dcp").save(tmp_path / "again")
+    fresh = {name: {**its, "step": torch.tensor(-1.0)} for name, its in program["optimizer"]["state"].items()}
+    loaded = {"optimizer": {"state": fresh}}
+    dcp.load(loaded, checkpoint_id=str(tmp_path / "again"), no_dist=True)
+    for name, its in program["optimizer"]["state"].items():
+        assert float(loaded["optimizer"]["state"][name]["step"]) == float(its["step"]), name
+    found = ckptlab.updates(ckpt)
+    assert found["step"].sel(tensor=["0.weight", "1.weight"]).values.tolist() == [3, 1]
+    assert ckptlab.diff(ckpt, tmp_path / "again").equal
+
+
+def test_steps_that_differ_have_no_place_in_a_flat_buffer_and_that_is_said(tmp_path: Path) -> None:
+    _late(tmp_path / "program")
+    ckpt = ckptlab.open(tmp_path / "program")
+    made = ckpt.reshape(format="deepspeed", zero_stage=1)
+    assert "1.weight: 1" in next(f.found for f in made.check() if f.code == "steps-apart")
+    made.save(tmp_path / "global_step3")
+    again = ckptlab.open(tmp_path / "global_step3")
+    differing = [(s.where, s.a, s.b) for s in ckptlab.diff(ckpt, again).settings if s.key == "step"]
+    assert differing == [("1.weight", 1, 3.0)]

@@ -10,6 +10,9 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
@@ -33,7 +36,8 @@ from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
-from ckptlab.words import some
+from ckptlab.stored import scalar
+from ckptlab.words import number_of, some
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,9 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             )
         )
     groups = _groups(catalog, options, experts, stages)
+    if not whole or (dtype != "fp32" and fused_of(catalog, options)):
+        groups, said = _of_one_step(catalog, groups)
+        findings += said
     place = {name: i for i, group in enumerate(groups) for name in group.tensors}
     tensors = {name: replace(tensor, group=place.get(name)) for name, tensor in tensors.items()}
     flat_groups = _flat_groups(catalog, groups, tensors, mesh, wrapper, options, experts)
@@ -367,6 +374,28 @@ def _groups(
     if len(options.param_groups) != len(groups):
         raise ReshapeError(f"param_groups: {len(options.param_groups)} given, the target has {len(groups)} groups")
     return tuple(replace(g, options=given) for g, given in zip(groups, options.param_groups, strict=True))
+
+
+def _of_one_step(
+    catalog: Catalog, groups: tuple[ParameterGroup, ...]
+) -> tuple[tuple[ParameterGroup, ...], list[Finding]]:
+    """The groups as flat buffers keep them, which have one step for all that lies in them: the greatest."""
+    apart = {name: its for group in groups for name, its in group.apart.items()}
+    if not apart:
+        return groups, []
+    found = tuple(replace(g, scalars=max([g.scalars, *g.apart.values()], key=_step), apart={}) for g in groups)
+    name, its = min(apart.items(), key=lambda item: _step(item[1]))
+    text = (
+        f"{catalog.path}: {number_of(len(apart), 'tensor')} made other numbers of steps than the rest of the parameter "
+        f"group ({name}: {_step(its):g}): a flat buffer has one step for all of them, the greatest, so that Adam's "
+        "corrections of their moments will be those of that step"
+    )
+    return found, [_told("steps-apart", "warning", text)]
+
+
+def _step(scalars: Mapping[str, Any]) -> float:
+    value = scalars.get("step")
+    return float(value) if isinstance(value, np.ndarray) else scalar(value) or 0.0
 
 
 def _flat_groups(

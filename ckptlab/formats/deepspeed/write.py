@@ -344,12 +344,12 @@ class NativeWriter:
             holder, part = self.share(group, rank)
             size = group.flats[holder].size(part)
             states = {s: self.partition(group, s, rank, size) for s in group.dtypes if s != MASTER}
-            found[i] = self.scalars(group.group) | states
+            found[i] = self.scalars(group.group, group.names[0]) | states
         return found
 
-    def scalars(self, group: int) -> dict[str, Any]:
+    def scalars(self, group: int, tensor: str) -> dict[str, Any]:
         """What the optimizer keeps once, as tensors of their own: torch counts steps in place, in each."""
-        kept = self.target.groups[group].scalars
+        kept = self.target.groups[group].scalars_of(tensor)
         return {k: torchfile.Apart(v) if isinstance(v, Stored) else copy.copy(v) for k, v in kept.items()}
 
     def param_groups(self, groups: list[FlatGroup]) -> list[dict[str, Any]]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
-from compare import GPT
+from compare import GPT, whole
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ckptlab
+from ckptlab import Mesh
+from ckptlab.catalog import PARAM
+from ckptlab.checkpoint import Reshape
 from ckptlab.formats import read
+from ckptlab.formats.deepspeed.optimizer import match_groups
 from ckptlab.formats.deepspeed.pipeline import Pipeline, describe, stage_of
+from ckptlab.formats.torch import torchfile
 
 BLOCK, NORM = (("w", (4, 4)),), (("b", (4,)),)
 
@@ -41,3 +51,58 @@ def test_the_method_is_the_one_that_fits() -> None:
     assert Pipeline(signatures, counts, (0, 0, 0, 1, 1, 1, 1)).infer_method(2) == "blocks"
     assert Pipeline(signatures, counts, (0, 0, 0, 0, 1, 1, 1)).infer_method(2) == "uniform"
     assert Pipeline(signatures, counts, (0, 0, 1, 1, 1, 1, 1)).infer_method(2) is None
+
+
+def test_groups_with_the_same_hyperparameters_are_told_by_their_tensors() -> None:
+    """A stage in the middle has none of the embeddings' group, and DeepSpeed leaves that out there."""
+    embedding, weights, norms = ("tied_modules.embed.w",), "2.up.weight", "2.norm.weight"
+    stages = [
+        [({"lr": 1}, embedding), ({"lr": 1}, (weights,)), ({"lr": 1}, (norms,))],
+        [({"lr": 1}, ("3.up.weight",)), ({"lr": 1}, ("3.norm.weight",))],
+        [({"lr": 1}, embedding), ({"lr": 1}, ("4.up.weight",)), ({"lr": 1}, ("4.norm.weight",))],
+    ]
+    groups, index = match_groups("run", stages)
+    assert [g.tensors for g in groups] == [
+        embedding,
+        ("2.up.weight", "3.up.weight", "4.up.weight"),
+        ("2.norm.weight", "3.norm.weight", "4.norm.weight"),
+    ]
+    assert index == [[0, 1, 2], [1, 2], [0, 1, 2]]
+
+
+def _with_buffers(path: Path) -> Path:
+    """GPT with a rotary table, which is saved, in every transformer layer, as GPT-NeoX has it."""
+    torch = pytest.importorskip("torch")
+    shutil.copytree(GPT / "global_step3", path)
+    for file in sorted(path.glob("layer_*")):
+        held = torch.load(file, weights_only=False)
+        if "self_attention.dense.weight" in held:
+            held["self_attention.inv_freq"] = torch.arange(1.0, 5.0)
+            torch.save(held, file)
+    for stage, layers in enumerate(((2, 3), (4, 5))):
+        for tp in range(2):
+            file = path / f"mp_rank_{2 * stage + tp:02d}_model_states.pt"
+            model = torch.load(file, weights_only=False)
+            model["buffer_names"] = [f"{layer}.self_attention.inv_freq" for layer in layers]
+            torch.save(model, file)
+    return path
+
+
+def test_buffers_of_a_pipelines_layers_are_no_parts(tmp_path: Path) -> None:
+    name = "3.self_attention.inv_freq"
+    ckpt = ckptlab.open(_with_buffers(tmp_path / "global_step3"))
+    assert (ckpt[name].kind, ckpt[name].shape) == ("buffer", (4,))
+    ckpt.reshape(tp=1, pp=4, dp=1).save(tmp_path / "out" / "global_step3")
+    model = torchfile.read(str(tmp_path / "out" / "global_step3" / "mp_rank_01_model_states.pt"))
+    assert model["buffer_names"] == [name]
+    again = ckptlab.open(tmp_path / "out" / "global_step3")
+    assert whole(again.catalog, name, PARAM).tolist() == [1, 2, 3, 4]
+
+
+def test_a_group_that_is_in_no_order_of_layers_is_told(tmp_path: Path) -> None:
+    catalog = read(GPT)
+    groups = tuple(replace(g, tensors=g.tensors[::-1]) for g in catalog.groups)
+    backwards = replace(catalog, training=replace(catalog.training, groups=groups))
+    for pp, told in ((4, True), (2, False)):
+        assert ("group-order" in [f.code for f in Reshape.of(backwards, Mesh(pp=pp)).check()]) is told
+    assert "group-order" not in [f.code for f in Reshape.of(catalog, Mesh(pp=4)).check()]

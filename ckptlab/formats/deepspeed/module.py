@@ -177,6 +177,7 @@ def _frozen_fragments(folder: StepFolder, rank: Rank, name: str, shape: Shape, f
 def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:
     stage_of = {name: p for p in reversed(range(folder.mesh.pp)) for name in folder.trained[p, 0]}
     prefixes = _tied(stage_of)
+    buffers = folder.buffers
     current = 0
     for layer, by_tp in folder.layers.items():
         keys = list(by_tp[0])
@@ -194,7 +195,7 @@ def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> 
                     )
                     faults.report(contradiction(path, message, prefix + key))
                     continue
-                kind = "parameter" if prefix + key in stage_of else "frozen"
+                kind = "buffer" if prefix + key in buffers else "parameter" if prefix + key in stage_of else "frozen"
                 stored = tensors[key]
                 weights.add(prefix + key, kind, (current, tp), stored.shape, (Fragment(0, stored),))
 

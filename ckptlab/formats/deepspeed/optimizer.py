@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -363,8 +364,8 @@ def match_groups(
     """The run's parameter groups out of what each pp stage has of them.
 
     DeepSpeed drops a group that is empty on a stage, so that an index means nothing across stages: groups are matched
-    by their hyperparameters, and where those repeat by order. Returns the groups (tensors in stage order) and, for each
-    stage, the global index of each local group.
+    by their hyperparameters, and where those repeat by what their tensors are called in whatever layer, then by order.
+    Returns the groups (tensors in stage order) and, for each stage, the global index of each local group.
     """
     merged: list[tuple[str, Mapping[str, Any] | None, list[str]]] = []
     index: list[list[int]] = []
@@ -380,19 +381,24 @@ def match_groups(
                         f"{path}: pp stages have {len(index[0])} and {len(local)} parameter groups and no "
                         "hyperparameters to match them by (elastic checkpoint): resave it without elastic_checkpoint"
                     )
-            shared = [i for i in free if set(names) & set(merged[i][2])]
+            alike = {i: (len(set(names) & set(merged[i][2])), len(_kinds(names) & _kinds(merged[i][2]))) for i in free}
             if not free:
                 after = max(used, default=-1) + 1
                 merged.insert(after, (key, options, []))
                 index = [[i + (i >= after) for i in row] for row in index]
                 used = [i + (i >= after) for i in used]
-                free = [after]
-            chosen = (shared or free)[0]
+                alike = {after: (0, 0)}
+            chosen = max(alike, key=lambda i: (*alike[i], -i))
             used.append(chosen)
             known = set(merged[chosen][2])
             merged[chosen][2].extend(n for n in names if n not in known)
         index.append(used)
     return tuple(ParameterGroup(options or {}, tuple(names)) for _, options, names in merged), index
+
+
+def _kinds(names: Iterable[str]) -> set[str]:
+    """What tensors are called in whatever layer they are."""
+    return {re.sub(r"\d+", "#", name) for name in names}
 
 
 def _key(options: Mapping[str, Any] | None) -> str:

@@ -135,6 +135,7 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             )
         )
     groups = _groups(catalog, options, experts, stages)
+    findings += _order_assumed(catalog, mesh, groups)
     if not whole or (dtype != "fp32" and fused_of(catalog, options)):
         groups, said = _of_one_step(catalog, groups)
         findings += said
@@ -374,6 +375,25 @@ def _groups(
     if len(options.param_groups) != len(groups):
         raise ReshapeError(f"param_groups: {len(options.param_groups)} given, the target has {len(groups)} groups")
     return tuple(replace(g, options=given) for g, given in zip(groups, options.param_groups, strict=True))
+
+
+def _order_assumed(catalog: Catalog, mesh: Mesh, groups: tuple[ParameterGroup, ...]) -> list[Finding]:
+    """What of a group's order on other stages is a guess: stages are taken to follow one another, which is so where the
+    program goes from layer to layer, and not where it does not on a stage of the source."""
+    if mesh.pp == catalog.private.folder.mesh.pp:
+        return []
+    for i, group in enumerate(groups):
+        for stage in range(catalog.private.folder.mesh.pp):
+            names = [n for n in group.tensors if stage in catalog.tensors[n].stages]
+            layers = [int(head) for head in (n.partition(".")[0] for n in names) if head.isdecimal()]
+            if layers != sorted(layers):
+                text = (
+                    f"{catalog.path}: parameter group {i} ({group.name or 'unnamed'}) does not have its tensors in the "
+                    f"order of layers ({some(names, 3)} on pp stage {stage}): on other stages their order is assumed, "
+                    "stage after stage. If the program's is another, DeepSpeed loads states into other tensors"
+                )
+                return [_told("group-order", "warning", text)]
+    return []
 
 
 def _of_one_step(

@@ -226,9 +226,10 @@ class NativeWriter:
             ds_config=self.config,
             ds_version=self.version,
         )
-        if self.native.layer_stages and module is not None:
-            of_model = {n for x in self.target.tensors.values() if x.kind == "buffer" for n in (x.name, *x.aliases)}
-            model["buffer_names"] = [name for name in module if name in of_model]
+        if self.native.layer_stages:
+            here = [x for x in self.target.tensors.values() if x.kind == "buffer" and p in x.stages]
+            of_model = [n for x in here for n in (x.name, *x.aliases)]
+            model["buffer_names"] = [name for name in of_model if module is None or name in module]
         if self.experts:
             held = [self.experts.total[layer] for layer in self.layers_on(p)]
             model["num_experts"] = held or [fused.total for fused in self.experts.fused]

@@ -233,7 +233,8 @@ def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Weight]]:
 
 
 def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Weight]]:
-    """The weights of a layer file, buffers left out. One that is tied has the name that the training program told, where it did."""
+    """The weights of a layer file, without buffers. One that is tied has the name that the training program told, where
+    it did."""
     held = folder.layers[layer][tp]
     info = folder.first.content.get("universal_checkpoint_info")
     lists = info.values() if isinstance(info, Mapping) else ()

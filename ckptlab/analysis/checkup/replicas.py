@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptlab.analysis.checkup.data import Key, Seen, Told
 from ckptlab.analysis.elements import unequal
-from ckptlab.arrays import reader
+from ckptlab.arrays.copies import inside
 from ckptlab.catalog import Catalog, Tensor
 
 
@@ -22,7 +22,7 @@ def survey(catalog: Catalog) -> Told:
     """What such parts have that is not the same on all ranks."""
     told = Told()
     for tensor in catalog.tensors.values():
-        if not _repeats(tensor) or tensor.layout.replicas == "mean":
+        if not tensor.cut.repeats or tensor.layout.replicas == "mean":
             continue
         for state in tensor.states:
             if (tensor.name, state) not in catalog.placements:
@@ -33,31 +33,13 @@ def survey(catalog: Catalog) -> Told:
     return told
 
 
-def _repeats(tensor: Tensor) -> bool:
-    """The tensor is cut over tp, and some of it is held by several ranks."""
-    return bool(tensor.cut.axes) and any(sum(d.widths.values()) > d.size for d in tensor.cut.dims)
-
-
 def _compared(catalog: Catalog, tensor: Tensor, state: str, stage: int) -> Iterator[tuple[Key, Seen]]:
-    """Each tp rank's shard against that of the first."""
-    cut = tensor.cut
-    placement = catalog.placement(tensor.name, state)
-    holders = placement.on(stage)
-    places = [placement.coordinate(holder) for holder in holders]
-    shards = (
-        reader(catalog, tensor.name, state, holder=holder).shard(cut, place)
-        for holder, place in zip(holders, places, strict=True)
-    )
-    first = next(shards)
-    positions = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(places[0]), strict=True)]
-    for holder, place, shard in zip(holders[1:], places[1:], shards, strict=True):
-        here = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(place), strict=True)]
-        both = [np.intersect1d(a, b, return_indices=True)[1:] for a, b in zip(here, positions, strict=True)]
-        mine, other = shard[np.ix_(*(a for a, _ in both))], first[np.ix_(*(b for _, b in both))]
+    """Each rank's shard against that of the first."""
+    for holder, first, mine, other, here in inside(catalog, tensor.name, state, stage):
         where = unequal(mine.reshape(-1), other.reshape(-1))
         if len(where):
-            seen = Seen()
+            seen, shape = Seen(), catalog.placement(tensor.name, state).shape(holder)
             seen.add(where, 0, mine.reshape(-1), other.reshape(-1))
-            at = [int(a[i]) for (a, _), i in zip(both, np.unravel_index(seen.at, mine.shape), strict=True)]
-            seen.at = int(np.ravel_multi_index(at, shard.shape)) if math.prod(shard.shape) else 0
-            yield Key("equal", tensor.name, state, holder, holders[0]), seen
+            at = [int(a[i]) for a, i in zip(here, np.unravel_index(seen.at, mine.shape), strict=True)]
+            seen.at = int(np.ravel_multi_index(at, shape)) if math.prod(shape) else 0
+            yield Key("equal", tensor.name, state, holder, first), seen

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import ckptlab
 from ckptlab import Mesh
-from ckptlab.catalog import PARAM
+from ckptlab.catalog import PARAM, Catalog
 from ckptlab.checkpoint import Reshape
+from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.formats.deepspeed.optimizer import match_groups
 from ckptlab.formats.deepspeed.pipeline import Pipeline, describe, stage_of
@@ -70,6 +71,26 @@ def test_groups_with_the_same_hyperparameters_are_told_by_their_tensors() -> Non
     assert index == [[0, 1, 2], [1, 2], [0, 1, 2]]
 
 
+def test_groups_of_later_stages_come_behind_unless_one_that_follows_is_known() -> None:
+    """As those of a learning rate that falls from layer to layer."""
+    stages = [
+        [({"lr": 1}, ("tied",)), ({"lr": 2}, ("2.w",)), ({"lr": 3}, ("3.w",)), ({"lr": 9}, ("3.b",))],
+        [({"lr": 1}, ("tied",)), ({"lr": 4}, ("4.w",)), ({"lr": 5}, ("5.w",)), ({"lr": 9}, ("5.b",))],
+        [({"lr": 1}, ("tied",)), ({"lr": 9}, ("6.b",)), ({"lr": 6}, ("6.w",))],
+    ]
+    groups, index = match_groups("run", stages)
+    assert [g.tensors for g in groups] == [
+        ("tied",),
+        ("2.w",),
+        ("3.w",),
+        ("4.w",),
+        ("5.w",),
+        ("3.b", "5.b", "6.b"),
+        ("6.w",),
+    ]
+    assert index == [[0, 1, 2, 5], [0, 3, 4, 5], [0, 5, 6]]
+
+
 def _with_buffers(path: Path) -> Path:
     """GPT with a rotary table, which is saved, in every transformer layer, as GPT-NeoX has it."""
     torch = pytest.importorskip("torch")
@@ -106,3 +127,37 @@ def test_a_group_that_is_in_no_order_of_layers_is_told(tmp_path: Path) -> None:
     for pp, told in ((4, True), (2, False)):
         assert ("group-order" in [f.code for f in Reshape.of(backwards, Mesh(pp=pp)).check()]) is told
     assert "group-order" not in [f.code for f in Reshape.of(catalog, Mesh(pp=4)).check()]
+
+
+def _with_a_layer_apart() -> Catalog:
+    """GPT's run with weights of a layer in a parameter group of their own, which other stages have nothing of."""
+    catalog = read(GPT)
+    mine = tuple(n for n in catalog.tensors if n.startswith("2.mlp") and n.endswith("weight"))
+    others = tuple(replace(g, tensors=tuple(n for n in g.tensors if n not in mine)) for g in catalog.groups)
+    apart = replace(catalog.groups[0], options={**catalog.groups[0].options, "lr": 3e-4}, tensors=mine)
+    groups = (apart, *others)
+    tensors = {
+        n: replace(t, group=next(i for i, g in enumerate(groups) if n in g.tensors)) for n, t in catalog.tensors.items()
+    }
+    return replace(catalog, tensors=tensors, training=replace(catalog.training, groups=groups))
+
+
+def test_a_universal_folder_says_which_groups_a_stage_has(tmp_path: Path) -> None:
+    """By their number alone a stage's groups would get those of others."""
+    catalog = _with_a_layer_apart()
+    made = Reshape.of(catalog, Mesh(pp=2), "universal")
+    assert "universal-groups" in [f.code for f in made.check()]
+    assert "universal-groups" not in [f.code for f in Reshape.of(catalog, Mesh(), "universal").check()]
+    made.save(tmp_path / "universal")
+    again = read(tmp_path / "universal")
+    assert [(g.options["lr"], set(g.tensors)) for g in again.groups] == [
+        (g.options["lr"], set(g.tensors)) for g in catalog.groups
+    ]
+    torch = pytest.importorskip("torch")  # as DeepSpeed's own converter leaves it
+    file = tmp_path / "universal" / "zero" / "optimizer_state.pt"
+    held = torch.load(file, weights_only=False)
+    held["param_groups"] = held["param_groups"][:2]
+    del held["ckptlab_groups"]
+    torch.save(held, file)
+    with pytest.raises(CheckpointError, match="parameter group"):
+        read(tmp_path / "universal")

@@ -211,12 +211,27 @@ def not_loaded(target: Catalog) -> Iterator[Finding]:
             "tensor-parallel rank alone: load it at tp 1, or write deepspeed files"
         )
         yield _told("universal-whole", "warning", text)
+    if any(here != [*range(len(here))] for here in groups_of_stages(target)):
+        text = (
+            "pp stages have different parameter groups, and DeepSpeed gives those of a stage the hyperparameters of "
+            "the first that a universal folder has, in silence: set lr and weight decay after loading, or write "
+            "deepspeed files"
+        )
+        yield _told("universal-groups", "warning", text)
     if any(_is_dealt(flat.names, target.groups[flat.group]) for flat in dealt):
         text = (
             "round_robin_gradients: DeepSpeed puts what it loads out of a universal folder in other tensors' places, "
             "in silence: train on without, or write deepspeed files"
         )
         yield _told("universal-round-robin", "warning", text)
+
+
+def groups_of_stages(target: Catalog) -> list[list[int]]:
+    """Which parameter groups each pp stage has; nothing where all have all."""
+    if not target.flat_groups:
+        return []
+    held = [list(dict.fromkeys(f.group for f in target.flat_groups if f.stage == p)) for p in range(target.mesh.pp)]
+    return [] if all(sorted(one) == [*range(len(target.groups))] for one in held) else held
 
 
 def _is_dealt(names: Sequence[str], group: ParameterGroup) -> bool:
@@ -379,11 +394,20 @@ def _groups(
 
 def _order_assumed(catalog: Catalog, mesh: Mesh, groups: tuple[ParameterGroup, ...]) -> list[Finding]:
     """What of a group's order on other stages is a guess: stages are taken to follow one another, which is so where the
-    program goes from layer to layer, and not where it does not on a stage of the source."""
-    if mesh.pp == catalog.private.folder.mesh.pp:
+    program goes from layer to layer, and not where it does not on a stage of the source. So are groups that no stage
+    has both of."""
+    trained = catalog.private.folder.mesh.pp
+    if mesh.pp == trained:
         return []
+    held = [{stage for n in group.tensors for stage in catalog.tensors[n].stages} for group in groups]
+    if (i := next((i for i in range(1, len(groups)) if not held[i - 1] & held[i]), None)) is not None:
+        text = (
+            f"{catalog.path}: no pp stage has tensors of both parameter groups {i - 1} and {i}: that they come in this "
+            "order is assumed. If the program's is another, DeepSpeed loads states into other tensors"
+        )
+        return [_told("group-order", "warning", text)]
     for i, group in enumerate(groups):
-        for stage in range(catalog.private.folder.mesh.pp):
+        for stage in range(trained):
             names = [n for n in group.tensors if stage in catalog.tensors[n].stages]
             layers = [int(head) for head in (n.partition(".")[0] for n in names) if head.isdecimal()]
             if layers != sorted(layers):

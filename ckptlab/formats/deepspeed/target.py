@@ -136,6 +136,15 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
         )
     groups = _groups(catalog, options, experts, stages)
     findings += _order_assumed(catalog, mesh, groups)
+    if source.folder.is_pipeline and (assumed_layers := source.module.assumed):
+        number = {prefix: layer for layer, prefix in source.module.layer_keys.items()}
+        text = (
+            f"{catalog.path} does not say which layers of the pipeline {some(assumed_layers, 4)} are: taken to be "
+            f"{', '.join(str(number[prefix]) for prefix in assumed_layers)}, right before the others, which is what "
+            "their files are called by. DeepSpeed finds none if the program has layers between; convert from the step "
+            "folder"
+        )
+        findings.append(_told("tied-layer-assumed", "warning", text))
     if not whole or (dtype != "fp32" and fused_of(catalog, options)):
         groups, said = _of_one_step(catalog, groups)
         findings += said

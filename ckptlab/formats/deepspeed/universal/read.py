@@ -76,12 +76,13 @@ def read_universal(path: str, faults: Faults, strategy: Strategy | None = None) 
 
 def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Common, files: tuple[str, ...]) -> Catalog:
     folder = found.folder
+    layered = folder.is_pipeline or folder.is_numbered
     group_of = {n: i for i, g in enumerate(groups) for n in g.tensors}
     native = Native(
         folder,
         common.wrapper,
         layouts_are_told(found.info, found.strategy),
-        by_names(found.module, found.tensors) if folder.is_pipeline or folder.is_numbered else found.module,
+        found.module if not layered else by_names(found.module, found.tensors, common.tied_layers),
         {k: common.content[k] for k in EXTRAS if k in common.content},
         not common.options,
     )
@@ -102,7 +103,9 @@ def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Commo
     )
 
 
-GROUPS = "ckptlab_groups"  # in optimizer_state.pt: which parameter groups each pp stage has, where they differ
+# What ckptlab says in optimizer_state.pt, and DeepSpeed has no word for
+GROUPS = "ckptlab_groups"  # which parameter groups each pp stage has, where they differ
+TIED = "ckptlab_tied"  # which layer of a pipeline a tied module is, by its prefix
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,12 @@ class _Common:
             tuple(tuple(g.integers("params")) for g in groups),
             next(steps, {}),
         )
+
+    @property
+    def tied_layers(self) -> Mapping[str, int]:
+        """The layers that tied modules are, where ckptlab said it."""
+        said = self.content.get(TIED)
+        return {k: v for k, v in said.items() if type(v) is int and v >= 0} if isinstance(said, Mapping) else {}
 
     @property
     def of_stages(self) -> list[list[int]] | None:

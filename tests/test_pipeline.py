@@ -118,6 +118,8 @@ def test_buffers_of_a_pipelines_layers_are_no_parts(tmp_path: Path) -> None:
     assert model["buffer_names"] == [name]
     again = ckptlab.open(tmp_path / "out" / "global_step3")
     assert whole(again.catalog, name, PARAM).tolist() == [1, 2, 3, 4]
+    assert "universal-left-out" in [f.code for f in ckpt.reshape(format="universal").check()]
+    assert "universal-left-out" not in [f.code for f in ckptlab.open(GPT).reshape(format="universal").check()]
 
 
 def test_a_group_that_is_in_no_order_of_layers_is_told(tmp_path: Path) -> None:

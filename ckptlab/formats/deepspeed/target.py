@@ -214,6 +214,13 @@ def not_loaded(target: Catalog) -> Iterator[Finding]:
             "on a rank, so that every rank takes the first ones, in silence: load it at ep 1, or write deepspeed files"
         )
         yield _told("universal-experts", "warning", text)
+    untrained = [t.name for t in target.tensors.values() if t.kind != "parameter"]
+    if untrained and target.training.layer_stages and not experts:
+        text = (
+            f"{some(untrained, 4)}: not trained, and a universal folder of a pipeline has no place for what is not, "
+            "since its layer files do not come along: left out; write deepspeed files to keep it"
+        )
+        yield _told("universal-left-out", "warning", text)
     if target.zero_stage == 3 and mesh.tp > 1:
         text = (
             f"tp {mesh.tp}: at ZeRO-3 DeepSpeed takes tensors of a universal folder whole, which fits one "

@@ -642,3 +642,65 @@ def test_steps_that_differ_have_no_place_in_a_flat_buffer_and_that_is_said(tmp_p
     again = ckptlab.open(tmp_path / "global_step3")
     differing = [(s.where, s.a, s.b) for s in ckptlab.diff(ckpt, again).settings if s.key == "step"]
     assert differing == [("1.weight", 1, 3.0)]
+
+
+def _trained(seed: int, rate: float) -> tuple[Any, dict[str, Any]]:
+    """A small model, and its optimizer's state by names."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    return model, _stepped(model, dict(model.named_parameters()), rate)
+
+
+def _stepped(model: Any, named: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(named.values(), lr=rate)
+    for parameter in named.values():
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    held, names = optimizer.state_dict(), list(named)
+    groups = [{**g, "params": [names[i] for i in g["params"]]} for g in held["param_groups"]]
+    return {"state": {names[i]: its for i, its in held["state"].items()}, "param_groups": groups}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_each_of_two_models_has_the_moments_of_its_own_optimizer(nested: bool, tmp_path: Path) -> None:
+    """A generator and a discriminator whose parameters are called alike."""
+    (g, g_states), (d, d_states) = _trained(0, 1e-3), _trained(1, 2e-3)
+    flat = {"generator": g.state_dict(), "discriminator": d.state_dict(), "optimizer_d": d_states}
+    deep = {"g": {"model": g.state_dict(), "optim": g_states}, "d": {"model": d.state_dict(), "optim": d_states}}
+    dcp.save(deep if nested else flat | {"optimizer_g": g_states}, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    rates = {n: group.options["lr"] for group in ckpt.catalog.groups for n in group.tensors}
+    for model, states, rate in ((g, g_states, 1e-3), (d, d_states, 2e-3)):
+        for name, weight in model.state_dict().items():
+            mine = [n for n in ckpt if n.endswith(name) and np.array_equal(whole(ckpt.catalog, n, MASTER), weight)]
+            assert len(mine) == 1
+            equal(states["state"][name]["exp_avg"], whole(ckpt.catalog, mine[0], "exp_avg"), mine[0])
+            assert rates[mine[0]] == rate
+
+
+def test_an_optimizer_that_may_be_of_either_model_is_nobodys(tmp_path: Path) -> None:
+    (a, a_states), (b, b_states) = _trained(0, 1e-3), _trained(1, 2e-3)
+    told = {"first": a.state_dict(), "second": b.state_dict(), "optim0": a_states, "optim1": b_states}
+    dcp.save(told, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert "optim0 and optim1" in next(f.found for f in ckpt.findings if f.code == "dcp-optimizers")
+    assert {state for tensor in ckpt.values() for state in tensor.states} <= {MASTER, PARAM}
+    held = ckpt.client_state["optim1"]["state"]["0.weight"]["exp_avg"]
+    equal(b_states["state"]["0.weight"]["exp_avg"], held.map(), "0.weight")
+
+
+def test_two_optimizers_of_one_model_are_its_groups(tmp_path: Path) -> None:
+    """As Muon for matrices and AdamW for the rest."""
+    model, _ = _trained(0, 1e-3)
+    named = dict(model.named_parameters())
+    matrices = _stepped(model, {n: p for n, p in named.items() if p.ndim > 1}, 3e-3)
+    others = _stepped(model, {n: p for n, p in named.items() if p.ndim < 2}, 4e-3)
+    program = {"model": model.state_dict(), "optimizer": {"muon_optim": matrices, "adam_optim": others}}
+    dcp.save(program, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert {g.tensors: g.options["lr"] for g in ckpt.catalog.groups} == {
+        ("0.weight", "1.weight"): 3e-3,
+        ("0.bias", "1.bias"): 4e-3,
+    }
+    for name, its in {**matrices["state"], **others["state"]}.items():
+        equal(its["exp_avg"], whole(ckpt.catalog, name, "exp_avg"), name)

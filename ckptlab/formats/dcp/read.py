@@ -100,6 +100,12 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
     tensors = {key: e.path for m in read for key, e in m.tensors.items()}
     keys = sort_keys(tensors, {key: b.path for m in read for key, b in m.blobs.items()})
     found = Found(path, files=files, private=found_style(keys, tensors, len(read)))
+    if keys.untold:
+        said.warn(
+            "dcp-optimizers",
+            f"{path}: several optimizers, and parameters of the same names: whose {' and '.join(keys.untold)} is "
+            "cannot be told. Its states are left with what the program put in",
+        )
     _same_items(keys, of, found)
     for name, key in keys.weights.items():
         found.weights |= grids_of(of[key], {name: key}, said)
@@ -219,9 +225,10 @@ def _groups(
         groups = object_at(of[key], of[key].blobs[key]) if key in of[key].blobs else None
         for group in groups if isinstance(groups, list) else ():
             if isinstance(group, dict):
-                made.append(_group(group))
-    for _, options in sorted(keys.listed.items()):
-        made.append(_group({option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}))
+                made.append(_group(group, keys.above[key]))
+    for (optimizer, _), options in sorted(keys.listed.items()):
+        values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
+        made.append(_group(values, keys.above[optimizer]))
     together: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, options in keys.flat.items():
         values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
@@ -238,9 +245,9 @@ def _objects(options: Mapping[str, str], of: Mapping[str, Metadata]) -> list[tup
     return [(option, key) for option, key in options.items() if key in of[key].blobs]
 
 
-def _group(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _group(options: Mapping[str, Any], above: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     names = options.get("params")
-    names = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+    names = tuple(f"{above}{name}" for name in names) if isinstance(names, list | tuple) else ()
     return {k: v for k, v in options.items() if k != "params"}, names
 
 

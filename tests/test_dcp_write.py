@@ -669,6 +669,7 @@ def test_each_of_two_models_has_the_moments_of_its_own_optimizer(nested: bool, t
     deep = {"g": {"model": g.state_dict(), "optim": g_states}, "d": {"model": d.state_dict(), "optim": d_states}}
     dcp.save(deep if nested else flat | {"optimizer_g": g_states}, checkpoint_id=str(tmp_path), no_dist=True)
     ckpt = ckptlab.open(tmp_path)
+    assert not {"dcp-models", "dcp-optimizers"} & {f.code for f in ckpt.findings}
     rates = {n: group.options["lr"] for group in ckpt.catalog.groups for n in group.tensors}
     for model, states, rate in ((g, g_states, 1e-3), (d, d_states, 2e-3)):
         for name, weight in model.state_dict().items():
@@ -676,6 +677,38 @@ def test_each_of_two_models_has_the_moments_of_its_own_optimizer(nested: bool, t
             assert len(mine) == 1
             equal(states["state"][name]["exp_avg"], whole(ckpt.catalog, mine[0], "exp_avg"), mine[0])
             assert rates[mine[0]] == rate
+
+
+@pytest.mark.parametrize(
+    ("copy", "trained", "optimizer", "told"),
+    [
+        ("ema", "model", "optimizer", True),
+        ("", "app.net", "app.optim", True),
+        ("averaged", "student", "optimizer", True),
+        ("first", "second", "second_optim", True),
+        ("model_ema", "", "optimizer", True),
+        ("first", "second", "optimizer", False),
+    ],
+)
+def test_a_copy_of_the_model_that_comes_first_is_not_taken_for_it(
+    copy: str, trained: str, optimizer: str, told: bool, tmp_path: Path
+) -> None:
+    """An average, say: the moments are those of the weights that are trained."""
+    model, states = _trained(0, 1e-3)
+    average = {name: torch.full_like(weight, 7) for name, weight in model.state_dict().items()}
+    program: dict[str, Any] = {}
+    for at, its in ((copy or "app.ema", average), (trained, model.state_dict()), (optimizer, states)):
+        inside = program
+        for part in at.split(".") if at else ():
+            inside = inside.setdefault(part, {})
+        inside.update(its)
+    dcp.save(program, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert ("dcp-models" not in [f.code for f in ckpt.findings]) is told
+    for name, weight in model.state_dict().items():
+        equal(states["state"][name]["exp_avg"], whole(ckpt.catalog, name, "exp_avg"), name)
+        if told:
+            equal(weight, whole(ckpt.catalog, name, MASTER), name)
 
 
 def test_an_optimizer_that_may_be_of_either_model_is_nobodys(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ an optimizer (`optimizer`, `optim`) before `state` or `param_groups` marks what 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ Part = tuple[str, Path | str]  # "state" or "param_groups" of an optimizer, and 
 _OPTIMIZER = re.compile(r"(?:^|.*\.)\w*optim\w*$", re.IGNORECASE)
 _IN_KEY = re.compile(r"(?:^|.*?\.)\w*optim\w*\.(state|param_groups)(?:\.(.*))?$", re.IGNORECASE | re.DOTALL)
 _MODEL = re.compile(r"(^|.*\.)(model|module|net|network|policy|actor|critic|state_dict)$", re.IGNORECASE)
+_COPY = re.compile(r"ema|averag|avg|swa|shadow|target|teacher|ref|old|best|prev", re.IGNORECASE)
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Keys:
     same of objects. `listed`: (optimizer, group) → option → key, in the list form; `whole_groups`: the keys of entire
     lists. `flat`: name → option → key. `client`: the rest, key → its path. `above`: what is before the names of a
     list's parameters, by optimizer, and by key of an entire list. `untold`: optimizers, of several, of which nothing
-    tells whose they are: they are among the rest."""
+    tells whose they are: they are among the rest. `alike`: models of which nothing tells which is the one that is
+    trained; the first is taken."""
 
     weights: dict[str, str] = field(default_factory=dict)
     states: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Keys:
     client: dict[str, Path] = field(default_factory=dict)
     above: dict[int | str, str] = field(default_factory=dict)
     untold: list[str] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
 
 
 def sort_keys(tensors: Mapping[str, Path | None], objects: Mapping[str, Path | None]) -> Keys:
@@ -57,7 +59,7 @@ def sort_keys(tensors: Mapping[str, Path | None], objects: Mapping[str, Path | N
     whose = _whose(optimizers, containers) if len(optimizers) > 1 else {}
     told = {root: keys for root, keys in optimizers.items() if root in whose or len(optimizers) == 1}
     found.untold = [".".join(map(str, root)) for root in optimizers if root not in told]
-    best = _models(found, containers, list(told.values()), list(whose.values()))
+    best = _models(found, containers, told, list(whose.values()))
     for number, (root, keys) in enumerate(told.items()):
         at = whose.get(root, best)
         above = "" if at == best or not at else ".".join(map(str, at)) + "."
@@ -136,22 +138,26 @@ def _optimizers(key: str, path: Path | None) -> tuple[Path, str, Path | str] | N
 def _models(
     found: Keys,
     containers: dict[Path, dict[str, str]],
-    optimizers: Sequence[Mapping[str, Part]],
+    optimizers: Mapping[Path, Mapping[str, Part]],
     stepped: Sequence[Path],
 ) -> Path | None:
     """The weights: the container whose names the optimizer knows; else one that is called a model, else the top; and
     others that optimizers step, by where they are. Where the first is, if there is one."""
-    if () in containers and all(name.startswith("model.") for name in containers[()]) and _prefixed(optimizers):
-        known = {name for keys in optimizers for name in _names(keys)}
+    prefixed = () in containers and all(name.startswith("model.") for name in containers[()])
+    if prefixed and _prefixed(optimizers.values()):
+        known = {name for keys in optimizers.values() for name in _names(keys)}
         bare = {name.removeprefix("model."): key for name, key in containers[()].items()}
         if sum(name in known for name in bare) > sum(name in known for name in containers[()]):
             containers[()] = bare
     if not containers:
         return None
-    names = {name for keys in optimizers for name in _names(keys)}
-    matched = Counter({at: sum(name in names for name in its) for at, its in containers.items()})
-    best, count = matched.most_common(1)[0]
-    if not count:
+    names = {name for keys in optimizers.values() for name in _names(keys)}
+    matched = {at: sum(name in names for name in its) for at, its in containers.items()}
+    likely = {at: (n, *_likelihood(at, optimizers)) for at, n in matched.items()}
+    best = max(likely, key=lambda at: likely[at])
+    if matched[best] and not stepped and list(likely.values()).count(likely[best]) > 1:
+        found.alike = [".".join(map(str, at)) for at in likely if likely[at] == likely[best]]
+    if not matched[best]:
         called = [at for at in containers if at and _MODEL.match(str(at[-1]))]
         plain = [at for at in containers if at == ()]
         if not called and not plain:
@@ -162,6 +168,14 @@ def _models(
         if at in stepped or (at and sum(name in found.weights for name in its) * 2 > len(its)):
             found.weights.update({".".join(map(str, (*at, name))): key for name, key in its.items()})
     return best
+
+
+def _likelihood(at: Path, optimizers: Iterable[Path]) -> tuple[bool, bool, bool]:
+    """What speaks for a container, of several with the names that an optimizer knows, being what it steps, and not a
+    copy: that it is called as the optimizer is, as a model, and not as an average of one."""
+    name = str(at[-1]).lower() if at else ""
+    called = any(_called_alike(root, at) for root in optimizers)
+    return called, not at or bool(_MODEL.match(name)), not _COPY.search(name)
 
 
 def _prefixed(optimizers: Iterable[Mapping[str, Part]]) -> bool:

@@ -106,6 +106,12 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
             f"{path}: several optimizers, and parameters of the same names: whose {' and '.join(keys.untold)} is "
             "cannot be told. Its states are left with what the program put in",
         )
+    if keys.alike:
+        said.warn(
+            "dcp-models",
+            f"{path}: {' and '.join(keys.alike)} have tensors of the same names, and nothing tells which of them the "
+            f"optimizer steps: taken to be {keys.alike[0]}",
+        )
     _same_items(keys, of, found)
     for name, key in keys.weights.items():
         found.weights |= grids_of(of[key], {name: key}, said)

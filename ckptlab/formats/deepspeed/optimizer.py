@@ -380,8 +380,12 @@ def match_groups(
                         f"{path}: pp stages have {len(index[0])} and {len(local)} parameter groups and no "
                         "hyperparameters to match them by (elastic checkpoint): resave it without elastic_checkpoint"
                     )
-            alike = {i: (len(set(names) & set(merged[i][2])), len(kinds(names) & kinds(merged[i][2]))) for i in free}
-            used.append(max(free, key=lambda i: (*alike[i], -i)) if free else None)
+            if len(free) > 1:
+                alike = {
+                    i: (len(set(names) & set(merged[i][2])), len(kinds(names) & kinds(merged[i][2]))) for i in free
+                }
+                free.sort(key=lambda i: (*alike[i], -i), reverse=True)
+            used.append(free[0] if free else None)
         chosen, before = [0] * len(local), len(merged)
         for position, (options, names) in reversed(list(enumerate(local))):
             found = used[position]

@@ -755,3 +755,19 @@ def test_strange_optimizer_headers_too(zero2: Path, key: str, value: object) -> 
     edit(zero2 / OPTIM.format(1, 0), lambda c: {**c, "optimizer_state_dict": {**c["optimizer_state_dict"], key: value}})
     absent = key in ("group_paddings", "param_slice_mappings") and value in (None, [])  # older DeepSpeed writes none
     assert check(zero2).healthy is absent
+
+
+def test_replicas_that_the_programs_lists_leave_out_are_said(tmp_path: Path) -> None:
+    """DeepSpeed takes what no list names for cut, and joins the copies."""
+    torch = pytest.importorskip("torch")
+    step = tmp_path / "global_step3"
+    shutil.copytree(GPT / "global_step3", step)
+    for file in sorted(step.glob("mp_rank_*")):
+        model = torch.load(file, weights_only=False)
+        lists = model["universal_checkpoint_info"]["tp_replicated_parameter_patterns"]
+        lists[:] = [pattern for pattern in lists if "input_layernorm.weight" not in pattern]
+        torch.save(model, file)
+    found = ckptlab.check(step)
+    (one,) = (f for f in found.findings if f.code == "shards-alike")
+    assert one.where.tensors == tuple(f"{layer}.input_layernorm.weight" for layer in (2, 3, 4, 5))
+    assert not found.healthy

@@ -590,3 +590,150 @@ def test_a_pipeline_is_made_of_numbered_layers_alone(tmp_path: Path) -> None:
     _, there = through_dcp(ZERO2, tmp_path)
     with pytest.raises(ReshapeError, match=r"scale, gains and 44 more are in no layer of a pipeline"):
         there.reshape(format="deepspeed", pp=2, dp=2)
+
+
+def _late(path: Path) -> dict[str, Any]:
+    """A folder of a program in which one tensor of the parameter group was not trained until the last of three steps;
+    and what it held."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = None if name == "1.weight" and step < 2 else torch.randn(parameter.shape)
+        optimizer.step()
+    named = dict(zip(range(4), dict(model.named_parameters()), strict=True))
+    held = optimizer.state_dict()
+    state = {named[i]: its for i, its in held["state"].items()}
+    groups = [{**g, "params": [named[i] for i in g["params"]]} for g in held["param_groups"]]
+    program = {"model": model.state_dict(), "optimizer": {"state": state, "param_groups": groups}}
+    dcp.save(program, checkpoint_id=str(path), no_dist=True)
+    return program
+
+
+@pytest.mark.parametrize("hop", [None, "deepspeed"])
+def test_a_tensor_that_was_not_trained_in_every_step_keeps_its_own(hop: str | None, tmp_path: Path) -> None:
+    program = _late(tmp_path / "program")
+    ckpt = ckptlab.open(tmp_path / "program")
+    if hop is not None:  # without ZeRO the optimizer counts tensor by tensor
+        ckpt.reshape(format="deepspeed", zero_stage=0).save(tmp_path / "global_step3")
+        model = torch.load(tmp_path / "global_step3" / "mp_rank_00_model_states.pt", weights_only=False)
+        steps = [float(its["step"]) for _, its in sorted(model["optimizer"]["state"].items())]
+        assert steps == [3, 3, 1, 3]
+        return
+    assert ckpt.catalog.groups[0].apart == {"1.weight": {"step": 1}}
+    ckpt.reshape(format="dcp").save(tmp_path / "again")
+    fresh = {name: {**its, "step": torch.tensor(-1.0)} for name, its in program["optimizer"]["state"].items()}
+    loaded = {"optimizer": {"state": fresh}}
+    dcp.load(loaded, checkpoint_id=str(tmp_path / "again"), no_dist=True)
+    for name, its in program["optimizer"]["state"].items():
+        assert float(loaded["optimizer"]["state"][name]["step"]) == float(its["step"]), name
+    found = ckptlab.updates(ckpt)
+    assert found["step"].sel(tensor=["0.weight", "1.weight"]).values.tolist() == [3, 1]
+    assert ckptlab.diff(ckpt, tmp_path / "again").equal
+
+
+def test_steps_that_differ_have_no_place_in_a_flat_buffer_and_that_is_said(tmp_path: Path) -> None:
+    _late(tmp_path / "program")
+    ckpt = ckptlab.open(tmp_path / "program")
+    made = ckpt.reshape(format="deepspeed", zero_stage=1)
+    assert "1.weight: 1" in next(f.found for f in made.check() if f.code == "steps-apart")
+    made.save(tmp_path / "global_step3")
+    again = ckptlab.open(tmp_path / "global_step3")
+    differing = [(s.where, s.a, s.b) for s in ckptlab.diff(ckpt, again).settings if s.key == "step"]
+    assert differing == [("1.weight", 1, 3.0)]
+
+
+def _trained(seed: int, rate: float) -> tuple[Any, dict[str, Any]]:
+    """A small model, and its optimizer's state by names."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    return model, _stepped(model, dict(model.named_parameters()), rate)
+
+
+def _stepped(model: Any, named: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    optimizer = torch.optim.AdamW(named.values(), lr=rate)
+    for parameter in named.values():
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    held, names = optimizer.state_dict(), list(named)
+    groups = [{**g, "params": [names[i] for i in g["params"]]} for g in held["param_groups"]]
+    return {"state": {names[i]: its for i, its in held["state"].items()}, "param_groups": groups}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_each_of_two_models_has_the_moments_of_its_own_optimizer(nested: bool, tmp_path: Path) -> None:
+    """A generator and a discriminator whose parameters are called alike."""
+    (g, g_states), (d, d_states) = _trained(0, 1e-3), _trained(1, 2e-3)
+    flat = {"generator": g.state_dict(), "discriminator": d.state_dict(), "optimizer_d": d_states}
+    deep = {"g": {"model": g.state_dict(), "optim": g_states}, "d": {"model": d.state_dict(), "optim": d_states}}
+    dcp.save(deep if nested else flat | {"optimizer_g": g_states}, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert not {"dcp-models", "dcp-optimizers"} & {f.code for f in ckpt.findings}
+    rates = {n: group.options["lr"] for group in ckpt.catalog.groups for n in group.tensors}
+    for model, states, rate in ((g, g_states, 1e-3), (d, d_states, 2e-3)):
+        for name, weight in model.state_dict().items():
+            mine = [n for n in ckpt if n.endswith(name) and np.array_equal(whole(ckpt.catalog, n, MASTER), weight)]
+            assert len(mine) == 1
+            equal(states["state"][name]["exp_avg"], whole(ckpt.catalog, mine[0], "exp_avg"), mine[0])
+            assert rates[mine[0]] == rate
+
+
+@pytest.mark.parametrize(
+    ("copy", "trained", "optimizer", "told"),
+    [
+        ("ema", "model", "optimizer", True),
+        ("", "app.net", "app.optim", True),
+        ("averaged", "student", "optimizer", True),
+        ("first", "second", "second_optim", True),
+        ("model_ema", "", "optimizer", True),
+        ("first", "second", "optimizer", False),
+    ],
+)
+def test_a_copy_of_the_model_that_comes_first_is_not_taken_for_it(
+    copy: str, trained: str, optimizer: str, told: bool, tmp_path: Path
+) -> None:
+    """An average, say: the moments are those of the weights that are trained."""
+    model, states = _trained(0, 1e-3)
+    average = {name: torch.full_like(weight, 7) for name, weight in model.state_dict().items()}
+    program: dict[str, Any] = {}
+    for at, its in ((copy or "app.ema", average), (trained, model.state_dict()), (optimizer, states)):
+        inside = program
+        for part in at.split(".") if at else ():
+            inside = inside.setdefault(part, {})
+        inside.update(its)
+    dcp.save(program, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert ("dcp-models" not in [f.code for f in ckpt.findings]) is told
+    for name, weight in model.state_dict().items():
+        equal(states["state"][name]["exp_avg"], whole(ckpt.catalog, name, "exp_avg"), name)
+        if told:
+            equal(weight, whole(ckpt.catalog, name, MASTER), name)
+
+
+def test_an_optimizer_that_may_be_of_either_model_is_nobodys(tmp_path: Path) -> None:
+    (a, a_states), (b, b_states) = _trained(0, 1e-3), _trained(1, 2e-3)
+    told = {"first": a.state_dict(), "second": b.state_dict(), "optim0": a_states, "optim1": b_states}
+    dcp.save(told, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert "optim0 and optim1" in next(f.found for f in ckpt.findings if f.code == "dcp-optimizers")
+    assert {state for tensor in ckpt.values() for state in tensor.states} <= {MASTER, PARAM}
+    held = ckpt.client_state["optim1"]["state"]["0.weight"]["exp_avg"]
+    equal(b_states["state"]["0.weight"]["exp_avg"], held.map(), "0.weight")
+
+
+def test_two_optimizers_of_one_model_are_its_groups(tmp_path: Path) -> None:
+    """As Muon for matrices and AdamW for the rest."""
+    model, _ = _trained(0, 1e-3)
+    named = dict(model.named_parameters())
+    matrices = _stepped(model, {n: p for n, p in named.items() if p.ndim > 1}, 3e-3)
+    others = _stepped(model, {n: p for n, p in named.items() if p.ndim < 2}, 4e-3)
+    program = {"model": model.state_dict(), "optimizer": {"muon_optim": matrices, "adam_optim": others}}
+    dcp.save(program, checkpoint_id=str(tmp_path), no_dist=True)
+    ckpt = ckptlab.open(tmp_path)
+    assert {g.tensors: g.options["lr"] for g in ckpt.catalog.groups} == {
+        ("0.weight", "1.weight"): 3e-3,
+        ("0.bias", "1.bias"): 4e-3,
+    }
+    for name, its in {**matrices["state"], **others["state"]}.items():
+        equal(its["exp_avg"], whole(ckpt.catalog, name, "exp_avg"), name)

@@ -186,6 +186,34 @@ class TestReplicas:
             np.testing.assert_array_equal(found.values.astype(np.float32), [1, 3, np.nan])
             assert merge(self.shards(backend), Layout("out", replicas="first")).values[1] == 2
 
+    def test_parts_of_a_sum_are_made_of_it_again(self, backend: Backend) -> None:
+        layout, whole = Layout("out", replicas="sum"), xr.DataArray(np.float32([2, -4, np.nan]), dims="out")
+        shards = split(whole, layout, Mesh(tp=4), backend=backend)
+        np.testing.assert_array_equal(shards.isel(tp=3).values, [0.5, -1, np.nan])
+        np.testing.assert_array_equal(merge(shards, layout).values, whole.values)
+        wider = reshape(shards, layout, Mesh(tp=2))
+        np.testing.assert_array_equal(wider.isel(tp=1).values, [1, -2, np.nan])
+        with pytest.raises(LayoutError, match="integers have no 2 equal parts"):
+            split(whole.fillna(0).astype(int), layout, Mesh(tp=2), backend=backend)
+
+    def test_copies_of_a_part_are_compared_too(self, backend: Backend) -> None:
+        """The k that each rank of multi-query attention has."""
+        layout = Layout("((tp q) + k)", dims=("out",), totals={"q": 4}, sizes={"k": 2})
+        whole = xr.DataArray(np.arange(6, dtype=np.float32), dims="out", name="qkv")
+        shards = split(whole, layout, Mesh(tp=2), backend=backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert merge(shards, layout, shape=(6,)).values.tolist() == whole.values.tolist()
+        apart = to(shards, "numpy").copy(deep=True)
+        apart[1, 3] += 1
+        apart = to(apart, backend)
+        with pytest.warns(ReplicaWarning, match="qkv: parts that several coordinates of tp hold are not the same"):
+            assert merge(apart, layout, shape=(6,)).values.tolist() == whole.values.tolist()
+        with pytest.warns(ReplicaWarning):
+            reshape(apart, layout, Mesh(tp=1), shape=(6,))
+        with pytest.raises(LayoutError, match='replicas="mean" is for tensors that ranks have copies of as a whole'):
+            merge(apart, layout.replace(replicas="mean"), shape=(6,))
+
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name != "jax"], ids=spoken)
 def test_a_destination_is_written_to(backend: Backend) -> None:

@@ -119,6 +119,16 @@ class TestCopies:
                 save()
         assert not (tmp_path / "a").exists()
 
+    def test_so_is_one_that_calls_a_part_of_them_copies(self, untold: Path, tmp_path: Path) -> None:
+        """Keys and values that are cut, said to be those of multi-query attention."""
+        layout = Layout("((tp q) + k)", sizes={"q": 16, "k": 16})
+        wrong = ckptlab.open(untold, {r".*dense_h_to_4h\.bias": layout})
+        with pytest.raises(ReshapeError, match=r"dense_h_to_4h.bias.*tp 0 and pp 0 · tp 1 hold the same"):
+            ckptlab.save_weights(wrong, tmp_path / "weights")
+        averaged = ckptlab.open(untold, {r".*dense_h_to_4h\.bias": layout.replace(replicas="mean")})
+        with pytest.raises(LayoutError, match='dense_h_to_4h.bias: replicas="mean" is for tensors that ranks have'):
+            averaged.full("master", stack=False)["2.mlp.dense_h_to_4h.bias"].load()
+
     def test_copies_that_drifted_a_little_are_let_through(self, untold: Path, tmp_path: Path) -> None:
         held = float(whole(read(GPT), "3.input_layernorm.weight", "master")[0])
         poke(untold, "3.input_layernorm.weight", "master", held * 1.001, tp=1)

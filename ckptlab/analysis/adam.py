@@ -11,7 +11,7 @@ Decoupled weight decay (Loshchilov and Hutter, "Decoupled weight decay regulariz
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from ckptlab.analysis.moved import BY, Held, Moved, Settings, table
 from ckptlab.arguments import explained, positive
 from ckptlab.arrays import Reader, reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
-from ckptlab.checkpoint import Checkpoint, Source, opened
+from ckptlab.checkpoint import Source, opened
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
 from ckptlab.pool import Workers
@@ -103,8 +103,7 @@ def updates(
             f"{catalog.path}: no tensor has both {FIRST} and {SECOND} (there are {', '.join(catalog.states)}): "
             "this was not trained with Adam, or holds weights alone"
         )
-    settings = _settings(catalog)
-    held = [Held(tensor, cut, at, settings[tensor.group]) for tensor in trained for cut, at in _parts(tensor, shards)]
+    held = [Held(t, cut, at, _settings(catalog, t)) for t in trained for cut, at in _parts(t, shards)]
     found = _all_moved(catalog, held, window, on, progress)
     return table(catalog, held, found, by)
 
@@ -126,9 +125,10 @@ def _is_adams(catalog: Catalog, tensor: Tensor) -> bool:
     return all((tensor.name, s) in catalog.placements for s in states)
 
 
-def _settings(catalog: Catalog) -> Mapping[int | None, Settings]:
-    iteration = Checkpoint(catalog).iteration
-    return {None: Settings(), **{i: Settings.of(group, iteration) for i, group in enumerate(catalog.groups)}}
+def _settings(catalog: Catalog, tensor: Tensor) -> Settings:
+    if tensor.group is None:
+        return Settings()
+    return Settings.of(catalog.groups[tensor.group], tensor.name, catalog.training.step)
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,13 @@ def _settings(a: Catalog, b: Catalog, pairs: Iterable[tuple[Tensor, Tensor]]) ->
         for key in mine:
             if key in other and mine[key] != other[key]:
                 yield Setting(name, key, mine[key], other[key])
+    for x, y in pairs:
+        if x.group is None or y.group is None or not (a.groups[x.group].apart or b.groups[y.group].apart):
+            continue
+        kept, others = (c.groups[t.group or 0].scalars_of(t.name) for c, t in ((a, x), (b, y)))
+        for key in kept:
+            if key in others and (one := _value(kept[key])) != (two := _value(others[key])):
+                yield Setting(x.name, key, one, two)
 
 
 def _told_of(group: ParameterGroup) -> dict[str, Any]:

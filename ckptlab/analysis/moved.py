@@ -47,12 +47,12 @@ class Settings:
     bias_correction: bool = True
 
     @staticmethod
-    def of(group: ParameterGroup, iteration: int | None) -> Settings:
-        """A group's own step, or the checkpoint's where it has none."""
+    def of(group: ParameterGroup, tensor: str, iteration: int | None) -> Settings:
+        """A tensor's own step, or the checkpoint's where it has none."""
         told = group.options
         betas = told.get("betas")
         beta1, beta2 = betas if isinstance(betas, tuple | list) and len(betas) == 2 else (math.nan, math.nan)
-        step = _number(group.scalars.get("step", told.get("step")))
+        step = _number(group.scalars_of(tensor).get("step", told.get("step")))
         return Settings(
             float(iteration) if math.isnan(step) and iteration is not None else step,
             _number(told.get("lr")),

@@ -6,6 +6,7 @@ several different shards. So they are compared before that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,8 +31,10 @@ def refuse_unequal(catalog: Catalog) -> None:
         state = next((s for s in (MASTER, PARAM) if (name, s) in catalog.placements), None)
         if tensor.layout.replicas != "equal" or tensor.kind == "buffer" or state is None:
             continue
-        for first, other in _pairs(catalog, name, state):
-            apart, largest = _difference(catalog, name, state, first, other)
+        pairs = ((pair, _difference(catalog, name, state, *pair)) for pair in _pairs(catalog, name, state))
+        within = inside(catalog, name, state) if tensor.cut.repeats else ()
+        parts = (((first, other), _apart(a, b)) for other, first, a, b, _ in within)
+        for (first, other), (apart, largest) in itertools.chain(pairs, parts):
             if apart > REPLICA_TOLERANCE * largest:
                 raise ReshapeError(
                     f"{catalog.path}: {name}: its layout {tensor.layout.text!r} says that {first} and {other} hold the "
@@ -39,6 +42,25 @@ def refuse_unequal(catalog: Catalog) -> None:
                     f"{REPLICA_TOLERANCE:g} of it): the strategy is wrong, or the copies are to be averaged "
                     '(replicas="mean"), summed ("sum"), or the first is right ("first")'
                 )
+
+
+def inside(
+    catalog: Catalog, name: str, state: str, stage: int | None = None
+) -> Iterator[tuple[Holder, Holder, np.ndarray, np.ndarray, list[np.ndarray]]]:
+    """(holder, the first one, what both have of the whole as either has it, where that is in each dim of the holder's
+    shard): parts of a cut tensor that several hold, as the keys and values of multi-query attention
+    (`((tp q) + k + v) in`)."""
+    placement = catalog.placement(name, state)
+    cut, holders = placement.cut, placement.on(placement.stages[0] if stage is None else stage)
+    places = [placement.coordinate(holder) for holder in holders]
+    shards = (reader(catalog, name, state, holder=h).shard(cut, at) for h, at in zip(holders, places, strict=True))
+    first = next(shards)
+    positions = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(places[0]), strict=True)]
+    for holder, place, shard in zip(holders[1:], places[1:], shards, strict=True):
+        here = [d.positions(at) for d, at in zip(cut.dims, cut.per_dim(place), strict=True)]
+        both = [np.intersect1d(a, b, return_indices=True)[1:] for a, b in zip(here, positions, strict=True)]
+        mine, other = (np.ix_(*(pair[side] for pair in both)) for side in (0, 1))
+        yield holder, holders[0], shard[mine], first[other], [a for a, _ in both]
 
 
 def _pairs(catalog: Catalog, name: str, state: str) -> Iterator[tuple[Holder, Holder]]:
@@ -59,10 +81,15 @@ def _difference(catalog: Catalog, name: str, state: str, first: Holder, other: H
     apart = largest = 0.0
     pieces = (reader(catalog, name, state, holder=h).chunks(placement.cut, at, 0, count) for h in (first, other))
     for a, b in zip(*pieces, strict=True):
-        x, y = (one.astype(np.complex64 if np.iscomplexobj(one) else np.float32) for one in (a, b))
-        same = (x == y) | (np.isnan(x) & np.isnan(y))
-        with np.errstate(invalid="ignore"):
-            gap = np.where(same, 0, np.nan_to_num(np.abs(x - y), nan=np.inf))
-        apart = max(apart, float(gap.max(initial=0)))
-        largest = max(largest, float(np.abs(np.where(np.isfinite(x), x, 0)).max(initial=0)))
+        here, size = _apart(a, b)
+        apart, largest = max(apart, here), max(largest, size)
     return apart, largest
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """(the largest difference, the largest element)."""
+    x, y = (one.astype(np.complex64 if np.iscomplexobj(one) else np.float32) for one in (a, b))
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0, np.nan_to_num(np.abs(x - y), nan=np.inf))
+    return float(gap.max(initial=0)), float(np.abs(np.where(np.isfinite(x), x, 0)).max(initial=0))

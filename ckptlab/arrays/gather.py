@@ -19,7 +19,7 @@ from ckptlab import paths
 from ckptlab.arrays.composed import Adapted, Composed, Renamed
 from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, Zeros, is_sum
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.layout import Cut, overlap
 from ckptlab.layout.boxes import flat_boxes, flat_start, plain_rows, restrict
 from ckptlab.plan import Holder
@@ -74,6 +74,11 @@ def reader(
         same: dict[Coordinate, list[Holder]] = {}
         for one in placement.on(placement.stages[0] if stage is None else stage):
             same.setdefault(placement.coordinate(one), []).append(one)
+        if placement.cut.repeats and placement.replicas in ("mean", "sum"):
+            raise LayoutError(
+                f'{tensor.name}: replicas="{placement.replicas}" is for tensors that ranks have copies of as a whole, '
+                f'and of {tensor.layout.text!r} they have copies of a part: say "equal" or "first"'
+            )
         averaged = min(map(len, same.values())) if placement.replicas in ("mean", "sum") else 1
         copies = [{at: holders[i] for at, holders in same.items()} for i in range(averaged)]
     gathers = [Gather(catalog, tensor.name, state, held, holder is not None, tally) for held in copies]

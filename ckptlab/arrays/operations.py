@@ -10,6 +10,7 @@ Arrays are xarray's, on whatever backend they are or on the one that is asked fo
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +62,8 @@ def merge(
     """The whole that shards make: dims ([others,] mesh axes, *tensor dims) → ([others,] *tensor dims).
 
     The mesh is read off the dims that are called as its axes. An axis that the layout does not name holds replicas:
-    the first is taken, or their mean if the layout says so; ReplicaWarning where they should be equal and are not.
+    the first is taken, or their mean or sum if the layout says so; ReplicaWarning where they, or copies of a part that
+    the layout gives to several, should be equal and are not.
     shape: the true shape of the whole; where the layout pads a dim the padding is then cut off (default: what the
     shards imply, padding included). on: the mesh that they are on, where one of its axes is split into sub-axes; shape
     is then needed. Shards of unequal width stand in the corner of the widest; their widths are the
@@ -76,6 +78,7 @@ def merge(
     cut = _cut_of(array, layout, mesh, shape)
     array = _first_replicas(array, [a for a in axes if a not in cut.axes], layout)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
+    _compare_parts(array, cut, layout, others, place)
     return _moved(array, cut, Cut.whole(cut.logical), layout, others, place, out)
 
 
@@ -154,6 +157,7 @@ def reshape(
     target = recut.resolve(source.logical, mesh)
     array = _first_replicas(array, [a for a in axes if a not in source.axes], layout)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
+    _compare_parts(array, source, layout, others, place)
     moved = _moved(array, source, target, recut, others, place, out)
     return _with_replicas(moved, target, recut)
 
@@ -262,6 +266,25 @@ def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout) ->
     return array
 
 
+def _compare_parts(array: xr.DataArray, cut: Cut, layout: Layout, others: Sequence[Any], place: Backend) -> None:
+    """ReplicaWarning where copies inside of shards, the k of `((tp q) + k)`, should be equal and are not. LayoutError
+    where they are to be averaged or summed."""
+    if not cut.repeats or layout.replicas == "first":
+        return
+    if layout.replicas != "equal":
+        raise LayoutError(
+            f'{layout.text!r}: replicas="{layout.replicas}" is for tensors that ranks have copies of as a whole, and '
+            'here they have copies of a part: say "equal" or "first", and merge the parts by themselves'
+        )
+    if not _same(array, _moved(array, cut, cut, layout, others, place, None).transpose(*array.dims)):
+        warnings.warn(
+            f"{array.name or 'replicas'}: parts that several coordinates of {', '.join(cut.axes)} hold are not the "
+            'same on all, and the lowest one\'s are taken; a layout with replicas="first" takes them in silence',
+            ReplicaWarning,
+            stacklevel=4,
+        )
+
+
 def _same(a: xr.DataArray, b: xr.DataArray) -> bool:
     """Equal, NaN being equal to NaN."""
     x, y = a.data, b.data
@@ -327,11 +350,18 @@ def extents(cut: Cut, layout: Layout) -> dict[str, xr.Variable]:
 
 
 def _with_replicas(array: xr.DataArray, cut: Cut, layout: Layout) -> xr.DataArray:
-    """The array with a dim before the tensor's own for each part of tp that it is replicated over, nothing copied."""
-    for axis in cut.mesh.leaves("tp"):
-        if axis not in cut.axes:
-            array = array.expand_dims({axis: cut.mesh[axis]}, array.ndim - len(layout.dims))
-            array = array.assign_coords(ranks({axis: cut.mesh[axis]}))
+    """The array with a dim before the tensor's own for each part of tp that it is replicated over, nothing copied. Of a
+    sum each has an equal part; LayoutError for integers."""
+    over = [axis for axis in cut.mesh.leaves("tp") if axis not in cut.axes]
+    count = math.prod(cut.mesh[axis] for axis in over)
+    if layout.replicas == "sum" and count > 1:
+        if array.dtype.kind in "iub":
+            raise LayoutError(f'{layout.text!r}: replicas="sum" of {array.dtype}: integers have no {count} equal parts')
+        wide = array.astype("float32") if array.dtype.itemsize < 4 else array
+        array = (wide / count).astype(array.dtype)
+    for axis in over:
+        array = array.expand_dims({axis: cut.mesh[axis]}, array.ndim - len(layout.dims))
+        array = array.assign_coords(ranks({axis: cut.mesh[axis]}))
     return array
 
 

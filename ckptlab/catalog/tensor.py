@@ -59,11 +59,17 @@ def param_source(source: Tensor, target: Tensor) -> str:
 @dataclass(frozen=True)
 class ParameterGroup:
     """An optimizer's parameter group: its hyperparameters and its tensors, both in the order of the user's program;
-    `scalars` is what the optimizer keeps once for all of them (`step`)."""
+    `scalars` is what the optimizer keeps once for all of them (`step`), `apart` those of tensors that have others: that
+    were not trained in every step."""
 
     options: Mapping[str, Any]
     tensors: tuple[str, ...]
     scalars: Mapping[str, Any] = field(default_factory=dict)
+    apart: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def scalars_of(self, tensor: str) -> Mapping[str, Any]:
+        """What the optimizer keeps once for a tensor of the group."""
+        return self.apart.get(tensor, self.scalars)
 
     @property
     def name(self) -> str | None:

@@ -142,6 +142,11 @@ class Cut(Shown):
         used = {axis for dim in self.dims for axis in dim.axes}
         return tuple(axis for axis in self.mesh.axes if axis in used)
 
+    @cached_property
+    def repeats(self) -> bool:
+        """Several coordinates hold a part of the whole: the k and v of `((tp q) + k + v)`."""
+        return any(sum(dim.widths.values()) > dim.size for dim in self.dims)
+
     @property
     def is_whole(self) -> bool:
         """No mesh axis cuts a dim."""

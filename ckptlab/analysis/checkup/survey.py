@@ -136,6 +136,7 @@ def _survey(
     if (alive or stepped) and (sums := _sums(found)):
         seen += copies.doubled(catalog, sums)
     seen += copies.twins(catalog)
+    seen += replicas.alike(catalog)
     return seen, read, len(catalog.tensors)
 
 

@@ -168,14 +168,14 @@ def _optimizer(
                 grid = _grid(by_rank, name, layouts, meshes, world)
                 if grid is not None:
                     found.states.setdefault(name, {})[state] = grid
-    found.groups = tuple(
-        ParameterGroup(
-            {k: v for k, v in group.items() if k != "params"},
-            tuple(names[key] for key in group.get("params", ())),
-            next((scalars[names[k]] for k in group.get("params", ()) if names[k] in scalars), {}),
-        )
-        for group in groups
-    )
+    made = []
+    for group in groups:
+        members = tuple(names[key] for key in group.get("params", ()))
+        held = {name: scalars[name] for name in members if name in scalars}
+        common: dict[str, Any] = next(iter(held.values()), {})
+        apart = {name: its for name, its in held.items() if its != common}
+        made.append(ParameterGroup({k: v for k, v in group.items() if k != "params"}, members, common, apart))
+    found.groups = tuple(made)
     found.step = step_of(found.groups)
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
-
-import numpy as np
 
 from ckptlab import paths
 from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.findings import Faults, Strict
 from ckptlab.formats.dcp import labels, megatron, ranks
-from ckptlab.formats.dcp.assemble import Client, Found, assemble, step_of
+from ckptlab.formats.dcp.assemble import Client, Found, Lazy, assemble, step_of
 from ckptlab.formats.dcp.boxes import Grid, grid_of
 from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
-from ckptlab.formats.dcp.items import found_by_key, object_at
+from ckptlab.formats.dcp.items import found_by_key, number_at, object_at
 from ckptlab.formats.dcp.keys import Keys, sort_keys
 from ckptlab.formats.dcp.marks import ABOUT, DATA, MODEL_FOLDER, OPTIMIZER_FOLDER
-from ckptlab.formats.dcp.metadata import LABELS, METADATA, Metadata
+from ckptlab.formats.dcp.metadata import LABELS, METADATA, Entry, Metadata
 from ckptlab.formats.dcp.numbered import by_number
 from ckptlab.formats.dcp.said import Said
 from ckptlab.formats.dcp.styles import found_style
@@ -112,6 +110,18 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
     tensors = {key: e.path for m in read for key, e in m.tensors.items()}
     keys = sort_keys(tensors, {key: b.path for m in read for key, b in m.blobs.items()})
     found = Found(path, files=files, private=found_style(keys, tensors, len(read)))
+    if keys.untold:
+        said.warn(
+            "dcp-optimizers",
+            f"{path}: several optimizers, and parameters of the same names: whose {' and '.join(keys.untold)} is "
+            "cannot be told. Its states are left with what the program put in",
+        )
+    if keys.alike:
+        said.warn(
+            "dcp-models",
+            f"{path}: {' and '.join(keys.alike)} have tensors of the same names, and nothing tells which of them the "
+            f"optimizer steps: taken to be {keys.alike[0]}",
+        )
     _same_items(keys, of, found)
     for name, key in keys.weights.items():
         found.weights |= grids_of(of[key], {name: key}, said)
@@ -121,7 +131,7 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
     for name, states in ((whose.get(name, name), states) for name, states in keys.states.items()):
         for state, key in states.items():
             if state in plain:
-                scalars.setdefault(name, {})[state] = partial(_scalar, of[key], key)
+                scalars.setdefault(name, {})[state] = partial(number_at, of[key], of[key].tensors[key])
             else:
                 grids = grids_of(of[key], {state: key}, said)
                 if grids:
@@ -191,7 +201,7 @@ def _steps_agree(path: str, keys: Keys, of: Mapping[str, Metadata], said: Said) 
     steps = {}
     for file, held in list(by_file.items())[:_FILES]:
         if paths.is_file(file):
-            steps[os.path.basename(file)] = max(_scalar(of[key], key) for key in held[:_EACH])
+            steps[os.path.basename(file)] = max(number_at(of[key], of[key].tensors[key]) for key in held[:_EACH])
     if len(set(steps.values())) > 1:
         low, high = min(steps, key=lambda f: steps[f]), max(steps, key=lambda f: steps[f])
         said.warn(
@@ -208,13 +218,6 @@ def _scalar_states(keys: Keys, of: Mapping[str, Metadata]) -> set[str]:
         for state, key in states.items():
             shapes.setdefault(state, set()).add(of[key].tensors[key].shape)
     return {state for state, found in shapes.items() if found == {()} and (state == "step" or len(keys.states) > 1)}
-
-
-def _scalar(metadata: Metadata, key: str) -> Any:
-    boxes = boxes_of(metadata, metadata.tensors[key])
-    if not len(boxes.starts):
-        raise CheckpointError(f"{metadata.folder}: .metadata does not say where {key} lies")
-    return np.array(boxes.items(0).map()).reshape(()).item()
 
 
 def _client(metadata: Metadata, key: str) -> Any:
@@ -238,9 +241,10 @@ def _groups(
         groups = object_at(of[key], of[key].blobs[key]) if key in of[key].blobs else None
         for group in groups if isinstance(groups, list) else ():
             if isinstance(group, dict):
-                made.append(_group(group))
-    for _, options in sorted(keys.listed.items()):
-        made.append(_group({option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}))
+                made.append(_group(group, keys.above[key]))
+    for (optimizer, _), options in sorted(keys.listed.items()):
+        values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
+        made.append(_group(values, keys.above[optimizer]))
     together: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, options in keys.flat.items():
         values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
@@ -250,23 +254,49 @@ def _groups(
         (values, tuple(sorted(names, key=lambda n: order.get(n, len(order))))) for values, names in together.values()
     ]
     named = ((options, tuple(whose.get(name, name) for name in names)) for options, names in made)
-    return tuple(ParameterGroup(options, names, _scalars_of(names, scalars)) for options, names in named)
+    return tuple(ParameterGroup(options, names, *_scalars_of(names, scalars)) for options, names in named)
 
 
 def _objects(options: Mapping[str, str], of: Mapping[str, Metadata]) -> list[tuple[str, str]]:
     return [(option, key) for option, key in options.items() if key in of[key].blobs]
 
 
-def _group(options: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _group(options: Mapping[str, Any], above: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     names = options.get("params")
-    names = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+    names = tuple(f"{above}{name}" for name in names) if isinstance(names, list | tuple) else ()
     return {k: v for k, v in options.items() if k != "params"}, names
 
 
-def _scalars_of(names: tuple[str, ...], scalars: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the first of a group's tensors that has any has."""
-    first = next((scalars[name] for name in names if name in scalars), {})
-    return {state: read() for state, read in first.items()}
+def _scalars_of(names: tuple[str, ...], scalars: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], Apart]:
+    """What the first of a group's tensors that has any has, and the tensors that have others."""
+    held = {name: scalars[name] for name in names if name in scalars}
+    first = {state: read() for state, read in next(iter(held.values()), {}).items()}
+    return first, Apart(held, first)
+
+
+class Apart(Mapping[str, Mapping[str, Any]]):
+    """Tensor → its scalars, of the tensors of a group that have others than the first: `step`, where some were not
+    trained in every step. There is an item for each tensor, which are read when one is first asked for."""
+
+    def __init__(self, held: Mapping[str, Mapping[str, Lazy]], first: Mapping[str, Any]) -> None:
+        self._held, self._first = held, first
+
+    @cached_property
+    def _found(self) -> dict[str, dict[str, Any]]:
+        numbers = (read.args for its in self._held.values() for read in its.values() if isinstance(read, partial))
+        entries = [(metadata, entry) for metadata, entry in numbers if isinstance(entry, Entry) and len(entry.file)]
+        paths.ahead((m.path(int(e.file[0])), int(e.offset[0]), int(e.offset[0] + e.length[0])) for m, e in entries)
+        found = {name: {state: read() for state, read in its.items()} for name, its in self._held.items()}
+        return {name: its for name, its in found.items() if its != self._first}
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def _step(found: Found) -> int | None:

@@ -194,7 +194,7 @@ class _Writer:
         for i, group in enumerate(self.target.groups):
             members = [name for name in group.tensors if name in names]
             for name in members:
-                for scalar, value in group.scalars.items():
+                for scalar, value in group.scalars_of(name).items():
                     self._leaf(folder, items, style.state(names[name], scalar), _scalar(scalar, value))
             options = dict(group.options)
             if not style.flat:

@@ -46,7 +46,10 @@ def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None, pipeli
         )
     tp = any("tp" in names(node) for t in source.tensors.values() for node in t.layout.tree)
     held = {name: _tensor(t, tp, (tensors or {}).get(name)) for name, t in source.tensors.items()}
-    groups = tuple(replace(group, scalars=_scalars(group)) for group in _apart(source.groups))
+    groups = tuple(
+        replace(group, scalars=_scalars(group.scalars), apart={n: _scalars(its) for n, its in group.apart.items()})
+        for group in _apart(source.groups)
+    )
     stage = source.zero_stage if source.zero_stage is not None else ZERO_STAGE
     training = replace(source.training, mesh=Mesh(), groups=groups, zero_stage=stage, layouts_told=False)
     model = _model_file(source, held, stage)
@@ -120,10 +123,10 @@ def _tensor(tensor: Tensor, tp_is_told: bool, target: Tensor | None) -> Tensor:
     return replace(tensor, layout=layout.replace(stages=(0,)), stages=(0,), states=states, layout_known=known)
 
 
-def _scalars(group: ParameterGroup) -> dict[str, Any]:
+def _scalars(kept: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept once, numbers as tensors: as torch's optimizers count."""
     found = {}
-    for name, value in group.scalars.items():
+    for name, value in kept.items():
         number = scalar(value) if name == "step" else None
         found[name] = value if number is None else np.array(number, np.float32)
     return found

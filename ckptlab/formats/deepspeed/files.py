@@ -120,6 +120,11 @@ class StepFolder:
                     found[name] = (*held, stage)
         return found
 
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """The buffers that are saved, of all ranks."""
+        return frozenset().union(*(head.buffers for head, *_ in self.heads.values()))
+
     @property
     def is_pipeline(self) -> bool:
         """Written by the pipeline engine: no rank's model file holds the module, layer files do."""

@@ -24,7 +24,8 @@ class ModuleWeights:
 
     `pieces[name][holder]`: the fragments of each tensor's module weight; `shapes[name][tp]`: shard shapes;
     `kinds[name]`: "parameter", "frozen" or "buffer"; `aliases`: further name → name; `layer_keys[layer]`: the prefix
-    that the tensors of a layer file have in the model (`"3."` or `"tied_modules.embed."`).
+    that the tensors of a layer file have in the model (`"3."` or `"tied_modules.embed."`); `assumed`: those of which
+    nothing tells the layer.
     """
 
     pieces: dict[str, dict[Holder, tuple[Fragment, ...]]] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class ModuleWeights:
     aliases: dict[str, str] = field(default_factory=dict)
     layer_keys: dict[int, str] = field(default_factory=dict)
     layer_stages: dict[int, int] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     @property
     def called(self) -> dict[str, tuple[str, ...]]:
@@ -76,9 +78,11 @@ def read_module(folder: StepFolder, faults: Faults) -> ModuleWeights:
     return weights
 
 
-def by_names(module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeights:
+def by_names(
+    module: ModuleWeights, tensors: Mapping[str, Tensor], told: Mapping[str, int] | None = None
+) -> ModuleWeights:
     """The same with the layers of a pipeline, where there are no layer files: told from the tensors' names, and a tied
-    module is taken to stand right before the first of them."""
+    module is taken to stand right before the first of them. told: where it stands, by its prefix, if that is known."""
     numbered: dict[int, int] = {}
     for name, tensor in tensors.items():
         head = name.split(".", 1)[0]
@@ -89,6 +93,10 @@ def by_names(module: ModuleWeights, tensors: Mapping[str, Tensor]) -> ModuleWeig
     tied = _tied(tensors)
     for offset, prefix in enumerate(reversed(tied)):
         layer = min(numbered, default=len(tied)) - 1 - offset
+        if told is not None and prefix in told:
+            layer = told[prefix]
+        else:
+            module.assumed = (*module.assumed, prefix)
         module.layer_keys = {layer: prefix, **module.layer_keys}
         module.layer_stages[layer] = 0
     return module
@@ -177,6 +185,7 @@ def _frozen_fragments(folder: StepFolder, rank: Rank, name: str, shape: Shape, f
 def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:
     stage_of = {name: p for p in reversed(range(folder.mesh.pp)) for name in folder.trained[p, 0]}
     prefixes = _tied(stage_of)
+    buffers = folder.buffers
     current = 0
     for layer, by_tp in folder.layers.items():
         keys = list(by_tp[0])
@@ -194,7 +203,7 @@ def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> 
                     )
                     faults.report(contradiction(path, message, prefix + key))
                     continue
-                kind = "parameter" if prefix + key in stage_of else "frozen"
+                kind = "buffer" if prefix + key in buffers else "parameter" if prefix + key in stage_of else "frozen"
                 stored = tensors[key]
                 weights.add(prefix + key, kind, (current, tp), stored.shape, (Fragment(0, stored),))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -378,16 +379,15 @@ def match_groups(
     """The run's parameter groups out of what each pp stage has of them.
 
     DeepSpeed drops a group that is empty on a stage, so that an index means nothing across stages: groups are matched
-    by their hyperparameters, and where those repeat by order. Returns the groups (tensors in stage order) and, for each
-    stage, the global index of each local group.
+    by their hyperparameters, and where those repeat by what their tensors are called in whatever layer, then by order.
+    Returns the groups (tensors in stage order) and, for each stage, the global index of each local group.
     """
     merged: list[tuple[str, Mapping[str, Any] | None, list[str]]] = []
     index: list[list[int]] = []
     for local in stages:
-        used: list[int] = []
+        used: list[int | None] = []  # None: a group that no stage before has
         for position, (options, names) in enumerate(local):
-            key = _key(options)
-            free = [i for i, (k, _, _) in enumerate(merged) if k == key and i not in used]
+            free = [i for i, (key, _, _) in enumerate(merged) if key == _key(options) and i not in used]
             if options is None:
                 free = [position] if position < len(merged) else []
                 if index and len(local) != len(index[0]):
@@ -395,19 +395,30 @@ def match_groups(
                         f"{path}: pp stages have {len(index[0])} and {len(local)} parameter groups and no "
                         "hyperparameters to match them by (elastic checkpoint): resave it without elastic_checkpoint"
                     )
-            shared = [i for i in free if set(names) & set(merged[i][2])]
-            if not free:
-                after = max(used, default=-1) + 1
-                merged.insert(after, (key, options, []))
-                index = [[i + (i >= after) for i in row] for row in index]
-                used = [i + (i >= after) for i in used]
-                free = [after]
-            chosen = (shared or free)[0]
-            used.append(chosen)
-            known = set(merged[chosen][2])
-            merged[chosen][2].extend(n for n in names if n not in known)
-        index.append(used)
+            if len(free) > 1:
+                alike = {
+                    i: (len(set(names) & set(merged[i][2])), len(kinds(names) & kinds(merged[i][2]))) for i in free
+                }
+                free.sort(key=lambda i: (*alike[i], -i), reverse=True)
+            used.append(free[0] if free else None)
+        chosen, before = [0] * len(local), len(merged)
+        for position, (options, names) in reversed(list(enumerate(local))):
+            found = used[position]
+            if found is None:  # behind those of the stages before, unless one that comes next is among them
+                found = before
+                merged.insert(found, (_key(options), options, []))
+                index = [[i + (i >= found) for i in row] for row in index]
+                chosen = [i + (i >= found) if k > position else i for k, i in enumerate(chosen)]
+            chosen[position] = before = found
+            known = set(merged[found][2])
+            merged[found][2].extend(n for n in names if n not in known)
+        index.append(chosen)
     return tuple(ParameterGroup(options or {}, tuple(names)) for _, options, names in merged), index
+
+
+def kinds(names: Iterable[str]) -> set[str]:
+    """What tensors are called in whatever layer they are."""
+    return {re.sub(r"\d+", "#", name) for name in names}
 
 
 def _key(options: Mapping[str, Any] | None) -> str:

@@ -233,14 +233,16 @@ def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Weight]]:
 
 
 def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Weight]]:
-    """The weights of a layer file. One that is tied has the name that the training program told, where it did."""
+    """The weights of a layer file, without buffers. One that is tied has the name that the training program told, where
+    it did."""
     held = folder.layers[layer][tp]
     info = folder.first.content.get("universal_checkpoint_info")
     lists = info.values() if isinstance(info, Mapping) else ()
     patterns = {p for names in lists if isinstance(names, (list, tuple)) for p in names if isinstance(p, str)}
     tied = {".".join(p.split(".")[:2]) for p in patterns if p.startswith("tied_modules.")}
     prefix = next((t for t in sorted(tied) if any(f"{t}.{key}" in patterns for key in held)), str(layer))
-    return [(f"{prefix}.{key}", Weight(stored.shape, (stored,))) for key, stored in held.items()]
+    named = ((f"{prefix}.{key}", Weight(stored.shape, (stored,))) for key, stored in held.items())
+    return [(name, weight) for name, weight in named if name not in folder.buffers]
 
 
 def _of_stage(

@@ -10,6 +10,9 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
@@ -33,7 +36,8 @@ from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
-from ckptlab.words import some
+from ckptlab.stored import scalar
+from ckptlab.words import number_of, some
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,19 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             )
         )
     groups = _groups(catalog, options, experts, stages)
+    findings += _order_assumed(catalog, mesh, groups)
+    if source.folder.is_pipeline and (assumed_layers := source.module.assumed):
+        number = {prefix: layer for layer, prefix in source.module.layer_keys.items()}
+        text = (
+            f"{catalog.path} does not say which layers of the pipeline {some(assumed_layers, 4)} are: taken to be "
+            f"{', '.join(str(number[prefix]) for prefix in assumed_layers)}, right before the others, which is what "
+            "their files are called by. DeepSpeed finds none if the program has layers between; convert from the step "
+            "folder"
+        )
+        findings.append(_told("tied-layer-assumed", "warning", text))
+    if not whole or (dtype != "fp32" and fused_of(catalog, options)):
+        groups, said = _of_one_step(catalog, groups)
+        findings += said
     place = {name: i for i, group in enumerate(groups) for name in group.tensors}
     tensors = {name: replace(tensor, group=place.get(name)) for name, tensor in tensors.items()}
     flat_groups = _flat_groups(catalog, groups, tensors, mesh, wrapper, options, experts)
@@ -198,18 +215,40 @@ def not_loaded(target: Catalog) -> Iterator[Finding]:
             "on a rank, so that every rank takes the first ones, in silence: load it at ep 1, or write deepspeed files"
         )
         yield _told("universal-experts", "warning", text)
+    untrained = [t.name for t in target.tensors.values() if t.kind != "parameter"]
+    if untrained and target.training.layer_stages and not experts:
+        text = (
+            f"{some(untrained, 4)}: not trained, and a universal folder of a pipeline has no place for what is not, "
+            "since its layer files do not come along: left out; write deepspeed files to keep it"
+        )
+        yield _told("universal-left-out", "warning", text)
     if target.zero_stage == 3 and mesh.tp > 1:
         text = (
             f"tp {mesh.tp}: at ZeRO-3 DeepSpeed takes tensors of a universal folder whole, which fits one "
             "tensor-parallel rank alone: load it at tp 1, or write deepspeed files"
         )
         yield _told("universal-whole", "warning", text)
+    if any(here != [*range(len(here))] for here in groups_of_stages(target)):
+        text = (
+            "pp stages have different parameter groups, and DeepSpeed gives those of a stage the hyperparameters of "
+            "the first that a universal folder has, in silence: set lr and weight decay after loading, or write "
+            "deepspeed files"
+        )
+        yield _told("universal-groups", "warning", text)
     if any(_is_dealt(flat.names, target.groups[flat.group]) for flat in dealt):
         text = (
             "round_robin_gradients: DeepSpeed puts what it loads out of a universal folder in other tensors' places, "
             "in silence: train on without, or write deepspeed files"
         )
         yield _told("universal-round-robin", "warning", text)
+
+
+def groups_of_stages(target: Catalog) -> list[list[int]]:
+    """Which parameter groups each pp stage has; nothing where all have all."""
+    if not target.flat_groups:
+        return []
+    held = [list(dict.fromkeys(f.group for f in target.flat_groups if f.stage == p)) for p in range(target.mesh.pp)]
+    return [] if all(sorted(one) == [*range(len(target.groups))] for one in held) else held
 
 
 def _is_dealt(names: Sequence[str], group: ParameterGroup) -> bool:
@@ -368,6 +407,56 @@ def _groups(
     if len(options.param_groups) != len(groups):
         raise ReshapeError(f"param_groups: {len(options.param_groups)} given, the target has {len(groups)} groups")
     return tuple(replace(g, options=given) for g, given in zip(groups, options.param_groups, strict=True))
+
+
+def _order_assumed(catalog: Catalog, mesh: Mesh, groups: tuple[ParameterGroup, ...]) -> list[Finding]:
+    """What of a group's order on other stages is a guess: stages are taken to follow one another, which is so where the
+    program goes from layer to layer, and not where it does not on a stage of the source. So are groups that no stage
+    has both of."""
+    trained = catalog.private.folder.mesh.pp
+    if mesh.pp == trained:
+        return []
+    held = [{stage for n in group.tensors for stage in catalog.tensors[n].stages} for group in groups]
+    if (i := next((i for i in range(1, len(groups)) if not held[i - 1] & held[i]), None)) is not None:
+        text = (
+            f"{catalog.path}: no pp stage has tensors of both parameter groups {i - 1} and {i}: that they come in this "
+            "order is assumed. If the program's is another, DeepSpeed loads states into other tensors"
+        )
+        return [_told("group-order", "warning", text)]
+    for i, group in enumerate(groups):
+        for stage in range(trained):
+            names = [n for n in group.tensors if stage in catalog.tensors[n].stages]
+            layers = [int(head) for head in (n.partition(".")[0] for n in names) if head.isdecimal()]
+            if layers != sorted(layers):
+                text = (
+                    f"{catalog.path}: parameter group {i} ({group.name or 'unnamed'}) does not have its tensors in the "
+                    f"order of layers ({some(names, 3)} on pp stage {stage}): on other stages their order is assumed, "
+                    "stage after stage. If the program's is another, DeepSpeed loads states into other tensors"
+                )
+                return [_told("group-order", "warning", text)]
+    return []
+
+
+def _of_one_step(
+    catalog: Catalog, groups: tuple[ParameterGroup, ...]
+) -> tuple[tuple[ParameterGroup, ...], list[Finding]]:
+    """The groups as flat buffers keep them, which have one step for all that lies in them: the greatest."""
+    apart = {name: its for group in groups for name, its in group.apart.items()}
+    if not apart:
+        return groups, []
+    found = tuple(replace(g, scalars=max([g.scalars, *g.apart.values()], key=_step), apart={}) for g in groups)
+    name, its = min(apart.items(), key=lambda item: _step(item[1]))
+    text = (
+        f"{catalog.path}: {number_of(len(apart), 'tensor')} made other numbers of steps than the rest of the parameter "
+        f"group ({name}: {_step(its):g}): a flat buffer has one step for all of them, the greatest, so that Adam's "
+        "corrections of their moments will be those of that step"
+    )
+    return found, [_told("steps-apart", "warning", text)]
+
+
+def _step(scalars: Mapping[str, Any]) -> float:
+    value = scalars.get("step")
+    return float(value) if isinstance(value, np.ndarray) else scalar(value) or 0.0
 
 
 def _flat_groups(

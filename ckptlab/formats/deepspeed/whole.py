@@ -103,7 +103,7 @@ class Shards(Protocol):
 
     def shard(self, name: str, state: str, rank: int) -> Pending: ...
 
-    def scalars(self, group: int) -> dict[str, Any]: ...
+    def scalars(self, group: int, tensor: str) -> dict[str, Any]: ...
 
 
 def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str, Any]:
@@ -128,8 +128,8 @@ def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str,
             shards = [{s: _joined([one[s] for one in shards]) for s in shards[0]}]
         ids = list(range(len(state), len(state) + len(shards)))
         masters.append([one[MASTER] for one in shards if MASTER in one])
-        for i, one in zip(ids, shards, strict=True):
-            state[i] = writer.scalars(index) | {s: held for s, held in one.items() if s != MASTER}
+        for i, name, one in zip(ids, names, shards, strict=False):
+            state[i] = writer.scalars(index, name) | {s: held for s, held in one.items() if s != MASTER}
         groups.append({**group.options, "params": ids})
     base = {"state": state, "param_groups": groups}
     if target.private.dtype == "fp32":

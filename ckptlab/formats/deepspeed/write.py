@@ -234,9 +234,10 @@ class NativeWriter:
             ds_config=self.config,
             ds_version=self.version,
         )
-        if self.native.layer_stages and module is not None:
-            of_model = {n for x in self.target.tensors.values() if x.kind == "buffer" for n in (x.name, *x.aliases)}
-            model["buffer_names"] = [name for name in module if name in of_model]
+        if self.native.layer_stages:
+            here = [x for x in self.target.tensors.values() if x.kind == "buffer" and p in x.stages]
+            of_model = [n for x in here for n in (x.name, *x.aliases)]
+            model["buffer_names"] = [name for name in of_model if module is None or name in module]
         if self.experts:
             held = [self.experts.total[layer] for layer in self.layers_on(p)]
             model["num_experts"] = held or [fused.total for fused in self.experts.fused]
@@ -365,7 +366,7 @@ class NativeWriter:
             holder, part = self.share(group, rank)
             size = group.flats[holder].size(part)
             states = {s: self.partition(group, s, rank, size) for s in group.dtypes if s != MASTER}
-            found[i] = self.scalars(group.group) | states | self._momentum(group, rank)
+            found[i] = self.scalars(group.group, group.names[0]) | states | self._momentum(group, rank)
         return found
 
     def _momentum(self, group: FlatGroup, rank: int) -> dict[str, Any]:
@@ -379,9 +380,9 @@ class NativeWriter:
         count = sum(math.prod(one.shape) for one in whole)
         return {muon.MOMENTUM: Pending(whole[0].dtype, (count,), tuple(p for one in whole for p in one.parts))}
 
-    def scalars(self, group: int) -> dict[str, Any]:
+    def scalars(self, group: int, tensor: str) -> dict[str, Any]:
         """What the optimizer keeps once, as tensors of their own: torch counts steps in place, in each."""
-        kept = self.target.groups[group].scalars
+        kept = self.target.groups[group].scalars_of(tensor)
         return {k: torchfile.Apart(v) if isinstance(v, Stored) else copy.copy(v) for k, v in kept.items()}
 
     def param_groups(self, groups: list[FlatGroup]) -> list[dict[str, Any]]:

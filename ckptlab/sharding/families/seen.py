@@ -47,11 +47,17 @@ def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding], c
             unplaced.append(view.name)
         tensors[view.name] = replace(tensor, aliases=tuple(called[alias] for alias in tensor.aliases))
         placements.update(((view.name, state), place) for state, place in places.items())
+    seen = {view.name: view.pieces for view in views}
     members: dict[int | None, list[str]] = {}
     for name, tensor in tensors.items():
         members.setdefault(tensor.group, []).append(name)
     groups: tuple[ParameterGroup, ...] = tuple(
-        replace(group, tensors=tuple(members.get(i, ()))) for i, group in enumerate(base.training.groups)
+        replace(
+            group,
+            tensors=tuple(members.get(i, ())),
+            apart={n: group.apart[s] for n in members.get(i, ()) if (s := seen[n][0].name) in group.apart},
+        )
+        for i, group in enumerate(base.training.groups)
     )
     return replace(
         base,
@@ -62,7 +68,7 @@ def seen_as(base: Catalog, views: Sequence[View], findings: Iterable[Finding], c
         private=None,
         findings=(*findings, *_told(unplaced, [n for n, t in tensors.items() if not t.states])),
         base=base,
-        seen={view.name: view.pieces for view in views},
+        seen=seen,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -16,7 +16,7 @@ from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names, read_module
-from ckptlab.formats.deepspeed.optimizer import match_groups, program_order
+from ckptlab.formats.deepspeed.optimizer import kinds, match_groups, program_order
 from ckptlab.formats.deepspeed.options import dealt_to_tp
 from ckptlab.formats.deepspeed.read import (
     Native,
@@ -79,12 +79,13 @@ def read_universal(path: str, faults: Faults, strategy: Strategy | None = None) 
 
 def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Common, files: tuple[str, ...]) -> Catalog:
     folder = found.folder
+    layered = folder.is_pipeline or folder.is_numbered
     group_of = {n: i for i, g in enumerate(groups) for n in g.tensors}
     native = Native(
         folder,
         common.wrapper,
         layouts_are_told(found.info, found.strategy),
-        by_names(found.module, found.tensors) if folder.is_pipeline or folder.is_numbered else found.module,
+        found.module if not layered else by_names(found.module, found.tensors, common.tied_layers),
         {k: common.content[k] for k in EXTRAS if k in common.content},
         not common.options,
     )
@@ -103,6 +104,11 @@ def _catalog(found: _Tensors, groups: tuple[ParameterGroup, ...], common: _Commo
         findings=tuple(found.faults.findings),
         files=(*folder.files, *files),
     )
+
+
+# What ckptlab says in optimizer_state.pt, and DeepSpeed has no word for
+GROUPS = "ckptlab_groups"  # which parameter groups each pp stage has, where they differ
+TIED = "ckptlab_tied"  # which layer of a pipeline a tied module is, by its prefix
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,21 @@ class _Common:
             tuple(tuple(g.integers("params")) for g in groups),
             next(steps, {}),
         )
+
+    @property
+    def tied_layers(self) -> Mapping[str, int]:
+        """The layers that tied modules are, where ckptlab said it."""
+        said = self.content.get(TIED)
+        return {k: v for k, v in said.items() if type(v) is int and v >= 0} if isinstance(said, Mapping) else {}
+
+    @property
+    def of_stages(self) -> list[list[int]] | None:
+        """Which of the groups each pp stage has, where ckptlab said it: DeepSpeed has no word for that."""
+        said = self.content.get(GROUPS)
+        whole = isinstance(said, list) and all(isinstance(held, list) for held in said)
+        numbers = [i for held in said for i in held] if whole and said else [None]
+        known = range(len(self.options))
+        return said if all(isinstance(i, int) and i in known for i in numbers) else None
 
 
 def _common(path: str, faults: Faults) -> _Common | None:
@@ -301,6 +322,7 @@ def _groups(
 ) -> tuple[ParameterGroup, ...]:
     """Parameter groups: tensors from the model files, hyperparameters from what the universal folder has of them."""
     stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = []
+    told = common.of_stages
     dealt = common.wrapper is Wrapper.ZERO12 and folder.config.round_robin
     for p in range(folder.mesh.pp):
         shapes = folder.heads[p, 0][0].shapes or ()
@@ -311,6 +333,9 @@ def _groups(
             and all(i < len(joined) for m in common.members for i in m)
         ):
             joined = [tuple(n for i in members for n in joined[i]) for members in common.members]
+        if told is not None and p < len(told) and len(told[p]) == len(joined):
+            stages.append([(common.options[i], names) for i, names in zip(told[p], joined, strict=True)])
+            continue
         if common.options and len(joined) != len(common.options):
             message = (
                 f"{folder.path}: pp stage {p} has {len(joined)} parameter groups, {OPTIMIZER} has "
@@ -319,9 +344,42 @@ def _groups(
             faults.report(contradiction(os.path.join(folder.path, FOLDER, OPTIMIZER), message))
         options = common.options or (None,) * len(joined)
         stages.append(list(zip(options, joined, strict=False)))
+        if told is None and (wrong := _of_another(stages[0], stages[p])) is not None:
+            message = (
+                f"{folder.path}: parameter group {wrong} of pp stage {p} is another than that of stage 0, whose "
+                f"hyperparameters alone are in {OPTIMIZER}: convert from the step folder with ckptlab"
+            )
+            faults.report(contradiction(os.path.join(folder.path, FOLDER, OPTIMIZER), message))
     with faults.caught():
-        groups, _ = match_groups(folder.path, stages)
+        groups, _ = match_groups(folder.path, stages) if told is None else (_joined(common, stages, told), [])
         return tuple(
             replace(g, scalars=next((scalars[n] for n in g.tensors if scalars.get(n)), common.step)) for g in groups
         )
     return ()
+
+
+def _of_another(
+    first: Sequence[tuple[Mapping[str, Any] | None, tuple[str, ...]]],
+    here: Sequence[tuple[Mapping[str, Any] | None, tuple[str, ...]]],
+) -> int | None:
+    """Which of a stage's groups has tensors that are called as those of another of the first stage's groups, and none
+    as those of its own place's."""
+    there = [kinds(names) for _, names in first]
+    for i, (_, names) in enumerate(here):
+        mine = kinds(names)
+        if i < len(there) and not mine & there[i] and any(mine & others for others in there):
+            return i
+    return None
+
+
+def _joined(
+    common: _Common,
+    stages: Sequence[Sequence[tuple[Mapping[str, Any] | None, tuple[str, ...]]]],
+    told: Sequence[Sequence[int]],
+) -> tuple[ParameterGroup, ...]:
+    """The groups of a run whose stages have these of them."""
+    members: list[dict[str, None]] = [{} for _ in common.options]
+    for held, indices in zip(stages, told, strict=False):
+        for (_, names), i in zip(held, indices, strict=False):
+            members[i] |= dict.fromkeys(names)
+    return tuple(ParameterGroup(o, tuple(names)) for o, names in zip(common.options, members, strict=True))

@@ -12,8 +12,8 @@ from ckptlab.arrays import Drawn, Tally
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.headers import Wrapper
-from ckptlab.formats.deepspeed.target import reshape
-from ckptlab.formats.deepspeed.universal.read import FOLDER, OPTIMIZER, file_of
+from ckptlab.formats.deepspeed.target import groups_of_stages, reshape
+from ckptlab.formats.deepspeed.universal.read import FOLDER, GROUPS, OPTIMIZER, TIED, file_of
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.fileplan import Elements, FilePlan
 from ckptlab.formats.torch import torchfile
@@ -117,6 +117,14 @@ def _common(writer: NativeWriter) -> dict[str, Any]:
         target.mesh.dp if target.private.wrapper is Wrapper.ZERO3 else [target.mesh.dp] * len(groups)
     )
     state["param_groups"] = writer.param_groups(groups)
+    module = writer.source.private.module
+    tied = {prefix: layer for layer, prefix in module.layer_keys.items() if prefix.startswith(names.TIED)}
+    if tied and not module.assumed:
+        state[TIED] = tied
+    if stages := groups_of_stages(target):
+        state[GROUPS] = stages
+        state["param_groups"] = [{**g.options, "params": [i]} for i, g in enumerate(target.groups)]
+        state["partition_count"] = [target.mesh.dp] * len(target.groups)
     if target.private.wrapper is Wrapper.ZERO3:
         scalars = {i: dict(target.groups[g.group].scalars) for i, g in enumerate(groups)}
         state["optimizer_state_dict"] = {"state": scalars, "param_groups": state["param_groups"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,6 @@ from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import experts, pipeline
 from ckptlab.formats.deepspeed.experts import Experts
-from ckptlab.formats.deepspeed.format import DeepSpeed
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 
@@ -528,25 +526,6 @@ def test_each_stage_of_a_pipeline_needs_experts(tmp_path: Path) -> None:
     found = ckptlab.open(staged(tmp_path / "run"))
     with pytest.raises(ReshapeError, match="pp stage 0 of 2 would have no experts"):
         found.reshape(pipeline=(0, 2))
-
-
-def test_a_universal_folder_of_stages_with_other_parameter_groups_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """DeepSpeed zips the groups of the first stage with an engine's own, in `runtime/base_optimizer.py`: what is beyond
-    them keeps its initial weights, in silence."""
-    found = ckptlab.open(staged(tmp_path / "run"))
-    found.reshape(format="universal").save(tmp_path / "out" / "step")
-    assert differences(found.catalog, read(tmp_path / "out")) == []
-    made = DeepSpeed.target
-
-    def without_one(self: Any, source: Any, mesh: Mesh, options: Any) -> Any:
-        target = made(self, source, mesh, options)
-        return replace(target, flat_groups=tuple(g for g in target.flat_groups if (g.stage, g.group) != (0, 1)))
-
-    monkeypatch.setattr(DeepSpeed, "target", without_one)
-    with pytest.raises(ReshapeError, match="stage 1 has others .4., some of which it would leave as they begin"):
-        found.reshape(format="universal")
 
 
 def test_what_a_later_stage_alone_has_stays_there_by_way_of_a_universal_folder(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from ckptlab.formats.format import Beside, Format, Listing, Match
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import LayoutsOf, Strategy
-from ckptlab.words import number_of
 
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 ZERO = "zero"  # the folder of a universal checkpoint that holds the tensors
@@ -147,14 +146,6 @@ class Universal(DeepSpeed):
 
         target = super().target(source, mesh, options)
         if target.private.wrapper is not Wrapper.WHOLE:
-            on = [{g.group for g in target.flat_groups if g.stage == p} for p in range(target.mesh.pp)]
-            if apart := [p for p, held in enumerate(on) if held != on[0]]:
-                raise ReshapeError(
-                    f"{source.path}: a universal folder keeps the parameter groups of the first pp stage, which has "
-                    f"{number_of(len(on[0]), 'group')}, and DeepSpeed gives them to other stages in turn: stage "
-                    f"{apart[0]} has others ({len(on[apart[0]])}), some of which it would leave as they begin: take "
-                    "pp=1, or write deepspeed files"
-                )
             return replace(target, findings=(*target.findings, *not_loaded(target)))
         if options.zero_stage == 0:
             raise ReshapeError(

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ckptlab import formats, paths
 from ckptlab.arguments import check_fields, explained
 from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
@@ -205,6 +207,11 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
 Source = Checkpoint | Catalog | str | os.PathLike[str]
 
 
+def _kept(value: Any) -> Any:
+    """An option as it is kept: lists as tuples, numpy's numbers as Python's, which files can hold."""
+    return tuple(value) if isinstance(value, list) else value.item() if isinstance(value, np.generic) else value
+
+
 def opened(source: Source) -> Checkpoint:
     """A checkpoint that may be open already, or a catalog, or its path."""
     if isinstance(source, Catalog):
@@ -257,7 +264,7 @@ class Reshape(Viewed, Shown):
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ReshapeError(f"reshape has no option {unknown[0]!r}: expected {', '.join(known) or 'none'}")
-        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        options = {name: _kept(value) for name, value in options.items()}
         check_fields("reshape", form.options, options)
         _check_heads(source, options)
         given, mesh = form.options(**options), mesh or source.training.mesh or source.mesh

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ckptlab.arguments import kind_of
 from ckptlab.catalog import MASTER, PARAM, Tensor
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,8 @@ def load_into(ckpt: Viewed, module: torch.nn.Module, strict: bool = True, state:
     """
     import torch
 
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"load_into takes a torch.nn.Module, not {kind_of(module)}")
     targets = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
     held = list(_held(ckpt, state))
     places = [(t, s, [targets[n] for n in (t.name, *t.aliases) if n in targets]) for t, s in held]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptlab.errors import MeshError
+from ckptlab.errors import InputError, MeshError
 from ckptlab.mesh import Mesh
 
 degrees = st.integers(1, 4)
@@ -102,6 +102,8 @@ def test_replace():
         (lambda m: m.coordinate(16), "rank 16 .* 16 ranks"),
         (lambda m: m.replace(tp=0), "degree of mesh axis tp .* not 0"),
         (lambda m: m.replace(tp=1.5), "not 1.5"),
+        (lambda m: m.replace(tp=10**30), "ranks: a mesh has at most 16,777,216"),
+        (lambda m: Mesh(dp=1 << 25), r"dp\(33554432\) .* is 33,554,432 ranks: a mesh has at most 16,777,216"),
         (lambda m: m.split("dp", edp=2, ep=2).replace(dp=2), r"dp\(4\) is split into edp\(2\) \* ep\(2\)"),
         (lambda m: m.split("dp", edp=2, ep=2).rank(pp=0, dp=1, ep=0, tp=0), "ep is given twice"),
     ],
@@ -109,6 +111,11 @@ def test_replace():
 def test_errors_spell_the_numbers(wrong, message):
     with pytest.raises(MeshError, match=message):
         wrong(Mesh(pp=2, dp=4, tp=2))
+
+
+def test_a_coordinate_is_a_whole_number():
+    with pytest.raises(InputError, match="expected a whole number, not None"):
+        Mesh(tp=2).rank(tp=None)
 
 
 def test_a_mapping_of_degrees():

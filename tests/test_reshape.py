@@ -45,7 +45,7 @@ THERE = [
     (ZERO3, Mesh(dp=7), {}),
     (ZERO3, Mesh(dp=3), {"zero_stage": 1}),
     (ZERO3, Mesh(dp=4), {"zero_stage": 2}),
-    (ZERO3, Mesh(dp=3), {"sub_group_size": 300}),
+    (ZERO3, Mesh(dp=3), {"sub_group_size": np.int64(300)}),
 ]
 
 

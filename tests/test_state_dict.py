@@ -13,7 +13,7 @@ from devices import BACKENDS, spoken
 
 import ckptlab
 from ckptlab import Backend
-from ckptlab.errors import BackendError, CheckpointError
+from ckptlab.errors import BackendError, CheckpointError, InputError
 
 torch = pytest.importorskip("torch")
 
@@ -137,5 +137,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_copied(gpt: Any) -> Non
     loaded = gpt.load_into(lenient := Module(wrong), strict=False)
     assert loaded == (["head.bias"], [n for n in known if n in (first, second)])
     assert (lenient.state_dict()["head.bias"] == 7).all()
+    with pytest.raises(InputError, match="takes a torch.nn.Module, not None"):
+        gpt.load_into(None)
     with pytest.raises(CheckpointError, match="to_empty"):
         gpt.load_into(Module(known, device="meta"))

@@ -34,8 +34,9 @@ lab: $(VENV)/lab.stamp
 docs: $(VENV)/docs.stamp
 	$(PYTHON) docs/site.py
 
+# One worker more than cores: some tests wait for servers and browsers.
 test: $(VENV)/full.stamp
-	$(PYTHON) -m pytest -n 2 --dist worksteal
+	$(PYTHON) -m pytest -n 3 --dist worksteal
 
 check: $(VENV)/full.stamp
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not deepspeed"

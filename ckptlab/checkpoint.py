@@ -204,6 +204,7 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
         return list(self)
 
 
+_MOST = 1 << 24  # ranks of a target: many tables have a row for each
 Source = Checkpoint | Catalog | str | os.PathLike[str]
 
 
@@ -268,6 +269,8 @@ class Reshape(Viewed, Shown):
         check_fields("reshape", form.options, options)
         _check_heads(source, options)
         given, mesh = form.options(**options), mesh or source.training.mesh or source.mesh
+        if mesh.size > _MOST:
+            raise ReshapeError(f"{source.path}: {mesh} is {mesh.size:,} ranks, ckptlab plans for {_MOST:,} at most")
         said, laid = resolve(strategy), source
         if said is not None or (format == PAPER and not source.training.numbers):
             laid = relaid(source, mesh, said or Rules(()), form.cuts, form.uneven)

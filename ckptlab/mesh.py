@@ -19,7 +19,6 @@ from ckptlab.words import number_of, place_text
 STANDARD = ("pp", "dp", "tp")
 """The axes that every mesh has, slowest first: DeepSpeed's rank is (pp * DP + dp) * TP + tp."""
 _KNOWN = (*STANDARD, "ep", "cp")
-MOST = 1 << 24  # ranks of a mesh: many tables have a row for each
 
 
 @explained
@@ -44,7 +43,6 @@ class Mesh(Shown, Mapping[str, int]):
         order = [axis for axis in degrees if axis not in STANDARD] + list(STANDARD)
         object.__setattr__(self, "_degrees", tuple((a, _degree(a, degrees.get(a, 1))) for a in order))
         object.__setattr__(self, "_parts", ())
-        _bounded(self._degrees)
 
     @classmethod
     def from_device_mesh(cls, devices: Any) -> Mesh:
@@ -221,7 +219,7 @@ class Mesh(Shown, Mapping[str, int]):
         _meant({axis: n for axis, n in degrees.items() if axis not in self})
         added = tuple((a, _degree(a, n)) for a, n in degrees.items() if a not in self)
         kept = tuple((a, _degree(a, degrees.get(a, n))) for a, n in self._degrees)
-        return _mesh(_bounded((*added, *kept)), self._parts)
+        return _mesh((*added, *kept), self._parts)
 
     def directions(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """How a picture of the block runs: the axes from grid to grid, down a grid (dp), across it (tp)."""
@@ -289,14 +287,6 @@ def _degree(axis: str, degree: int) -> int:
     if value < 1:
         raise MeshError(f"the degree of mesh axis {axis} must be an integer from 1, not {degree!r}")
     return value
-
-
-def _bounded(degrees: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
-    """The degrees. MeshError where they make more ranks than a mesh may have."""
-    size = math.prod(degree for _, degree in degrees)
-    if size > MOST:
-        raise MeshError(f"{_equation(dict(degrees))} is {size:,} ranks: a mesh has at most {MOST:,}")
-    return degrees
 
 
 def _meant(degrees: Mapping[str, int]) -> None:

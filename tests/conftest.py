@@ -1,6 +1,12 @@
-"""What holds for the whole run: hypothesis without deadlines, and little time for the garbage collector."""
+"""What holds for the whole run: hypothesis without deadlines; one thread for each process, since there are as many as
+cores; little time for compilers and the garbage collector."""
 
 import gc
+import os
+
+# Read when torch and jax are imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import nbformat  # noqa: F401 — before pytest imports it in depth: jsonschema's grammar then costs five times as much
 import pytest

@@ -214,6 +214,8 @@ def test_options_of_a_target_are_of_their_kinds() -> None:
     for text, fields in (("(tp out)", {"sizes": {"out": 3.5}}), ("(tp out)", {"totals": {"out": "4"}})):
         with pytest.raises(InputError):
             Layout(text, **fields)
+    with pytest.raises(ckptlab.ReshapeError, match=r"ranks, ckptlab plans for 16,777,216 at most"):
+        GPTS.reshape(dp=10**30)
     with pytest.raises(ckptlab.MeshError, match="not True"):
         Mesh(tp=True)
     with pytest.raises(ckptlab.MeshError, match=r"no axis 'pt': .* Mesh\(tp=3\)"):

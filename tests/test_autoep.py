@@ -490,7 +490,6 @@ def headers(folder: Path) -> dict[str, dict[str, Any]]:
         ("autoep_tp2_ep4_dp2_zero0", {"dp": 1, "ep": 2}, {"dp": 1, "ep": 2}),
         ("autoep_tp2_ep4_dp2_zero3", {"dp": 1, "ep": 2}, {"dp": 1, "ep": 2}),
         ("autoep_tp4_ep2", {"tp": 2, "dp": 3, "ep": 3}, {"tp": 2, "dp": 3, "ep": 3}),
-        ("autoep_tp4_ep2", {"zero_stage": 0}, {"zero": 0}),
         ("autoep_tp2_ep4_dp2", {"tp": 1, "ep": 2, "zero_stage": 0}, {"tp": 1, "ep": 2, "zero": 0}),
     ],
 )

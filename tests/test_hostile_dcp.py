@@ -232,7 +232,7 @@ def test_odd_values_are_findings_and_errors_never_tracebacks(
     read = (lambda: pickles.loads(raw, name)) if name == ".metadata" else (lambda: torchfile.read(old))
     chance = random.Random(f"{make.__name__} {name}")
     found, places = 0, list(ways(read()))
-    for _ in range(50):
+    for _ in range(25):
         way, value = chance.choice(places), chance.choice(ODD)
         if way[-1][0] == "key" and isinstance(value, list | dict):
             continue  # no writer of pickles has such keys
@@ -246,7 +246,7 @@ def test_odd_values_are_findings_and_errors_never_tracebacks(
         except Exception as error:
             raise AssertionError(f"{name}: {way} = {value!r}") from error
         file.write_bytes(raw)
-    assert found > 15 or name == "common.pt"  # of which little is needed
+    assert found > 7 or name == "common.pt"  # of which little is needed
 
 
 BYTES = [

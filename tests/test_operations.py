@@ -372,7 +372,7 @@ def spread(draw: st.DrawFn) -> tuple[Mesh, list[Layout], list[tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("backend", COMPILED, ids=spoken)  # compiles each shape
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(spread(), st.booleans())
 def test_flat_laws_where_experts_are_spread(backend: Backend, case: Any, zero3: bool) -> None:
     """Holders differ on ep and tp, edp cuts the buffers: each holds what the cut says, and merging undoes splitting."""

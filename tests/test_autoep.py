@@ -122,6 +122,8 @@ def test_beside_autotp_others_are_cut(options: dict[str, Any], tmp_path: Path) -
     there = ckptlab.open(tmp_path / "there", strategy=Cut())
     assert there["layers.0.mlp.gate_proj.weight"].cut.shard_shape((1,)) == (17, 24)
     assert differences(source.catalog, there.catalog) == []
+    assert "experts  edp 1 → 2, ep 4 → 2" in str(there.reshape(ep=2))
+    assert "changes   none" in str(there.reshape())
 
 
 def test_beside_autotp_ranks_keep_the_order_of_their_experts(tmp_path: Path) -> None:

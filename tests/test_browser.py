@@ -267,7 +267,7 @@ def test_no_hand_brings_the_widget_to_contradict_itself(tmp_path: Path) -> None:
                 assert "1 × 4,096 tokens" in root.locator('[data-slot="model.zero"]').inner_text()
             root.evaluate(WATCH)
             tabs = root.get_by_role("tab").evaluate_all("tabs => tabs.map((tab) => tab.dataset.tab)")
-            for _ in range(9):
+            for _ in range(6):
                 if chance.random() < 0.2:
                     root.locator(f'[role=tab][data-tab="{chance.choice(tabs)}"]').click()
                 elif ticks := root.locator(".panel:not([hidden]) .slider").evaluate_all(TICKS):

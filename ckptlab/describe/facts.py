@@ -151,9 +151,10 @@ def plan(reshape: Reshape) -> dict[str, Any]:
 
     Keys: source {path, format, mesh, ranks, zero_stage, optimizer, dtype}, target (the same, without path and
     format), layers {source, target} (those on each pp stage), layouts [{name, source, target}] of tensors that are cut
-    by another one, vocabulary {true, source, target} rows or None, bytes
-    {read, written, moved}, largest_tensor (bytes), files (to be written), moves {by_target [{rank, received, own,
-    sources}], matrix [source rank][target rank] in bytes, None for more than 16 ranks}, notices [{code, text}].
+    by another one, arranged {axis: [source, target]} of axes that experts alone lie on, vocabulary {true, source,
+    target} rows or None, bytes {read, written, moved}, largest_tensor (bytes), files (to be written), moves {by_target
+    [{rank, received, own, sources}], matrix [source rank][target rank] in bytes, None for more than 16 ranks}, notices
+    [{code, text}].
     """
     source, target = reshape.source, reshape.target
     cost = reshape.cost()
@@ -162,6 +163,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
         "target": _side(target, target.mesh),
         "layers": {"source": _layers(source), "target": _layers(target)},
         "layouts": _relaid(source, target),
+        "arranged": _arranged(source, target),
         "vocabulary": _vocabulary(source, target),
         "bytes": {"read": cost.read, "written": cost.written, "moved": cost.moved},
         "largest_tensor": cost.largest_tensor,
@@ -193,6 +195,21 @@ def _relaid(source: Catalog, target: Catalog) -> list[dict[str, str]]:
     """Tensors whose layouts the target says otherwise."""
     texts = [(name, source.tensors[name].layout.text, tensor.layout.text) for name, tensor in target.tensors.items()]
     return [{"name": name, "source": a, "target": b} for name, a, b in texts if a != b]
+
+
+def _arranged(source: Catalog, target: Catalog) -> dict[str, list[int]]:
+    """The degrees on either side, where they differ, of axes of tensors that lie on a mesh of their own of the same
+    ranks: experts that are dealt to tp ranks too."""
+    found: dict[str, list[int]] = {}
+    for name, tensor in target.tensors.items():
+        own = [tensor.cut.mesh, source.tensors[name].cut.mesh]
+        both = zip(own, (target.mesh, source.mesh), strict=True)
+        if any(one.size == of.size and one.axes != of.axes for one, of in both):
+            for axis in dict.fromkeys(axis for one in own for axis in one.axes if axis not in STANDARD):
+                after, before = (one.get(axis, 1) for one in own)
+                if before != after:
+                    found[axis] = [before, after]
+    return found
 
 
 def _vocabulary(source: Catalog, target: Catalog) -> dict[str, int] | None:

@@ -165,6 +165,8 @@ def changes(about: About) -> list[list[str]]:
             if a != b or made:
                 told.append((f"{axis} {a} → {b}" if axis in before and a != b else f"{axis} {b}") + made)
         rows.append(["mesh", ", ".join(told)])
+    if own := about["arranged"]:
+        rows.append(["experts", ", ".join(f"{axis} {a} → {b}" for axis, (a, b) in own.items())])
     if stage(source) != stage(wanted):
         rows.append(["training", f"{stage(source)} → {stage(wanted)}"])
     if relaid := about["layouts"]:

@@ -63,7 +63,8 @@ class DeepSpeed(Format):
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
         from ckptlab.formats.deepspeed.adopted import adopted
-        from ckptlab.formats.deepspeed.target import assumed, reshape
+        from ckptlab.formats.deepspeed.cautions import assumed
+        from ckptlab.formats.deepspeed.target import reshape
 
         if self.name == DeepSpeed.name and any(f.code == "order-unknown" for f in source.findings):
             raise ReshapeError(
@@ -141,8 +142,8 @@ class Universal(DeepSpeed):
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
         """What a step folder would hold on the mesh, which the model files beside whole tensors are made for; of a run
         without ZeRO what it would hold at stage 1, since DeepSpeed reads no universal folder without ZeRO."""
+        from ckptlab.formats.deepspeed.cautions import not_loaded
         from ckptlab.formats.deepspeed.headers import Wrapper
-        from ckptlab.formats.deepspeed.target import not_loaded
 
         target = super().target(source, mesh, options)
         if target.private.wrapper is not Wrapper.WHOLE:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, FlatGroup, ParameterGroup, Tensor
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding
-from ckptlab.formats.deepspeed import autotp, muon, pipeline
-from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
+from ckptlab.formats.deepspeed import autotp, cautions, muon, pipeline
 from ckptlab.formats.deepspeed.assemble import placements
+from ckptlab.formats.deepspeed.cautions import told
 from ckptlab.formats.deepspeed.experts import Experts, asked, layer_of, regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import dealt_round_robin, gradients
@@ -32,12 +32,11 @@ from ckptlab.formats.deepspeed.options import (
     problems,
     stage_of,
 )
-from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import on_degree
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
 from ckptlab.stored import scalar
-from ckptlab.words import number_of, some
+from ckptlab.words import number_of
 
 
 @dataclass(frozen=True)
@@ -108,43 +107,15 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     wrapper = _wrapper(source.wrapper, stage)
     whole = wrapper is Wrapper.WHOLE
     heads, kv_heads = head_counts(catalog, options)
-    divides = source.folder.mesh.tp % mesh.tp == 0  # then as many heads on a rank of the source are as many here
-    if source.autotp:
-        kv_heads = kv_heads or (autotp.divided_heads(catalog.tensors, source.folder.mesh) if divides else None)
+    if source.autotp and source.folder.mesh.tp % mesh.tp == 0:
+        kv_heads = kv_heads or autotp.divided_heads(catalog.tensors, source.folder.mesh)
     tensors = {
         name: _retarget(catalog, t, mesh, stages[name], padded, dtype, kv_heads, whole, experts)
         for name, t in catalog.tensors.items()
     }
-    if source.autotp and kv_heads and mesh.tp > kv_heads and mesh.tp != source.folder.mesh.tp:
-        findings.append(
-            _told(
-                "heads-few",
-                "warning",
-                f"tp {mesh.tp} of {kv_heads} key/value heads: AutoTP leaves tp ranks from {kv_heads} on no part of "
-                "attention. DeepSpeed trains that (transformers' LLaMA, say), no faster; a model whose own "
-                "code divides by its number of heads fails",
-            )
-        )
-    if not divides and (kv_heads if source.autotp else heads) is None:
-        findings.append(
-            _told(
-                "heads-unknown",
-                "warning",
-                f"{catalog.path}: the number of {'key/value' if source.autotp else 'attention'} heads is unknown: "
-                f"whether tp {mesh.tp} divides it was not checked; say {'kv_heads' if source.autotp else 'heads'}=",
-            )
-        )
+    findings += cautions.of_heads(catalog, mesh, kv_heads if source.autotp else heads)
     groups = _groups(catalog, options, experts, stages)
-    findings += _order_assumed(catalog, mesh, groups)
-    if source.folder.is_pipeline and (assumed_layers := source.module.assumed):
-        number = {prefix: layer for layer, prefix in source.module.layer_keys.items()}
-        text = (
-            f"{catalog.path} does not say which layers of the pipeline {some(assumed_layers, 4)} are: taken to be "
-            f"{', '.join(str(number[prefix]) for prefix in assumed_layers)}, right before the others, which is what "
-            "their files are called by. DeepSpeed finds none if the program has layers between; convert from the step "
-            "folder"
-        )
-        findings.append(_told("tied-layer-assumed", "warning", text))
+    findings += [*cautions.of_order(catalog, mesh, groups), *cautions.of_tied_layers(catalog)]
     if not whole or (dtype != "fp32" and fused_of(catalog, options)):
         groups, said = _of_one_step(catalog, groups)
         findings += said
@@ -153,16 +124,8 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     flat_groups = _flat_groups(catalog, groups, tensors, mesh, wrapper, options, experts)
     _refuse_stages_without_experts(catalog, mesh, tensors, experts)
     _refuse_empty_groups(catalog, groups, mesh, tensors)
-    if wrapper is Wrapper.WHOLE and source.wrapper is not Wrapper.WHOLE and options.fused is None and dtype != "fp32":
-        kept = "in one flat tensor a group, as a fused Adam does" if fused_of(catalog, options) else "one by one"
-        findings.append(
-            _told(
-                "masters-assumed",
-                "warning",
-                f"the target is taken to keep master weights {kept} (by the run's ds_config); say fused= if its "
-                "optimizer does otherwise",
-            )
-        )
+    if whole and dtype != "fp32":
+        findings += cautions.of_masters(catalog, options)
     flat_groups, whole_states = muon.of_target(flat_groups, groups, wrapper, source.config, bool(experts))
     outside = _outside(tensors, mesh, wrapper, experts, not source.folder.is_pipeline) | whole_states
     return Catalog(
@@ -190,77 +153,6 @@ def _build(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     )
 
 
-def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
-    """What a user must hear of a target whose source DeepSpeed did not write."""
-    if isinstance(source.private, Native):
-        return
-    if options.zero_stage is None and source.zero_stage is None:
-        text = f"{source.path} says no ZeRO stage: written for ZeRO-{ZERO_STAGE}; say zero_stage="
-        yield _told("zero-stage-assumed", "info", text)
-    if left := [key for key in source.client if key not in ("train_state", "lr_scheduler")]:
-        text = (
-            f"what the program put into {source.path} ({some(left, 4)}) is not DeepSpeed's to restore, and is left "
-            "out: data loaders and random states begin anew"
-        )
-        yield _told("client-left-out", "info", text)
-
-
-def not_loaded(target: Catalog) -> Iterator[Finding]:
-    """What DeepSpeed (0.19.8) does not read right out of a universal folder on the target's mesh."""
-    experts, mesh = target.private.experts, target.mesh
-    dealt = target.flat_groups if target.private.wrapper is Wrapper.ZERO12 else ()
-    if experts and not experts.fused and experts.sizes[-1] > 1:
-        text = (
-            f"ep {experts.sizes[-1]}: DeepSpeed looks for experts in a universal folder by the numbers that they have "
-            "on a rank, so that every rank takes the first ones, in silence: load it at ep 1, or write deepspeed files"
-        )
-        yield _told("universal-experts", "warning", text)
-    untrained = [t.name for t in target.tensors.values() if t.kind != "parameter"]
-    if untrained and target.training.layer_stages and not experts:
-        text = (
-            f"{some(untrained, 4)}: not trained, and a universal folder of a pipeline has no place for what is not, "
-            "since its layer files do not come along: left out; write deepspeed files to keep it"
-        )
-        yield _told("universal-left-out", "warning", text)
-    if target.zero_stage == 3 and mesh.tp > 1:
-        text = (
-            f"tp {mesh.tp}: at ZeRO-3 DeepSpeed takes tensors of a universal folder whole, which fits one "
-            "tensor-parallel rank alone: load it at tp 1, or write deepspeed files"
-        )
-        yield _told("universal-whole", "warning", text)
-    if any(here != [*range(len(here))] for here in groups_of_stages(target)):
-        text = (
-            "pp stages have different parameter groups, and DeepSpeed gives those of a stage the hyperparameters of "
-            "the first that a universal folder has, in silence: set lr and weight decay after loading, or write "
-            "deepspeed files"
-        )
-        yield _told("universal-groups", "warning", text)
-    if any(_is_dealt(flat.names, target.groups[flat.group]) for flat in dealt):
-        text = (
-            "round_robin_gradients: DeepSpeed puts what it loads out of a universal folder in other tensors' places, "
-            "in silence: train on without, or write deepspeed files"
-        )
-        yield _told("universal-round-robin", "warning", text)
-
-
-def groups_of_stages(target: Catalog) -> list[list[int]]:
-    """Which parameter groups each pp stage has; nothing where all have all."""
-    if not target.flat_groups:
-        return []
-    held = [list(dict.fromkeys(f.group for f in target.flat_groups if f.stage == p)) for p in range(target.mesh.pp)]
-    return [] if all(sorted(one) == [*range(len(target.groups))] for one in held) else held
-
-
-def _is_dealt(names: Sequence[str], group: ParameterGroup) -> bool:
-    """Whether a buffer has tensors in another order than the program."""
-    held = set(names)
-    return list(names) != [n for n in group.tensors if n in held]
-
-
-def _told(code: str, severity: str, found: str) -> Finding:
-    return Finding(code, severity, found=found, about="target")
-
-
 def _stages(
     catalog: Catalog, mesh: Mesh, options: TargetOptions, experts: Experts
 ) -> tuple[dict[str, tuple[int, ...]], dict[int, int], list[Finding]]:
@@ -284,7 +176,7 @@ def _stages(
         starts = pipeline.describe(catalog, experts).starts(mesh.pp, method)
         if options.pipeline is None and mesh.pp > 1:
             findings.append(
-                _told(
+                told(
                     "pipeline-inferred",
                     "warning",
                     f"the checkpoint does not record how layers are dealt to stages; assumed {method!r} (it "
@@ -322,7 +214,7 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
         else:
             new = old if old % mesh.tp == 0 else -(-true // mesh.tp) * mesh.tp
             return new, [
-                _told(
+                told(
                     "vocabulary-rule",
                     "warning",
                     f"{catalog.path}: the rule by which the vocabulary is padded is not recorded; assumed {new} "
@@ -333,7 +225,7 @@ def _padded_vocab(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> tuple
         return new, []
     change = f"{new - old} rows of zeros are added" if new > old else f"the last {old - new} padding rows are cut off"
     return new, [
-        _told(
+        told(
             "vocabulary-padding",
             "info",
             f"vocabulary padding follows tp: {old} → {new} rows, {change}; a model that does not mask padding in its "
@@ -409,34 +301,6 @@ def _groups(
     return tuple(replace(g, options=given) for g, given in zip(groups, options.param_groups, strict=True))
 
 
-def _order_assumed(catalog: Catalog, mesh: Mesh, groups: tuple[ParameterGroup, ...]) -> list[Finding]:
-    """What of a group's order on other stages is a guess: stages are taken to follow one another, which is so where the
-    program goes from layer to layer, and not where it does not on a stage of the source. So are groups that no stage
-    has both of."""
-    trained = catalog.private.folder.mesh.pp
-    if mesh.pp == trained:
-        return []
-    held = [{stage for n in group.tensors for stage in catalog.tensors[n].stages} for group in groups]
-    if (i := next((i for i in range(1, len(groups)) if not held[i - 1] & held[i]), None)) is not None:
-        text = (
-            f"{catalog.path}: no pp stage has tensors of both parameter groups {i - 1} and {i}: that they come in this "
-            "order is assumed. If the program's is another, DeepSpeed loads states into other tensors"
-        )
-        return [_told("group-order", "warning", text)]
-    for i, group in enumerate(groups):
-        for stage in range(trained):
-            names = [n for n in group.tensors if stage in catalog.tensors[n].stages]
-            layers = [int(head) for head in (n.partition(".")[0] for n in names) if head.isdecimal()]
-            if layers != sorted(layers):
-                text = (
-                    f"{catalog.path}: parameter group {i} ({group.name or 'unnamed'}) does not have its tensors in the "
-                    f"order of layers ({some(names, 3)} on pp stage {stage}): on other stages their order is assumed, "
-                    "stage after stage. If the program's is another, DeepSpeed loads states into other tensors"
-                )
-                return [_told("group-order", "warning", text)]
-    return []
-
-
 def _of_one_step(
     catalog: Catalog, groups: tuple[ParameterGroup, ...]
 ) -> tuple[tuple[ParameterGroup, ...], list[Finding]]:
@@ -451,7 +315,7 @@ def _of_one_step(
         f"group ({name}: {_step(its):g}): a flat buffer has one step for all of them, the greatest, so that Adam's "
         "corrections of their moments will be those of that step"
     )
-    return found, [_told("steps-apart", "warning", text)]
+    return found, [told("steps-apart", "warning", text)]
 
 
 def _step(scalars: Mapping[str, Any]) -> float:

@@ -11,8 +11,9 @@ import numpy as np
 from ckptlab.arrays import Drawn, Tally
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
+from ckptlab.formats.deepspeed.cautions import groups_of_stages
 from ckptlab.formats.deepspeed.headers import Wrapper
-from ckptlab.formats.deepspeed.target import groups_of_stages, reshape
+from ckptlab.formats.deepspeed.target import reshape
 from ckptlab.formats.deepspeed.universal.read import FOLDER, GROUPS, OPTIMIZER, TIED, file_of
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.fileplan import Elements, FilePlan

@@ -155,6 +155,14 @@ def test_views_of_a_target_beside_autotp() -> None:
     assert [inventory(target.target, rank).kinds[PARAM] for rank in range(4)] == [2 * sum(held)] * 4
 
 
+@pytest.mark.parametrize(("ep", "cut"), [(4, False), (2, True)])
+def test_a_picture_says_that_shards_are_cut_where_they_are(ep: int, cut: bool) -> None:
+    target = ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=2, tp=2, ep=ep).target
+    said = "each shard is cut over edp into up to 2 fragments: not drawn"
+    assert (said in ckptlab.viz.placed(target, W1, "exp_avg").svg) is cut
+    assert "up to 1 fragments" not in ckptlab.viz.placed(target, W1, "exp_avg").svg
+
+
 def test_what_files_say_of_experts_beside_autotp(tmp_path: Path) -> None:
     """Which DeepSpeed insists on (`validate_folding_metadata`): who wrote them, and over how many ranks they lie."""
     ckptlab.open(AUTOEP, strategy=Whole()).reshape(dp=2, tp=2, ep=4, zero_stage=2).save(tmp_path / "step")

@@ -45,11 +45,11 @@ def placed(
     placement = catalog.placement(tensor.name, state)
     notes = notes_of(tensor.layout)
     fragments: list[Fragment] = []
-    if placement.flats:
+    each = math.prod(placement.mesh[axis] for axis in placement.data)
+    if placement.flats and each > 1:
         fragments = list(_fragments(placement)) if len(tensor.shape) <= 2 else []
         if not fragments or sum(len(f.areas) for f in fragments) > MOST:
             fragments = []
-            each = math.prod(placement.mesh[axis] for axis in placement.data)
             notes.append(
                 f"each shard is cut over {' · '.join(placement.data)} into up to {each:,} fragments: not drawn"
             )

@@ -688,7 +688,9 @@ def test_text_and_html(gpt: Path) -> None:
 def test_every_code_is_explained() -> None:
     package = Path(ckptlab.__file__).parent
     files = [package / "findings.py", *package.glob("analysis/checkup/*.py"), *package.glob("formats/**/*.py")]
-    sources = "".join(p.read_text() for p in files if p.name not in ("target.py", "cautions.py", "info.py", "adopted.py"))
+    sources = "".join(
+        p.read_text() for p in files if p.name not in ("target.py", "cautions.py", "info.py", "adopted.py")
+    )
     codes = set(re.findall(r'"((?:[a-z]+-)+[a-z0-9]+)",\s+"(?:error|warning|info)"', sources))
     codes |= set(re.findall(r'(?:code|todo|code, todo) = "((?:[a-z]+-)+[a-z0-9]+)"', sources))
     explained = set(re.findall(r"`([a-z-]+)`", (DATA.parent / "docs" / "check.md").read_text()))

@@ -96,10 +96,11 @@ def train(rank: int, name: str, case: Case, folder: Path) -> None:
     for step in range(case.saved_step + 1, last + 1):
         losses[step] = run.step(step)
         if case.dtype == "fp32" and step == case.saved_step + 1:  # which a program of another kind can come near to
-            after = {key: t.contiguous() for key, t in gather(run).tensors.items() if key.startswith("master/")}
-            if rank == 0:
-                safetensors.torch.save_file(after, folder / "next.safetensors")
-    if rank == 0:
+            after = gather(run)
+            if after is not None:
+                masters = {key: t.contiguous() for key, t in after.tensors.items() if key.startswith("master/")}
+                safetensors.torch.save_file(masters, folder / "next.safetensors")
+    if truth is not None:
         description = {
             "name": name,
             "case": {key: value for key, value in asdict(case).items() if value != ()},

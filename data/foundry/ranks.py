@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,18 @@ os.environ |= {
 import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessException
 
+IMPORTED_LATE = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "numpy.ctypeslib",
+    "torch._dynamo",
+    "torch.utils.cpp_extension",
+    "torch.utils.serialization.config",
+    "transformers.cache_utils",
+)
+"""What engines import as they are made and trained, where it is installed."""
 PATIENCE = timedelta(minutes=20)
 """How long a rank waits for another one."""
 
@@ -36,8 +50,10 @@ def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
     are imported only once. Raises RankError when a rank fails; the others are then ended.
     """
     import deepspeed
-    import deepspeed.runtime.zero.muon.muon_optimizer
-    import torch._dynamo
+
+    for late in IMPORTED_LATE:
+        with suppress(ImportError):
+            importlib.import_module(late)
 
     # Else DeepSpeed compiles an all-reduce in shared memory, and each rank leaves 66 MiB in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

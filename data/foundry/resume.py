@@ -49,13 +49,13 @@ def resume(rank: int, case: Case, folder: Path, universal: bool, truth: Truth, s
     path, _ = run.engine.load_checkpoint(str(root), tag=tag)
     if path is None:
         raise FileNotFoundError(f"engine.load_checkpoint found nothing under the tag {tag!r}")
-    found = differences(gather(run), truth)
-    result: dict[str, Any] = {
-        "status": "different" if found else "equal",
-        "compared": Counter(key.split("/", 1)[0] for key in truth.tensors),
-        "differences": found,
-    }
-    if rank == 0:
+    gathered = gather(run)
+    result: dict[str, Any] = {}
+    if gathered is not None:
+        found = differences(gathered, truth)
+        result["status"] = "different" if found else "equal"
+        result["compared"] = Counter(key.split("/", 1)[0] for key in truth.tensors)
+        result["differences"] = found
         report.write_text(json.dumps(result))
     first = run.engine.global_steps + 1
     result["losses"] = {step: run.step(step) for step in range(first, first + steps)}

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,14 +275,14 @@ def _foreign(a: Path, b: Path) -> Iterator[Fault]:
             yield Fault("another step's or run's, real", f"{file} of {b}", _over(b / file, file))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--foreign", nargs=2, action="append", type=Path, default=[])
     parser.add_argument("--flips", type=int, default=2, help="bits that are flipped in each part of a file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where each fault is to be listed")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     table: dict[str, Counter[str]] = defaultdict(Counter)
     lines = []
     work = [(folder, None) for folder in options.folders] + [tuple(pair) for pair in options.foreign]

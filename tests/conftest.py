@@ -3,12 +3,14 @@ cores; little time for compilers and the garbage collector."""
 
 import gc
 import os
+import sys
 
 # Read when torch and jax are imported, here and in processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# A grammar of IRIs that jsonschema would build for a second when nbformat imports it, and for which it can do without.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
-import nbformat  # noqa: F401 — before pytest imports it in depth: jsonschema's grammar then costs five times as much
 import pytest
 from hypothesis import settings
 

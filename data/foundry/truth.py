@@ -75,7 +75,7 @@ def gather(run: Run) -> Truth | None:
 
 
 def _on_rank_0(run: Run, value: Any) -> list[Any] | None:
-    """The values of all ranks, on rank 0. As files in memory, since tensors pickled one by one take ten times as long."""
+    """The values of all ranks, on rank 0. As files in memory: tensors pickled one by one take ten times as long."""
     file = io.BytesIO()
     torch.save(value, file)
     every: list[Any] | None = [None] * run.case.world if torch.distributed.get_rank() == 0 else None

@@ -5,14 +5,14 @@ import gc
 import os
 import sys
 
+import pytest
+from hypothesis import settings
+
 # Read when torch and jax are imported, here and in processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 # A grammar of IRIs that jsonschema would build for a second when nbformat imports it, and for which it can do without.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
-
-import pytest
-from hypothesis import settings
 
 # These machines are shared, and a slow example is no fault.
 settings.register_profile("shared-machine", deadline=None)

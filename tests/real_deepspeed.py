@@ -1,28 +1,26 @@
 """Real DeepSpeed as the judge of the checkpoints that tests write.
 
 `resume` loads a checkpoint in fresh ranks and compares what the engine then holds, bit by bit, with the truth that was
-gathered when the case was trained; `make_case` trains one. Both are jobs of data/foundry/serve.py, one process a
-session, since importing DeepSpeed takes longer than most of them.
+gathered when the case was trained; `make_case` trains one. Both are jobs of deepspeed_jobs.py, one process a session,
+since importing DeepSpeed takes longer than most of them.
 """
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import json
 import os
 import select
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+JOBS = Path(__file__).with_name("deepspeed_jobs.py")
 HANGS = 1800.0  # seconds after which ranks that wait for each other are ended: no bound on how long a machine may take
 
 
@@ -33,57 +31,18 @@ def requires_deepspeed(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.deepspeed(skipped(test))
 
 
-class _Server:
-    """data/foundry/serve.py in a session of its own, so that its ranks end with it."""
-
-    def __init__(self) -> None:
-        read, write = os.pipe()
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
-        self.process = subprocess.Popen(
-            [sys.executable, str(DATA / "foundry" / "serve.py"), str(write)],
-            stdin=subprocess.PIPE,
-            stdout=self.log,
-            stderr=self.log,
-            pass_fds=(write,),
-            text=True,
-            start_new_session=True,
-        )
-        os.close(write)
-        self.answers = os.fdopen(read)
-        atexit.register(self.end)
-
-    def ask(self, limit: float, *job: Any) -> Any:
-        """The value of a job. RuntimeError if it fails; TimeoutError, and the end of all ranks, after `limit` s."""
-        assert self.process.stdin is not None
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        if not select.select([self.answers], [], [], limit)[0]:
-            self.end()
-            raise TimeoutError(f"DeepSpeed took longer than {limit:g} s: {job}")
-        line = self.answers.readline()
-        answer = json.loads(line) if line else {"error": "the server ended"}
-        if "error" in answer:
-            self.log.seek(0)
-            said = self.log.read()[-2000:].decode(errors="replace")
-            raise RuntimeError(f"{job} failed:\n{said}\n{answer['error']}")
-        return answer["value"]
-
-    def end(self) -> None:
-        """End it and its ranks."""
-        global _server
-        _server = None
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-_server: _Server | None = None
-
-
 def _ask(limit: float, *job: Any) -> Any:
-    global _server
-    if _server is None or _server.process.poll() is not None:
-        _server = _Server()
-    return _server.ask(limit, *job)
+    """The value of a job. RuntimeError if it fails; TimeoutError, and the end of all ranks, after `limit` s."""
+    with forks.connect(JOBS) as connection, connection.makefile("rw") as lines:
+        group = int(lines.readline())
+        print(json.dumps(job), file=lines, flush=True)
+        if not select.select([connection], [], [], limit)[0]:
+            os.killpg(group, signal.SIGKILL)
+            raise TimeoutError(f"DeepSpeed took longer than {limit:g} s: {job}")
+        answer = json.loads(lines.readline() or '{"error": "the process ended"}')
+    if "error" in answer:
+        raise RuntimeError(f"{job} failed:\n{answer['error']}")
+    return answer["value"]
 
 
 def resume(

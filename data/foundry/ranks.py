@@ -43,21 +43,24 @@ class RankError(Exception):
     """A rank failed; the message is the last of what it printed."""
 
 
-def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
-    """Run `work(rank, *arguments)` in `world` processes that have joined one process group.
-
-    Processes are forked, so that DeepSpeed, and what its engine imports when it is made (some fifteen seconds in all),
-    are imported only once. Raises RankError when a rank fails; the others are then ended.
-    """
+def preload() -> None:
+    """Import what ranks would import, each for itself: some seconds, once for all that are forked from here."""
     import deepspeed
 
     for late in IMPORTED_LATE:
         with suppress(ImportError):
             importlib.import_module(late)
-
     # Else DeepSpeed compiles an all-reduce in shared memory, and each rank leaves 66 MiB in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gc.freeze()  # DeepSpeed collects garbage often: not in what all ranks share, which would then be copied
+
+
+def run_ranks(work: Callable[..., None], world: int, *arguments: Any) -> None:
+    """Run `work(rank, *arguments)` in `world` processes that have joined one process group, forked from this one.
+
+    Raises RankError when a rank fails; the others are then ended.
+    """
+    preload()
     with tempfile.TemporaryDirectory(prefix="foundry-") as scratch:
         try:
             torch.multiprocessing.start_processes(

@@ -49,6 +49,7 @@ def execute(notebook: NotebookNode) -> NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=TIMEOUT,
+        startup_timeout=TIMEOUT,
         kernel_name=KERNEL["name"],
         resources={"metadata": {"path": str(HERE)}},
         coalesce_streams=True,

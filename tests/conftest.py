@@ -8,6 +8,8 @@ import sys
 import pytest
 from hypothesis import settings
 
+# The process that a session lasts as long as, xdist's workers being others: servers of tests end with it.
+os.environ.setdefault("PYTEST_SESSION", str(os.getpid()))
 # Read when torch and jax are imported, here and in processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")

@@ -20,19 +20,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-SESSION = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-
 
 def connect(script: Path) -> socket.socket:
     """A connection to a fork of a server."""
-    folder = Path(tempfile.gettempdir(), f"ckptlab-forks-{SESSION}")
+    session = os.environ["PYTEST_SESSION"]
+    folder = Path(tempfile.gettempdir(), f"ckptlab-forks-{session}")
     folder.mkdir(exist_ok=True)
     address, log = folder / f"{script.stem}.socket", folder / f"{script.stem}.log"
     with (folder / f"{script.stem}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not address.exists():
             with log.open("w") as said:
-                command = [sys.executable, str(script), str(address), str(SESSION)]
+                command = [sys.executable, str(script), str(address), session]
                 server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
             while not address.exists():
                 if server.poll() is not None:

@@ -8,6 +8,7 @@ import re
 import runpy
 from pathlib import Path
 
+import kernels
 import nbformat
 import pytest
 
@@ -24,7 +25,9 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.slow
-def test_a_notebook_runs_and_so_do_its_answers(path: Path) -> None:
+def test_a_notebook_runs_and_so_do_its_answers(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.spec(tmp_path)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     saved = RUN["read"](path)
     notebook = copy.deepcopy(saved)
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in RUN["answers"](notebook)]

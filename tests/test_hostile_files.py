@@ -30,6 +30,7 @@ import ckptlab
 from ckptlab import convert
 from ckptlab.cli import main
 from ckptlab.errors import CheckpointError, CkptlabError, DestinationError, UnsafeFileError, UnsupportedError
+from ckptlab.formats import fileplan
 from ckptlab.formats.fileplan import FilePlan, Literal
 from ckptlab.formats.torch import pickles, torchfile, torchzip
 from ckptlab.formats.torch.pickles import Foreign, foreign, named
@@ -716,9 +717,19 @@ def test_a_pickle_costs_little_whatever_it_asks_for(tmp_path, bomb):
 
 @pytest.mark.slow
 def test_more_storages_than_16_bits_count_are_opened(tmp_path):
-    content = {f"layers.{i}.weight": np.zeros(1, np.float32) for i in range(66_000)}
-    torchfile.write(tmp_path / "a.pt", content)
-    assert len(torchfile.read(tmp_path / "a.pt")) == 66_000
+    content = {"weight": np.arange(3, dtype=np.float32)}
+    torchfile.write(tmp_path / "few.pt", content)
+    records = torchzip.RecordPlanner()
+    for i in range(1, 66_000):
+        records.add(f"data/{i}", [Literal(bytes(4))])
+    with zipfile.ZipFile(tmp_path / "few.pt") as few:
+        for name in few.namelist():
+            records.add(name.partition("/")[2], [Literal(few.read(name))])
+    fileplan.write(records.plan("many.pt", 0), tmp_path / "many.pt")
+    with zipfile.ZipFile(tmp_path / "many.pt") as many:
+        assert len(many.namelist()) > 66_000
+    for read in (torchfile.read(tmp_path / "many.pt")["weight"].map(), torch.load(tmp_path / "many.pt")["weight"]):
+        assert read.tolist() == content["weight"].tolist()
 
 
 def test_what_is_shown_of_a_placeholder_is_a_line():

@@ -294,12 +294,16 @@ SPREAD = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", SPREAD, ids=str)
-@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+@pytest.mark.parametrize(
+    ("asked", "form"),
+    [
+        *((asked, "deepspeed") for asked in SPREAD),
+        *((asked, "universal") for asked in (SPREAD[0], SPREAD[-1])),  # which has no mesh
+    ],
+    ids=str,
+)
 def test_there_and_back_is_the_identity(asked: dict[str, Any], form: str, tmp_path: Path) -> None:
     source, before = ckptlab.open(AUTOEP), digest(AUTOEP)
-    if form == "universal" and asked.get("zero_stage") == 0:
-        return  # is for training with ZeRO: see test_experts
     source.reshape(**asked).save(tmp_path / "there" / "step", form)
     there = ckptlab.open(tmp_path / "there")
     assert there.catalog.format == form

@@ -85,8 +85,14 @@ def test_a_healthy_one_has_no_finding() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", SPREAD, ids=str)
-@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+@pytest.mark.parametrize(
+    ("asked", "form"),
+    [
+        *((asked, "deepspeed") for asked in SPREAD),
+        *((asked, "universal") for asked in (SPREAD[0], SPREAD[-1])),  # which has no mesh
+    ],
+    ids=str,
+)
 def test_there_and_back_is_the_identity(asked: dict[str, Any], form: str, tmp_path: Path) -> None:
     source, before = ckptlab.open(MOE), digest(MOE)
     if form == "universal" and asked.get("zero_stage") == 0:

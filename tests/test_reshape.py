@@ -53,8 +53,14 @@ def ids(value: Any) -> str | None:
     return value.name if isinstance(value, Path) else str(value) if isinstance(value, Mesh) else None
 
 
-@pytest.mark.parametrize(("case", "mesh", "options"), THERE, ids=ids)
-@pytest.mark.parametrize("form", ["deepspeed", pytest.param("universal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("case", "mesh", "options", "form"),
+    [
+        *((*one, "deepspeed") for one in THERE),
+        *((case, Mesh(tp=1), {}, "universal") for case in (GPT, ZERO2, ZERO3)),  # which has no mesh
+    ],
+    ids=ids,
+)
 def test_there_and_back_is_the_identity(case: Path, mesh: Mesh, options: dict, form: str, tmp_path: Path) -> None:
     source = read(case)
     before = digest(case)

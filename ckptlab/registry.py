@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -19,14 +20,22 @@ class Registry(Generic[T]):
 
     kind: what one is called ("backend"). group: the entry point group in which installed packages name theirs. error:
     what is raised for a name that there is not; hint: how its text ends. own: ours, those to be imported as
-    "module:attribute". Of one name ours goes first.
+    "module:attribute". Of one name ours goes first. wrong: (name, what a package registers under it) → why that is none
+    of this kind, "" where it is one.
     """
 
     def __init__(
-        self, kind: str, group: str, error: type[CkptlabError], own: Mapping[str, str | T], hint: str = ""
+        self,
+        kind: str,
+        group: str,
+        error: type[CkptlabError],
+        own: Mapping[str, str | T],
+        hint: str = "",
+        wrong: Callable[[str, Any], str] = lambda name, value: "",
     ) -> None:
         self.kind, self.group, self.error, self.hint = kind, group, error, hint
         self._own: dict[str, Any] = dict(own)
+        self._wrong = wrong
 
     def register(self, name: str, value: T) -> None:
         """Add one for as long as the process lives, or put it in the place of another."""
@@ -44,6 +53,16 @@ class Registry(Generic[T]):
         """Ours in their order, then those of installed packages in alphabetical order."""
         return tuple(dict.fromkeys([*self._own, *sorted(self._installed.names)]))
 
+    def every(self) -> list[T]:
+        """All of them; one of an installed package that cannot be loaded is left out, with a warning."""
+        found = []
+        for name in self.names():
+            try:
+                found.append(self.get(name))
+            except self.error as broken:
+                warnings.warn(str(broken), stacklevel=3)
+        return found
+
     def get(self, name: str) -> T:
         """What goes by that name; where nothing does, an error with the names that there are, the nearest first."""
         if name in self._own:
@@ -52,16 +71,28 @@ class Registry(Generic[T]):
                 module, _, attribute = value.partition(":")
                 value = self._own[name] = getattr(importlib.import_module(module), attribute)
             return value
-        for entry in self._installed.select(name=name):
-            try:
-                return entry.load()
-            except Exception as broken:  # another package's code may raise anything
-                of = entry.dist.name if entry.dist else entry.value
-                raise self.error(
-                    f"{self.kind} {name!r} of the package {of} cannot be loaded ({type(broken).__name__}: {broken}): "
-                    "update or uninstall that package"
-                ) from broken
+        if entries := list(self._installed.select(name=name)):
+            return self._loaded(entries)
         known = self.names()
         near = difflib.get_close_matches(name, known)
         expected = ", ".join([*near, *(n for n in known if n not in near)])
         raise self.error(f"no {self.kind} is called {name!r}: expected one of {expected}{self.hint}")
+
+    def _loaded(self, entries: list[importlib.metadata.EntryPoint]) -> T:
+        """What installed packages register under a name: one thing, or an error."""
+        packages = ", ".join(sorted({entry.dist.name if entry.dist else entry.value for entry in entries}))
+        first, *others = entries
+        whose = f"{self.kind} {first.name!r} of the package {packages}"
+        if any(entry.value != first.value for entry in others):
+            raise self.error(
+                f"{self.kind} {first.name!r} is registered by the packages {packages}: uninstall all but one"
+            )
+        try:
+            value: T = first.load()
+        except Exception as broken:  # another package's code may raise anything
+            raise self.error(
+                f"{whose} cannot be loaded ({type(broken).__name__}: {broken}): update or uninstall that package"
+            ) from broken
+        if why := self._wrong(first.name, value):
+            raise self.error(f"{whose} cannot be used: {why}: update or uninstall that package")
+        return value

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from ckptlab import paths
-from ckptlab.errors import CheckpointError
+from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.formats.format import Listing, Match
-from ckptlab.formats.registered import every, get
+from ckptlab.formats.registered import FORMATS, every, get
 from ckptlab.words import some
 
 UNFINISHED = "ckptlab-journal.json"  # stands in a far folder as long as it is not whole
@@ -76,7 +77,20 @@ def at(path: str) -> list[Match]:
     for format in known:
         if not format.reads and any(not match.weights_only for match in found):
             break  # a training checkpoint, of perhaps very many files
-        if (match := format.recognise(listing)) is not None:
+        try:
+            match = format.recognise(listing)
+        except (CkptlabError, OSError):
+            raise
+        except Exception as broken:
+            if FORMATS.is_own(format.name):
+                raise
+            warnings.warn(
+                f"{path}: format {format.name!r} cannot say whether this is one of its checkpoints "
+                f"({type(broken).__name__}: {broken}), and is left out: update or uninstall its package",
+                stacklevel=2,
+            )
+            continue
+        if match is not None:
             found.append(match)
     return _best(found)
 

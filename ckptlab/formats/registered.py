@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
+from typing import Any
 
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.format import Format
 from ckptlab.registry import Registry
+
+
+def _wrong(name: str, value: Any) -> str:
+    """Why what a package registers under a name is no format; "" where it is one."""
+    if not (isinstance(value, type) and issubclass(value, Format)):
+        return f"expected a subclass of ckptlab.formats.Format, found {value!r}"
+    if getattr(value, "name", None) != name:
+        return f"its `name` is {getattr(value, 'name', None)!r}, and it is registered as {name!r}"
+    try:
+        value()
+    except Exception as broken:  # another package's code may raise anything
+        return f"{type(broken).__name__}: {broken}"
+    return ""
+
 
 FORMATS: Registry[type[Format]] = Registry(
     "format",
@@ -24,6 +38,7 @@ FORMATS: Registry[type[Format]] = Registry(
         "torchscript": "ckptlab.formats.known:TorchScript",
         "unread": "ckptlab.formats.known:Unread",
     },
+    wrong=_wrong,
 )
 
 
@@ -34,10 +49,4 @@ def get(name: str) -> Format:
 
 def every() -> list[Format]:
     """All of them; one of another package that cannot be loaded is left out, with a warning."""
-    found = []
-    for name in FORMATS.names():
-        try:
-            found.append(get(name))
-        except CheckpointError as broken:
-            warnings.warn(str(broken), stacklevel=2)
-    return found
+    return [form() for form in FORMATS.every()]

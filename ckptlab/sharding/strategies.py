@@ -293,6 +293,7 @@ REGISTRY = Registry[Strategy](
         "hf": HuggingFace(),
     },
     hint=", a .json file of pattern: notation, or a model's config.json",
+    wrong=lambda name, value: "" if behaves(value, Strategy) else f"expected an object with layout, found {value!r}",
 )
 
 

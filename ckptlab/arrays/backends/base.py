@@ -169,6 +169,11 @@ BACKENDS = Registry[type[Backend]](
         "torch": "ckptlab.arrays.backends.torch:TorchBackend",
         "jax": "ckptlab.arrays.backends.jax:JaxBackend",
     },
+    wrong=lambda name, value: (
+        ""
+        if isinstance(value, type) and issubclass(value, Backend)
+        else f"expected a subclass of Backend, found {value!r}"
+    ),
 )
 _LIBRARIES = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
 

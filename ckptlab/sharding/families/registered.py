@@ -17,7 +17,13 @@ from ckptlab.sharding.families.models import families
 from ckptlab.sharding.families.numbers import told
 from ckptlab.words import number_of, some
 
-FAMILIES: Registry[Family] = Registry("family", "ckptlab.families", LayoutError, families())
+FAMILIES: Registry[Family] = Registry(
+    "family",
+    "ckptlab.families",
+    LayoutError,
+    families(),
+    wrong=lambda name, value: "" if isinstance(value, Family) else f"expected a Family, found {value!r}",
+)
 
 
 @explained
@@ -116,7 +122,7 @@ def _alike(family: Family | str | None, names: list[str], sides: Iterable[Side])
         return [family]
     if family in FAMILIES.names():
         return [FAMILIES.get(str(family))]
-    every = [FAMILIES.get(name) for name in FAMILIES.names()]
+    every = FAMILIES.every()
     if family is None:
         mine = [one for one in every if one.model_types]
     else:

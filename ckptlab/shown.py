@@ -22,7 +22,7 @@ _ROOMS = {
     "ckptlab.analysis.run": "ckptlab.describe.runs",
     "ckptlab.analysis.checkup.health": "ckptlab.describe.health",
     "ckptlab.findings": "ckptlab.describe.health",
-    "ckptlab.analysis.accessor": "ckptlab.describe.statistics",
+    "ckptlab.views.accessor": "ckptlab.describe.statistics",
 }
 """The module of a type → the module that calls `shows` for it."""
 

@@ -453,6 +453,30 @@ def test_the_accessor_does_what_the_functions_do() -> None:
     assert moved.identical(ckptlab.to(whole, "torch"))
 
 
+def test_the_accessor_of_datasets_and_trees_does_it_for_all_variables() -> None:
+    ckpt = ckptlab.open(GPT)
+    tree, whole = ckpt.shards(), ckpt.full()
+    name = "mlp.dense_h_to_4h.weight"
+    node = tree[name].to_dataset()
+    assert node.ckptlab.layout == Layout("(tp out) in")
+    assert node.ckptlab.merge().equals(whole[name].to_dataset())
+    assert node.ckptlab.merge().attrs == node.attrs
+    assert node.ckptlab.merge().ckptlab.split(Mesh(tp=2)).equals(node)
+    assert tree[name].ckptlab.to("torch").exp_avg.data.backend.name == "torch"
+    columns = whole.filter(lambda n: not n.data_vars or (n.attrs["layout"] == "(tp out) in" and "embed" not in n.path))
+    assert len(columns.children) == 2
+    recut = columns.ckptlab.split(Mesh(tp=4))
+    reshaped = ckpt.reshape(tp=4).shards()
+    assert all(recut[n].identical(reshaped[n]) for n in columns.children)
+    assert recut.ckptlab.merge().identical(columns)
+    plain = node.assign(other=("out", np.zeros(node.sizes["out"])))
+    with pytest.raises(LayoutError, match="other: attrs tell no layout"):
+        _ = plain.ckptlab.layout
+    plain["other"].attrs["layout"] = "(tp out)"
+    with pytest.raises(LayoutError, match="its variables have 2 layouts"):
+        _ = plain.ckptlab.layout
+
+
 def test_the_accessor_says_what_it_lacks() -> None:
     plain = xr.DataArray(np.zeros((4, 2)), dims=("a", "b"))
     with pytest.raises(LayoutError, match="attrs tell no layout"):

@@ -20,7 +20,6 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ckptlab import pool
-from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import BLOCK
 from ckptlab.analysis.elements import joined
 from ckptlab.analysis.moved import BY, Held, Moved, Settings, table
@@ -31,6 +30,7 @@ from ckptlab.checkpoint import Source, opened
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
 from ckptlab.pool import Workers
+from ckptlab.views import accessor  # noqa: F401  (what the Dataset can say of itself)
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 _SPAN = 128  # windows that a task goes through

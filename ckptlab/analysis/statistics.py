@@ -14,7 +14,6 @@ import numpy as np
 import xarray as xr
 
 from ckptlab import pool
-from ckptlab.analysis import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.analysis.accumulate import accumulator
 from ckptlab.analysis.elements import WINDOW
 from ckptlab.analysis.partial import Bins, Partial, merged
@@ -27,6 +26,7 @@ from ckptlab.arrays.coordinates import ranks
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.errors import CheckpointError
 from ckptlab.pool import Workers
+from ckptlab.views import accessor  # noqa: F401  (what the Dataset can say of itself)
 from ckptlab.words import shape_text
 
 TOP = 16  # singular values that are kept, if not said

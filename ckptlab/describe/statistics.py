@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ckptlab.analysis.accessor import Table, by_row, row_count, row_keys, row_places
 from ckptlab.arrays.coordinates import rank_dims
 from ckptlab.describe.page import folded, page, scrolled, table_html
 from ckptlab.describe.text import NAMES, WIDTH, aligned
 from ckptlab.shown import shows
+from ckptlab.views.accessor import Table, by_row, row_count, row_keys, row_places
 from ckptlab.words import more, number_of, shorten
 
 ROWS = 200  # rows that a notebook shows

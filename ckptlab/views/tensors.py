@@ -16,8 +16,7 @@ import numpy as np
 import xarray as xr
 
 from ckptlab.arguments import explained
-from ckptlab.arrays import operations as operations  # with the accessor of what is made here
-from ckptlab.arrays import reader, shard_reader
+from ckptlab.arrays import operations, reader, shard_reader
 from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.coordinates import plain, ranks
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Made, Padded, Stacked, nested, variable
@@ -26,6 +25,7 @@ from ckptlab.catalog.stacks import Stack, stacks
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.layout import Cut
 from ckptlab.plan import Placement
+from ckptlab.views import accessor  # noqa: F401  (of what is made here)
 from ckptlab.views.tree import DataTree
 
 T = TypeVar("T", covariant=True)

@@ -1,21 +1,29 @@
-"""What a Dataset of statistics can say of itself, under `.ckptlab`: its table, its worst rows, its plots."""
+"""`.ckptlab` of xarray's Datasets and trees: what that of a DataArray does (`arrays.operations`), of every variable at
+once; and of a Dataset of statistics its table, its worst rows, its plots."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import xarray as xr
 
 from ckptlab.arguments import explained
-from ckptlab.errors import CheckpointError
+from ckptlab.arrays.backends import Backend
+from ckptlab.arrays.operations import Accessor
+from ckptlab.errors import CheckpointError, LayoutError
+from ckptlab.layout import Layout
+from ckptlab.mesh import Mesh
 from ckptlab.plain import plain
 from ckptlab.registry import Registry
 from ckptlab.shown import Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 PLOTS: Registry[Callable[..., Figure]] = Registry(
     "plot",
@@ -60,19 +68,62 @@ class Table(Shown):
         return {"by": found.attrs.get("by", "tensor"), "dims": keys, "rows": rows}
 
 
+class _Each(ABC, Generic[T]):
+    """The operations on arrays, of every variable of a thing."""
+
+    def __init__(self, held: T) -> None:
+        self._held = held
+
+    @abstractmethod
+    def _map(self, change: Callable[[xr.DataArray], xr.DataArray]) -> T:
+        """The same with every variable changed."""
+
+    def merge(self, layout: Layout | str | None = None, **options: Any) -> T:
+        """The wholes that these shards make: `ckptlab.merge` of every variable, by the layout of each where none is
+        given."""
+        return self._map(lambda array: Accessor(array).merge(layout, **options))
+
+    def split(self, layout: Layout | str | Mesh | None = None, mesh: Mesh | None = None, **options: Any) -> T:
+        """The shards of these wholes on a mesh: `ckptlab.split` of every variable; the mesh alone does where they have
+        layouts."""
+        return self._map(lambda array: Accessor(array).split(layout, mesh, **options))
+
+    def to(self, backend: Backend | str | None = None, device: Any = None) -> T:
+        """The same on a backend and device: `ckptlab.to` of every variable."""
+        return self._map(lambda array: Accessor(array).to(backend, device))
+
+
+@explained
+@xr.register_datatree_accessor("ckptlab")
+class TreeAccessor(_Each[xr.DataTree]):
+    """`.ckptlab` of every DataTree: the operations of `ckptlab.merge`, `split` and `to` on all its variables."""
+
+    def _map(self, change: Callable[[xr.DataArray], xr.DataArray]) -> xr.DataTree:
+        return self._held.map_over_datasets(lambda node: node.map(change, keep_attrs=True) if len(node) else node)
+
+
 @explained
 @xr.register_dataset_accessor("ckptlab")
-class Statistics:
-    """`.ckptlab` of a Dataset that `ckptlab.stats` or `ckptlab.updates` made. CheckpointError on any other."""
+class DatasetAccessor(_Each[xr.Dataset]):
+    """`.ckptlab` of every Dataset: the operations of `ckptlab.merge`, `split` and `to` on all its variables; of one
+    that `ckptlab.stats` or `ckptlab.updates` made its table and plots, CheckpointError on any other."""
 
-    def __init__(self, dataset: xr.Dataset) -> None:
-        self._dataset = dataset
+    def _map(self, change: Callable[[xr.DataArray], xr.DataArray]) -> xr.Dataset:
+        return self._held.map(change, keep_attrs=True)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of its variables. LayoutError where they have none, or not one and the same."""
+        found = list({layout: None for array in self._held.values() for layout in (Accessor(array).layout,)})
+        if len(found) != 1:
+            raise LayoutError(f"its variables have {len(found)} layouts: take that of one of them")
+        return found[0]
 
     def _statistics(self) -> xr.Dataset:
-        if "elements" not in self._dataset or "tensor" not in self._dataset.dims:
-            held = ", ".join(map(str, self._dataset.data_vars)) or "nothing"
+        if "elements" not in self._held or "tensor" not in self._held.dims:
+            held = ", ".join(map(str, self._held.data_vars)) or "nothing"
             raise CheckpointError(f"no Dataset of statistics (it holds {held}): ckptlab.stats makes one of it")
-        return self._dataset
+        return self._held
 
     @property
     def table(self) -> Table:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import GPT, ZERO2, ZERO3
+from compare import DATA, GPT, ZERO2, ZERO3
 from drawn import area, box, cells, elements, numbers, overlap, paths, texts, tip
 from helpers.files import refuse_reading
 from helpers.html import assert_well_formed
@@ -326,6 +326,14 @@ def test_the_whole_buffer_shows_where_dp_cuts_it() -> None:
     assert [round((x - x0) / (x1 - x0) * 4, 2) for x in places] == [1, 2, 3]
     assert not cells(viz.flat(buffer, dp=1), "span")
     assert not cells(viz.flat(FlatBuffer.per_tensor(["a"], [9], 2)), "span")
+
+
+def test_experts_lie_over_edp_and_the_picture_says_so() -> None:
+    groups = ckptlab.open(DATA / "moe_ep2_dp4").catalog.flat_groups
+    drawing = viz.flat(next(group for group in groups if group.over == "edp"))
+    assert texts(drawing, "bar-label") == ["edp 0", "edp 1"]
+    assert {(c.get("data-edp"), c.get("data-dp")) for c in cells(drawing, "fragment")} == {("0", None), ("1", None)}
+    assert texts(drawing, "title") == ["group 2 · pp 0 · ep 0 · tp 0: 8 tensors, 4,440 elements over edp 2"]
 
 
 def test_of_512_dp_ranks_a_few_are_drawn_and_the_picture_says_so() -> None:

@@ -136,9 +136,9 @@ def _layout_of(told: Any, where: str) -> Layout:
 
 @explained
 @dataclass(frozen=True)
-class Family:
-    """How the programs of one family cut their tensors, by names, of which `re.search` finds one at the end of a
-    tensor's.
+class Convention:
+    """How programs that call their tensors alike cut them: patterns of names, of which `re.search` finds one at the end
+    of a tensor's.
 
     column, row: cut by output, by input. glu: column, and two halves that are each cut on their own. summed: biases
     that every rank adds, so that the whole is their sum. replicated: whole on every rank. `known`: it has no say on
@@ -175,7 +175,7 @@ _NORMS = (
 MLP_LAYERS = (("dense_h_to_4h", "dense_4h_to_h"), ("linear_fc1", "linear_fc2"))
 """How Megatron, and its core, call the first and the second layer of an MLP."""
 _UP = r"(?:dense_h_to_4h|linear_fc1)\.(?:weight|bias)"
-MEGATRON = Family(
+MEGATRON = Convention(
     column=r"(?:word_embeddings|lm_head|output_layer)\.weight|(?:query_key_value|query|key_value|linear_qkv|linear_q_proj"
     rf"|linear_q_up_proj|linear_kv_up_proj)\.(?:weight|bias)|{_UP}",
     row=r"(?:attention\.dense|dense_4h_to_h|linear_proj|linear_fc2)\.weight",
@@ -184,7 +184,7 @@ MEGATRON = Family(
 )
 MEGATRON_SWIGLU = replace(MEGATRON, glu=_UP)
 # GPT-NeoX adds the row-parallel layers' biases on every rank, before it sums over ranks
-GPT_NEOX = Family(
+GPT_NEOX = Convention(
     column=r"(?:word_embeddings|final_linear|lm_head|output_layer)\.weight"
     r"|(?:query_key_value|dense_h_to_4h|linear1|w1|w3)\.(?:weight|bias)",
     row=r"(?:attention\.dense|dense_4h_to_h|linear2|w2)\.weight",

@@ -1,4 +1,4 @@
-"""ZeRO's flat buffers: which fragments each dp rank holds of one group."""
+"""ZeRO's flat buffers: which fragments each dp rank (of experts each edp rank) holds of one group."""
 
 from __future__ import annotations
 
@@ -24,37 +24,34 @@ def flat(
     **at: int,
 ) -> Drawing:
     """The flat buffer of one group (of a catalog's FlatGroup, that of coordinates such as tp=1), one bar for each dp
-    rank.
+    rank; where a group lies over a part of dp, as experts' over edp, for each rank of that.
 
-    Above lies the whole buffer with the cuts between dp ranks. Fragments have their tensors' names and colours; where a
+    Above lies the whole buffer with the cuts between ranks. Fragments have their tensors' names and colours; where a
     tensor goes on in the next rank's buffer it is torn; padding is hatched. dp: this rank's alone, without the whole.
     tensor: the name of one that alone has a colour.
 
     width: of the page, in pixels (None: as wide as it likes). Widths are proportional to elements. Cells: class
     `fragment` (`merged`: several that are too thin; data-tensors counts them) or `padding`, in the whole `span`;
-    data-tensor, data-dp, data-tp, data-start and data-count (in the rank's buffer), data-from (in the tensor's
-    flattened shard). MeshError for a rank that is not there.
+    data-tensor, data-dp (or data-edp), data-tp, data-start and data-count (in the rank's buffer), data-from (in the
+    tensor's flattened shard). MeshError for a rank that is not there.
     """
     holder = Holder(**at) if isinstance(group, FlatBuffer) else group.holder(at)
-    buffer = group if isinstance(group, FlatBuffer) else group.flats[holder]
+    buffer, over = (group, "dp") if isinstance(group, FlatBuffer) else (group.flats[holder], group.over)
     if dp is not None and not 0 <= dp < buffer.dp:
-        raise MeshError(f"dp {dp} is not among the {buffer.dp} ranks of this buffer")
+        raise MeshError(f"{over} {dp} is not among the {buffer.dp} ranks of this buffer")
     shown = [dp] if dp is not None else list(range(buffer.dp))
     omitted = 0
     if len(shown) > SHOWN:
         omitted = len(shown) - SHOWN + 1
         shown = [*shown[: SHOWN - 2], *shown[-1:]]
-    made: list[Bar | str] = [_bar(buffer, d, holder, tensor) for d in shown]
+    made: list[Bar | str] = [_bar(buffer, d, over, holder, tensor) for d in shown]
     if omitted:
-        made.insert(len(made) - 1, f"… and {omitted:,} dp ranks, {shown[-2] + 1} to {shown[-1] - 1}")
-    whole, cuts = _whole(buffer, tensor) if dp is None else (None, [])
-    title, notes = _title(group, buffer, holder), _notes(group, buffer)
-    return strips(made, whole=whole, cuts=cuts, title=title, notes=notes, width=width)
-
-
-def _title(group: FlatGroup | FlatBuffer, buffer: FlatBuffer, holder: Holder) -> str:
+        made.insert(len(made) - 1, f"… and {omitted:,} {over} ranks, {shown[-2] + 1} to {shown[-1] - 1}")
+    whole, cuts = _whole(buffer, over, tensor) if dp is None else (None, [])
     where = f"group {group.group} · {holder}: " if isinstance(group, FlatGroup) else ""
-    return f"{where}{len(buffer.names):,} tensors, {sum(buffer.counts):,} elements over dp {buffer.dp}"
+    title = f"{where}{len(buffer.names):,} tensors, {sum(buffer.counts):,} elements over {over} {buffer.dp}"
+    notes = _notes(group, buffer)
+    return strips(made, whole=whole, cuts=cuts, title=title, notes=notes, width=width)
 
 
 def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
@@ -73,8 +70,8 @@ def _notes(group: FlatGroup | FlatBuffer, buffer: FlatBuffer) -> list[str]:
     return said
 
 
-def _whole(buffer: FlatBuffer, tensor: str | None) -> tuple[Bar | None, list[tuple[int, str]]]:
-    """The buffer before dp cuts it, and where each rank's partition begins: of ZeRO-3, which has none, nothing."""
+def _whole(buffer: FlatBuffer, over: str, tensor: str | None) -> tuple[Bar | None, list[tuple[int, str]]]:
+    """The buffer before it is cut, and where each rank's partition begins: of ZeRO-3, which has none, nothing."""
     if buffer.partition is None or buffer.dp == 1:
         return None, []
     order = sorted(range(len(buffer.names)), key=lambda i: buffer.starts[i])
@@ -84,7 +81,7 @@ def _whole(buffer: FlatBuffer, tensor: str | None) -> tuple[Bar | None, list[tup
         if buffer.counts[i]
     ]
     step = -(-buffer.dp // CUTS)
-    cuts = [(d * buffer.partition, f"dp {d}" if step == 1 else f"dp {d} …") for d in range(0, buffer.dp, step)]
+    cuts = [(d * buffer.partition, f"{over} {d}" if step == 1 else f"{over} {d} …") for d in range(0, buffer.dp, step)]
     return Bar("whole", buffer.total, pieces, kind="span"), cuts
 
 
@@ -93,10 +90,10 @@ def _tint(name: str, tensor: str | None) -> str:
     return "" if tensor is None else colour(0) if name == tensor else "#a8a8a8"
 
 
-def _bar(buffer: FlatBuffer, d: int, holder: Holder, tensor: str | None) -> Bar:
+def _bar(buffer: FlatBuffer, d: int, over: str, holder: Holder, tensor: str | None) -> Bar:
     pieces = []
     for index, at, start, count in buffer.within(d).tolist():
         torn = (at > 0, at + count < buffer.counts[index]) if buffer.partition is not None else (False, False)
         tint = _tint(buffer.names[index], tensor)
         pieces.append(Piece(buffer.names[index], start, count, index, torn, {"from": at}, tint))
-    return Bar(f"dp {d}", buffer.size(d), pieces, {**holder, "dp": d})
+    return Bar(f"{over} {d}", buffer.size(d), pieces, {**holder, over: d})

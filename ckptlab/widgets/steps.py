@@ -62,10 +62,10 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str, width: int | None) -> 
         if flat.partition is None
         else "ZeRO lays the tensors of a group one behind the other and cuts the line"
     )
-    verb = "Split over dp again: " if what == TARGET else ""
+    verb = f"Split over {group.over} again: " if what == TARGET else ""
     text = (
-        f"{verb}{first} into {number_of(group.dp, 'equal part')}, one for each dp rank. Shown is {holder}: "
-        f"{number_of(len(flat.names), 'tensor')}, {flat.size(0):,} elements a dp rank. {tensor.name} lies on dp "
+        f"{verb}{first} into {number_of(group.dp, 'equal part')}, one for each {group.over} rank. Shown is {holder}: "
+        f"{number_of(len(flat.names), 'tensor')}, {flat.size(0):,} elements a rank. {tensor.name} lies on {group.over} "
         f"{'rank' if len(set(ranks)) == 1 else 'ranks'} {ranges(ranks)}; what is hatched is padding."
     )
     alike = [g for g in catalog.flat_groups if (g.stage, g.group) == (stage, group.group)]
@@ -79,8 +79,9 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str, width: int | None) -> 
 
 
 def _shards(catalog: Catalog, tensor: Tensor, width: int | None) -> Step:
+    data = " and ".join(catalog.placement(tensor.name, _state(tensor)).data)
     text = (
-        "Merge dp: the fragments of the dp ranks are put one behind the other and get their shape back. "
+        f"Merge {data}: the fragments of the {data} ranks are put one behind the other and get their shape back. "
         f"{_each_shard(tensor, catalog.mesh)}"
     )
     picture = _cut(catalog, tensor, width)

@@ -25,7 +25,7 @@ from ckptlab.sharding.strategies import (
     MEGATRON_SWIGLU,
     MLP_LAYERS,
     REGISTRY,
-    Family,
+    Convention,
     Strategy,
     column,
     replicated,
@@ -34,7 +34,7 @@ from ckptlab.stored import Stored
 from ckptlab.words import number_of, some
 
 _COMPARED = 1 << 16  # elements at the beginning and the end of a shard that are compared
-_FAMILIES = {"Megatron": MEGATRON, "Megatron with SwiGLU": MEGATRON_SWIGLU, "GPT-NeoX": GPT_NEOX}
+_CONVENTIONS = {"Megatron": MEGATRON, "Megatron with SwiGLU": MEGATRON_SWIGLU, "GPT-NeoX": GPT_NEOX}
 _VOCABULARY = re.compile(r"(?:.*[._])?(?:word_embeddings|final_linear|lm_head|output_layer)\.weight")
 
 
@@ -55,7 +55,7 @@ def infer(folder: StepFolder, module: ModuleWeights, said: Strategy | None, faul
     be asked for."""
     shapes = {name: [by_tp[t] for t in sorted(by_tp)] for name, by_tp in _shapes(folder, module).items()}
     left = {n: s for n, s in shapes.items() if s[0] and (said is None or said.layout(n, s) is None)}
-    family, named = _family(left)
+    family, named = _convention(left)
     found: dict[str, Layout] = {}
     reasons: dict[str, list[str]] = {}
     unknown: list[tuple[str, str]] = []
@@ -124,28 +124,28 @@ def _data(folder: StepFolder, module: ModuleWeights, name: str) -> list[Stored]:
     return [fragments[0].stored for fragments in held] if alone else []
 
 
-def _family(shapes: Mapping[str, list[Shape]]) -> tuple[str, dict[str, Layout]]:
-    """The family whose names these are, and what it says of each; "" and nothing where none knows the most of them."""
+def _convention(shapes: Mapping[str, list[Shape]]) -> tuple[str, dict[str, Layout]]:
+    """The convention whose names these are, and what it says of each; "" and nothing where none knows the most."""
     best: tuple[str, dict[str, Layout]] = ("", {})
-    for name, family in _FAMILIES.items():
-        known = replace(family, known=True)
+    for name, convention in _CONVENTIONS.items():
+        known = replace(convention, known=True)
         says = {n: layout for n, s in shapes.items() if (layout := known.layout(n, s)) is not None}
-        fits = all(_fits(n, shapes, family) for n in says)
+        fits = all(_fits(n, shapes, convention) for n in says)
         of_neox = any(n.endswith(("final_linear.weight", "mlp.linear1.weight")) for n in shapes)
-        if fits and len(says) > len(best[1]) and (family is GPT_NEOX) == of_neox:
+        if fits and len(says) > len(best[1]) and (convention is GPT_NEOX) == of_neox:
             best = name, says
     return best
 
 
-def _fits(name: str, shapes: Mapping[str, list[Shape]], family: Family) -> bool:
-    """Whether shapes beside a tensor agree with what a family says of it: an MLP's first layer has as many outputs as
-    its second has inputs, twice as many where it holds gate and up; a fused q, k, v has three times its inputs."""
+def _fits(name: str, shapes: Mapping[str, list[Shape]], convention: Convention) -> bool:
+    """Whether shapes beside a tensor agree with what a convention says of it: an MLP's first layer has as many outputs
+    as its second has inputs, twice as many where it holds gate and up; a fused q, k, v has three times its inputs."""
     shards = shapes[name]
     rows = sum(s[0] for s in shards)
     for first, second in MLP_LAYERS:
         beside = shapes.get(name.replace(f"{first}.weight", f"{second}.weight"))
         if name.endswith(f"{first}.weight") and beside is not None:
-            return rows == sum(s[1] for s in beside) * (2 if family is MEGATRON_SWIGLU else 1)
+            return rows == sum(s[1] for s in beside) * (2 if convention is MEGATRON_SWIGLU else 1)
     if name.endswith("query_key_value.weight"):
         return rows == 3 * shards[0][1]
     return True

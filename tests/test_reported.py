@@ -382,6 +382,9 @@ def test_a_folder_of_single_files_says_which_may_open(tmp_path: Path) -> None:
     content = {"epoch": 1, "state_dict": {"model.a": np.ones((4, 3), np.float32)}, "optimizer_states": []}
     torchfile.write(tmp_path / "last.ckpt", content)
     (tmp_path / "hparams.yaml").write_text("lr: 0.1")
+    (tmp_path / "of_others.bin").write_bytes(b"no torch")
+    with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as program:
+        program.writestr("scripted/constants.pkl", b"")
     with pytest.raises(CheckpointError, match=r"; last\.ckpt may open by itself"):
         ckptlab.open(tmp_path)
     assert list(ckptlab.open(tmp_path / "last.ckpt").catalog.tensors) == ["model.a"]

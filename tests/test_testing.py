@@ -14,7 +14,8 @@ from compare import DATA, GPT, ZERO2, ZERO3
 import ckptlab
 from ckptlab import Layout, Mesh
 from ckptlab.errors import LawError
-from ckptlab.sharding.strategies import replicated
+from ckptlab.formats.torch import torchfile
+from ckptlab.sharding.strategies import REGISTRY, replicated
 from ckptlab.testing import check_format, check_strategy
 
 CASES: dict[str, tuple[str, Path, dict[str, Any]]] = {
@@ -22,6 +23,9 @@ CASES: dict[str, tuple[str, Path, dict[str, Any]]] = {
     "ZeRO-1": ("deepspeed", DATA / "plain_zero1_dp2_steps", {"meshes": [Mesh(dp=3)]}),
     "ZeRO-2": ("deepspeed", ZERO2, {"meshes": [Mesh(dp=5)]}),
     "ZeRO-3": ("deepspeed", ZERO3, {"meshes": [Mesh(dp=3)]}),
+    "experts": ("deepspeed", DATA / "moe_ep2_dp4", {"meshes": [Mesh(dp=2)], "most_files": 3}),
+    "AutoTP": ("deepspeed", DATA / "autotp_tp2_dp2", {"meshes": [Mesh(tp=2)], "most_files": 3}),
+    "FSDP2": ("dcp", DATA / "fsdp2_tp2_dp2" / "step-3", {"meshes": [Mesh(dp=2)], "most_files": 3}),
     "universal": ("universal", GPT / "universal", {"meshes": [Mesh(tp=2)], "most_files": 3}),
 }
 SHAPES = {
@@ -32,6 +36,15 @@ SHAPES = {
     "0.mlp.dense_h_to_4h.weight": (64, 16),
     "0.mlp.dense_4h_to_h.weight": (16, 64),
     "norm.weight": (16,),
+}
+TRANSFORMERS = {
+    "model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.layers.0.self_attn.o_proj.weight": (16, 16),
+    "model.layers.0.mlp.gate_proj.weight": (32, 16),
+    "model.layers.0.mlp.down_proj.weight": (16, 32),
+    "transformer.h.0.attn.c_attn.weight": (16, 48),
+    "transformer.h.0.mlp.c_fc.bias": (64,),
+    "model.norm.weight": (16,),
 }
 RULES = {r".*(query_key_value|4h)\.weight": "(2 tp out) in", r".*bias": "(3 tp out)", "norm.*": "out", ".*": "out in"}
 
@@ -50,13 +63,20 @@ def test_safetensors_pass(limit: int, tmp_path: Path) -> None:
     assert len(laws) == 12
 
 
+def test_files_of_torch_pass(tmp_path: Path) -> None:
+    weights = ckptlab.open(ZERO2).state_dict(backend="numpy")
+    torchfile.write(tmp_path / "pytorch_model.bin", weights)
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        assert len(check_format("torch", path)) == 9
+
+
 def test_a_model_on_paper_obeys_what_needs_no_data() -> None:
     assert len(check_format("paper", ckptlab.paper_model(Mesh(tp=2, pp=2)))) == 2
 
 
-@pytest.mark.parametrize("strategy", ["megatron", "megatron-swiglu", RULES], ids=str)
+@pytest.mark.parametrize("strategy", [*REGISTRY.names(), RULES], ids=str)
 def test_our_strategies_pass(strategy: Any) -> None:
-    assert len(check_strategy(strategy, SHAPES)) == 6
+    assert len(check_strategy(strategy, SHAPES if strategy != "hf" else TRANSFORMERS)) == 6
 
 
 class Wrong:

@@ -106,7 +106,7 @@ def _alone(path: str) -> Iterator[str]:
     files = [e.name for e in paths.entries(path) if e.is_file] if not paths.is_far(path) else []
     for name in sorted(files)[:_ASKED]:
         with suppress(CheckpointError):
-            if at(os.path.join(path, name)):
+            if any(get(match.format).reads for match in at(os.path.join(path, name))):
                 yield name
 
 

@@ -89,7 +89,7 @@ class _Case:
     def arrays_agree(self) -> Iterator[str]:
         for name, layout, mesh, cut in self.cuts():
             shape = self.shapes[name]
-            whole = xr.DataArray(np.arange(int(np.prod(shape))).reshape(shape), dims=layout.dims)
+            whole = xr.DataArray(np.arange(float(np.prod(shape))).reshape(shape), dims=layout.dims)  # with equal parts
             shards = split(whole, layout, mesh)
             if not merge(shards, layout, shape=shape, on=mesh).equals(whole):
                 yield f"{name} on {mesh!r}: {layout!r}"

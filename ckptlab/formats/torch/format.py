@@ -10,7 +10,8 @@ from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.formats.known import TorchScript, Unread
 from ckptlab.sharding.strategies import Strategy
 
-_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pt.tar", ".pth.tar")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".pt.tar", ".pth.tar")
+_HEADS = (b"PK\x03\x04", b"\x80")  # of what torch.save writes, and wrote before 1.6: any program has .bin files
 _WEIGHTS = re.compile(
     r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+|_fsdp(?:_\d+)?)?\.bin|(?:adapter_|lit_)?model\.(?:bin|pt|pth)"
     r"|consolidated(?:\.00)?\.pth|(?:hf|meta)_model_\d+(?:_\d+)?\.pt"
@@ -28,6 +29,8 @@ class Torch(Format):
         if folder.is_file:
             name = folder.path.rpartition("/")[2]
             ours = name.endswith(_SUFFIXES) and not _OF_RANKS.fullmatch(name)
+            ours = ours or _WEIGHTS.fullmatch(name) is not None
+            ours = ours or (name.endswith(".bin") and folder.head(4).startswith(_HEADS))
             other = ours and (TorchScript().recognise(folder) is not None or Unread.kind(folder) is not None)
             return Match(folder.path, self.name, weights_only=True) if ours and not other else None
         if any(name.endswith(".safetensors") for name in folder.names):  # the same weights, as a rule

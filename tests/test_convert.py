@@ -27,8 +27,6 @@ from ckptlab.convert import execute
 from ckptlab.convert.journal import Journal
 from ckptlab.errors import CkptlabError, DestinationError
 from ckptlab.formats import fileplan, read
-from ckptlab.formats.deepspeed import write as native
-from ckptlab.formats.deepspeed.universal import write as universal
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 from ckptlab.formats.safetensors.write import files as safetensors_files
 from ckptlab.formats.torch import torchfile
@@ -184,15 +182,14 @@ def test_what_is_written_is_read_back_before_it_appears(tmp_path: Path, monkeypa
 
 
 CASES = [GPT, DATA / "plain_zero1_dp2_steps" / "global_step2", ZERO2, ZERO3]
-FORMATS = ["deepspeed", "universal", "safetensors"]
+FORMATS = ["deepspeed", "universal", "safetensors", "dcp"]
 
 
 def plans_of(case: Path, form: str) -> list[FilePlan]:
     source = read(case)
     if form == "safetensors":
         return list(safetensors_files(source, None, 10_000))
-    files = native.files if form == "deepspeed" else universal.files
-    return list(files(source, Reshape.of(source, Mesh(tp=2 if case == GPT else 1, dp=3)).target))
+    return list(Reshape.of(source, Mesh(tp=2 if case == GPT else 1, dp=3), form).files)
 
 
 @pytest.mark.slow
@@ -234,13 +231,11 @@ def test_whoever_writes_it_writes_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["deepspeed", "universal"])
+@pytest.mark.parametrize("form", ["deepspeed", "universal", "dcp"])
 def test_a_conversion_says_how_many_bytes_of_tensors_it_writes(form: str, tmp_path: Path) -> None:
-    reshaped = Reshape.of(read(GPT), Mesh(tp=2, dp=3))
-    report = reshaped.save(tmp_path / "step", form)
-    assert report.bytes_written == sum(plan.nbytes for plan in plans_of(GPT, form))
-    if form == "deepspeed":
-        assert report.bytes_written == reshaped.cost().written
+    reshaped = Reshape.of(read(GPT), Mesh(tp=2, dp=3), form)
+    report = reshaped.save(tmp_path / "step")
+    assert report.bytes_written == sum(plan.nbytes for plan in plans_of(GPT, form)) == reshaped.cost().written
 
 
 @pytest.mark.slow

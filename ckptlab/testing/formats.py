@@ -23,7 +23,7 @@ from ckptlab.checkpoint import Checkpoint, Reshape
 from ckptlab.convert import MANIFEST
 from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.formats import Format, Listing, fileplan, get, locate, read
-from ckptlab.formats.fileplan import Elements, FilePlan
+from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Placement
@@ -256,6 +256,9 @@ class _Case:
             folder = self.scratch / f"planned{i}"
             for plan in self.form.files(self.catalog, self.reshaped(mesh).target):
                 again: FilePlan = pickle.loads(pickle.dumps(plan))
+                drawn = sum(part.nbytes for part in plan.parts if not isinstance(part, Literal))
+                if drawn < plan.nbytes:
+                    yield f"{plan.name} on {mesh!r}: {drawn} of {plan.nbytes} bytes of tensors are drawn from the source"
                 path = folder / plan.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fileplan.write(plan, path)
@@ -275,6 +278,8 @@ class _Case:
         for i, mesh in enumerate(self.meshes):
             there = self._saved(self.reshaped(mesh), self.scratch / f"there{i}" / "step")
             yield from (f"on {mesh!r}: {found}" for found in self._differences(there))
+            if self.form.home and there.training.step != self.catalog.training.step:
+                yield f"on {mesh!r}: the step is {there.training.step}, it was {self.catalog.training.step}"
             if self.form.sharded and _degrees(there.mesh.joined()) != _degrees(mesh.joined()):
                 yield f"saved on {mesh!r}, it opens as of {there.mesh!r}"
             reshape = Reshape.of(there, home, self.form.name, **self.options)

@@ -7,9 +7,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
-from compare import GPT
+from compare import GPT, ZERO2
 
+import ckptlab
 from ckptlab import Layout, LayoutError, Mesh
 from ckptlab.arrays.sharding import Sharding
 
@@ -130,3 +132,16 @@ def test_torch_dtensors_hold_what_the_ranks_held(tmp_path: Path) -> None:
         dist.destroy_process_group()
         """
     ranks.run(script(tmp_path, code), 2)
+
+
+@pytest.mark.slow
+def test_ranks_hold_the_same_states_on_devices_as_in_memory() -> None:
+    """A target at ZeRO-3 stores no weights that the model computes with; on devices they were once shown."""
+    import jax
+
+    there = ckptlab.open(ZERO2).reshape(Mesh(), zero_stage=3)
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("pp", "dp", "tp"))
+    shown = {n: list(node.data_vars) for n, node in there.shards().children.items()}
+    placed = there.shards(backend="jax", mesh=one)["pp0"].children
+    assert {n: list(node.data_vars) for n, node in placed.items()} == shown
+    assert not any("param" in states and "exp_avg" in states for states in shown.values())

@@ -258,7 +258,7 @@ class _Case:
                 again: FilePlan = pickle.loads(pickle.dumps(plan))
                 drawn = sum(part.nbytes for part in plan.parts if not isinstance(part, Literal))
                 if drawn < plan.nbytes:
-                    yield f"{plan.name} on {mesh!r}: {drawn} of {plan.nbytes} bytes of tensors are drawn from the source"
+                    yield f"{plan.name} on {mesh!r}: of {plan.nbytes} bytes of tensors {drawn} are drawn"
                 path = folder / plan.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fileplan.write(plan, path)

@@ -101,7 +101,7 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
 
     @property
     def format(self) -> str:
-        """ "deepspeed", "universal" or "safetensors"."""
+        """The name of its format: "deepspeed", "dcp", "safetensors", …; `ckptlab formats` lists all."""
         return self.catalog.format
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class CkptlabError(Exception):
-    """The base of all of them: `except ckptlab.CkptlabError` catches whatever is the input's fault."""
+    """The base of all errors of ckptlab: `except ckptlab.CkptlabError` catches whatever is the input's fault."""
 
 
 class MeshError(CkptlabError, ValueError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -202,9 +202,11 @@ EXAMPLES = {
 
 
 def sentence(thing: Any) -> str:
-    """The first sentence of a docstring."""
+    """The first sentence of a docstring; of a constant its values."""
+    if isinstance(thing, tuple):
+        return ", ".join(f"`{value}`" for value in thing) + "."
     text = " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
-    return re.split(r"(?<=[.:])\s", text)[0].rstrip(":") if text else ""
+    return re.split(r"(?<=\.)(?<!et al\.)\s", text)[0].rstrip(":")
 
 
 def _parameters(function: Any) -> Iterator[str]:
@@ -228,6 +230,7 @@ def entry(name: str) -> str:
             f"`.{key}`: {sentence(value)}"
             for key, value in inspect.getmembers(thing)
             if not key.startswith("_")
+            and getattr(Mapping, key, None) is not value
             and (callable(value) or isinstance(value, property | cached_property))
             and sentence(value)
         ]

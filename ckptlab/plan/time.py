@@ -18,9 +18,12 @@ Float64 = NDArray[np.float64]
 @explained
 @dataclass(frozen=True)
 class Cluster:
-    """ranks_per_node: consecutive ranks are on one node. inside: bytes a second that a rank sends to others of its node
+    """A cluster described by four numbers; the defaults are roughly those of eight H100 with 400 Gbit/s each.
+
+    ranks_per_node: consecutive ranks are on one node. inside: bytes a second that a rank sends to others of its node
     (and receives at the same time). between: bytes a second that a node sends to all others, its ranks together.
-    latency: seconds before a message arrives. The defaults are roughly those of eight H100 and 400 Gbit/s for each."""
+    latency: seconds before a message arrives.
+    """
 
     ranks_per_node: int = 8
     inside: float = 450e9
@@ -38,8 +41,11 @@ class Cluster:
 
 @dataclass(frozen=True, eq=False)
 class Times:
-    """seconds: until the last link is done, all working at once. ranks: seconds of each rank's link inside its node,
-    nodes: of each node's to the others. slowest: which link that is, with what it carries."""
+    """How long a plan takes on a cluster.
+
+    seconds: until the last link is done, all working at once. ranks: seconds of each rank's link inside its node,
+    nodes: of each node's to the others. slowest: which link that is, with what it carries.
+    """
 
     seconds: float
     ranks: Float64

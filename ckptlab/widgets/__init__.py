@@ -48,7 +48,7 @@ def explore(ckpt: Source | Reshape) -> Explorer:
 
 @explained
 def playground(mesh: Mesh | None = None, zero_stage: int = 1, **numbers: Any) -> Playground:
-    """The same with no checkpoint at all, for a model described by a few numbers that can be changed: for teaching.
+    """What `explore` shows, with no checkpoint at all: a model described by a few numbers that can be changed.
 
     Arguments as for `ckptlab.paper_model`; without any, a small model on tp 2 · pp 2 · dp 2. UnsupportedError where
     anywidget is not installed.

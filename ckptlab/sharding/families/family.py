@@ -52,8 +52,8 @@ class Taken:
 @explained
 @dataclass(frozen=True)
 class Family:
-    """A list of lines. Of several that take a name the first does; of several that give one, going back, the first
-    that can.
+    """A model under the names and shapes of two programs: a list of lines, read both ways. Of several lines that take a
+    name the first does; of several that give one, going back, the first that can.
 
     `title`: what its sides are. `defaults`: numbers in names of the left side that nobody gives, as sums of others:
     {"final": "layers+first"}. `model_types`: transformers' own words for the right side. `strategy`: how tensors of the

@@ -46,6 +46,23 @@ def test_a_run_over_its_steps() -> None:
     assert set(tree.children) == set(run[5].full().children)
 
 
+def test_shards_and_flat_buffers_over_the_steps() -> None:
+    run = open_run(STEPS)
+    shards, flat = run.shards("exp_avg"), run.flat()
+    assert list(shards["blocks.fc1.weight"].data_vars) == ["exp_avg"]
+    for step in run.steps:
+        alone = run[step].shards()["blocks.fc1.weight"].exp_avg
+        assert shards["blocks.fc1.weight"].exp_avg.sel(step=step, drop=True).identical(alone)
+        assert (
+            flat["pp0/group0"]
+            .to_dataset()
+            .sel(step=step, drop=True)
+            .identical(run[step].flat()["pp0/group0"].to_dataset())
+        )
+    with pytest.raises(CheckpointError, match="no state 'moment': there are master"):
+        run.shards("moment")
+
+
 def test_opening_and_selecting_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(STEPS)
 

@@ -25,7 +25,7 @@ from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.errors import CheckpointError, LayoutError, UnknownNameError
 from ckptlab.formats import get as format_of
 from ckptlab.shown import Shown
-from ckptlab.views import Full
+from ckptlab.views import Flat, Full, Shards
 from ckptlab.views.tree import DataTree
 
 MANY = 8  # skipped folders that an error lists
@@ -134,22 +134,39 @@ class Run(Shown, Mapping[int, Checkpoint]):
         of those hold; `step` says which they are. A state that changed its dtype is float32 throughout. `layer` has no
         coordinate `pp` where the steps deal it to stages differently. dtype: as for `Checkpoint.full`.
         """
+        return self._tree(state, lambda ckpt, states: Full(ckpt.catalog, None, states, dtype_called(dtype)).tree())
+
+    def shards(self, state: str | Sequence[str] | None = None, *, dtype: Any = None) -> xr.DataTree:
+        """Tensors as the model-parallel ranks hold them over the steps, lazily: the nodes of `Checkpoint.shards`, as
+        `full` has those of whole tensors. Steps that another mesh wrote are other shapes where it cuts otherwise."""
+        return self._tree(state, lambda ckpt, states: Shards(ckpt.catalog, None, states, dtype_called(dtype)).tree())
+
+    def flat(self, *, dtype: Any = None) -> xr.DataTree:
+        """The optimizer's flat buffers over the steps, lazily: the nodes of `Checkpoint.flat`, as `full` has those of
+        whole tensors."""
+        return self._tree(None, lambda ckpt, _: Flat(ckpt.catalog.as_stored, None, dtype_called(dtype)).tree())
+
+    def _tree(
+        self, state: str | Sequence[str] | None, view: Callable[[Checkpoint, tuple[str, ...] | None], xr.DataTree]
+    ) -> xr.DataTree:
         wanted = None if state is None else (state,) if isinstance(state, str) else tuple(state)
         unknown = [s for s in wanted or () if s not in self.states]
         if unknown:
             raise CheckpointError(f"{self.path}: no state {unknown[0]!r}: there are {', '.join(self.states)}")
-        return self._tree(lambda ckpt: Full(ckpt.catalog, None, _known(ckpt, wanted), dtype_called(dtype)).tree())
-
-    def _tree(self, view: Callable[[Checkpoint], xr.DataTree]) -> xr.DataTree:
-        trees = {step: view(ckpt) for step, ckpt in self.checkpoints.items()}
-        names = dict.fromkeys(str(name) for tree in reversed(trees.values()) for name in tree.children)
-        nodes = {}
-        for name in names:
-            held = {step: tree[name].to_dataset() for step, tree in trees.items() if name in tree.children}
-            node = _over_steps(held)
+        trees = {
+            step: {
+                path: node.to_dataset()
+                for path, node in view(ckpt, _known(ckpt, wanted)).subtree_with_keys
+                if len(node.data_vars)
+            }
+            for step, ckpt in self.checkpoints.items()
+        }
+        nodes = {"/": xr.Dataset(attrs={"path": self.path})}
+        for path in dict.fromkeys(path for tree in reversed(trees.values()) for path in tree):
+            node = _over_steps({step: tree[path] for step, tree in trees.items() if path in tree})
             if node.data_vars:
-                nodes[name] = DataTree(node)
-        return DataTree(xr.Dataset(attrs={"path": self.path}), nodes)
+                nodes[f"/{path}"] = node
+        return DataTree.from_dict(nodes)
 
     def tensor_rows(self) -> list[Row]:
         """What there is to take statistics of: every state of every whole tensor at every step."""
@@ -168,10 +185,14 @@ def _over_steps(held: Mapping[int, xr.Dataset]) -> xr.Dataset:
     variables = {}
     for state in last.data_vars:
         if all(state in node for node in nodes):
+            dims = ("step", *map(str, last[state].dims))
             arrays = [a for a in (under(node[state].variable) for node in nodes) if a is not None]
+            if not arrays:  # lengths, which headers tell
+                variables[state] = xr.Variable(dims, np.stack([node[state].values for node in nodes]))
+                continue
             if len({a.dtype for a in arrays}) > 1:
                 arrays = [Converted(a, np.dtype(np.float32)) for a in arrays]
-            variables[state] = variable(("step", *map(str, last[state].dims)), Stacked(arrays))
+            variables[state] = variable(dims, Stacked(arrays), last[state].attrs)
     coordinates = {
         name: values
         for name, values in last.coords.items()

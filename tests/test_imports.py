@@ -9,6 +9,22 @@ from pathlib import Path
 import ckptlab
 
 HOUSE = Path(ckptlab.__file__).parent
+PARTS = """
+errors plain words arguments paths far stored shown registry pool findings draw
+mesh
+layout
+plan
+catalog
+sharding
+arrays
+formats
+convert
+views
+viewed state_dict checkpoint
+analysis adapters beginning pretrained
+describe viz
+testing widgets deepspeed cli
+"""  # from the ground up, as CONTRIBUTING.md tells them
 
 
 def modules(house: Path) -> dict[str, Path]:
@@ -72,6 +88,18 @@ def test_the_reading_finds_a_circle_wherever_the_import_stands() -> None:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles(imports(HOUSE)) == set()
+
+
+def test_a_part_imports_only_those_before_it() -> None:
+    floor = {part: i for i, line in enumerate(PARTS.strip().splitlines()) for part in line.split()}
+    graph = {name: wanted for name, wanted in imports(HOUSE).items() if name not in ("ckptlab", "ckptlab.__main__")}
+    up = {
+        f"{name} → {above}"
+        for name, wanted in graph.items()
+        for above in wanted
+        if floor[above.split(".")[1]] > floor[name.split(".")[1]]
+    }
+    assert up == set()
 
 
 def test_nobody_outside_a_formats_folder_imports_from_it() -> None:

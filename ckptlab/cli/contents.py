@@ -96,21 +96,23 @@ def explore(path: str, destination: str, strategy: str | None, **degrees: int | 
     say(destination)
 
 
-@main.command(short_help="What is registered: formats, strategies, families, backends.")
+@main.command(short_help="What is registered: formats, strategies, families, …")
 @as_json_option
 def formats(as_json: bool) -> None:
-    """What is registered here: formats that open, strategies for layouts, families of names, array libraries. Packages
-    may add to each."""
+    """What is registered here: formats that open, strategies for layouts, families of names, array libraries, plots of
+    statistics. Packages may add to each."""
     from ckptlab.arrays.backends import BACKENDS
     from ckptlab.formats import every
     from ckptlab.sharding.families import FAMILIES
     from ckptlab.sharding.strategies import REGISTRY
+    from ckptlab.views.accessor import PLOTS
 
     known = every()
     others = {
         "strategies": list(REGISTRY.names()),
         "families": list(FAMILIES.names()),
         "backends": list(BACKENDS.names()),
+        "plots": list(PLOTS.names()),
     }
     if as_json:
         listed = [{"name": f.name, "title": f.title, "reads": f.reads, "writes": f.writes} for f in known]

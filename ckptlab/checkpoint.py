@@ -302,7 +302,7 @@ class Reshape(Viewed, Shown):
         return compose(self._planned(), self._states)
 
     def _planned(self) -> Iterator[tuple[str, int, int, Placement | Made, Placement]]:
-        """What `compose` takes: states that lie alike together, the module weight by itself."""
+        """What `compose` takes: states that lie alike together, `param` by itself."""
         known: dict[tuple[int, int], list[tuple[str, str, int, int]]] = {}  # of states that many tensors have
         placements = self.target.placements
         for name, tensor in self.target.tensors.items():
@@ -467,7 +467,7 @@ def source_of(catalog: Catalog) -> convert.Source:
 
 def _together(source: Tensor, target: Tensor, alike: Callable[[str, str], bool]) -> Iterator[tuple[str, str, int, int]]:
     """(state, what becomes of it, bytes an element read, and written) of those that lie alike: what an optimizer keeps,
-    by the first state of those that do, and the module weight by itself."""
+    by the first state of those that do, and `param` by itself."""
     held, wanted = source.states, target.states
     groups: list[list[str]] = []
     for state in wanted:

@@ -30,7 +30,7 @@ def state_dict(
     """Name → whole tensor, an array of the library, for every tensor that has the state; a tied tensor once, under each
     of its names.
 
-    state: None takes the master weight, and the module's where there is none (frozen tensors, buffers). dtype, numpy's
+    state: None takes the master weight, and `param` where there is none (frozen tensors, buffers). dtype, numpy's
     or torch's: what floating-point tensors are rounded to (None: as stored). CheckpointError for a state that no tensor
     has, BackendError for a library or dtype that is not there.
     """

@@ -98,7 +98,7 @@ class Catalog:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Every state that some tensor has: the master first, the module weight last."""
+        """Every state that some tensor has: `master` first, `param` last."""
         seen = dict.fromkeys(s for t in self.tensors.values() for s in t.states)
         rank = {MASTER: 0, PARAM: 2}
         return tuple(sorted(seen, key=lambda s: rank.get(s, 1)))

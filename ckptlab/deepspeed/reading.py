@@ -91,7 +91,7 @@ class ReshapedCheckpoint(ABC):
     def load(self, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Any:
         """Load whole tensors into a module whose parameters have the checkpoint's names.
 
-        state: "fp32", "module", "exp_avg", …; None takes the master weight, and the module's where there is none
+        state: "master", "param", "exp_avg", …; None takes the master weight, and `param` where there is none
         (frozen tensors, buffers). Elements are rounded to the module's dtypes. A padded vocabulary has as many rows
         as the module. Returns (missing_keys, unexpected_keys) as `load_state_dict` does, whose RuntimeError lists
         them where strict.

@@ -1,4 +1,4 @@
-"""What a format is: how its folders are told, what reads them, and how its files are planned.
+"""What a format is: how its folders are recognised, what reads them, and how its files are planned.
 
 A format is one folder and one registration: an entry point in the group `ckptlab.formats` names a subclass of `Format`.
 Nobody outside a format's folder imports from it.
@@ -25,7 +25,7 @@ from ckptlab.sharding.strategies import Strategy
 
 @dataclass(frozen=True)
 class Listing:
-    """A folder (or a single file) as a format looks at it to tell whether it is its own: names, and no contents."""
+    """A folder (or a single file) as a format looks at it to see whether it is its own: by names, and first bytes."""
 
     path: str
 

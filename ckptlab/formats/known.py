@@ -1,4 +1,4 @@
-"""Kinds of checkpoints that are told by their markers and not read yet, so that an error can name them."""
+"""Kinds of checkpoints that are recognised by their markers and not read, so that an error can name them."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def unnumbered(names: Sequence[str]) -> list[str]:
 
 
 def entries(source: Catalog, dtype: np.dtype | None, aliases: bool = True) -> Iterator[Entry]:
-    """What is written: every parameter from its master weight (else the module weight), frozen tensors and buffers too.
+    """What is written: every parameter from its master weight (else `param`), frozen tensors and buffers too.
 
     dtype converts floating-point weights; None keeps the master's, buffers keep theirs. aliases: they are written out
     under their own names, so that a strict load finds them.

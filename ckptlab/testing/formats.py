@@ -39,7 +39,7 @@ _MARKS: Mapping[str, tuple[str, ...]] = {
     "megatron": ("latest_checkpointed_iteration.txt",),
     "orbax": ("_CHECKPOINT_METADATA",),
 }
-"""Names by which formats are told, all of them ours: what has them is a foreign folder to every other format."""
+"""Names by which formats are recognised, all of them ours: what has them is a foreign folder to every other format."""
 
 
 @explained

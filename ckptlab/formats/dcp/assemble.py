@@ -108,7 +108,7 @@ class Held(Mapping[Holder, tuple[Fragment, ...]]):
 def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | None, format: str = "dcp") -> Catalog:
     """The catalog of what was found.
 
-    The weight is the state "module" where the optimizer keeps another (a master), where it is of 16 bits, and where the
+    The weight is the state `param` where the optimizer keeps another (a master), where it is of 16 bits, and where the
     optimizer does not step it (frozen tensors and buffers); else what the optimizer steps is the weight itself, and it
     is the master: float32 weights, also where no optimizer was stored.
     """
@@ -183,7 +183,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
 
 
 def _states(found: Found) -> dict[str, dict[str, Grid]]:
-    """Name → state → grid, the master first and the module weight last; a state of another shape is a tensor of its
+    """Name → state → grid, `master` first and `param` last; a state of another shape is a tensor of its
     own."""
     states: dict[str, dict[str, Grid]] = {}
     odd: dict[str, Grid] = {}

@@ -127,7 +127,7 @@ def test_info_json_is_one_object_and_nothing_else() -> None:
         "groups",
         "client_state",
         "files",
-        "notices",
+        "findings",
     } <= set(about)
 
 
@@ -322,7 +322,7 @@ def test_weights(dtype: str | None, tmp_path: Path) -> None:
     result = run("convert", ZERO3, out, "--to", "safetensors", *chosen, "--max-shard-size", "10kB", "--json")
     about = json.loads(result.stdout)
     assert about["files"] > 2
-    assert [n["code"] for n in about["notices"]] == ["states-left-out"]
+    assert [n["code"] for n in about["findings"]] == ["states-left-out"]
     index = json.loads((out / "model.safetensors.index.json").read_text())
     weight = load_file(out / index["weight_map"]["wte.weight"])["wte.weight"]
     assert str(weight.dtype) == {None: "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype]

@@ -402,6 +402,13 @@ def test_ds_to_universal_makes_what_deepspeed_made(tmp_path: Path, capsys: pytes
         assert np.array_equal(found[ALONE][0].stored.map(), by_holder[ALONE][0].stored.map()), (name, state)
 
 
+def test_ds_to_universal_says_what_is_found_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = DATA / "plain_zero2_dp2_round_robin"
+    ds_to_universal.convert(str(case), str(tmp_path / "universal"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "round_robin_gradients" in line
+
+
 @pytest.mark.parametrize("flags", [[], ["--safe_serialization"]])
 def test_zero_to_fp32_writes_one_file_or_several(flags: list[str], tmp_path: Path) -> None:
     name = "model.safetensors" if flags else "pytorch_model.bin"

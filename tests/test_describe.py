@@ -151,11 +151,11 @@ def test_a_tensor_without_the_usual_states_is_told() -> None:
     assert re.search(r"^a .* parameter +32$", text, re.MULTILINE)
 
 
-def test_notices_come_last_or_not_at_all() -> None:
+def test_findings_come_last_or_not_at_all() -> None:
     ckpt = open_checkpoint(GPT)
     ckpt = Checkpoint(replace(ckpt.catalog, findings=(Finding("averaged", "info", found="replicas are averaged"),)))
     assert summary_text(ckpt.catalog).endswith("notes     - replicas are averaged")
-    assert "averaged" not in summary_text(ckpt.catalog, notices=False)
+    assert "averaged" not in summary_text(ckpt.catalog, findings=False)
 
 
 def test_a_folder_that_is_gone_can_still_be_shown() -> None:

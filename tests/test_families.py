@@ -341,7 +341,7 @@ def test_the_command_line_goes_to_transformers_and_back(tmp_path: Path) -> None:
     out, back = tmp_path / "hf", tmp_path / "back"
     made = run("convert", DATA / "gpt_tp2_pp2_dp2", out, "--to", "huggingface", "--dtype", "bf16", "--json")
     assert made.exit_code == 0
-    codes = [notice["code"] for notice in json.loads(made.stdout)["notices"]]
+    codes = [finding["code"] for finding in json.loads(made.stdout)["findings"]]
     assert codes[-2:] == ["config-assumed", "states-left-out"]
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert run("diff", DATA / "gpt_tp2_pp2_dp2", out).exit_code == 0

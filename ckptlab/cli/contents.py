@@ -40,7 +40,7 @@ def info(path: tuple[str, ...], everything: bool, strategy: str | None, as_json:
         return
     from ckptlab.describe import summary_text
 
-    say(summary_text(ckpt.catalog, notices=False, everything=everything))
+    say(summary_text(ckpt.catalog, findings=False, everything=everything))
     note(n.text for n in ckpt.findings)
 
 

@@ -55,7 +55,7 @@ def plan(source: str, as_json: bool, strategy: str | None, **options: Any) -> No
         return
     from ckptlab.describe import plan_text
 
-    say(plan_text(reshape, notices=False))
+    say(plan_text(reshape, findings=False))
     note(n.text for n in reshape.check())
 
 
@@ -181,7 +181,7 @@ def convert(
         return
     from ckptlab.words import number_of, size, some
 
-    note(n["text"] for n in said["notices"])
+    note(n["text"] for n in said["findings"])
     if report.not_finite:
         count, names = sum(report.not_finite.values()), list(report.not_finite)
         note(
@@ -212,15 +212,17 @@ def _write_run(
     ckpt: Checkpoint, destination: str, form: str, options: Mapping[str, Any], running: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Report]:
     """Write a native or universal checkpoint: what is to be said of it, and the report."""
+    from ckptlab.describe.facts import briefly
+
     reshape = reshaped(ckpt, options, form)
     report = reshape.save(destination, **running)
-    notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
+    findings = briefly(reshape.check())
     if report.latest is None and reshape.format.pointed:
         tag = os.path.basename(report.destination)
         text = f"`latest` beside it is the source run's and was left alone: load it with tag={tag!r}"
-        notices.append({"code": "latest-left-alone", "text": text})
+        findings.append({"code": "latest-left-alone", "severity": "info", "text": text})
     target = {"mesh": reshape.mesh.degrees, "zero_stage": reshape.zero_stage, "dtype": reshape.target.training.dtype}
-    return {"format": form, **target, "latest": report.latest, "notices": notices}, report
+    return {"format": form, **target, "latest": report.latest, "findings": findings}, report
 
 
 def _write_weights(
@@ -232,12 +234,13 @@ def _write_weights(
 ) -> tuple[dict[str, Any], Report]:
     """Write safetensors: what is to be said of them, and the report."""
     from ckptlab.checkpoint import save_weights
+    from ckptlab.describe.facts import briefly
 
     _weights_only(options, "safetensors")
     dtype = options["dtype"]
     report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
-    notices = [{"code": n.code, "text": n.text} for n in ckpt.findings] + _left_out(ckpt)
-    return {"format": "safetensors", "dtype": dtype, "latest": None, "notices": notices}, report
+    findings = briefly(ckpt.findings) + _left_out(ckpt)
+    return {"format": "safetensors", "dtype": dtype, "latest": None, "findings": findings}, report
 
 
 def _begun(ckpt: Checkpoint, family: str | None, strategy: str | None, options: dict[str, Any]) -> Checkpoint:
@@ -271,6 +274,7 @@ def _write_pretrained(
     running: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Report]:
     """Write a folder that transformers opens: what is to be said of it, and the report."""
+    from ckptlab.describe.facts import briefly
     from ckptlab.pretrained import pretrained
 
     numbers = {k: options[k] for k in ("heads", "kv_heads")}
@@ -287,8 +291,8 @@ def _write_pretrained(
     dtype = options["dtype"]
     reshape = pretrained(ckpt, family, dtype, max_shard_bytes, said, **lora, **numbers)
     report = reshape.save(destination, **running)
-    notices = [{"code": n.code, "text": n.text} for n in reshape.check()]
-    return {"format": "huggingface", "dtype": dtype, "latest": None, "notices": [*notices, *_left_out(ckpt)]}, report
+    findings = briefly(reshape.check())
+    return {"format": "huggingface", "dtype": dtype, "latest": None, "findings": [*findings, *_left_out(ckpt)]}, report
 
 
 def _weights_only(options: Mapping[str, Any], form: str) -> None:
@@ -300,12 +304,9 @@ def _weights_only(options: Mapping[str, Any], form: str) -> None:
 
 
 def _left_out(ckpt: Checkpoint) -> list[dict[str, Any]]:
-    """A notice of states that weights alone do not have."""
+    """A finding on states that weights alone do not have."""
     from ckptlab.catalog import MASTER, PARAM
 
     lost = [s for s in ckpt.states if s not in (MASTER, PARAM)]
-    return (
-        [{"code": "states-left-out", "text": f"safetensors hold weights: {', '.join(lost)} are left out"}]
-        if lost
-        else []
-    )
+    text = f"safetensors hold weights: {', '.join(lost)} are left out"
+    return [{"code": "states-left-out", "severity": "info", "text": text}] if lost else []

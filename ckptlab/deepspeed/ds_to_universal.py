@@ -57,8 +57,8 @@ def convert(input_folder: str, output_folder: str, strategy: str | None = None, 
     from ckptlab import checkpoint
 
     reshape = checkpoint.open(input_folder, strategy=strategy).reshape()
-    for notice in reshape.check():
-        print(f"note: {notice}")
+    for finding in reshape.check():
+        print(f"note: {finding.text}")
     report = reshape.save(output_folder, format="universal", on=workers, progress=sys.stderr.isatty())
     print(f"{report.destination}: {report.files} files, {report.bytes_written:,} bytes of tensors")
 

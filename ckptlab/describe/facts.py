@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,8 @@ def summary(catalog: Catalog) -> dict[str, Any]:
     run's mesh, also where a format holds whole tensors; None: not known), zero_stage, optimizer (DeepSpeed's wrapper),
     dtype (what is trained in), step, counts {tensors, trained, frozen, buffers, parameters (elements)}, states [{name,
     dtypes, tensors, bytes}], groups [{name, tensors, elements, options}], aliases {alias: name}, client_state {keys,
-    not_imported}, files {count, bytes (on disk)}, notices [{code, text}], tensors [{name, shape, padded {dim: rows},
-    layout (None: not known), replicas, kind, group, stages, states {state: dtype}, elements, aliases}].
+    not_imported}, files {count, bytes (on disk)}, findings [{code, severity, text}], tensors [{name, shape, padded
+    {dim: rows}, layout (None: not known), replicas, kind, group, stages, states {state: dtype}, elements, aliases}].
     """
     return {**overview(catalog), "tensors": [_tensor(t) for t in catalog.tensors.values()]}
 
@@ -58,7 +58,7 @@ def overview(catalog: Catalog) -> dict[str, Any]:
             "not_imported": sorted(set(_foreign(catalog.client))),
         },
         "files": {"count": len(catalog.files), "bytes": _on_disk(catalog)},
-        "notices": _notices(catalog.findings),
+        "findings": briefly(catalog.findings),
     }
 
 
@@ -142,8 +142,9 @@ def _on_disk(catalog: Catalog) -> int | None:
         return None
 
 
-def _notices(findings: tuple[Finding, ...]) -> list[dict[str, str]]:
-    return [{"code": n.code, "text": n.text} for n in findings]
+def briefly(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    """Findings in short, for people: [{code, severity, text}]."""
+    return [{"code": f.code, "severity": f.severity, "text": f.text} for f in findings]
 
 
 def plan(reshape: Reshape) -> dict[str, Any]:
@@ -153,8 +154,8 @@ def plan(reshape: Reshape) -> dict[str, Any]:
     format), layers {source, target} (those on each pp stage), layouts [{name, source, target}] of tensors that are cut
     by another one, arranged {axis: [source, target]} of axes that experts alone lie on, vocabulary {true, source,
     target} rows or None, bytes {read, written, moved}, largest_tensor (bytes), files (to be written), moves {by_target
-    [{rank, received, own, sources}], matrix [source rank][target rank] in bytes, None for more than 16 ranks}, notices
-    [{code, text}].
+    [{rank, received, own, sources}], matrix [source rank][target rank] in bytes, None for more than 16 ranks}, findings
+    [{code, severity, text}].
     """
     source, target = reshape.source, reshape.target
     cost = reshape.cost()
@@ -169,7 +170,7 @@ def plan(reshape: Reshape) -> dict[str, Any]:
         "largest_tensor": cost.largest_tensor,
         "files": len(reshape.files),
         "moves": _moves(reshape),
-        "notices": _notices(reshape.check()),
+        "findings": briefly(reshape.check()),
     }
 
 

@@ -98,4 +98,4 @@ def _pictures(*drawings: Drawing | None) -> str:
 
 
 def _notes(about: Mapping[str, Any]) -> str:
-    return "".join(f"<div class=note>{escape(n['text'])}</div>" for n in about["notices"])
+    return "".join(f"<div class=note>{escape(n['text'])}</div>" for n in about["findings"])

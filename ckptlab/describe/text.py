@@ -19,8 +19,8 @@ RECEIVERS = 8  # target ranks that a large plan lists
 _KEY = 10  # the column of keys on the left
 
 
-def summary_text(catalog: Catalog, *, notices: bool = True, everything: bool = False) -> str:
-    """The summary. notices: what the user must hear, at the end. everything: a line for every tensor, no name cut."""
+def summary_text(catalog: Catalog, *, findings: bool = True, everything: bool = False) -> str:
+    """The summary. findings: what the user must hear, at the end. everything: a line for every tensor, no name cut."""
     about = facts.overview(catalog)
     found = [
         ("", [phrases.title(about)]),
@@ -31,7 +31,7 @@ def summary_text(catalog: Catalog, *, notices: bool = True, everything: bool = F
         ("groups", aligned(phrases.groups(about), "lllrr")),
         ("tied", _wrapped("; ".join(phrases.ties(about)))),
         ("client", _wrapped(phrases.client(about))),
-        ("notes", _listed(about["notices"] if notices else ())),
+        ("notes", _listed(about["findings"] if findings else ())),
     ]
     lines = (unfolded if everything else fold)(catalog.tensors.values())
     table = _tensors(lines, None if everything else ROWS)
@@ -50,8 +50,8 @@ def _tensors(lines: Sequence[Line], limit: int | None) -> list[str]:
     return [*table, *more(left, " tensors"), *phrases.legend(columns, lines)]
 
 
-def plan_text(reshape: Reshape, *, notices: bool = True) -> str:
-    """The plan. notices: what the user must hear, at the end."""
+def plan_text(reshape: Reshape, *, findings: bool = True) -> str:
+    """The plan. findings: what the user must hear, at the end."""
     about = facts.plan(reshape)
     found = [
         ("", [phrases.plan_title(about)]),
@@ -60,7 +60,7 @@ def plan_text(reshape: Reshape, *, notices: bool = True) -> str:
         ("changes", aligned(phrases.changes(about), "ll") or ["none: the same mesh, stage and dtype"]),
         ("cost", aligned(phrases.costs(about), "lrl")),
         ("moves", list(_moves(about))),
-        ("notes", _listed(about["notices"] if notices else ())),
+        ("notes", _listed(about["findings"] if findings else ())),
     ]
     return "\n".join(blocks(found))
 
@@ -104,9 +104,9 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH - _KEY, break_long_words=False, break_on_hyphens=False)
 
 
-def _listed(notices: Sequence[Mapping[str, str]]) -> list[str]:
+def _listed(findings: Sequence[Mapping[str, str]]) -> list[str]:
     wrapper = textwrap.TextWrapper(WIDTH - _KEY, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return [line for n in notices for line in wrapper.wrap(f"- {n['text']}")]
+    return [line for f in findings for line in wrapper.wrap(f"- {f['text']}")]
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:

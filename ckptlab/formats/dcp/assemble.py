@@ -315,7 +315,7 @@ def _say_axes(path: str, tensors: Sequence[Tensor], neutral: bool, axes: Axes, s
     if not unnamed:
         return
     which = ", ".join(f"{name} ({n})" for name, n in axes) if neutral else "of its own"
-    said.notice(
+    said.remark(
         "dcp-axes",
         f"{path}: {len(unnamed)} tensors are cut ({unnamed[0]}, …); the files do not say over which mesh axes: they "
         f"are called {which}. Name them by the run's mesh, ckptlab.open(path, mesh=Mesh(dp=2, tp=2)), or with layouts, "

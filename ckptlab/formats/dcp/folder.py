@@ -53,14 +53,14 @@ def read_folder(folder: str, said: Said) -> Metadata:
                 "is of another save; copy it again",
             )
         elif size > ends[i] and METADATA in names and _is_zip(path) and DATA.fullmatch(name):
-            said.notice(
+            said.remark(
                 "dcp-longer-file",
                 f"{path}: has {size - ends[i]:,} bytes behind the last item that .metadata knows: the file may be of "
                 "another save than .metadata",
             )
     strangers = sorted(n for n in names - set(metadata.files) if DATA.fullmatch(n) and _size(folder, n))
     if strangers:
-        said.notice(
+        said.remark(
             "dcp-extra-file", f"{folder}: {some(strangers)} hold nothing that .metadata names: left from another save"
         )
     paths.ahead(_small(metadata))
@@ -94,7 +94,7 @@ def _times(metadata: Metadata, names: set[str], said: Said) -> None:
     later = {name: os.stat(os.path.join(metadata.folder, name)).st_mtime - written for name in there}
     newer = sorted(name for name, seconds in later.items() if seconds > _SLACK)
     if newer:
-        said.notice(
+        said.remark(
             "dcp-older-metadata",
             f"{metadata.folder}: .metadata, which is written last, is older than {some(newer)}, by "
             f"{max(later.values()):,.0f} seconds: another save into this folder did not end, unless the files "

@@ -74,14 +74,14 @@ def find(path: str, metadata: Metadata, files: tuple[str, ...], said: Said) -> F
     found.groups = _groups(common.get("optimizer"), found)
     found.client = _client(common, metadata, buffers)
     if buffers:
-        said.notice(
+        said.remark(
             "dcp-no-map",
             f"{path}: the optimizer was saved as dp_reshardable: {len(buffers)} flat buffers ({buffers[0]}, …) whose "
             "map to tensors is not stored. They are in the client state as they lie, and no states of tensors: save "
             "with --dist-ckpt-optim-fully-reshardable to have those",
         )
     if gathered:
-        said.notice(
+        said.remark(
             "dcp-no-map",
             f"{path}: the optimizer was saved as dp_zero_gather_scatter: an object of flat buffers for each model "
             f"parallel group ({gathered[0]}, …), whose map to tensors is not stored. They are in the client state, and "

@@ -150,7 +150,7 @@ def _optimizer(
     numbered = all(type(key) is int for key in keys)
     names = _by_number(keys, states, found) if numbered else {key: str(key) for key in keys}
     if names is None:
-        said.notice(
+        said.remark(
             "dcp-no-names",
             f"{path}: the optimizer's states are numbered, and do not have the shapes of the model's tensors in their "
             "order: whose they are cannot be told, and they are left out",

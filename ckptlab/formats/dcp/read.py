@@ -166,7 +166,7 @@ def _numbered(keys: Keys, of: Mapping[str, Metadata], plain: Collection[str], sa
     weights = sorted(keys.weights.items(), key=lambda one: order.get(one[1], len(order)))
     found = by_number(list(map(int, keys.states)), shapes, {name: of[key].tensors[key].shape for name, key in weights})
     if found is None:
-        said.notice(
+        said.remark(
             "dcp-no-names",
             f"{said.path}: the optimizer's states are numbered, and do not have the shapes of the model's tensors in "
             "their order: whose they are cannot be told, and they go by their numbers",

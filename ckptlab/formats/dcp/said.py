@@ -28,7 +28,7 @@ class Said:
         """Something may be wrong."""
         self._report(code, "warning", text, "files of one save", PUT_BACK)
 
-    def notice(self, code: str, text: str) -> None:
+    def remark(self, code: str, text: str) -> None:
         """Worth knowing."""
         self._report(code, "info", text, "", "")
 

@@ -177,13 +177,25 @@ class Checkpoint(Viewed, Shown, Mapping[str, Tensor]):
     def state_dict(
         self, state: str | None = None, backend: Any = "torch", dtype: Any = None, device: Any = None
     ) -> dict[str, Any]:
-        """Name → whole tensor as an array of the library, under the model's own names: see `ckptlab.state_dict`."""
+        """Name → whole tensor as an array of the library, for every tensor that has the state; a tied tensor once,
+        under each of its names.
+
+        state: None takes the master weight, and `param` where there is none (frozen tensors, buffers). dtype, numpy's
+        or torch's: what floating-point tensors are rounded to (None: as stored). CheckpointError for a state that no
+        tensor has, BackendError for a library or dtype that is not there.
+        """
         from ckptlab.state_dict import state_dict
 
         return state_dict(self, state, backend, device, dtype)
 
     def load_into(self, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Loaded:
-        """Copy whole tensors into a module's parameters and buffers of the same names: see `ckptlab.state_dict`."""
+        """Copy whole tensors into the parameters and buffers of a module that have their names, one after the other.
+
+        state: as for `state_dict`. Elements are rounded to the module's dtypes; of a vocabulary that the run padded the
+        module may have more rows, which become 0. Nothing is copied before all names and shapes are known to fit:
+        CheckpointError where shapes differ and, if `strict`, where names of the module are missing here or names here
+        are unknown to it.
+        """
         from ckptlab.state_dict import load_into
 
         return load_into(self, module, strict, state)
@@ -264,7 +276,9 @@ class Reshape(Viewed, Shown):
         known = [field.name for field in fields(form.options)]
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise ReshapeError(f"reshape has no option {unknown[0]!r}: expected {', '.join(known) or 'none'}")
+            raise ReshapeError(
+                f"reshape has no option {unknown[0]!r}: expected an axis of the mesh{''.join(f', {k}' for k in known)}"
+            )
         options = {name: _kept(value) for name, value in options.items()}
         check_fields("reshape", form.options, options)
         _check_heads(source, options)

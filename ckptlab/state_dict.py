@@ -27,13 +27,7 @@ class Loaded(NamedTuple):
 def state_dict(
     ckpt: Viewed, state: str | None = None, backend: Any = "torch", device: Any = None, dtype: Any = None
 ) -> dict[str, Any]:
-    """Name → whole tensor, an array of the library, for every tensor that has the state; a tied tensor once, under each
-    of its names.
-
-    state: None takes the master weight, and `param` where there is none (frozen tensors, buffers). dtype, numpy's
-    or torch's: what floating-point tensors are rounded to (None: as stored). CheckpointError for a state that no tensor
-    has, BackendError for a library or dtype that is not there.
-    """
+    """See `Checkpoint.state_dict`."""
     whole = _whole(ckpt, state, backend, device, dtype)
     return {
         name: array
@@ -44,13 +38,7 @@ def state_dict(
 
 
 def load_into(ckpt: Viewed, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Loaded:
-    """Copy whole tensors into the parameters and buffers of a module that have their names, one after the other.
-
-    state: as for `state_dict`. Elements are rounded to the module's dtypes; of a vocabulary that the run padded the
-    module may have more rows, which become 0. Nothing is copied before all names and shapes are known to fit:
-    CheckpointError where shapes differ and, if `strict`, where names of the module are missing here or names here are
-    unknown to it.
-    """
+    """See `Checkpoint.load_into`."""
     import torch
 
     if not isinstance(module, torch.nn.Module):

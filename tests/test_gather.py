@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ckptlab.arrays import Tally, reader
 from ckptlab.arrays import gather as gathering
+from ckptlab.arrays.readers import Mean, Share
 from ckptlab.layout import Cut, Layout
 from ckptlab.layout.boxes import flat_boxes
 from ckptlab.mesh import Mesh
@@ -95,3 +96,16 @@ def test_rounding_is_to_nearest_even(tmp_path: Path) -> None:
         found = reader(catalog, "w", "master", dtype=np.dtype(dtype)).shard(Cut.whole(SHAPE), ())
         expected = torch.from_numpy(values).to(getattr(torch, name)).view(torch.uint16).numpy()
         np.testing.assert_array_equal(found.view(np.uint16), expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.complex64, np.complex128], ids=lambda d: np.dtype(d).name)
+def test_means_and_shares_of_sums_lose_nothing_that_their_dtype_holds(dtype: type, tmp_path: Path) -> None:
+    digits = {4: 20, 8: 40, 16: 40}.get(np.dtype(dtype).itemsize, 2)  # more than float32 has, where the dtype has more
+    digits = 20 if dtype is np.complex64 else digits
+    numbers = 2**digits + np.arange(math.prod(SHAPE)).reshape(SHAPE) * 2
+    whole = (numbers * (1 + 1j) if np.dtype(dtype).kind == "c" else numbers).astype(dtype)
+    one = reader(store(tmp_path, Cut.whole(SHAPE), whole, False, 0), "w", "master")
+    mean, summed = (Mean([one, one], summed).shard(Cut.whole(SHAPE), ()) for summed in (False, True))
+    assert mean.tobytes() == whole.tobytes()
+    assert summed.tobytes() == (whole + whole).tobytes()
+    assert Share(one, 2).shard(Cut.whole(SHAPE), ()).tobytes() == (whole / 2).astype(dtype).tobytes()

@@ -124,21 +124,27 @@ class Cast(Over):
         return self.reader.unordered(cut, at)
 
 
+def _wide(dtype: np.dtype) -> np.dtype:
+    """In which sums of a dtype are made: float32, or what holds its numbers and fractions of them."""
+    return np.dtype(np.float32) if dtype.itemsize < 4 else np.result_type(dtype, np.float32)
+
+
 class Mean(Over):
-    """The mean (the sum if `summed`) of replicas that each hold the whole, in their own dtype, summed in float32."""
+    """The mean (the sum if `summed`) of replicas that each hold the whole, in their own dtype, summed in float32 at
+    least."""
 
     def __init__(self, replicas: Sequence[Reader], summed: bool = False) -> None:
         super().__init__(replicas[0])
         self.replicas, self.summed = tuple(replicas), summed
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
-        total = np.zeros(out.shape, np.float32)
+        total = np.zeros(out.shape, _wide(self.dtype))
         for reader in self.replicas:
             one = np.zeros(out.shape, reader.dtype)
             reader.read_into(one, cut, at, starts)
             total += one
         if not self.summed:
-            np.divide(total, np.float32(len(self.replicas)), out=total)
+            np.divide(total, total.dtype.type(len(self.replicas)), out=total)
         np.copyto(out, total, casting="unsafe")
 
 
@@ -150,9 +156,9 @@ class Share(Over):
         self.count = count
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
-        one = np.zeros(out.shape, np.float32)
+        one = np.zeros(out.shape, _wide(self.dtype))
         self.reader.read_into(one, cut, at, starts)
-        np.divide(one, np.float32(self.count), out=one)
+        np.divide(one, one.dtype.type(self.count), out=one)
         np.copyto(out, one, casting="unsafe")
 
 

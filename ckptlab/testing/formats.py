@@ -376,7 +376,8 @@ def _merged(shards: Any, placement: Placement) -> np.ndarray:
     whole = np.zeros(cut.shape, shards.dtype)
     for at, held in copies.items():
         if placement.replicas == "mean":
-            held = [np.mean([one.astype(np.float32) for one in held], axis=0, dtype=np.float32).astype(shards.dtype)]
+            wide = np.float32 if shards.dtype.itemsize < 4 else np.result_type(shards.dtype, np.float32)
+            held = [np.mean([one.astype(wide) for one in held], axis=0, dtype=wide).astype(shards.dtype)]
         cut.put(held[0], at, whole)
     return whole[tuple(map(slice, cut.logical))]
 

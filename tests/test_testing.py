@@ -84,6 +84,7 @@ class Wrong:
 
     def __init__(self, how: str) -> None:
         self.how = how
+        self.closed = (lambda: how) if how == "closed" else None
 
     def layout(self, name: str, shards: Sequence[tuple[int, ...]]) -> Layout | None:
         if self.how == "silent" and name == "norm.weight":
@@ -100,6 +101,7 @@ class Wrong:
     [
         ("silent", r"every name gets a layout of as many dims: norm\.weight \(16,\): expected a Layout, found None"),
         ("unfit", r"every tensor fits one of the meshes: word_embeddings\.weight \(64, 16\) fits none"),
+        ("closed", r"it is a value: pickled, it says the same: \w*Error: Can't pickle"),
         ("fickle", r"what a mesh's shards are given is the same cut: word_embeddings\.weight on .*not \(64, 16\)"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -430,6 +431,7 @@ class Reshape(Viewed, Shown):
             {
                 "format": self.target.format,
                 "source": fingerprint(self.source),
+                "target": laid_out(self.target),
                 "mesh": str(self.mesh),
                 "options": _plain(self.options),
             },
@@ -518,8 +520,22 @@ def _check_heads(source: Catalog, options: Mapping[str, Any]) -> None:
 
 
 def fingerprint(catalog: Catalog) -> str:
-    """What a source is, for the journal of a conversion: its files with their sizes, times and identities."""
-    return json.dumps([catalog.path, sorted(source_of(catalog).stamp())])
+    """What a source is, for the journal of a conversion: its files with their sizes, times and identities, and what its
+    tensors are taken to be."""
+    return json.dumps([catalog.path, sorted(source_of(catalog).stamp()), laid_out(catalog)])
+
+
+def laid_out(catalog: Catalog) -> str:
+    """A digest of how a catalog's tensors lie and of what they are made: another strategy or family is another one."""
+    found = hashlib.sha256(f"{catalog.mesh!r} {catalog.training.dtype}".encode())
+    for tensor in catalog.tensors.values():
+        states = [(state, np.dtype(dtype).name) for state, dtype in tensor.states.items()]
+        layout = tensor.layout, getattr(tensor.layout, "rows", None)
+        found.update(repr((tensor.name, tensor.shape, layout, tensor.kind, tensor.group, states)).encode())
+    for name, pieces in catalog.seen.items():
+        found.update(repr((name, [(piece.name, piece.key) for piece in pieces])).encode())
+    found.update(repr(list(catalog.added.items())).encode())
+    return found.hexdigest() + (laid_out(catalog.filled) if catalog.filled is not None else "")
 
 
 def _plain(options: Any) -> dict[str, Any]:

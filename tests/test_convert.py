@@ -27,10 +27,12 @@ from ckptlab.convert import execute
 from ckptlab.convert.journal import Journal
 from ckptlab.errors import CkptlabError, DestinationError
 from ckptlab.formats import fileplan, read
+from ckptlab.formats.deepspeed.format import DeepSpeed
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 from ckptlab.formats.safetensors.write import files as safetensors_files
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import resolve
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,29 @@ def test_another_conversion_does_not_go_on_with_it(tmp_path: Path) -> None:
         convert.run([planned("a", first=no_space)], out, {"of": "x"})
     with pytest.raises(DestinationError, match=r"out\.partial is left from another conversion"):
         convert.run([planned("a")], out, {"of": "y"})
+
+
+@pytest.mark.parametrize("options", [{"strategy": {r"2\..*dense\.weight": "(tp out) in"}}, {"dtype": "fp16"}], ids=str)
+def test_a_conversion_to_other_layouts_or_dtypes_is_another(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first had written, of the same size, was once taken for the second's."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    source = read(GPT)
+    with monkeypatch.context() as patched:
+        patched.setattr(DeepSpeed, "verify", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Reshape.of(source, Mesh(tp=2), "deepspeed").save(tmp_path / "step")
+    with pytest.raises(DestinationError, match="is left from another conversion"):
+        Reshape.of(source, Mesh(tp=2), "deepspeed", **options).save(tmp_path / "step")
+    again = read(GPT, strategy=resolve({r"2\..*dense\.weight": "(tp out) in"}))
+    with pytest.raises(DestinationError, match="is left from another conversion"):
+        Reshape.of(again, Mesh(tp=2), "deepspeed").save(tmp_path / "step")
+    report = Reshape.of(read(GPT), Mesh(tp=2), "deepspeed").save(tmp_path / "step")
+    assert report.resumed == report.files
 
 
 def test_two_processes_do_not_write_one_destination(tmp_path: Path) -> None:

@@ -117,6 +117,9 @@ def test_uneven_shards_stand_in_the_corner_of_the_widest(widths: list[int], back
         start += width
     if len(set(widths)) > 1:
         assert shards.out_extent.values.tolist() == widths
+        assert merge(shards, "(tp out) in").values.tobytes() == values.tobytes()  # the coordinates say the widths
+        recut = reshape(shards, "(tp out) in", Mesh(tp=1))
+        assert recut.isel(tp=0).values.tobytes() == values.tobytes()
     assert merge(shards, layout).values.tobytes() == values.tobytes()
 
 

@@ -26,7 +26,7 @@ from ckptlab.arrays.moves import held_shape, moves
 from ckptlab.arrays.taught import teach
 from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout import Cut, Layout, whole_shape
-from ckptlab.layout.notation import names
+from ckptlab.layout.notation import Name, Product, names
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
 
@@ -208,7 +208,7 @@ def _cut_of(array: xr.DataArray, layout: Layout, mesh: Mesh, shape: Sequence[int
     missing = [d for d in layout.dims if d not in array.dims]
     if missing:
         raise LayoutError(f"{layout.text!r} has dims {layout.dims}, the array {array.dims}: no {missing[0]!r}")
-    widest = tuple(array.sizes[d] for d in layout.dims)
+    widest, layout = tuple(array.sizes[d] for d in layout.dims), _with_widths(array, layout)
     if shape is None:
         if any(mesh.leaves(axis) != (axis,) for axis in ("pp", "dp", "tp")):
             raise LayoutError(f"an axis of {mesh} is split: the shards do not tell the whole's shape; give it, shape=")
@@ -234,6 +234,19 @@ def _cut_of(array: xr.DataArray, layout: Layout, mesh: Mesh, shape: Sequence[int
             f"{expected}: give the shape of the whole, or the widths of its shards in the layout"
         )
     return cut
+
+
+def _with_widths(array: xr.DataArray, layout: Layout) -> Layout:
+    """The layout with the widths that coordinates `<dim>_extent` say of dims that one axis cuts, `(tp out)`, where it
+    has none of its own."""
+    found: dict[str, tuple[int, ...]] = {}
+    for dim, node in zip(layout.dims, layout.tree, strict=True):
+        match node:
+            case Product((Name(axis), Name(name))) if name not in (*dict(layout.sizes), *dict(layout.totals)):
+                told = array.coords.get(f"{dim}_extent")
+                if told is not None and told.dims == (axis,):
+                    found[name] = tuple(int(n) for n in told.values)
+    return layout.replace(sizes={**dict(layout.sizes), **found}) if found else layout
 
 
 def _widths(array: xr.DataArray, dim: str, axis: str, size: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Who shows what: a type does not know who draws it; whoever does says so, by type.
 
-Our own renderers stand in rooms that are entered when something of theirs is first shown, so that nothing imports what
+Our own renderers are modules that are imported when something of theirs is first shown, so that nothing imports what
 draws it. Somebody else's type is shown by `Shown` among its bases and one call of `shows`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-_ROOMS = {
+_RENDERERS = {
     "ckptlab.mesh": "ckptlab.viz.meshes",
     "ckptlab.layout.layout": "ckptlab.viz.cuts",
     "ckptlab.layout.cut": "ckptlab.viz.cuts",
@@ -52,8 +52,8 @@ def shows(
 def ways(kind: type) -> Ways:
     """How a type, or the nearest of its bases of which that is known, is shown."""
     for base in kind.__mro__:
-        if base not in _SHOWN and base.__module__ in _ROOMS:
-            import_module(_ROOMS[base.__module__])
+        if base not in _SHOWN and base.__module__ in _RENDERERS:
+            import_module(_RENDERERS[base.__module__])
         if base in _SHOWN:
             return _SHOWN[base]
     return Ways()

@@ -1,4 +1,4 @@
-"""The laws of the house, read from every import: those within functions and those for types alone count too."""
+"""Who may import whom, read from every import: those within functions and those for types alone count too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ckptlab
 
-HOUSE = Path(ckptlab.__file__).parent
+PACKAGE = Path(ckptlab.__file__).parent
 PARTS = """
 errors plain words arguments paths far stored shown registry pool findings draw
 mesh
@@ -27,18 +27,18 @@ testing widgets deepspeed cli
 """  # from the ground up, as CONTRIBUTING.md tells them
 
 
-def modules(house: Path) -> dict[str, Path]:
+def modules(package: Path) -> dict[str, Path]:
     """Dotted name → file of every module of a package."""
     found = {}
-    for path in house.rglob("*.py"):
-        name = ".".join(path.relative_to(house.parent).with_suffix("").parts)
+    for path in package.rglob("*.py"):
+        name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
         found[name.removesuffix(".__init__")] = path
     return found
 
 
-def imports(house: Path) -> dict[str, set[str]]:
+def imports(package: Path) -> dict[str, set[str]]:
     """Module → the modules of the same package that it imports anywhere in its text."""
-    known = modules(house)
+    known = modules(package)
     return {name: {m for m in _named(path) if m in known} - {name} for name, path in known.items()}
 
 
@@ -56,7 +56,7 @@ def _named(path: Path) -> Iterator[str]:
 
 
 def _is_module(name: str) -> bool:
-    path = HOUSE.parent.joinpath(*name.split("."))
+    path = PACKAGE.parent.joinpath(*name.split("."))
     return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
@@ -80,19 +80,19 @@ def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
 
 def test_the_reading_finds_a_circle_wherever_the_import_stands() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {frozenset("bc")}
-    found = imports(HOUSE)
+    found = imports(PACKAGE)
     assert "ckptlab.sharding.strategies" in found["ckptlab"]  # for types alone
     assert "ckptlab.views" in found["ckptlab.viewed"]  # within a function
     assert "ckptlab.errors" in found["ckptlab.mesh"]
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    assert circles(imports(HOUSE)) == set()
+    assert circles(imports(PACKAGE)) == set()
 
 
 def test_a_part_imports_only_those_before_it() -> None:
     floor = {part: i for i, line in enumerate(PARTS.strip().splitlines()) for part in line.split()}
-    graph = {name: wanted for name, wanted in imports(HOUSE).items() if name not in ("ckptlab", "ckptlab.__main__")}
+    graph = {name: wanted for name, wanted in imports(PACKAGE).items() if name not in ("ckptlab", "ckptlab.__main__")}
     up = {
         f"{name} → {above}"
         for name, wanted in graph.items()
@@ -103,10 +103,10 @@ def test_a_part_imports_only_those_before_it() -> None:
 
 
 def test_nobody_outside_a_formats_folder_imports_from_it() -> None:
-    formats = [path.name for path in (HOUSE / "formats").iterdir() if (path / "__init__.py").exists()]
+    formats = [path.name for path in (PACKAGE / "formats").iterdir() if (path / "__init__.py").exists()]
     assert {"deepspeed", "paper", "safetensors", "torch"} <= set(formats)
     formats.remove("torch")  # what formats are written in, and no format
-    graph = imports(HOUSE)
+    graph = imports(PACKAGE)
     for name in formats:
         inside = f"ckptlab.formats.{name}"
         theirs = (inside, "ckptlab.deepspeed", "ckptlab.testing")
@@ -121,6 +121,6 @@ def test_nobody_outside_a_formats_folder_imports_from_it() -> None:
 
 def test_who_imports_by_name_is_known() -> None:
     """A circle may not hide in a text: registries and what shows things import by name, and packages' faces."""
-    texts = {path.relative_to(HOUSE): path.read_text() for path in HOUSE.rglob("*.py")}
+    texts = {path.relative_to(PACKAGE): path.read_text() for path in PACKAGE.rglob("*.py")}
     by_name = {str(path) for path, text in texts.items() if "import_module" in text or "__import__(" in text}
     assert by_name == {"registry.py", "shown.py", "__init__.py", "analysis/__init__.py", "viz/__init__.py"}

@@ -38,13 +38,13 @@ def test_somebody_elses_type_is_shown_and_what_is_derived_from_it(monkeypatch: p
     assert (Derived()._repr_html_(), Thing()._repr_html_()) == ("<b>", "<p>")
 
 
-@pytest.mark.parametrize(("module", "room"), shown._ROOMS.items())
-def test_every_room_shows_what_it_is_entered_for(module: str, room: str) -> None:
+@pytest.mark.parametrize(("module", "renderer"), shown._RENDERERS.items())
+def test_every_renderer_shows_what_it_is_imported_for(module: str, renderer: str) -> None:
     kinds = [k for k in vars(import_module(module)).values() if isinstance(k, type) and k.__module__ == module]
     mine = [kind for kind in kinds if issubclass(kind, Shown)]
     assert mine
-    assert all(ways(kind).html for kind in mine), room
-    assert all(ways(kind).text or "__repr__" in vars(kind) for kind in mine), room
+    assert all(ways(kind).html for kind in mine), renderer
+    assert all(ways(kind).text or "__repr__" in vars(kind) for kind in mine), renderer
 
 
 def test_what_is_shown_imports_nothing_that_draws_until_it_is_shown() -> None:

@@ -527,7 +527,8 @@ def fingerprint(catalog: Catalog) -> str:
 
 def laid_out(catalog: Catalog) -> str:
     """A digest of how a catalog's tensors lie and of what they are made: another strategy or family is another one."""
-    found = hashlib.sha256(f"{catalog.mesh!r} {catalog.training.dtype}".encode())
+    groups = [(group.name, list(group.options.items())) for group in catalog.groups]
+    found = hashlib.sha256(f"{catalog.mesh!r} {catalog.training.dtype} {groups!r}".encode())
     for tensor in catalog.tensors.values():
         states = [(state, np.dtype(dtype).name) for state, dtype in tensor.states.items()]
         layout = tensor.layout, getattr(tensor.layout, "rows", None)

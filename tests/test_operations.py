@@ -456,6 +456,18 @@ def test_the_accessor_does_what_the_functions_do() -> None:
     assert moved.identical(ckptlab.to(whole, "torch"))
 
 
+@pytest.mark.parametrize("replicas", ["sum", "mean"])
+def test_the_accessor_knows_what_replicas_are(replicas: str) -> None:
+    rule = {"layout": "out", "replicas": replicas}
+    ckpt = ckptlab.open(GPT, strategy={r"2\.input_layernorm\.weight": rule, r"\d.*layernorm\.bias": "out"})
+    whole, shards = (view(stack=False)["2.input_layernorm.weight"] for view in (ckpt.full, ckpt.shards))
+    assert shards.master.ckptlab.layout == Layout("out", replicas=replicas)
+    for state in shards.data_vars:
+        assert shards[state].ckptlab.merge().equals(whole[state]), state
+    assert whole.ckptlab.split(Mesh(tp=2)).master.ckptlab.merge().equals(whole.master)
+    assert not whole.master.equals(shards.master.isel(tp=0)) or replicas == "mean"
+
+
 def test_the_accessor_of_datasets_and_trees_does_it_for_all_variables() -> None:
     ckpt = ckptlab.open(GPT)
     tree, whole = ckpt.shards(), ckpt.full()

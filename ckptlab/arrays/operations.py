@@ -391,14 +391,15 @@ class Accessor:
 
     @property
     def layout(self) -> Layout:
-        """The layout that a view noted in `attrs["layout"]`: the notation, without widths, totals and padding.
+        """The layout that a view noted in `attrs`: the notation, and what replicas are where they are to be averaged or
+        summed; without widths, totals and padding.
 
         LayoutError where there is none, or where the array's dims are called otherwise.
         """
         text = self._array.attrs.get("layout")
         if text is None:
             raise LayoutError(f'{self._array.name or "the array"}: attrs tell no layout: give one, "(tp out) in"')
-        found = Layout(text)
+        found = Layout(text, replicas=self._array.attrs.get("replicas", "equal"))
         if not set(found.dims) <= set(self._array.dims):
             raise LayoutError(
                 f"{self._array.name or 'the array'}: its layout {text!r} has dims {found.dims}, the array "

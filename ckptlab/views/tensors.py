@@ -20,10 +20,11 @@ from ckptlab.arrays import operations, reader, shard_reader
 from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.coordinates import plain, ranks
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, Made, Padded, Stacked, nested, variable
+from ckptlab.arrays.readers import is_sum
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.catalog.stacks import Stack, stacks
 from ckptlab.errors import CheckpointError, UnknownNameError
-from ckptlab.layout import Cut
+from ckptlab.layout import Cut, Layout
 from ckptlab.plan import Placement
 from ckptlab.views import accessor  # noqa: F401  (of what is made here)
 from ckptlab.views.tree import DataTree
@@ -139,7 +140,7 @@ class Full(View):
         def whole(tensor: Tensor) -> LazyArray:
             return Gathered(reader(self.held, tensor.name, state), Cut.whole(tensor.shape))
 
-        return layered(stack, stack.tensors[0].dims, whole, self)
+        return layered(stack, state, stack.tensors[0].dims, whole, self)
 
     def _coordinates(self, tensor: Tensor, dims: set[str]) -> dict[str, xr.Variable]:
         return {"pp": plain((), tensor.stages[0])}
@@ -159,7 +160,7 @@ class Shards(View):
         dims = (*placement.axes, *stack.tensors[0].dims)
         if len(self._copies(stack.tensors[0], placement)) > 1:
             dims = ("pp", *dims)
-        return layered(stack, dims, lambda tensor: self._of(tensor, state), self)
+        return layered(stack, state, dims, lambda tensor: self._of(tensor, state), self)
 
     def _of(self, tensor: Tensor, state: str) -> LazyArray:
         placement = self.held.placement(tensor.name, state)
@@ -193,13 +194,23 @@ class Shards(View):
         return {**places, **fixed, "pp": stages, **extents}
 
 
-def layered(stack: Stack, dims: tuple[str, ...], array_of: Callable[[Tensor], LazyArray], view: View) -> xr.Variable:
+def layered(
+    stack: Stack, state: str, dims: tuple[str, ...], array_of: Callable[[Tensor], LazyArray], view: View
+) -> xr.Variable:
     """The array of a tensor, or those of layers along `layer`, in the view's dtype and on its backend."""
     arrays = Made(array_of, stack.tensors)
     array = arrays[0]
     if stack.numbers is not None:
         dims, array = ("layer", *dims), Stacked(arrays)
-    return variable(dims, converted(array, view.dtype), {"layout": stack.tensors[0].layout.text}, view.backend)
+    return variable(dims, converted(array, view.dtype), _noted(stack.tensors[0].layout, state), view.backend)
+
+
+def _noted(layout: Layout, state: str) -> dict[str, str]:
+    """What an array says of its layout in its attributes, for `.ckptlab`."""
+    noted = {"layout": layout.text}
+    if layout.replicas == "mean" or is_sum(layout.replicas, state):
+        noted["replicas"] = layout.replicas
+    return noted
 
 
 def converted(array: LazyArray, dtype: Any) -> LazyArray:

@@ -36,6 +36,7 @@ class Registry(Generic[T]):
         self.kind, self.group, self.error, self.hint = kind, group, error, hint
         self._own: dict[str, Any] = dict(own)
         self._wrong = wrong
+        self._known: dict[importlib.metadata.EntryPoint, T] = {}  # what was loaded of installed packages
 
     def register(self, name: str, value: T) -> None:
         """Add one for as long as the process lives, or put it in the place of another."""
@@ -80,8 +81,10 @@ class Registry(Generic[T]):
 
     def _loaded(self, entries: list[importlib.metadata.EntryPoint]) -> T:
         """What installed packages register under a name: one thing, or an error."""
-        packages = ", ".join(sorted({entry.dist.name if entry.dist else entry.value for entry in entries}))
         first, *others = entries
+        if first in self._known and not others:
+            return self._known[first]
+        packages = ", ".join(sorted({entry.dist.name if entry.dist else entry.value for entry in entries}))
         whose = f"{self.kind} {first.name!r} of the package {packages}"
         if any(entry.value != first.value for entry in others):
             raise self.error(
@@ -95,4 +98,5 @@ class Registry(Generic[T]):
             ) from broken
         if why := self._wrong(first.name, value):
             raise self.error(f"{whose} cannot be used: {why}: update or uninstall that package")
+        self._known[first] = value
         return value

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import sys
+import warnings
 
 _GARBAGE = 100_000  # objects that are made before circles are looked for: hardly any are, and imports make many
 
@@ -15,6 +16,7 @@ def run() -> None:
     import numpy."""
     gc.set_threshold(_GARBAGE)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts as many as there are cores; ours keep them busy
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     from ckptlab.cli import main
 
     status = 0

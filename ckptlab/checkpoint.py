@@ -50,8 +50,9 @@ def open(
 ) -> Checkpoint:
     """Open a checkpoint: headers only, nothing in it is executed, neither DeepSpeed nor torch is needed.
 
-    path: a step folder, the folder that holds `latest`, a universal folder, a folder or file of safetensors, or a
-    folder with exactly one of these somewhere below; or a list of step folders that hold parts of one checkpoint, as
+    path: a step folder, the folder that holds `latest`, a universal folder, a folder of torch's Distributed Checkpoint,
+    a folder or file of safetensors or of torch.save, or a folder with exactly one of these somewhere below
+    (docs/formats.md has all kinds); or a list of step folders that hold parts of one checkpoint, as
     nodes without a shared disk leave them. strategy: layouts where the checkpoint does not tell them, or
     instead of what it tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a
     Strategy. mesh: the run's, where the files do not say it (torch's DCP). Any of the paths may be a URL that fsspec

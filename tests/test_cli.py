@@ -597,3 +597,19 @@ def test_options_of_other_commands_are_said_to_be_theirs() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout == f"ckptlab {ckptlab.__version__}\n"
+
+
+@pytest.mark.slow
+def test_a_package_that_is_broken_is_named_in_a_line(tmp_path: Path) -> None:
+    about = tmp_path / "broken-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[ckptlab.formats]\nbroken = no_such_module:Broken\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "ckptlab", "ls", str(ZERO2), "wte"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("wte.weight")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "note: format 'broken' of the package broken cannot be loaded (ModuleNotFoundError: No module"
+    )

@@ -99,11 +99,12 @@ def _reason(error: OSError) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96})
 @click.version_option(package_name="ckptlab", message="ckptlab %(version)s")
 def main() -> None:
-    """Look into checkpoints of 3D-parallel training runs (DeepSpeed), and write them for another mesh.
+    """Look into checkpoints of 3D-parallel training runs (of DeepSpeed, FSDP, torchtitan, Megatron-core, …), and write
+    them for another mesh.
 
-    PATH is a step folder, the folder that holds `latest`, a universal folder, safetensors, or a folder with one of
-    these below it; or a URL of one (s3://, gs://, http://, …). Reading takes headers only and executes nothing; a
-    source is never changed.
+    PATH is a step folder, the folder that holds `latest`, a universal folder, a folder of torch's Distributed
+    Checkpoint, weights as safetensors or pytorch_model.bin, or a folder with one of these below it; or a URL of one
+    (s3://, gs://, http://, …). Reading takes headers only and executes nothing; a source is never changed.
 
     \b
       ckptlab info run/global_step1000

@@ -52,12 +52,12 @@ def open(
 
     path: a step folder, the folder that holds `latest`, a universal folder, a folder of torch's Distributed Checkpoint,
     a folder or file of safetensors or of torch.save, or a folder with exactly one of these somewhere below
-    (docs/formats.md has all kinds); or a list of step folders that hold parts of one checkpoint, as
-    nodes without a shared disk leave them. strategy: layouts where the checkpoint does not tell them, or
-    instead of what it tells: a registered name ("megatron"), {regular expression: notation}, a .json file of that, or a
-    Strategy. mesh: the run's, where the files do not say it (torch's DCP). Any of the paths may be a URL that fsspec
-    knows (s3://, gs://, http://, …); storage_options are of the file system behind it, and hold for all that lies in
-    the same bucket or on the same host.
+    (docs/formats.md has all kinds); or a list of step folders that hold parts of one checkpoint, as nodes without a
+    shared disk leave them. strategy: layouts where the checkpoint does not tell them, or instead of what it tells: a
+    registered name ("megatron"), {regular expression: notation}, a .json file of that, or a Strategy. mesh: the run's,
+    where the files do not say it (torch's DCP). Any of the paths may be a URL that fsspec knows (s3://, gs://, http://,
+    …); storage_options are of the file system behind it, and hold for all that lies in the same bucket or on the same
+    host.
 
     Raises CheckpointError where files are missing, damaged or contradict each other, UnsafeFileError for what could
     execute something, UnsupportedError for a kind that ckptlab does not read yet.

@@ -133,3 +133,14 @@ def test_what_torch_alone_cannot_say() -> None:
         Layout("(tp dp out)").placements(Mesh(tp=2, dp=2))
     with pytest.raises(LayoutError, match="mesh of one stage"):
         Layout("(tp out)").placements(Mesh(tp=2, pp=2))
+
+
+def test_parts_of_a_sum_are_partial_and_no_copies() -> None:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    mesh = Mesh(dp=2, tp=2)
+    assert Layout("out", replicas="sum").placements(mesh) == (Replicate(), Replicate(), Partial("sum"))
+    assert Layout("out", replicas="mean").placements(mesh) == (Replicate(), Replicate(), Partial("avg"))
+    assert Layout("(tp out)", replicas="sum").placements(mesh) == (Replicate(), Replicate(), Shard(0))
+    with pytest.raises(LayoutError, match="parts of a sum"):
+        Layout("out", replicas="sum").partition_spec(mesh)

@@ -80,6 +80,13 @@ def test_jax_devices_hold_what_the_ranks_held(tmp_path: Path) -> None:
                         checked += 1
         assert checked > 500, checked
 
+        # parts of a sum make one whole, which every device has
+        biased = ckptlab.open(GPT, strategy={r"2\\.input_layernorm\\.weight": {"layout": "out", "replicas": "sum"}})
+        summed = biased.full("master", stack=False)["2.input_layernorm.weight"].values
+        for one in (biased, biased.reshape(biased.mesh)):
+            placed = one.shards("master", backend="jax", mesh=mesh, stack=False)["2.input_layernorm.weight"]
+            assert {np.asarray(p.data).tobytes() for p in placed.data.array.addressable_shards} == {summed.tobytes()}
+
         # another mesh: from device to device, and what the new ranks hold
         there = ckpt.reshape(ckptlab.Mesh(tp=4, dp=2))
         wide = Mesh(devices.reshape(2, 4), ("dp", "tp"))

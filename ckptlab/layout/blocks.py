@@ -60,8 +60,9 @@ def equal_blocks(layout: Line, mesh: Mesh | None = None) -> tuple[tuple[str, ...
     return tuple(cuts)
 
 
-def dims_of_axes(layout: Line, devices: Any) -> tuple[int | None, ...]:
-    """For each axis of a mesh, ours or torch's, the dim that it cuts (None: the tensor is replicated over it).
+def dims_of_axes(layout: Line, devices: Any) -> tuple[tuple[int | None, bool], ...]:
+    """For each axis of a mesh, ours or torch's, the dim that it cuts (None: the tensor is replicated over it), and
+    whether it is one of pp or of dp, over which replicas are copies in any case.
 
     LayoutError as `equal_blocks`; where the axes cut a dim in another order than the mesh has them; and where the mesh
     has several pp stages, of which the tensor lives on its own.
@@ -81,7 +82,8 @@ def dims_of_axes(layout: Line, devices: Any) -> tuple[int | None, ...]:
             f"{layout.text!r} on {mesh}: a tensor lives on its own pp stages, and placements cannot say which: give "
             'the mesh of one stage, mesh.replace(pp=1) or device_mesh["dp", "tp"]'
         )
-    return tuple(found.get(axis) for axis in order)
+    copied = {*mesh.leaves("pp"), *mesh.leaves("dp")}
+    return tuple((found.get(axis), axis in copied) for axis in order)
 
 
 def strided_behind(degrees: Iterable[int], factor: int) -> int | None:

@@ -195,23 +195,29 @@ class Layout(Shown):
         """The layout as jax says it: for each dim of the (padded) whole the mesh axes that cut it, or None.
 
         mesh: ours; axes of degree 1 then cut nothing, and names that notation does not reserve (cp, edp) are known.
-        LayoutError for what blocks of equal size cannot say: uneven, fused or interleaved.
+        LayoutError for what blocks of equal size cannot say: uneven, fused or interleaved; and for parts of a sum.
         """
         from jax.sharding import PartitionSpec
 
+        if self.replicas == "sum":
+            raise LayoutError(f"{self!r}: ranks hold parts of a sum, and a PartitionSpec says that they hold copies")
         cuts = equal_blocks(self, mesh)
         return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in cuts))
 
     def placements(self, mesh: Mesh | DeviceMesh) -> tuple[Placement, ...]:
-        """The layout as torch's DTensor says it: `Shard(dim)` or `Replicate()` for each axis of the mesh, in its order.
+        """The layout as torch's DTensor says it: `Shard(dim)` or `Replicate()` for each axis of the mesh, in its order;
+        `Partial` for one other than dp over which replicas are to be summed or averaged.
 
-        mesh: ours, or a torch DeviceMesh with names. LayoutError as `partition_spec`, and for a mesh with several pp
-        stages, since a tensor is on its own.
+        mesh: ours, or a torch DeviceMesh with names. LayoutError for what blocks of equal size cannot say, and for a
+        mesh with several pp stages, since a tensor is on its own.
         """
-        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor import Partial, Replicate, Shard
 
-        dims = dims_of_axes(self, mesh)
-        return tuple(Replicate() if dim is None else Shard(dim) for dim in dims)
+        combined = {"sum": "sum", "mean": "avg"}.get(self.replicas)
+        return tuple(
+            Shard(dim) if dim is not None else Partial(combined) if combined and not data else Replicate()
+            for dim, data in dims_of_axes(self, mesh)
+        )
 
     def __repr__(self) -> str:
         parts = [repr(self.text)]

@@ -14,13 +14,14 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from ckptlab.arrays import shard_reader
+from ckptlab.arrays import reader, shard_reader
 from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.coordinates import plain
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.lazy import Gathered, LazyArray, Stacked
+from ckptlab.arrays.readers import is_sum
 from ckptlab.arrays.sharding import Sharding
-from ckptlab.catalog import Tensor
+from ckptlab.catalog import PARAM, Tensor, param_source
 from ckptlab.catalog.stacks import Stack, stacks
 from ckptlab.errors import BackendError, LayoutError
 from ckptlab.layout.cut import Coordinate, Cut
@@ -113,8 +114,13 @@ class Placed(View):
         return xr.Variable(sharding.dims, indexing.LazilyIndexedArray(array))
 
     def _shards(self, tensor: Tensor, state: str) -> dict[Coordinate, LazyArray]:
-        """What each coordinate of the cut holds: of several holders the first one's."""
+        """What each coordinate of the cut holds: of several holders the first one's, of those that are to be summed or
+        averaged what they make together."""
         placement, found = self.held.placement(tensor.name, state), {}
+        if placement.replicas == "mean" or is_sum(placement.replicas, state):
+            drawn = state if self.target is None or state != PARAM else param_source(self.source[tensor.name], tensor)
+            one = reader(self.source, tensor.name, drawn, dtype=tensor.states[state])
+            return {at: converted(Gathered(one, tensor.cut, at), self.dtype) for at in tensor.cut.coordinates()}
         for holder in reversed(placement.on(placement.stages[0])):
             at = placement.coordinate(holder)
             one = shard_reader(self.source, self.held, tensor.name, state, holder)

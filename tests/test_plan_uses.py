@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import DATA
+from compare import DATA, GPT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -220,3 +220,14 @@ def test_one_layout_to_another_without_a_checkpoint() -> None:
         plan.run({"w": np.zeros((4, 4), np.float32)})
     with pytest.raises(ReshapeError, match="limit is a number of bytes"):
         plan.run({}, limit=0)
+
+
+@pytest.mark.parametrize(("replicas", "says"), [("mean", "averaged"), ("sum", "summed")])
+def test_replicas_that_make_the_whole_together_are_not_moved(replicas: str, says: str) -> None:
+    """A rank would be given one of them for the whole."""
+    rule = {"layout": "out", "replicas": replicas}
+    ckpt = ckptlab.open(GPT, strategy={r"2\.input_layernorm\.weight": rule})
+    moves = {move.key: move for move in ckpt.reshape(tp=4).plan.moves}
+    with pytest.raises(ReshapeError, match=f"replicas that are to be {says} cannot be moved"):
+        list(moves["2.input_layernorm.weight", "master"].pieces())
+    assert list(moves["3.input_layernorm.weight", "master"].pieces())

@@ -43,8 +43,9 @@ class Move:
     def pieces(self) -> Iterator[Piece]:
         """Everything that goes from a rank to a rank, or stays, in the order in which both sides know it."""
         a, b = self.source, self.target
-        if a.replicas == "mean":
-            raise ReshapeError(f"{self.key}: replicas that are to be averaged cannot be moved between live ranks")
+        if a.replicas in ("mean", "sum"):
+            done = {"mean": "averaged", "sum": "summed"}[a.replicas]
+            raise ReshapeError(f"{self.key}: replicas that are to be {done} cannot be moved between live ranks")
         sources, targets = a.shards(a.stages[:1]), b.shards(b.stages)
         for at_a, at_b, boxes in shared_boxes(a.cut, b.cut, True):
             source = sources[at_a][0]

@@ -18,8 +18,10 @@ from ckptlab.formats.torch import torchfile
 from ckptlab.sharding.strategies import REGISTRY, replicated
 from ckptlab.testing import check_format, check_strategy
 
+SUMMED = {r"2\.input_layernorm\.weight": {"layout": "out", "replicas": "sum"}}
 CASES: dict[str, tuple[str, Path, dict[str, Any]]] = {
     "ZeRO-1 in 3D": ("deepspeed", GPT, {"meshes": [Mesh(tp=1, pp=4, dp=3)]}),
+    "parts of a sum": ("deepspeed", GPT, {"meshes": [Mesh(tp=4)], "most_files": 1, "strategy": SUMMED}),
     "ZeRO-1": ("deepspeed", DATA / "plain_zero1_dp2_steps", {"meshes": [Mesh(dp=3)]}),
     "ZeRO-2": ("deepspeed", ZERO2, {"meshes": [Mesh(dp=5)]}),
     "ZeRO-3": ("deepspeed", ZERO3, {"meshes": [Mesh(dp=3)]}),

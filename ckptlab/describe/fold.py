@@ -40,7 +40,9 @@ class Line:
         if not (self.tensor.layout_known or self.is_cut):
             return "?"
         uneven = [f"{name} {'+'.join(map(str, n))}" for name, n in layout.sizes if isinstance(n, tuple)]
-        beside = ["uneven" if len(u) > 20 else u for u in uneven] + ["averaged"] * (layout.replicas == "mean")
+        beside = ["uneven" if len(u) > 20 else u for u in uneven] + [
+            word for replicas, word in (("mean", "averaged"), ("sum", "summed")) if layout.replicas == replicas
+        ]
         return ", ".join([layout.text, *beside])
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 from ckptlab.analysis import check
 from ckptlab.arguments import explained
 from ckptlab.arrays import Tally, reader
+from ckptlab.arrays.readers import is_sum
 from ckptlab.catalog import Catalog
 from ckptlab.catalog.stacks import stacks
 from ckptlab.checkpoint import Checkpoint, Reshape
@@ -193,7 +194,7 @@ class _Case:
                 whole, placement = self.whole(name, state), self.catalog.placement(name, state)
                 if not _same(full[name].values, whole):
                     yield f"{name}: {state}: full() by name is not what its reader gives"
-                if not _same(_merged(shards[name].load(), placement), whole):
+                if not _same(_merged(shards[name].load(), placement, state), whole):
                     yield f"{name}: {state}: shards(), merged, are not what its reader gives"
         tree = ckpt.full()
         for stack in stacks(t for t in self.catalog.tensors.values() if self.catalog.held(t.name)):
@@ -222,7 +223,7 @@ class _Case:
         for name, state, placement in self.states():
             tally = Tally()
             got = _whole(self.catalog, name, state, tally)
-            if placement.replicas != "mean" and tally.read.total() != got.nbytes:
+            if placement.replicas not in ("mean", "sum") and tally.read.total() != got.nbytes:
                 yield f"{name}: {state}: {tally.read.total()} bytes were read for {got.nbytes}"
 
     # ------------------------------------------------------------------------------------------ what it writes
@@ -364,7 +365,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and np.ascontiguousarray(a).tobytes() == b.tobytes()
 
 
-def _merged(shards: Any, placement: Placement) -> np.ndarray:
+def _merged(shards: Any, placement: Placement, state: str) -> np.ndarray:
     """The whole that a view of shards makes, put together element by element; the canonical stage's."""
     if "pp" in shards.dims:
         shards = shards.isel(pp=0)
@@ -375,9 +376,10 @@ def _merged(shards: Any, placement: Placement) -> np.ndarray:
         copies.setdefault(cut.coordinate(holder), []).append(shard[tuple(map(slice, placement.shape(holder)))])
     whole = np.zeros(cut.shape, shards.dtype)
     for at, held in copies.items():
-        if placement.replicas == "mean":
+        if placement.replicas == "mean" or is_sum(placement.replicas, state):
             wide = np.float32 if shards.dtype.itemsize < 4 else np.result_type(shards.dtype, np.float32)
-            held = [np.mean([one.astype(wide) for one in held], axis=0, dtype=wide).astype(shards.dtype)]
+            made = np.mean if placement.replicas == "mean" else np.sum
+            held = [made([one.astype(wide) for one in held], axis=0, dtype=wide).astype(shards.dtype)]
         cut.put(held[0], at, whole)
     return whole[tuple(map(slice, cut.logical))]
 

@@ -88,10 +88,10 @@ def tensor(
 
 
 def notes_of(layout: Layout) -> list[str]:
-    """What is said of stages that hold copies, and of copies that are averaged."""
+    """What is said of stages that hold copies, and of copies that are averaged or summed."""
     found = []
     if layout.stages is not None and len(layout.stages) > 1:
         found.append(f"tied: pp stages {', '.join(map(str, layout.stages))} hold copies, {layout.stages[0]} first")
-    if layout.replicas == "mean":
-        found.append("what several hold is averaged")
+    if layout.replicas in ("mean", "sum"):
+        found.append(f"what several hold is {'averaged' if layout.replicas == 'mean' else 'summed'}")
     return found

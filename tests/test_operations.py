@@ -196,6 +196,8 @@ class TestReplicas:
         np.testing.assert_array_equal(merge(shards, layout).values, whole.values)
         wider = reshape(shards, layout, Mesh(tp=2))
         np.testing.assert_array_equal(wider.isel(tp=1).values, [1, -2, np.nan])
+        stages = xr.concat([shards, shards], "pp")
+        np.testing.assert_array_equal(merge(stages, layout).values, whole.values)  # stages have copies of each part
         with pytest.raises(LayoutError, match="integers have no 2 equal parts"):
             split(whole.fillna(0).astype(int), layout, Mesh(tp=2), backend=backend)
 

@@ -61,13 +61,14 @@ def merge(
 ) -> xr.DataArray:
     """The whole that shards make: dims ([others,] mesh axes, *tensor dims) → ([others,] *tensor dims).
 
-    The mesh is read off the dims that are called as its axes. An axis that the layout does not name holds replicas:
-    the first is taken, or their mean or sum if the layout says so; ReplicaWarning where they, or copies of a part that
-    the layout gives to several, should be equal and are not.
+    The mesh is read off the dims that are called as its axes. An axis that the layout does not name holds replicas: the
+    first is taken, or their mean or (but over pp and dp) sum if the layout says so; ReplicaWarning where they, or
+    copies of a part that the layout gives to several, should be equal and are not.
+
     shape: the true shape of the whole; where the layout pads a dim the padding is then cut off (default: what the
     shards imply, padding included). on: the mesh that they are on, where one of its axes is split into sub-axes; shape
-    is then needed. Shards of unequal width stand in the corner of the widest; their widths are the
-    layout's, or the coordinates `<dim>_extent`. backend, device: move the shards there first. out: the array of the
+    is then needed. Shards of unequal width stand in the corner of the widest; their widths are the layout's, or, of a
+    dim `(tp out)`, the coordinates `<dim>_extent`. backend, device: move the shards there first. out: the array of the
     whole's shape that is written to and returned inside (not on jax).
 
     LayoutError where shards, layout and shape do not fit.
@@ -76,7 +77,7 @@ def merge(
     array, place = _on(shards, backend, device)
     axes, mesh = _mesh_of(array, layout, on)
     cut = _cut_of(array, layout, mesh, shape)
-    array = _first_replicas(array, [a for a in axes if a not in cut.axes], layout)
+    array = _first_replicas(array, [a for a in axes if a not in cut.axes], layout, mesh)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
     _compare_parts(array, cut, layout, others, place)
     return _moved(array, cut, Cut.whole(cut.logical), layout, others, place, out)
@@ -155,7 +156,7 @@ def reshape(
         array = array.rename({a: b for a, b in zip(layout.dims, recut.dims, strict=True) if a != b})
         layout = layout.replace(dims=recut.dims, replicas=layout.replicas)
     target = recut.resolve(source.logical, mesh)
-    array = _first_replicas(array, [a for a in axes if a not in source.axes], layout)
+    array = _first_replicas(array, [a for a in axes if a not in source.axes], layout, before)
     others = [d for d in array.dims if d not in (*layout.dims, *axes)]
     _compare_parts(array, source, layout, others, place)
     moved = _moved(array, source, target, recut, others, place, out)
@@ -257,16 +258,17 @@ def _widths(array: xr.DataArray, dim: str, axis: str, size: int) -> list[int]:
     return [size] * array.sizes[axis]
 
 
-def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout) -> xr.DataArray:
-    """The array without axes that hold replicas."""
+def _first_replicas(array: xr.DataArray, axes: Sequence[str], layout: Layout, mesh: Mesh) -> xr.DataArray:
+    """The array without axes that hold replicas. Parts of a sum are of other axes than pp and dp: these have copies."""
+    copied = {*mesh.leaves("pp"), *mesh.leaves("dp")}
     for axis in axes:
         first = array.isel({axis: 0}, drop=True)
-        if layout.replicas == "sum" or (layout.replicas == "mean" and array.sizes[axis] > 1):
+        if (layout.replicas == "sum" and axis not in copied) or (layout.replicas == "mean" and array.sizes[axis] > 1):
             wide = array.astype("float32") if array.dtype.itemsize < 4 else array
             made = wide.sum(axis, skipna=False) if layout.replicas == "sum" else wide.mean(axis, skipna=False)
             array = made.astype(array.dtype)
             continue
-        if layout.replicas == "equal":
+        if layout.replicas in ("equal", "sum"):
             apart = [k for k in range(1, array.sizes[axis]) if not _same(first, array.isel({axis: k}, drop=True))]
             if apart:
                 warnings.warn(

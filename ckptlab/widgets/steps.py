@@ -79,7 +79,7 @@ def _buffers(catalog: Catalog, tensor: Tensor, what: str, width: int | None) -> 
 
 
 def _shards(catalog: Catalog, tensor: Tensor, width: int | None) -> Step:
-    data = " and ".join(catalog.placement(tensor.name, _state(tensor)).data)
+    data = " and ".join(catalog.placement(tensor.name, _state(tensor)).data) or "dp"
     text = (
         f"Merge {data}: the fragments of the {data} ranks are put one behind the other and get their shape back. "
         f"{_each_shard(tensor, catalog.mesh)}"

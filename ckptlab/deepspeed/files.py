@@ -15,7 +15,7 @@ from ckptlab.deepspeed.constants import (
     ZERO_FILE_PREFIX,
 )
 from ckptlab.errors import ArgumentError, MismatchError
-from ckptlab.formats.deepspeed import names
+from ckptlab.formats.deepspeed.names import FileName
 
 
 def basic_folder_validation(dir: str) -> None:
@@ -75,7 +75,7 @@ def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:
 @explained
 def get_zero_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) -> str:
     """Path of a ZeRO optimizer file without a dtype's prefix."""
-    return os.path.join(base_folder, names.optim(dp_rank, mp_rank))
+    return os.path.join(base_folder, FileName("optim", mp_rank, dp_rank).text)
 
 
 @explained

@@ -19,7 +19,7 @@ from ckptlab.formats.deepspeed.experts import GROUP, Experts, degree_of, layer_o
 from ckptlab.formats.deepspeed.files import StepFolder
 from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names
-from ckptlab.formats.deepspeed.names import TIED, VERSION
+from ckptlab.formats.deepspeed.names import VERSION, in_pipeline
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import without
 from ckptlab.layout.notation import names
@@ -105,8 +105,8 @@ def _apart(groups: Sequence[ParameterGroup]) -> Iterator[ParameterGroup]:
 
 
 def _unnumbered(source: Catalog) -> Iterator[str]:
-    names = [n for t in source.tensors.values() for n in (t.name, *t.aliases)]
-    if others := [n for n in names if not n.split(".", 1)[0].isdigit() and not n.startswith(TIED)]:
+    names = (n for t in source.tensors.values() for n in (t.name, *t.aliases))
+    if others := [n for n in names if not in_pipeline(n)]:
         yield (
             f"{some(others, 2)} {'is' if len(others) == 1 else 'are'} in no layer of a pipeline, whose names begin "
             "with its number: the run was of no pipeline engine; leave pp and pipeline= out, or rename them"

@@ -8,6 +8,7 @@ from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
 from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.names import layer_number
 from ckptlab.formats.deepspeed.options import TargetOptions, fused_of
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.mesh import Mesh
@@ -97,7 +98,7 @@ def of_order(catalog: Catalog, mesh: Mesh, groups: tuple[ParameterGroup, ...]) -
     for i, group in enumerate(groups):
         for stage in range(trained):
             names = [n for n in group.tensors if stage in catalog.tensors[n].stages]
-            layers = [int(head) for head in (n.partition(".")[0] for n in names) if head.isdecimal()]
+            layers = [number for number in map(layer_number, names) if number is not None]
             if layers != sorted(layers):
                 text = (
                     f"{catalog.path}: parameter group {i} ({group.name or 'unnamed'}) does not have its tensors in the "

@@ -26,6 +26,11 @@ _READ = 64  # elements of a tensor that is compared by its values
 _SHORT = 100  # characters of a value that is shown
 
 
+def noted(path: str, code: str, severity: str, where: Where, expected: str, found: str, todo: str) -> Finding:
+    """A finding on the headers of a step folder, which the whole sentence names."""
+    return Finding(code, severity, where, expected, found, todo, "headers", f"{path}: {found}")
+
+
 def agreement(path: str, heads: Heads, optims: Optims, mesh: Mesh) -> Iterator[Finding]:
     """Findings on what the ranks' headers should say alike: one for each file (or files that say the same)."""
     both: dict[FileName, ModelFile | OptimizerFile] = {**heads, **optims}
@@ -144,9 +149,7 @@ def _groups_apart(path: str, steps: Mapping[str, tuple[float, ...]]) -> Iterator
         made = ", ".join(map(str, next(iter(apart.values()))))
         found = f"parameter groups made different numbers of steps: {made}"
         todo = "nothing, if some were frozen for a time or added later; each group goes on from its own"
-        where = Where(files=tuple(apart))
-        text = f"{path}: {found}"
-        yield Finding("groups-apart", "info", where, "one step of all groups", found, todo, "headers", text)
+        yield noted(path, "groups-apart", "info", Where(tuple(apart)), "one step of all groups", found, todo)
 
 
 def _told(mine: Any, theirs: Any, text: str, other: str) -> tuple[str, str]:
@@ -221,10 +224,10 @@ def _shapes(path: str, heads: Heads, mesh: Mesh) -> Iterator[Finding]:
     for name, head in heads.items():
         if head.shapes is None:
             continue
-        rank = name.rank(mesh.tp)
-        lists.setdefault(rank["pp"], {})[head.name] = [tuple(g) for g in head.shapes]
+        stage, tp = divmod(name.mp, mesh.tp)
+        lists.setdefault(stage, {})[head.name] = [tuple(g) for g in head.shapes]
         for tensor, shape in head.trained.items():
-            shapes.setdefault((tensor, rank["tp"]), {}).setdefault(shape, []).append(head.name)
+            shapes.setdefault((tensor, tp), {}).setdefault(shape, []).append(head.name)
     for by_file in lists.values():
         for odd in minority("param_shapes", by_file):
             expected = "the same tensors, in the same order, on every rank of a pp stage"

@@ -85,12 +85,11 @@ def by_names(
     module is taken to stand right before the first of them. told: where it stands, by its prefix, if that is known."""
     numbered: dict[int, int] = {}
     for name, tensor in tensors.items():
-        head = name.split(".", 1)[0]
-        if head.isdigit():
-            numbered.setdefault(int(head), tensor.stages[0])
+        if (number := names.layer_number(name)) is not None:
+            numbered.setdefault(number, tensor.stages[0])
     module.layer_keys = {i: f"{i}." for i in sorted(numbered)}
     module.layer_stages = dict(numbered)
-    tied = _tied(tensors)
+    tied = names.tied(tensors)
     for offset, prefix in enumerate(reversed(tied)):
         layer = min(numbered, default=len(tied)) - 1 - offset
         if told is not None and prefix in told:
@@ -184,7 +183,7 @@ def _frozen_fragments(folder: StepFolder, rank: Rank, name: str, shape: Shape, f
 
 def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> None:
     stage_of = {name: p for p in reversed(range(folder.mesh.pp)) for name in folder.trained[p, 0]}
-    prefixes = _tied(stage_of)
+    prefixes = names.tied(stage_of)
     buffers = folder.buffers
     current = 0
     for layer, by_tp in folder.layers.items():
@@ -197,7 +196,7 @@ def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> 
         for tp, tensors in enumerate(by_tp):
             for key in keys:
                 if key not in tensors:
-                    path = os.path.join(folder.path, names.layer(layer, tp if folder.layer_axis else None))
+                    path = os.path.join(folder.path, names.FileName.of_layer(layer, tp, folder.layer_axis).text)
                     message = (
                         f"{path}: tensor {key!r} is missing, which tp rank 0 has: the files do not belong together"
                     )
@@ -206,11 +205,6 @@ def _from_layers(folder: StepFolder, weights: ModuleWeights, faults: Faults) -> 
                 kind = "buffer" if prefix + key in buffers else "parameter" if prefix + key in stage_of else "frozen"
                 stored = tensors[key]
                 weights.add(prefix + key, kind, (current, tp), stored.shape, (Fragment(0, stored),))
-
-
-def _tied(tensors: Iterable[str]) -> list[str]:
-    """`tied_modules.KEY.` of every tied module, sorted."""
-    return sorted({".".join(n.split(".")[:2]) + "." for n in tensors if n.startswith(names.TIED)})
 
 
 def _place(stored: Stored) -> tuple[str, int, Shape]:

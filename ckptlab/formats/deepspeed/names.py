@@ -7,23 +7,36 @@ XX of `mp_rank_XX` is pp * TP + tp; the D of `zero_pp_rank_D` is the *data*-para
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 TIED = "tied_modules."  # before the names of modules that a pipeline has at several places
+_DIGITS = 6  # of a layer's number: more are none
 VERSION = "0.19.8"  # of DeepSpeed: whose engine was seen to load such files
-_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_ZERO3_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_OPTIM = re.compile(r"(?:(bf16|fp16)_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")  # old: without "_"
-_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_EXPERT = re.compile(r"(?:layer_(\d+)_)?expert_(\d+)_mp_rank_(\d+)_model_states\.pt")
-_EXPERT_OPTIM = re.compile(r"expp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_NAMES = {
+    kind: re.compile(pattern)
+    for kind, pattern in {
+        "model": r"mp_rank_(?P<mp>\d+)_model_states\.pt",
+        "zero3_model": r"zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt",
+        # old: without "_"
+        "optim": r"(?:(?P<prefix>bf16|fp16)_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt",
+        "layer": r"layer_(?P<layer>\d+)(?:-(?P<prefix>model)_(?P<mp>\d+))?-model_states\.pt",
+        "expert": r"(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt",
+        "expert_optim": r"expp_rank_(?P<expert>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt",
+    }.items()
+}
 
 
 @dataclass(frozen=True)
 class FileName:
-    """A file name taken apart. `kind` is "model", "zero3_model", "optim", "layer", "expert" (`layer` counts the layers
-    that have experts; -1: its file is of all of them) or "expert_optim" (`expert` is the ep rank); fields that the kind
-    does not have are 0."""
+    """A file name taken apart; fields that its kind does not have are 0.
+
+    `kind` is "model", "zero3_model", "optim" (whose `prefix` is "bf16" if and only if the engine that is to read it
+    trains in bfloat16), "layer" (`prefix` is "model" where the engine's topology has a model axis, of which `mp` is the
+    rank), "expert" (`expert` is its number in all of the layer, `layer` counts the layers that have experts; -1: an old
+    DeepSpeed's, which put the experts of that number of all layers into one file) or "expert_optim", the optimizer of
+    the ep rank `expert` where there is no ZeRO.
+    """
 
     kind: str
     mp: int = 0
@@ -32,71 +45,51 @@ class FileName:
     prefix: str = ""
     expert: int = 0
 
+    @classmethod
+    def of_layer(cls, layer: int, tp: int, axis: bool) -> FileName:
+        """A layer's file on a tp rank. axis: the engine's topology has a model axis."""
+        return cls("layer", tp if axis else 0, layer=layer, prefix="model" if axis else "")
+
     @property
     def text(self) -> str:
         """The name as DeepSpeed writes it."""
+        mp = f"mp_rank_{self.mp:02d}"
         match self.kind:
             case "model":
-                return model(self.mp)
+                return f"{mp}_model_states.pt"
             case "zero3_model":
-                return zero3_model(self.dp, self.mp)
+                return f"zero_pp_rank_{self.dp}_{mp}_model_states.pt"
             case "optim":
-                return optim(self.dp, self.mp, self.prefix)
+                return f"{self.prefix and self.prefix + '_'}zero_pp_rank_{self.dp}_{mp}_optim_states.pt"
             case "expert":
-                return expert(self.layer, self.expert, self.mp)
+                return f"{'' if self.layer < 0 else f'layer_{self.layer}_'}expert_{self.expert}_{mp}_model_states.pt"
             case "expert_optim":
-                return expert_optim(self.expert, self.mp)
-        return layer(self.layer, self.mp if self.prefix else None)
-
-    def rank(self, tp: int) -> dict[str, int]:
-        """The coordinate that the name stands for, as far as it says one, in a mesh of that tp degree."""
-        if self.kind == "layer":
-            return {"tp": self.mp}
-        place = {"pp": self.mp // tp, "tp": self.mp % tp}
-        return {**place, "dp": self.dp} if self.kind in ("zero3_model", "optim") else place
+                return f"expp_rank_{self.expert}_{mp}_optim_states.pt"
+        return f"layer_{self.layer:02d}{self.prefix and f'-model_{self.mp:02d}'}-model_states.pt"
 
 
 def parse(name: str) -> FileName | None:
     """What a file of a step folder is, by its name; None if it is none of DeepSpeed's."""
-    if m := _MODEL.fullmatch(name):
-        return FileName("model", mp=int(m[1]))
-    if m := _ZERO3_MODEL.fullmatch(name):
-        return FileName("zero3_model", dp=int(m[1]), mp=int(m[2]))
-    if m := _OPTIM.fullmatch(name):
-        return FileName("optim", dp=int(m[2]), mp=int(m[3]), prefix=m[1] or "")
-    if m := _LAYER.fullmatch(name):
-        return FileName("layer", layer=int(m[1]), mp=int(m[2] or 0), prefix="model" if m[2] else "")
-    if m := _EXPERT.fullmatch(name):
-        return FileName("expert", mp=int(m[3]), layer=-1 if m[1] is None else int(m[1]), expert=int(m[2]))
-    if m := _EXPERT_OPTIM.fullmatch(name):
-        return FileName("expert_optim", mp=int(m[2]), expert=int(m[1]))
+    for kind, pattern in _NAMES.items():
+        if match := pattern.fullmatch(name):
+            said = {field: text for field, text in match.groupdict().items() if text is not None}
+            prefix = said.pop("prefix", "")
+            numbers = {"layer": -1} if kind == "expert" else {}
+            return FileName(kind, prefix=prefix, **numbers | {field: int(text) for field, text in said.items()})
     return None
 
 
-def model(mp: int) -> str:
-    return f"mp_rank_{mp:02d}_model_states.pt"
+def layer_number(tensor: str) -> int | None:
+    """The layer of a pipeline that a tensor is in, whose number its name begins with; None where it does not."""
+    head = tensor.partition(".")[0]
+    return int(head) if head.isascii() and head.isdecimal() and len(head) < _DIGITS else None
 
 
-def zero3_model(dp: int, mp: int) -> str:
-    return f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_model_states.pt"
+def in_pipeline(tensor: str) -> bool:
+    """Whether a tensor is called as those of a pipeline are."""
+    return tensor.startswith(TIED) or layer_number(tensor) is not None
 
 
-def optim(dp: int, mp: int, prefix: str = "") -> str:
-    """`prefix` is "bf16" if and only if the engine that is to read the file trains in bfloat16."""
-    return f"{prefix and prefix + '_'}zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt"
-
-
-def layer(index: int, tp: int | None) -> str:
-    """`tp` is None where the engine's topology has no model axis."""
-    return f"layer_{index:02d}{'' if tp is None else f'-model_{tp:02d}'}-model_states.pt"
-
-
-def expert(layer: int, number: int, mp: int) -> str:
-    """`layer` counts the layers that have experts, `number` is the expert's in all of the layer; -1: an
-    old DeepSpeed's, which put the experts of that number of all layers into one file."""
-    return f"{'' if layer < 0 else f'layer_{layer}_'}expert_{number}_mp_rank_{mp:02d}_model_states.pt"
-
-
-def expert_optim(ep: int, mp: int) -> str:
-    """The optimizer of an expert parallel rank where there is no ZeRO."""
-    return f"expp_rank_{ep}_mp_rank_{mp:02d}_optim_states.pt"
+def tied(tensors: Iterable[str]) -> list[str]:
+    """`tied_modules.KEY.` of every tied module that tensors are in, sorted."""
+    return sorted({".".join(name.split(".")[:2]) + "." for name in tensors if name.startswith(TIED)})

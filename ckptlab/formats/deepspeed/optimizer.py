@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from ckptlab.catalog import DTYPES, MASTER, FlatGroup, Fragment, Gradients, Para
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where, contradiction, not_read_yet
 from ckptlab.formats.deepspeed import muon
+from ckptlab.formats.deepspeed.checks import noted
 from ckptlab.formats.deepspeed.experts import Share
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wrapper
@@ -78,13 +78,13 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
     for (p, t), files in folder.optims.items():
         for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
             if any(len(file.parts[b]) > 1 for file in files if file.parts):
-                with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
+                with faults.caught("contradiction", *(f.name for f in files)):
                     for state_of, fragments in _of_parts(files, Holder(pp=p, tp=t), b, shapes).items():
                         pieces.setdefault(state_of, {}).update(fragments)
                 continue
             if t and _over_tp(folder, shapes):
                 continue
-            with faults.caught("contradiction", *(os.path.basename(f.path) for f in files)):
+            with faults.caught("contradiction", *(f.name for f in files)):
                 shares[p, b] = folder.experts.shares(shapes, folder.mesh)
                 for rank, share in enumerate(shares[p, b]):
                     own = folder.experts.shapes_on(shapes, rank)
@@ -301,14 +301,13 @@ def _lengths(
 
 
 def _swapped(file: OptimizerFile, rank: Rank, mine: int, place: Place) -> Finding:
-    name = os.path.basename(file.path)
     holder = place[1] if place[0] == rank else f"{place[1]} of tp rank {place[0][1]}"
     return Finding(
         "swapped-file",
         "error",
-        Where(files=(name,), ranks=({"pp": rank[0], "tp": rank[1], "dp": mine},)),
+        Where(files=(file.name,), ranks=({"pp": rank[0], "tp": rank[1], "dp": mine},)),
         f"the partition of dp {mine}",
-        f"{name} holds the partition of dp {holder}",
+        f"{file.name} holds the partition of dp {holder}",
         "give the files back their own names: they were swapped when they were copied",
         "headers",
         f"{file.path}: holds the partition of dp rank {holder}, not of {mine}: the files were swapped or renamed. Put "
@@ -326,18 +325,14 @@ def _contradicting_mappings(folder: StepFolder, round_robin: bool) -> Finding:
     found = (
         f"param_slice_mappings contradict param_shapes, {reason}; ckptlab reads by param_shapes, the order in memory"
     )
-    return Finding(
-        "slice-mappings",
-        "warning",
-        Where(tuple(os.path.basename(f.path) for files in folder.optims.values() for f in files)),
-        "param_slice_mappings that say where the tensors lie in memory",
-        found,
+    todo = (
         "convert it with ckptlab (or zero_to_fp32), never with ds_to_universal"
         if round_robin
-        else "compare the weights with an earlier step's before you go on with them",
-        "headers",
-        f"{folder.path}: {found}",
+        else "compare the weights with an earlier step's before you go on with them"
     )
+    where = Where(tuple(f.name for files in folder.optims.values() for f in files))
+    expected = "param_slice_mappings that say where the tensors lie in memory"
+    return noted(folder.path, "slice-mappings", "warning", where, expected, found, todo)
 
 
 @lru_cache(maxsize=1024)

@@ -18,6 +18,7 @@ from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import shapes
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.autoep import FOLDING, Fused
+from ckptlab.formats.deepspeed.checks import noted
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.headers import Header, Wrapper
 from ckptlab.formats.deepspeed.infer import infer, vocabulary
@@ -216,7 +217,7 @@ def universal_info(folder: StepFolder, faults: Faults) -> UniversalInfo | None:
     """The layouts that the training program told DeepSpeed; None if it told none."""
     head = folder.first
     if head.content.get("universal_checkpoint_info") is not None:
-        with faults.caught("odd-header", os.path.basename(head.path)):
+        with faults.caught("odd-header", head.name):
             return UniversalInfo.of(Header(head.path, head.content).inside("universal_checkpoint_info"), folder.mesh.tp)
     return None
 
@@ -242,7 +243,7 @@ def _newer(path: str) -> Iterator[Finding]:
     if whole:
         found = f"`latest` names {name}, and {later[max(whole)]} beside it is newer and has all files"
         todo = f"open {later[max(whole)]} itself if that is the one you mean"
-        yield Finding("latest-old", "info", Where(), "the newest step", found, todo, "headers", f"{path}: {found}")
+        yield noted(path, "latest-old", "info", Where(), "the newest step", found, todo)
 
 
 def build_tensors(
@@ -318,9 +319,7 @@ def shards_of(folder: StepFolder, name: str, shapes: Mapping[int, Shape]) -> lis
 def _averaged(path: str) -> Finding:
     found = "the tp replicas of tensors listed in parameter_to_average_patterns are averaged"
     todo = "nothing: DeepSpeed does so too; what a single rank held is in the views of shards"
-    return Finding(
-        "averaged", "info", Where(), "replicas that training averages", found, todo, "headers", f"{path}: {found}"
-    )
+    return noted(path, "averaged", "info", Where(), "replicas that training averages", found, todo)
 
 
 def _module_dtype(module: ModuleWeights, name: str) -> np.dtype:

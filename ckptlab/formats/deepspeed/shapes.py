@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,8 @@ import numpy as np
 
 from ckptlab.catalog import MASTER
 from ckptlab.findings import Faults, Finding, Where
+from ckptlab.formats.deepspeed import names
+from ckptlab.formats.deepspeed.checks import noted
 from ckptlab.formats.deepspeed.experts import degrees_named, layer_of
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import (
@@ -74,7 +75,7 @@ def told(folder: StepFolder, faults: Faults) -> StepFolder:
             elif found is None:
                 found = optims[0].shapes or _by_spans(folder, rank) or _by_values(folder, rank, 0)[0]
             if found is not None and len(found) == 1 < len(optims[0].states):
-                with faults.caught("contradiction", os.path.basename(head.path)):
+                with faults.caught("contradiction", head.name):
                     found = _parted(found[0], optims) or found
         elif found is None and head.optimizer is not None and rank[1] == 0:
             found, taken = _of_stage(folder, rank, _Group.of(head.optimizer), taken)
@@ -112,8 +113,8 @@ def _spread(folder: StepFolder) -> StepFolder:
         found = _assigned(named, [group for group, _ in wanted]) or ()
         local |= {
             layer: experts.total[layer] // degree
-            for names, (_, degree) in zip(found, wanted, strict=False)
-            for name in names
+            for of_group, (_, degree) in zip(found, wanted, strict=False)
+            for name in of_group
             if (layer := layer_of(name))
         }
     if not local:
@@ -130,10 +131,7 @@ def _unnamed(path: str, head: ModelFile) -> Finding:
         "several (frozen tensors of the same shape as trained ones, say): its states are left out, weights are read"
     )
     todo = "save the run again with ZeRO-1, which names them, if the optimizer is needed"
-    where = Where((os.path.basename(head.path),))
-    return Finding(
-        "optimizer-unnamed", "warning", where, "states of known tensors", found, todo, "headers", f"{path}: {found}"
-    )
+    return noted(path, "optimizer-unnamed", "warning", Where((head.name,)), "states of known tensors", found, todo)
 
 
 def _parted(joined: Shapes, optims: Sequence[OptimizerFile]) -> tuple[Shapes, ...] | None:
@@ -143,7 +141,7 @@ def _parted(joined: Shapes, optims: Sequence[OptimizerFile]) -> tuple[Shapes, ..
     if all(len(f.spans) == len(groups) for f in optims):
         listed = [{name for f in optims for name in f.spans[b]} for b in groups]
         if sum(map(len, listed)) == len(joined) == len(set().union(*listed)):
-            return tuple({n: s for n, s in joined.items() if n in names} for names in listed)
+            return tuple({n: s for n, s in joined.items() if n in of_buffer} for of_buffer in listed)
     zero3 = optims[0].wrapper is Wrapper.ZERO3
     left, parts = iter(joined.items()), []
     for b in groups:
@@ -168,8 +166,8 @@ def _by_spans(folder: StepFolder, rank: Rank) -> tuple[Shapes, ...] | None:
         return None
     found = []
     for b in groups:
-        names = [name for f in optims for name, _ in sorted(f.spans[b].items(), key=lambda one: one[1][0])]
-        weights = {name: _weight(folder, rank, name) for name in names}
+        spans = (span for f in optims for span in sorted(f.spans[b].items(), key=lambda one: one[1][0]))
+        weights = {name: _weight(folder, rank, name) for name, _ in spans}
         if None in weights.values():
             return None
         found.append({name: weight.shape for name, weight in weights.items() if weight is not None})
@@ -182,9 +180,9 @@ def _weight(folder: StepFolder, rank: Rank, name: str) -> Stored | None:
         held = (folder.heads[rank][0].module or {}).get(name)
         of_experts = (tensors.get(name) for (_, _, tp), tensors in folder.experts.files.items() if tp == rank[1])
         return held or next((one for one in of_experts if one and folder.experts.stage(name) == rank[0]), None)
-    first, _, key = name.partition(".")
-    if first.isdecimal():
-        return folder.layers[int(first)][rank[1]].get(key) if int(first) in folder.layers else None
+    key = name.partition(".")[2]
+    if (layer := names.layer_number(name)) is not None:
+        return folder.layers[layer][rank[1]].get(key) if layer in folder.layers else None
     key = key.partition(".")[2]  # tied_modules.KEY.…, in the file of the first layer that has it
     return next((by_tp[rank[1]][key] for by_tp in folder.layers.values() if key in by_tp[rank[1]]), None)
 
@@ -238,10 +236,10 @@ def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Weight]]:
     held = folder.layers[layer][tp]
     info = folder.first.content.get("universal_checkpoint_info")
     lists = info.values() if isinstance(info, Mapping) else ()
-    patterns = {p for names in lists if isinstance(names, (list, tuple)) for p in names if isinstance(p, str)}
-    tied = {".".join(p.split(".")[:2]) for p in patterns if p.startswith("tied_modules.")}
-    prefix = next((t for t in sorted(tied) if any(f"{t}.{key}" in patterns for key in held)), str(layer))
-    named = ((f"{prefix}.{key}", Weight(stored.shape, (stored,))) for key, stored in held.items())
+    patterns = {p for listed in lists if isinstance(listed, (list, tuple)) for p in listed if isinstance(p, str)}
+    tied = (prefix for prefix in names.tied(patterns) if any(prefix + key in patterns for key in held))
+    prefix = next(tied, f"{layer}.")
+    named = ((prefix + key, Weight(stored.shape, (stored,))) for key, stored in held.items())
     return [(name, weight) for name, weight in named if name not in folder.buffers]
 
 
@@ -266,7 +264,7 @@ def _of_stage(
         for tied in (None, *layers[:taken]):
             copies = [] if tied is None else _layer(folder, tied, rank[1])
             named = [*((n, replace(w, apart=wanted is by_shape)) for n, w in copies), *own]
-            named.sort(key=lambda one: not one[0].startswith("tied_modules."))
+            named.sort(key=lambda one: not one[0].startswith(names.TIED))
             found = _assigned(named, wanted, frozen=False)
             if found is not None:
                 return found, end

@@ -20,6 +20,7 @@ from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
 from ckptlab.formats.deepspeed import autoep, folding, info, muon, names
 from ckptlab.formats.deepspeed.experts import GROUP, layer_of
 from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.deepspeed.whole import whole_state
 from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
@@ -83,23 +84,25 @@ class NativeWriter:
             for t in range(mesh.tp):
                 mp = p * mesh.tp + t
                 for d in range(mesh.dp if zero3 else 1):
-                    name = names.zero3_model(d, mp) if zero3 else names.model(mp)
-                    yield torchfile.plan(name, self.model_file(p, t, d))
+                    name = FileName("zero3_model" if zero3 else "model", mp, d)
+                    yield torchfile.plan(name.text, self.model_file(p, t, d))
                 for d in range(0 if inside else mesh.dp):
-                    yield torchfile.plan(names.optim(d, mp, self.prefix), self.optim_file(p, t, d))
+                    name = FileName("optim", mp, d, prefix=self.prefix)
+                    yield torchfile.plan(name.text, self.optim_file(p, t, d))
         axis = self.folder.layer_axis or mesh.tp > 1
         for layer, prefix in self.source.private.module.layer_keys.items() if self.folder.is_pipeline else ():
             for t in range(mesh.tp):
-                yield torchfile.plan(names.layer(layer, t if axis else None), self.layer_file(layer, prefix, t))
+                yield torchfile.plan(FileName.of_layer(layer, t, axis).text, self.layer_file(layer, prefix, t))
         for p in range(mesh.pp):
             for i, (expert, held) in self.experts_on(p):
                 for rank in self.experts.kept_by(held[0], mesh, p):
-                    tensors = OrderedDict((name, self.module_weight(name, rank)) for name in held)
-                    yield torchfile.plan(names.expert(i, expert, p * mesh.tp + rank % mesh.tp), tensors)
+                    tensors = OrderedDict((n, self.module_weight(n, rank)) for n in held)
+                    name = FileName("expert", p * mesh.tp + rank % mesh.tp, layer=i, expert=expert)
+                    yield torchfile.plan(name.text, tensors)
         yield from () if zero3 else self.fused_files()
         for ep, p, rank in self.optimizers_of_experts() if inside else ():
             content = {"optimizer": whole_state(self, p, rank, ep), **self.folding("routed_expert", rank)}
-            yield torchfile.plan(names.expert_optim(ep, p * mesh.tp + rank % mesh.tp), content)
+            yield torchfile.plan(FileName("expert_optim", p * mesh.tp + rank % mesh.tp, expert=ep).text, content)
 
     def fused_files(self) -> Iterator[FilePlan]:
         """The files of experts that are a tensor together: each by the first rank that has it, for its tp rank."""
@@ -112,7 +115,7 @@ class NativeWriter:
                     made.add((expert, t))
                     tensors = {fused.name(name, expert): self.expert(name, rank, index) for name in fused.names}
                     content = OrderedDict({**tensors, **self.folding("routed_expert", rank)})
-                    yield torchfile.plan(names.expert(fused.number, expert, t), content)
+                    yield torchfile.plan(FileName("expert", t, layer=fused.number, expert=expert).text, content)
 
     def optimizers_of_experts(self) -> Iterator[tuple[int, int, int]]:
         """(ep rank, pp stage, rank) of all who write the optimizer of their experts, and of what is beside these, where
@@ -283,8 +286,8 @@ class NativeWriter:
             every |= self.folder.models[stage, t % trained.tp].get("module") or {}
         stages = {n: x.stages for x in self.target.tensors.values() for n in (x.name, *x.aliases)}
         for name in every.keys() - stages.keys():  # `_extra_state` and the like
-            layer = name.partition(".")[0]
-            stages[name] = (self.native.layer_stages.get(int(layer), 0),) if layer.isdigit() else (p,)
+            layer = names.layer_number(name)
+            stages[name] = (p,) if layer is None else (self.native.layer_stages.get(layer, 0),)
         return {name: value for name, value in every.items() if p in stages[name]}
 
     def module(self, tree: Mapping[str, Any], rank: int, made: dict[str, Pending]) -> dict[str, Any]:

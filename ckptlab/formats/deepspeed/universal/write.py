@@ -13,6 +13,7 @@ from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.cautions import groups_of_stages
 from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.formats.deepspeed.target import reshape
 from ckptlab.formats.deepspeed.universal.read import FOLDER, GROUPS, OPTIMIZER, TIED, file_of
 from ckptlab.formats.deepspeed.write import NativeWriter
@@ -46,13 +47,12 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
     for p in range(target.mesh.pp):
         for t in range(target.mesh.tp):
             for d in range(target.mesh.dp if flat else 1):
-                mp = p * target.mesh.tp + t
-                name = names.zero3_model(d, mp) if flat else names.model(mp)
+                file = FileName("zero3_model" if flat else "model", p * target.mesh.tp + t, d)
                 model = writer.model_file(p, t, d)
                 if target.private.experts:
                     rank = target.mesh.rank(pp=p, dp=d, tp=t)
                     model["module"] |= writer.expert_weights(rank)
-                yield torchfile.plan(name, model)
+                yield torchfile.plan(file.text, model)
 
 
 def _written(tensor: Tensor) -> list[str]:

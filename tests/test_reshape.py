@@ -19,9 +19,8 @@ from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import universal, write
-from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.info import lists_from_layouts
-from ckptlab.formats.deepspeed.options import TargetOptions
+from ckptlab.formats.deepspeed.options import TargetOptions, Wanted
 from ckptlab.formats.deepspeed.target import _sub_groups
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
@@ -352,6 +351,6 @@ def test_sub_groups_are_closed_by_what_a_rank_holds_of_a_shard() -> None:
     catalog, mesh = read(GPT), Mesh(tp=2, dp=2)
     names = ["3.mlp.dense_h_to_4h.weight", "4.mlp.dense_h_to_4h.weight", "5.mlp.dense_h_to_4h.weight"]
     held = catalog[names[0]].numel // (mesh.tp * mesh.dp)
-    options = TargetOptions(sub_group_size=2 * held)
-    groups = _sub_groups(names, catalog.tensors, mesh.dp, Wrapper.ZERO3, options, catalog)
+    wanted = Wanted(catalog, mesh, TargetOptions(sub_group_size=2 * held))
+    groups = _sub_groups(wanted, names, catalog.tensors, mesh.dp)
     assert groups == [names[:2], names[2:]]

@@ -9,9 +9,8 @@ from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.names import layer_number
-from ckptlab.formats.deepspeed.options import TargetOptions, fused_of
+from ckptlab.formats.deepspeed.options import TargetOptions, Wanted
 from ckptlab.formats.deepspeed.read import Native
-from ckptlab.mesh import Mesh
 from ckptlab.words import some
 
 
@@ -34,11 +33,10 @@ def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
         yield told("client-left-out", "info", text)
 
 
-def of_heads(catalog: Catalog, mesh: Mesh, heads: int | None) -> Iterator[Finding]:
+def of_heads(wanted: Wanted, heads: int | None) -> Iterator[Finding]:
     """Attention heads on the target's tp ranks, of AutoTP those of keys and values: unknown, or too few."""
-    source = catalog.private
-    before = source.folder.mesh.tp
-    if source.autotp and heads and mesh.tp > heads and mesh.tp != before:
+    mesh, before, autotp = wanted.mesh, wanted.trained.tp, wanted.native.autotp
+    if autotp and heads and mesh.tp > heads and mesh.tp != before:
         text = (
             f"tp {mesh.tp} of {heads} key/value heads: AutoTP leaves tp ranks from {heads} on no part of attention. "
             "DeepSpeed trains that (transformers' LLaMA, say), no faster; a model whose own code divides by its number "
@@ -46,10 +44,10 @@ def of_heads(catalog: Catalog, mesh: Mesh, heads: int | None) -> Iterator[Findin
         )
         yield told("heads-few", "warning", text)
     if heads is None and before % mesh.tp:  # else a rank has the heads of whole ranks of the source
-        kind, option = ("key/value", "kv_heads") if source.autotp else ("attention", "heads")
+        kind, option = ("key/value", "kv_heads") if autotp else ("attention", "heads")
         text = (
-            f"{catalog.path}: the number of {kind} heads is unknown: whether tp {mesh.tp} divides it was not checked; "
-            f"say {option}="
+            f"{wanted.source.path}: the number of {kind} heads is unknown: whether tp {mesh.tp} divides it was not "
+            f"checked; say {option}="
         )
         yield told("heads-unknown", "warning", text)
 
@@ -68,11 +66,11 @@ def of_tied_layers(catalog: Catalog) -> Iterator[Finding]:
         yield told("tied-layer-assumed", "warning", text)
 
 
-def of_masters(catalog: Catalog, options: TargetOptions) -> Iterator[Finding]:
+def of_masters(wanted: Wanted) -> Iterator[Finding]:
     """How an optimizer without ZeRO keeps its master weights, where the source is one with ZeRO."""
-    if catalog.private.wrapper is Wrapper.WHOLE or options.fused is not None:
+    if wanted.native.wrapper is Wrapper.WHOLE or wanted.options.fused is not None:
         return
-    kept = "in one flat tensor a group, as a fused Adam does" if fused_of(catalog, options) else "one by one"
+    kept = "in one flat tensor a group, as a fused Adam does" if wanted.fused else "one by one"
     text = (
         f"the target is taken to keep master weights {kept} (by the run's ds_config); say fused= if its optimizer does "
         "otherwise"
@@ -80,12 +78,12 @@ def of_masters(catalog: Catalog, options: TargetOptions) -> Iterator[Finding]:
     yield told("masters-assumed", "warning", text)
 
 
-def of_order(catalog: Catalog, mesh: Mesh, groups: tuple[ParameterGroup, ...]) -> Iterator[Finding]:
+def of_order(wanted: Wanted, groups: Sequence[ParameterGroup]) -> Iterator[Finding]:
     """What of a group's order on other stages is a guess: stages are taken to follow one another, which is so where the
     program goes from layer to layer, and not where it does not on a stage of the source. So are groups that no stage
     has both of."""
-    trained = catalog.private.folder.mesh.pp
-    if mesh.pp == trained:
+    catalog, trained = wanted.source, wanted.trained.pp
+    if wanted.mesh.pp == trained:
         return
     held = [{stage for n in group.tensors for stage in catalog.tensors[n].stages} for group in groups]
     if (i := next((i for i in range(1, len(groups)) if not held[i - 1] & held[i]), None)) is not None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ckptlab.catalog import DTYPES, Catalog, Tensor
 from ckptlab.catalog.training import ZERO_STAGES
 from ckptlab.formats.deepspeed import autotp, pipeline
 from ckptlab.formats.deepspeed.experts import Experts
+from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh
 from ckptlab.words import some
@@ -43,40 +46,90 @@ class TargetOptions:
     data_before_experts: bool | None = None
 
 
-def is_pipeline(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> bool:
-    """Whether the target is to be read by the pipeline engine."""
-    return catalog.private.may_be_pipeline(mesh, options.pipeline is not None)
+@dataclass(frozen=True)
+class Wanted:
+    """A target that is asked for, on a mesh of pp, dp and tp, and what follows from that before any cut is resolved."""
 
+    source: Catalog
+    mesh: Mesh
+    options: TargetOptions
 
-def stage_of(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> int:
-    """The target's ZeRO stage: as asked for, else the source's, but that of a bf16 pipeline without ZeRO is 1."""
-    if options.zero_stage is not None:
-        return options.zero_stage
-    return 1 if _bf16_pipeline(catalog, mesh, options) else catalog.zero_stage or 0
+    @property
+    def native(self) -> Native:
+        """What DeepSpeed's writers know of the source."""
+        return self.source.private
 
+    @property
+    def trained(self) -> Mesh:
+        """The mesh that the run trained on."""
+        return self.native.mesh
 
-def _bf16_pipeline(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> bool:
-    return is_pipeline(catalog, mesh, options) and (options.dtype or catalog.private.dtype) == "bf16"
+    @cached_property
+    def is_pipeline(self) -> bool:
+        """Whether a pipeline engine is to read it: where one had written the source, and where tensors go by the
+        numbers of layers and there are to be stages."""
+        staged = self.mesh.pp > 1 or self.options.pipeline is not None
+        return self.native.is_pipeline or (self.native.folder.is_numbered and staged)
 
+    @cached_property
+    def dtype(self) -> str:
+        return self.options.dtype or self.native.dtype
 
-def fused_of(catalog: Catalog, options: TargetOptions) -> bool:
-    """Whether a target without ZeRO keeps its master weights flat: as asked for, else as the source, else as DeepSpeed
-    would choose by the run's configuration."""
-    if options.fused is not None:
-        return options.fused
-    if (held := catalog.private.folder.first.optimizer) is not None:
-        return held.fused
-    config = catalog.private.config.get("optimizer")
-    named = config if isinstance(config, Mapping) else {}
-    given = named.get("params")
-    torchs = isinstance(given, Mapping) and bool(given.get("torch_adam"))
-    return str(named.get("type")).lower() in ("adam", "adamw") and not torchs
+    @property
+    def is_bf16_pipeline(self) -> bool:
+        return self.is_pipeline and self.dtype == "bf16"
 
+    @cached_property
+    def stage(self) -> int:
+        """Its ZeRO stage: as asked for, else the source's, but that of a bf16 pipeline without ZeRO is 1."""
+        if self.options.zero_stage is not None:
+            return self.options.zero_stage
+        return 1 if self.is_bf16_pipeline else self.source.zero_stage or 0
 
-def experts_of(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Experts:
-    """A target's experts."""
-    experts: Experts = catalog.private.folder.experts
-    return experts.spread(options.ep, options.data_before_experts, dealt_to_tp(experts, catalog.tensors, mesh.tp))
+    @cached_property
+    def wrapper(self) -> Wrapper:
+        """Whose files it is to have: stage 1 and BF16_Optimizer take each other's."""
+        if self.stage in (0, 3):
+            return Wrapper.WHOLE if self.stage == 0 else Wrapper.ZERO3
+        bf16 = self.stage == 1 and self.native.wrapper is Wrapper.BF16
+        return Wrapper.BF16 if bf16 else Wrapper.ZERO12
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether, without ZeRO, it keeps its master weights flat: as asked for, else as the source, else as DeepSpeed
+        would choose by the run's configuration."""
+        if self.options.fused is not None:
+            return self.options.fused
+        if (held := self.native.folder.first.optimizer) is not None:
+            return held.fused
+        config = self.native.config.get("optimizer")
+        named = config if isinstance(config, Mapping) else {}
+        given = named.get("params")
+        torchs = isinstance(given, Mapping) and bool(given.get("torch_adam"))
+        return str(named.get("type")).lower() in ("adam", "adamw") and not torchs
+
+    @cached_property
+    def experts(self) -> Experts:
+        """The source's experts, dealt to the ranks anew."""
+        held, options = self.native.folder.experts, self.options
+        return held.spread(
+            options.ep, options.data_before_experts, dealt_to_tp(held, self.source.tensors, self.mesh.tp)
+        )
+
+    @cached_property
+    def split(self) -> Mesh:
+        """Its mesh, with dp split for the experts."""
+        return self.experts.on(self.mesh)
+
+    @cached_property
+    def heads(self) -> tuple[int | None, int | None]:
+        """(attention heads, key/value heads): from the user, else what the run says, and of AutoTP's the tensors; there
+        a model is taken to have as many of both where nothing says otherwise, as AutoTP does."""
+        told = self.source.training
+        heads, kv_heads = self.options.heads or told.heads, self.options.kv_heads or told.kv_heads
+        if self.native.autotp:
+            kv_heads = kv_heads or autotp.told_heads(self.source.tensors, self.trained, heads) or heads
+        return heads, kv_heads
 
 
 def dealt_to_tp(experts: Experts, tensors: Mapping[str, Tensor], tp: int) -> bool:
@@ -85,42 +138,31 @@ def dealt_to_tp(experts: Experts, tensors: Mapping[str, Tensor], tp: int) -> boo
     return bool(experts) and tp > 1 and not any("tp" in names(node) for node in trees)
 
 
-def head_counts(catalog: Catalog, options: TargetOptions) -> tuple[int | None, int | None]:
-    """(attention heads, key/value heads): from the user, else what the run says, and of AutoTP's the tensors; there a
-    model is taken to have as many of both where nothing says otherwise, as AutoTP does."""
-    heads, kv_heads = options.heads or catalog.training.heads, options.kv_heads or catalog.training.kv_heads
-    if catalog.private.autotp:
-        kv_heads = kv_heads or autotp.told_heads(catalog.tensors, catalog.private.folder.mesh, heads) or heads
-    return heads, kv_heads
-
-
-def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[str]:
+def problems(wanted: Wanted) -> Iterator[str]:
     """Why the checkpoint cannot be written for that mesh; nothing if it can (cheap: no cut is resolved)."""
-    native = catalog.private
+    catalog, native, mesh, trained = wanted.source, wanted.native, wanted.mesh, wanted.trained
+    options, stage = wanted.options, wanted.stage
     if not catalog.groups:
         yield "it holds weights alone, and no optimizer that could be resumed: save it as safetensors"
         return
-    stage = stage_of(catalog, mesh, options)
     if stage not in ZERO_STAGES:
         yield f"ZeRO stage {stage}: expected 0, 1, 2 or 3"
-    trained = native.folder.mesh
     if native.elastic and options.param_groups is None:
         yield (
             "the checkpoint is elastic and holds no hyperparameters: give param_groups, a list with lr, weight_decay, "
             "… of each group"
         )
-    staged = is_pipeline(catalog, mesh, options)
-    if staged and stage in (2, 3):
+    if wanted.is_pipeline and stage in (2, 3):
         yield f"ZeRO-{stage} with a pipeline: DeepSpeed's pipeline engine trains with ZeRO-1 only: take zero_stage=1"
-    if stage == 0 and _bf16_pipeline(catalog, mesh, options):
+    if stage == 0 and wanted.is_bf16_pipeline:
         yield "a bf16 pipeline without ZeRO: DeepSpeed saves such checkpoints and cannot load them: take zero_stage=1"
-    if mesh.pp > 1 and not staged:
+    if mesh.pp > 1 and not wanted.is_pipeline:
         yield f"pp {mesh.pp}: the checkpoint was not written by the pipeline engine: it has no layers to deal to stages"
-    if staged and mesh.pp != trained.pp:
+    if wanted.is_pipeline and mesh.pp != trained.pp:
         layers = sum(pipeline.describe(catalog).blocks)
         if mesh.pp > layers:
             yield f"pp {mesh.pp}: more stages than the {layers} transformer layers"
-    heads, kv = head_counts(catalog, options)
+    heads, kv = wanted.heads
     if native.autotp and stage == 3 and kv and kv < mesh.tp:
         yield (
             f"ZeRO-3 at tp {mesh.tp} of {kv} key/value heads: AutoTP leaves tp ranks from {kv} on no part of "
@@ -144,7 +186,7 @@ def problems(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Iterator[s
     if lost := [name for name in held if name not in known]:
         yield f"{some(lost, 4)}: not stored whole, and an engine asks for them: save what there is as safetensors"
     if experts := native.folder.experts:
-        yield from experts.refusals(mesh, options.ep, experts_of(catalog, mesh, options), stage)
+        yield from experts.refusals(mesh, options.ep, wanted.experts, stage)
         if stage == 3 and experts.total:
             yield "ZeRO-3 with experts: DeepSpeed does not train it"
     elif options.ep not in (None, 1):

@@ -99,11 +99,6 @@ class Native:
         """Written by the pipeline engine."""
         return self.folder.is_pipeline or (self.folder.is_numbered and self.mesh.pp > 1)
 
-    def may_be_pipeline(self, mesh: Mesh, asked: bool) -> bool:
-        """Whether a pipeline engine reads what is written of it for a mesh: where one had written it, and where tensors
-        go by the numbers of layers and there are to be stages. asked: how layers are dealt to them was said."""
-        return self.is_pipeline or (self.folder.is_numbered and (mesh.pp > 1 or asked))
-
 
 def read_native(
     path: str, faults: Faults, strategy: Strategy | None = None, also: Sequence[str] = ()

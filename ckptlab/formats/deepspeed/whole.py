@@ -12,7 +12,6 @@ from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces, match_groups
-from ckptlab.formats.deepspeed.options import fused_of
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
@@ -113,7 +112,7 @@ def whole_state(writer: Shards, stage: int, rank: int, ep: int = 0) -> dict[str,
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     masters: list[list[Pending]] = []
-    fused = fused_of(writer.source, target.private.options) and target.private.dtype != "fp32"
+    fused = target.private.fused and target.private.dtype != "fp32"
     for index, group in enumerate(target.groups):
         degree = writer.experts.degree(next(iter(group.tensors), ""))
         at = writer.experts.place(ep, degree, target.mesh) if degree else ep

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ckptlab.catalog import Tensor
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.headers import Header
@@ -24,6 +22,7 @@ from ckptlab.layout import Cut, Layout, cut_dim
 from ckptlab.layout.notation import Name, Product, Sum, names
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Shape, dim_names, replicated
+from ckptlab.stored import row_major_strides
 
 VERSION = 1
 _APART = ("mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # cut evenly, whatever the heads
@@ -131,7 +130,7 @@ def _box(logical: Shape, shard: Shape, piece: Header) -> tuple[Run, ...]:
     (offset, strides), (place, within) = sides
     starts, places = _index(offset, logical), _index(place, shard)
     runs: list[Run] = []
-    full, own = _row_major(logical), _row_major(shard)
+    full, own = row_major_strides(logical), row_major_strides(shard)
     for i, n in enumerate(sizes):
         step, rest = divmod(strides[i], full[i]) if n > 1 else (1, 0)
         if rest or step < 1 or (n > 1 and within[i] != own[i]):
@@ -157,16 +156,10 @@ def _not_rows(header: Header) -> UnsupportedError:
 def _index(offset: int, shape: Shape) -> tuple[int, ...]:
     """Where the element at an offset lies in a tensor of that shape."""
     found = []
-    for stride in _row_major(shape):
+    for stride in row_major_strides(shape):
         found.append(offset // stride)
         offset %= stride
     return tuple(found)
-
-
-def _row_major(shape: Shape) -> tuple[int, ...]:
-    """Strides of a tensor without gaps; a dim of no elements counts as one."""
-    sizes = np.maximum(np.array((*shape, 1), np.int64), 1)
-    return tuple(int(n) for n in np.cumprod(sizes[::-1])[::-1][1:])
 
 
 def _before(widths: Sequence[int]) -> tuple[int, ...]:
@@ -356,5 +349,5 @@ def _boxes(
 
 
 def _strided(starts: Sequence[int], shape: Shape) -> list[Any]:
-    strides = _row_major(shape)
+    strides = row_major_strides(shape)
     return [sum(start * stride for start, stride in zip(starts, strides, strict=True)), list(strides)]

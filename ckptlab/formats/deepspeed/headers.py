@@ -117,6 +117,16 @@ class Header:
         """The tensors of a dictionary by name; what is no tensor is left out."""
         return _tensors(self.inside(key))
 
+    def groups(self) -> list[tuple[dict[str, Any], list[int]]]:
+        """(hyperparameters, parameters by number) of each of torch's `param_groups`."""
+        groups = self.dictionaries("param_groups")
+        return [({k: v for k, v in g.values.items() if k != "params"}, g.integers("params")) for g in groups]
+
+    def states(self) -> dict[Any, Content]:
+        """What torch's `state` keeps of each parameter, by its number."""
+        state = self.inside("state")
+        return {i: Header.of(self.path, v, f"{state.at}.{i}").values for i, v in state.values.items()}
+
     def shapes(self, key: str) -> dict[str, Shape]:
         return _shapes(self, key, self.inside(key).values)
 
@@ -378,19 +388,18 @@ class OptimizerFile:
             raise header.odd(_IN_PARTS, "a list of tensors a group")
         elastic = isinstance(header.values.get(key), (list, tuple))
         options: list[Mapping[str, Any] | None] = [None] * len(groups)
+        states: list[list[Content]]
         if elastic:
-            listed = header.several(key)
-            states = [Header(header.path, {key: one}, header.at).dictionaries(key) for one in listed]
+            listed = [Header(header.path, {key: one}, header.at) for one in header.several(key)]
+            states = [[one.values for one in of_group.dictionaries(key)] for of_group in listed]
         else:
             base = header.inside(key)
-            by_id, listed = base.inside("state"), base.dictionaries("param_groups")
-            options = [{k: v for k, v in g.values.items() if k != "params"} for g in listed]
-            kept_of: Mapping[Any, Any] = by_id.values
-            states = [[Header.of(by_id.path, kept_of.get(i, {})) for i in g.integers("params")] for g in listed]
+            options, by_id = [options for options, _ in base.groups()], base.states()
+            states = [[by_id.get(i, {}) for i in members] for _, members in base.groups()]
         if [len(held) for held in states] != [len(g) for g in groups]:
             raise header.odd(key, f"a state for each of {', '.join(str(len(g)) for g in groups)} pieces")
         kept = [
-            [(m, *elementwise(whole.path, one.values, m.numel)) for m, one in zip(g, held, strict=True)]
+            [(m, *elementwise(whole.path, one, m.numel)) for m, one in zip(g, held, strict=True)]
             for g, held in zip(groups, states, strict=True)
         ]
         parts = tuple(tuple({MASTER: m, **arrays} for m, arrays, _ in group) for group in kept)
@@ -441,7 +450,8 @@ class OptimizerFile:
     @property
     def steps(self) -> tuple[float, ...]:
         """The steps that its buffers name, each once; torch keeps a float."""
-        return _steps(self.scalars)
+        found = {s for one in self.scalars if (s := scalar(one.get("step"))) is not None}
+        return tuple(sorted(int(s) if s.is_integer() else s for s in found))
 
 
 def order_of(
@@ -474,11 +484,8 @@ def _base(header: Header, key: str) -> tuple[dict[Any, Content], list[list[int]]
         listed = [h.values for h in header.dictionaries(key)]
         return dict(enumerate(listed)), [[i] for i in range(len(listed))], [None] * len(listed)
     base = header.inside(key)
-    groups = base.dictionaries("param_groups")
-    state = base.inside("state")
-    by_id = {i: Header.of(header.path, v, f"{state.at}.{i}").values for i, v in state.values.items()}
-    options = [{k: v for k, v in g.values.items() if k != "params"} for g in groups]
-    return by_id, [g.integers("params") for g in groups], list(options)
+    groups = base.groups()
+    return base.states(), [members for _, members in groups], [options for options, _ in groups]
 
 
 def elementwise(path: str, state: Content, numel: int | None) -> tuple[dict[str, Stored], dict[str, Any]]:
@@ -541,27 +548,23 @@ class WholeOptimizer:
                 f"{header.path}: an optimizer of another kind in the model file: found "
                 f"{', '.join(map(str, header.values))}"
             )
-        groups = base.dictionaries("param_groups")
-        ids = [g.integers("params") for g in groups]
-        if masters is not None and [len(m) for m in masters] != [len(i) for i in ids]:
-            raise header.odd(key, f"a master weight for each of {[len(i) for i in ids]} parameters")
-        state = base.inside("state")
-        by_id: dict[Any, Content] = {
-            i: Header.of(header.path, v, f"{state.at}.{i}").values for i, v in state.values.items()
-        }
+        groups, by_id = base.groups(), base.states()
+        counts = [len(members) for _, members in groups]
+        if masters is not None and [len(m) for m in masters] != counts:
+            raise header.odd(key, f"a master weight for each of {counts} parameters")
         kept = [
             [
                 elementwise(header.path, by_id.get(i) or {}, None if masters is None else masters[g][k].numel)
                 for k, i in enumerate(members)
             ]
-            for g, members in enumerate(ids)
+            for g, (_, members) in enumerate(groups)
         ]
         return cls(
             header.values,
             None if masters is None else tuple(map(tuple, masters)),
             tuple(tuple(arrays for arrays, _ in group) for group in kept),
             tuple(next((single for _, single in group if single), {}) for group in kept),
-            tuple({k: v for k, v in g.values.items() if k != "params"} for g in groups),
+            tuple(options for options, _ in groups),
             fused,
         )
 
@@ -570,24 +573,9 @@ class WholeOptimizer:
         order = order_of(self.options, other.options)
         if order is None:
             return self
-        masters = None if self.masters is None else tuple(self.masters[i] for i in order)
-        return replace(
-            self,
-            masters=masters,
-            states=tuple(self.states[i] for i in order),
-            scalars=tuple(self.scalars[i] for i in order),
-            options=tuple(self.options[i] for i in order),
-        )
-
-    @property
-    def steps(self) -> tuple[float, ...]:
-        """See `OptimizerFile.steps`."""
-        return _steps(self.scalars)
-
-
-def _steps(scalars: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
-    found = {s for one in scalars if (s := scalar(one.get("step"))) is not None}
-    return tuple(sorted(int(s) if s.is_integer() else s for s in found))
+        fields = ("states", "scalars", "options", *(() if self.masters is None else ("masters",)))
+        taken: dict[str, Any] = {field: tuple(getattr(self, field)[i] for i in order) for field in fields}
+        return replace(self, **taken)
 
 
 def _spans(mapping: Header) -> dict[str, tuple[int, int]]:

@@ -66,11 +66,6 @@ class UniversalInfo:
             trusted=tp > 1 or bool(replicated or row),
         )
 
-    def names(self, name: str) -> bool:
-        """Some list names the tensor, so that its layout is known whatever the tp degree."""
-        lists = (self.replicated, self.averaged, self.row, self.two_sub, self.vocabulary, [s.pattern for s in self.sub])
-        return any(_matches(one, name) for one in lists)
-
     def is_vocabulary(self, name: str) -> bool:
         """Dim 0 is the vocabulary, padded for the ranks: AutoTP pads none."""
         return not self.affine and _matches(self.vocabulary, name)

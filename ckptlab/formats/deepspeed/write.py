@@ -11,6 +11,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Size, foreign
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Holder
+from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
 
 FRAGMENT = ("deepspeed.utils.tensor_fragment", "fragment_address")
@@ -57,6 +58,24 @@ def _left_out(value: Stored, name: str, source: Catalog) -> bool:
     return not any(name == tensor.name or name in tensor.aliases for tensor in source.tensors.values())
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a rank has of a flat group: who has the buffer together with it, and the rank's place among those."""
+
+    group: FlatGroup
+    holder: Holder
+    index: int
+
+    @property
+    def flat(self) -> FlatBuffer:
+        return self.group.flats[self.holder]
+
+    @property
+    def size(self) -> int:
+        """Elements of the rank's partition, padding included."""
+        return self.flat.size(self.index)
+
+
 class NativeWriter:
     """The files of one native checkpoint."""
 
@@ -65,6 +84,7 @@ class NativeWriter:
         self.native: NativeTarget = target.private
         self.mesh = target.mesh
         self.folder = source.private.folder
+        self.extras = source.private.extras
         self.config = info.adapt_config(source.private.config, target)
         self.prefix = "bf16" if self.native.dtype == "bf16" else ""
         self.experts = self.native.experts
@@ -191,22 +211,22 @@ class NativeWriter:
         """Reads a tensor of the source for a rank of the target."""
         return reader(self.source, name, state, dtype=dtype, tally=self.tally and self.tally.towards(rank))
 
-    def share(self, group: FlatGroup, rank: int) -> tuple[Holder, int]:
-        """Which of a group's buffers a rank has a part of, and which part."""
-        mesh = self.target.mesh_of(group)
-        holder = group.holder(self.at(mesh, rank))
-        return holder, self.ranks(mesh, holder).index(rank)
+    def parts_on(self, rank: int) -> list[Part]:
+        """What a rank has of flat buffers, group by group."""
+        found = []
+        for group in self.target.flat_groups:
+            mesh = self.target.mesh_of(group)
+            if group.at.within(at := self.at(mesh, rank)):
+                holder = group.holder(at)
+                found.append(Part(group, holder, self.ranks(mesh, holder).index(rank)))
+        return found
 
-    def partition(self, group: FlatGroup, state: str, rank: int, count: int) -> Pending:
-        """The first `count` elements of a rank's partition of a flat buffer; padding is zero."""
-        held = Partition(self.source, self.target, group, state, *self.share(group, rank), self.tally)
+    def partition(self, part: Part, state: str, count: int) -> Pending:
+        """The first `count` elements of a partition of a flat buffer; padding is zero."""
+        held = Partition(self.source, self.target, part.group, state, part.holder, part.index, self.tally)
         return Pending(held.dtype, (count,), (Elements(held, held.dtype, 0, count),))
 
     # ---------------------------------------------------------------- model files
-
-    def groups_on(self, rank: int) -> list[FlatGroup]:
-        """The flat groups that a rank has a part of."""
-        return [g for g in self.target.flat_groups if g.at.within(self.at(self.target.mesh_of(g), rank))]
 
     def ranks(self, mesh: Mesh, holder: Holder) -> list[int]:
         """The ranks at a holder's coordinates: those that have a flat buffer together."""
@@ -228,7 +248,7 @@ class NativeWriter:
         model.update(
             module=module,
             optimizer=whole_state(self, p, rank) if whole and not self.experts else None,  # theirs have files
-            param_shapes=None if whole else [self._shapes(g, rank) for g in self.groups_on(rank)],
+            param_shapes=None if whole else [self._shapes(part.group, rank) for part in self.parts_on(rank)],
             **self._frozen(weights, d, rank),
             shared_params=None if whole else aliases,
             dp_world_size=mesh.dp,
@@ -349,35 +369,27 @@ class NativeWriter:
     # ---------------------------------------------------------------- optimizer files
 
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
-        template, rank = self.source.private.extras, self.mesh.rank(pp=p, dp=d, tp=t)
-        groups = self.groups_on(rank)
-        state = (
-            self._zero3_state(template, groups, rank)
-            if self.native.wrapper is Wrapper.ZERO3
-            else self._flat_state(template, groups, rank)
-        )
+        rank = self.mesh.rank(pp=p, dp=d, tp=t)
+        parts, zero3 = self.parts_on(rank), self.native.wrapper is Wrapper.ZERO3
+        state = self._zero3_state(parts, rank) if zero3 else self._flat_state(parts, rank)
         content = {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": self.version}
-        families = None  # at ZeRO-3 the sub-groups say it
-        if self.native.wrapper is not Wrapper.ZERO3:
-            shared = ((g, *self.share(g, rank)) for g in groups)
-            families = {n: folding.of_buffer(n, g.flats[h].dp, part) for g, h, part in shared for n in g.names}
-        return content | self.folding("zero_optimizer_state", rank, families)
+        families = {n: folding.of_buffer(n, part.flat.dp, part.index) for part in parts for n in part.group.names}
+        # at ZeRO-3 the sub-groups say it
+        return content | self.folding("zero_optimizer_state", rank, None if zero3 else families)
 
-    def _states(self, groups: list[FlatGroup], rank: int) -> dict[int, dict[str, Any]]:
+    def _states(self, parts: list[Part], rank: int) -> dict[int, dict[str, Any]]:
         found = {}
-        for i, group in enumerate(groups):
-            holder, part = self.share(group, rank)
-            size = group.flats[holder].size(part)
-            states = {s: self.partition(group, s, rank, size) for s in group.dtypes if s != MASTER}
-            found[i] = self.scalars(group.group, group.names[0]) | states | self._momentum(group, rank)
+        for i, part in enumerate(parts):
+            group = part.group
+            states = {s: self.partition(part, s, part.size) for s in group.dtypes if s != MASTER}
+            found[i] = self.scalars(group.group, group.names[0]) | states | self._momentum(part, rank)
         return found
 
-    def _momentum(self, group: FlatGroup, rank: int) -> dict[str, Any]:
+    def _momentum(self, part: Part, rank: int) -> dict[str, Any]:
         """Muon's, where each rank has that of whole tensors."""
-        holder, part = self.share(group, rank)
-        flat = group.flats[holder]
-        tensors = [flat.names[i] for i in muon.held(flat, part)]
-        if muon.MOMENTUM in group.dtypes or not any(muon.MOMENTUM in self.target.tensors[n].states for n in tensors):
+        tensors = [part.flat.names[i] for i in muon.held(part.flat, part.index)]
+        flat = muon.MOMENTUM in part.group.dtypes
+        if flat or not any(muon.MOMENTUM in self.target.tensors[n].states for n in tensors):
             return {}
         whole = [self.shard(name, muon.MOMENTUM, rank) for name in tensors]
         count = sum(math.prod(one.shape) for one in whole)
@@ -388,92 +400,80 @@ class NativeWriter:
         kept = self.target.groups[group].scalars_of(tensor)
         return {k: torchfile.Apart(v) if isinstance(v, Stored) else copy.copy(v) for k, v in kept.items()}
 
-    def param_groups(self, groups: list[FlatGroup]) -> list[dict[str, Any]]:
+    def param_groups(self, parts: list[Part]) -> list[dict[str, Any]]:
         """Hyperparameters, and which buffers belong to each group."""
         members: dict[int, list[int]] = {}
-        for i, g in enumerate(groups):
-            members.setdefault(g.group, []).append(i)
+        for i, part in enumerate(parts):
+            members.setdefault(part.group.group, []).append(i)
         return [{**self.target.groups[g].options, "params": ids} for g, ids in members.items()]
 
-    def _scaler(self, template: Mapping[str, Any]) -> dict[str, Any]:
+    def _scaler(self) -> dict[str, Any]:
         """The loss scaler replaces the engine's own: the source's where the dtype stays, else one that fits."""
-        same = self.source.private.dtype == self.native.dtype
         dynamic = self.native.dtype == "fp16"
-        if same and "loss_scaler" in template:
-            return {
-                "loss_scaler": template["loss_scaler"],
-                "dynamic_loss_scale": template.get("dynamic_loss_scale", dynamic),
-                "overflow": False,
-            }
-        scaler = (
-            {} if dynamic and self.native.wrapper is not Wrapper.ZERO3 else {"loss_scaler": info.loss_scaler(dynamic)}
-        )
+        if self.source.private.dtype == self.native.dtype and "loss_scaler" in self.extras:
+            scaler = {"loss_scaler": self.extras["loss_scaler"]}
+            dynamic = self.extras.get("dynamic_loss_scale", dynamic)
+        elif dynamic and self.native.wrapper is not Wrapper.ZERO3:
+            scaler = {}
+        else:
+            scaler = {"loss_scaler": info.loss_scaler(dynamic)}
         return {**scaler, "dynamic_loss_scale": dynamic, "overflow": False}
 
-    def _zero3_state(self, template: Mapping[str, Any], groups: list[FlatGroup], rank: int) -> dict[str, Any]:
+    def _zero3_state(self, parts: list[Part], rank: int) -> dict[str, Any]:
         return {
             "zero_stage": foreign(*ZERO_STAGE, 3),
-            **self._scaler(template),
+            **self._scaler(),
             "partition_count": self.mesh.dp,
-            **self._partition_groups(groups, rank),
-            "optimizer_state_dict": {"state": self._states(groups, rank), "param_groups": self.param_groups(groups)},
-            "fp32_flat_groups": [
-                self.partition(g, MASTER, rank, g.flats[holder].size(part))
-                for g in groups
-                for holder, part in (self.share(g, rank),)
-            ],
+            **({"ds_zero_partition_groups": self._partition_groups(parts)} if self.experts else {}),
+            "optimizer_state_dict": {"state": self._states(parts, rank), "param_groups": self.param_groups(parts)},
+            "fp32_flat_groups": [self.partition(part, MASTER, part.size) for part in parts],
         }
 
-    def _partition_groups(self, groups: list[FlatGroup], rank: int) -> dict[str, Any]:
+    def _partition_groups(self, parts: list[Part]) -> list[dict[str, Any]]:
         """Who shares each buffer at ZeRO-3, which DeepSpeed says where experts are shared by others."""
-        if not self.experts:
-            return {}
         found = []
-        for i, group in enumerate(groups):
-            holder, part = self.share(group, rank)
-            degree = self.experts.degree(group.names[0])
+        for i, part in enumerate(parts):
+            degree = self.experts.degree(part.group.names[0])
             found.append(
                 {
                     "sub_group": i,
                     "families": ["autoep_expert" if degree else "replicated"],
                     "group_names": [GROUP.format(degree) if degree else "replicated"],
-                    "partition_count": group.flats[holder].dp,
-                    "partition_rank": part,
-                    "partition_ranks": self.ranks(self.target.mesh_of(group), holder),
+                    "partition_count": part.flat.dp,
+                    "partition_rank": part.index,
+                    "partition_ranks": self.ranks(self.target.mesh_of(part.group), part.holder),
                 }
             )
-        return {"ds_zero_partition_groups": found}
+        return found
 
-    def _flat_state(self, template: Mapping[str, Any], groups: list[FlatGroup], rank: int) -> dict[str, Any]:
+    def _flat_state(self, parts: list[Part], rank: int) -> dict[str, Any]:
         bf16 = self.native.wrapper is Wrapper.BF16
-        # each with the place that the rank has among those that share the buffer
-        flats = [(g.flats[holder], part) for g in groups for holder, part in (self.share(g, rank),)]
         if bf16:
-            paddings = [f.total - f.used if i == f.dp - 1 else 0 for f, i in flats]
-            masters = [f.size(i) for f, i in flats]
+            paddings = [part.flat.total - part.flat.used if part.index == part.flat.dp - 1 else 0 for part in parts]
         else:
-            paddings = [f.padding(i) for f, i in flats]
-            masters = [f.size(i) - pad for (f, i), pad in zip(flats, paddings, strict=True)]
-        state: dict[str, Any] = {} if bf16 else self._scaler(template)
-        if "clip_grad" in template:
-            state["clip_grad"] = template["clip_grad"]
-        state["base_optimizer_state"] = {"state": self._states(groups, rank), "param_groups": self.param_groups(groups)}
+            paddings = [part.flat.padding(part.index) for part in parts]
+        # the masters are stored without padding but by BF16_Optimizer
+        masters = [part.size - (0 if bf16 else padding) for part, padding in zip(parts, paddings, strict=True)]
+        state: dict[str, Any] = {} if bf16 else self._scaler()
+        if "clip_grad" in self.extras:
+            state["clip_grad"] = self.extras["clip_grad"]
+        state["base_optimizer_state"] = {"state": self._states(parts, rank), "param_groups": self.param_groups(parts)}
         state["single_partition_of_fp32_groups"] = [
-            self.partition(g, MASTER, rank, n) for g, n in zip(groups, masters, strict=True)
+            self.partition(part, MASTER, n) for part, n in zip(parts, masters, strict=True)
         ]
         if not bf16:
             state["zero_stage"] = foreign(*ZERO_STAGE, self.target.zero_stage)
         state["group_paddings"] = paddings
-        state["partition_count"] = [f.dp for f, _ in flats]
+        state["partition_count"] = [part.flat.dp for part in parts]
         state["ds_version"] = self.version
-        state["param_slice_mappings"] = [self._mapping(f, i) for f, i in flats]
+        state["param_slice_mappings"] = [self._mapping(part) for part in parts]
         return state
 
-    def _mapping(self, flat: Any, d: int) -> OrderedDict[str, Any]:
+    def _mapping(self, part: Part) -> OrderedDict[str, Any]:
         return OrderedDict(
             (
-                self.experts.locally(flat.names[i]),
+                self.experts.locally(part.flat.names[i]),
                 foreign(*FRAGMENT, state={"numel": int(count), "start": int(start)}, new=True),
             )
-            for i, _, start, count in flat.within(d)
+            for i, _, start, count in part.flat.within(part.index)
         )

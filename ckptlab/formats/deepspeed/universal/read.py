@@ -124,7 +124,7 @@ class _Common:
     @classmethod
     def of(cls, path: str, content: Any) -> _Common:
         header = Header.of(path, content)
-        groups = header.dictionaries("param_groups")
+        groups = header.groups()
         # stage 3 stores no step beside the tensors; the optimizer's own state has it
         state = header.inside("optimizer_state_dict").inside("state").values
         steps = ({"step": one["step"]} for one in state.values() if isinstance(one, Mapping) and "step" in one)
@@ -132,8 +132,8 @@ class _Common:
         return cls(
             header.values,
             Wrapper.ZERO3 if zero3 else Wrapper.ZERO12 if "zero_stage" in header.values else Wrapper.BF16,
-            tuple({k: v for k, v in g.values.items() if k != "params"} for g in groups),
-            tuple(tuple(g.integers("params")) for g in groups),
+            tuple(options for options, _ in groups),
+            tuple(tuple(members) for _, members in groups),
             next(steps, {}),
         )
 

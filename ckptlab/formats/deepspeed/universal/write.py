@@ -108,16 +108,14 @@ def loader_keys(tensor: Tensor) -> dict[str, Any]:
 
 def _common(writer: NativeWriter) -> dict[str, Any]:
     """`optimizer_state.pt`: what the optimizer files say once, hyperparameters included."""
-    target, extras = writer.target, writer.source.private.extras
-    state = dict(extras) if writer.source.private.dtype == target.private.dtype else {}
+    target = writer.target
+    state = dict(writer.extras) if writer.source.private.dtype == target.private.dtype else {}
     state |= {"ds_version": writer.version}
     if target.private.wrapper is not Wrapper.BF16:
         state["zero_stage"] = foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", target.zero_stage)
-    groups = writer.groups_on(0)
-    state["partition_count"] = (
-        target.mesh.dp if target.private.wrapper is Wrapper.ZERO3 else [target.mesh.dp] * len(groups)
-    )
-    state["param_groups"] = writer.param_groups(groups)
+    parts, zero3 = writer.parts_on(0), target.private.wrapper is Wrapper.ZERO3
+    state["partition_count"] = target.mesh.dp if zero3 else [target.mesh.dp] * len(parts)
+    state["param_groups"] = writer.param_groups(parts)
     module = writer.source.private.module
     tied = {prefix: layer for layer, prefix in module.layer_keys.items() if prefix.startswith(names.TIED)}
     if tied and not module.assumed:
@@ -126,7 +124,7 @@ def _common(writer: NativeWriter) -> dict[str, Any]:
         state[GROUPS] = stages
         state["param_groups"] = [{**g.options, "params": [i]} for i, g in enumerate(target.groups)]
         state["partition_count"] = [target.mesh.dp] * len(target.groups)
-    if target.private.wrapper is Wrapper.ZERO3:
-        scalars = {i: dict(target.groups[g.group].scalars) for i, g in enumerate(groups)}
+    if zero3:
+        scalars = {i: dict(target.groups[part.group.group].scalars) for i, part in enumerate(parts)}
         state["optimizer_state_dict"] = {"state": scalars, "param_groups": state["param_groups"]}
     return state

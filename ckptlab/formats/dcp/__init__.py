@@ -2,5 +2,5 @@
 
 Reading: metadata.py, items.py, boxes.py, axes.py, keys.py, assemble.py, read.py in this order; megatron.py and ranks.py
 read what Megatron-core and FSDP's own files have otherwise. Writing: options.py, target.py, styles.py, labels.py,
-write.py.
+index.py (`.metadata`), write.py.
 """

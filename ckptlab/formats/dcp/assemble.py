@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.formats.dcp.axes import (
     Axes,
     Laid,
-    canonical,
     degrees_of,
     lay,
     lay_alone,
@@ -88,24 +88,29 @@ class Held(Mapping[Holder, tuple[Fragment, ...]]):
     """Where the shards of one state lie, looked up when one is asked for. Iterates over one holder of each shard:
     chunks that several ranks held were stored once."""
 
-    def __init__(self, grid: Grid, laid: Laid, placement: Placement) -> None:
-        self.grid, self.laid, self.placement = grid, laid, placement
+    def __init__(self, grid: Grid, placement: Placement) -> None:
+        self.grid, self.placement = grid, placement
 
     def __getitem__(self, holder: Holder) -> tuple[Fragment, ...]:
+        cut = self.placement.cut
         try:
-            spans = self.laid.spans(self.grid, holder)
+            rows = cut.rows(cut.coordinate(holder))
         except LayoutError:
             raise KeyError(holder) from None
-        return self.grid.fragments(spans)
+        return self.grid.fragments([[(start, n) for start, _, n, _, _ in dim.tolist()] for dim in rows])
 
     def __iter__(self) -> Iterator[Holder]:
-        return iter(canonical(self.placement.holders, self.placement.cut).values())
+        seen = set()
+        for holder in self.placement.holders:
+            if (at := self.placement.coordinate(holder)) not in seen:
+                seen.add(at)
+                yield holder
 
     def __len__(self) -> int:
-        return len(canonical(self.placement.holders, self.placement.cut))
+        return sum(1 for _ in self)
 
 
-def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | None, format: str = "dcp") -> Catalog:
+def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | None) -> Catalog:
     """The catalog of what was found.
 
     The weight is the state `param` where the optimizer keeps another (a master), where it is of 16 bits, and where the
@@ -141,7 +146,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
             own = laid.cut.mesh == mesh
             placement = Placement(laid.cut, (stage if own and stage < mesh.pp else 0,))
             placements[name, state] = (placement,)
-            pieces[name, state] = Held(grid, laid, placement)
+            pieces[name, state] = Held(grid, placement)
         assert first is not None
         tensors[name] = Tensor(
             name,
@@ -160,7 +165,7 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     _say_axes(found.path, [t for t in tensors.values() if t.name not in found.untold], neutral, axes, said)
     return Catalog(
         found.path,
-        format,
+        "dcp",
         mesh,
         tensors,
         placements,
@@ -277,7 +282,7 @@ def _mesh(
     known = given or found.mesh
     if known is None and layouts and strategy is not None:
         try:
-            known = Mesh(**degrees_of(layouts, grids, {}))
+            known = Mesh(**degrees_of(layouts, grids))
         except LayoutError as error:
             raise LayoutError(f"{found.path}: {error}") from None
     if known is not None:
@@ -345,6 +350,15 @@ class Client(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._roots)
+
+
+def kept(value: Any) -> Lazy:
+    """A value that was read already."""
+    return partial(_same, value)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _nested(entries: Mapping[tuple[str | int, ...], Lazy]) -> Any:

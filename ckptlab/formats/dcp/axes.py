@@ -20,7 +20,6 @@ from ckptlab.formats.dcp.boxes import Grid, Span
 from ckptlab.layout import Cut, DimCut, Layout
 from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names
 from ckptlab.mesh import Mesh
-from ckptlab.plan import Holder
 from ckptlab.sharding.strategies import dim_names
 
 NEUTRAL = "shard"
@@ -54,31 +53,17 @@ Axes = tuple[tuple[str, int], ...]  # name and degree, the slowest first
 
 @dataclass(frozen=True)
 class Laid:
-    """A grid on mesh axes: its layout and cut, and for each dim which of its intervals each coordinate holds (None:
-    each holds the one of its number)."""
+    """A grid on mesh axes: its layout and cut."""
 
     layout: Layout
     cut: Cut
-    ways: Ways | None
 
     def within(self, shape: tuple[int, ...]) -> Laid:
         """The same of a tensor that is smaller: what is beyond is padding."""
         padded = {d: size for d, (size, n) in enumerate(zip(self.cut.shape, shape, strict=True)) if size > n}
         if not padded:
             return self
-        return replace(self, layout=self.layout.replace(padded=padded), cut=replace(self.cut, logical=shape))
-
-    def spans(self, grid: Grid, holder: Mapping[str, int]) -> list[list[Span]]:
-        """For each dim the intervals that a holder has."""
-        found = []
-        for d, part in enumerate(self.cut.per_dim(self.cut.coordinate(holder))):
-            axes = self.cut.dims[d].axes
-            if self.ways is None:
-                found.append([grid.spans(d)[part[0] if axes else 0]])
-            else:
-                table = _table(self.cut.dims[d].size, self.ways[d], axes, tuple(self.cut.mesh[a] for a in axes))
-                found.append(table[part])
-        return found
+        return Laid(self.layout.replace(padded=padded), replace(self.cut, logical=shape))
 
 
 def neutral_axes(grids: Iterable[Grid]) -> Axes:
@@ -122,11 +107,9 @@ def lay_as(grid: Grid, mesh: Mesh, layout: Layout, name: str) -> Laid:
                 f"{_some(grid.edges[d][:-1].tolist())}: say another layout, or another mesh"
             )
     made = laid(grid.shape, mesh, ways)
-    return (
-        Laid(layout.replace(sizes={**dict(made.layout.sizes), **dict(layout.sizes)}), made.cut, ways)
-        if ({n for n, _ in made.layout.sizes} <= {n for node in layout.tree for n in names(node)})
-        else made
-    )
+    if not {n for n, _ in made.layout.sizes} <= {n for node in layout.tree for n in names(node)}:
+        return made
+    return Laid(layout.replace(sizes={**dict(made.layout.sizes), **dict(layout.sizes)}), made.cut)
 
 
 def lay_alone(grid: Grid) -> Laid:
@@ -143,7 +126,7 @@ def lay_alone(grid: Grid) -> Laid:
     labels = dim_names(len(grid.shape))
     text = " ".join(f"({axes[d]} {n})" if d in axes else n for d, n in enumerate(labels))
     sizes = {labels[d]: tuple(length for _, length in grid.spans(d)) for d in axes}
-    return Laid(Layout(text, dims=labels, sizes=_uneven(sizes)), Cut(grid.shape, mesh, dims), None)
+    return Laid(Layout(text, dims=labels, sizes=_uneven(sizes)), Cut(grid.shape, mesh, dims))
 
 
 def ways_of(layout: Layout, axes: Iterable[str]) -> Ways:
@@ -173,7 +156,7 @@ def _way_of(node: Node, layout: Layout, known: set[str]) -> DimAxes:
     return DimAxes(ways[0].axes, tuple(n for n in lengths if n is not None))
 
 
-def degrees_of(layouts: Mapping[str, Layout], grids: Mapping[str, Grid], known: Mapping[str, int]) -> dict[str, int]:
+def degrees_of(layouts: Mapping[str, Layout], grids: Mapping[str, Grid]) -> dict[str, int]:
     """The degrees of the axes that layouts name, from the grids that they are of. LayoutError where they do not follow.
 
     A dim's names but the last are its axes: `(tp dp out) in` names tp and dp.
@@ -189,7 +172,7 @@ def degrees_of(layouts: Mapping[str, Layout], grids: Mapping[str, Grid], known: 
             if cutting and d < len(grids[name].counts):
                 axes.update(dict.fromkeys(cutting))
                 told.append((cutting, max(grids[name].counts[d] // parts, 1)))
-    found = {axis: n for axis, n in known.items() if n > 1}
+    found: dict[str, int] = {}
     for cutting, count in sorted(told, key=lambda t: (len(t[0]), -t[1])):
         unknown = [axis for axis in cutting if axis not in found]
         if len(unknown) == 1:
@@ -296,20 +279,11 @@ def _starts(size: int, degrees: tuple[int, ...], parts: Parts) -> tuple[int, ...
 
 
 @lru_cache(maxsize=4096)
-def _table(
-    size: int, way: DimAxes, axes: tuple[str, ...], degrees: tuple[int, ...]
-) -> dict[tuple[int, ...], list[Span]]:
-    """Coordinate on a dim's axes in mesh order → its intervals."""
-    degree = dict(zip(axes, degrees, strict=True))
-    split = _split(size, tuple(degree[axis] for axis in way.axes), way.parts)
-    order = [way.axes.index(axis) for axis in axes]
-    return {tuple(at[i] for i in order): spans for at, spans in split.items()}
-
-
-@lru_cache(maxsize=4096)
 def _axes_cut(size: int, way: DimAxes, mesh: Mesh) -> DimCut:
     axes = tuple(axis for axis in mesh.axes if axis in way.axes)
-    return _dim_cut(size, axes, _table(size, way, axes, tuple(mesh[a] for a in axes)))
+    order = [way.axes.index(axis) for axis in axes]
+    split = _split(size, tuple(mesh[axis] for axis in way.axes), way.parts)
+    return _dim_cut(size, axes, {tuple(at[i] for i in order): spans for at, spans in split.items()})
 
 
 def _dim_cut(size: int, axes: tuple[str, ...], table: Mapping[tuple[int, ...], list[Span]]) -> DimCut:
@@ -347,7 +321,7 @@ def laid(shape: tuple[int, ...], mesh: Mesh, ways: Ways) -> Laid:
         if widths is not None:
             sizes[label] = widths
     layout = Layout(" ".join(text), dims=labels, sizes=_uneven(sizes), totals=totals)
-    return Laid(layout, Cut(shape, mesh, dims), ways)
+    return Laid(layout, Cut(shape, mesh, dims))
 
 
 @lru_cache(maxsize=4096)
@@ -371,11 +345,3 @@ def _uneven(sizes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
 def _some(starts: Sequence[int]) -> str:
     shown = ", ".join(map(str, starts[:6]))
     return f"{shown}, … ({len(starts)} in all)" if len(starts) > 6 else shown
-
-
-def canonical(holders: Iterable[Holder], cut: Cut) -> dict[tuple[int, ...], Holder]:
-    """Coordinate of a cut → the first of the holders who has it."""
-    found: dict[tuple[int, ...], Holder] = {}
-    for holder in holders:
-        found.setdefault(cut.coordinate(holder), holder)
-    return found

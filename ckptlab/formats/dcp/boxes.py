@@ -79,12 +79,13 @@ class Grid:
         return [(a, b - a) for a, b in itertools.pairwise(edges)]
 
     def fragments(self, spans: list[list[Span]]) -> tuple[Fragment, ...]:
-        """Where a shard lies that is composed of these intervals of each dim, in the order of its elements."""
+        """Where a shard lies that is composed of these intervals of each dim, one or several of the grid's each, in
+        the order of its elements."""
         widths = [sum(length for _, length in dim) for dim in spans]
         if not math.prod(widths):
             return ()
         places = [
-            np.searchsorted(edges, [start for start, _ in dim]).tolist()
+            [k for start, n in dim for k in range(*np.searchsorted(edges, (start, start + n)).tolist())]
             for edges, dim in zip(self.edges, spans, strict=True)
         ]
         several = [d for d, dim in enumerate(places) if len(dim) > 1]
@@ -93,7 +94,7 @@ class Grid:
         split = several[-1]
         if math.prod(widths[:split]) == 1:
             return self._one_after_another(places, split)
-        return self._by_rows(places, spans, split)
+        return self._by_rows(places, split)
 
     def _cell(self, cell: Cell, start: int) -> tuple[Fragment, ...]:
         if self.flat:
@@ -107,13 +108,13 @@ class Grid:
             found += self._cell(cell, sum(f.count for f in found))
         return tuple(found)
 
-    def _by_rows(self, places: list[list[int]], spans: list[list[Span]], split: int) -> tuple[Fragment, ...]:
+    def _by_rows(self, places: list[list[int]], split: int) -> tuple[Fragment, ...]:
         """Of cells side by side: their rows in turn."""
         if self.flat:
             raise CheckpointError("flattened pieces lie side by side in one shard, which no writer is known to do")
         outer = [
-            [(place, k) for place, (_, length) in zip(places[d], spans[d], strict=True) for k in range(length)]
-            for d in range(split)
+            [(place, k) for place in places[d] for k in range(int(edges[place + 1] - edges[place]))]
+            for d, edges in enumerate(self.edges[:split])
         ]
         found: list[Fragment] = []
         done = 0

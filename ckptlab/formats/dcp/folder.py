@@ -14,6 +14,7 @@ from ckptlab.formats.dcp.items import EntryItems
 from ckptlab.formats.dcp.marks import DATA, METADATA, OF_RANK
 from ckptlab.formats.dcp.metadata import Entry, Metadata, read_metadata
 from ckptlab.formats.dcp.said import Said
+from ckptlab.stored import Stored
 from ckptlab.words import some
 
 _SMALL = 1 << 14  # bytes of an item that is fetched along with others, of far files
@@ -83,6 +84,11 @@ def boxes_of(metadata: Metadata, entry: Entry) -> Boxes:
     """The chunks of an entry."""
     ranks = metadata.ranks[entry.file] if len(entry.file) else entry.file
     return Boxes(entry.shape, entry.dtype, entry.starts, entry.sizes, ranks, EntryItems(metadata, entry))
+
+
+def chunks_of(metadata: Metadata, entry: Entry) -> tuple[Stored, ...]:
+    """The chunks of an entry as they lie, in the order of where they begin."""
+    return tuple(map(EntryItems(metadata, entry), range(len(entry.starts))))
 
 
 def _times(metadata: Metadata, names: set[str], said: Said) -> None:

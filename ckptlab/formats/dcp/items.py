@@ -5,10 +5,10 @@ An item is what torch.save writes, a whole zip at any offset; or the file is one
 
 from __future__ import annotations
 
-import math
 import os
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol
@@ -72,14 +72,10 @@ def refuse_transforms(metadata: Metadata, file: int, key: str) -> None:
 
 def tensor_at(path: str, offset: int, length: int, key: str) -> Stored:
     """The tensor that a place in a file holds. CheckpointError, naming file and key, where it holds none."""
-    try:
+    with _naming(path, offset, length, key):
         if _is_safetensors(path, _version(path)):
             return _in_safetensors(path, key)
         found = torchfile.read_contents(path, offset, length).value
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing: {key} lies in it") from None
-    except CheckpointError as error:
-        raise type(error)(f"{_said(path, offset, length, key)}: {error}") from None
     if type(found) is not Stored:
         raise CheckpointError(
             f"{path}: {key}: the item at byte {offset} is a {type(found).__name__}, expected a tensor: the file is of "
@@ -92,7 +88,7 @@ def object_at(metadata: Metadata, blob: Blob) -> Any:
     """The object of a bytes entry: plain values, and placeholders of what is not imported."""
     path = metadata.path(blob.file)
     refuse_transforms(metadata, blob.file, blob.key)
-    try:
+    with _naming(path, blob.offset, blob.length, blob.key):
         if blob.length > _SMALL:
             return torchfile.read_contents(path, blob.offset, blob.length).value
         raw = paths.read(path, blob.offset, blob.length)
@@ -102,10 +98,6 @@ def object_at(metadata: Metadata, blob: Blob) -> Any:
         if type(found) in (bool, int, float, str, type(None)) and len(_objects) < _SMALL:
             _objects[raw] = found  # equal objects are equal bytes: thousands of parameters have one learning rate
         return found
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing: {blob.key} lies in it") from None
-    except CheckpointError as error:
-        raise type(error)(f"{_said(path, blob.offset, blob.length, blob.key)}: {error}") from None
 
 
 _objects: dict[bytes, Any] = {}
@@ -129,6 +121,17 @@ def number_at(metadata: Metadata, entry: Entry) -> Any:
 
 
 _numbers: dict[tuple[bytes, str, tuple[int, ...]], Any] = {}
+
+
+@contextmanager
+def _naming(path: str, offset: int, length: int, key: str) -> Iterator[None]:
+    """Errors of what is read there name the file and the key."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing: {key} lies in it") from None
+    except CheckpointError as error:
+        raise type(error)(f"{_said(path, offset, length, key)}: {error}") from None
 
 
 def _said(path: str, offset: int, length: int, key: str) -> str:
@@ -198,11 +201,8 @@ class Known:
 
 def window(stored: Stored, starts: list[int], sizes: list[int], dropped: int = 0) -> Stored:
     """A box of a stored tensor, without its first `dropped` dims, where it is not larger than 1."""
-    first = sum(start * stride for start, stride in zip(starts, stored.strides, strict=True))
-    if not math.prod(sizes):
-        first = 0
-    strides = stored.strides
-    shape = tuple(sizes)[dropped:]
-    plain = row_major_strides(shape)
-    kept = tuple(p if n == 1 else s for n, s, p in zip(shape, strides[dropped:], plain, strict=True))
-    return Stored(stored.path, stored.offset + first * stored.dtype.itemsize, stored.dtype, shape, kept)
+    first = sum(start * stride for start, stride in zip(starts, stored.strides, strict=True)) if all(sizes) else 0
+    shape = tuple(sizes[dropped:])
+    along = zip(shape, stored.strides[dropped:], row_major_strides(shape), strict=True)
+    strides = tuple(plain if n == 1 else stride for n, stride, plain in along)
+    return Stored(stored.path, stored.offset + first * stored.dtype.itemsize, stored.dtype, shape, strides)

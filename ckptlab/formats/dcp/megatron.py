@@ -19,9 +19,9 @@ import numpy as np
 from ckptlab import paths
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError
-from ckptlab.formats.dcp.assemble import Client, Found
+from ckptlab.formats.dcp.assemble import Client, Found, kept
 from ckptlab.formats.dcp.boxes import Grid, grid_of
-from ckptlab.formats.dcp.folder import boxes_of
+from ckptlab.formats.dcp.folder import boxes_of, chunks_of
 from ckptlab.formats.dcp.items import EntryItems, object_at
 from ckptlab.formats.dcp.marks import ABOUT
 from ckptlab.formats.dcp.metadata import MOST_RANKS, Entry, Metadata, natural
@@ -206,21 +206,11 @@ def _undecayed(name: str, grid: Grid) -> bool:
 
 def _client(common: Mapping[str, Any], metadata: Metadata, buffers: list[str]) -> Client:
     entries: dict[tuple[str | int, ...], Any] = {
-        (key,): partial(_same, value) for key, value in common.items() if key != "optimizer"
+        (key,): kept(value) for key, value in common.items() if key != "optimizer"
     }
     entries |= {(key,): partial(object_at, metadata, blob) for key, blob in metadata.blobs.items()}
-    entries |= {(key,): partial(_buffer, metadata, key) for key in buffers}
+    entries |= {(key,): partial(chunks_of, metadata, metadata.tensors[key]) for key in buffers}
     return Client(entries)
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _buffer(metadata: Metadata, key: str) -> Any:
-    """The pieces of a flat buffer, in order."""
-    boxes = boxes_of(metadata, metadata.tensors[key])
-    return tuple(boxes.items(i) for i in range(len(boxes.starts)))
 
 
 def _whole(of: Mapping[str, Any], name: str) -> int | None:

@@ -198,8 +198,8 @@ class Blob:
 class Metadata:
     """What one or several `.metadata` files say together.
 
-    `folder`: relative paths of `files` begin there. `transforms`: file index → what its streams went through. `saves`:
-    the ids of the saves. `extra`: what Megatron-core adds (`mcore_data`; `ranks`, how many planned), and `LABELS`.
+    `folder`: relative paths of `files` begin there. `transforms`: file index → what its streams went through.
+    `extra`: what Megatron-core adds (`mcore_data`; `ranks`, how many planned), and `LABELS`.
     """
 
     folder: str
@@ -207,9 +207,7 @@ class Metadata:
     blobs: Mapping[str, Blob]
     files: tuple[str, ...]
     transforms: Mapping[int, str] = field(default_factory=dict)
-    saves: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
-    globals_seen: frozenset[tuple[str, str]] = frozenset()
     lost: tuple[str, ...] = ()
 
     @cached_property
@@ -236,7 +234,7 @@ def read_metadata(folder: str, names: Iterable[str]) -> Metadata:
                 f"{path}: has {size:,} bytes, more than the {budget.PICKLE_BYTES:,} that any checkpoint's has; do not "
                 "use it"
             )
-        root, seen = _load(paths.read(path), path)
+        root = _load(paths.read(path), path)
         try:
             made.add(root)
         except CheckpointError as error:
@@ -246,21 +244,19 @@ def read_metadata(folder: str, names: Iterable[str]) -> Metadata:
                 f"{path}: does not say what torch.distributed.checkpoint writes ({type(error).__name__}: {error}): "
                 "damaged or forged; copy it again"
             ) from None
-        made.seen |= seen
     try:
         return made.metadata()
     except CheckpointError as error:
         raise CheckpointError(f"{os.path.join(folder, METADATA)}: {error}") from None
 
 
-def _load(data: bytes, source: str) -> tuple[Any, set[tuple[str, str]]]:
-    """The object in a pickle and the names met. The garbage collector, which would go through a million objects again
-    and again as they are made, waits."""
-    unpickler = _Unpickler(data, source)
+def _load(data: bytes, source: str) -> Any:
+    """The object in a pickle. The garbage collector, which would go through a million objects again and again as they
+    are made, waits."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return unpickler.load(), unpickler.globals_seen
+        return _Unpickler(data, source).load()
     finally:
         if collecting:
             gc.enable()
@@ -275,9 +271,7 @@ class _Columns:
         self.transforms: dict[int, str] = {}
         self.tensors: dict[str, tuple[Any, tuple[int, ...], np.dtype, dict[Any, tuple[Any, int, int, int]]]] = {}
         self.blobs: dict[str, Blob] = {}
-        self.saves: list[str] = []
         self.extra: dict[str, Any] = {}
-        self.seen: set[tuple[str, str]] = set()
         self.lost: list[str] = []
 
     def add(self, root: Any) -> None:
@@ -300,9 +294,6 @@ class _Columns:
             if type(key) is not str or len(key) > MOST_NAME or type(entry) not in (_Tensor, _Bytes):
                 raise CheckpointError(f"the entry {brief(key)} is {_said(entry)}, expected a tensor or bytes by name")
             self._entry(key, entry, _parts(paths.get(key)), places.get(key, {}))
-        meta = root.state.get("storage_meta")
-        if isinstance(meta, Foreign) and isinstance(meta.attributes.get("save_id"), str):
-            self.saves.append(meta.attributes["save_id"])
         if isinstance(root.state.get("mcore_data"), dict):
             self.extra["mcore_data"] = root.state["mcore_data"]
         if isinstance(root.state.get(LABELS), dict):
@@ -371,9 +362,7 @@ class _Columns:
             self.blobs,
             tuple(self.files),
             self.transforms,
-            tuple(dict.fromkeys(self.saves)),
             self.extra,
-            frozenset(self.seen),
             tuple(self.lost),
         )
 

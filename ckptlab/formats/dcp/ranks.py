@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from ckptlab import paths
 from ckptlab.catalog import ParameterGroup
 from ckptlab.errors import CheckpointError, UnsupportedError
-from ckptlab.formats.dcp.assemble import Client, Found, step_of
+from ckptlab.formats.dcp.assemble import Client, Found, kept, step_of
 from ckptlab.formats.dcp.axes import NEUTRAL, DimAxes, pieces_of
 from ckptlab.formats.dcp.boxes import Boxes, Grid, grid_of
 from ckptlab.formats.dcp.items import Known
@@ -89,8 +89,7 @@ def find(path: str, said: Said) -> Found:
         for kind, by_rank in files.items()
     }
     found = Found(path, files=tuple(name for by_rank in files.values() for name in by_rank.values()))
-    layouts: dict[str, Layout] = {}
-    meshes: dict[tuple[Axis, ...], None] = {}
+    ranks = _Ranks(world)
     models = read.get("model", {})
     for rank, model in models.items():
         if not isinstance(model, dict) or not all(type(key) is str and len(key) <= MOST_NAME for key in model):
@@ -100,7 +99,7 @@ def find(path: str, said: Said) -> Found:
             )
     for name in dict.fromkeys(key for model in models.values() for key in model):
         with said.caught("dcp-chunks", f"{path}: {name}"):
-            grid = _grid({rank: model.get(name) for rank, model in models.items()}, name, layouts, meshes, world)
+            grid = ranks.grid({rank: model.get(name) for rank, model in models.items()}, name)
             if grid is not None:
                 found.weights[name] = grid
     for rank, one in read.get("optim", {}).items():
@@ -109,37 +108,14 @@ def find(path: str, said: Said) -> Found:
                 f"{os.path.join(path, files['optim'][rank])}: {wrong}, expected the state_dict of an optimizer: "
                 "damaged or forged; copy it again"
             )
-    _optimizer(path, read.get("optim", {}), found, layouts, meshes, world, said)
-    found.mesh = _mesh(path, meshes, world)
-    found.layouts = layouts
-    extra = {f"rank {rank}": value for rank, value in read.get("extra_state", {}).items()}
-    found.client = Client({(key,): _constant(value) for key, value in extra.items()})
+    _optimizer(read.get("optim", {}), found, ranks, said)
+    found.mesh = ranks.mesh(path)
+    found.layouts = ranks.layouts
+    found.client = Client({(f"rank {rank}",): kept(value) for rank, value in read.get("extra_state", {}).items()})
     return found
 
 
-def _mesh(path: str, meshes: Iterable[tuple[Axis, ...]], world: int) -> Mesh:
-    """The mesh of which those that tensors lie on are parts. UnsupportedError where they are of several."""
-    axes = {axis: None for mesh in meshes for axis in mesh}
-    made = Mesh(**{axis.name: axis.degree for axis in sorted(axes, key=lambda axis: -axis.stride)})
-    if len({axis.name for axis in axes}) < len(axes) or made.size > max(world, 1):
-        said = ", ".join(f"{a.name} {a.degree}, ranks {a.stride} apart" for a in axes)
-        raise UnsupportedError(f"{path}: its tensors lie on meshes that are no parts of one: {said}")
-    return made
-
-
-def _constant(value: Any) -> Any:
-    return lambda: value
-
-
-def _optimizer(
-    path: str,
-    optimizers: Mapping[int, Any],
-    found: Found,
-    layouts: dict[str, Layout],
-    meshes: dict[tuple[Axis, ...], None],
-    world: int,
-    said: Said,
-) -> None:
+def _optimizer(optimizers: Mapping[int, Any], found: Found, ranks: _Ranks, said: Said) -> None:
     """The states and groups of the optimizer's files, keyed by names, or by the number of the parameter."""
     states: dict[int, Any] = {rank: one["state"] for rank, one in optimizers.items()}
     if not states:
@@ -152,8 +128,8 @@ def _optimizer(
     if names is None:
         said.remark(
             "dcp-no-names",
-            f"{path}: the optimizer's states are numbered, and do not have the shapes of the model's tensors in their "
-            "order: whose they are cannot be told, and they are left out",
+            f"{found.path}: the optimizer's states are numbered, and do not have the shapes of the model's tensors in "
+            "their order: whose they are cannot be told, and they are left out",
         )
         return
     scalars: dict[str, dict[str, Any]] = {}
@@ -164,8 +140,8 @@ def _optimizer(
             if state == "step" or not isinstance(first, Stored | Foreign):
                 scalars.setdefault(name, {})[state] = _number(first)
                 continue
-            with said.caught("dcp-chunks", f"{path}: {state} of {name}"):
-                grid = _grid(by_rank, name, layouts, meshes, world)
+            with said.caught("dcp-chunks", f"{found.path}: {state} of {name}"):
+                grid = ranks.grid(by_rank, name)
                 if grid is not None:
                     found.states.setdefault(name, {})[state] = grid
     made = []
@@ -216,56 +192,69 @@ def _number(value: Any) -> Any:
     return np.array(value.map()).reshape(()).item() if isinstance(value, Stored) and value.numel == 1 else value
 
 
-def _grid(
-    by_rank: Mapping[int, Any],
-    name: str,
-    layouts: dict[str, Layout],
-    meshes: dict[tuple[Axis, ...], None],
-    world: int,
-) -> Grid | None:
-    """The grid of what ranks have of a tensor; None of what is none."""
-    boxes: dict[tuple[int, ...], tuple[tuple[int, ...], int, Stored]] = {}
-    kinds: dict[tuple[tuple[int, ...], np.dtype], int] = {}  # and the first rank that has it so
-    for rank, value in by_rank.items():
-        if not isinstance(value, Stored | Foreign):
-            continue
-        sharded = Sharded(value, value.shape) if isinstance(value, Stored) else _sharded(value, rank)
-        shape, local = sharded.shape, sharded.local
-        kinds.setdefault((shape, local.dtype), rank)
-        if len(kinds) > 1:
-            said = " and ".join(f"{dtype} of {shape} on rank {r}" for (shape, dtype), r in kinds.items())
-            raise CheckpointError(f"it is {said}: the files are of different runs, or it is no one tensor")
-        if isinstance(value, Stored):
-            boxes.setdefault((0,) * len(shape), (shape, rank, value))
-            continue
-        mesh = Mesh(**{axis.name: axis.degree for axis in sharded.axes})
-        if mesh.size > max(world, 1):
-            raise CheckpointError(f"it lies on {mesh}, and there are files of {world} ranks: damaged or forged")
-        meshes.setdefault(sharded.axes)
-        spans = [
-            pieces_of(n, way, mesh, {a.name: k for a, k in zip(sharded.axes, sharded.at, strict=True)})
-            for n, way in zip(shape, sharded.ways, strict=True)
-        ]
-        sizes = tuple(sum(length for _, length in dim) for dim in spans)
-        if sizes != local.shape:
-            raise CheckpointError(
-                f"rank {rank} has shape {local.shape}, by its placements it would have {sizes}: damaged, or "
-                "cut in a way that ckptlab does not know"
-            )
-        start = tuple(dim[0][0] if dim else n for dim, n in zip(spans, shape, strict=True))
-        boxes.setdefault(start, (sizes, rank, local))
-        if name not in layouts and any(way.axes for way in sharded.ways):
-            labels = dim_names(len(shape))
-            dims = (f"({' '.join(w.axes)} {n})" if w.axes else n for n, w in zip(labels, sharded.ways, strict=True))
-            layouts[name] = Layout(" ".join(dims), dims=labels)
-    if not boxes:
-        return None
-    ((shape, dtype),) = kinds
-    at = np.array(list(boxes), np.int64).reshape(len(boxes), len(shape))
-    size = np.array([s for s, _, _ in boxes.values()], np.int64).reshape(at.shape)
-    ranks = np.array([rank for _, rank, _ in boxes.values()], np.int64)
-    stored = [local for _, _, local in boxes.values()]
-    return grid_of(Boxes(shape, dtype, at, size, ranks, Known(stored)))
+@dataclass
+class _Ranks:
+    """What the tensors of a run of `world` ranks tell: `layouts`, by name, and the `meshes` that they lie on."""
+
+    world: int
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    meshes: dict[tuple[Axis, ...], None] = field(default_factory=dict)
+
+    def mesh(self, path: str) -> Mesh:
+        """The mesh of which those that tensors lie on are parts. UnsupportedError where they are of several."""
+        axes = {axis: None for mesh in self.meshes for axis in mesh}
+        made = Mesh(**{axis.name: axis.degree for axis in sorted(axes, key=lambda axis: -axis.stride)})
+        if len({axis.name for axis in axes}) < len(axes) or made.size > max(self.world, 1):
+            said = ", ".join(f"{a.name} {a.degree}, ranks {a.stride} apart" for a in axes)
+            raise UnsupportedError(f"{path}: its tensors lie on meshes that are no parts of one: {said}")
+        return made
+
+    def grid(self, by_rank: Mapping[int, Any], name: str) -> Grid | None:
+        """The grid of what ranks have of a tensor; None of what is none."""
+        boxes: dict[tuple[int, ...], tuple[tuple[int, ...], int, Stored]] = {}
+        kinds: dict[tuple[tuple[int, ...], np.dtype], int] = {}  # and the first rank that has it so
+        for rank, value in by_rank.items():
+            if not isinstance(value, Stored | Foreign):
+                continue
+            sharded = Sharded(value, value.shape) if isinstance(value, Stored) else _sharded(value, rank)
+            shape, local = sharded.shape, sharded.local
+            kinds.setdefault((shape, local.dtype), rank)
+            if len(kinds) > 1:
+                said = " and ".join(f"{dtype} of {shape} on rank {r}" for (shape, dtype), r in kinds.items())
+                raise CheckpointError(f"it is {said}: the files are of different runs, or it is no one tensor")
+            if isinstance(value, Stored):
+                boxes.setdefault((0,) * len(shape), (shape, rank, value))
+                continue
+            mesh = Mesh(**{axis.name: axis.degree for axis in sharded.axes})
+            if mesh.size > max(self.world, 1):
+                raise CheckpointError(
+                    f"it lies on {mesh}, and there are files of {self.world} ranks: damaged or forged"
+                )
+            self.meshes.setdefault(sharded.axes)
+            spans = [
+                pieces_of(n, way, mesh, {a.name: k for a, k in zip(sharded.axes, sharded.at, strict=True)})
+                for n, way in zip(shape, sharded.ways, strict=True)
+            ]
+            sizes = tuple(sum(length for _, length in dim) for dim in spans)
+            if sizes != local.shape:
+                raise CheckpointError(
+                    f"rank {rank} has shape {local.shape}, by its placements it would have {sizes}: damaged, or "
+                    "cut in a way that ckptlab does not know"
+                )
+            start = tuple(dim[0][0] if dim else n for dim, n in zip(spans, shape, strict=True))
+            boxes.setdefault(start, (sizes, rank, local))
+            if name not in self.layouts and any(way.axes for way in sharded.ways):
+                labels = dim_names(len(shape))
+                dims = (f"({' '.join(w.axes)} {n})" if w.axes else n for n, w in zip(labels, sharded.ways, strict=True))
+                self.layouts[name] = Layout(" ".join(dims), dims=labels)
+        if not boxes:
+            return None
+        ((shape, dtype),) = kinds
+        at = np.array(list(boxes), np.int64).reshape(len(boxes), len(shape))
+        size = np.array([s for s, _, _ in boxes.values()], np.int64).reshape(at.shape)
+        ranks = np.array([rank for _, rank, _ in boxes.values()], np.int64)
+        stored = [local for _, _, local in boxes.values()]
+        return grid_of(Boxes(shape, dtype, at, size, ranks, Known(stored)))
 
 
 def _sharded(value: Foreign, rank: int) -> Sharded:

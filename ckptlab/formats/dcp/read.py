@@ -15,7 +15,7 @@ from ckptlab.findings import Faults, Strict
 from ckptlab.formats.dcp import labels, megatron, ranks
 from ckptlab.formats.dcp.assemble import Client, Found, Lazy, assemble, step_of
 from ckptlab.formats.dcp.boxes import Grid, grid_of
-from ckptlab.formats.dcp.folder import boxes_of, metadata_files, read_folder
+from ckptlab.formats.dcp.folder import boxes_of, chunks_of, metadata_files, read_folder
 from ckptlab.formats.dcp.items import found_by_key, number_at, object_at
 from ckptlab.formats.dcp.keys import Keys, sort_keys
 from ckptlab.formats.dcp.marks import ABOUT, DATA, MODEL_FOLDER, OPTIMIZER_FOLDER
@@ -96,13 +96,11 @@ def _folders(path: str) -> list[str]:
     return found
 
 
-def grids_of(metadata: Metadata, keys: Mapping[str, str], said: Said) -> dict[str, Grid]:
-    """Name → the grid of its chunks. What is no whole tensor is said, and left out."""
-    found = {}
-    for name, key in keys.items():
-        with said.caught("dcp-chunks", f"{metadata.folder}: {key}"):
-            found[name] = grid_of(boxes_of(metadata, metadata.tensors[key]))
-    return found
+def _grid(metadata: Metadata, key: str, said: Said) -> Grid | None:
+    """The grid of a tensor's chunks; None where they make up no whole tensor, which is said."""
+    with said.caught("dcp-chunks", f"{metadata.folder}: {key}"):
+        return grid_of(boxes_of(metadata, metadata.tensors[key]))
+    return None
 
 
 def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -> Found:
@@ -124,7 +122,8 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
         )
     _same_items(keys, of, found)
     for name, key in keys.weights.items():
-        found.weights |= grids_of(of[key], {name: key}, said)
+        if (grid := _grid(of[key], key, said)) is not None:
+            found.weights[name] = grid
     scalars: dict[str, dict[str, Any]] = {}
     plain = _scalar_states(keys, of)
     whose = _numbered(keys, of, plain, said)
@@ -132,10 +131,8 @@ def _find(path: str, read: list[Metadata], files: tuple[str, ...], said: Said) -
         for state, key in states.items():
             if state in plain:
                 scalars.setdefault(name, {})[state] = partial(number_at, of[key], of[key].tensors[key])
-            else:
-                grids = grids_of(of[key], {state: key}, said)
-                if grids:
-                    found.states.setdefault(name, {}).update(grids)
+            elif (grid := _grid(of[key], key, said)) is not None:
+                found.states.setdefault(name, {})[state] = grid
     for name, states in ((whose.get(name, name), states) for name, states in keys.others.items()):
         for state, key in states.items():
             scalars.setdefault(name, {})[state] = partial(object_at, of[key], of[key].blobs[key])
@@ -223,8 +220,7 @@ def _scalar_states(keys: Keys, of: Mapping[str, Metadata]) -> set[str]:
 def _client(metadata: Metadata, key: str) -> Any:
     if key in metadata.blobs:
         return object_at(metadata, metadata.blobs[key])
-    boxes = boxes_of(metadata, metadata.tensors[key])
-    found = tuple(boxes.items(i) for i in range(len(boxes.starts)))
+    found = chunks_of(metadata, metadata.tensors[key])
     return found[0] if len(found) == 1 else found
 
 

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ckptlab.arrays import Drawn, Tally, shard_reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.dcp import labels
+from ckptlab.formats.dcp.index import Chunk, Index, Place
 from ckptlab.formats.dcp.keys import Path
-from ckptlab.formats.dcp.metadata import CHECKPOINT, LABELS, METADATA
+from ckptlab.formats.dcp.marks import METADATA
 from ckptlab.formats.dcp.styles import KeyStyle
 from ckptlab.formats.dcp.target import DCPTarget
 from ckptlab.formats.fileplan import Checksum, Elements, FilePlan, Literal, Part, merged
-from ckptlab.formats.torch import pickles, torchfile
-from ckptlab.formats.torch.pickles import Foreign, foreign, named
+from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.layout import Cut, DimCut
 from ckptlab.mesh import Mesh
@@ -35,17 +34,8 @@ from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 MASTER_KEY = "master_param"  # what an optimizer that keeps a weight of its own calls it
-VERSION = "1.0.0"  # of the format, as torch 2.9 to 2.13 say it
 
 Start = tuple[int, ...]
-
-
-class Place(NamedTuple):
-    """Where an item lies: its file within the folder, first byte, bytes."""
-
-    file: str
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -61,35 +51,6 @@ class Box:
     size: tuple[int, ...]
 
 
-@dataclass
-class _Folder:
-    """One `.metadata` and the files that it names, in the folder `under` the destination's."""
-
-    under: str
-    tensors: list[tuple[str, tuple[int, ...], np.dtype, list[tuple[Start, tuple[int, ...], Place]]]] = field(
-        default_factory=list
-    )
-    objects: list[tuple[str, Place]] = field(default_factory=list)
-    paths: dict[str, Path] = field(default_factory=dict)
-
-    def tensor(
-        self,
-        path: Path,
-        shape: Sequence[int],
-        dtype: np.dtype,
-        chunks: list[tuple[Start, tuple[int, ...], Place]],
-    ) -> None:
-        self.tensors.append((self._key(path), tuple(shape), dtype, chunks))
-
-    def object(self, path: Path, place: Place) -> None:
-        self.objects.append((self._key(path), place))
-
-    def _key(self, path: Path) -> str:
-        key = ".".join(map(str, path))
-        self.paths[key] = path
-        return key
-
-
 def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
     """Every file of the folder for `target` (see `target.reshape`), drawn from `source`: those of the ranks, in their
     order, and `.metadata` last."""
@@ -101,8 +62,8 @@ class _Writer:
         self.source, self.target, self.tally = source, target, tally
         self.private: DCPTarget = target.private
         model, optimizer = self.style.folders
-        self.model = _Folder(model)
-        self.optimizer = self.model if optimizer == model else _Folder(optimizer)
+        self.model = Index(model)
+        self.optimizer = self.model if optimizer == model else Index(optimizer)
         self._readers: dict[tuple[str, str, Holder], Any] = {}
         self._alike: dict[tuple[np.dtype, tuple[int, ...]], FilePlan] = {}  # items that differ in their elements alone
 
@@ -112,7 +73,7 @@ class _Writer:
 
     def files(self) -> Iterator[FilePlan]:
         by_rank = self._boxes()
-        chunks: dict[tuple[str, str], list[tuple[Start, tuple[int, ...], Place]]] = {}
+        chunks: dict[tuple[str, str], list[Chunk]] = {}
         folders = list({id(f): f for f in (self.model, self.optimizer)}.values())
         for rank, folder in itertools.product(range(self.target.mesh.size), folders):
             items = _Items(f"__{rank}_0.distcp")
@@ -121,13 +82,13 @@ class _Writer:
             for box in by_rank.get(rank, ()):
                 if self._folder(box.name, box.state) is folder:
                     place = items.add(self._item(box, rank))
-                    chunks.setdefault((box.name, box.state), []).append((box.start, box.size, place))
+                    chunks.setdefault((box.name, box.state), []).append(Chunk(box.start, box.size, place))
             yield items.plan(folder.under)
         for (name, state), its in chunks.items():
             self._entry(name, state, its)
         for folder in folders:
             told = labels.of(self.target, self.private.names) if folder is self.model else None
-            yield FilePlan(folder.under + METADATA, (Literal(_metadata(folder, self._save_id(folder), told)),))
+            yield FilePlan(folder.under + METADATA, (Literal(folder.pickled(self._save_id(folder), told)),))
 
     # ---------------------------------------------------------------- tensors
 
@@ -135,7 +96,7 @@ class _Writer:
         """Whether a state is what the model's program has as the weight."""
         return state == PARAM or (state == MASTER and PARAM not in self.target.tensors[name].states)
 
-    def _folder(self, name: str, state: str) -> _Folder:
+    def _folder(self, name: str, state: str) -> Index:
         return self.model if self._is_weight(name, state) else self.optimizer
 
     def _boxes(self) -> dict[int, list[Box]]:
@@ -171,7 +132,7 @@ class _Writer:
             self._alike[dtype, box.size] = alike
         return replace(alike, parts=tuple(drawn if isinstance(part, Elements) else part for part in alike.parts))
 
-    def _entry(self, name: str, state: str, chunks: list[tuple[Start, tuple[int, ...], Place]]) -> None:
+    def _entry(self, name: str, state: str, chunks: list[Chunk]) -> None:
         tensor, style = self.target.tensors[name], self.style
         shape, dtype = tensor.cut.shape, tensor.states[state]
         if self._is_weight(name, state):
@@ -183,13 +144,13 @@ class _Writer:
 
     # ---------------------------------------------------------------- what is no tensor of the model
 
-    def _values(self, folder: _Folder, items: _Items) -> None:
+    def _values(self, folder: Index, items: _Items) -> None:
         if folder is self.optimizer and self.style.optimizer is not None:
             self._optimizer(folder, items)
         if folder is self.model and not self.style.apart:
             self._client(folder, items)
 
-    def _optimizer(self, folder: _Folder, items: _Items) -> None:
+    def _optimizer(self, folder: Index, items: _Items) -> None:
         style, names = self.style, self.private.names
         for i, group in enumerate(self.target.groups):
             members = [name for name in group.tensors if name in names]
@@ -204,7 +165,7 @@ class _Writer:
                     path = style.option(i, names[name] if name else "", str(option))
                     self._leaf(folder, items, path, value)
 
-    def _client(self, folder: _Folder, items: _Items) -> None:
+    def _client(self, folder: Index, items: _Items) -> None:
         """What the program put in, where it was DCP's; of others the step, as torchtitan has it."""
         step = self.target.training.step
         client = self.source.client if isinstance(self.source.private, KeyStyle) else {}
@@ -213,23 +174,23 @@ class _Writer:
         if step is not None and "train_state" not in client:
             self._leaf(folder, items, ("train_state", "step"), step)
 
-    def _tree(self, folder: _Folder, items: _Items, path: Path, value: Any) -> None:
+    def _tree(self, folder: Index, items: _Items, path: Path, value: Any) -> None:
         if isinstance(value, Mapping) and value:
             for key, inner in value.items():
                 self._tree(folder, items, (*path, key if isinstance(key, int) else str(key)), inner)
         else:
             self._leaf(folder, items, path, value)
 
-    def _leaf(self, folder: _Folder, items: _Items, path: Path, value: Any) -> None:
+    def _leaf(self, folder: Index, items: _Items, path: Path, value: Any) -> None:
         if isinstance(value, Stored | np.ndarray):
             place = items.shared(path, value)
-            folder.tensor(path, value.shape, value.dtype, [((0,) * len(value.shape), value.shape, place)])
+            folder.tensor(path, value.shape, value.dtype, [Chunk((0,) * len(value.shape), value.shape, place)])
         else:
             folder.object(path, items.shared(path, value))
 
     # ---------------------------------------------------------------- what else `.metadata` says
 
-    def _save_id(self, folder: _Folder) -> str:
+    def _save_id(self, folder: Index) -> str:
         """The same for the same conversion, so that one which was interrupted goes on with the same bytes."""
         about = (self.source.path, self.source.files, str(self.target.mesh), self.private, folder.under)
         return str(uuid.uuid5(uuid.NAMESPACE_URL, repr(about)))
@@ -321,100 +282,3 @@ class _Items:
 
     def plan(self, under: str) -> FilePlan:
         return FilePlan(under + self.name, (*merged(self._parts),), tuple(self._checksums), self._nbytes)
-
-
-# ------------------------------------------------------------------ `.metadata`
-
-
-class _Pairs(tuple[tuple[Any, Any], ...]):
-    """A dict to be written whose keys are placeholders: told apart by what they hold, not by what they are."""
-
-    __slots__ = ()
-
-
-class _Once(NamedTuple):
-    """An object of a class of torch's that nothing else refers to: made by `__new__`, then given its state."""
-
-    kind: pickles.Global
-    state: Mapping[str, Any]
-
-
-class _Lengths(tuple[int, ...]):
-    """A `torch.Size` that nothing else refers to."""
-
-    __slots__ = ()
-
-
-class _MetadataPickler(pickles.Pickler):
-    """Writes what comes by the hundred thousand without a number in the memo, which a reader would fill as well."""
-
-    dispatch: ClassVar[dict[type, Callable[..., None]]] = dict(pickles.Pickler.dispatch)
-
-    def save_once(self, obj: _Once) -> None:
-        self.save(obj.kind)
-        self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ + pickle.EMPTY_DICT + pickle.MARK)
-        for key, value in obj.state.items():
-            self.save(key)
-            self.save(value)
-        self.write(pickle.SETITEMS + pickle.BUILD)
-
-    def save_lengths(self, obj: _Lengths) -> None:
-        self.save(pickles.TORCH_SIZE)
-        self.write(pickle.MARK)
-        for length in obj:
-            self.save(length)
-        self.write(pickle.TUPLE + pickle.TUPLE1 + pickle.REDUCE)
-
-    def save_pairs(self, obj: _Pairs) -> None:
-        self.write(pickle.EMPTY_DICT)
-        self.memoize(obj)
-        for key, value in obj:
-            self.save(key)
-            self.save(value)
-            self.write(pickle.SETITEM)
-
-    dispatch[_Pairs] = save_pairs
-    dispatch[_Once] = save_once
-    dispatch[_Lengths] = save_lengths
-
-
-_CHUNK, _INDEX, _BYTES = (
-    named(CHECKPOINT, name) for name in ("ChunkStorageMetadata", "MetadataIndex", "BytesStorageMetadata")
-)
-_INFO = named("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-
-
-def _metadata(folder: _Folder, save_id: str, told: Mapping[str, Any] | None) -> bytes:
-    """The pickle of torch's `Metadata`, built as torch's own pickler builds it."""
-    layout = foreign("torch.serialization", "_get_layout", "torch.strided")
-    memory = foreign(CHECKPOINT, "_MEM_FORMAT_ENCODING", 0)
-    properties: dict[np.dtype, Foreign] = {}
-    entries: dict[str, Any] = {}
-    places: list[tuple[Any, Any]] = []
-    for key, place in folder.objects:
-        entries[key] = Foreign(_BYTES, new=True)
-        places.append((_Once(_INDEX, {"fqn": key, "index": None}), _info(place)))
-    for key, shape, dtype, chunks in folder.tensors:
-        if dtype not in properties:
-            its = (named("torch", dtype.name), layout, False, memory, False)
-            properties[dtype] = foreign(CHECKPOINT, "TensorProperties", state=its, new=True)
-        held = []
-        for i, (start, lengths, place) in enumerate(chunks):
-            held.append(_Once(_CHUNK, {"offsets": _Lengths(start), "sizes": _Lengths(lengths)}))
-            places.append((_Once(_INDEX, {"fqn": key, "offset": _Lengths(start), "index": i}), _info(place)))
-        state = {"properties": properties[dtype], "size": pickles.Size(shape), "chunks": held}
-        entries[key] = foreign(CHECKPOINT, "TensorStorageMetadata", state=state, new=True)
-    about: dict[str, Any] = {"checkpoint_id": None, "save_id": save_id, "load_id": None, "modules": []}
-    root = {
-        "state_dict_metadata": entries,
-        "planner_data": folder.paths,
-        "storage_data": _Pairs(places),
-        "storage_meta": foreign(CHECKPOINT, "StorageMeta", state=about, new=True),
-        "version": VERSION,
-        **({} if told is None else {LABELS: told}),
-    }
-    return pickles.dumps(foreign(CHECKPOINT, "Metadata", state=root, new=True), _MetadataPickler)
-
-
-def _info(place: Place) -> _Once:
-    return _Once(_INFO, {"relative_path": place.file, "offset": place.offset, "length": place.length})

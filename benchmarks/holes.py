@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ckptlab.formats.deepspeed.experts import LARGEST
+from ckptlab.formats.deepspeed.groups import LARGEST
 from ckptlab.formats.fileplan import Zeros
 from ckptlab.formats.torch import torchfile
 from ckptlab.formats.torch.pickles import Size, foreign

@@ -23,6 +23,7 @@ from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
 from ckptlab.findings import Strict
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import experts, pipeline
+from ckptlab.formats.deepspeed import groups as grouping
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
@@ -689,38 +690,38 @@ def test_layers_that_come_to_be_spread_alike_share_a_group() -> None:
     ]
     sizes = {n: 6 for group in groups for n in group.tensors}
     stages = dict.fromkeys(sizes, 0)
-    dense, spread = experts.regrouped(groups, both, both.spread(1, None), sizes, stages, stages)
+    dense, spread = grouping.regrouped(groups, both, both.spread(1, None), sizes, stages, stages)
     assert (dense, spread.name) == (groups[0], "ep_size_1")
     assert spread.tensors == (*groups[2].tensors, *groups[1].tensors)  # in the order of the model
 
 
 def test_large_groups_are_dealt_again_for_another_degree(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed splits an expert group by what a rank has of it: other ranks, other groups."""
-    monkeypatch.setattr(experts, "LARGEST", 12)
+    monkeypatch.setattr(grouping, "LARGEST", 12)
     four = Experts({A: 4}, {A: 8})  # ep 2: four experts a rank, two of which fit into a group
     names = [[f"{A}{e}.w" for e in (0, 1, 4, 5)], [f"{A}{e}.w" for e in (2, 3, 6, 7)]]
     groups = [ParameterGroup({"name": "ep_size_2", "moe": True}, tuple(n)) for n in names]
     sizes = dict.fromkeys((n for own in names for n in own), 6)
     stages = dict.fromkeys(sizes, 0)
-    (one,) = experts.regrouped(groups, four, four.spread(4, None), sizes, stages, stages)
+    (one,) = grouping.regrouped(groups, four, four.spread(4, None), sizes, stages, stages)
     assert (one.name, one.tensors) == ("ep_size_4", tuple(f"{A}{e}.w" for e in range(8)))
-    whole = experts.regrouped([one], four.spread(4, None), four, sizes, stages, stages)
+    whole = grouping.regrouped([one], four.spread(4, None), four, sizes, stages, stages)
     assert [g.tensors for g in whole] == [g.tensors for g in groups]
     with pytest.raises(CheckpointError, match="not dealt as DeepSpeed does"):
-        experts.regrouped([groups[1], groups[0]], four, four.spread(4, None), sizes, stages, stages)
+        grouping.regrouped([groups[1], groups[0]], four, four.spread(4, None), sizes, stages, stages)
 
 
 def test_each_stage_deals_its_own_experts_to_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages of one group each are, on one stage, two groups; and back."""
-    monkeypatch.setattr(experts, "LARGEST", 12)
+    monkeypatch.setattr(grouping, "LARGEST", 12)
     both = Experts({A: 2, B: 2}, {A: 2, B: 2})
     every = tuple(f"{layer}{e}.w" for layer in (A, B) for e in range(2))
     one = [ParameterGroup({"name": "ep_size_1", "moe": True}, every)]
     sizes, together = dict.fromkeys(every, 6), dict.fromkeys(every, 0)
     apart = {n: int(n.startswith(B)) for n in every}
-    two = experts.regrouped(one, both, both, sizes, apart, together)
+    two = grouping.regrouped(one, both, both, sizes, apart, together)
     assert [g.tensors for g in two] == [every[:2], every[2:]]
-    assert experts.regrouped(two, both, both, sizes, together, apart)[0].tensors == every
+    assert grouping.regrouped(two, both, both, sizes, together, apart)[0].tensors == every
 
 
 def test_an_old_checkpoint_has_one_file_for_an_expert_of_all_layers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ckptlab.catalog import PARAM, Catalog
 from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
-from ckptlab.formats.deepspeed.optimizer import match_groups
+from ckptlab.formats.deepspeed.groups import match_groups
 from ckptlab.formats.deepspeed.pipeline import Pipeline, describe, stage_of
 from ckptlab.formats.torch import torchfile
 

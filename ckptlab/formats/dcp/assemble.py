@@ -117,7 +117,8 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     optimizer does not step it (frozen tensors and buffers); else what the optimizer steps is the weight itself, and it
     is the master: float32 weights, also where no optimizer was stored.
     """
-    states = _states(found)
+    fused, parts = _fused(found)
+    states = _states(found, parts)
     grids = {name: next(iter(by_state.values())) for name, by_state in states.items()}
     given = mesh
     layouts = _layouts(grids, strategy) or (dict(found.layouts) if given in (None, found.mesh) else {})
@@ -126,7 +127,6 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     placements: dict[tuple[str, str], tuple[Placement, ...]] = {}
     pieces: dict[tuple[str, str], Held] = {}
     group_of = {name: i for i, group in enumerate(found.groups) for name in group.tensors}
-    fused, parts = _fused(found)
     for name, by_state in states.items():
         stage = found.stages.get(name, 0)
         first: Laid | None = None
@@ -187,13 +187,12 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     )
 
 
-def _states(found: Found) -> dict[str, dict[str, Grid]]:
+def _states(found: Found, parts: Collection[str]) -> dict[str, dict[str, Grid]]:
     """Name → state → grid, `master` first and `param` last; a state of another shape is a tensor of its
-    own."""
+    own. parts: see `_fused`."""
     states: dict[str, dict[str, Grid]] = {}
     odd: dict[str, Grid] = {}
     trained = {name for group in found.groups for name in group.tensors}
-    _, parts = _fused(found)
     other = _of_other_shapes(found)
     for name in dict.fromkeys([*found.weights, *found.states]):
         weight, its = found.weights.get(name), dict(found.states.get(name, {}))
@@ -251,9 +250,10 @@ def _module(name: str) -> tuple[str, str]:
 
 
 def _kind(name: str, found: Found, dtype: np.dtype, group_of: Mapping[str, int], parts: Collection[str]) -> str:
-    if not found.optimizer or name in found.states or name in group_of or name in parts:
-        return "buffer" if dtype.kind in "iub" else "parameter"
-    return "buffer" if dtype.kind in "iub" else "frozen"
+    if dtype.kind in "iub":
+        return "buffer"
+    stepped = name in found.states or name in group_of or name in parts
+    return "parameter" if stepped or not found.optimizer else "frozen"
 
 
 def _layouts(grids: Mapping[str, Grid], strategy: Strategy | None) -> dict[str, Layout]:

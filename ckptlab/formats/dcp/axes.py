@@ -165,10 +165,9 @@ def degrees_of(layouts: Mapping[str, Layout], grids: Mapping[str, Grid]) -> dict
     axes: dict[str, None] = {}
     for name, layout in layouts.items():
         for d, node in enumerate(layout.tree):
-            cutting = _axes_named(node)
-            parts = (
-                next((f.value for f in node.factors if isinstance(f, Number)), 1) if isinstance(node, Product) else 1
-            )
+            factors = node.factors if isinstance(node, Product) else ()
+            cutting = tuple(f.text for f in factors if isinstance(f, Name))[:-1]
+            parts = next((f.value for f in factors if isinstance(f, Number)), 1)
             if cutting and d < len(grids[name].counts):
                 axes.update(dict.fromkeys(cutting))
                 told.append((cutting, max(grids[name].counts[d] // parts, 1)))
@@ -182,11 +181,6 @@ def degrees_of(layouts: Mapping[str, Layout], grids: Mapping[str, Grid]) -> dict
     if missing:
         raise LayoutError(f"how many ranks {missing[0]} has does not follow from the chunks: give the mesh as well")
     return found
-
-
-def _axes_named(node: object) -> tuple[str, ...]:
-    factors = node.factors if isinstance(node, Product) else ()
-    return tuple(f.text for f in factors if isinstance(f, Name))[:-1]
 
 
 def _best(grid: Grid, mesh: Mesh, axes: Axes, parts: tuple[int, ...]) -> Ways | None:

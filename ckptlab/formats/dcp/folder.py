@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.formats.dcp.boxes import Boxes
-from ckptlab.formats.dcp.items import EntryItems
+from ckptlab.formats.dcp.items import ZIP, EntryItems
 from ckptlab.formats.dcp.marks import DATA, METADATA, OF_RANK
 from ckptlab.formats.dcp.metadata import Entry, Metadata, read_metadata
 from ckptlab.formats.dcp.said import Said
@@ -53,13 +53,14 @@ def read_folder(folder: str, said: Said) -> Metadata:
                 f"{path}: has {size:,} bytes, .metadata says that its items end at byte {ends[i]:,}: it was cut, or "
                 "is of another save; copy it again",
             )
-        elif size > ends[i] and METADATA in names and _is_zip(path) and DATA.fullmatch(name):
+        elif size > ends[i] and METADATA in names and paths.read(path, 0, 4) == ZIP and DATA.fullmatch(name):
             said.remark(
                 "dcp-longer-file",
                 f"{path}: has {size - ends[i]:,} bytes behind the last item that .metadata knows: the file may be of "
                 "another save than .metadata",
             )
-    strangers = sorted(n for n in names - set(metadata.files) if DATA.fullmatch(n) and _size(folder, n))
+    others = (name for name in names - set(metadata.files) if DATA.fullmatch(name))
+    strangers = sorted(name for name in others if paths.size(os.path.join(folder, name)))
     if strangers:
         said.remark(
             "dcp-extra-file", f"{folder}: {some(strangers)} hold nothing that .metadata names: left from another save"
@@ -136,11 +137,3 @@ def _first_in(metadata: Metadata, file: int) -> str:
         if file in entry.file:
             return entry.key
     return next((blob.key for blob in metadata.blobs.values() if blob.file == file), "nothing")
-
-
-def _is_zip(path: str) -> bool:
-    return paths.read(path, 0, 4) == b"PK\3\4"
-
-
-def _size(folder: str, name: str) -> int:
-    return paths.size(os.path.join(folder, name))

@@ -24,7 +24,7 @@ from ckptlab.formats.torch.torchfile import fetch_headers
 from ckptlab.stored import Stored, row_major_strides
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
-_ZIP = b"PK\x03\x04"
+ZIP = b"PK\x03\x04"
 _MOST = 1024  # items of a tensor whose headers are fetched at once, of far files
 _SMALL = 4096  # bytes of an item that are kept, for objects that many items repeat
 
@@ -115,7 +115,7 @@ def number_at(metadata: Metadata, entry: Entry) -> Any:
     if key in _numbers:  # equal numbers are equal bytes: thousands of parameters have one step
         return _numbers[key]
     found = np.array(EntryItems(metadata, entry)(0).map()).reshape(()).item()
-    if raw[:4] == _ZIP and len(raw) == length and len(_numbers) < _SMALL:
+    if raw[:4] == ZIP and len(raw) == length and len(_numbers) < _SMALL:
         _numbers[key] = found
     return found
 

@@ -97,14 +97,12 @@ def _grids(metadata: Metadata, entry: Entry, key: str) -> dict[str, Grid]:
     if whole is not None and not (isinstance(whole, tuple | list) and all(map(natural, whole))):
         raise CheckpointError(f"its shape before it was flattened is {brief(whole)}, expected lengths of dims")
     names, count = _names(key, entry.shape if whole is None else tuple(whole))
-    if whole is None:
-        boxes = boxes_of(metadata, entry)
-        return (
-            {names(place): grid_of(one) for place, one in boxes.slices(count).items()}
-            if count
-            else {key: grid_of(boxes)}
-        )
-    return {names(place): grid for place, grid in _flattened(metadata, entry, tuple(whole), count).items()}
+    if whole is not None:
+        return {names(place): grid for place, grid in _flattened(metadata, entry, tuple(whole), count).items()}
+    boxes = boxes_of(metadata, entry)
+    if not count:
+        return {key: grid_of(boxes)}
+    return {names(place): grid_of(one) for place, one in boxes.slices(count).items()}
 
 
 def _names(key: str, shape: tuple[int, ...]) -> tuple[Any, int]:

@@ -239,11 +239,10 @@ def _groups(
             if isinstance(group, dict):
                 made.append(_group(group, keys.above[key]))
     for (optimizer, _), options in sorted(keys.listed.items()):
-        values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
-        made.append(_group(values, keys.above[optimizer]))
+        made.append(_group(_values(options, of), keys.above[optimizer]))
     together: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name, options in keys.flat.items():
-        values = {option: object_at(of[key], of[key].blobs[key]) for option, key in _objects(options, of)}
+        values = _values(options, of)
         together.setdefault(repr(sorted(values.items())), (values, []))[1].append(name)
     order = {name: i for i, name in enumerate(keys.weights)}  # options are strewn over ranks; weights less so
     made += [
@@ -253,8 +252,9 @@ def _groups(
     return tuple(ParameterGroup(options, names, *_scalars_of(names, scalars)) for options, names in named)
 
 
-def _objects(options: Mapping[str, str], of: Mapping[str, Metadata]) -> list[tuple[str, str]]:
-    return [(option, key) for option, key in options.items() if key in of[key].blobs]
+def _values(options: Mapping[str, str], of: Mapping[str, Metadata]) -> dict[str, Any]:
+    blobs = ((option, of[key], of[key].blobs.get(key)) for option, key in options.items())
+    return {option: object_at(metadata, blob) for option, metadata, blob in blobs if blob is not None}
 
 
 def _group(options: Mapping[str, Any], above: str) -> tuple[dict[str, Any], tuple[str, ...]]:

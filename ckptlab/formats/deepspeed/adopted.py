@@ -15,8 +15,9 @@ import numpy as np
 
 from ckptlab.catalog import MASTER, PARAM, Catalog, ParameterGroup, Tensor
 from ckptlab.errors import ReshapeError
-from ckptlab.formats.deepspeed.experts import GROUP, Experts, degree_of, layer_of
+from ckptlab.formats.deepspeed.experts import Experts, layer_of
 from ckptlab.formats.deepspeed.files import StepFolder
+from ckptlab.formats.deepspeed.groups import GROUP, degree_named
 from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names
 from ckptlab.formats.deepspeed.names import VERSION, in_pipeline
@@ -53,7 +54,8 @@ def adopted(source: Catalog, tensors: Mapping[str, Tensor] | None = None, pipeli
     stage = source.zero_stage if source.zero_stage is not None else ZERO_STAGE
     training = replace(source.training, mesh=Mesh(), groups=groups, zero_stage=stage, layouts_told=False)
     model = _model_file(source, held, stage)
-    experts = Experts.named(source.tensors, degree_of(groups))
+    told = {degree for group in groups if (degree := degree_named(group.name))}
+    experts = Experts.named(source.tensors, told.pop() if len(told) == 1 else 1)
     head = ModelFile.of(source.path, {**model, "module": None} if pipeline and not experts else model)
     folder = StepFolder(source.path, Mesh(), {(0, 0): (head,)}, experts=experts)
     module = by_names(ModuleWeights(), held) if pipeline else ModuleWeights()

@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptlab.errors import UnsupportedError
 from ckptlab.formats.deepspeed import folding
 from ckptlab.formats.deepspeed.headers import Content, Header
 from ckptlab.formats.deepspeed.rows import RowsLayout, Runs
@@ -116,11 +115,7 @@ def _layer(entry: Header) -> Fused:
 def placement(entry: Header) -> tuple[tuple[int, ...], ...]:
     """Which experts each ep rank has, by the `expert_placement` of an entry."""
     placed = entry.inside("expert_placement")
-    if (version := placed.integer("version")) > VERSION:
-        raise UnsupportedError(
-            f"{placed.path}: {placed.at} is of version {version}, ckptlab knows version {VERSION}: a newer ckptlab may "
-            "read it"
-        )
+    placed.refuse_newer(VERSION)
     ranks = {of_rank.integer("rank"): tuple(of_rank.integers("experts")) for of_rank in placed.dictionaries("ranks")}
     if sorted(ranks) != list(range(len(ranks))):
         raise placed.odd("ranks", "one entry for each rank")

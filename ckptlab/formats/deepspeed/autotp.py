@@ -50,7 +50,7 @@ class AffineMap:
         """The line of notation, where the boxes follow the ranks; else `RowsLayout`."""
         dims = dim_names(len(self.logical))
         cut = [i for i in range(len(dims)) if len({of_rank[i] for of_rank in self.rows}) > 1]
-        whole = all(_is_whole(self.rows[0][i], n) for i, n in enumerate(self.logical) if i not in cut)
+        whole = all(self.rows[0][i] == ((0, 0, n, 1, 0),) for i, n in enumerate(self.logical) if i not in cut)
         if not cut and whole:
             return replicated(len(dims))
         if len(cut) == 1 and whole:
@@ -75,12 +75,8 @@ class AffineMaps:
     @classmethod
     def of(cls, info: Header, tp: int) -> AffineMaps:
         inside = info.inside("affine_map")
-        version = inside.integer("version") if "version" in inside else VERSION
-        if version > VERSION:
-            raise UnsupportedError(
-                f"{info.path}: its affine_map is of version {version}, ckptlab knows version {VERSION}: a newer "
-                "ckptlab may read it"
-            )
+        if "version" in inside:
+            inside.refuse_newer(VERSION)
         params = inside.inside("params")
         maps = {pattern: AffineMap.of(params.inside(pattern), tp) for pattern in params.values}
         return cls(maps, info.inside("autotp_unsupported_parameter_patterns").values)
@@ -162,15 +158,6 @@ def _index(offset: int, shape: Shape) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _before(widths: Sequence[int]) -> tuple[int, ...]:
-    """What the ranks before each have together."""
-    return (0, *itertools.accumulate(widths[:-1]))
-
-
-def _is_whole(runs: Runs, n: int) -> bool:
-    return runs == ((0, 0, n, 1, 0),)
-
-
 def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, Any]] | None:
     """The term of a dim, with sizes and totals, of which each rank's rows are the k-th parts in turn: those that are
     the same on every rank are everybody's, others follow each other rank by rank. None where it is not so."""
@@ -180,14 +167,12 @@ def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, A
     end, places = 0, [0] * len(ranks)
     for part in zip(*ranks, strict=True):
         widths = tuple(run[2] for run in part)
-        starts = tuple(run[0] for run in part)
+        following = tuple(itertools.accumulate(widths[:-1], initial=end))  # where each begins behind those before it
+        starts = tuple(run[0] if run[2] else after for run, after in zip(part, following, strict=True))
         if any(run[1] != place for run, place in zip(part, places, strict=True)):
             return None
         places = [place + width for place, width in zip(places, widths, strict=True)]
-        starts = tuple(
-            s if width else end + before for s, width, before in zip(starts, widths, _before(widths), strict=True)
-        )
-        if starts == tuple(end + before for before in _before(widths)):
+        if starts == following:
             parts.append(widths)
             end += sum(widths)
         elif set(starts) == {end} and len(set(widths)) == 1:
@@ -299,7 +284,7 @@ def map_of(tensor: Tensor, axis: str = "tp") -> dict[str, Any]:
     """The affine map of a tensor that is cut over one axis, as DeepSpeed writes it."""
     at = [tensor.cut.coordinate({axis: rank}) for rank in range(tensor.cut.mesh[axis])]
     dims = range(len(tensor.shape))
-    rows = [[_plain(of_dim) for of_dim in tensor.cut.rows(place)] for place in at]
+    rows = [[plain_rows(of_dim) for of_dim in tensor.cut.rows(place)] for place in at]
     edges = [sorted({edge for of_rank in rows for s, _, n in of_rank[i] for edge in (s, s + n)}) for i in dims]
     boxes = [_boxes([_broken(of_dim, edges[i]) for i, of_dim in enumerate(of_rank)]) for of_rank in rows]
     holders: dict[Any, list[int]] = {}
@@ -322,7 +307,7 @@ def map_of(tensor: Tensor, axis: str = "tp") -> dict[str, Any]:
     return {"logical_shape": list(tensor.shape), "ranks": ranks}
 
 
-def _plain(rows: Any) -> list[tuple[int, int, int]]:
+def plain_rows(rows: Any) -> list[tuple[int, int, int]]:
     """(start in the whole, start in the shard, length) of each row."""
     return [(s + k * stride, place + k * n, n) for s, place, n, count, stride in rows.tolist() for k in range(count)]
 

@@ -31,6 +31,11 @@ def noted(path: str, code: str, severity: str, where: Where, expected: str, foun
     return Finding(code, severity, where, expected, found, todo, "headers", f"{path}: {found}")
 
 
+def _wrong(code: str, where: Where, expected: str, found: str, message: str) -> Finding:
+    """An error: files that do not go together."""
+    return Finding(code, "error", where, expected, found, PUT_BACK, "headers", message)
+
+
 def agreement(path: str, heads: Heads, optims: Optims, mesh: Mesh) -> Iterator[Finding]:
     """Findings on what the ranks' headers should say alike: one for each file (or files that say the same)."""
     both: dict[FileName, ModelFile | OptimizerFile] = {**heads, **optims}
@@ -116,28 +121,22 @@ def _put_together(path: str, odd: Iterable[_Odd]) -> Iterator[Finding]:
         one = ones[0]
         short = one.key != "ds_config" and len(one.usual) < 80
         shown = f"{one.key} is {one.said}, the other files say {one.usual}" if short else f"its {one.key} is another"
-        yield Finding(
+        yield _wrong(
             "foreign-file",
-            "error",
             Where(files=files),
             ", ".join(f"{o.key} {o.usual}" for o in ones) + f", as in {number_of(len(one.others), 'other file')}",
             f"{some(files, 3)}: from another run or step: " + ", ".join(f"{o.key} {o.said}" for o in ones),
-            PUT_BACK,
-            "headers",
             f"{os.path.join(path, files[0])}: {shown}: it comes from another run or step. Put back this run's own file",
         )
 
 
 def _steps(path: str, late: Iterable[_Odd]) -> Iterator[Finding]:
     for one in late:
-        yield Finding(
+        yield _wrong(
             "steps-disagree",
-            "error",
             Where(files=one.files),
             f"optimizer step {one.usual}, as in {number_of(len(one.others), 'other file')}",
             f"{some(one.files, 3)}: from another run or step: optimizer step {one.said}",
-            PUT_BACK,
-            "headers",
             f"{os.path.join(path, one.files[0])}: optimizer step {one.said} where {one.others[0]} has step "
             f"{one.usual}: one of them comes from another step. Put back the file of this step",
         )
@@ -232,28 +231,22 @@ def _shapes(path: str, heads: Heads, mesh: Mesh) -> Iterator[Finding]:
         for odd in minority("param_shapes", by_file):
             expected = "the same tensors, in the same order, on every rank of a pp stage"
             told = f"{some(odd.files, 3)}: lists other tensors than the ranks beside it"
-            yield Finding(
+            yield _wrong(
                 "shapes-disagree",
-                "error",
                 Where(files=odd.files),
                 expected,
                 told,
-                PUT_BACK,
-                "headers",
                 f"{os.path.join(path, odd.files[0])}: its param_shapes list other tensors than those of "
                 f"{odd.others[0]}: the files do not belong together",
             )
     for (tensor, tp), by_shape in shapes.items():
         if len(by_shape) > 1:
             (first, _), (other, files), *_ = by_shape.items()
-            yield Finding(
+            yield _wrong(
                 "shapes-disagree",
-                "error",
                 Where(tuple(f for files in by_shape.values() for f in files), (tensor,), (), ({"tp": tp},)),
                 "one shape of a tensor on every rank",
                 "; ".join(f"{shape} in {some(files, 2)}" for shape, files in by_shape.items()),
-                PUT_BACK,
-                "headers",
                 f"{os.path.join(path, files[0])}: {tensor} has shape {other}, on an earlier pp stage {first}: a tied "
                 "tensor must have one shape; the files do not belong together",
             )

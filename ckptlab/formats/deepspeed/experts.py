@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import chain, groupby, pairwise, zip_longest
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 from ckptlab.catalog import ParameterGroup
@@ -35,8 +35,6 @@ from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 
 _MANY = 1 << 20  # experts of a layer: more are none
-LARGEST = 178_956_971  # elements of an expert group on a rank: DeepSpeed's own limit
-GROUP = "ep_size_{}"  # what DeepSpeed calls the parameter groups of experts that are spread over so many ranks
 _EXPERT = re.compile(r"((?:.*\.)?deepspeed_moe\.experts\.deepspeed_experts\.)(\d{1,9})(\..*)")
 
 
@@ -418,94 +416,6 @@ def asked(mesh: Mesh) -> tuple[Mesh, int | None, bool | None]:
     if "ep" not in parts:
         return plain, None, None
     return plain, mesh["ep"], "edp" in parts and parts.index("ep") < parts.index("edp") and mesh["edp"] > 1
-
-
-def regrouped(
-    groups: Sequence[ParameterGroup],
-    source: Experts,
-    target: Experts,
-    sizes: Mapping[str, int],
-    own: Mapping[str, int],
-    new: Mapping[str, int],
-) -> tuple[ParameterGroup, ...]:
-    """The parameter groups of a target. Those of experts are called by their degree, and hold at most LARGEST elements
-    on a rank: more are several groups (`split_params_into_different_moe_groups_for_optimizer`). `sizes`: elements of
-    each tensor; `own` and `new`: its pp stage in source and target. CheckpointError where the source's are not dealt
-    so."""
-    if (source.local, source.fused, own) == (target.local, target.fused, new):
-        return tuple(groups)
-    found: list[ParameterGroup] = []
-    for group in groups:
-        layer = layer_of(next(iter(group.tensors), ""))
-        if layer is None:
-            degree = target.degree(next(iter(group.tensors), ""))
-            found.append(replace(group, options=_called(group, degree)) if degree else group)
-            continue
-        alike = [g for g in groups if _unnamed(g) == _unnamed(group) and target.has(g, target.ep(layer))]
-        if group is not alike[0]:
-            continue
-        for degree in source.sizes:
-            same = [g for g in alike if source.has(g, degree)]
-            held = [n for g in same for n in g.tensors]
-            if [list(g.tensors) for g in same] != [source.everywhere(one) for one in _dealt(source, held, sizes, own)]:
-                raise CheckpointError(
-                    f"parameter group {group.name}: experts in {len(same)} groups that are not dealt as DeepSpeed does "
-                    f"by itself (by at most {LARGEST:,} elements each): keep the ep degree"
-                )
-        names = [n for g in alike for n in g.tensors]
-        options = _called(group, target.ep(layer))
-        for one in _dealt(target, names, sizes, new):
-            found.append(replace(group, options=options, tensors=tuple(target.everywhere(one))))
-    return tuple(found)
-
-
-def _called(group: ParameterGroup, degree: int) -> Mapping[str, Any]:
-    """The hyperparameters of a group of experts of another degree."""
-    return {**group.options, "name": GROUP.format(degree)} if "name" in group.options else group.options
-
-
-def degree_of(groups: Iterable[ParameterGroup]) -> int:
-    """Over how many ranks experts were spread, as their parameter groups are called; 1 where that is not told."""
-    told = {match[1] for g in groups if (match := re.fullmatch(GROUP.format(r"([1-9]\d{0,6})"), str(g.name)))}
-    return int(told.pop()) if len(told) == 1 else 1
-
-
-def _unnamed(group: ParameterGroup) -> dict[str, Any]:
-    """The hyperparameters: DeepSpeed calls a group of experts by their degree alone."""
-    return {key: value for key, value in group.options.items() if key != "name"}
-
-
-def _dealt(
-    experts: Experts, names: Sequence[str], sizes: Mapping[str, int], stage_of: Mapping[str, int]
-) -> list[list[str]]:
-    """What the first ep ranks have of an expert group, in as many groups as DeepSpeed makes of it: each pp stage by
-    itself."""
-    stages: dict[int, list[str]] = {}
-    for name in names:
-        if experts.locally(name) == name:
-            stages.setdefault(stage_of[name], []).append(name)
-    dealt = (_dealt_on_stage(stages[stage], sizes) for stage in sorted(stages))
-    return [list(chain(*of_stages)) for of_stages in zip_longest(*dealt, fillvalue=())]
-
-
-def _dealt_on_stage(names: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
-    dealt: list[list[str]] = [[]]
-    held = 0
-    for name in sorted(names, key=lambda n: (natural(layer_of(n) or ""), number_of(n))):
-        if dealt[-1] and held + sizes[name] > LARGEST:
-            dealt.append([])
-            held = 0
-        dealt[-1].append(name)
-        held += sizes[name]
-    return dealt
-
-
-def degrees_named(options: Iterable[Mapping[str, Any]]) -> list[int | None]:
-    """Over how many ranks each of these parameter groups is spread, by its name; None for one that is not, or whose
-    name does not tell."""
-    named = (g.get("name") if g.get("moe") else None for g in options)
-    found = (re.fullmatch(GROUP.format(r"([1-9]\d{0,8})"), name) if isinstance(name, str) else None for name in named)
-    return [int(one[1]) if one else None for one in found]
 
 
 def split(mesh: Mesh, sizes: Sequence[int], axes: Sequence[str], data_first: bool = False) -> Mesh:

@@ -16,7 +16,8 @@ from ckptlab import paths
 from ckptlab.findings import Faults
 from ckptlab.formats.deepspeed import autoep, names
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.experts import Experts, degrees_named, experts_said, numbers
+from ckptlab.formats.deepspeed.experts import Experts, experts_said, numbers
+from ckptlab.formats.deepspeed.groups import degrees_named
 from ckptlab.formats.deepspeed.headers import (
     ModelFile,
     OptimizerFile,

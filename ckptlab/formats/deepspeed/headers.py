@@ -80,6 +80,14 @@ class Header:
             raise self.odd(key, f"an integer of at least {least}")
         return int(value)
 
+    def refuse_newer(self, known: int) -> None:
+        """UnsupportedError where `version` is a later one than is known."""
+        if (version := self.integer("version")) > known:
+            raise UnsupportedError(
+                f"{self.path}: {self.at} is of version {version}, ckptlab knows version {known}: a newer ckptlab may "
+                "read it"
+            )
+
     def inside(self, key: str) -> Header:
         """The dictionary of a key; an empty one where there is none."""
         value = self.values.get(key)

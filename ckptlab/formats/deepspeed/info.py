@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.formats.deepspeed import autoep, autotp
-from ckptlab.formats.deepspeed.experts import GROUP
+from ckptlab.formats.deepspeed.groups import GROUP
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.torch.pickles import Foreign, foreign
@@ -200,17 +200,16 @@ def lists_from_layouts(target: Catalog) -> dict[str, Any] | None:
 def _widths(tensor: Tensor, dim: int) -> list[list[int]] | None:
     """For each sub-parameter along a cut dim its width on every tp rank; None if the dim is cut in another way."""
     cut = tensor.cut
-    held = [cut.rows(at)[dim].tolist() for at in cut.coordinates()]
-    spelled = [[(start + k * stride, n) for start, _, n, count, stride in rows for k in range(count)] for rows in held]
-    if len({len(rows) for rows in spelled}) > 1:
+    held = [autotp.plain_rows(cut.rows(at)[dim]) for at in cut.coordinates()]
+    if len({len(rows) for rows in held}) > 1:
         return None
     end = 0
-    for part in zip(*spelled, strict=True):  # rank after rank, part after part, without a gap
-        for start, width in part:
+    for part in zip(*held, strict=True):  # rank after rank, part after part, without a gap
+        for start, _, width in part:
             if start != end:
                 return None
             end += width
-    return [[width for _, width in part] for part in zip(*spelled, strict=True)] if end == cut.shape[dim] else None
+    return [[width for *_, width in part] for part in zip(*held, strict=True)] if end == cut.shape[dim] else None
 
 
 def loss_scaler(dynamic: bool) -> Foreign:

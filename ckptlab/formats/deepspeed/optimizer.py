@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -20,8 +19,9 @@ from ckptlab.errors import CheckpointError
 from ckptlab.findings import Faults, Finding, Where, contradiction, not_read_yet
 from ckptlab.formats.deepspeed import muon
 from ckptlab.formats.deepspeed.checks import noted
-from ckptlab.formats.deepspeed.experts import Share
+from ckptlab.formats.deepspeed.experts import Experts, Share
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
+from ckptlab.formats.deepspeed.groups import Groups, match_groups
 from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wrapper
 from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
@@ -71,42 +71,13 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         faults.report(finding)
     if faults.failed:
         return None
-    flats: dict[Holder, dict[int, FlatBuffer]] = {}  # of every buffer, under the names in the files
-    shares: dict[tuple[int, int], tuple[Share, ...]] = {}  # of a stage's buffer: who has the same tensors of it
-    whole: dict[tuple[int, int], tuple[str, ...]] = {}  # the states of a stage's buffer that dp does not cut
     pieces: Pieces = {}
-    for (p, t), files in folder.optims.items():
-        for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
-            if any(len(file.parts[b]) > 1 for file in files if file.parts):
-                with faults.caught("contradiction", *(f.name for f in files)):
-                    for state_of, fragments in _of_parts(files, Holder(pp=p, tp=t), b, shapes).items():
-                        pieces.setdefault(state_of, {}).update(fragments)
-                continue
-            if t and _over_tp(folder, shapes):
-                continue
-            with faults.caught("contradiction", *(f.name for f in files)):
-                shares[p, b] = folder.experts.shares(shapes, folder.mesh)
-                for rank, share in enumerate(shares[p, b]):
-                    own = folder.experts.shapes_on(shapes, rank)
-                    places = _places(folder, (p, t), share, _over_tp(folder, shapes))
-                    sharing = [folder.optims[of][d] for of, d in places]
-                    wrong = (f for file in sharing if share.at for f in _spread_otherwise(file, b, len(sharing)))
-                    for finding in itertools.islice(wrong, 1):
-                        faults.report(finding)
-                    flat = _flat_buffer(sharing, b, own)
-                    flats.setdefault(holder := Holder(pp=p, tp=t, **share.at), {})[b] = flat
-                    if apart := muon.kept_whole(sharing, b, flat):
-                        whole[p, b] = apart
-                        named = replace(flat, names=folder.experts.globally(flat.names, rank))
-                        for name, d, fragment in muon.pieces(sharing, [d for _, d in places], b, named):
-                            of_rank = holder if folder.experts else holder.with_(dp=d)
-                            pieces.setdefault((name, muon.MOMENTUM), {})[of_rank] = (fragment,)
-                    for finding in _lengths_and_mappings(folder, places, b, flat, round_robin, apart):
-                        faults.report(finding)
+    buffers = _buffers(folder, round_robin, pieces, faults)
     groups: tuple[ParameterGroup, ...] = ()
     with faults.caught():
-        stages = [_stage_groups(folder, p, round_robin) for p in range(folder.mesh.pp)]
-        groups, index = match_groups(folder.path, stages)
+        groups, index = match_groups(
+            folder.path, [_stage_groups(folder, p, round_robin) for p in range(folder.mesh.pp)]
+        )
     if faults.failed:
         return None
     scalars: dict[int, Mapping[str, Any]] = {}
@@ -118,25 +89,17 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
         for b, local_group in enumerate(leader.group_of):
             group = index[p][local_group]
             scalars.setdefault(group, leader.scalars[b])
-            if (p, b) not in shares:  # in pieces
+            if (buffer := buffers.get((p, b))) is None:  # in pieces
                 continue
-            dtypes = {s: stored.dtype for s, stored in leader.states[b].items() if s not in whole.get((p, b), ())}
-            fused = folder.experts.fused_of(next(iter(flats[Holder(pp=p, tp=0, **shares[p, b][0].at)][b].names), ""))
-            for held in [list(enumerate(shares[p, b]))] if fused else [[one] for one in enumerate(shares[p, b])]:
-                at = Holder(pp=p) if fused else Holder(pp=p, **held[0][1].at)
-                sub = subs[at, group]
+            dtypes = {s: stored.dtype for s, stored in leader.states[b].items() if s not in buffer.apart}
+            for at, over, holders in buffer.together(folder.experts):
+                flats = {holder: buffer.flats[holder] for holder in holders}
+                flat_groups.append(one := FlatGroup(at, group, flats, dtypes, subs[at, group], over))
                 subs[at, group] += 1
-                by_holder, places_of = {}, {}
-                over_tp = _over_tp(folder, (folder.heads[p, 0][0].shapes or ())[b])
-                for (rank, share), t in itertools.product(held, range(1 if over_tp else folder.mesh.tp)):
-                    flat = flats[holder := Holder(pp=p, **share.at, tp=t)][b]
-                    by_holder[holder] = replace(flat, names=folder.experts.globally(flat.names, rank))
-                    places_of[holder] = _places(folder, (p, t), share, over_tp)
-                flat_groups.append(one := FlatGroup(at, group, by_holder, dtypes, sub, held[0][1].over))
                 for state in dtypes:
                     partitions[one.key, state] = {
-                        holder: tuple(folder.optims[of][d].states[b][state] for of, d in places)
-                        for holder, places in places_of.items()
+                        holder: tuple(folder.optims[of][d].states[b][state] for of, d in buffer.places[holder])
+                        for holder in holders
                     }
     bf16 = 0 if folder.config.stage == 0 else 1  # pipelines without ZeRO have BF16_Optimizer too
     stage = 3 if first.wrapper is Wrapper.ZERO3 else bf16 if first.wrapper is Wrapper.BF16 else None
@@ -152,17 +115,74 @@ def read_optimizer(folder: StepFolder, faults: Faults) -> OptimizerFiles | None:
     )
 
 
-def _over_tp(folder: StepFolder, shapes: Shapes) -> bool:
-    """Whether a buffer of tensors of these shapes is that of experts which are dealt to tp ranks too."""
-    return folder.experts.over_tp and folder.experts.degree(next(iter(shapes), "")) is not None
+@dataclass
+class _Buffer:
+    """A flat buffer of a pp stage.
+
+    `shares`: who has the same tensors of it; `tps`: the tp ranks that have one of their own. Of each of these `flats`
+    is the geometry, under the tensors' names in all of the model, and `places` whose files have its parts. `apart`: the
+    states that dp does not cut.
+    """
+
+    stage: int
+    shares: tuple[Share, ...]
+    tps: range
+    flats: dict[Holder, FlatBuffer] = field(default_factory=dict)
+    places: dict[Holder, list[Place]] = field(default_factory=dict)
+    apart: tuple[str, ...] = ()
+
+    def holder(self, share: Share, tp: int) -> Holder:
+        return Holder(pp=self.stage, **share.at, tp=tp)
+
+    def together(self, experts: Experts) -> Iterator[tuple[Holder, str, list[Holder]]]:
+        """(where, the axis that cuts them, holders) of those that are one group of buffers: each share by itself, but
+        all of experts that ep cuts."""
+        named = next(iter(self.flats[self.holder(self.shares[0], 0)].names), "")
+        if experts.fused_of(named):
+            holders = [self.holder(share, tp) for share in self.shares for tp in self.tps]
+            yield Holder(pp=self.stage), self.shares[0].over, holders
+            return
+        for share in self.shares:
+            yield Holder(pp=self.stage, **share.at), share.over, [self.holder(share, tp) for tp in self.tps]
 
 
-def _places(folder: StepFolder, rank: Rank, share: Share, over_tp: bool) -> list[Place]:
-    """Whose files have the parts of a buffer that one rank's share has: of that rank, or where experts are dealt to tp
-    ranks too of all of its stage."""
-    if not over_tp:
-        return [(rank, d) for d in share.ranks]
-    return [((rank[0], r % folder.mesh.tp), r // folder.mesh.tp) for r in share.ranks]
+def _buffers(folder: StepFolder, round_robin: bool, pieces: Pieces, faults: Faults) -> dict[tuple[int, int], _Buffer]:
+    """(pp stage, number) → flat buffer. What lies outside of them comes into `pieces`: what is dealt to ranks in turn,
+    and what ranks have of whole tensors."""
+    experts = folder.experts
+    found: dict[tuple[int, int], _Buffer] = {}
+    for (p, t), files in folder.optims.items():
+        for b, shapes in enumerate(folder.heads[p, t][0].shapes or ()):
+            with faults.caught("contradiction", *(f.name for f in files)):
+                if any(len(file.parts[b]) > 1 for file in files if file.parts):
+                    for state_of, fragments in _of_parts(files, Holder(pp=p, tp=t), b, shapes).items():
+                        pieces.setdefault(state_of, {}).update(fragments)
+                    continue
+                over_tp = experts.over_tp and experts.degree(next(iter(shapes), "")) is not None
+                if over_tp and t:
+                    continue
+                shares = experts.shares(shapes, folder.mesh)
+                buffer = found.setdefault((p, b), _Buffer(p, shares, range(1 if over_tp else folder.mesh.tp)))
+                for rank, share in enumerate(shares):
+                    places = [((p, t), d) for d in share.ranks]
+                    if over_tp:  # of all ranks of the stage
+                        places = [((p, r % folder.mesh.tp), r // folder.mesh.tp) for r in share.ranks]
+                    sharing = [folder.optims[of][d] for of, d in places]
+                    wrong = (f for file in sharing if share.at for f in _spread_otherwise(file, b, len(sharing)))
+                    for finding in itertools.islice(wrong, 1):
+                        faults.report(finding)
+                    flat = _flat_buffer(sharing, b, experts.shapes_on(shapes, rank))
+                    named = replace(flat, names=experts.globally(flat.names, rank))
+                    holder = buffer.holder(share, t)
+                    buffer.flats[holder], buffer.places[holder] = named, places
+                    if apart := muon.kept_whole(sharing, b, flat):
+                        buffer.apart = apart
+                        for name, d, fragment in muon.pieces(sharing, [d for _, d in places], b, named):
+                            of_rank = holder if experts else holder.with_(dp=d)
+                            pieces.setdefault((name, muon.MOMENTUM), {})[of_rank] = (fragment,)
+                    for finding in _lengths_and_mappings(folder, places, b, flat, round_robin, apart):
+                        faults.report(finding)
+    return found
 
 
 def _of_parts(files: Sequence[OptimizerFile], holder: Holder, b: int, shapes: Shapes) -> Pieces:
@@ -277,7 +297,7 @@ def _lengths(
     d: int,
     b: int,
     flat: FlatBuffer,
-    apart: Sequence[str] = (),
+    apart: Sequence[str],
 ) -> Iterator[Finding]:
     head = folder.heads[rank][0]
     whole = flat.size(d)
@@ -341,9 +361,7 @@ def _spans(flat: FlatBuffer, d: int) -> Spans:
     return {flat.names[i]: (int(start), int(count)) for i, _, start, count in flat.within(d)}
 
 
-def _stage_groups(
-    folder: StepFolder, stage: int, round_robin: bool
-) -> list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]:
+def _stage_groups(folder: StepFolder, stage: int, round_robin: bool) -> Groups:
     """(options, names in the program's order) of each parameter group of a stage; at ZeRO-3 a group's sub-groups are
     joined."""
     leader = folder.optims[stage, 0][0]
@@ -366,55 +384,3 @@ def program_order(folder: StepFolder, names: list[str], round_robin: bool) -> li
 def dealt_round_robin(names: Sequence[T], dp: int) -> list[T]:
     """The order in which round_robin_gradients lays a group's tensors out: dealt to dp ranks, then rank after rank."""
     return [n for j in range(min(dp, len(names))) for n in names[j::dp]]
-
-
-def match_groups(
-    path: str, stages: Sequence[Sequence[tuple[Mapping[str, Any] | None, tuple[str, ...]]]]
-) -> tuple[tuple[ParameterGroup, ...], list[list[int]]]:
-    """The run's parameter groups out of what each pp stage has of them.
-
-    DeepSpeed drops a group that is empty on a stage, so that an index means nothing across stages: groups are matched
-    by their hyperparameters, and where those repeat by what their tensors are called in whatever layer, then by order.
-    Returns the groups (tensors in stage order) and, for each stage, the global index of each local group.
-    """
-    merged: list[tuple[str, Mapping[str, Any] | None, list[str]]] = []
-    index: list[list[int]] = []
-    for local in stages:
-        used: list[int | None] = []  # None: a group that no stage before has
-        for position, (options, names) in enumerate(local):
-            free = [i for i, (key, _, _) in enumerate(merged) if key == _key(options) and i not in used]
-            if options is None:
-                free = [position] if position < len(merged) else []
-                if index and len(local) != len(index[0]):
-                    raise CheckpointError(
-                        f"{path}: pp stages have {len(index[0])} and {len(local)} parameter groups and no "
-                        "hyperparameters to match them by (elastic checkpoint): resave it without elastic_checkpoint"
-                    )
-            if len(free) > 1:
-                alike = {
-                    i: (len(set(names) & set(merged[i][2])), len(kinds(names) & kinds(merged[i][2]))) for i in free
-                }
-                free.sort(key=lambda i: (*alike[i], -i), reverse=True)
-            used.append(free[0] if free else None)
-        chosen, before = [0] * len(local), len(merged)
-        for position, (options, names) in reversed(list(enumerate(local))):
-            found = used[position]
-            if found is None:  # behind those of the stages before, unless one that comes next is among them
-                found = before
-                merged.insert(found, (_key(options), options, []))
-                index = [[i + (i >= found) for i in row] for row in index]
-                chosen = [i + (i >= found) if k > position else i for k, i in enumerate(chosen)]
-            chosen[position] = before = found
-            known = set(merged[found][2])
-            merged[found][2].extend(n for n in names if n not in known)
-        index.append(chosen)
-    return tuple(ParameterGroup(options or {}, tuple(names)) for _, options, names in merged), index
-
-
-def kinds(names: Iterable[str]) -> set[str]:
-    """What tensors are called in whatever layer they are."""
-    return {re.sub(r"\d+", "#", name) for name in names}
-
-
-def _key(options: Mapping[str, Any] | None) -> str:
-    return repr(sorted((options or {}).items(), key=lambda kv: str(kv[0])))

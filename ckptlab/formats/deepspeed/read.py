@@ -280,7 +280,8 @@ def build_tensors(
                 layout, shape, cut = whole(name, layout, shards, info, mesh)
             states = dict(states_of.get(name, {}))
             if name in module.pieces:
-                states[PARAM] = _module_dtype(module, name)
+                held = (f for fragments in module.pieces[name].values() for f in fragments)
+                states[PARAM] = next(held).stored.dtype
             tensors[name] = Tensor(
                 name,
                 shape,
@@ -315,10 +316,6 @@ def _averaged(path: str) -> Finding:
     found = "the tp replicas of tensors listed in parameter_to_average_patterns are averaged"
     todo = "nothing: DeepSpeed does so too; what a single rank held is in the views of shards"
     return noted(path, "averaged", "info", Where(), "replicas that training averages", found, todo)
-
-
-def _module_dtype(module: ModuleWeights, name: str) -> np.dtype:
-    return next(f.stored.dtype for fragments in module.pieces[name].values() for f in fragments)
 
 
 def choose_layout(

@@ -18,8 +18,9 @@ from ckptlab.catalog import MASTER
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.checks import noted
-from ckptlab.formats.deepspeed.experts import degrees_named, layer_of
+from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
+from ckptlab.formats.deepspeed.groups import degrees_named
 from ckptlab.formats.deepspeed.headers import (
     ModelFile,
     OptimizerFile,

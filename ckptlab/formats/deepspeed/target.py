@@ -20,7 +20,8 @@ from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed import autotp, cautions, muon, outside, pipeline
 from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.cautions import told
-from ckptlab.formats.deepspeed.experts import Experts, asked, regrouped
+from ckptlab.formats.deepspeed.experts import Experts, asked
+from ckptlab.formats.deepspeed.groups import regrouped
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.optimizer import dealt_round_robin, gradients
 from ckptlab.formats.deepspeed.options import TargetOptions, Wanted, problems

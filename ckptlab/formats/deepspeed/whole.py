@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, ParameterGroup
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
+from ckptlab.formats.deepspeed.groups import Groups, match_groups
 from ckptlab.formats.deepspeed.headers import WholeOptimizer, Wrapper
 from ckptlab.formats.deepspeed.module import ModuleWeights
-from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces, match_groups
+from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, Pieces
 from ckptlab.formats.torch.torchfile import Pending
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
@@ -20,7 +21,7 @@ from ckptlab.stored import Stored
 def whole_optimizer(folder: StepFolder, module: ModuleWeights) -> OptimizerFiles:
     """What the model files hold of an optimizer; nothing where there is none, or its parameters could not be named."""
     pieces: Pieces = {}
-    stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = [[] for _ in range(folder.mesh.pp)]
+    stages: list[Groups] = [[] for _ in range(folder.mesh.pp)]
     scalars: dict[str, Mapping[str, Any]] = {}
     named = False
     for rank, (head, *_) in folder.heads.items():

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Drawn, Partition, Reader, Tally, reader, shard_reader
+from ckptlab.arrays import Drawn, Partition, Tally, reader, shard_reader
 from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
 from ckptlab.formats.deepspeed import autoep, folding, info, muon, names
-from ckptlab.formats.deepspeed.experts import GROUP, layer_of
+from ckptlab.formats.deepspeed.experts import layer_of
+from ckptlab.formats.deepspeed.groups import GROUP
 from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.names import FileName
 from ckptlab.formats.deepspeed.target import NativeTarget
@@ -207,10 +208,6 @@ class NativeWriter:
         one = shard_reader(self.source, self.target, tensor.name, state, holder, tally)
         return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, index * count, (index + 1) * count),))
 
-    def gather(self, name: str, state: str, dtype: np.dtype, rank: int) -> Reader:
-        """Reads a tensor of the source for a rank of the target."""
-        return reader(self.source, name, state, dtype=dtype, tally=self.tally and self.tally.towards(rank))
-
     def parts_on(self, rank: int) -> list[Part]:
         """What a rank has of flat buffers, group by group."""
         found = []
@@ -241,7 +238,7 @@ class NativeWriter:
         template = self.folder.models[min(p, trained.pp - 1), t % trained.tp]
         rank = mesh.rank(pp=p, dp=d, tp=t)
         weights: dict[str, Pending] = {}
-        module = None if self.folder.is_pipeline else self.module(self.of_stage(p, t), rank, weights)
+        module = None if self.folder.is_pipeline else self.module(self.of_stage(p, t), rank, weights, ())
         whole = self.native.wrapper is Wrapper.WHOLE
         aliases = {a: x.name for x in self.target.tensors.values() for a in x.aliases} if rank == 0 else {}
         model = {k: copy.copy(v) for k, v in template.items()}
@@ -310,20 +307,17 @@ class NativeWriter:
             stages[name] = (p,) if layer is None else (self.native.layer_stages.get(layer, 0),)
         return {name: value for name, value in every.items() if p in stages[name]}
 
-    def module(self, tree: Mapping[str, Any], rank: int, made: dict[str, Pending]) -> dict[str, Any]:
-        """The model's state dict, a tree of dictionaries where the source's is one; at ZeRO-3 everything but buffers is
-        an empty placeholder. Tensors come by name into `made`."""
-        return self._module(tree, (), rank, made)
-
-    def _module(
-        self, tree: Mapping[str, Any], at: tuple[str, ...], rank: int, made: dict[str, Pending]
+    def module(
+        self, tree: Mapping[str, Any], rank: int, made: dict[str, Pending], at: tuple[str, ...]
     ) -> dict[str, Any]:
+        """The model's state dict, a tree of dictionaries where the source's is one, of which `at` leads to this; at
+        ZeRO-3 everything but buffers is an empty placeholder. Tensors come by name into `made`."""
         zero3 = self.native.wrapper is Wrapper.ZERO3
         places = self.folder.first.places
         module: dict[str, Any] = OrderedDict()
         for key, value in tree.items():
             if isinstance(value, Mapping) and places:
-                module[key] = self._module(value, (*at, key), rank, made)
+                module[key] = self.module(value, rank, made, (*at, key))
                 continue
             if not isinstance(value, Stored):
                 module[key] = value  # `_extra_state` and the like
@@ -349,7 +343,8 @@ class NativeWriter:
         part = -(-numel // self.mesh.dp)
         lo, hi = min(dp * part, numel), min((dp + 1) * part, numel)
         dtype = tensor.states[PARAM]
-        drawn = Drawn(self.gather(tensor.name, PARAM, dtype, rank), tensor.cut, at)
+        tally = self.tally and self.tally.towards(rank)
+        drawn = Drawn(reader(self.source, tensor.name, PARAM, dtype=dtype, tally=tally), tensor.cut, at)
         padding = Zeros((part - (hi - lo)) * dtype.itemsize)
         return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
 

@@ -13,10 +13,11 @@ from ckptlab import paths
 from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, ParameterGroup, Tensor, whole_placements
 from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
+from ckptlab.formats.deepspeed.groups import Groups, kinds, match_groups
 from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names, read_module
-from ckptlab.formats.deepspeed.optimizer import kinds, match_groups, program_order
+from ckptlab.formats.deepspeed.optimizer import program_order
 from ckptlab.formats.deepspeed.options import dealt_to_tp
 from ckptlab.formats.deepspeed.read import (
     Native,
@@ -321,7 +322,7 @@ def _groups(
     folder: StepFolder, common: _Common, scalars: Mapping[str, Mapping[str, Any]], faults: Faults
 ) -> tuple[ParameterGroup, ...]:
     """Parameter groups: tensors from the model files, hyperparameters from what the universal folder has of them."""
-    stages: list[list[tuple[Mapping[str, Any] | None, tuple[str, ...]]]] = []
+    stages: list[Groups] = []
     told = common.of_stages
     dealt = common.wrapper is Wrapper.ZERO12 and folder.config.round_robin
     for p in range(folder.mesh.pp):
@@ -358,10 +359,7 @@ def _groups(
     return ()
 
 
-def _of_another(
-    first: Sequence[tuple[Mapping[str, Any] | None, tuple[str, ...]]],
-    here: Sequence[tuple[Mapping[str, Any] | None, tuple[str, ...]]],
-) -> int | None:
+def _of_another(first: Groups, here: Groups) -> int | None:
     """Which of a stage's groups has tensors that are called as those of another of the first stage's groups, and none
     as those of its own place's."""
     there = [kinds(names) for _, names in first]
@@ -372,11 +370,7 @@ def _of_another(
     return None
 
 
-def _joined(
-    common: _Common,
-    stages: Sequence[Sequence[tuple[Mapping[str, Any] | None, tuple[str, ...]]]],
-    told: Sequence[Sequence[int]],
-) -> tuple[ParameterGroup, ...]:
+def _joined(common: _Common, stages: Sequence[Groups], told: Sequence[Sequence[int]]) -> tuple[ParameterGroup, ...]:
     """The groups of a run whose stages have these of them."""
     members: list[dict[str, None]] = [{} for _ in common.options]
     for held, indices in zip(stages, told, strict=False):

@@ -8,24 +8,24 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ckptlab.arrays import reader
-from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
-from ckptlab.checkpoint import Reshape
+from ckptlab.catalog import Catalog
+from ckptlab.checkpoint import Checkpoint, Reshape
 from ckptlab.convert import Report
 from ckptlab.deepspeed.constants import UNIVERSAL_CHECKPOINT_INFO
 from ckptlab.deepspeed.files import get_files, get_model_files
 from ckptlab.deepspeed.reshape_3d import model_3d_desc
-from ckptlab.deepspeed.tensors import tensor_of
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.strategies import Strategy, replicated, resolve
+from ckptlab.sharding.strategies import Strategy, resolve
 
 if TYPE_CHECKING:
     import torch
+
+    from ckptlab.state_dict import Loaded
 
 
 class ReshapedCheckpoint(ABC):
@@ -88,35 +88,10 @@ class ReshapedCheckpoint(ABC):
         """
         return self.reshaped(**options).save(destination, format, on=on, progress=progress)
 
-    def load(self, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Any:
-        """Load whole tensors into a module whose parameters have the checkpoint's names.
-
-        state: "master", "param", "exp_avg", …; None takes the master weight, and `param` where there is none
-        (frozen tensors, buffers). Elements are rounded to the module's dtypes. A padded vocabulary has as many rows
-        as the module. Returns (missing_keys, unexpected_keys) as `load_state_dict` does, whose RuntimeError lists
-        them where strict.
-        """
-        wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-        found = {
-            name: tensor_of(_whole(self.catalog, tensor, held, wanted.get(name)))
-            for tensor in self.catalog.tensors.values()
-            if (held := _state_of(self.catalog, tensor, state)) is not None
-            for name in (tensor.name, *tensor.aliases)
-        }
-        return module.load_state_dict(found, strict=strict)
-
-
-def _state_of(catalog: Catalog, tensor: Tensor, state: str | None) -> str | None:
-    """The state of the tensor to load; None if it has no such one. CheckpointError if no tensor has it."""
-    if state is not None and state not in catalog.states:
-        raise CheckpointError(f"{catalog.path}: no state {state!r}: there are {', '.join(catalog.states)}")
-    choices = (MASTER, PARAM) if state is None else (state,)
-    return next((s for s in choices if s in tensor.states), None)
-
-
-def _whole(catalog: Catalog, tensor: Tensor, state: str, wanted: tuple[int, ...] | None) -> Any:
-    """The whole of a tensor, with the padding rows that the module wants of a vocabulary."""
-    rows = wanted[0] if wanted and tensor.layout.padded else tensor.shape[0] if tensor.shape else 0
-    padded = {0: rows} if tensor.shape and rows > tensor.shape[0] else {}
-    cut = replicated(len(tensor.shape), padded=padded).resolve(tensor.shape, Mesh())
-    return reader(catalog, tensor.name, state).shard(cut, ())
+    def load(self, module: torch.nn.Module, strict: bool = True, state: str | None = None) -> Loaded:
+        """Load whole tensors into a module whose parameters have the checkpoint's names: see
+        `ckptlab.Checkpoint.load_into`. CheckpointError for a state that no tensor has."""
+        if state is not None and state not in self.catalog.states:
+            states = ", ".join(self.catalog.states)
+            raise CheckpointError(f"{self.catalog.path}: no state {state!r}: there are {states}")
+        return Checkpoint(self.catalog).load_into(module, strict, state)

@@ -20,7 +20,7 @@ from ckptlab.convert.manifest import MANIFEST
 from ckptlab.errors import CheckpointError, LayoutError, ReshapeError, UnsupportedError
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed.autotp import AffineMap, AffineMaps, RowsLayout, map_of, on_tp, shard_widths, told_heads
-from ckptlab.formats.deepspeed.headers import Header
+from ckptlab.formats.deepspeed.header import Header
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh

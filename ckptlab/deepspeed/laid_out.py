@@ -19,7 +19,7 @@ from ckptlab.deepspeed.constants import (
 from ckptlab.errors import LayoutError, UnsupportedError
 from ckptlab.formats.deepspeed import autoep
 from ckptlab.formats.deepspeed.autotp import AffineMap
-from ckptlab.formats.deepspeed.headers import Header
+from ckptlab.formats.deepspeed.header import Header
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import dim_names

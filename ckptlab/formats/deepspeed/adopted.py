@@ -18,9 +18,10 @@ from ckptlab.errors import ReshapeError
 from ckptlab.formats.deepspeed.experts import Experts, layer_of
 from ckptlab.formats.deepspeed.files import StepFolder
 from ckptlab.formats.deepspeed.groups import GROUP, degree_named
-from ckptlab.formats.deepspeed.headers import ModelFile, Wrapper
+from ckptlab.formats.deepspeed.modelfile import ModelFile
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names
 from ckptlab.formats.deepspeed.names import VERSION, in_pipeline
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout import without
 from ckptlab.layout.notation import names

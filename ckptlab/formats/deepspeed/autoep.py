@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.formats.deepspeed import folding
-from ckptlab.formats.deepspeed.headers import Content, Header
+from ckptlab.formats.deepspeed.header import Content, Header
 from ckptlab.formats.deepspeed.rows import RowsLayout, Runs
 from ckptlab.layout import Layout
 from ckptlab.sharding.strategies import Shape

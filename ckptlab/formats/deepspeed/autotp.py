@@ -16,7 +16,7 @@ from typing import Any
 
 from ckptlab.catalog import Tensor
 from ckptlab.errors import CheckpointError, UnsupportedError
-from ckptlab.formats.deepspeed.headers import Header
+from ckptlab.formats.deepspeed.header import Header
 from ckptlab.formats.deepspeed.rows import RowsLayout, Run, Runs
 from ckptlab.layout import Cut, Layout, cut_dim
 from ckptlab.layout.notation import Name, Product, Sum, names

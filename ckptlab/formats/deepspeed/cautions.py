@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.findings import Finding
 from ckptlab.formats.deepspeed.adopted import ZERO_STAGE
-from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.names import layer_number
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.options import TargetOptions, Wanted
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.words import some

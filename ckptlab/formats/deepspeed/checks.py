@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.findings import PUT_BACK, Finding, Where
-from ckptlab.formats.deepspeed.headers import ModelFile, OptimizerFile
+from ckptlab.formats.deepspeed.modelfile import ModelFile
 from ckptlab.formats.deepspeed.names import FileName
+from ckptlab.formats.deepspeed.optimfile import OptimizerFile
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 from ckptlab.words import number_of, some

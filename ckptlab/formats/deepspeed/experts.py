@@ -29,7 +29,8 @@ from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, contradiction, not_read_yet
 from ckptlab.formats.deepspeed import autoep
 from ckptlab.formats.deepspeed.autoep import Fused
-from ckptlab.formats.deepspeed.headers import ModelFile, Shape
+from ckptlab.formats.deepspeed.header import Shape
+from ckptlab.formats.deepspeed.modelfile import ModelFile
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored

@@ -11,8 +11,10 @@ from ckptlab.findings import Faults
 from ckptlab.formats.deepspeed import autoep, checks, missing, names
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.deepspeed.found import Found
-from ckptlab.formats.deepspeed.headers import Content, EngineConfig, ModelFile, OptimizerFile, Shape, WholeOptimizer
+from ckptlab.formats.deepspeed.header import Content, Shape
+from ckptlab.formats.deepspeed.modelfile import EngineConfig, ModelFile
 from ckptlab.formats.deepspeed.names import FileName
+from ckptlab.formats.deepspeed.optimfile import OptimizerFile, WholeOptimizer
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptlab.errors import UnsupportedError
-from ckptlab.formats.deepspeed.headers import Header
+from ckptlab.formats.deepspeed.header import Header
 from ckptlab.mesh import Mesh
 
 VERSION = 1

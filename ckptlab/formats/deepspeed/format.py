@@ -143,7 +143,7 @@ class Universal(DeepSpeed):
         """What a step folder would hold on the mesh, which the model files beside whole tensors are made for; of a run
         without ZeRO what it would hold at stage 1, since DeepSpeed reads no universal folder without ZeRO."""
         from ckptlab.formats.deepspeed.cautions import not_loaded
-        from ckptlab.formats.deepspeed.headers import Wrapper
+        from ckptlab.formats.deepspeed.optimfile import Wrapper
 
         target = super().target(source, mesh, options)
         if target.private.wrapper is not Wrapper.WHOLE:

@@ -18,15 +18,9 @@ from ckptlab.formats.deepspeed import autoep, names
 from ckptlab.formats.deepspeed.autoep import Fused
 from ckptlab.formats.deepspeed.experts import Experts, experts_said, numbers
 from ckptlab.formats.deepspeed.groups import degrees_named
-from ckptlab.formats.deepspeed.headers import (
-    ModelFile,
-    OptimizerFile,
-    WholeOptimizer,
-    expert_optimizer,
-    layer_file,
-    order_of,
-)
+from ckptlab.formats.deepspeed.modelfile import ModelFile, layer_file
 from ckptlab.formats.deepspeed.names import FileName
+from ckptlab.formats.deepspeed.optimfile import OptimizerFile, WholeOptimizer, expert_optimizer, order_of
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored

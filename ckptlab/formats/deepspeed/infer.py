@@ -15,7 +15,7 @@ import numpy as np
 
 from ckptlab.findings import Faults, Finding, Where, not_read_yet
 from ckptlab.formats.deepspeed.files import StepFolder
-from ckptlab.formats.deepspeed.headers import Header, Shape
+from ckptlab.formats.deepspeed.header import Header, Shape
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights
 from ckptlab.layout import Layout, cut_dim

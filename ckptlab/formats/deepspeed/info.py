@@ -11,7 +11,7 @@ from typing import Any
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.formats.deepspeed import autoep, autotp
 from ckptlab.formats.deepspeed.groups import GROUP
-from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.torch.pickles import Foreign, foreign
 from ckptlab.layout import Cut, cut_dim

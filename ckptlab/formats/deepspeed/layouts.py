@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.deepspeed.autotp import AffineMaps
-from ckptlab.formats.deepspeed.headers import Header
+from ckptlab.formats.deepspeed.header import Header
 from ckptlab.layout import Layout
 from ckptlab.sharding.strategies import Shape, column, cut, dim_names, replicated
 

@@ -12,7 +12,7 @@ from ckptlab.catalog import Fragment, Tensor
 from ckptlab.findings import Faults, contradiction
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
-from ckptlab.formats.deepspeed.headers import Shape
+from ckptlab.formats.deepspeed.header import Shape
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored
 from ckptlab.words import some

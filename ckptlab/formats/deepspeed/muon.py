@@ -14,7 +14,7 @@ from typing import Any
 
 from ckptlab.catalog import FlatGroup, Fragment, ParameterGroup
 from ckptlab.errors import ReshapeError
-from ckptlab.formats.deepspeed.headers import OptimizerFile, Wrapper
+from ckptlab.formats.deepspeed.optimfile import OptimizerFile, Wrapper
 from ckptlab.plan import FlatBuffer, Holder
 
 MOMENTUM = "momentum_buffer"

@@ -22,7 +22,8 @@ from ckptlab.formats.deepspeed.checks import noted
 from ckptlab.formats.deepspeed.experts import Experts, Share
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.groups import Groups, match_groups
-from ckptlab.formats.deepspeed.headers import EXTRAS, OptimizerFile, Shapes, Wrapper
+from ckptlab.formats.deepspeed.header import Shapes
+from ckptlab.formats.deepspeed.optimfile import EXTRAS, OptimizerFile, Wrapper
 from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
 

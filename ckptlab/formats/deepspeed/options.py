@@ -11,7 +11,7 @@ from ckptlab.catalog import DTYPES, Catalog, Tensor
 from ckptlab.catalog.training import ZERO_STAGES
 from ckptlab.formats.deepspeed import autotp, pipeline
 from ckptlab.formats.deepspeed.experts import Experts
-from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.read import Native
 from ckptlab.layout.notation import names
 from ckptlab.mesh import Mesh

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ckptlab.catalog import PARAM, Tensor
 from ckptlab.formats.deepspeed.assemble import Key, copies
 from ckptlab.formats.deepspeed.experts import layer_of
-from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.options import Wanted
 from ckptlab.plan import Holder, Placement
 

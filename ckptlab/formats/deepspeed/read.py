@@ -20,10 +20,11 @@ from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.autoep import FOLDING, Fused
 from ckptlab.formats.deepspeed.checks import noted
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
-from ckptlab.formats.deepspeed.headers import Header, Wrapper
+from ckptlab.formats.deepspeed.header import Header
 from ckptlab.formats.deepspeed.infer import infer, vocabulary
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names, read_module
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.optimizer import OptimizerFiles, gradients, read_optimizer
 from ckptlab.formats.deepspeed.whole import whole_optimizer
 from ckptlab.layout import Cut, Layout, on_degree, whole_shape

@@ -10,55 +10,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from ckptlab.catalog import MASTER
 from ckptlab.findings import Faults, Finding, Where
 from ckptlab.formats.deepspeed import names
+from ckptlab.formats.deepspeed.assigned import Group, Weight, assigned, in_runs
 from ckptlab.formats.deepspeed.checks import noted
 from ckptlab.formats.deepspeed.experts import layer_of
 from ckptlab.formats.deepspeed.files import Rank, StepFolder
 from ckptlab.formats.deepspeed.groups import degrees_named
-from ckptlab.formats.deepspeed.headers import (
-    ModelFile,
-    OptimizerFile,
-    Shape,
-    Shapes,
-    WholeOptimizer,
-    Wrapper,
-)
+from ckptlab.formats.deepspeed.header import Shapes
+from ckptlab.formats.deepspeed.modelfile import ModelFile
+from ckptlab.formats.deepspeed.optimfile import OptimizerFile, Wrapper
 from ckptlab.mesh import Mesh
 from ckptlab.stored import Stored
-
-_SAMPLE = 32  # elements at either end of a tensor by which it is recognised
-_MOST = 20_000  # ways to go on that are followed at a time
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight of the module, whole or, where experts are one tensor, in a file for each of them. `apart`: what is
-    trained is a copy, which need not be equal to it."""
-
-    shape: Shape
-    parts: tuple[Stored, ...]
-    of_experts: bool = False
-    apart: bool = False
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def ends(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(first element, elements) of a sample at either end."""
-        first, last = self.parts[0].flat, self.parts[-1].flat
-        count = min(_SAMPLE, len(first), len(last))
-        yield 0, first[:count]
-        yield self.numel - count, last[len(last) - count :]
-
-
-Named = Sequence[tuple[str, Weight]]
 
 
 def told(folder: StepFolder, faults: Faults) -> StepFolder:
@@ -79,7 +45,7 @@ def told(folder: StepFolder, faults: Faults) -> StepFolder:
                 with faults.caught("contradiction", head.name):
                     found = _parted(found[0], optims) or found
         elif found is None and head.optimizer is not None and rank[1] == 0:
-            found, taken = _of_stage(folder, rank, _Group.of(head.optimizer), taken)
+            found, taken = _of_stage(folder, rank, Group.of(head.optimizer), taken)
             if found is None:
                 faults.report(_unnamed(folder.path, head))
         elif found is None and head.optimizer is not None:  # tp ranks hold the same tensors
@@ -104,14 +70,14 @@ def _spread(folder: StepFolder) -> StepFolder:
         degrees = degrees_named(of_first.options) if of_first is not None else []
         if of_first is None or len({n for n in degrees if n}) < 2:
             continue
-        wanted = [(group, n) for group, n in zip(_Group.of(of_first), degrees, strict=True) if n]
+        wanted = [(group, n) for group, n in zip(Group.of(of_first), degrees, strict=True) if n]
         named = [
             (name, Weight(stored.shape, (stored,), of_experts=True))
             for (_, _, tp), held in sorted(experts.files.items())
             for name, stored in held.items()
             if tp == 0 and experts.stage(name) == p
         ]
-        found = _assigned(named, [group for group, _ in wanted]) or ()
+        found = assigned(named, [group for group, _ in wanted]) or ()
         local |= {
             layer: experts.total[layer] // degree
             for of_group, (_, degree) in zip(found, wanted, strict=False)
@@ -203,11 +169,11 @@ def _by_values(folder: StepFolder, rank: Rank, taken: int) -> tuple[tuple[Shapes
         if optims[0].parts:
             parts = tuple(one[MASTER] for row in zip(*(f.parts[b] for f in optims), strict=False) for one in row)
         padding = sum(f.padding(b) for f in optims) if optims[0].wrapper is Wrapper.BF16 else 0
-        groups.append(_Group((), parts, sum(p.numel for p in parts) - padding))
+        groups.append(Group((), parts, sum(p.numel for p in parts) - padding))
     if folder.is_pipeline:
         found, end = _of_stage(folder, rank, groups, taken)
         return found, end if rank[1] == folder.mesh.tp - 1 else taken
-    return _assigned(list(_weights(folder, rank)), groups), 0
+    return assigned(list(_weights(folder, rank)), groups), 0
 
 
 def _weights(folder: StepFolder, rank: Rank) -> Iterator[tuple[str, Weight]]:
@@ -245,7 +211,7 @@ def _layer(folder: StepFolder, layer: int, tp: int) -> list[tuple[str, Weight]]:
 
 
 def _of_stage(
-    folder: StepFolder, rank: Rank, groups: Sequence[_Group], taken: int
+    folder: StepFolder, rank: Rank, groups: Sequence[Group], taken: int
 ) -> tuple[tuple[Shapes, ...] | None, int]:
     """The tensors of each of these groups, and how many layers its stage and those before it have.
 
@@ -256,7 +222,7 @@ def _of_stage(
         named = list(_weights(folder, rank))
         routers = [one for one in named if any(one[0].startswith(layer.router) for layer in folder.experts.fused)]
         orders = [named, [*(one for one in named if one not in routers), *routers]]  # AutoEP's may stand last
-        ways = [way for order in orders[: 1 + bool(routers)] if (way := _in_runs(order, groups)) is not None]
+        ways = [way for order in orders[: 1 + bool(routers)] if (way := in_runs(order, groups)) is not None]
         return (ways[0] if ways and all(way == ways[0] for way in ways) else None), 0
     layers = list(folder.layers)
     by_shape = [replace(g, masters=()) if g.shapes else g for g in groups]  # copies of tied tensors need not be equal
@@ -266,140 +232,7 @@ def _of_stage(
             copies = [] if tied is None else _layer(folder, tied, rank[1])
             named = [*((n, replace(w, apart=wanted is by_shape)) for n, w in copies), *own]
             named.sort(key=lambda one: not one[0].startswith(names.TIED))
-            found = _assigned(named, wanted, frozen=False)
+            found = assigned(named, wanted, frozen=False)
             if found is not None:
                 return found, end
     return None, taken
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A parameter group whose parameters have no names. `masters` are one for each of `shapes`, or, where there are no
-    shapes, one flat tensor in pieces; none where the module's own weights are. `end`: parameters, or elements.
-    `experts`: whether it is one of experts' (None: nothing says it). `by_shape`: larger shapes stand first, as Muon
-    puts them, and those of one shape in the module's order."""
-
-    shapes: tuple[tuple[int, ...] | None, ...]
-    masters: tuple[Stored, ...]
-    end: int
-    experts: bool | None = None
-    by_shape: bool = False
-
-    @classmethod
-    def of(cls, optimizer: WholeOptimizer) -> list[_Group]:
-        """The groups of an optimizer without ZeRO."""
-        found = []
-        said = any(options.get("moe") for options in optimizer.options)
-        for g, states in enumerate(optimizer.states):
-            experts = bool(optimizer.options[g].get("moe")) if said else None
-            masters = () if optimizer.masters is None else optimizer.masters[g]
-            kept = (next(iter(one.values()), None) for one in states)
-            shapes: list[tuple[int, ...] | None] = [m.shape for m in masters]
-            shapes = shapes or [None if s is None else s.shape for s in kept]
-            flat = optimizer.fused
-            held, end = ((), masters[0].numel) if flat else (tuple(shapes), len(shapes))
-            found.append(cls(held, masters, end, experts, bool(optimizer.options[g].get("use_muon")) and not flat))
-        return found
-
-    def runs(self) -> list[_Group]:
-        """The parts of it that are in the module's order, one after the other."""
-        if not self.by_shape:
-            return [self]
-        found, at = [], 0
-        for _, alike in itertools.groupby(self.shapes):
-            shapes = tuple(alike)
-            masters = self.masters[at : at + len(shapes)]
-            found.append(replace(self, shapes=shapes, masters=masters, end=len(shapes)))
-            at += len(shapes)
-        return found
-
-    def takes(self, weight: Weight) -> bool:
-        """Whether a weight may be one of the group's."""
-        return self.experts is None or self.experts == weight.of_experts
-
-    def before(self, end: int, weight: Weight) -> int | None:
-        """Where the weight begins if it is what ends at `end`; None if that cannot be."""
-        if not self.shapes:
-            at = end - weight.numel
-            return at if at >= 0 and (weight.apart or _rounds(self.masters, at, weight)) else None
-        at = end - 1
-        if at < 0 or self.shapes[at] not in (None, weight.shape):
-            return None
-        return at if not self.masters or _rounds((self.masters[at],), 0, weight) else None
-
-    def places(self, named: Named) -> list[_Places]:
-        """For each weight where it may stand, so that those after it can make up the rest of the group."""
-        found, reached = [], frozenset({self.end})
-        for _, weight in reversed(named):
-            ends = reached if self.takes(weight) else ()
-            found.append(({at: end for end in ends if (at := self.before(end, weight)) is not None}, reached))
-            reached |= found[-1][0].keys()
-        return found[::-1]
-
-
-def _in_runs(named: Named, groups: Sequence[_Group]) -> tuple[Shapes, ...] | None:
-    """`_assigned` of groups that need not be in the module's order throughout."""
-    runs = [group.runs() for group in groups]
-    found = _assigned(named, list(itertools.chain.from_iterable(runs)))
-    if found is None:
-        return None
-    left = iter(found)
-    return tuple({n: s for one in itertools.islice(left, len(of)) for n, s in one.items()} for of in runs)
-
-
-def _rounds(parts: Sequence[Stored], at: int, weight: Weight) -> bool:
-    """Whether a weight is the master from element `at` of these pieces on, rounded: by the elements at both ends."""
-    for lo, held in weight.ends():
-        found = _elements(parts, at + lo, len(held)).astype(held.dtype)
-        if not np.array_equal(held, found, equal_nan=held.dtype.kind == "f"):
-            return False
-    return True
-
-
-def _elements(parts: Sequence[Stored], lo: int, count: int) -> np.ndarray:
-    found, begin = [], 0
-    for part in parts:
-        first, last = max(lo - begin, 0), min(lo + count - begin, part.numel)
-        if first < last:
-            found.append(part.reshape((part.numel,)).elements(first, last - first).map())
-        begin += part.numel
-    return np.concatenate(found) if found else np.empty(0, np.float32)
-
-
-# where a weight may begin in a group → where it ends there; how far the group may be when the weight is dealt
-_Places = tuple[dict[int, int], frozenset[int]]
-# how far each group is → (in how many ways, from where, by which group), as far as 2
-_Ways = dict[tuple[int, ...], tuple[int, tuple[int, ...] | None, int | None]]
-
-
-def _assigned(named: Named, groups: Sequence[_Group], frozen: bool = True) -> tuple[Shapes, ...] | None:
-    """The one way in which the groups' parameters, each group in the module's order, are weights of the module.
-
-    frozen: weights may be left over. None if there is no way, or more than one.
-    """
-    steps: list[_Ways] = [{(0,) * len(groups): (1, None, None)}]
-    for places in zip(*(group.places(named) for group in groups), strict=True):
-        ways: _Ways = {}
-        for at, (count, _, _) in steps[-1].items():
-            nexts: list[tuple[tuple[int, ...], int | None]] = [(at, None)] if frozen else []
-            for g, (ends, _) in enumerate(places):
-                if (end := ends.get(at[g])) is not None:
-                    nexts.append(((*at[:g], end, *at[g + 1 :]), g))
-            for after_all, by in nexts:
-                if any(done not in reached for done, (_, reached) in zip(after_all, places, strict=True)):
-                    continue
-                known = ways.get(after_all, (0, None, None))[0]
-                ways[after_all] = (min(known + count, 2), at, by)
-        if len(ways) > _MOST:
-            return None
-        steps.append(ways)
-    reached: tuple[int, ...] | None = tuple(group.end for group in groups)
-    if reached not in steps[-1] or steps[-1][reached][0] != 1:
-        return None
-    found: list[list[tuple[str, Weight]]] = [[] for _ in groups]
-    for one, ways in zip(reversed(named), reversed(steps), strict=False):
-        assert reached is not None
-        _, reached, by = ways[reached]
-        if by is not None:
-            found[by].append(one)
-    return tuple({name: weight.shape for name, weight in reversed(group)} for group in found)

@@ -22,7 +22,7 @@ from ckptlab.formats.deepspeed.assemble import placements
 from ckptlab.formats.deepspeed.cautions import told
 from ckptlab.formats.deepspeed.experts import Experts, asked
 from ckptlab.formats.deepspeed.groups import regrouped
-from ckptlab.formats.deepspeed.headers import Wrapper
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.optimizer import dealt_round_robin, gradients
 from ckptlab.formats.deepspeed.options import TargetOptions, Wanted, problems
 from ckptlab.layout import on_degree

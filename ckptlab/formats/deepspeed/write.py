@@ -11,30 +11,22 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ckptlab.arrays import Drawn, Partition, Tally, reader, shard_reader
+from ckptlab.arrays import Tally
 from ckptlab.catalog import MASTER, PARAM, Catalog, FlatGroup, Tensor
-from ckptlab.formats.deepspeed import autoep, folding, info, muon, names
+from ckptlab.formats.deepspeed import folding, info, names
 from ckptlab.formats.deepspeed.experts import layer_of
-from ckptlab.formats.deepspeed.groups import GROUP
-from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.names import FileName
-from ckptlab.formats.deepspeed.target import NativeTarget
-from ckptlab.formats.deepspeed.whole import whole_state
-from ckptlab.formats.fileplan import Elements, FilePlan, Zeros
+from ckptlab.formats.deepspeed.optimfile import Wrapper
+from ckptlab.formats.deepspeed.states import States
+from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.torch import torchfile
-from ckptlab.formats.torch.pickles import Size, foreign
+from ckptlab.formats.torch.pickles import Size
 from ckptlab.formats.torch.torchfile import Pending
-from ckptlab.mesh import Mesh
-from ckptlab.plan import FlatBuffer, Holder
 from ckptlab.stored import Stored
-
-FRAGMENT = ("deepspeed.utils.tensor_fragment", "fragment_address")
-ZERO_STAGE = ("deepspeed.runtime.zero.config", "ZeroStageEnum")
 
 
 def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
@@ -59,44 +51,8 @@ def _left_out(value: Stored, name: str, source: Catalog) -> bool:
     return not any(name == tensor.name or name in tensor.aliases for tensor in source.tensors.values())
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a rank has of a flat group: who has the buffer together with it, and the rank's place among those."""
-
-    group: FlatGroup
-    holder: Holder
-    index: int
-
-    @property
-    def flat(self) -> FlatBuffer:
-        return self.group.flats[self.holder]
-
-    @property
-    def size(self) -> int:
-        """Elements of the rank's partition, padding included."""
-        return self.flat.size(self.index)
-
-
-class NativeWriter:
+class NativeWriter(States):
     """The files of one native checkpoint."""
-
-    def __init__(self, source: Catalog, target: Catalog, tally: Tally | None) -> None:
-        self.source, self.target, self.tally = source, target, tally
-        self.native: NativeTarget = target.private
-        self.mesh = target.mesh
-        self.folder = source.private.folder
-        self.extras = source.private.extras
-        self.config = info.adapt_config(source.private.config, target)
-        self.prefix = "bf16" if self.native.dtype == "bf16" else ""
-        self.experts = self.native.experts
-        self._at: dict[tuple[Mesh, int], Mapping[str, int]] = {}
-        self._ranks: dict[tuple[Mesh, Holder], list[int]] = {}
-
-    @property
-    def version(self) -> str:
-        """Of DeepSpeed, by which it tells how to load a file: the source's; one that has such files where it says
-        none."""
-        return self.folder.models[0, 0].get("ds_version") or names.VERSION
 
     def files(self) -> Iterator[FilePlan]:
         mesh = self.mesh
@@ -122,7 +78,7 @@ class NativeWriter:
                     yield torchfile.plan(name.text, tensors)
         yield from () if zero3 else self.fused_files()
         for ep, p, rank in self.optimizers_of_experts() if inside else ():
-            content = {"optimizer": whole_state(self, p, rank, ep), **self.folding("routed_expert", rank)}
+            content = {"optimizer": self.whole_state(p, rank, ep), **self.folding("routed_expert", rank)}
             yield torchfile.plan(FileName("expert_optim", p * mesh.tp + rank % mesh.tp, expert=ep).text, content)
 
     def fused_files(self) -> Iterator[FilePlan]:
@@ -150,13 +106,6 @@ class NativeWriter:
             for p, t in itertools.product(range(mesh.pp), self.experts.writers(ep, degree, mesh)):
                 yield ep, p, mesh.rank(pp=p, dp=dp, tp=t)
 
-    def folding(self, family: str, rank: int, families: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What a rank's file says of AutoEP beside AutoTP; nothing where there is none."""
-        if not self.experts.folded:
-            return {}
-        ep = self.experts.sizes[-1]
-        return {autoep.FOLDING: folding.said(self.mesh, ep, rank, family, families)}
-
     def layers_on(self, stage: int) -> list[str]:
         """The layers of a stage that have experts, in the order in which it numbers them."""
         held = {layer_of(name) for name, tensor in self.target.tensors.items() if stage in tensor.stages}
@@ -167,69 +116,6 @@ class NativeWriter:
         for i, layer in enumerate(self.layers_on(stage)):
             for one in self.experts.tensors(layer, self.target.tensors):
                 yield i, one
-
-    # ---------------------------------------------------------------- tensors
-
-    def coordinate(self, tensor: Tensor, rank: int) -> tuple[int, ...]:
-        """The coordinate of the tensor's cut that a rank has."""
-        return tensor.cut.coordinate(self.at(tensor.cut.mesh, rank))
-
-    def at(self, mesh: Mesh, rank: int) -> Mapping[str, int]:
-        """Where a rank stands on the target's mesh, or on that of its experts."""
-        if (mesh, rank) not in self._at:
-            self._at[mesh, rank] = mesh.coordinate(rank)
-        return self._at[mesh, rank]
-
-    def module_weight(self, name: str, rank: int) -> Pending:
-        """A tensor's module weight on a rank: as it was stored, or the master rounded to the target's dtype."""
-        return self.shard(name, PARAM, rank, self.target.tensors[name].stages[0] if self.folder.is_pipeline else None)
-
-    def shard(self, name: str, state: str, rank: int, stage: int | None = None) -> Pending:
-        """What a rank has of a state that lies outside of flat buffers. stage: the pp stage that stores it (None: the
-        rank's own)."""
-        tensor = self.target.tensors[name]
-        shape = tensor.cut.shard_shape(self.coordinate(tensor, rank))
-        return self._elements(tensor, state, rank, stage, shape, 0)
-
-    def expert(self, name: str, rank: int, index: int) -> Pending:
-        """The module weight of one of the experts that are a tensor together: the index-th of a rank."""
-        tensor = self.target.tensors[name]
-        return self._elements(tensor, PARAM, rank, 0, tensor.shape[1:], index)
-
-    def _elements(
-        self, tensor: Tensor, state: str, rank: int, stage: int | None, shape: tuple[int, ...], index: int
-    ) -> Pending:
-        """The part number `index` of that shape of a rank's shard."""
-        at, where = self.coordinate(tensor, rank), self.at(tensor.cut.mesh, rank)
-        dtype, count = tensor.states[state], math.prod(shape)
-        stage = where["pp"] if stage is None else stage
-        holder = self.experts.holder(tensor.name, self.mesh, where.get("ep", 0), pp=stage, tp=where["tp"])
-        tally = self.tally and self.tally.towards(rank)
-        one = shard_reader(self.source, self.target, tensor.name, state, holder, tally)
-        return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, index * count, (index + 1) * count),))
-
-    def parts_on(self, rank: int) -> list[Part]:
-        """What a rank has of flat buffers, group by group."""
-        found = []
-        for group in self.target.flat_groups:
-            mesh = self.target.mesh_of(group)
-            if group.at.within(at := self.at(mesh, rank)):
-                holder = group.holder(at)
-                found.append(Part(group, holder, self.ranks(mesh, holder).index(rank)))
-        return found
-
-    def partition(self, part: Part, state: str, count: int) -> Pending:
-        """The first `count` elements of a partition of a flat buffer; padding is zero."""
-        held = Partition(self.source, self.target, part.group, state, part.holder, part.index, self.tally)
-        return Pending(held.dtype, (count,), (Elements(held, held.dtype, 0, count),))
-
-    # ---------------------------------------------------------------- model files
-
-    def ranks(self, mesh: Mesh, holder: Holder) -> list[int]:
-        """The ranks at a holder's coordinates: those that have a flat buffer together."""
-        if (mesh, holder) not in self._ranks:
-            self._ranks[mesh, holder] = mesh.ranks(**holder)
-        return self._ranks[mesh, holder]
 
     def model_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         """The model file of a rank (of a pp and tp coordinate only, below ZeRO-3), made from the nearest one of the
@@ -244,7 +130,7 @@ class NativeWriter:
         model = {k: copy.copy(v) for k, v in template.items()}
         model.update(
             module=module,
-            optimizer=whole_state(self, p, rank) if whole and not self.experts else None,  # theirs have files
+            optimizer=self.whole_state(p, rank) if whole and not self.experts else None,  # theirs have files
             param_shapes=None if whole else [self._shapes(part.group, rank) for part in self.parts_on(rank)],
             **self._frozen(weights, d, rank),
             shared_params=None if whole else aliases,
@@ -276,7 +162,7 @@ class NativeWriter:
         frozen = [x for x in others if (x.kind == "frozen" and (said or zero3)) or self._is_empty(x, rank)]
         if not frozen:
             return nothing
-        fragments = ((x.name, self._fragment(x, d, rank) if zero3 else module[x.name]) for x in frozen)
+        fragments = ((x.name, self.fragment(x, d, rank) if zero3 else module[x.name]) for x in frozen)
         return {
             "frozen_param_shapes": OrderedDict((x.name, self._shape(x, rank)) for x in frozen),
             "frozen_param_fragments": OrderedDict(fragments),
@@ -336,18 +222,6 @@ class NativeWriter:
             module[key] = made[tensor.name]
         return module
 
-    def _fragment(self, tensor: Tensor, dp: int, rank: int) -> Pending:
-        """A dp rank's part of a frozen tensor at ZeRO-3: cut like a parameter."""
-        at = self.coordinate(tensor, rank)
-        numel = math.prod(tensor.cut.shard_shape(at))
-        part = -(-numel // self.mesh.dp)
-        lo, hi = min(dp * part, numel), min((dp + 1) * part, numel)
-        dtype = tensor.states[PARAM]
-        tally = self.tally and self.tally.towards(rank)
-        drawn = Drawn(reader(self.source, tensor.name, PARAM, dtype=dtype, tally=tally), tensor.cut, at)
-        padding = Zeros((part - (hi - lo)) * dtype.itemsize)
-        return Pending(dtype, (part,), (Elements(drawn, dtype, lo, hi), padding))
-
     def expert_weights(self, rank: int) -> OrderedDict[str, Any]:
         """The module weights of all experts of a rank's stage, under their global names."""
         held = (name for _, (_, own) in self.experts_on(self.mesh.coordinate(rank)["pp"]) for name in own)
@@ -360,115 +234,3 @@ class NativeWriter:
         tensors = OrderedDict((name.removeprefix(prefix), self.module_weight(name, rank)) for name in held)
         others = self.folder.others.get(layer, ({},))
         return OrderedDict({**tensors, **others[tp % len(others)]})
-
-    # ---------------------------------------------------------------- optimizer files
-
-    def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
-        rank = self.mesh.rank(pp=p, dp=d, tp=t)
-        parts, zero3 = self.parts_on(rank), self.native.wrapper is Wrapper.ZERO3
-        state = self._zero3_state(parts, rank) if zero3 else self._flat_state(parts, rank)
-        content = {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": self.version}
-        families = {n: folding.of_buffer(n, part.flat.dp, part.index) for part in parts for n in part.group.names}
-        # at ZeRO-3 the sub-groups say it
-        return content | self.folding("zero_optimizer_state", rank, None if zero3 else families)
-
-    def _states(self, parts: list[Part], rank: int) -> dict[int, dict[str, Any]]:
-        found = {}
-        for i, part in enumerate(parts):
-            group = part.group
-            states = {s: self.partition(part, s, part.size) for s in group.dtypes if s != MASTER}
-            found[i] = self.scalars(group.group, group.names[0]) | states | self._momentum(part, rank)
-        return found
-
-    def _momentum(self, part: Part, rank: int) -> dict[str, Any]:
-        """Muon's, where each rank has that of whole tensors."""
-        tensors = [part.flat.names[i] for i in muon.held(part.flat, part.index)]
-        flat = muon.MOMENTUM in part.group.dtypes
-        if flat or not any(muon.MOMENTUM in self.target.tensors[n].states for n in tensors):
-            return {}
-        whole = [self.shard(name, muon.MOMENTUM, rank) for name in tensors]
-        count = sum(math.prod(one.shape) for one in whole)
-        return {muon.MOMENTUM: Pending(whole[0].dtype, (count,), tuple(p for one in whole for p in one.parts))}
-
-    def scalars(self, group: int, tensor: str) -> dict[str, Any]:
-        """What the optimizer keeps once, as tensors of their own: torch counts steps in place, in each."""
-        kept = self.target.groups[group].scalars_of(tensor)
-        return {k: torchfile.Apart(v) if isinstance(v, Stored) else copy.copy(v) for k, v in kept.items()}
-
-    def param_groups(self, parts: list[Part]) -> list[dict[str, Any]]:
-        """Hyperparameters, and which buffers belong to each group."""
-        members: dict[int, list[int]] = {}
-        for i, part in enumerate(parts):
-            members.setdefault(part.group.group, []).append(i)
-        return [{**self.target.groups[g].options, "params": ids} for g, ids in members.items()]
-
-    def _scaler(self) -> dict[str, Any]:
-        """The loss scaler replaces the engine's own: the source's where the dtype stays, else one that fits."""
-        dynamic = self.native.dtype == "fp16"
-        if self.source.private.dtype == self.native.dtype and "loss_scaler" in self.extras:
-            scaler = {"loss_scaler": self.extras["loss_scaler"]}
-            dynamic = self.extras.get("dynamic_loss_scale", dynamic)
-        elif dynamic and self.native.wrapper is not Wrapper.ZERO3:
-            scaler = {}
-        else:
-            scaler = {"loss_scaler": info.loss_scaler(dynamic)}
-        return {**scaler, "dynamic_loss_scale": dynamic, "overflow": False}
-
-    def _zero3_state(self, parts: list[Part], rank: int) -> dict[str, Any]:
-        return {
-            "zero_stage": foreign(*ZERO_STAGE, 3),
-            **self._scaler(),
-            "partition_count": self.mesh.dp,
-            **({"ds_zero_partition_groups": self._partition_groups(parts)} if self.experts else {}),
-            "optimizer_state_dict": {"state": self._states(parts, rank), "param_groups": self.param_groups(parts)},
-            "fp32_flat_groups": [self.partition(part, MASTER, part.size) for part in parts],
-        }
-
-    def _partition_groups(self, parts: list[Part]) -> list[dict[str, Any]]:
-        """Who shares each buffer at ZeRO-3, which DeepSpeed says where experts are shared by others."""
-        found = []
-        for i, part in enumerate(parts):
-            degree = self.experts.degree(part.group.names[0])
-            found.append(
-                {
-                    "sub_group": i,
-                    "families": ["autoep_expert" if degree else "replicated"],
-                    "group_names": [GROUP.format(degree) if degree else "replicated"],
-                    "partition_count": part.flat.dp,
-                    "partition_rank": part.index,
-                    "partition_ranks": self.ranks(self.target.mesh_of(part.group), part.holder),
-                }
-            )
-        return found
-
-    def _flat_state(self, parts: list[Part], rank: int) -> dict[str, Any]:
-        bf16 = self.native.wrapper is Wrapper.BF16
-        if bf16:
-            paddings = [part.flat.total - part.flat.used if part.index == part.flat.dp - 1 else 0 for part in parts]
-        else:
-            paddings = [part.flat.padding(part.index) for part in parts]
-        # the masters are stored without padding but by BF16_Optimizer
-        masters = [part.size - (0 if bf16 else padding) for part, padding in zip(parts, paddings, strict=True)]
-        state: dict[str, Any] = {} if bf16 else self._scaler()
-        if "clip_grad" in self.extras:
-            state["clip_grad"] = self.extras["clip_grad"]
-        state["base_optimizer_state"] = {"state": self._states(parts, rank), "param_groups": self.param_groups(parts)}
-        state["single_partition_of_fp32_groups"] = [
-            self.partition(part, MASTER, n) for part, n in zip(parts, masters, strict=True)
-        ]
-        if not bf16:
-            state["zero_stage"] = foreign(*ZERO_STAGE, self.target.zero_stage)
-        state["group_paddings"] = paddings
-        state["partition_count"] = [part.flat.dp for part in parts]
-        state["ds_version"] = self.version
-        state["param_slice_mappings"] = [self._mapping(part) for part in parts]
-        return state
-
-    def _mapping(self, part: Part) -> OrderedDict[str, Any]:
-        return OrderedDict(
-            (
-                self.experts.locally(part.flat.names[i]),
-                foreign(*FRAGMENT, state={"numel": int(count), "start": int(start)}, new=True),
-            )
-            for i, _, start, count in part.flat.within(part.index)
-        )

@@ -14,9 +14,10 @@ from ckptlab.catalog import ALONE, MASTER, PARAM, Catalog, Extents, Fragment, Pa
 from ckptlab.findings import Faults, Finding, Where, contradiction
 from ckptlab.formats.deepspeed.files import StepFolder, read_step_folder
 from ckptlab.formats.deepspeed.groups import Groups, kinds, match_groups
-from ckptlab.formats.deepspeed.headers import EXTRAS, Header, Wrapper
+from ckptlab.formats.deepspeed.header import Header
 from ckptlab.formats.deepspeed.layouts import UniversalInfo
 from ckptlab.formats.deepspeed.module import ModuleWeights, by_names, read_module
+from ckptlab.formats.deepspeed.optimfile import EXTRAS, Wrapper
 from ckptlab.formats.deepspeed.optimizer import program_order
 from ckptlab.formats.deepspeed.options import dealt_to_tp
 from ckptlab.formats.deepspeed.read import (

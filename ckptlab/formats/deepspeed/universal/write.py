@@ -12,8 +12,9 @@ from ckptlab.arrays import Drawn, Tally
 from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
 from ckptlab.formats.deepspeed import names
 from ckptlab.formats.deepspeed.cautions import groups_of_stages
-from ckptlab.formats.deepspeed.headers import Wrapper
 from ckptlab.formats.deepspeed.names import FileName
+from ckptlab.formats.deepspeed.optimfile import Wrapper
+from ckptlab.formats.deepspeed.states import zero_stage
 from ckptlab.formats.deepspeed.target import reshape
 from ckptlab.formats.deepspeed.universal.read import FOLDER, GROUPS, OPTIMIZER, TIED, file_of
 from ckptlab.formats.deepspeed.write import NativeWriter
@@ -112,7 +113,7 @@ def _common(writer: NativeWriter) -> dict[str, Any]:
     state = dict(writer.extras) if writer.source.private.dtype == target.private.dtype else {}
     state |= {"ds_version": writer.version}
     if target.private.wrapper is not Wrapper.BF16:
-        state["zero_stage"] = foreign("deepspeed.runtime.zero.config", "ZeroStageEnum", target.zero_stage)
+        state["zero_stage"] = zero_stage(target.zero_stage)
     parts, zero3 = writer.parts_on(0), target.private.wrapper is Wrapper.ZERO3
     state["partition_count"] = target.mesh.dp if zero3 else [target.mesh.dp] * len(parts)
     state["param_groups"] = writer.param_groups(parts)

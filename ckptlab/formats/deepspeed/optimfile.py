@@ -1,14 +1,11 @@
-"""What each file of a step folder says, in one form whatever DeepSpeed's version: parsed once, odd values refused.
-
-Every reader after this works on these values; nobody else takes the dictionaries apart.
-"""
+"""What an optimizer's file says, and what a model file keeps of an optimizer that trains without ZeRO: in one form
+whatever DeepSpeed's version."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -18,20 +15,13 @@ import numpy as np
 
 from ckptlab.catalog import MASTER
 from ckptlab.errors import CheckpointError, UnsupportedError
-from ckptlab.formats.torch.torchfile import is_unread
+from ckptlab.formats.deepspeed.header import Content, Header, Shapes, refuse_unread
 from ckptlab.stored import Stored, scalar
-from ckptlab.words import brief
-
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
-Content = Mapping[str, Any]
 
 EXTRAS = ("clip_grad", "loss_scaler", "dynamic_loss_scale", "overflow")
-_BIG = 1 << 62  # beyond any number of elements
 _CODES = (np.dtype(np.int8), np.dtype(np.uint8))  # of quantised states, which mean nothing without their scales
 _IN_PARTS = "local_sub_partitions_of_fp32_groups"
 _BY_GROUP = ("group_paddings", "partition_count")  # what an optimizer file has a list of, an entry a group
-_DEEP = 64  # dictionaries in one another, in a module
 
 
 class Wrapper(Enum):
@@ -42,281 +32,6 @@ class Wrapper(Enum):
     ZERO3 = "ZeRO-3"  # every tensor cut by itself
     WHOLE = "without ZeRO"  # whole tensors, in the model file
     NONE = "none"  # weights alone
-
-
-@dataclass(frozen=True)
-class Header:
-    """A dictionary in a file, its values taken out by the form that DeepSpeed gives them.
-
-    `path` is the file's, `at` the keys that lead to the dictionary. Each method raises a CheckpointError that names
-    both where a value has another form.
-    """
-
-    path: str
-    values: Content
-    at: str = ""
-
-    @classmethod
-    def of(cls, path: str, value: Any, at: str = "") -> Header:
-        if not isinstance(value, Mapping):
-            raise CheckpointError(
-                f"{path}: {at + ': ' if at else ''}expected a dictionary, found {shown(value)}: {_ODD}"
-            )
-        return cls(path, value, at)
-
-    def __contains__(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def odd(self, key: str, expected: str) -> CheckpointError:
-        """The error on a value of another form."""
-        where = f"{self.at}.{key}" if self.at else key
-        return CheckpointError(
-            f"{self.path}: {where}: expected {expected}, found {shown(self.values.get(key))}: {_ODD}"
-        )
-
-    def integer(self, key: str, least: int = 0) -> int:
-        value = self.values.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < _BIG:
-            raise self.odd(key, f"an integer of at least {least}")
-        return int(value)
-
-    def refuse_newer(self, known: int) -> None:
-        """UnsupportedError where `version` is a later one than is known."""
-        if (version := self.integer("version")) > known:
-            raise UnsupportedError(
-                f"{self.path}: {self.at} is of version {version}, ckptlab knows version {known}: a newer ckptlab may "
-                "read it"
-            )
-
-    def inside(self, key: str) -> Header:
-        """The dictionary of a key; an empty one where there is none."""
-        value = self.values.get(key)
-        return Header.of(self.path, {} if value is None else value, f"{self.at}.{key}" if self.at else key)
-
-    def several(self, key: str) -> list[Any]:
-        """The list of a key; an empty one where there is none."""
-        value = self.values.get(key)
-        if value is None:
-            return []
-        if not isinstance(value, (list, tuple)):
-            raise self.odd(key, "a list")
-        return list(value)
-
-    def dictionaries(self, key: str) -> list[Header]:
-        return [Header.of(self.path, v, f"{self.at}.{key}" if self.at else key) for v in self.several(key)]
-
-    def integers(self, key: str, least: int = 0) -> list[int]:
-        return [Header(self.path, {key: v}, self.at).integer(key, least) for v in self.several(key)]
-
-    def names(self, key: str) -> tuple[str, ...]:
-        value = self.values.get(key)
-        found = sorted(value) if isinstance(value, (set, frozenset)) else self.several(key)
-        if not all(isinstance(v, str) for v in found):
-            raise self.odd(key, "a list of names")
-        return tuple(found)
-
-    def aliases(self, key: str) -> dict[str, str]:
-        inside = self.inside(key).values
-        if not all(isinstance(k, str) and isinstance(v, str) for k, v in inside.items()):
-            raise self.odd(key, "names of names")
-        return dict(inside)
-
-    def stored(self, key: str) -> dict[str, Stored]:
-        """The tensors of a dictionary by name; what is no tensor is left out."""
-        return _tensors(self.inside(key))
-
-    def groups(self) -> list[tuple[dict[str, Any], list[int]]]:
-        """(hyperparameters, parameters by number) of each of torch's `param_groups`."""
-        groups = self.dictionaries("param_groups")
-        return [({k: v for k, v in g.values.items() if k != "params"}, g.integers("params")) for g in groups]
-
-    def states(self) -> dict[Any, Content]:
-        """What torch's `state` keeps of each parameter, by its number."""
-        state = self.inside("state")
-        return {i: Header.of(self.path, v, f"{state.at}.{i}").values for i, v in state.values.items()}
-
-    def shapes(self, key: str) -> dict[str, Shape]:
-        return _shapes(self, key, self.inside(key).values)
-
-    def shape_groups(self, key: str) -> tuple[Shapes, ...] | None:
-        """Shapes, one mapping a group (DeepSpeed before 0.6 wrote one group as a bare mapping); None if there are
-        none."""
-        value = self.values.get(key)
-        groups = [value] if isinstance(value, Mapping) else value
-        if groups is None:
-            return None
-        if not isinstance(groups, (list, tuple)) or not all(isinstance(g, Mapping) for g in groups):
-            raise self.odd(key, "shapes by name, one dictionary a group")
-        return tuple(_shapes(self, key, g) for g in groups)
-
-
-_ODD = "not as DeepSpeed writes it. Put back this run's own file"
-
-
-def shown(value: Any) -> str:
-    """A value in a message: its type, and what it is if that is short."""
-    plain = isinstance(value, (int, float, str, type(None))) and len(repr(value)) <= 40
-    return repr(value) if plain else f"a {type(value).__name__}"
-
-
-def _shapes(header: Header, key: str, group: Mapping[Any, Any]) -> dict[str, Shape]:
-    found = {}
-    for name, shape in group.items():
-        whole = isinstance(shape, (list, tuple)) and all(
-            isinstance(n, (int, np.integer)) and 0 <= n < _BIG for n in shape
-        )
-        if not isinstance(name, str) or not whole or math.prod(shape) >= _BIG:
-            raise header.odd(key, f"the shape of {name}" if isinstance(name, str) else "names")
-        found[name] = tuple(map(int, shape))
-    return found
-
-
-def _refuse_unread(path: str, values: Iterable[tuple[Any, Any]]) -> None:
-    for name, value in values:
-        if is_unread(value):
-            raise UnsupportedError(
-                f"{path}: {brief(name)} is made by {value.callee}: a sparse or quantised tensor, or one of a class of "
-                "its own, which ckptlab does not read: save it again as a plain one"
-            )
-
-
-def _tensors(header: Header) -> dict[str, Stored]:
-    _refuse_unread(header.path, header.values.items())
-    found = {k: v for k, v in header.values.items() if isinstance(v, Stored)}
-    if not all(isinstance(name, str) for name in found):
-        raise CheckpointError(f"{header.path}: {header.at}: a tensor without a name: {_ODD}")
-    return found
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What the run's ds_config says that a reader or a target needs; None where it is silent."""
-
-    stage: int | None = None
-    round_robin: bool = False
-    sub_group_size: int | None = None
-    dtype: str | None = None
-    data_before_experts: bool = False
-
-    @classmethod
-    def of(cls, config: Header) -> EngineConfig:
-        zero = config.inside("zero_optimization")
-        enabled = {k: bool(config.inside(k).values.get("enabled")) for k in ("bf16", "bfloat16", "fp16") if k in config}
-        dtype = "fp32" if enabled else None
-        if any(enabled.values()):
-            dtype = "bf16" if enabled.get("bf16") or enabled.get("bfloat16") else "fp16"
-        size = zero.values.get("sub_group_size")
-        return cls(
-            zero.integer("stage") if "stage" in zero else None,
-            bool(zero.values.get("round_robin_gradients")),
-            int(size) if isinstance(size, (int, float)) and 1 <= size < _BIG else None,
-            dtype,
-            bool(config.values.get("use_data_before_expert_parallelism")),
-        )
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """A model file: its `content` as stored, and what of it a reader needs.
-
-    `degrees` is (pp, tp), which DeepSpeed before 0.16 did not record; `shapes` are the trained tensors', one mapping a
-    flat buffer, in memory order (None: not said, or not yet: see `shapes`); `module` the tensors in it by the names
-    that the optimizer knows (None: the pipeline engine keeps them in layer files), `places` where each stands in a
-    module that is a tree of dictionaries; `optimizer` what training without ZeRO keeps here.
-    """
-
-    path: str
-    content: Content
-    world: int
-    dp: int
-    degrees: tuple[int, int] | None
-    config: EngineConfig
-    shapes: tuple[Shapes, ...] | None
-    module: Mapping[str, Stored] | None
-    places: Mapping[tuple[str, ...], str]
-    optimizer: WholeOptimizer | None
-    buffers: frozenset[str]
-    shared: Mapping[str, str]
-    frozen: Shapes
-    frozen_fragments: Mapping[str, Stored]
-
-    @classmethod
-    def of(cls, path: str, content: Any) -> ModelFile:
-        header = Header.of(path, content)
-        for key in ("dp_world_size", "mp_world_size", "global_steps"):
-            if key not in header.values:
-                raise CheckpointError(f"{path}: no {key!r}: not a model file that DeepSpeed wrote")
-        degrees = header.inside("checkpoint_parallel_dimensions")
-        shapes, frozen = header.shape_groups("param_shapes"), header.shapes("frozen_param_shapes")
-        tree = _tree(header.inside("module"))
-        known = {*(n for group in shapes or () for n in group), *frozen}
-        names = _names(tree, known) if known and any(len(at) > 1 for at in tree) else {at: ".".join(at) for at in tree}
-        return cls(
-            path,
-            header.values,
-            header.integer("mp_world_size", 1),
-            header.integer("dp_world_size"),
-            (degrees.integer("pp_degree", 1), degrees.integer("tp_degree", 1)) if degrees.values else None,
-            EngineConfig.of(header.inside("ds_config")),
-            shapes,
-            {names[at]: stored for at, stored in tree.items()} if "module" in header else None,
-            {at: name for at, name in names.items() if at != (name,)},
-            WholeOptimizer.of(header.inside("optimizer")),
-            frozenset(header.names("buffer_names")),
-            header.aliases("shared_params"),
-            frozen,
-            header.stored("frozen_param_fragments"),
-        )
-
-    @cached_property
-    def name(self) -> str:
-        """The file's own name."""
-        return os.path.basename(self.path)
-
-    @property
-    def trained(self) -> dict[str, Shape]:
-        """Shard shapes of the tensors that the optimizer of this rank knows, in memory order."""
-        return {name: shape for group in self.shapes or () for name, shape in group.items()}
-
-
-def _tree(module: Header) -> dict[tuple[str, ...], Stored]:
-    """The tensors of a module by the keys that lead to each: one, or several where it is a tree of dictionaries."""
-    found: dict[tuple[str, ...], Stored] = {}
-    left: list[tuple[tuple[str, ...], Any]] = [((), module.values)]
-    while left:
-        at, value = left.pop()
-        if isinstance(value, Stored):
-            if not all(isinstance(key, str) for key in at):
-                raise CheckpointError(f"{module.path}: {module.at}: a tensor without a name: {_ODD}")
-            found[at] = value
-            continue
-        _refuse_unread(module.path, [(".".join(map(str, at)), value)])
-        if isinstance(value, Mapping):
-            if len(at) > _DEEP:
-                raise CheckpointError(f"{module.path}: {module.at}: nested deeper than {_DEEP} dictionaries: {_ODD}")
-            left += [((*at, key), inside) for key, inside in reversed(list(value.items()))]
-    return found
-
-
-def _names(tree: Mapping[tuple[str, ...], Stored], known: set[str]) -> dict[tuple[str, ...], str]:
-    """What the tensors of a tree are called where the optimizer knows them: the keys without the first few, which are
-    of the program that wrapped the model."""
-    deepest = max(len(at) for at in tree)
-    for skipped in range(deepest):
-        names = {at: ".".join(at[skipped:] or at) for at in tree}
-        if known <= set(names.values()) and len(set(names.values())) == len(names):
-            return names
-    return {at: ".".join(at) for at in tree}
-
-
-def layer_file(path: str, content: Any) -> dict[str, Stored]:
-    """The tensors of a layer file."""
-    return _tensors(Header.of(path, content))
-
-
-def expert_optimizer(path: str, content: Any) -> WholeOptimizer | None:
-    """What an expert parallel rank's own file keeps of its optimizer; None at ZeRO 1 and 2, which have others."""
-    return WholeOptimizer.of(Header.of(path, content).inside("optimizer"))
 
 
 @dataclass(frozen=True)
@@ -504,7 +219,7 @@ def elementwise(path: str, state: Content, numel: int | None) -> tuple[dict[str,
     """
     arrays: dict[str, Stored] = {}
     single: dict[str, Any] = {}
-    _refuse_unread(path, state.items())
+    refuse_unread(path, state.items())
     for key, value in state.items():
         several = isinstance(value, Stored) and bool(value.shape) and (numel is None or not value.numel == 1 != numel)
         (arrays if several else single)[key] = value
@@ -597,3 +312,8 @@ def _spans(mapping: Header) -> dict[str, tuple[int, int]]:
         if count > 0:
             found[name] = (start, count)
     return found
+
+
+def expert_optimizer(path: str, content: Any) -> WholeOptimizer | None:
+    """What an expert parallel rank's own file keeps of its optimizer; None at ZeRO 1 and 2, which have others."""
+    return WholeOptimizer.of(Header.of(path, content).inside("optimizer"))

@@ -20,9 +20,9 @@ from ckptlab.errors import LayoutError, UnsupportedError
 from ckptlab.formats.deepspeed import autoep
 from ckptlab.formats.deepspeed.autotp import AffineMap
 from ckptlab.formats.deepspeed.header import Header
+from ckptlab.formats.deepspeed.rows import in_parts
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.strategies import dim_names
 from ckptlab.stored import Stored
 
 Held = tuple[Stored, Cut, tuple[int, ...]]
@@ -61,23 +61,20 @@ def by_autotp(path: str, parameter: Any, stored: Stored, rank: int, tp: int) -> 
 
 def _layout(header: Header, shape: Sequence[int], tp: int) -> Layout:
     """Sub-parameters of recorded or even widths, recorded widths, or even ones."""
-    dim, dims = header.integer("partition_dim"), dim_names(len(shape))
+    dim = header.integer("partition_dim")
     if dim >= len(shape):
         raise header.odd("partition_dim", f"a dim of {tuple(shape)}")
     version = header.values.get(UNIVERSAL_CHECKPOINT_VERSION_KEY, 0.0)
     widths: list[Any]
     if sizes := _sub_parameters(header):
-        widths = header.several("sub_param_shard_widths") if version >= WIDTHS else [_even(n, tp) for n in sizes]
+        widths = header.several("sub_param_shard_widths") if version >= WIDTHS else [even(n, tp) for n in sizes]
         if len(widths) != len(sizes):
             raise header.odd("sub_param_shard_widths", f"widths of {len(sizes)} sub-parameters")
     else:
-        widths = [header.integers("partition_sizes") or _even(shape[dim], tp)]
-    labels = [f"s{i}" for i in range(len(widths))]
-    term = " + ".join(f"(tp {label})" for label in labels)
-    term = f"({term})" if len(labels) > 1 else term
-    text = " ".join(term if i == dim else name for i, name in enumerate(dims))
-    named = dims if len(labels) > 1 else tuple(labels[0] if i == dim else name for i, name in enumerate(dims))
-    return Layout(text, dims=named, sizes={label: tuple(of) for label, of in zip(labels, widths, strict=True)})
+        widths = [header.integers("partition_sizes") or even(shape[dim], tp)]
+    if any(len(of) != tp for of in widths) or sum(map(sum, widths)) != shape[dim]:
+        raise LayoutError(f"widths of {widths} are not those of {shape[dim]} rows on {tp} tp ranks")
+    return in_parts(len(shape), dim, [tuple(of) for of in widths])
 
 
 def _sub_parameters(header: Header) -> list[int]:
@@ -92,7 +89,8 @@ def _sub_parameters(header: Header) -> list[int]:
     return [int(n) for n in part] if isinstance(part, (tuple, list)) else [int(part)]
 
 
-def _even(total: int, tp: int) -> list[int]:
+def even(total: int, tp: int) -> list[int]:
+    """The widths of an even cut. LayoutError where there is none."""
     if total % tp:
         raise LayoutError(f"{total} rows are not divisible by tp {tp}, and the parameter records no widths")
     return [total // tp] * tp

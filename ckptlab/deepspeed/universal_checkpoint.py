@@ -27,15 +27,16 @@ from ckptlab.deepspeed.constants import (
     SUB_PARAM_SHAPE,
     VOCAB_TENSOR,
 )
-from ckptlab.deepspeed.laid_out import Held, by_autoep, by_autotp
+from ckptlab.deepspeed.laid_out import Held, by_autoep, by_autotp, even
 from ckptlab.deepspeed.sub_parameters import SubparamShape
 from ckptlab.deepspeed.tensors import as_torch, tensor_of
 from ckptlab.errors import InputError, LayoutError
+from ckptlab.formats.deepspeed.rows import in_parts
 from ckptlab.formats.torch import torchfile
-from ckptlab.layout import Cut, Layout
+from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import cut as cut_along
-from ckptlab.sharding.strategies import dim_names, replicated
+from ckptlab.sharding.strategies import replicated
 from ckptlab.stored import Stored
 
 if TYPE_CHECKING:
@@ -205,8 +206,5 @@ def _sub_parameters(stored: Stored, sub: SubparamShape, mesh: Mesh) -> tuple[Sto
     sizes = sub.shape[sub.partition_dim]
     sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,)
     seen = tuple(sum(d) if isinstance(d, (tuple, list)) else d for d in sub.shape)
-    dims = dim_names(len(seen))
-    parts = " + ".join(f"(tp s{i})" for i in range(len(sizes)))
-    text = " ".join(f"({parts})" if i == sub.partition_dim else name for i, name in enumerate(dims))
-    layout = Layout(text, dims=dims, totals={f"s{i}": int(n) for i, n in enumerate(sizes)})
-    return stored.reshape(seen), layout.resolve(seen, mesh)
+    parts = [tuple(even(int(n), mesh.tp)) for n in sizes]
+    return stored.reshape(seen), in_parts(len(seen), sub.partition_dim, parts).resolve(seen, mesh)

@@ -76,14 +76,16 @@ class _Writer:
         chunks: dict[tuple[str, str], list[Chunk]] = {}
         folders = list({id(f): f for f in (self.model, self.optimizer)}.values())
         for rank, folder in itertools.product(range(self.target.mesh.size), folders):
-            items = _Items(f"__{rank}_0.distcp")
-            if rank == 0:
-                self._values(folder, items)
+            items = _Items(folder, f"__{rank}_0.distcp")
+            if rank == 0 and folder is self.optimizer and self.style.optimizer is not None:
+                self._optimizer(items)
+            if rank == 0 and folder is self.model and not self.style.apart:
+                self._client(items)
             for box in by_rank.get(rank, ()):
                 if self._folder(box.name, box.state) is folder:
                     place = items.add(self._item(box, rank))
                     chunks.setdefault((box.name, box.state), []).append(Chunk(box.start, box.size, place))
-            yield items.plan(folder.under)
+            yield items.plan()
         for (name, state), its in chunks.items():
             self._entry(name, state, its)
         for folder in folders:
@@ -144,49 +146,28 @@ class _Writer:
 
     # ---------------------------------------------------------------- what is no tensor of the model
 
-    def _values(self, folder: Index, items: _Items) -> None:
-        if folder is self.optimizer and self.style.optimizer is not None:
-            self._optimizer(folder, items)
-        if folder is self.model and not self.style.apart:
-            self._client(folder, items)
-
-    def _optimizer(self, folder: Index, items: _Items) -> None:
+    def _optimizer(self, items: _Items) -> None:
         style, names = self.style, self.private.names
         for i, group in enumerate(self.target.groups):
             members = [name for name in group.tensors if name in names]
             for name in members:
                 for scalar, value in group.scalars_of(name).items():
-                    self._leaf(folder, items, style.state(names[name], scalar), _scalar(scalar, value))
+                    items.leaf(style.state(names[name], scalar), _scalar(scalar, value))
             options = dict(group.options)
             if not style.flat:
                 options["params"] = [names[name] for name in members]
             for name in members if style.flat else [""]:
                 for option, value in options.items():
-                    path = style.option(i, names[name] if name else "", str(option))
-                    self._leaf(folder, items, path, value)
+                    items.leaf(style.option(i, names[name] if name else "", str(option)), value)
 
-    def _client(self, folder: Index, items: _Items) -> None:
+    def _client(self, items: _Items) -> None:
         """What the program put in, where it was DCP's; of others the step, as torchtitan has it."""
         step = self.target.training.step
         client = self.source.client if isinstance(self.source.private, KeyStyle) else {}
         for root in client:
-            self._tree(folder, items, (root,), client[root])
+            items.tree((root,), client[root])
         if step is not None and "train_state" not in client:
-            self._leaf(folder, items, ("train_state", "step"), step)
-
-    def _tree(self, folder: Index, items: _Items, path: Path, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                self._tree(folder, items, (*path, key if isinstance(key, int) else str(key)), inner)
-        else:
-            self._leaf(folder, items, path, value)
-
-    def _leaf(self, folder: Index, items: _Items, path: Path, value: Any) -> None:
-        if isinstance(value, Stored | np.ndarray):
-            place = items.shared(path, value)
-            folder.tensor(path, value.shape, value.dtype, [Chunk((0,) * len(value.shape), value.shape, place)])
-        else:
-            folder.object(path, items.shared(path, value))
+            items.leaf(("train_state", "step"), step)
 
     # ---------------------------------------------------------------- what else `.metadata` says
 
@@ -248,10 +229,10 @@ def _window(cut: Cut, start: Start, size: tuple[int, ...]) -> Cut:
 
 
 class _Items:
-    """One `.distcp` file: items, one after the other."""
+    """One `.distcp` file: items, one after the other, which `index` tells of."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, index: Index, name: str) -> None:
+        self.index, self.name = index, name
         self._parts: list[Part] = []
         self._checksums: list[Checksum] = []
         self._nbytes = self._size = 0
@@ -267,7 +248,22 @@ class _Items:
         self._size += item.size
         return place
 
-    def shared(self, path: Path, value: Any) -> Place:
+    def tree(self, path: Path, value: Any) -> None:
+        """What a program put in: an item for each thing in it."""
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                self.tree((*path, key if isinstance(key, int) else str(key)), inner)
+        else:
+            self.leaf(path, value)
+
+    def leaf(self, path: Path, value: Any) -> None:
+        place = self._shared(path, value)
+        if isinstance(value, Stored | np.ndarray):
+            self.index.tensor(path, value.shape, value.dtype, [Chunk((0,) * len(value.shape), value.shape, place)])
+        else:
+            self.index.object(path, place)
+
+    def _shared(self, path: Path, value: Any) -> Place:
         """An item of its own, or that of an equal value."""
         plain = type(value) in (bool, int, float, str, type(None))
         if plain and (place := self._known.get((type(value), repr(value)))) is not None:
@@ -280,5 +276,5 @@ class _Items:
             self._known[key] = self.add(item)
         return self._known[key]
 
-    def plan(self, under: str) -> FilePlan:
-        return FilePlan(under + self.name, (*merged(self._parts),), tuple(self._checksums), self._nbytes)
+    def plan(self) -> FilePlan:
+        return FilePlan(self.index.under + self.name, (*merged(self._parts),), tuple(self._checksums), self._nbytes)

@@ -17,11 +17,11 @@ from typing import Any
 from ckptlab.catalog import Tensor
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.deepspeed.header import Header
-from ckptlab.formats.deepspeed.rows import RowsLayout, Run, Runs
+from ckptlab.formats.deepspeed.rows import RowsLayout, Run, Runs, in_parts
 from ckptlab.layout import Cut, Layout, cut_dim
 from ckptlab.layout.notation import Name, Product, Sum, names
 from ckptlab.mesh import Mesh
-from ckptlab.sharding.strategies import Shape, dim_names, replicated
+from ckptlab.sharding.strategies import Shape, cut, dim_names, replicated
 from ckptlab.stored import row_major_strides
 
 VERSION = 1
@@ -48,21 +48,19 @@ class AffineMap:
 
     def layout(self) -> Layout:
         """The line of notation, where the boxes follow the ranks; else `RowsLayout`."""
-        dims = dim_names(len(self.logical))
-        cut = [i for i in range(len(dims)) if len({of_rank[i] for of_rank in self.rows}) > 1]
-        whole = all(self.rows[0][i] == ((0, 0, n, 1, 0),) for i, n in enumerate(self.logical) if i not in cut)
-        if not cut and whole:
-            return replicated(len(dims))
-        if len(cut) == 1 and whole:
-            (dim,) = cut
-            if (said := _said(dims[dim], [of_rank[dim] for of_rank in self.rows], self.logical[dim])) is not None:
-                term, fields = said
-                text = " ".join(term if i == dim else n for i, n in enumerate(dims))
-                return Layout(text, dims=dims, **fields)
-        dim = cut[0] if cut else 0
-        return RowsLayout(
-            " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(dims)), dims=dims, axis="tp", rows=self.rows
-        )
+        ndim, dims = len(self.logical), dim_names(len(self.logical))
+        apart = [i for i in range(ndim) if len({of_rank[i] for of_rank in self.rows}) > 1]
+        whole = all(self.rows[0][i] == ((0, 0, n, 1, 0),) for i, n in enumerate(self.logical) if i not in apart)
+        if not apart and whole:
+            return replicated(ndim)
+        dim = apart[0] if apart else 0
+        if len(apart) == 1 and whole:
+            parts = _parts([of_rank[dim] for of_rank in self.rows], self.logical[dim])
+            if parts is not None:
+                even = len(parts) == 1 and isinstance(parts[0], tuple) and len(set(parts[0])) == 1
+                return cut(ndim, dim) if even else in_parts(ndim, dim, parts)
+        text = " ".join(f"(tp {n})" if i == dim else n for i, n in enumerate(dims))
+        return RowsLayout(text, dims=dims, axis="tp", rows=self.rows)
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,12 @@ def _index(offset: int, shape: Shape) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, Any]] | None:
-    """The term of a dim, with sizes and totals, of which each rank's rows are the k-th parts in turn: those that are
-    the same on every rank are everybody's, others follow each other rank by rank. None where it is not so."""
+def _parts(ranks: Sequence[Runs], size: int) -> list[tuple[int, ...] | int] | None:
+    """The parts of a dim, of which each rank's rows are the k-th in turn: the width that all have where these are the
+    same on every rank, and those on each where they follow each other rank by rank. None where it is not so."""
     if len({len(runs) for runs in ranks}) > 1 or any(count != 1 for runs in ranks for *_, count, _ in runs):
         return None
-    parts: list[tuple[int, ...] | int] = []  # widths on each rank, or the width that all have
+    parts: list[tuple[int, ...] | int] = []
     end, places = 0, [0] * len(ranks)
     for part in zip(*ranks, strict=True):
         widths = tuple(run[2] for run in part)
@@ -180,19 +178,7 @@ def _said(name: str, ranks: Sequence[Runs], size: int) -> tuple[str, dict[str, A
             end += widths[0]
         else:
             return None
-    if end != size:
-        return None
-    labels = [name] if len(parts) == 1 else [f"s{i}" for i in range(len(parts))]
-    sizes: dict[str, Any] = {}
-    totals: dict[str, int] = {}
-    terms = []
-    for label, held in zip(labels, parts, strict=True):
-        terms.append(label if isinstance(held, int) else f"(tp {label})")
-        if isinstance(held, int) or len(set(held)) > 1:
-            sizes[label] = held
-        elif len(parts) > 1:
-            totals[label] = sum(held)
-    return (terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"), {"sizes": sizes, "totals": totals}
+    return parts if end == size else None
 
 
 # ------------------------------------------------------------------ for another tp

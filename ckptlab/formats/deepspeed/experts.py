@@ -268,6 +268,10 @@ class Experts:
             return mesh
         return _folded(mesh, self.sizes, self.axes(self.sizes[-1]), self.data_first)
 
+    def mesh_of(self, name: str, mesh: Mesh) -> Mesh:
+        """The mesh on which a tensor is cut: that of experts, or the run's."""
+        return self.mesh(mesh) if self.degree(name) else mesh
+
     def axes(self, degree: int) -> tuple[str, ...]:
         """The parts of dp over which experts of that ep degree are spread."""
         return ("ep",) if len(self.sizes) == 1 else tuple(f"ep{n}" for n in self.sizes if n <= degree)

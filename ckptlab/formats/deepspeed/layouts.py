@@ -16,8 +16,9 @@ from typing import Any
 from ckptlab.errors import CheckpointError
 from ckptlab.formats.deepspeed.autotp import AffineMaps
 from ckptlab.formats.deepspeed.header import Header
+from ckptlab.formats.deepspeed.rows import in_parts
 from ckptlab.layout import Layout
-from ckptlab.sharding.strategies import Shape, column, cut, dim_names, replicated
+from ckptlab.sharding.strategies import Shape, column, cut, replicated
 
 
 @dataclass(frozen=True)
@@ -142,23 +143,13 @@ def _sub_parameters(info: Header, tp: int) -> Iterable[SubParameters]:
 
 def _sub_layout(name: str, entry: SubParameters, shards: Sequence[Shape]) -> Layout:
     """Each sub-parameter cut on its own."""
-    ndim, tp = len(shards[0]), len(shards)
+    ndim = len(shards[0])
     if len(entry.shape) != ndim:
         raise CheckpointError(
             f"{name}: parameter_with_sub_params describes it with {len(entry.shape)} dims {entry.shape}, its shards "
-            f"have {ndim} "
-            f"{tuple(shards[0])}: give its layout with a strategy"
+            f"have {ndim} {tuple(shards[0])}: give its layout with a strategy"
         )
-    dims = dim_names(ndim)
-    terms, totals, sizes = [], {}, {}
-    for i, widths in enumerate(_sub_widths(name, entry, shards)):
-        terms.append(f"(tp s{i})")
-        if len(set(widths)) > 1:
-            sizes[f"s{i}"] = widths
-        else:
-            totals[f"s{i}"] = widths[0] * tp
-    text = " ".join(f"({' + '.join(terms)})" if i == entry.partition_dim else d for i, d in enumerate(dims))
-    return Layout(text, dims=dims, totals=totals, sizes=sizes)
+    return in_parts(ndim, entry.partition_dim, _sub_widths(name, entry, shards))
 
 
 def _sub_widths(name: str, entry: SubParameters, shards: Sequence[Shape]) -> tuple[tuple[int, ...], ...]:

@@ -64,83 +64,31 @@ class OptimizerFile:
     def of(cls, path: str, content: Any) -> OptimizerFile:
         whole = Header.of(path, content)
         header = whole.inside("optimizer_state_dict")
-        if _IN_PARTS in header:
-            return cls._in_parts(whole, header)
-        wrapper = _wrapper(path, header)
-        zero3 = wrapper is Wrapper.ZERO3
-        masters = header.several("fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups")
-        if not all(isinstance(m, Stored) for m in masters):
-            raise header.odd("fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups", "a list of tensors")
-        by_id, ids, options = _base(header, "optimizer_state_dict" if zero3 else "base_optimizer_state")
-        order = [i for members in ids for i in members]
-        if sorted(order) != list(range(len(masters))):
-            raise CheckpointError(
-                f"{path}: {len(masters)} fp32 buffers, but the parameter groups name buffers {order[:20]}: the file is "
-                "inconsistent"
-            )
-        buffers = []
-        for i, master in enumerate(masters):
-            arrays, single = elementwise(path, by_id.get(i, {}), master.numel)
-            buffers.append(({MASTER: master, **arrays}, single))
-        group_of = [g for g, members in enumerate(ids) for _ in members]
+        in_parts = _IN_PARTS in header
+        wrapper = Wrapper.ZERO12 if in_parts else _wrapper(path, header)
+        buffers, group_of, options = _in_parts(header) if in_parts else _buffers(header, wrapper)
+        kept = [[(m, *elementwise(path, state, m.numel)) for m, state in pieces] for pieces in buffers]
+        parts = tuple(tuple({MASTER: m, **arrays} for m, arrays, _ in pieces) for pieces in kept)
         args = getattr(header.values.get("zero_stage"), "args", ())  # ZeroStageEnum(n) is a placeholder
         stage = args[0] if isinstance(args, tuple) and args else header.values.get("zero_stage")
+        stage = stage if isinstance(stage, int) and stage in (1, 2, 3) else None
         alignment = header.several("param_alignment_paddings")
+        spans = [] if wrapper is Wrapper.ZERO3 else header.dictionaries("param_slice_mappings")
         return cls(
             path,
             whole.values,
             wrapper,
-            stage if isinstance(stage, int) and stage in (1, 2, 3) else None,
-            tuple(arrays for arrays, _ in buffers),
-            tuple(single for _, single in buffers),
-            tuple(g for _, g in sorted(zip(order, group_of, strict=True))),
+            1 if in_parts else stage,
+            tuple(pieces[0] for pieces in parts),
+            tuple(pieces[0][2] for pieces in kept),
+            group_of,
             tuple(options),
             isinstance(header.values.get("base_optimizer_state"), (list, tuple)),
             tuple(tuple(Header(path, {"paddings": a}, header.at).integers("paddings")) for a in alignment),
-            tuple(header.integers("group_paddings")) if wrapper is Wrapper.ZERO12 else (),
-            () if zero3 else tuple(_spans(h) for h in header.dictionaries("param_slice_mappings")),
+            tuple(header.integers("group_paddings")) if wrapper is Wrapper.ZERO12 and not in_parts else (),
+            tuple(map(_spans, spans)),
             header.shape_groups("param_shapes") or whole.shape_groups("param_shapes"),
-        )
-
-    @classmethod
-    def _in_parts(cls, whole: Header, header: Header) -> OptimizerFile:
-        """A file of ZeRO-1 before DeepSpeed 0.4 (`runtime/zero/stage1.py`): elastic, a list of states a group and no
-        hyperparameters, or with those of torch's optimizer, which has a parameter for each piece."""
-        groups, key = header.several(_IN_PARTS), "base_optimizer_state"
-        if not all(isinstance(g, (list, tuple)) and g and all(isinstance(m, Stored) for m in g) for g in groups):
-            raise header.odd(_IN_PARTS, "a list of tensors a group")
-        elastic = isinstance(header.values.get(key), (list, tuple))
-        options: list[Mapping[str, Any] | None] = [None] * len(groups)
-        states: list[list[Content]]
-        if elastic:
-            listed = [Header(header.path, {key: one}, header.at) for one in header.several(key)]
-            states = [[one.values for one in of_group.dictionaries(key)] for of_group in listed]
-        else:
-            base = header.inside(key)
-            options, by_id = [options for options, _ in base.groups()], base.states()
-            states = [[by_id.get(i, {}) for i in members] for _, members in base.groups()]
-        if [len(held) for held in states] != [len(g) for g in groups]:
-            raise header.odd(key, f"a state for each of {', '.join(str(len(g)) for g in groups)} pieces")
-        kept = [
-            [(m, *elementwise(whole.path, one, m.numel)) for m, one in zip(g, held, strict=True)]
-            for g, held in zip(groups, states, strict=True)
-        ]
-        parts = tuple(tuple({MASTER: m, **arrays} for m, arrays, _ in group) for group in kept)
-        return cls(
-            whole.path,
-            whole.values,
-            Wrapper.ZERO12,
-            1,
-            tuple(group[0] for group in parts),
-            tuple(group[0][2] for group in kept),
-            tuple(range(len(groups))),
-            tuple(options),
-            elastic,
-            (),
-            (),
-            (),
-            whole.shape_groups("param_shapes"),
-            parts,
+            parts if in_parts else (),
         )
 
     def padding(self, buffer: int) -> int:
@@ -201,7 +149,30 @@ def _wrapper(path: str, state: Header) -> Wrapper:
     )
 
 
-def _base(header: Header, key: str) -> tuple[dict[Any, Content], list[list[int]], list[Mapping[str, Any] | None]]:
+Options = list[Mapping[str, Any] | None]  # hyperparameters of each parameter group, None where there are none
+Buffers = list[list[tuple[Stored, Content]]]  # (master, state) of each piece of each buffer
+
+
+def _buffers(header: Header, wrapper: Wrapper) -> tuple[Buffers, tuple[int, ...], Options]:
+    """The buffers, each in one piece, the parameter group of each, and the groups' hyperparameters."""
+    zero3 = wrapper is Wrapper.ZERO3
+    key = "fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups"
+    masters = header.several(key)
+    if not all(isinstance(m, Stored) for m in masters):
+        raise header.odd(key, "a list of tensors")
+    by_id, ids, options = _base(header, "optimizer_state_dict" if zero3 else "base_optimizer_state")
+    order = [i for members in ids for i in members]
+    if sorted(order) != list(range(len(masters))):
+        raise CheckpointError(
+            f"{header.path}: {len(masters)} fp32 buffers, but the parameter groups name buffers {order[:20]}: the file "
+            "is inconsistent"
+        )
+    group_of = {i: g for g, members in enumerate(ids) for i in members}
+    places = range(len(masters))
+    return [[(masters[i], by_id.get(i, {}))] for i in places], tuple(group_of[i] for i in places), options
+
+
+def _base(header: Header, key: str) -> tuple[dict[Any, Content], list[list[int]], Options]:
     """The state of each buffer, and the buffers and hyperparameters of each parameter group."""
     if isinstance(header.values.get(key), (list, tuple)):  # elastic: a state a group, and no hyperparameters
         listed = [h.values for h in header.dictionaries(key)]
@@ -209,6 +180,26 @@ def _base(header: Header, key: str) -> tuple[dict[Any, Content], list[list[int]]
     base = header.inside(key)
     groups = base.groups()
     return base.states(), [members for _, members in groups], [options for options, _ in groups]
+
+
+def _in_parts(header: Header) -> tuple[Buffers, tuple[int, ...], Options]:
+    """The same of ZeRO-1 before DeepSpeed 0.4 (`runtime/zero/stage1.py`), whose buffers are in pieces: elastic, a list
+    of states a group and no hyperparameters, or with those of torch's optimizer, which has a parameter for each
+    piece."""
+    groups, key = header.several(_IN_PARTS), "base_optimizer_state"
+    if not all(isinstance(g, (list, tuple)) and g and all(isinstance(m, Stored) for m in g) for g in groups):
+        raise header.odd(_IN_PARTS, "a list of tensors a group")
+    options: Options = [None] * len(groups)
+    if isinstance(header.values.get(key), (list, tuple)):
+        listed = [Header(header.path, {key: one}, header.at) for one in header.several(key)]
+        states = [[one.values for one in of_group.dictionaries(key)] for of_group in listed]
+    else:
+        by_id, ids, options = _base(header, key)
+        states = [[by_id.get(i, {}) for i in members] for members in ids]
+    if [len(held) for held in states] != [len(g) for g in groups]:
+        raise header.odd(key, f"a state for each of {', '.join(str(len(g)) for g in groups)} pieces")
+    buffers = [list(zip(g, held, strict=True)) for g, held in zip(groups, states, strict=True)]
+    return buffers, tuple(range(len(groups))), options
 
 
 def elementwise(path: str, state: Content, numel: int | None) -> tuple[dict[str, Stored], dict[str, Any]]:

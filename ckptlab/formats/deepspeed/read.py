@@ -270,11 +270,11 @@ def build_tensors(
             kind = "parameter" if name in states_of else module.kinds.get(name, "frozen")
             fused = folder.experts.fused_of(name)
             if fused is not None:
-                layout, shape, cut = all_experts(name, fused, shards[0], folder.experts.mesh(mesh))
+                layout, shape, cut = all_experts(name, fused, shards[0], folder.experts.mesh_of(name, mesh))
                 layout_known = True
             elif folder.experts.over_tp and folder.experts.degree(name):
                 layout, shape = replicated(len(shards[0])).on_stages(stages[name]), shards[0]
-                cut, layout_known = layout.resolve(shape, folder.experts.mesh(mesh)), True
+                cut, layout_known = layout.resolve(shape, folder.experts.mesh_of(name, mesh)), True
             else:
                 layout, layout_known = choose_layout(name, kind, shards, info, strategy, folder.path)
                 layout = layout.on_stages(stages[name])

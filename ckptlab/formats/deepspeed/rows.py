@@ -1,4 +1,5 @@
-"""Layouts that are a choice of rows, rank by rank, as AutoTP's and AutoEP's maps may say."""
+"""Layouts of dims that are not just cut in equal pieces: parts that are each cut on their own, and a choice of rows,
+rank by rank, as AutoTP's and AutoEP's maps may say."""
 
 from __future__ import annotations
 
@@ -8,9 +9,28 @@ from typing import Any
 from ckptlab.errors import LayoutError
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.strategies import dim_names
 
 Run = tuple[int, int, int, int, int]  # a row of a cut: start in the whole, start in the shard, length, count, stride
 Runs = tuple[Run, ...]
+
+
+def in_parts(ndim: int, dim: int, parts: Sequence[tuple[int, ...] | int]) -> Layout:
+    """Dim `dim` holds parts, one after the other: `parts[i][rank]` is how wide a tp rank's piece of one is, a number
+    how wide is one that all of them have."""
+    dims = dim_names(ndim)
+    labels = [dims[dim]] if len(parts) == 1 else [f"s{i}" for i in range(len(parts))]
+    terms, sizes, totals = [], {}, {}
+    for label, widths in zip(labels, parts, strict=True):
+        terms.append(label if isinstance(widths, int) else f"(tp {label})")
+        if isinstance(widths, int) or len(set(widths)) > 1:
+            sizes[label] = widths
+        else:
+            totals[label] = sum(widths)
+    term = terms[0] if len(terms) == 1 else f"({' + '.join(terms)})"
+    return Layout(
+        " ".join(term if i == dim else name for i, name in enumerate(dims)), dims=dims, sizes=sizes, totals=totals
+    )
 
 
 class RowsLayout(Layout):

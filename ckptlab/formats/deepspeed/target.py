@@ -235,9 +235,8 @@ def _retarget(
     layout = layout.on_stages(stages)
     if layout.padded and padded is not None:
         layout = layout.replace(padded={0: padded})
-    mesh = experts.mesh(wanted.split) if experts.degree(tensor.name) else wanted.split
     try:
-        cut = layout.resolve(tensor.shape, mesh)
+        cut = layout.resolve(tensor.shape, experts.mesh_of(tensor.name, wanted.split))
     except LayoutError as e:
         raise LayoutError(f"{tensor.name}: {e}") from None
     states = {s: d for s, d in tensor.states.items() if s != PARAM}
@@ -299,7 +298,7 @@ def _flat_groups(
             if not every:
                 continue
             shares = experts.shares(every, mesh)
-            on = experts.mesh(mesh) if experts.degree(every[0]) else mesh
+            on = experts.mesh_of(every[0], mesh)
             if experts.fused_of(every[0]):  # ep cuts them: the same tensors are on all its ranks
                 shares = (replace(shares[0], at={}),)
             for rank, share in enumerate(shares):

@@ -242,7 +242,7 @@ class _Tensors:
         if shards is None:  # not in the model files: what is stored is all there is to know
             shards, info = [next(iter(states.values())).shape], None
         if (fused := self.folder.experts.fused_of(name)) is not None:
-            on = self.folder.experts.mesh(self.folder.mesh)
+            on = self.folder.experts.mesh_of(name, self.folder.mesh)
             (layout, shape, _), known = all_experts(name, fused, shards[0], on), True
         else:
             layout, known = choose_layout(name, "parameter", shards, info, self.strategy, self.folder.path)

@@ -84,33 +84,15 @@ class Grid:
         widths = [sum(length for _, length in dim) for dim in spans]
         if not math.prod(widths):
             return ()
+        if not widths:
+            return self._cell((), 0)
         places = [
             [k for start, n in dim for k in range(*np.searchsorted(edges, (start, start + n)).tolist())]
             for edges, dim in zip(self.edges, spans, strict=True)
         ]
-        several = [d for d, dim in enumerate(places) if len(dim) > 1]
-        if not several:
-            return self._cell(tuple(dim[0] for dim in places), 0)
-        split = several[-1]
-        if math.prod(widths[:split]) == 1:
-            return self._one_after_another(places, split)
-        return self._by_rows(places, split)
-
-    def _cell(self, cell: Cell, start: int) -> tuple[Fragment, ...]:
-        if self.flat:
-            return tuple(Fragment(start + at, self.items(box)) for at, box in self.flat[cell])
-        return (Fragment(start, self.items(int(self.cells[cell]))),)
-
-    def _one_after_another(self, places: list[list[int]], split: int) -> tuple[Fragment, ...]:
-        found: list[Fragment] = []
-        for place in places[split]:
-            cell = tuple(place if d == split else dim[0] for d, dim in enumerate(places))
-            found += self._cell(cell, sum(f.count for f in found))
-        return tuple(found)
-
-    def _by_rows(self, places: list[list[int]], split: int) -> tuple[Fragment, ...]:
-        """Of cells side by side: their rows in turn."""
-        if self.flat:
+        split = max((d for d, dim in enumerate(places) if len(dim) > 1), default=0)
+        whole = math.prod(widths[:split]) == 1  # else cells lie side by side, and their rows come in turn
+        if self.flat and not whole:
             raise CheckpointError("flattened pieces lie side by side in one shard, which no writer is known to do")
         outer = [
             [(place, k) for place in places[d] for k in range(int(edges[place + 1] - edges[place]))]
@@ -121,12 +103,21 @@ class Grid:
         for above in itertools.product(*outer):
             for place in places[split]:
                 cell = (*(at for at, _ in above), place, *(dim[0] for dim in places[split + 1 :]))
-                stored = self.items(int(self.cells[cell]))
-                starts = [*(k for _, k in above), *(0 for _ in stored.shape[split:])]
-                one = window(stored, starts, [*(1 for _ in above), *stored.shape[split:]])
-                found.append(Fragment(done, one))
-                done += one.numel
+                pieces = self._cell(cell, done) if whole else (self._row(cell, [k for _, k in above], done),)
+                found += pieces
+                done += sum(piece.count for piece in pieces)
         return tuple(found)
+
+    def _cell(self, cell: Cell, start: int) -> tuple[Fragment, ...]:
+        if self.flat:
+            return tuple(Fragment(start + at, self.items(box)) for at, box in self.flat[cell])
+        return (Fragment(start, self.items(int(self.cells[cell]))),)
+
+    def _row(self, cell: Cell, above: list[int], start: int) -> Fragment:
+        """Of a cell what is at these places on its first dims."""
+        stored = self.items(int(self.cells[cell]))
+        inner = stored.shape[len(above) :]
+        return Fragment(start, window(stored, [*above, *(0 for _ in inner)], [*(1 for _ in above), *inner]))
 
 
 def grid_of(boxes: Boxes) -> Grid:

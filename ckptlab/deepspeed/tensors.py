@@ -85,7 +85,8 @@ class _Loader:
 
     def _placeholder(self, value: Foreign) -> Foreign:
         """An object that stays one, its attributes converted."""
-        return value.with_attributes(**self.convert(value.state)) if _named(value.state) else value
+        named = isinstance(value.state, dict) and all(isinstance(key, str) for key in value.state)
+        return value.with_attributes(**self.convert(value.state)) if named else value
 
     def _stored(self, stored: Stored) -> torch.Tensor:
         import torch
@@ -115,10 +116,6 @@ def _dtype(name: Global) -> Any:
     except ImportError:
         return name
     return getattr(torch, name.name, name)
-
-
-def _named(state: Any) -> bool:
-    return isinstance(state, dict) and all(isinstance(key, str) for key in state)
 
 
 def _namespace(loader: _Loader, value: Foreign) -> argparse.Namespace:

@@ -286,8 +286,10 @@ def _mesh(
         except LayoutError as error:
             raise LayoutError(f"{found.path}: {error}") from None
     if known is not None:
-        axes = found.axes if given is None and found.axes is not None else _axes(known)
-        return known, axes, False
+        if given is None and found.axes is not None:
+            return known, found.axes, False
+        stages = known.leaves("pp")
+        return known, tuple((axis, n) for axis, n in known.degrees.items() if n > 1 and axis not in stages), False
     axes = neutral_axes(grids.values())
     return Mesh(**dict(axes)), axes, True
 
@@ -298,10 +300,6 @@ def _refuse(path: str, mesh: Mesh, grids: Mapping[str, Grid], tensors: Mapping[s
     if cut and not any(tensors[name].cut.mesh == mesh for name in cut):
         counts = " × ".join(map(str, grids[cut[0]].counts))
         raise LayoutError(f"{path}: on {mesh} no tensor is cut as its chunks are: {cut[0]} lies in {counts} of them")
-
-
-def _axes(mesh: Mesh) -> Axes:
-    return tuple((axis, n) for axis, n in mesh.degrees.items() if n > 1 and axis not in mesh.leaves("pp"))
 
 
 def _dtype(states: Mapping[str, Mapping[str, Grid]]) -> str | None:

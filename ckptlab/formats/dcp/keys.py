@@ -143,15 +143,14 @@ def _models(
 ) -> Path | None:
     """The weights: the container whose names the optimizer knows; else one that is called a model, else the top; and
     others that optimizers step, by where they are. Where the first is, if there is one."""
-    prefixed = () in containers and all(name.startswith("model.") for name in containers[()])
-    if prefixed and _prefixed(optimizers.values()):
-        known = {name for keys in optimizers.values() for name in _names(keys)}
+    names = {name for keys in optimizers.values() for name in _names(keys)}
+    stated = any(kind == "state" for keys in optimizers.values() for kind, _ in keys.values())
+    if stated and () in containers and all(name.startswith("model.") for name in containers[()]):
         bare = {name.removeprefix("model."): key for name, key in containers[()].items()}
-        if sum(name in known for name in bare) > sum(name in known for name in containers[()]):
+        if sum(name in names for name in bare) > sum(name in names for name in containers[()]):
             containers[()] = bare
     if not containers:
         return None
-    names = {name for keys in optimizers.values() for name in _names(keys)}
     matched = {at: sum(name in names for name in its) for at, its in containers.items()}
     likely = {at: (n, *_likelihood(at, optimizers)) for at, n in matched.items()}
     best = max(likely, key=lambda at: likely[at])
@@ -176,10 +175,6 @@ def _likelihood(at: Path, optimizers: Iterable[Path]) -> tuple[bool, bool, bool]
     name = str(at[-1]).lower() if at else ""
     called = any(_called_alike(root, at) for root in optimizers)
     return called, not at or bool(_MODEL.match(name)), not _COPY.search(name)
-
-
-def _prefixed(optimizers: Iterable[Mapping[str, Part]]) -> bool:
-    return any(kind == "state" for keys in optimizers for kind, _ in keys.values())
 
 
 def _names(optimizer: Mapping[str, Part]) -> set[str]:

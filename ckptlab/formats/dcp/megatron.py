@@ -185,21 +185,18 @@ def _groups(optimizer: Any, found: Found) -> tuple[ParameterGroup, ...]:
         step = np.array(common.map()).item() if isinstance(common, Stored) and common.numel == 1 else step
     keys = [(bool(g.get("is_expert_parallel")), g.get("wd_mult") == 0) for g in made]
     apart = len(set(keys)) == len(keys)
+    undecayed = {name: name.endswith(".bias") or len(grid.shape) == 1 for name, grid in found.weights.items()}
     found_groups = []
     for key, options in zip(keys, made, strict=True):
         names = tuple(
             name
             for name in (found.weights if apart else ())
             if ("local_experts" in name if len({k for k, _ in keys}) > 1 else False) == key[0]
-            and (_undecayed(name, found.weights[name]) == key[1] or len({d for e, d in keys if e == key[0]}) == 1)
+            and (undecayed[name] == key[1] or len({d for e, d in keys if e == key[0]}) == 1)
         )
         scalars = {k: v for k, v in (("step", options.get("step", step)),) if v is not None}
         found_groups.append(ParameterGroup({k: v for k, v in options.items() if k not in scalars}, names, scalars))
     return tuple(found_groups)
-
-
-def _undecayed(name: str, grid: Grid) -> bool:
-    return name.endswith(".bias") or len(grid.shape) == 1
 
 
 def _client(common: Mapping[str, Any], metadata: Metadata, buffers: list[str]) -> Client:

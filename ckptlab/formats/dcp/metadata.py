@@ -294,10 +294,8 @@ class _Columns:
             if type(key) is not str or len(key) > MOST_NAME or type(entry) not in (_Tensor, _Bytes):
                 raise CheckpointError(f"the entry {brief(key)} is {_said(entry)}, expected a tensor or bytes by name")
             self._entry(key, entry, _parts(paths.get(key)), places.get(key, {}))
-        if isinstance(root.state.get("mcore_data"), dict):
-            self.extra["mcore_data"] = root.state["mcore_data"]
-        if isinstance(root.state.get(LABELS), dict):
-            self.extra[LABELS] = root.state[LABELS]
+        told = {key: root.state.get(key) for key in ("mcore_data", LABELS)}
+        self.extra |= {key: value for key, value in told.items() if isinstance(value, dict)}
         if isinstance(root.state.get("all_local_plans"), list):
             self.extra["ranks"] = len(root.state["all_local_plans"])
 

@@ -134,13 +134,10 @@ def _no_optimizer(value: Any) -> str | None:
             return f"the state of {brief(key)} is {brief(its)}"
     for group in groups:
         params = group.get("params") if isinstance(group, dict) else None
-        if not isinstance(params, list | tuple) or not all(_is_key(key) for key in params):
+        keys = params if isinstance(params, list | tuple) else (None,)
+        if not all(type(key) is int or (type(key) is str and len(key) <= MOST_NAME) for key in keys):
             return f"one of its param_groups is {brief(group)}"
     return None
-
-
-def _is_key(key: Any) -> bool:
-    return (type(key) is int) or (type(key) is str and len(key) <= MOST_NAME)
 
 
 def _by_number(keys: list[int], states: Mapping[int, Any], found: Found) -> dict[int, str] | None:

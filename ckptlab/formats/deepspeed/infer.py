@@ -8,6 +8,7 @@ proven is asked for.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -93,17 +94,13 @@ def vocabulary(folder: StepFolder) -> UniversalInfo | None:
     size = told.get("original_vocab_size") if isinstance(told, Mapping) else None
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         return None
-    rows: dict[tuple[str, int], int] = {}  # of a tensor on a stage, over its tp ranks
+    rows: dict[str, Counter[int]] = {}  # of a tensor on each stage, over its tp ranks
     for (stage, _), shapes in folder.trained.items():
         for name in filter(_VOCABULARY.fullmatch, shapes):
-            rows[name, stage] = rows.get((name, stage), 0) + (shapes[name] or (0,))[0]
-    patterns = [f"{re.escape(n)}$" for n in dict.fromkeys(n for n, _ in rows) if min(_rows_of(rows, n)) >= size]
+            rows.setdefault(name, Counter())[stage] += (shapes[name] or (0,))[0]
+    patterns = [f"{re.escape(name)}$" for name, on_stages in rows.items() if min(on_stages.values()) >= size]
     info = {"vocabulary_parameter_patterns": patterns, "original_vocab_size": size}
     return UniversalInfo.of(Header(folder.first.path, info, "checkpoint_info"), folder.mesh.tp) if patterns else None
-
-
-def _rows_of(rows: Mapping[tuple[str, int], int], name: str) -> list[int]:
-    return [count for (other, _), count in rows.items() if other == name]
 
 
 def _shapes(folder: StepFolder, module: ModuleWeights) -> dict[str, dict[int, Shape]]:

@@ -142,28 +142,22 @@ def _sub_parameters(info: Header, tp: int) -> Iterable[SubParameters]:
 
 
 def _sub_layout(name: str, entry: SubParameters, shards: Sequence[Shape]) -> Layout:
-    """Each sub-parameter cut on its own."""
-    ndim = len(shards[0])
+    """Each sub-parameter cut on its own: as recorded, else evenly. Before version 0.4 a plain number in the partition
+    dim is how many equal sub-parameters there are."""
+    ndim, tp, dim = len(shards[0]), len(shards), entry.partition_dim
     if len(entry.shape) != ndim:
         raise CheckpointError(
             f"{name}: parameter_with_sub_params describes it with {len(entry.shape)} dims {entry.shape}, its shards "
             f"have {ndim} {tuple(shards[0])}: give its layout with a strategy"
         )
-    return in_parts(ndim, entry.partition_dim, _sub_widths(name, entry, shards))
-
-
-def _sub_widths(name: str, entry: SubParameters, shards: Sequence[Shape]) -> tuple[tuple[int, ...], ...]:
-    """The width of each sub-parameter on each tp rank: as recorded, else even. Before version 0.4 a plain number in the
-    partition dim is how many equal sub-parameters there are."""
     if entry.widths is not None:
-        return entry.widths
-    tp, wholes = len(shards), entry.shape[entry.partition_dim]
+        return in_parts(ndim, dim, entry.widths)
+    wholes = entry.shape[dim]
     if not isinstance(wholes, tuple):
-        whole = sum(s[entry.partition_dim] for s in shards)
-        wholes = (whole // wholes,) * wholes
+        wholes = (sum(s[dim] for s in shards) // wholes,) * wholes
     if any(n % tp for n in wholes):
         raise CheckpointError(
             f"{name}: sub-parameters of {wholes} rows are not all divisible by tp {tp}, and "
             "universal_checkpoint_info records no sub_param_shard_widths: give its layout with a strategy"
         )
-    return tuple((n // tp,) * tp for n in wholes)
+    return in_parts(ndim, dim, [(n // tp,) * tp for n in wholes])

@@ -288,37 +288,25 @@ def _lengths_and_mappings(
             continue
         if wrong:
             yield _contradicting_mappings(folder, round_robin)
-        yield from _lengths(folder, rank, file, i, b, flat, apart)
-
-
-def _lengths(
-    folder: StepFolder,
-    rank: Rank,
-    file: OptimizerFile,
-    d: int,
-    b: int,
-    flat: FlatBuffer,
-    apart: Sequence[str],
-) -> Iterator[Finding]:
-    head = folder.heads[rank][0]
-    whole = flat.size(d)
-    filled = whole - (flat.padding(d) if flat.partition is not None else 0)
-    if filled and not any(f.states[b][MASTER].numel for f in folder.optims[rank]):
-        yield not_read_yet(
-            f"{file.path}: the float32 weights of group {b} ({flat.names[0]} …) are not in this file: they had been "
-            "offloaded to NVMe (offload_optimizer), and stand as swap files, in offloaded_tensors or on the nodes. "
-            "Load it with DeepSpeed on the mesh that wrote it, offload_optimizer on the CPU or off, and save it again"
-        )
-        return
-    for state, stored in file.states[b].items():
-        if not filled <= stored.numel <= whole and state not in apart:
-            needed = f"{filled:,} to {whole:,}" if whole != filled else f"{filled:,}"
-            yield contradiction(
-                file.path,
-                f"{file.path}: {state} of group {b} ({flat.names[0] if flat.names else 'empty'} …) has "
-                f"{stored.numel:,} elements, expected {needed} from the shapes in {head.path}: the two files do not "
-                "belong together",
+        whole = flat.size(i)
+        filled = whole - (flat.padding(i) if flat.partition is not None else 0)
+        if filled and not any(f.states[b][MASTER].numel for f in folder.optims[rank]):
+            yield not_read_yet(
+                f"{file.path}: the float32 weights of group {b} ({flat.names[0]} …) are not in this file: they had "
+                "been offloaded to NVMe (offload_optimizer), and stand as swap files, in offloaded_tensors or on the "
+                "nodes. Load it with DeepSpeed on the mesh that wrote it, offload_optimizer on the CPU or off, and "
+                "save it again"
             )
+            continue
+        for state, stored in file.states[b].items():
+            if not filled <= stored.numel <= whole and state not in apart:
+                needed = f"{filled:,} to {whole:,}" if whole != filled else f"{filled:,}"
+                yield contradiction(
+                    file.path,
+                    f"{file.path}: {state} of group {b} ({flat.names[0] if flat.names else 'empty'} …) has "
+                    f"{stored.numel:,} elements, expected {needed} from the shapes in "
+                    f"{folder.heads[rank][0].path}: the two files do not belong together",
+                )
 
 
 def _swapped(file: OptimizerFile, rank: Rank, mine: int, place: Place) -> Finding:

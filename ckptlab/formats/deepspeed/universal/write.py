@@ -34,8 +34,9 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
     writer = NativeWriter(source, target, tally)
     flat = target.private.wrapper is Wrapper.ZERO3
     for tensor in source.tensors.values():
-        for state in _written(tensor):
-            yield _state_file(source, tensor, target.tensors[tensor.name], state, flat, tally)
+        for state in tensor.states if tensor.kind == "parameter" else ():
+            if state != PARAM:
+                yield _state_file(source, tensor, target.tensors[tensor.name], state, flat, tally)
     for group in target.groups:
         if "step" in group.scalars and not flat:
             for name in group.tensors:
@@ -54,10 +55,6 @@ def files(source: Catalog, target: Catalog, tally: Tally | None = None) -> Itera
                     rank = target.mesh.rank(pp=p, dp=d, tp=t)
                     model["module"] |= writer.expert_weights(rank)
                 yield torchfile.plan(file.text, model)
-
-
-def _written(tensor: Tensor) -> list[str]:
-    return [s for s in tensor.states if s != PARAM] if tensor.kind == "parameter" else []
 
 
 def _state_file(source: Catalog, tensor: Tensor, cut: Tensor, state: str, flat: bool, tally: Tally | None) -> FilePlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,7 +88,7 @@ class Grid:
         if not widths:
             return self._cell((), 0)
         places = [
-            [k for start, n in dim for k in range(*np.searchsorted(edges, (start, start + n)).tolist())]
+            [k for start, n in dim for k in range(bisect_left(edges, start), bisect_left(edges, start + n))]
             for edges, dim in zip(self.edges, spans, strict=True)
         ]
         split = max((d for d, dim in enumerate(places) if len(dim) > 1), default=0)

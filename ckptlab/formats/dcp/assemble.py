@@ -129,25 +129,14 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
     group_of = {name: i for i, group in enumerate(found.groups) for name in group.tensors}
     for name, by_state in states.items():
         stage = found.stages.get(name, 0)
-        first: Laid | None = None
-        known = True
-        for state, grid in by_state.items():
-            layout = layouts.get(name)
-            try:
-                where = f"{found.path}: {name}"
-                laid = lay_as(grid, mesh, layout, where) if layout else lay(grid, mesh, axes, found.parts)
-            except LayoutError as error:
-                raise (CheckpointError(str(error)) if strategy is None else error) from None
-            if laid is None:
-                laid = lay_alone(grid)
-                known = False
-            laid = laid.within(found.shapes.get(name, grid.shape))
-            first = first or laid
-            own = laid.cut.mesh == mesh
-            placement = Placement(laid.cut, (stage if own and stage < mesh.pp else 0,))
+        laid = {
+            state: _laid(found, name, grid, mesh, axes, layouts.get(name), strategy) for state, grid in by_state.items()
+        }
+        for state, (one, _) in laid.items():
+            placement = Placement(one.cut, (stage if one.cut.mesh == mesh and stage < mesh.pp else 0,))
             placements[name, state] = (placement,)
-            pieces[name, state] = Held(grid, placement)
-        assert first is not None
+            pieces[name, state] = Held(by_state[state], placement)
+        first, known = next(iter(laid.values()))[0], all(known for _, known in laid.values())
         tensors[name] = Tensor(
             name,
             first.cut.logical,
@@ -185,6 +174,18 @@ def assemble(found: Found, said: Said, strategy: Strategy | None, mesh: Mesh | N
         tuple(said.faults.findings),
         found.files,
     )
+
+
+def _laid(
+    found: Found, name: str, grid: Grid, mesh: Mesh, axes: Axes, layout: Layout | None, strategy: Strategy | None
+) -> tuple[Laid, bool]:
+    """How a grid lies on the mesh, by its layout or by the axes that may cut it, and whether it does: else on axes of
+    its own."""
+    try:
+        laid = lay_as(grid, mesh, layout, f"{found.path}: {name}") if layout else lay(grid, mesh, axes, found.parts)
+    except LayoutError as error:
+        raise (CheckpointError(str(error)) if strategy is None else error) from None
+    return (laid or lay_alone(grid)).within(found.shapes.get(name, grid.shape)), laid is not None
 
 
 def _states(found: Found, parts: Collection[str]) -> dict[str, dict[str, Grid]]:

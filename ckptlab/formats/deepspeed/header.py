@@ -115,9 +115,10 @@ class Header:
     def shapes(self, key: str) -> dict[str, Shape]:
         return _shapes(self, key, self.inside(key).values)
 
-    def shape_groups(self, key: str) -> tuple[Shapes, ...] | None:
+    def param_shapes(self) -> tuple[Shapes, ...] | None:
         """Shapes, one mapping a group (DeepSpeed before 0.6 wrote one group as a bare mapping); None if there are
         none."""
+        key = "param_shapes"
         value = self.values.get(key)
         groups = [value] if isinstance(value, Mapping) else value
         if groups is None:

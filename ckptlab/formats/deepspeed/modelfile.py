@@ -75,7 +75,7 @@ class ModelFile:
             if key not in header.values:
                 raise CheckpointError(f"{path}: no {key!r}: not a model file that DeepSpeed wrote")
         degrees = header.inside("checkpoint_parallel_dimensions")
-        shapes, frozen = header.shape_groups("param_shapes"), header.shapes("frozen_param_shapes")
+        shapes, frozen = header.param_shapes(), header.shapes("frozen_param_shapes")
         tree = _tree(header.inside("module"))
         known = {*(n for group in shapes or () for n in group), *frozen}
         names = _names(tree, known) if known and any(len(at) > 1 for at in tree) else {at: ".".join(at) for at in tree}

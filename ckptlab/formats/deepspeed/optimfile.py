@@ -87,7 +87,7 @@ class OptimizerFile:
             tuple(tuple(Header(path, {"paddings": a}, header.at).integers("paddings")) for a in alignment),
             tuple(header.integers("group_paddings")) if wrapper is Wrapper.ZERO12 and not in_parts else (),
             tuple(map(_spans, spans)),
-            header.shape_groups("param_shapes") or whole.shape_groups("param_shapes"),
+            header.param_shapes() or whole.param_shapes(),
             parts if in_parts else (),
         )
 

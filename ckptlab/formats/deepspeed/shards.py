@@ -11,6 +11,7 @@ from typing import Any
 from ckptlab.arrays import Drawn, Partition, Tally, reader, shard_reader
 from ckptlab.catalog import PARAM, Catalog, FlatGroup, Tensor
 from ckptlab.formats.deepspeed import autoep, folding, info, names
+from ckptlab.formats.deepspeed.optimfile import Wrapper
 from ckptlab.formats.deepspeed.target import NativeTarget
 from ckptlab.formats.fileplan import Elements, Zeros
 from ckptlab.formats.torch import torchfile
@@ -44,6 +45,7 @@ class Shards:
     def __init__(self, source: Catalog, target: Catalog, tally: Tally | None) -> None:
         self.source, self.target, self.tally = source, target, tally
         self.native: NativeTarget = target.private
+        self.zero3 = self.native.wrapper is Wrapper.ZERO3
         self.mesh = target.mesh
         self.folder = source.private.folder
         self.extras = source.private.extras
@@ -82,29 +84,18 @@ class Shards:
         """A tensor's module weight on a rank: as it was stored, or the master rounded to the target's dtype."""
         return self.shard(name, PARAM, rank, self.target.tensors[name].stages[0] if self.folder.is_pipeline else None)
 
-    def shard(self, name: str, state: str, rank: int, stage: int | None = None) -> Pending:
+    def shard(self, name: str, state: str, rank: int, stage: int | None = None, expert: int | None = None) -> Pending:
         """What a rank has of a state that lies outside of flat buffers. stage: the pp stage that stores it (None: the
-        rank's own)."""
+        rank's own). expert: of experts that are a tensor together, just that one of the rank's."""
         tensor = self.target.tensors[name]
-        shape = tensor.cut.shard_shape(self.coordinate(tensor, rank))
-        return self._elements(tensor, state, rank, stage, shape, 0)
-
-    def expert(self, name: str, rank: int, index: int) -> Pending:
-        """The module weight of one of the experts that are a tensor together: the index-th of a rank."""
-        tensor = self.target.tensors[name]
-        return self._elements(tensor, PARAM, rank, 0, tensor.shape[1:], index)
-
-    def _elements(
-        self, tensor: Tensor, state: str, rank: int, stage: int | None, shape: tuple[int, ...], index: int
-    ) -> Pending:
-        """The part number `index` of that shape of a rank's shard."""
         at, where = self.coordinate(tensor, rank), self.at(tensor.cut.mesh, rank)
-        dtype, count = tensor.states[state], math.prod(shape)
+        shape = tensor.cut.shard_shape(at) if expert is None else tensor.shape[1:]
+        dtype, count, first = tensor.states[state], math.prod(shape), expert or 0
         stage = where["pp"] if stage is None else stage
-        holder = self.experts.holder(tensor.name, self.mesh, where.get("ep", 0), pp=stage, tp=where["tp"])
+        holder = self.experts.holder(name, self.mesh, where.get("ep", 0), pp=stage, tp=where["tp"])
         tally = self.tally and self.tally.towards(rank)
-        one = shard_reader(self.source, self.target, tensor.name, state, holder, tally)
-        return Pending(dtype, shape, (Elements(Drawn(one, tensor.cut, at), dtype, index * count, (index + 1) * count),))
+        drawn = Drawn(shard_reader(self.source, self.target, name, state, holder, tally), tensor.cut, at)
+        return Pending(dtype, shape, (Elements(drawn, dtype, first * count, (first + 1) * count),))
 
     def parts_on(self, rank: int) -> list[Part]:
         """What a rank has of flat buffers, group by group."""

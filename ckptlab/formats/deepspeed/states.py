@@ -28,12 +28,13 @@ class States(Shards):
 
     def optim_file(self, p: int, t: int, d: int) -> dict[str, Any]:
         rank = self.mesh.rank(pp=p, dp=d, tp=t)
-        parts, zero3 = self.parts_on(rank), self.native.wrapper is Wrapper.ZERO3
-        state = self._zero3_state(parts, rank) if zero3 else self._flat_state(parts, rank)
+        parts = self.parts_on(rank)
+        state = self._zero3_state(parts, rank) if self.zero3 else self._flat_state(parts, rank)
         content = {"optimizer_state_dict": state, "ds_config": self.config, "ds_version": self.version}
-        families = {n: folding.of_buffer(n, part.flat.dp, part.index) for part in parts for n in part.group.names}
-        # at ZeRO-3 the sub-groups say it
-        return content | self.folding("zero_optimizer_state", rank, None if zero3 else families)
+        families = None  # at ZeRO-3 the sub-groups say it
+        if not self.zero3:
+            families = {n: folding.of_buffer(n, part.flat.dp, part.index) for part in parts for n in part.group.names}
+        return content | self.folding("zero_optimizer_state", rank, families)
 
     def _states(self, parts: list[Part], rank: int) -> dict[int, dict[str, Any]]:
         found = {}
@@ -64,7 +65,7 @@ class States(Shards):
         if self.source.private.dtype == self.native.dtype and "loss_scaler" in self.extras:
             scaler = {"loss_scaler": self.extras["loss_scaler"]}
             dynamic = self.extras.get("dynamic_loss_scale", dynamic)
-        elif dynamic and self.native.wrapper is not Wrapper.ZERO3:
+        elif dynamic and not self.zero3:
             scaler = {}
         else:
             scaler = {"loss_scaler": info.loss_scaler(dynamic)}

@@ -55,13 +55,12 @@ class NativeWriter(States):
     """The files of one native checkpoint."""
 
     def files(self) -> Iterator[FilePlan]:
-        mesh = self.mesh
-        zero3, inside = (self.native.wrapper is wrapper for wrapper in (Wrapper.ZERO3, Wrapper.WHOLE))
+        mesh, inside = self.mesh, self.native.wrapper is Wrapper.WHOLE
         for p in range(mesh.pp):
             for t in range(mesh.tp):
                 mp = p * mesh.tp + t
-                for d in range(mesh.dp if zero3 else 1):
-                    name = FileName("zero3_model" if zero3 else "model", mp, d)
+                for d in range(mesh.dp if self.zero3 else 1):
+                    name = FileName("zero3_model" if self.zero3 else "model", mp, d)
                     yield torchfile.plan(name.text, self.model_file(p, t, d))
                 for d in range(0 if inside else mesh.dp):
                     name = FileName("optim", mp, d, prefix=self.prefix)
@@ -76,7 +75,7 @@ class NativeWriter(States):
                     tensors = OrderedDict((n, self.module_weight(n, rank)) for n in held)
                     name = FileName("expert", p * mesh.tp + rank % mesh.tp, layer=i, expert=expert)
                     yield torchfile.plan(name.text, tensors)
-        yield from () if zero3 else self.fused_files()
+        yield from () if self.zero3 else self.fused_files()
         for ep, p, rank in self.optimizers_of_experts() if inside else ():
             content = {"optimizer": self.whole_state(p, rank, ep), **self.folding("routed_expert", rank)}
             yield torchfile.plan(FileName("expert_optim", p * mesh.tp + rank % mesh.tp, expert=ep).text, content)
@@ -90,7 +89,7 @@ class NativeWriter(States):
                     if (expert, t) in made:
                         continue
                     made.add((expert, t))
-                    tensors = {fused.name(name, expert): self.expert(name, rank, index) for name in fused.names}
+                    tensors = {fused.name(n, expert): self.shard(n, PARAM, rank, 0, index) for n in fused.names}
                     content = OrderedDict({**tensors, **self.folding("routed_expert", rank)})
                     yield torchfile.plan(FileName("expert", t, layer=fused.number, expert=expert).text, content)
 
@@ -155,14 +154,13 @@ class NativeWriter(States):
         run that keeps them out of its checkpoints: an engine that has some looks for each of them elsewise."""
         nothing = {"frozen_param_shapes": None, "frozen_param_fragments": None}
         said = self.folder.models[0, 0].get("frozen_param_shapes") is not None or (self.source.zero_stage or 0) < 2
-        zero3 = self.native.wrapper is Wrapper.ZERO3
         if (self.target.zero_stage or 0) < 2:
             return nothing
         others = [x for x in self.target.tensors.values() if self.experts.degree(x.name) is None]
-        frozen = [x for x in others if (x.kind == "frozen" and (said or zero3)) or self._is_empty(x, rank)]
+        frozen = [x for x in others if (x.kind == "frozen" and (said or self.zero3)) or self._is_empty(x, rank)]
         if not frozen:
             return nothing
-        fragments = ((x.name, self.fragment(x, d, rank) if zero3 else module[x.name]) for x in frozen)
+        fragments = ((x.name, self.fragment(x, d, rank) if self.zero3 else module[x.name]) for x in frozen)
         return {
             "frozen_param_shapes": OrderedDict((x.name, self._shape(x, rank)) for x in frozen),
             "frozen_param_fragments": OrderedDict(fragments),
@@ -198,7 +196,6 @@ class NativeWriter(States):
     ) -> dict[str, Any]:
         """The model's state dict, a tree of dictionaries where the source's is one, of which `at` leads to this; at
         ZeRO-3 everything but buffers is an empty placeholder. Tensors come by name into `made`."""
-        zero3 = self.native.wrapper is Wrapper.ZERO3
         places = self.folder.first.places
         module: dict[str, Any] = OrderedDict()
         for key, value in tree.items():
@@ -209,12 +206,12 @@ class NativeWriter(States):
                 module[key] = value  # `_extra_state` and the like
                 continue
             if _left_out(value, name := places.get((*at, key), key), self.source):
-                module |= {key: value} if zero3 else {}
+                module |= {key: value} if self.zero3 else {}
                 continue
             tensor = self.target[name]
             if layer_of(tensor.name):  # a universal folder has experts here too, which have files of their own
                 continue
-            if zero3 and tensor.kind != "buffer":
+            if self.zero3 and tensor.kind != "buffer":
                 module[key] = np.empty(0, tensor.states[PARAM])
                 continue
             if tensor.name not in made:  # aliases share the leaf, and so the storage

@@ -3,6 +3,7 @@ wrong, `open` raises exactly where `check` has an error, in one message that nam
 
 from __future__ import annotations
 
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -289,6 +290,12 @@ def _flipped(path: Path, at: int) -> None:
     raw = bytearray(path.read_bytes())
     raw[at] ^= 1
     path.write_bytes(raw)
+
+
+def test_what_ranks_keep_beside_goes_to_other_processes(tmp_path: Path) -> None:
+    client = ckptlab.open(of_ranks(tmp_path / "run")).catalog.client
+    assert dict(pickle.loads(pickle.dumps(client))) == dict(client)
+    assert client["rank 3"] == {"lr_scheduler": {"last_epoch": 3}, "rng": [1]}
 
 
 def test_a_bit_that_flipped_is_found_by_its_checksum(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.formats.deepspeed.groups import match_groups
+from ckptlab.formats.deepspeed.names import layer_number
 from ckptlab.formats.deepspeed.pipeline import Pipeline, describe, stage_of
 from ckptlab.formats.torch import torchfile
 
@@ -52,6 +53,15 @@ def test_the_method_is_the_one_that_fits() -> None:
     assert Pipeline(signatures, counts, (0, 0, 0, 1, 1, 1, 1)).infer_method(2) == "blocks"
     assert Pipeline(signatures, counts, (0, 0, 0, 0, 1, 1, 1)).infer_method(2) == "uniform"
     assert Pipeline(signatures, counts, (0, 0, 1, 1, 1, 1, 1)).infer_method(2) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("0.weight", 0), ("12.mlp.bias", 12), ("layers.3.weight", None), ("²", None), ("9" * 5000, None), ("", None)],
+    ids=["first", "twelfth", "of no pipeline", "no digit", "too many", "none"],
+)
+def test_a_layers_number_begins_the_names_of_its_tensors(name: str, layer: int | None) -> None:
+    assert layer_number(name) == layer
 
 
 def test_groups_with_the_same_hyperparameters_are_told_by_their_tensors() -> None:

@@ -875,8 +875,7 @@ def test_a_chunk_of_several_layers_is_windows_of_it(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_files_of_safetensors_say_byte_0_of_every_item(tmp_path: Path) -> None:
     """torch's own reader cannot read them back; tensors of one shape are no copies of each other."""
-    torch = pytest.importorskip("torch")
-    dcp = torch.distributed.checkpoint
+    torch, dcp = map(pytest.importorskip, ("torch", "torch.distributed.checkpoint"))
     weights = {f"layers.{i}.weight": torch.full((4, 3), float(i)) for i in range(3)}
     kind = dcp.filesystem.SerializationFormat.SAFETENSORS
     dcp.save(weights, storage_writer=dcp.FileSystemWriter(str(tmp_path / "run"), serialization_format=kind))

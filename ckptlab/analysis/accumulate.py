@@ -14,6 +14,7 @@ import numpy as np
 from ml_dtypes import finfo
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.analysis.partial import OCTAVES, Bins, Partial, of_octaves
 from ckptlab.errors import UnsupportedError
 
@@ -94,7 +95,7 @@ class _Patterns:
             None if self._bins is None else self._histogram(x, n),
         )
 
-    def _histogram(self, x: NDArray[np.float64], n: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _histogram(self, x: NDArray[np.float64], n: Int64) -> Int64:
         assert self._bins is not None
         if self._bins.edges is not None:
             return np.histogram(x, self._bins.edges, weights=n)[0].astype(np.int64)
@@ -200,7 +201,7 @@ def _sums(wide: NDArray[np.float64]) -> tuple[float, float]:
     )
 
 
-def _fields(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _fields(counts: Int64) -> Int64:
     """float32's exponent fields (sign, field) out of counts of float64's sign and exponent; the ends take the rest."""
     by_sign = counts.reshape(2, 1 << 11)
     at = np.clip(np.arange(1 << 11) - 1023 + 127, 0, OCTAVES - 2)

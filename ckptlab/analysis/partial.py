@@ -14,6 +14,8 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
+
 OCTAVES = 256  # of each sign: below 2^-126 first, then an octave each (float32's exponents), the last for 2^127 and up
 
 
@@ -36,7 +38,7 @@ class Partial:
     m2: float = 0.0
     low: float = math.inf
     high: float = -math.inf
-    histogram: NDArray[np.int64] | None = None
+    histogram: Int64 | None = None
 
     @property
     def finite(self) -> int:
@@ -105,7 +107,7 @@ class Bins:
         return np.concatenate([-far[::-1], [0.0], near]), np.concatenate([-near[::-1], [0.0], far])
 
 
-def of_octaves(fields: NDArray[np.int64], zeros: int, negative_zeros: int) -> NDArray[np.int64]:
+def of_octaves(fields: Int64, zeros: int, negative_zeros: int) -> Int64:
     """The octaves' counts in ascending order, out of counts (sign, exponent field) of float32, zeros among them."""
     fields = fields.copy()
     fields[0, 0] -= zeros - negative_zeros

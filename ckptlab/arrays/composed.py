@@ -11,9 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ckptlab.arrays.readers import Coordinate, Over, Reader
+from ckptlab.arrays.readers import Over, Reader
 from ckptlab.catalog.seen import LowRank, Piece, Runs
 from ckptlab.layout import Cut, DimCut
+from ckptlab.layout.cut import Coordinate
 from ckptlab.layout.rows import intersect, intervals
 from ckptlab.mesh import Mesh
 

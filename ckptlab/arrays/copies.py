@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ckptlab.arrays.gather import reader
-from ckptlab.arrays.readers import Coordinate
 from ckptlab.catalog import MASTER, PARAM, Catalog
 from ckptlab.errors import ReshapeError
+from ckptlab.layout.cut import Coordinate
 from ckptlab.plan import Holder
 
 REPLICA_TOLERANCE = 1e-2

@@ -17,11 +17,12 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.arrays.composed import Adapted, Composed, Renamed
-from ckptlab.arrays.readers import CHUNK, Cast, Coordinate, Mean, Reader, Zeros, is_sum
+from ckptlab.arrays.readers import CHUNK, Cast, Mean, Reader, Zeros, is_sum
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.layout import Cut, overlap
 from ckptlab.layout.boxes import flat_boxes, flat_start, plain_rows, restrict
+from ckptlab.layout.cut import Coordinate
 from ckptlab.plan import Holder
 from ckptlab.stored import Stored, note_read, touch
 

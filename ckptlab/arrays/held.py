@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays.gather import Tally, reader
-from ckptlab.arrays.readers import Coordinate, Reader, Share, is_sum
+from ckptlab.arrays.readers import Reader, Share, is_sum
 from ckptlab.catalog import PARAM, Catalog, FlatGroup, param_source
 from ckptlab.layout import Cut
+from ckptlab.layout.cut import Coordinate
 from ckptlab.plan import Holder, Placement, held_by
 
 

@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeGuard, TypeVar, overload
 
 import numpy as np
 import xarray as xr
-from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+from ckptlab.aliases import Int64
 from ckptlab.arrays.backends import Backend, resolve
 from ckptlab.arrays.duck import duck
 from ckptlab.arrays.held import Partition
@@ -26,7 +26,7 @@ from ckptlab.stored import Stored
 
 teach()
 T = TypeVar("T")
-Index = int | slice | NDArray[np.int64]  # what is wanted along one dim
+Index = int | slice | Int64  # what is wanted along one dim
 
 
 class LazyArray(ABC):

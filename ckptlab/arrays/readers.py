@@ -16,10 +16,9 @@ import numpy as np
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.layout import Cut
 from ckptlab.layout.boxes import flat_boxes
+from ckptlab.layout.cut import Coordinate
 
 CHUNK = 1 << 20  # bytes that `chunks` gives at a time: what is done with them next finds them in the cache
-
-Coordinate = tuple[int, ...]
 
 
 class Reader(ABC):

@@ -6,9 +6,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Runs = NDArray[np.int64]
+from ckptlab.aliases import Int64
+
+Runs = Int64
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.draw.blocks import listed
 from ckptlab.words import ranges
 
@@ -48,7 +48,7 @@ class Axes:
 
 def placed(
     degrees: Mapping[str, int], sides: Sequence[Sequence[str]], numbers: Sequence[int] | None = None
-) -> tuple[list[Axes], NDArray[np.int64]]:
+) -> tuple[list[Axes], Int64]:
     """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest, in a table with a dim for each
     side, along which some of the axes run together: the sides, and the table."""
     found = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in sides]

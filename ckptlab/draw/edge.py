@@ -9,14 +9,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.draw.axes import Axes
 from ckptlab.draw.blocks import blocks
 
 HOLDERS = 16  # coordinates along one dim that are told apart
 STRIPS = 48  # strips along one dim that are drawn as they are
 _WINDOWS = 16  # with more, in how many windows what each holds is drawn together
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

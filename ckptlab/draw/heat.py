@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.draw.blocks import listed
 from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, noted, rect, tail, text, text_of, width_of
 from ckptlab.words import ranges
@@ -23,7 +24,6 @@ FINE = 0.4  # share of borders between cells from which they are not drawn
 REGIONS = 512  # rectangles of one owner that have a tooltip each
 _WIDTH, _HEIGHT, _STRONG = 560.0, 360.0, 0.75
 
-Int64 = NDArray[np.int64]
 Run = tuple[int, int, int]
 """Cells of one row that one owner has: the first, the one behind the last, the owner."""
 

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ckptlab.aliases import Shape
 from ckptlab.errors import LayoutError
 from ckptlab.layout.layout import Layout
 from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, show
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
-
-Shape = tuple[int, ...]
 
 
 def cut_dim(layout: Layout, axis: str) -> int | None:

@@ -11,9 +11,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Rows = NDArray[np.int64]
+from ckptlab.aliases import Int64
+
+Rows = Int64
 Interval = tuple[int, int, int, int]
 """(start in the whole, length, count, stride): a row whose place in the shard follows from the others."""
 

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.layout.cut import Coordinate, Cut, check_same_tensor, dim_overlap
 from ckptlab.layout.rows import Rows, intervals
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.layout.cut import Coordinate, Cut
@@ -38,7 +39,6 @@ RUNNERS: Registry[Callable[..., Any]] = Registry(
 )
 """The library whose group of ranks is given → (moves, shards, group, limit, ranks) → what the target's ranks hold."""
 
-Int64 = NDArray[np.int64]
 Columns = tuple[Int64, Int64, Int64]
 Rows = tuple[Int64, Int64, Int64, Int64]
 """Columns: tensor, source and target (ranks, or fragments of shards), count."""

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import constructed
 from ckptlab.errors import CheckpointError
-
-Int64 = NDArray[np.int64]
 
 
 @constructed

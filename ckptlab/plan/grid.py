@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.errors import LayoutError
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

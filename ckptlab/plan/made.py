@@ -15,12 +15,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.layout.boxes import flat_boxes
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.mesh import Mesh
 from ckptlab.plan.placement import Placement
 
-Int64 = NDArray[np.int64]
 Indices = tuple[Int64, ...]
 WIDE = 1 << 12  # indices that are compared at once: their number stays exact in float32
 

@@ -12,14 +12,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
 from ckptlab.errors import ReshapeError
 from ckptlab.plan.boxes import Box, shared_boxes
 from ckptlab.plan.placement import Placement, Shard
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,13 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import constructed
 from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout.cut import Coordinate, Cut
 from ckptlab.mesh import Mesh
 from ckptlab.plan.flat import FlatBuffer
-
-Int64 = NDArray[np.int64]
 
 
 class Holder(Mapping[str, int]):

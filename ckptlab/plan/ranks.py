@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.errors import BackendError, ReshapeError
 from ckptlab.words import size
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.errors import LayoutError
 from ckptlab.layout.cut import Coordinate
 from ckptlab.layout.rows import counted
 from ckptlab.plan.placement import InBuffers, Placement
-
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

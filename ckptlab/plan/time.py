@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
 from ckptlab.errors import ReshapeError
 from ckptlab.words import size
 
-Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, cast, runtime_checkable
 
+from ckptlab.aliases import Shape
 from ckptlab.arguments import behaves, explained, kind_of
 from ckptlab.errors import CkptlabError, InputError, LayoutError, NotationError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
 
-Shape = tuple[int, ...]
 MOST_DIMS = 64  # numpy's own
 
 

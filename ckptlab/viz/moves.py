@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
 from ckptlab.checkpoint import Reshape
 from ckptlab.draw import Drawing, Side, matrix
@@ -18,8 +18,6 @@ from ckptlab.shown import shows
 from ckptlab.words import size
 
 RANKS = 16  # rows or columns of the matrix
-
-Int64 = NDArray[np.int64]
 
 
 @explained

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.errors import LayoutError, MeshError
 from ckptlab.layout import Cut
 from ckptlab.layout.blocks import strided_behind
@@ -40,7 +40,7 @@ class Devices:
     """A mesh of torch's or jax's: axes in its own order, and which rank (or device) is where."""
 
     degrees: dict[str, int]
-    numbers: NDArray[np.int64]
+    numbers: Int64
 
     @staticmethod
     def of(devices: Any) -> Devices:
@@ -148,7 +148,7 @@ def _neighbour(
     return Neighbour(cut, dims, text, partial)
 
 
-def _rows(n: int, axes: Sequence[str], mesh: Mesh) -> tuple[tuple[str, ...], dict[tuple[int, ...], NDArray[np.int64]]]:
+def _rows(n: int, axes: Sequence[str], mesh: Mesh) -> tuple[tuple[str, ...], dict[tuple[int, ...], Int64]]:
     """The axes of a dim in mesh order, and what each coordinate on them has of its n elements: axis after axis, the
     first outermost, in chunks of ceil(n / degree), the last ones less."""
     spans = [(0, n)]

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.draw import Axes, Drawing, Fragment
@@ -130,7 +130,7 @@ def _place(data: Axes, d: int) -> dict[str, int]:
     return {axis: int(k) for axis, k in data.data([d]).items()}
 
 
-def _spans(placement: Placement, at: Coordinate) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _spans(placement: Placement, at: Coordinate) -> tuple[Int64, Int64]:
     """For rows and columns (start in the whole, start in the shard, length); of a vector there is one row."""
     dims = zip(placement.cut.dims, placement.cut.per_dim(at), strict=True)
     found = [intervals(dim.runs[place])[:, :3] for dim, place in dims]
@@ -138,14 +138,14 @@ def _spans(placement: Placement, at: Coordinate) -> tuple[NDArray[np.int64], NDA
     return (one,) * (2 - len(found)) + tuple(found)  # type: ignore[return-value]
 
 
-def _areas(rows: NDArray[np.int64], columns: NDArray[np.int64], start: int, count: int, wide: int) -> Iterator[Area]:
+def _areas(rows: Int64, columns: Int64, start: int, count: int, wide: int) -> Iterator[Area]:
     for r0, r1, c0, c1 in rectangles(start, count, wide):
         for top, bottom in _within(rows, r0, r1):
             for left, right in _within(columns, c0, c1):
                 yield top, bottom, left, right
 
 
-def _within(spans: NDArray[np.int64], low: int, high: int) -> list[tuple[int, int]]:
+def _within(spans: Int64, low: int, high: int) -> list[tuple[int, int]]:
     """What indices of a shard from `low` to `high` are in the whole, neighbours joined."""
     found: list[tuple[int, int]] = []
     for whole, start, length in sorted(spans.tolist()):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arrays.gather import reader
 from ckptlab.catalog import Catalog
 from ckptlab.errors import InputError, UnsupportedError
@@ -25,7 +26,6 @@ from ckptlab.words import ranges
 CELLS = 96  # along each side of a table
 PIECE = 1 << 22  # elements that are read at a time
 
-Int64 = NDArray[np.int64]
 Window = tuple[tuple[int, int], ...]
 """For each dim the first index and the one behind the last."""
 

@@ -11,8 +11,8 @@ from functools import cache
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
 from ckptlab.catalog import DTYPES, MASTER, PARAM, Catalog, Gradients, Tensor
 from ckptlab.draw import Axes, Drawing, Stack, bars
@@ -31,7 +31,7 @@ RANKS = 16  # ranks that have a bar each
 BARS = 24  # bars that are drawn
 TITLE = "memory by rank"
 
-Table = NDArray[np.int64]
+Table = Int64
 Model: TypeAlias = Viewed | Catalog | Mapping[str, Mapping[str, int]]
 
 

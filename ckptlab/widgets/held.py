@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptlab.aliases import Int64
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.layout.cut import Coordinate
 from ckptlab.layout.rows import intervals
@@ -99,7 +99,7 @@ def _piece(tensor: Tensor, state: str, at: Coordinate, start: int, count: int, s
     return Piece(tensor.name, state, start, count, math.prod(shape), ends[0], ends[1], tensor.states[state], stored)
 
 
-def _index(rows: NDArray[np.int64], place: int) -> int:
+def _index(rows: Int64, place: int) -> int:
     """The index in the whole of what lies at a place of the shard."""
     row = rows[(rows[:, 1] <= place) & (place < rows[:, 1] + rows[:, 2])][0]
     return int(row[0] + place - row[1])

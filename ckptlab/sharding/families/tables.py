@@ -13,13 +13,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from ckptlab.aliases import Shape
 from ckptlab.catalog.seen import Piece, Runs
 from ckptlab.errors import LayoutError, NotationError
 from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, parse
 from ckptlab.layout.solve import Geometry
 from ckptlab.mesh import Mesh
 
-Shape = tuple[int, ...]
 Lengths = Mapping[str, int]
 
 

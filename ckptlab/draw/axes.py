@@ -56,3 +56,18 @@ def placed(
     every = np.arange(math.prod(degrees.values())) if numbers is None else np.asarray(numbers)
     table = every.reshape(tuple(degrees.values())).transpose(order).reshape([side.size for side in found])
     return found, table
+
+
+def held_at(
+    table: Int64, sides: Sequence[Axes], at: Sequence[range], group_of: Mapping[int, int]
+) -> tuple[list[int], tuple[int, ...], dict[str, str]]:
+    """What a cell stands for that is at some numbers along each side: its ranks, the groups that they are in, and its
+    place for `data-*` attributes."""
+    held = [int(rank) for rank in table[np.ix_(*at)].ravel()]
+    groups = tuple(sorted({group_of[rank] for rank in held if rank in group_of}))
+    return held, groups, {axis: k for side, own in zip(sides, at, strict=True) for axis, k in side.data(own).items()}
+
+
+def kind_of(mark: bool, marked: frozenset[int]) -> str:
+    """The classes of a cell of ranks: one of those that are marked, if any are."""
+    return "rank marked" if mark else "rank dimmed" if marked else "rank"

@@ -7,12 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from ckptlab.draw.axes import placed
+from ckptlab.draw.axes import held_at, kind_of, placed
 from ckptlab.draw.blocks import each, fill, listed, notes, thinned, tip
 from ckptlab.draw.colours import colour, ink
-from ckptlab.draw.svg import Drawing, drawing, element, noted, text, text_of, width_of
+from ckptlab.draw.svg import Drawing, drawing, element, noted, telling, text, width_of
 from ckptlab.words import ranges
 
 SHEETS, ROWS, COLUMNS = 8, 8, 8  # the most that are drawn one by one along each side
@@ -80,12 +78,10 @@ def block(
             parts.append(text(x - _SLANT / 2 - 4, y, labels[1][i], "small quiet end row-label"))
             seen: set[int] = set()
             for j, column in enumerate(cut[2]):
-                held = [int(r) for r in ranks[np.ix_(panel, row, column)].ravel()]
-                found = tuple(sorted({group_of[r] for r in held if r in group_of}))
+                held, found, at = held_at(ranks, sides, (panel, row, column), group_of)
                 seen.update(found)
                 if found:
                     frames.setdefault(found, []).append((i, j))
-                at = {n: v for s, b in zip(sides, (panel, row, column), strict=True) for n, v in s.data(b).items()}
                 at = {axis: at[axis] for axis in spoken or at}
                 parts.append(_cell(held, at, found, along, marked, j, _corners(corner, i, i + 1, j, j + 1, wide)))
                 texts = (_label(held, len(held)), str(held[0]), "")
@@ -136,21 +132,13 @@ def _cell(
     path: str,
 ) -> str:
     mark = not marked.isdisjoint(held)
-    kind = " ".join(["cell", "rank", *(["marked"] if mark else []), *(["dimmed"] if marked and not mark else [])])
+    kind = f"cell {kind_of(mark, marked)}"
     said = tip(held, at) + (f" · {named(along, groups)}" if groups else "")
     data: dict[str, object] = {"rank": each(held), **at}
     if groups:
         data["group"] = listed(groups)
     strength = "1" if mark else ".1" if marked else ".32"
-    return element(
-        "path",
-        element("title", text_of(said)),
-        d=path,
-        class_=kind,
-        fill=colour(hue),
-        fill_opacity=strength,
-        **{f"data_{name}": value for name, value in data.items()},
-    )
+    return telling("path", said, data, d=path, class_=kind, fill=colour(hue), fill_opacity=strength)
 
 
 def _edges(corners: Sequence[Point], wide: float, high: float, slant: float) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from ckptlab.draw.blocks import told
 from ckptlab.draw.colours import colour
 from ckptlab.draw.matrix import Side, carried
-from ckptlab.draw.svg import Drawing, cell, drawing, element, noted, text, text_of, width_of
+from ckptlab.draw.svg import Drawing, cell, drawing, element, noted, telling, text, width_of
 from ckptlab.words import size
 
 _HEIGHT, _ACROSS, _BOX, _GAP, _LINE = 300.0, 260.0, 14.0, 7.0, 13.0
@@ -98,10 +98,7 @@ def _band(
     j: int,
 ) -> str:
     tip, data = carried(nbytes, kept, rows, columns, i, j)
-    said = {f"data_{name}": value for name, value in data.items()}
-    whole = element(
-        "path", element("title", text_of(tip)), d=_path(band), class_="flow", fill=colour(i), fill_opacity=".4", **said
-    )
+    whole = telling("path", tip, data, d=_path(band), class_="flow", fill=colour(i), fill_opacity=".4")
     if not kept:
         return whole
     x, y, end, to, high = band

@@ -6,10 +6,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ckptlab.draw.axes import Axes, placed
+from ckptlab.aliases import Int64
+from ckptlab.draw.axes import Axes, held_at, kind_of, placed
 from ckptlab.draw.blocks import each, fill, listed, notes, span, thinned, tip
 from ckptlab.draw.colours import colour
 from ckptlab.draw.svg import Drawing, cell, drawing, noted, rect, text, width_of
@@ -92,7 +90,7 @@ def _short(side: Axes, block: range, width: float) -> str:
 
 
 def _panel(
-    ranks: NDArray,
+    ranks: Int64,
     sides: Sequence[Axes],
     cut: Sequence[Sequence[range]],
     panel: range,
@@ -107,19 +105,17 @@ def _panel(
     outlines: dict[tuple[int, ...], list[tuple[int, int, _Box]]] = {}
     for i, row in enumerate(cut[1]):
         for j, column in enumerate(cut[2]):
-            held = [int(r) for r in ranks[np.ix_(panel, row, column)].ravel()]
+            held, found, place = held_at(ranks, sides, (panel, row, column), group_of)
             box = (corner[0] + j * size[0] + 2, corner[1] + i * size[1] + 2, size[0] - 4, size[1] - 4)
-            found = tuple(sorted({group_of[r] for r in held if r in group_of}))
             tint = colour(found[0]) if found else colour(j)
             mark = bool(marked.intersection(held))
-            kind = " ".join(["rank", *(["marked"] if mark else []), *(["dimmed"] if marked and not mark else [])])
-            place = {k: v for side, b in zip(sides, (panel, row, column), strict=True) for k, v in side.data(b).items()}
             data = {"rank": each(held), **place, "count": len(held)}
             if found:
                 data["group"] = listed(found)
             said = tip(held, {axis: place[axis] for axis in spoken or place})
             said += f" · {along} {span(found)}" if found else ""
             label = str(held[0]) if len(held) == 1 else _several(held, marked)
+            kind = kind_of(mark, marked)
             strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
             small = width_of(_several([int(ranks.max())] * len(held), frozenset())) + 8 > box[2] and len(held) > 1
             cells.append(cell(box, tint, said, kind=kind, label=label, data=data, small=small, rx="3", **strong))

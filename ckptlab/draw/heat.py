@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptlab.aliases import Int64
 from ckptlab.draw.blocks import listed
-from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, noted, rect, tail, text, text_of, width_of
+from ckptlab.draw.svg import UID, Drawing, Own, cell, drawing, element, noted, rect, tail, text, width_of
 from ckptlab.words import ranges
 
 ABOVE, BELOW, NAN = "#d55e00", "#0072b2", "#cc79a7"
@@ -244,15 +244,7 @@ def _regions(
             last = (rows.behind(stop) - 1, columns.behind(end) - 1)
             told = f"{'rank' if len(who[k]) == 1 else 'ranks'} {ranges(who[k])} · {list(first)} to {list(last)}"
             data = {"rank": listed(who[k]), "start": f"{first[0]},{first[1]}"}
-            style = {"stroke": "none", "pointer_events": events}
-            yield element(
-                "rect",
-                element("title", text_of(told)),
-                **{"x": box[0], "y": box[1], "width": box[2], "height": box[3], "fill": "none"},
-                class_="cell region",
-                **{f"data_{name}": value for name, value in data.items()},
-                **style,
-            )
+            yield cell(box, "none", told, kind="region", data=data, stroke="none", pointer_events=events)
 
 
 def _borders(owner: Int64, area: tuple[float, float, float, float], across: float, down: float) -> tuple[str, bool]:

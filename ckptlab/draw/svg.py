@@ -133,6 +133,12 @@ def _attribute(name: str) -> str:
     return name.strip("_").replace("_", "-")
 
 
+def telling(tag: str, tip: str, data: Mapping[str, object], **attributes: object) -> str:
+    """An element that stands for something: with a tooltip, and `data` as `data-*` attributes behind the others."""
+    told = {f"data_{name}": value for name, value in data.items()}
+    return element(tag, element("title", text_of(tip)), **attributes, **told)
+
+
 def rect(x: float, y: float, w: float, h: float, **attributes: object) -> str:
     return element("rect", x=float(x), y=float(y), width=float(w), height=float(h), **attributes)
 
@@ -161,18 +167,8 @@ def cell(
     in small letters even where larger ones would fit, as those of cells beside it.
     """
     x, y, w, h = box
-    shape = element(
-        "rect",
-        element("title", text_of(tip)),
-        x=float(x),
-        y=float(y),
-        width=float(w),
-        height=float(h),
-        class_=f"cell {kind}".rstrip(),
-        fill=fill,
-        **{f"data_{name}": value for name, value in (data or {}).items()},
-        **attributes,
-    )
+    place = {"x": float(x), "y": float(y), "width": float(w), "height": float(h)}
+    shape = telling("rect", tip, data or {}, **place, class_=f"cell {kind}".rstrip(), fill=fill, **attributes)
     shape += hatched(box) if hatch else ""
     if not label or h < 11 or w < width_of(label, 10) + 4:
         return shape

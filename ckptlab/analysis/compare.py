@@ -131,7 +131,7 @@ def _compared(
 ) -> Iterator[Found]:
     """What was found of each state of each pair, in order."""
     tasks = (_Task(reader(left, a.name, state), reader(right, b.name, state), a.shape, window) for a, b, state in todo)
-    total = sum(math.prod(t.shape) for t, _, _ in todo)
+    total = sum(t.numel for t, _, _ in todo)
     with pool.progress(total, "comparing", " elements", progress) as bar:
         yield from pool.run(_compare, tasks, on=on, size=lambda task: task.elements, bar=bar)
 

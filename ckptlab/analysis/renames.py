@@ -5,7 +5,6 @@ A sample of each is compared, not the whole: pieces from all over it, so that no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -71,7 +70,7 @@ def _matched(a: Catalog, b: Catalog, left: list[str], right: list[str], state: s
 def _sample(catalog: Catalog, name: str, state: str) -> np.ndarray:
     """Up to SAMPLE elements of the whole tensor as float64, from places all over it."""
     tensor = catalog.tensors[name]
-    count = math.prod(tensor.shape)
+    count = tensor.numel
     length = min(count, SAMPLE) if count <= SAMPLE else SAMPLE // _PIECES
     starts = [0] if count <= SAMPLE else np.linspace(0, count - length, _PIECES).astype(int).tolist()
     gather, cut = reader(catalog, name, state), Cut.whole(tensor.shape)

@@ -8,6 +8,7 @@ behind it: its `extents` are None.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,6 +198,23 @@ class Catalog:
             Fragment(at, partitions[d].elements(start, count), d)
             for d, at, start, count in group.flats[holder].fragments(index).tolist()
         )
+
+    def parts(
+        self, placement: Placement, name: str, state: str, holder: Holder
+    ) -> Iterator[tuple[int | None, int, int, Stored | None]]:
+        """(data rank, or None where each has it; start in the shard, elements; where they are stored, if anywhere) of
+        the pieces of a holder's shard, in its order."""
+        told = self.extents is not None and not self.is_made(name)
+        stored = self.fragments(name, state, holder) if told else ()
+        if placement.flats:
+            flat, index = placement.flats[holder]
+            own = {(f.dp, f.start): f.stored for f in stored}
+            for dp, start, _, count in flat.fragments(index).tolist():
+                yield dp, start, count, own.get((dp, start))
+        elif stored:
+            yield from ((None, f.start, f.count, f.stored) for f in stored)
+        else:
+            yield None, 0, math.prod(placement.shape(holder)), None
 
     def lying_in(self, path: str, lo: int, hi: int) -> Iterator[str]:
         """The tensors of which elements lie in bytes lo … hi-1 of a file, for people; as often as they do."""

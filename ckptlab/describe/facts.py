@@ -64,7 +64,7 @@ def overview(catalog: Catalog) -> dict[str, Any]:
 
 def _counts(catalog: Catalog) -> dict[str, int]:
     kinds = [t.kind for t in catalog.tensors.values()]
-    elements = sum(math.prod(t.shape) for t in catalog.tensors.values() if t.kind != "buffer")
+    elements = sum(t.numel for t in catalog.tensors.values() if t.kind != "buffer")
     return {
         "tensors": len(kinds),
         "trained": kinds.count("parameter"),
@@ -78,7 +78,7 @@ def _states(catalog: Catalog) -> list[dict[str, Any]]:
     """Each state with its dtypes, the number of tensors that have it, and its bytes, each tensor counted once."""
     found: dict[str, dict[str, Any]] = {s: {"name": s, "dtypes": {}, "tensors": 0, "bytes": 0} for s in catalog.states}
     for tensor in catalog.tensors.values():
-        elements = math.prod(tensor.shape)
+        elements = tensor.numel
         for state, dtype in tensor.states.items():
             entry = found[state]
             entry["dtypes"][dtype] = None
@@ -108,7 +108,7 @@ def _tensor(tensor: Tensor) -> dict[str, Any]:
         "group": tensor.group,
         "stages": list(tensor.stages),
         "states": {s: str(d) for s, d in tensor.states.items()},
-        "elements": math.prod(tensor.shape),
+        "elements": tensor.numel,
         "aliases": list(tensor.aliases),
     }
 

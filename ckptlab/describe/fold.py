@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -91,17 +90,17 @@ def usual_states(lines: Iterable[Line]) -> dict[str, frozenset[str]]:
 
 def unfolded(tensors: Iterable[Tensor]) -> list[Line]:
     """A line for every tensor."""
-    return [Line(t.name, t, 1, (t.stages,), math.prod(t.shape)) for t in tensors]
+    return [Line(t.name, t, 1, (t.stages,), t.numel) for t in tensors]
 
 
 def _line(pattern: tuple[str, ...], members: list[tuple[Tensor, list[int]]]) -> Line:
     first = members[0][0]
     if len(members) == 1:
-        return Line(first.name, first, 1, (first.stages,), math.prod(first.shape))
+        return Line(first.name, first, 1, (first.stages,), first.numel)
     columns = _numbers([numbers for _, numbers in members])
     name = ".".join(part or next(columns) for part in pattern)
     stages = tuple(dict.fromkeys(t.stages for t, _ in members))
-    return Line(name, first, len(members), stages, math.prod(first.shape) * len(members))
+    return Line(name, first, len(members), stages, first.numel * len(members))
 
 
 def _numbers(rows: list[list[int]]) -> Iterator[str]:

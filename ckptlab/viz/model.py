@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -114,6 +113,6 @@ def _rest(tensors: Sequence[Tensor], pp: str) -> Box:
 
 
 def _boxed(label: str, detail: str, tensors: Sequence[Tensor], pp: str) -> Box:
-    elements = sum(math.prod(t.shape) for t in tensors)
+    elements = sum(t.numel for t in tensors)
     data = {"pp": pp, "tensor": tensors[0].name, "tensors": len(tensors), "elements": elements}
     return Box(label, elements, detail, "", data)

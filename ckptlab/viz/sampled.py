@@ -233,17 +233,9 @@ def _lying(catalog: Catalog, name: str, state: str, lead: Sequence[int], asked: 
 def _spans(catalog: Catalog, placement: Placement, name: str, state: str, holder: Holder) -> Iterator[Place]:
     """What the ranks of a holder have of its shard, in the order of its elements."""
     ranks = placement.ranks(holder).tolist()
-    stored = () if catalog.is_made(name) else catalog.fragments(name, state, holder)
-    if placement.flats:
-        flat, index = placement.flats[holder]
-        own = {(f.dp, f.start): f.stored for f in stored}
-        for dp, start, _, count in flat.fragments(index).tolist():
-            if count:
-                yield Place((ranks[dp],), start, own.get((dp, start)))
-    elif stored:
-        yield from (Place(tuple(ranks), f.start, f.stored) for f in sorted(stored, key=lambda f: f.start))
-    else:
-        yield Place(tuple(ranks), 0, None)
+    for dp, start, count, stored in catalog.parts(placement, name, state, holder):
+        if count or dp is None:
+            yield Place(tuple(ranks) if dp is None else (ranks[dp],), start, stored)
 
 
 def _in_shard(

@@ -44,6 +44,7 @@ def tensor(
     if isinstance(layout, Tensor):
         name, shape, mesh, layout = name or layout.name, layout.shape, layout.cut.mesh, layout.layout
     layout = Layout(layout) if isinstance(layout, str) else layout
+    told: dict[str, Any] = {"title": name or "", "rank": rank, "hue": hue, "width": width}
     if not isinstance(layout, Layout):
         theirs = sharded(layout, shape, mesh)
         if theirs is None:
@@ -61,30 +62,16 @@ def tensor(
             theirs.cut,
             theirs.dims,
             [()] * len(theirs.dims),
-            title=name or "",
             notation=theirs.notation,
-            rank=rank,
-            hue=hue,
             notes=notes,
             copies=[(axis, n) for axis, n in mesh.degrees.items() if n > 1 and axis not in over],
-            width=width,
+            **told,
         )
     if shape is None or mesh is None:
         raise InputError('tensor takes a layout, a shape and a mesh: viz.tensor("(tp out) in", (64, 16), Mesh(tp=2))')
     cut = layout.resolve(shape, mesh)
-    parts = layout.parts(shape, mesh)
-    return picture(
-        cut,
-        layout.dims,
-        parts,
-        title=name or "",
-        notation=layout.text,
-        rank=rank,
-        hue=hue,
-        notes=notes_of(layout),
-        inner=layout.blocks(shape, mesh),
-        width=width,
-    )
+    parts, inner = layout.parts(shape, mesh), layout.blocks(shape, mesh)
+    return picture(cut, layout.dims, parts, notation=layout.text, notes=notes_of(layout), inner=inner, **told)
 
 
 def notes_of(layout: Layout) -> list[str]:

@@ -13,7 +13,6 @@ from ckptlab.aliases import Int64
 from ckptlab.catalog import Catalog, Tensor
 from ckptlab.layout.cut import Coordinate
 from ckptlab.layout.rows import intervals
-from ckptlab.plan import Holder, Placement
 from ckptlab.stored import Stored
 from ckptlab.words import size
 
@@ -67,26 +66,9 @@ def _spans(catalog: Catalog, name: str, state: str, rank: int) -> Iterator[tuple
         if holder is None:
             continue
         at, dp = placement.coordinate(holder), placement.ranks(holder).tolist().index(rank)
-        for whose, start, count, stored in _of_holder(catalog, placement, name, state, holder):
+        for whose, start, count, stored in catalog.parts(placement, name, state, holder):
             if whose in (None, dp):
                 yield at, start, count, stored
-
-
-def _of_holder(
-    catalog: Catalog, placement: Placement, name: str, state: str, holder: Holder
-) -> Iterator[tuple[int | None, int, int, Stored | None]]:
-    """(data rank, or None where each has it; start in the shard, count, stored) of the pieces of a holder's shard."""
-    told = catalog.extents is not None and not catalog.is_made(name)
-    stored = catalog.fragments(name, state, holder) if told else ()
-    if placement.flats:
-        flat, index = placement.flats[holder]
-        own = {(f.dp, f.start): f.stored for f in stored}
-        for dp, start, _, count in flat.fragments(index).tolist():
-            yield dp, start, count, own.get((dp, start))
-    elif stored:
-        yield from ((None, f.start, f.count, f.stored) for f in stored)
-    else:
-        yield None, 0, math.prod(placement.shape(holder)), None
 
 
 def _piece(tensor: Tensor, state: str, at: Coordinate, start: int, count: int, stored: Stored | None) -> Piece:
@@ -115,7 +97,7 @@ def by_rank(catalog: Catalog, name: str, state: str) -> tuple[list[list[str]], l
     for placement in catalog.placements.get((tensor.name, state), ()):
         for holder in placement.holders:
             ranks, at = placement.ranks(holder).tolist(), placement.coordinate(holder)
-            for dp, start, count, stored in _of_holder(catalog, placement, tensor.name, state, holder):
+            for dp, start, count, stored in catalog.parts(placement, tensor.name, state, holder):
                 if count or stored:
                     text = str(_piece(tensor, state, at, start, count, stored))
                     for rank in ranks if dp is None else [ranks[dp]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from ckptlab.arguments import explained
 from ckptlab.catalog import Catalog
@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     import numpy as np
     import xarray as xr
 
+    from ckptlab.arrays.backends import Backend
+
 States = str | Sequence[str] | None
+
+
+class Arriving(TypedDict, total=False):
+    """How what is read arrives: see `Viewed.full`."""
+
+    dtype: Any
+    backend: Any
+    device: Any
+    chunks: Any
 
 
 @explained
@@ -30,26 +41,12 @@ class Viewed:
 
     @overload
     def full(
-        self,
-        state: States = None,
-        *,
-        stack: Literal[True] = True,
-        dtype: Any = None,
-        backend: Any = None,
-        device: Any = None,
-        chunks: Any = None,
+        self, state: States = None, *, stack: Literal[True] = True, **arriving: Unpack[Arriving]
     ) -> xr.DataTree: ...
 
     @overload
     def full(
-        self,
-        state: States = None,
-        *,
-        stack: Literal[False],
-        dtype: Any = None,
-        backend: Any = None,
-        device: Any = None,
-        chunks: Any = None,
+        self, state: States = None, *, stack: Literal[False], **arriving: Unpack[Arriving]
     ) -> Mapping[str, Any]: ...
 
     def full(
@@ -73,37 +70,19 @@ class Viewed:
         chunks: as arrays of dask, cut so (xarray's `chunk`): {"layer": 1}, or {} for that where there are layers; on a
         cluster the workers read the files. TypeError for dtypes and libraries for which dask would give other numbers.
         """
-        from ckptlab.arrays.backends import resolve
-        from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Full
 
-        view = Full(self.source, None, _states(state, self.source), dtype_called(dtype), resolve(backend, device))
+        view = Full(self.source, None, _states(state, self.source), *_arriving(dtype, backend, device))
         return _shown(view, stack, _state(state, self.source) if not stack else None, chunks)
 
     @overload
     def shards(
-        self,
-        state: States = None,
-        *,
-        stack: Literal[True] = True,
-        dtype: Any = None,
-        backend: Any = None,
-        device: Any = None,
-        mesh: Any = None,
-        chunks: Any = None,
+        self, state: States = None, *, stack: Literal[True] = True, mesh: Any = None, **arriving: Unpack[Arriving]
     ) -> xr.DataTree: ...
 
     @overload
     def shards(
-        self,
-        state: States = None,
-        *,
-        stack: Literal[False],
-        dtype: Any = None,
-        backend: Any = None,
-        device: Any = None,
-        mesh: Any = None,
-        chunks: Any = None,
+        self, state: States = None, *, stack: Literal[False], mesh: Any = None, **arriving: Unpack[Arriving]
     ) -> Mapping[str, Any]: ...
 
     def shards(
@@ -124,11 +103,9 @@ class Viewed:
         mesh: the library's own mesh of devices (a `jax.sharding.Mesh`, a torch `DeviceMesh`) of the same degrees. The
         arrays are then whole, each placed over the devices as its layout says; see `ckptlab.views.Placed`.
         """
-        from ckptlab.arrays.backends import resolve
-        from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Placed, Shards, View
 
-        fields = (self.source, self._target, _states(state, self.held), dtype_called(dtype), resolve(backend, device))
+        fields = (self.source, self._target, _states(state, self.held), *_arriving(dtype, backend, device))
         view: View = Shards(*fields) if mesh is None else Placed(*fields, devices=mesh)
         return _shown(view, stack, _state(state, self.held) if not stack else None, chunks)
 
@@ -136,12 +113,10 @@ class Viewed:
         """The optimizer's flat buffers as the files hold them, or as the target's will: /pp0/group0 with dims
         (tp, dp, flat) and true lengths beside. Of a checkpoint that is seen through a family they are the stored one's,
         with its tensors in them. dtype, backend, device, chunks: as for `full`."""
-        from ckptlab.arrays.backends import resolve
-        from ckptlab.arrays.dtypes import dtype_called
         from ckptlab.views import Flat
 
         source = self.source.as_stored if self._target is None else self.source
-        view = Flat(source, self._target, dtype_called(dtype), resolve(backend, device))
+        view = Flat(source, self._target, *_arriving(dtype, backend, device))
         return _shown(view, True, None, chunks)
 
     def of_rank(self, rank: int) -> dict[tuple[str, str], np.ndarray]:
@@ -155,6 +130,14 @@ class Viewed:
     @property
     def _target(self) -> Catalog | None:
         return None if self.held is self.source else self.held
+
+
+def _arriving(dtype: Any, backend: Any, device: Any) -> tuple[np.dtype | None, Backend]:
+    """What a view is told of dtype and backend."""
+    from ckptlab.arrays.backends import resolve
+    from ckptlab.arrays.dtypes import dtype_called
+
+    return dtype_called(dtype), resolve(backend, device)
 
 
 def _shown(view: Any, stack: bool, state: str | None, chunks: Any) -> Any:

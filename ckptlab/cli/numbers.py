@@ -8,8 +8,15 @@ import click
 
 from ckptlab.cli.given import opened, workers_of
 from ckptlab.cli.group import main
-from ckptlab.cli.options import as_json_option, family_option, progress_option, scheduler_option, strategy_option
-from ckptlab.cli.out import note, print_json, say
+from ckptlab.cli.options import (
+    as_json_option,
+    family_option,
+    listed,
+    progress_option,
+    scheduler_option,
+    strategy_option,
+)
+from ckptlab.cli.out import note, print_json, say, show
 
 
 @main.command(short_help="Whether a checkpoint is whole and its numbers are sound.")
@@ -48,10 +55,7 @@ def check(
     with workers_of(scheduler) as on:
         asked: dict[str, Any] = {"data": not no_data, "checksums": checksums, "strategy": strategy}
         found = check_all(path, progress=progress, on=on, **asked)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        say(repr(found))
+    show(found, as_json)
     ctx.exit(0 if found.healthy else 1)
 
 
@@ -60,7 +64,7 @@ def check(
 @click.option(
     "--by", type=click.Choice(["tensor", "layer", "stack", "kind", "model"]), default="tensor", help="What a row is."
 )
-@click.option("--states", metavar="master,exp_avg,…", help="These states alone.")
+@click.option("--states", metavar="master,exp_avg,…", callback=listed, help="These states alone.")
 @click.option("--shards", "by_rank", is_flag=True, help="Each tp rank's shard by itself, instead of whole tensors.")
 @click.option("--steps", "whole_run", is_flag=True, help="Every step of the run whose step folders stand in PATH.")
 @click.option("--updates", "updates", is_flag=True, help="Instead: how large Adam's last update was.")
@@ -73,7 +77,7 @@ def check(
 def stats(
     path: str,
     by: str,
-    states: str | None,
+    states: list[str] | None,
     by_rank: bool,
     whole_run: bool,
     updates: bool,
@@ -112,9 +116,8 @@ def stats(
 
             view: Any = open_run(path, strategy) if whole_run else opened(path, strategy)
             note(str(one) for one in (view.skipped if whole_run else ()))
-            wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
             view = view.shards() if by_rank else view
-            asked: dict[str, Any] = {"by": by, "states": wanted, "spectrum": spectrum, "histogram": as_json}
+            asked: dict[str, Any] = {"by": by, "states": states, "spectrum": spectrum, "histogram": as_json}
             found = statistics(view, progress=progress, on=on, **asked)
     if as_json:
         print_json(found.ckptlab.table.to_dict())
@@ -125,7 +128,7 @@ def stats(
 @main.command(short_help="Compare two checkpoints, of any formats and meshes.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--states", metavar="master,exp_avg,…", help="Compare these states alone.")
+@click.option("--states", metavar="master,exp_avg,…", callback=listed, help="Compare these states alone.")
 @scheduler_option
 @family_option
 @click.option("--heads", type=click.IntRange(1), metavar="N", help="Attention heads, where neither side tells.")
@@ -138,7 +141,7 @@ def diff(
     ctx: click.Context,
     a: str,
     b: str,
-    states: str | None,
+    states: list[str] | None,
     scheduler: str | None,
     family: str | None,
     heads: int | None,
@@ -161,13 +164,9 @@ def diff(
     """
     from ckptlab.analysis import diff as compare
 
-    wanted = [s.strip() for s in states.split(",") if s.strip()] if states is not None else None
     numbers: dict[str, Any] = {name: n for name, n in (("heads", heads), ("kv_heads", kv_heads)) if n is not None}
     sides = opened(a, strategy), opened(b, strategy)
     with workers_of(scheduler) as on:
-        found = compare(*sides, states=wanted, family=family, progress=progress, on=on, **numbers)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        say(repr(found))
+        found = compare(*sides, states=states, family=family, progress=progress, on=on, **numbers)
+    show(found, as_json)
     ctx.exit(0 if found.equal else 1)

@@ -70,6 +70,11 @@ class Layouts(click.ParamType):
         return pattern, notation
 
 
+def listed(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    """Names with commas between them, of an option that has this as its callback."""
+    return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
+
+
 def together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several options as one decorator, in the order in which --help lists them."""
 

@@ -21,6 +21,14 @@ def print_json(content: Mapping[str, Any]) -> None:
     click.echo(json.dumps(content, indent=2, allow_nan=False))
 
 
+def show(found: Any, as_json: bool) -> None:
+    """Print what an analysis found, as one object or as text."""
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        say(repr(found))
+
+
 def note(texts: Iterable[str]) -> None:
     """Print remarks on stderr."""
     for text in texts:

@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 from xarray.backends import BackendEntrypoint
 
-from ckptlab.arrays.backends import resolve
+from ckptlab.arrays.backends import Backend, resolve
 from ckptlab.catalog import Catalog
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
@@ -64,19 +64,14 @@ class CkptlabBackend(BackendEntrypoint):
         drop_variables: states to leave out. strategy: as for `ckptlab.open`. dtype, backend, device: as for
         `Checkpoint.full`.
         """
-        _check(conventions)
+        named = {"view": view, "strategy": strategy, "dtype": dtype, "backend": backend, "device": device}
         if group is not None and group.strip("/"):
-            named = {"view": view, "strategy": strategy, "dtype": dtype, "backend": backend, "device": device}
-            return xr.DataTree(self.open_dataset(filename_or_obj, drop_variables=drop_variables, group=group, **named))
-        source, on = _read(filename_or_obj, view, strategy), resolve(backend, device)
-        if view == "flat":
-            dropped = _names(drop_variables)
-            return (
-                Flat(source, None, dtype, on)
-                .tree()
-                .map_over_datasets(lambda ds: ds.drop_vars(dropped, errors="ignore"))
-            )
-        return _TENSORS[view](source, None, _kept(source, drop_variables), dtype, on).tree()
+            named |= {"drop_variables": drop_variables, "group": group, **conventions}
+            return xr.DataTree(self.open_dataset(filename_or_obj, **named))
+        _check(conventions)
+        dropped = _names(drop_variables)
+        found = _view(_read(filename_or_obj, view, strategy), view, dropped, dtype, resolve(backend, device)).tree()
+        return found.map_over_datasets(lambda ds: ds.drop_vars(dropped, errors="ignore")) if view == "flat" else found
 
     def open_groups_as_dict(self, filename_or_obj: Any, **options: Any) -> dict[str, xr.Dataset]:
         """The nodes of `open_datatree` by path."""
@@ -110,12 +105,9 @@ class CkptlabBackend(BackendEntrypoint):
                 f"{source.path}: holds {len(source.tensors)} tensors ({first}, …), one Dataset holds one: give "
                 "group= (or tensor=), or use open_datatree for all"
             )
-        on = resolve(backend, device)
-        if view == "flat":
-            found = Flat(source, None, dtype, on).node(tensor)
-        else:
-            found = _TENSORS[view](source, None, _kept(source, drop_variables), dtype, on).node(tensor)
-        return found.drop_vars(_names(drop_variables), errors="ignore")
+        dropped = _names(drop_variables)
+        found = _view(source, view, dropped, dtype, resolve(backend, device)).node(tensor)
+        return found.drop_vars(dropped, errors="ignore")
 
 
 def _check(conventions: Mapping[str, Any]) -> None:
@@ -137,5 +129,7 @@ def _names(names: str | Iterable[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
-def _kept(source: Catalog, dropped: str | Iterable[str] | None) -> Sequence[str]:
-    return [state for state in source.states if state not in _names(dropped)]
+def _view(source: Catalog, view: str, dropped: Sequence[str], dtype: Any, on: Backend) -> View | Flat:
+    if view == "flat":
+        return Flat(source, None, dtype, on)
+    return _TENSORS[view](source, None, [state for state in source.states if state not in dropped], dtype, on)

@@ -13,35 +13,25 @@ from ckptlab.arrays import Partition, lazy
 from ckptlab.arrays.backends import Backend
 from ckptlab.arrays.coordinates import plain, ranks
 from ckptlab.arrays.lazy import LazyArray, Padded, Stacked, nested, variable
-from ckptlab.catalog import Catalog, FlatGroup
+from ckptlab.catalog import FlatGroup
 from ckptlab.errors import UnknownNameError
 from ckptlab.plan import Holder
-from ckptlab.views.tensors import converted, root_attributes
+from ckptlab.views.tensors import Look, converted, root_attributes
 from ckptlab.views.tree import DataTree
 
 
 @dataclass(frozen=True)
-class Flat:
+class Flat(Look):
     """The optimizer's flat buffers: /pp0/group0 (/pp0/group0/sub1 where ZeRO-3 has sub-groups), dims (*axes, dp, flat),
     axes being `tp` and whatever other axes the holders differ on.
 
     A variable for each state, padded with 0 to the longest partition, and `<state>_numel` (*axes, dp) with the true
-    lengths. Of the source they are what the files hold, their padding included; a target's padding is 0. Fields: see
-    View.
+    lengths. Of the source they are what the files hold, their padding included; a target's padding is 0.
+    Fields: see View.
     """
 
-    source: Catalog
-    target: Catalog | None = None
     dtype: Any = None
     backend: Backend | None = None
-
-    def __post_init__(self) -> None:
-        _ = self.source.stored  # or an error, at once
-
-    @property
-    def held(self) -> Catalog:
-        """The catalog whose flat buffers are shown."""
-        return self.source if self.target is None else self.target
 
     def tree(self) -> xr.DataTree:
         """All of them."""

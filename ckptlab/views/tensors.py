@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
@@ -33,27 +33,30 @@ T = TypeVar("T", covariant=True)
 
 
 @dataclass(frozen=True)
-class View(ABC):
-    """How tensors are shown: in some of their states (None: all), in a dtype for what is floating-point (None: as
-    stored), and on which backend.
-
-    `source` is the catalog of what is stored; `target` says what the ranks hold, None: the source itself. Of a target
-    everything is gathered from the source.
-    """
+class Look:
+    """What is looked at: `source` is the catalog of what is stored; `target` says what the ranks hold, None: the source
+    itself. Of a target everything is gathered from the source."""
 
     source: Catalog
     target: Catalog | None = None
-    states: Sequence[str] | None = None
-    dtype: Any = None
-    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         _ = self.source.stored  # or an error, at once
 
     @property
     def held(self) -> Catalog:
-        """The catalog whose tensors are shown."""
+        """The catalog whose tensors or flat buffers are shown."""
         return self.source if self.target is None else self.target
+
+
+@dataclass(frozen=True)
+class View(Look, ABC):
+    """How tensors are shown: in some of their states (None: all), in a dtype for what is floating-point (None: as
+    stored), and on which backend."""
+
+    states: Sequence[str] | None = None
+    dtype: Any = None
+    backend: Backend | None = None
 
     @abstractmethod
     def _variable(self, stack: Stack, state: str) -> xr.Variable:
@@ -88,8 +91,7 @@ class View(ABC):
 
     def of(self, *states: str) -> View:
         """The same view of these states alone."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return type(self)(**{**fields, "states": states})
+        return replace(self, states=states)
 
     def node(self, name: str) -> xr.Dataset:
         """One node: a tensor by the model's name, or a stack by its node's. UnknownNameError, with the nearest names,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ckptlab.lazily import loader
+
 if TYPE_CHECKING:
     from ckptlab import analysis, plan, viz
     from ckptlab.analysis import Diff, Health, Run, check, diff, open_run, plots, stats, updates
@@ -134,26 +136,18 @@ _HOMES = {
     "views.saved": "open_view save_view",
     "widgets": "explore playground",
 }
-_MODULES = ("analysis", "deepspeed", "plan", "sharding", "testing", "viz")
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+_load = loader(__name__, _HOMES, ("analysis", "deepspeed", "plan", "sharding", "testing", "viz"))
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module, once (PEP 562); DeepSpeed's own names from `ckptlab.deepspeed`."""
+    """Load a public name from its module, once; DeepSpeed's own names from `ckptlab.deepspeed`."""
     if name == "__version__":
         from importlib.metadata import version
 
-        value: Any = version("ckptlab")
-    elif name in _MODULES:
-        value = import_module(f"ckptlab.{name}")
-    elif name in _HOME_OF:
-        value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
-    elif name.isupper() and hasattr(constants := import_module("ckptlab.deepspeed.constants"), name):
-        value = getattr(constants, name)
-    else:
-        raise AttributeError(f"module 'ckptlab' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        return version("ckptlab")
+    if name.isupper() and hasattr(constants := import_module("ckptlab.deepspeed.constants"), name):
+        return getattr(constants, name)
+    return _load(name)
 
 
 def __dir__() -> list[str]:

@@ -599,7 +599,7 @@ def test_draw_knows_nothing_of_the_rest() -> None:
     script = "import sys, ckptlab.draw; print(sorted(m for m in sys.modules if m.startswith('ckptlab.')))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert set(re.findall(r"ckptlab\.\w+", done.stdout)) == {
-        f"ckptlab.{name}" for name in ("aliases", "arguments", "draw", "errors", "words")
+        f"ckptlab.{name}" for name in ("aliases", "arguments", "draw", "errors", "lazily", "words")
     }
 
 

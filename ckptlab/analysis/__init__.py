@@ -9,8 +9,9 @@ of health goes to checkup.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ckptlab.lazily import loader
 
 if TYPE_CHECKING:
     from ckptlab.analysis import plots
@@ -44,27 +45,17 @@ __all__ = [
     "updates",
 ]
 
-_HOME_OF = {
-    **dict.fromkeys(("Checked", "Health", "check"), "checkup"),
-    **dict.fromkeys(("Compared", "Diff", "Difference", "OnlyIn", "Setting"), "found"),
-    **dict.fromkeys(("Measure", "Summary"), "measure"),
-    **dict.fromkeys(("Run", "Skipped", "open_run"), "run"),
-    "Renamed": "renames",
-    "diff": "compare",
-    "stats": "statistics",
-    "updates": "adam",
+_HOMES = {
+    "analysis.adam": "updates",
+    "analysis.checkup": "Checked Health check",
+    "analysis.compare": "diff",
+    "analysis.found": "Compared Diff Difference OnlyIn Setting",
+    "analysis.measure": "Measure Summary",
+    "analysis.renames": "Renamed",
+    "analysis.run": "Run Skipped open_run",
+    "analysis.statistics": "stats",
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Load a part when it is first asked for (PEP 562)."""
-    if name == "plots":
-        return import_module("ckptlab.analysis.plots")
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'ckptlab.analysis' has no attribute {name!r}")
-    value = getattr(import_module(f"ckptlab.analysis.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loader(__name__, _HOMES, ["plots"])
 
 
 def __dir__() -> list[str]:

@@ -7,8 +7,9 @@ Each gives a `Drawing`: a notebook shows it, `.svg` is its text, `.save(path)` w
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ckptlab.lazily import loader
 
 if TYPE_CHECKING:
     from ckptlab.draw import Drawing
@@ -45,30 +46,21 @@ __all__ = [
     "values",
 ]
 
-
-_HOME_OF = {  # no module has the name of what is in it: imported, it would stand here in its place
-    **dict.fromkeys(("flow", "plan"), "viz.moves"),
-    **dict.fromkeys(("plot_memory", "plot_plan"), "viz.plots"),
-    **dict.fromkeys(("ACTIVATIONS", "KINDS", "fullest", "memory", "memory_by_rank"), "viz.sizes"),
-    "Activations": "sharding.activations",
-    "Drawing": "draw",
-    "family": "viz.families",
-    "flat": "viz.buffers",
-    "mesh": "viz.meshes",
-    "placed": "viz.placings",
-    "stages": "viz.model",
-    "tensor": "viz.tensors",
-    "values": "viz.heatmap",
+_HOMES = {  # no module has the name of what is in it: imported, it would stand here in its place
+    "draw": "Drawing",
+    "sharding.activations": "Activations",
+    "viz.buffers": "flat",
+    "viz.families": "family",
+    "viz.heatmap": "values",
+    "viz.meshes": "mesh",
+    "viz.model": "stages",
+    "viz.moves": "flow plan",
+    "viz.placings": "placed",
+    "viz.plots": "plot_memory plot_plan",
+    "viz.sizes": "ACTIVATIONS KINDS fullest memory memory_by_rank",
+    "viz.tensors": "tensor",
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Load a picture when it is first asked for (PEP 562): what shows a checkpoint needs few of them."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"ckptlab.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = loader(__name__, _HOMES)  # what shows a checkpoint needs few of them
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptlab import formats, paths
 from ckptlab.arguments import check_fields, explained
-from ckptlab.catalog import PARAM, Catalog, Tensor, Training, param_source
+from ckptlab.catalog import PARAM, Catalog, Tensor, Training, drawn_from
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.findings import Finding
 from ckptlab.formats import Format
@@ -364,7 +364,7 @@ class Reshape(Viewed, Shown):
         for name, tensor in self.target.tensors.items():
             held = self.source[name]
             for state in self.target.held(name):
-                drawn = param_source(held, tensor) if state == PARAM else state
+                drawn = drawn_from(held, tensor, state)
                 source = self.source.placement(name, drawn)
                 for target in self.target.placements[name, state]:
                     yield Move((name, state), source, target, held.states[drawn], tensor.states[state], (name, drawn))
@@ -494,7 +494,7 @@ def _together(source: Tensor, target: Tensor, alike: Callable[[str, str], bool])
     for group in groups:
         yield group[0], group[0], sum(held[s].itemsize for s in group), sum(wanted[s].itemsize for s in group)
     if PARAM in wanted:
-        drawn = param_source(source, target)
+        drawn = drawn_from(source, target, PARAM)
         yield drawn, PARAM, held[drawn].itemsize, wanted[PARAM].itemsize
 
 

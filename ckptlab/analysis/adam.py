@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from ckptlab import pool
 from ckptlab.analysis.accumulate import BLOCK
-from ckptlab.analysis.elements import joined
+from ckptlab.analysis.elements import joined, runs
 from ckptlab.analysis.moved import BY, Held, Moved, Settings, table
 from ckptlab.arguments import explained, positive
 from ckptlab.arrays import Reader, reader
-from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
+from ckptlab.catalog import Catalog, Tensor
 from ckptlab.checkpoint import Source, opened
 from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut
@@ -116,12 +116,8 @@ def _parts(tensor: Tensor, shards: bool) -> Iterator[tuple[Cut, tuple[int, ...]]
         yield from ((tensor.cut, at) for at in tensor.cut.coordinates())
 
 
-def _weight(tensor: Tensor) -> str:
-    return MASTER if MASTER in tensor.states else PARAM
-
-
 def _is_adams(catalog: Catalog, tensor: Tensor) -> bool:
-    states = (FIRST, SECOND, _weight(tensor))
+    states = (FIRST, SECOND, tensor.weight)
     return all((tensor.name, s) in catalog.placements for s in states)
 
 
@@ -156,12 +152,10 @@ class _Task:
 def _tasks(catalog: Catalog, held: Sequence[Held], window: int) -> Iterator[_Task]:
     size = _SPAN * window
     for index, one in enumerate(held):
-        states = (_weight(one.tensor), FIRST, SECOND)
+        states = (one.tensor.weight, FIRST, SECOND)
         gathers = tuple(reader(catalog, one.tensor.name, state) for state in states)
-        for cut, at in gathers[0].unordered(one.cut, one.at):
-            numel = math.prod(cut.shard_shape(at))
-            for lo in range(0, numel, size):
-                yield _Task(index, gathers, cut, at, lo, min(lo + size, numel), one.settings, window)
+        for run in runs(gathers[0], one.cut, one.at, size):
+            yield _Task(index, gathers, *run, one.settings, window)
 
 
 def _all_moved(catalog: Catalog, held: Sequence[Held], window: int, on: Workers, progress: bool) -> list[Moved]:

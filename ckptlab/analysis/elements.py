@@ -48,6 +48,14 @@ def pieces(gather: Reader, cut: Cut, at: tuple[int, ...], lo: int, hi: int, wind
         )
 
 
+def runs(gather: Reader, cut: Cut, at: tuple[int, ...], size: int) -> Iterator[tuple[Cut, tuple[int, ...], int, int]]:
+    """(cut, coordinate, first element, the one behind the last) of runs of at most `size` elements that together are a
+    shard, in any order."""
+    for part, place in gather.unordered(cut, at):
+        numel = math.prod(part.shard_shape(place))
+        yield from ((part, place, lo, min(lo + size, numel)) for lo in range(0, numel, size))
+
+
 class Extremes(NamedTuple):
     """Whether a window is finite, all zero, and (where it was asked) free of negative elements."""
 

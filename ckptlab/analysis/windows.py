@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
-from ckptlab.analysis.elements import WINDOW, pieces
+from ckptlab.analysis.elements import WINDOW, pieces, runs
 from ckptlab.arrays import Reader
 from ckptlab.arrays.lazy import Converted, Gathered, LazyArray, under
 from ckptlab.layout import Cut
@@ -97,9 +97,5 @@ def spans(array: Array, window: int = WINDOW) -> list[Span]:
     if not isinstance(held, Gathered):
         numel = math.prod(array.shape)
         return [_Boxes(array, lo, min(lo + size, numel), window) for lo in range(0, numel, size)]
-    found: list[Span] = []
-    for cut, at in held.reader.unordered(held.cut, held.at):
-        numel = math.prod(cut.shard_shape(at))
-        starts = range(0, numel, size)
-        found += (_Stored(held.reader, cut, at, lo, min(lo + size, numel), array.dtype, window) for lo in starts)
-    return found
+    found = runs(held.reader, held.cut, held.at, size)
+    return [_Stored(held.reader, *run, array.dtype, window) for run in found]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ckptlab.arrays.gather import reader
-from ckptlab.catalog import MASTER, PARAM, Catalog
+from ckptlab.catalog import Catalog
 from ckptlab.errors import ReshapeError
 from ckptlab.layout.cut import Coordinate
 from ckptlab.plan import Holder
@@ -28,7 +28,7 @@ def refuse_unequal(catalog: Catalog) -> None:
     if catalog.training.layouts_told or catalog.extents is None:
         return
     for name, tensor in catalog.tensors.items():
-        state = next((s for s in (MASTER, PARAM) if (name, s) in catalog.placements), None)
+        state = catalog.weight(name)
         if tensor.layout.replicas != "equal" or tensor.kind == "buffer" or state is None:
             continue
         pairs = ((pair, _difference(catalog, name, state, *pair)) for pair in _pairs(catalog, name, state))

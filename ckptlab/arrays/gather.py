@@ -117,8 +117,7 @@ def _seen(
     if by is None:
         return found
     narrow = [base.tensors[one] for one in (by.a, by.b)]
-    states = [MASTER if MASTER in one.states else PARAM for one in narrow]
-    a, b = (reader(base, one.name, s, tally=tally) for one, s in zip(narrow, states, strict=True))
+    a, b = (reader(base, one.name, one.weight, tally=tally) for one in narrow)
     return Adapted(found, a, b, tuple(one.shape for one in narrow), by)
 
 

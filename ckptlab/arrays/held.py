@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptlab.arrays.gather import Tally, reader
 from ckptlab.arrays.readers import Reader, Share, is_sum
-from ckptlab.catalog import PARAM, Catalog, FlatGroup, param_source
+from ckptlab.catalog import Catalog, FlatGroup, drawn_from
 from ckptlab.layout import Cut
 from ckptlab.layout.cut import Coordinate
 from ckptlab.plan import Holder, Placement, held_by
@@ -32,7 +32,7 @@ def shard_reader(
     if held is source:
         return reader(source, name, state, holder=holder, tally=tally)
     tensor = held.tensors[name]
-    drawn = param_source(source[name], tensor) if state == PARAM else state
+    drawn = drawn_from(source[name], tensor, state)
     placement = held.placement(name, state)
     own = own_copy(source, held, name, state, holder)
     one = reader(source, name, drawn, dtype=tensor.states[state], holder=own, tally=tally)
@@ -51,7 +51,7 @@ def own_copy(source: Catalog, held: Catalog, name: str, state: str, holder: Hold
     """Whose copy of a buffer a target's holder keeps: that of the source's at the same coordinates, where the meshes
     have the same degrees on all of the axes. None: it has no copy of its own."""
     tensor = held.tensors[name]
-    placement = source.placement(name, param_source(source[name], tensor) if state == PARAM else state)
+    placement = source.placement(name, drawn_from(source[name], tensor, state))
     if tensor.kind != "buffer" or (placement.cut.axes and placement.cut.dims != held.placement(name, state).cut.dims):
         return None
     if any(source.mesh[axis] != held.mesh[axis] for axis in placement.axes if axis in held.mesh):

@@ -108,6 +108,10 @@ class Catalog:
         """The states of a tensor that ranks hold, in the order of its states."""
         return tuple(s for s in self[name].states if (name, s) in self.placements)
 
+    def weight(self, name: str) -> str | None:
+        """The state in which ranks hold a tensor's weight: the master, or the module's."""
+        return next((state for state in (MASTER, PARAM) if (name, state) in self.placements), None)
+
     def placement(self, name: str, state: str) -> Placement:
         """How the first (as a rule the only) copy of that state lies. UnknownNameError where no rank holds it."""
         if (name, state) not in self.placements:

@@ -44,14 +44,21 @@ class Tensor:
         return math.prod(self.shape)
 
     @property
+    def weight(self) -> str:
+        """The state that is its weight: the master where it has one."""
+        return MASTER if MASTER in self.states else PARAM
+
+    @property
     def dims(self) -> tuple[str, ...]:
         """Names of the whole's dims."""
         return self.layout.names
 
 
-def param_source(source: Tensor, target: Tensor) -> str:
-    """The state that a target's param is drawn from: the stored one if the dtype stays, else the master,
-    rounded."""
+def drawn_from(source: Tensor, target: Tensor, state: str) -> str:
+    """The state that one of a target is drawn from: the same; its param from the stored one if the dtype stays, else
+    from the master, rounded."""
+    if state != PARAM:
+        return state
     keeps = source.states.get(PARAM) == target.states[PARAM]
     return PARAM if keeps or MASTER not in source.states else MASTER
 

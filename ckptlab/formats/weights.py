@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.arrays import Drawn
-from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
+from ckptlab.catalog import PARAM, Catalog, Tensor
 from ckptlab.errors import CheckpointError
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
@@ -108,7 +108,7 @@ def entries(source: Catalog, dtype: np.dtype | None, aliases: bool = True) -> It
     """
     for tensor in source.tensors.values():
         wanted = dtype
-        state = MASTER if MASTER in tensor.states else PARAM
+        state = tensor.weight
         if wanted is not None and tensor.states.get(PARAM) == wanted:
             state = PARAM  # the weight as the model had it
         if state not in tensor.states:

@@ -16,7 +16,7 @@ from ckptlab.analysis.checkup.data import Key, Seen, Told
 from ckptlab.analysis.elements import unequal
 from ckptlab.arrays import reader
 from ckptlab.arrays.copies import inside
-from ckptlab.catalog import MASTER, PARAM, Catalog, Tensor
+from ckptlab.catalog import Catalog, Tensor
 from ckptlab.errors import CkptlabError
 from ckptlab.findings import Finding, Where
 from ckptlab.words import number_of, some
@@ -69,7 +69,7 @@ def alike(catalog: Catalog) -> Iterator[Finding]:
 
 
 def _is_alike(catalog: Catalog, tensor: Tensor) -> bool:
-    state = next((s for s in (MASTER, PARAM) if (tensor.name, s) in catalog.placements), None)
+    state = catalog.weight(tensor.name)
     if state is None:
         return False
     placement = catalog.placement(tensor.name, state)

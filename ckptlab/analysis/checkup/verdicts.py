@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def verdicts(catalog: Catalog, told: Told, trained: bool) -> Iterator[Finding]:
         groups.setdefault(_together(catalog, key, untrained), []).append((key, seen))
     judge = _Judge(catalog)
     for (code, _), group in groups.items():
-        yield getattr(judge, code)(group)
+        yield judge.drifted(code, group) if code in _DRIFTED else getattr(judge, code)(group)
     yield from _moments(catalog, told, trained)
 
 
@@ -47,7 +48,8 @@ _BACK = "go back to an earlier step, and look for where it first appears (`ckptl
 
 
 def _together(catalog: Catalog, key: Key, untrained: set[tuple[str, int]]) -> tuple[str, object]:
-    """The code of a fault, and what the faults that make one finding have in common."""
+    """The code of a fault (of `_DRIFTED`, or a method of `_Judge`), and what the faults that make one finding have in
+    common."""
     if key.what != "equal":
         code = {"finite": "not_finite", "negative": "negative_moment", "rounded": "master_weight"}.get(
             key.what, key.what
@@ -55,14 +57,52 @@ def _together(catalog: Catalog, key: Key, untrained: set[tuple[str, int]]) -> tu
         return code, key.rank if key.what == "rounded" else None
     assert key.other is not None
     if catalog.tensors[key.tensor].kind == "buffer":
-        return "buffers_differ", None
+        return "buffers-differ", None
     if key.rank["pp"] != key.other["pp"]:
-        return ("untrained_copy" if (key.tensor, key.rank["pp"]) in untrained else "tied_differ"), key.rank["pp"]
-    return "replicas_differ", key.rank["pp"]
+        return ("untrained-copy" if (key.tensor, key.rank["pp"]) in untrained else "tied-differ"), key.rank["pp"]
+    return "replicas-differ", key.rank["pp"]
+
+
+class _Drift(NamedTuple):
+    """How copies that are not the same are told: how bad it is, what is expected, what is to be done; and what is said
+    behind how far apart they are."""
+
+    severity: str
+    expected: str
+    todo: str
+    beside: str = ""
+
+
+_DRIFTED = {
+    "replicas-differ": _Drift(
+        "error",
+        "the same bits on every rank that holds a copy",
+        "find the step in which it begins (`ckptlab check` on each): from there on the ranks trained different models. "
+        "ckptlab reads the copy of the lowest rank",
+    ),
+    "tied-differ": _Drift(
+        "error",
+        "the same bits on every pp stage that holds the tied tensor",
+        "see whether the gradients of tied weights are summed over stages (tied_weight_attr). ckptlab reads the copy "
+        "of the first stage, which stays right if the later ones are not used",
+    ),
+    "untrained-copy": _Drift(
+        "info",
+        "the same bits on every pp stage that holds the tied tensor",
+        "nothing, unless that stage computes with it: the first stage's copy is the trained one, which ckptlab reads",
+        ". The later stage has never trained its copy (its moments are zero): it lies in a tied module of which only "
+        "another tensor is tied, as Megatron's position embeddings beside the word embeddings",
+    ),
+    "buffers-differ": _Drift(
+        "info",
+        "the same buffer on every rank, or statistics of each rank's own",
+        "nothing, if these are running statistics that are not synchronised; ckptlab reads the first rank's",
+    ),
+}
 
 
 class _Judge:
-    """Puts a group of like faults into words; a method for each code."""
+    """Puts a group of like faults into words; a method for each code that is not of `_DRIFTED`."""
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
@@ -139,50 +179,11 @@ class _Judge:
                 return _rank(self.catalog.mesh, holder)
         return None
 
-    def replicas_differ(self, group: Group) -> Finding:
-        return Finding(
-            "replicas-differ",
-            "error",
-            self._where(group),
-            "the same bits on every rank that holds a copy",
-            self._drift(group),
-            "find the step in which it begins (`ckptlab check` on each): from there on the ranks trained different "
-            "models. ckptlab reads the copy of the lowest rank",
-        )
-
-    def tied_differ(self, group: Group) -> Finding:
-        return Finding(
-            "tied-differ",
-            "error",
-            self._where(group),
-            "the same bits on every pp stage that holds the tied tensor",
-            self._drift(group),
-            "see whether the gradients of tied weights are summed over stages (tied_weight_attr). ckptlab reads the "
-            "copy of the first stage, which stays right if the later ones are not used",
-        )
-
-    def untrained_copy(self, group: Group) -> Finding:
-        return Finding(
-            "untrained-copy",
-            "info",
-            self._where(group),
-            "the same bits on every pp stage that holds the tied tensor",
-            f"{self._drift(group)}. The later stage has never trained its copy (its moments are zero): it lies in a "
-            "tied module of which only another tensor is tied, as Megatron's position embeddings beside the word "
-            "embeddings",
-            "nothing, unless that stage computes with it: the first stage's copy is the trained one, which ckptlab "
-            "reads",
-        )
-
-    def buffers_differ(self, group: Group) -> Finding:
-        return Finding(
-            "buffers-differ",
-            "info",
-            self._where(group),
-            "the same buffer on every rank, or statistics of each rank's own",
-            self._drift(group),
-            "nothing, if these are running statistics that are not synchronised; ckptlab reads the first rank's",
-        )
+    def drifted(self, code: str, group: Group) -> Finding:
+        """Copies that are not the same: see `_DRIFTED`."""
+        drift = _DRIFTED[code]
+        told = f"{self._drift(group)}{drift.beside}"
+        return Finding(code, drift.severity, self._where(group), drift.expected, told, drift.todo)
 
     def _drift(self, group: Group) -> str:
         """How much, between which ranks, since which layer."""

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ckptlab.arrays.readers import Over, Reader
+from ckptlab.arrays.readers import Over, Reader, over_zeros
 from ckptlab.catalog.seen import LowRank, Piece, Runs
 from ckptlab.layout import Cut, DimCut
 from ckptlab.layout.cut import Coordinate
@@ -76,8 +76,7 @@ class Adapted(Over):
         self.a, self.b, self.by, self.shapes = a, b, by, shapes
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
-        total = np.zeros(out.shape, np.float32)
-        self.reader.read_into(total, cut, at, starts)
+        total = over_zeros(self.reader, out.shape, np.float32, cut, at, starts)
         rows, columns = (1, 0) if self.by.transposed else (0, 1)
         a = self._narrow(self.a, self.shapes[0], 1, cut, at, columns, starts[columns], out.shape[columns])
         b = self._narrow(self.b, self.shapes[1], 0, cut, at, rows, starts[rows], out.shape[rows])
@@ -91,18 +90,16 @@ class Adapted(Over):
     ) -> np.ndarray:
         """Of a narrow matrix what belongs to a box along one dim of the cut; all of its rank; what is not held is 0."""
         seen, place, rank = cut.dims[dim], cut.per_dim(at)[dim], shape[1 - along]
-        shared = intersect(seen.runs[place], _all(shape[along]))[:, [1, 0, 2, 3, 5, 4]]
-        dims = [_Strided.of(shared, shape[along], seen.widths[place]), _Strided.of(_all(rank), rank, rank)]
+        dims = [_Strided.shared(seen, place, _all(shape[along]), shape[along]), _Strided.of(_all(rank), rank, rank)]
         sizes, first = [size, rank], [start, 0]
         if along:
             dims, sizes, first = dims[::-1], sizes[::-1], first[::-1]
-        found = np.zeros(sizes, np.float32)
-        one.read_into(found, Cut(shape, Mesh(), tuple(dims)), (), first)
-        return found
+        return over_zeros(one, sizes, np.float32, Cut(shape, Mesh(), tuple(dims)), (), first)
 
 
-def _all(length: int) -> Runs:
-    return np.array([[0, 0, length, 1, 0, 0]], np.int64)
+def _all(length: int, start: int = 0) -> Runs:
+    """Indices from `start` on, as one run."""
+    return np.array([[start, 0, length, 1, 0, 0]], np.int64)
 
 
 class _Part:
@@ -130,8 +127,7 @@ class _Part:
         if self.reader.spares:
             self.reader.read_into(view, inner, (), first)
             return
-        found = np.zeros(view.shape, view.dtype)
-        self.reader.read_into(found, inner, (), first)
+        found = over_zeros(self.reader, view.shape, view.dtype, inner, (), first)
         held = np.ix_(
             *(_held(dim, start, size) for dim, start, size in zip(inner.dims, first, view.shape, strict=True))
         )
@@ -144,19 +140,16 @@ class _Part:
             places = cut.per_dim(at)
             fixed = []
             for dim, index in self.piece.at:
-                point = np.array([[index, 0, 1, 1, 0, 0]], np.int64)
-                found = intersect(cut.dims[dim].runs[places[dim]], point)
+                found = intersect(cut.dims[dim].runs[places[dim]], _all(1, index))
                 if not len(found):
                     return None, ()
                 fixed.append((dim, int(found[0, 0])))
             dims: list[DimCut] = []
             for of, size in zip(self.piece.dims, self.shape, strict=True):
                 if isinstance(of, int):
-                    dims.append(_Strided.of(np.array([[of, 0, 1, 1, 0, 0]], np.int64), size, 1))
-                    continue
-                seen = cut.dims[of[0]]
-                shared = intersect(seen.runs[places[of[0]]], of[1])
-                dims.append(_Strided.of(shared[:, [1, 0, 2, 3, 5, 4]], size, seen.widths[places[of[0]]]))
+                    dims.append(_Strided.of(_all(1, of), size, 1))
+                else:
+                    dims.append(_Strided.shared(cut.dims[of[0]], places[of[0]], of[1], size))
             known = self._known = cut, at, Cut(self.shape, Mesh(), tuple(dims)), tuple(fixed)
         return known[2], known[3]
 
@@ -177,6 +170,12 @@ class _Strided(DimCut):
     @staticmethod
     def of(rows: Runs, size: int, width: int) -> _Strided:
         return _Strided(size, (), {(): rows}, {(): width})
+
+    @staticmethod
+    def shared(seen: DimCut, place: Coordinate, stored: Runs, size: int) -> _Strided:
+        """What a shard of a seen dim has of the runs of a stored one, which is of that size."""
+        shared = intersect(seen.runs[place], stored)[:, [1, 0, 2, 3, 5, 4]]
+        return _Strided.of(shared, size, seen.widths[place])
 
     @cached_property
     def runs(self) -> dict[Coordinate, Runs]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.arrays.composed import Adapted, Composed, Renamed
-from ckptlab.arrays.readers import CHUNK, Cast, Mean, Reader, Zeros, is_sum
+from ckptlab.arrays.readers import CHUNK, Mean, Reader, Zeros, in_dtype, is_sum
 from ckptlab.catalog import MASTER, PARAM, Catalog, Fragment, Tensor
 from ckptlab.errors import CheckpointError, LayoutError
 from ckptlab.layout import Cut, overlap
@@ -65,8 +65,7 @@ def reader(
         return _filled(catalog.filled, tensor, state, tensor.states[state] if dtype is None else np.dtype(dtype))
     if catalog.base is not None:
         seen = _seen(catalog, tensor.name, state, stage, holder, tally)
-        dtype = tensor.states[state] if dtype is None else dtype
-        return seen if dtype is None or np.dtype(dtype) == seen.dtype else Cast(seen, dtype)
+        return in_dtype(seen, tensor.states[state] if dtype is None else dtype)
     placement = catalog.placement(tensor.name, state)
     copies: list[dict[Coordinate, Holder]]
     if holder is not None:
@@ -84,7 +83,7 @@ def reader(
         copies = [{at: holders[i] for at, holders in same.items()} for i in range(averaged)]
     gathers = [Gather(catalog, tensor.name, state, held, holder is not None, tally) for held in copies]
     found: Reader = gathers[0] if len(gathers) == 1 else Mean(gathers, is_sum(placement.replicas, state))
-    return found if dtype is None or np.dtype(dtype) == found.dtype else Cast(found, dtype)
+    return in_dtype(found, dtype)
 
 
 def _filled(weights: Catalog, tensor: Tensor, state: str, dtype: np.dtype) -> Reader:

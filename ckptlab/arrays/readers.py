@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ckptlab.catalog import MASTER, PARAM
 from ckptlab.layout import Cut
@@ -101,6 +102,15 @@ class Over(Reader):
         return self.reader.leaves_gaps(cut)
 
 
+def over_zeros(
+    reader: Reader, sizes: Sequence[int], dtype: DTypeLike, cut: Cut, at: Coordinate, starts: Sequence[int]
+) -> np.ndarray:
+    """A box in a dtype, 0 where the reader holds nothing."""
+    found = np.zeros(sizes, dtype)
+    reader.read_into(found, cut, at, starts)
+    return found
+
+
 class Cast(Over):
     """A reader's elements in another dtype, rounded to nearest even."""
 
@@ -108,8 +118,8 @@ class Cast(Over):
         if out.dtype == self.dtype:
             self.reader.read_into(out, cut, at, starts)
             return
-        rounded = np.zeros(out.shape, self.dtype)  # two roundings where two dtypes are asked for, as composed
-        self.reader.read_into(rounded, cut, at, starts)
+        # two roundings where two dtypes are asked for, as composed
+        rounded = over_zeros(self.reader, out.shape, self.dtype, cut, at, starts)
         np.copyto(out, rounded, casting="unsafe")
 
     def chunks(self, cut: Cut, at: Coordinate, lo: int, hi: int, limit: int | None = None) -> Iterator[np.ndarray]:
@@ -121,6 +131,11 @@ class Cast(Over):
 
     def unordered(self, cut: Cut, at: Coordinate) -> list[tuple[Cut, Coordinate]]:
         return self.reader.unordered(cut, at)
+
+
+def in_dtype(reader: Reader, dtype: np.dtype | None) -> Reader:
+    """A reader whose elements arrive in a dtype (None: its own)."""
+    return reader if dtype is None or np.dtype(dtype) == reader.dtype else Cast(reader, dtype)
 
 
 def _wide(dtype: np.dtype) -> np.dtype:
@@ -139,9 +154,7 @@ class Mean(Over):
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
         total = np.zeros(out.shape, _wide(self.dtype))
         for reader in self.replicas:
-            one = np.zeros(out.shape, reader.dtype)
-            reader.read_into(one, cut, at, starts)
-            total += one
+            total += over_zeros(reader, out.shape, reader.dtype, cut, at, starts)
         if not self.summed:
             np.divide(total, total.dtype.type(len(self.replicas)), out=total)
         np.copyto(out, total, casting="unsafe")
@@ -155,8 +168,7 @@ class Share(Over):
         self.count = count
 
     def read_into(self, out: np.ndarray, cut: Cut, at: Coordinate, starts: Sequence[int]) -> None:
-        one = np.zeros(out.shape, _wide(self.dtype))
-        self.reader.read_into(one, cut, at, starts)
+        one = over_zeros(self.reader, out.shape, _wide(self.dtype), cut, at, starts)
         np.divide(one, one.dtype.type(self.count), out=one)
         np.copyto(out, one, casting="unsafe")
 

@@ -21,8 +21,15 @@ Coordinate = tuple[int, ...]
 _ALONE = Mesh()  # of one rank
 
 
+class Lean:
+    """A dataclass that remembers what it works out: pickled, it is what it was made of alone."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, eq=False)
-class DimCut:
+class DimCut(Lean):
     """One dim of a cut.
 
     `rows[coordinate]`, the coordinate being on `axes` alone, are int64 of shape (n, 5): start in the whole,
@@ -35,10 +42,6 @@ class DimCut:
     axes: tuple[str, ...]
     rows: Mapping[Coordinate, Rows]
     widths: Mapping[Coordinate, int]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What it was made of, without what was worked out of it."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def _content(self) -> bytes:
@@ -76,7 +79,7 @@ class DimCut:
 
 @explained
 @dataclass(frozen=True)
-class Cut(Shown):
+class Cut(Lean, Shown):
     """What every coordinate of a mesh holds of one tensor.
 
     `logical` is the true shape; rows address the whole of shape `shape`, which is larger where a dim is
@@ -126,10 +129,6 @@ class Cut(Shown):
         """The cut of many such tensors, stacked along dims of these sizes that stand before their own."""
         sizes = tuple(sizes)
         return Cut((*sizes, *self.logical), self.mesh, (*Cut.whole(sizes).dims, *self.dims))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What it was made of, without what was worked out of it."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 
 from ckptlab.aliases import Int64
 from ckptlab.arguments import constructed
 from ckptlab.errors import LayoutError, MeshError
-from ckptlab.layout.cut import Coordinate, Cut
+from ckptlab.layout.cut import Coordinate, Cut, Lean
 from ckptlab.mesh import Mesh
 from ckptlab.plan.flat import FlatBuffer
 
@@ -121,7 +120,7 @@ def _cut_of(flat: FlatBuffer, index: int) -> tuple[int, int, int]:
 
 @constructed
 @dataclass(frozen=True, eq=False)
-class Placement:
+class Placement(Lean):
     """Where one tensor (one of its states) lies on one mesh.
 
     `stages` are the pp stages that hold it, the first canonical. A stage's *holders* are the coordinates on all axes
@@ -152,10 +151,6 @@ class Placement:
             )
         if not self.stages or min(self.stages) < 0 or max(self.stages) >= cut.mesh.pp:
             raise LayoutError(f"stages {self.stages} are not all among the stages of pp({cut.mesh.pp})")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What it was made of, without what was worked out of it."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def mesh(self) -> Mesh:

@@ -161,6 +161,11 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, _WIDER.get(kind, (kind,)))
 
 
+def only_said(**options: Any) -> dict[str, Any]:
+    """Those of the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def behaves(value: Any, protocol: type) -> bool:
     """Whether a value has a protocol's methods, and not other things of their names (a tensor's `layout`)."""
     methods = [name for name, method in vars(protocol).items() if isinstance(method, types.FunctionType)]

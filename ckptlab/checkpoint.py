@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab import formats, paths
-from ckptlab.arguments import check_fields, explained
+from ckptlab.arguments import check_fields, explained, only_said
 from ckptlab.catalog import PARAM, Catalog, Tensor, Training, drawn_from
 from ckptlab.errors import CheckpointError, ReshapeError, UnknownNameError
 from ckptlab.findings import Finding
@@ -467,10 +467,8 @@ def save_weights(
     dtype: "bf16", "fp16" or "fp32"; None keeps the master's (float32). Files are cut at `max_shard_bytes` (None: 5 GB),
     with an index. running: on, progress, verify, sync, storage_options; see `Reshape.save`.
     """
-    catalog = opened(source).catalog
-    given = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Reshape.of(catalog, None, "safetensors", **options).save(destination, **running)
+    options = only_said(dtype=dtype, max_shard_bytes=max_shard_bytes)
+    return Reshape.of(opened(source).catalog, None, "safetensors", **options).save(destination, **running)
 
 
 def source_of(catalog: Catalog) -> convert.Source:

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from ckptlab import far
@@ -149,13 +150,20 @@ def _files_alone(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", path)
 
 
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors of the operating system, which knows numbers of open files alone, name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+
+
 def read_at(file: BinaryIO, nbytes: int, offset: int) -> bytes:
     """Bytes of an open file, as far as it has them, wherever it stands."""
     if not is_far(getattr(file, "name", "")):
-        try:
+        with naming(file.name):
             return os.pread(file.fileno(), nbytes, offset)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, file.name) from None
     return far.read(str(file.name), offset, nbytes)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptlab import adapters, convert
-from ckptlab.arguments import explained
+from ckptlab.arguments import explained, only_said
 from ckptlab.checkpoint import Checkpoint, Reshape, Source, opened
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding, Where
@@ -74,28 +74,22 @@ def pretrained(
 ) -> Reshape:
     """What `save_pretrained` writes, worked out: see `Reshape.check` for what has to be heard of it."""
     source = opened(source).catalog
-    said_of = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    weights: dict[str, Any] = {name: value for name, value in said_of.items() if value is not None}
+    weights = only_said(dtype=dtype, max_shard_bytes=max_shard_bytes)
     if adapter not in (None, "alone", "merged"):
         raise ReshapeError(f"adapter {adapter!r}: expected alone or merged")
     if adapter is not None:
         one = adapters.find(source)
         if adapter == "alone":
-            said = adapters.config(source, one, lora_alpha)
-            return Reshape.of(adapters.alone(source, one), None, "huggingface", adapter=said, **weights)
+            alone = adapters.config(source, one, lora_alpha)
+            return Reshape.of(adapters.alone(source, one), None, "huggingface", adapter=alone, **weights)
         source = adapters.merged(source, one, lora_alpha)
     elif adapters.has_adapter(source.tensors):
         raise ReshapeError(f"{source.path}: holds a low-rank adapter: say adapter= alone or merged")
     seen = as_pretrained(source, family, **numbers)
     kind = family.lower().replace("-", "_") if isinstance(family, str) else None
-    given = {
-        "config": config,
-        "heads": numbers.get("heads"),
-        "kv_heads": numbers.get("kv_heads"),
-        "model_type": kind if kind in CLASSES else None,
-    }
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return Reshape.of(seen.catalog, None, "huggingface", **options, **weights)
+    heads = only_said(heads=numbers.get("heads"), kv_heads=numbers.get("kv_heads"))
+    options = only_said(config=config, model_type=kind if kind in CLASSES else None)
+    return Reshape.of(seen.catalog, None, "huggingface", **options, **heads, **weights)
 
 
 @explained

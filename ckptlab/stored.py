@@ -222,11 +222,8 @@ def _cut(path: str, size: int, needed: int) -> str:
 
 
 def _mapped(path: str, size: int) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+    with paths.naming(path), open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
 
 class _MappedFiles:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ckptlab import pool
 from ckptlab.errors import DestinationError
+from ckptlab.paths import naming
 from ckptlab.words import size as sized
 
 _AT_ONCE = 8  # files that are waited for at a time: they share the disk's flushes
@@ -58,9 +59,8 @@ def sync(paths: Iterable[str]) -> None:
 def _sync(path: str) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -19,6 +19,7 @@ from ckptlab.convert.sources import Run, crc_of
 from ckptlab.errors import DestinationError
 from ckptlab.formats.fileplan import Sum, Written
 from ckptlab.formats.locate import UNFINISHED
+from ckptlab.paths import naming
 
 JOURNAL = UNFINISHED
 TEMPORARY = ".tmp"  # how a file's name ends until it is complete
@@ -76,11 +77,9 @@ class Journal:
     def _write(self, text: str) -> None:
         """Past Python's buffers: what does not fit on the disk would be tried again when the file is closed."""
         left = text.encode()
-        try:
+        with naming(self.file.name):
             while left:
                 left = left[os.write(self.file.fileno(), left) :]
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno or 0), self.file.name) from None
 
     def piece(self, name: str, offset: int, nbytes: int, found: Written, runs: list[Run]) -> None:
         """A piece of a file is written, and these runs of the source were read for it."""

@@ -173,14 +173,10 @@ def crc_of(path: str, offset: int, nbytes: int) -> int:
         return crc
     handle = os.open(path, os.O_RDONLY)
     try:
-        while nbytes:
-            got = os.preadv(handle, [memoryview(buffer)[: min(nbytes, _STEP)]], offset)
-            if not got:
-                break
-            crc = crc32(memoryview(buffer)[:got], crc)
-            offset, nbytes = offset + got, nbytes - got
-    except OSError as error:
-        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+        with paths.naming(path):
+            while nbytes and (got := os.preadv(handle, [memoryview(buffer)[: min(nbytes, _STEP)]], offset)):
+                crc = crc32(memoryview(buffer)[:got], crc)
+                offset, nbytes = offset + got, nbytes - got
     finally:
         os.close(handle)
     return crc

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ckptlab.arguments import only_said
 from ckptlab.catalog import DTYPES, PARAM, Catalog
 from ckptlab.errors import LayoutError
 from ckptlab.sharding.families.config import config, model_type
@@ -78,7 +79,6 @@ def _seen(catalog: Catalog, facts: Mapping[str, Any]) -> tuple[Mapping[str, Any]
     """What a config.json says of the model, or would say, the pp stage of each layer, and whether its feed-forward
     network has a gate: nothing of a model whose names no family knows, if there are facts enough."""
     bare = unwrapped(catalog)
-    given = {name: facts.get(name) for name in ("heads", "kv_heads")}
     if all(family_of(bare.tensors, side) is None for side in SIDES):
         if missing := [name for name in NEEDED if name not in facts]:
             raise LayoutError(
@@ -88,7 +88,8 @@ def _seen(catalog: Catalog, facts: Mapping[str, Any]) -> tuple[Mapping[str, Any]
         if not any(facts["hidden"] in tensor.shape for tensor in bare.tensors.values()):
             raise LayoutError(f"{catalog.path}: facts say hidden {facts['hidden']}, and no tensor is that long")
         return {}, {}, False
-    seen = towards(bare, "right", **{name: value for name, value in given.items() if value is not None})
+    given = only_said(heads=facts.get("heads"), kv_heads=facts.get("kv_heads"))
+    seen = towards(bare, "right", **given)
     sources = list(told(catalog))
     kind = model_type(seen.tensors, told=sources)
     if kind is None:

@@ -68,6 +68,15 @@ def _narrow(left: str, right: str) -> Line:
     return Permute(left, right, "out ffn -> out ffn")
 
 
+def _experts(program: Program, moe: str, gate: str, up: str, down: str) -> Iterator[Line]:
+    """Experts, each by itself, and what chooses among them. gate, up, down: what transformers calls their layers."""
+    yield Rename(f"{program.at(str(program.router))}.weight", f"{moe}.gate.weight")
+    for wide, narrow in program.experts:
+        parts = (f"{moe}.experts.{{e}}.{gate}.weight", f"{moe}.experts.{{e}}.{up}.weight")
+        yield Join(program.at(wide), "(ffn + ffn) in", parts)
+        yield _narrow(program.at(narrow), f"{moe}.experts.{{e}}.{down}.weight")
+
+
 def llama(program: Program, apart: bool = False, neighbours: bool = False) -> Family:
     """Llama 2 and 3, Mistral, Qwen 2 and 3, with the biases and the norms of q and k that some of them have. apart: q,
     k and v are joined one after the other; neighbours: rotary over neighbours (Megatron's --rotary-interleaved)."""
@@ -85,11 +94,7 @@ def mixtral(program: Program) -> Family:
     moe = "model.layers.{i}.block_sparse_moe"
     program = replace(program, q_norm=None, k_norm=None)
     lines: list[Line] = [*_around(program), *_attention(program)]
-    lines.append(Rename(f"{program.at(str(program.router))}.weight", f"{moe}.gate.weight"))
-    for up, down in program.experts:
-        parts = (f"{moe}.experts.{{e}}.w1.weight", f"{moe}.experts.{{e}}.w3.weight")
-        lines.append(Join(program.at(up), "(ffn + ffn) in", parts))
-        lines.append(_narrow(program.at(down), f"{moe}.experts.{{e}}.w2.weight"))
+    lines += _experts(program, moe, "w1", "w3", "w2")
     title, told = f"{program.name} ↔ transformers' Mixtral", (("moe_router_pre_softmax", False),)
     return Family(f"mixtral-{program.name}", title, tuple(lines), program.defaults, ("mixtral",), told=told)
 
@@ -98,11 +103,7 @@ def qwen_moe(program: Program) -> Family:
     """Qwen 2 and 3 with experts, each by itself, and with those that all tokens share."""
     moe = "model.layers.{i}.mlp"
     lines: list[Line] = [*_around(program), *_attention(program), *_network(program)]
-    lines.append(Rename(f"{program.at(str(program.router))}.weight", f"{moe}.gate.weight"))
-    for up, down in program.experts:
-        parts = (f"{moe}.experts.{{e}}.gate_proj.weight", f"{moe}.experts.{{e}}.up_proj.weight")
-        lines.append(Join(program.at(up), "(ffn + ffn) in", parts))
-        lines.append(_narrow(program.at(down), f"{moe}.experts.{{e}}.down_proj.weight"))
+    lines += _experts(program, moe, "gate_proj", "up_proj", "down_proj")
     if program.shared is not None:
         up, down, gate = map(program.at, program.shared)
         parts = (f"{moe}.shared_expert.gate_proj.weight", f"{moe}.shared_expert.up_proj.weight")

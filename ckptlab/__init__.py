@@ -136,7 +136,7 @@ _HOMES = {
     "views.saved": "open_view save_view",
     "widgets": "explore playground",
 }
-_load = loader(__name__, _HOMES, ("analysis", "deepspeed", "plan", "sharding", "testing", "viz"))
+_, _load = loader(__name__, _HOMES, ("analysis", "deepspeed", "plan", "sharding", "testing", "viz"))
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,11 @@ from importlib import import_module
 from typing import Any
 
 
-def loader(package: str, homes: Mapping[str, str], modules: Collection[str] = ()) -> Callable[[str], Any]:
-    """A package's `__getattr__`. homes: module of ckptlab → the names that come from it; modules: those of the package
-    itself. What was asked for once is the package's own from then on."""
+def loader(
+    package: str, homes: Mapping[str, str], modules: Collection[str] = ()
+) -> tuple[list[str], Callable[[str], Any]]:
+    """A package's `__all__` and `__getattr__`. homes: module of ckptlab → the names that come from it; modules: those
+    of the package itself. What was asked for once is the package's own from then on."""
     home_of = {name: home for home, names in homes.items() for name in names.split()}
 
     def load(name: str) -> Any:
@@ -23,4 +25,4 @@ def loader(package: str, homes: Mapping[str, str], modules: Collection[str] = ()
         setattr(sys.modules[package], name, value)
         return value
 
-    return load
+    return sorted([*home_of, *modules]), load

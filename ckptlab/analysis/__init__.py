@@ -24,27 +24,6 @@ if TYPE_CHECKING:
     from ckptlab.analysis.run import Run, Skipped, open_run
     from ckptlab.analysis.statistics import stats
 
-__all__ = [
-    "Checked",
-    "Compared",
-    "Diff",
-    "Difference",
-    "Health",
-    "Measure",
-    "OnlyIn",
-    "Renamed",
-    "Run",
-    "Setting",
-    "Skipped",
-    "Summary",
-    "check",
-    "diff",
-    "open_run",
-    "plots",
-    "stats",
-    "updates",
-]
-
 _HOMES = {
     "analysis.adam": "updates",
     "analysis.checkup": "Checked Health check",
@@ -55,7 +34,7 @@ _HOMES = {
     "analysis.run": "Run Skipped open_run",
     "analysis.statistics": "stats",
 }
-__getattr__ = loader(__name__, _HOMES, ["plots"])
+__all__, __getattr__ = loader(__name__, _HOMES, ["plots"])
 
 
 def __dir__() -> list[str]:

@@ -3,4 +3,4 @@ describe (transformer.py); the same model under another program's names (familie
 
 from ckptlab.lazily import loader
 
-__getattr__ = loader(__name__, {}, ["families"])
+__all__, __getattr__ = loader(__name__, {}, ["families"])

@@ -25,27 +25,6 @@ if TYPE_CHECKING:
     from ckptlab.viz.sizes import ACTIVATIONS, KINDS, fullest, memory, memory_by_rank
     from ckptlab.viz.tensors import tensor
 
-__all__ = [
-    "ACTIVATIONS",
-    "KINDS",
-    "Activations",
-    "Drawing",
-    "family",
-    "flat",
-    "flow",
-    "fullest",
-    "memory",
-    "memory_by_rank",
-    "mesh",
-    "placed",
-    "plan",
-    "plot_memory",
-    "plot_plan",
-    "stages",
-    "tensor",
-    "values",
-]
-
 _HOMES = {  # no module has the name of what is in it: imported, it would stand here in its place
     "draw": "Drawing",
     "sharding.activations": "Activations",
@@ -60,7 +39,7 @@ _HOMES = {  # no module has the name of what is in it: imported, it would stand 
     "viz.sizes": "ACTIVATIONS KINDS fullest memory memory_by_rank",
     "viz.tensors": "tensor",
 }
-__getattr__ = loader(__name__, _HOMES)  # what shows a checkpoint needs few of them
+__all__, __getattr__ = loader(__name__, _HOMES)  # what shows a checkpoint needs few of them
 
 
 def __dir__() -> list[str]:

@@ -26,8 +26,10 @@ from ckptlab.cli.out import note, print_json, say
 from ckptlab.errors import CkptlabError
 
 if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint
+    from ckptlab.checkpoint import Checkpoint, Reshape
     from ckptlab.convert import Report
+
+WEIGHTS = ("safetensors", "huggingface")  # formats that hold weights alone
 
 
 @main.command(short_help="What a reshape to another mesh would do.")
@@ -149,7 +151,7 @@ def convert(
       ckptlab convert run/global_step0 out/global_step0 --weights hf --to deepspeed --tp 4
     """
     began = time.monotonic()
-    if max_shard_size is not None and form not in ("safetensors", "huggingface"):
+    if max_shard_size is not None and form not in WEIGHTS:
         raise click.UsageError(f"--max-shard-size goes with --to safetensors and huggingface, not with {form}")
     for option, given in (("config", config), ("adapter", adapter), ("lora-alpha", lora_alpha)):
         if given is not None and form != "huggingface":
@@ -167,15 +169,17 @@ def convert(
         ckpt = _begun(ckpt, family, strategy, options)
     elif family is not None and form != "huggingface":
         ckpt = _renamed(ckpt, family, options)
+    if form == "huggingface":
+        reshape = _pretrained(ckpt, family, config, adapter, lora_alpha, options, max_shard_size)
+    elif form == "safetensors":
+        _weights_only(options, form)
+        weights_alone = {"dtype": options["dtype"], "max_shard_bytes": max_shard_size}
+        reshape = ckpt.reshape(format=form, **{k: v for k, v in weights_alone.items() if v is not None})
+    else:
+        reshape = reshaped(ckpt, options, form)
     with workers_of(scheduler, workers) as on:
-        running = {"on": on, "progress": progress, "verify": not no_verify, "sync": not no_sync}
-        if form == "huggingface":
-            lora = {"adapter": adapter, "lora_alpha": lora_alpha}
-            said, report = _write_pretrained(ckpt, destination, family, config, lora, options, max_shard_size, running)
-        elif form == "safetensors":
-            said, report = _write_weights(ckpt, destination, options, max_shard_size, running)
-        else:
-            said, report = _write_run(ckpt, destination, form, options, running)
+        report = reshape.save(destination, on=on, progress=progress, verify=not no_verify, sync=not no_sync)
+    said = _told(ckpt, reshape, report, form, options["dtype"])
     if as_json:
         print_json({**vars(report), **said, "seconds": round(time.monotonic() - began, 3)})
         return
@@ -208,39 +212,20 @@ def _writes(form: str) -> None:
         raise click.UsageError(f"--to {form}: expected one of {', '.join(known)}")
 
 
-def _write_run(
-    ckpt: Checkpoint, destination: str, form: str, options: Mapping[str, Any], running: Mapping[str, Any]
-) -> tuple[dict[str, Any], Report]:
-    """Write a native or universal checkpoint: what is to be said of it, and the report."""
+def _told(ckpt: Checkpoint, reshape: Reshape, report: Report, form: str, dtype: str | None) -> dict[str, Any]:
+    """What is to be said of what was written, beside the report: of a run, and of weights alone."""
     from ckptlab.describe.facts import briefly
 
-    reshape = reshaped(ckpt, options, form)
-    report = reshape.save(destination, **running)
     findings = briefly(reshape.check())
+    if form in WEIGHTS:
+        findings += _left_out(ckpt)
+        return {"format": form, "dtype": dtype, "latest": None, "findings": findings}
     if report.latest is None and reshape.format.pointed:
         tag = os.path.basename(report.destination)
         text = f"`latest` beside it is the source run's and was left alone: load it with tag={tag!r}"
         findings.append({"code": "latest-left-alone", "severity": "info", "text": text})
     target = {"mesh": reshape.mesh.degrees, "zero_stage": reshape.zero_stage, "dtype": reshape.target.training.dtype}
-    return {"format": form, **target, "latest": report.latest, "findings": findings}, report
-
-
-def _write_weights(
-    ckpt: Checkpoint,
-    destination: str,
-    options: Mapping[str, Any],
-    max_shard_bytes: int | None,
-    running: Mapping[str, Any],
-) -> tuple[dict[str, Any], Report]:
-    """Write safetensors: what is to be said of them, and the report."""
-    from ckptlab.checkpoint import save_weights
-    from ckptlab.describe.facts import briefly
-
-    _weights_only(options, "safetensors")
-    dtype = options["dtype"]
-    report = save_weights(ckpt, destination, dtype=dtype, max_shard_bytes=max_shard_bytes, **running)
-    findings = briefly(ckpt.findings) + _left_out(ckpt)
-    return {"format": "safetensors", "dtype": dtype, "latest": None, "findings": findings}, report
+    return {"format": form, **target, "latest": report.latest, "findings": findings}
 
 
 def _begun(ckpt: Checkpoint, family: str | None, strategy: str | None, options: dict[str, Any]) -> Checkpoint:
@@ -263,18 +248,16 @@ def _renamed(ckpt: Checkpoint, family: str, options: dict[str, Any]) -> Checkpoi
     return families.resolve(family, ckpt).onto(ckpt, **numbers)
 
 
-def _write_pretrained(
+def _pretrained(
     ckpt: Checkpoint,
-    destination: str,
     family: str | None,
     config: str | None,
-    lora: Mapping[str, Any],
+    adapter: str | None,
+    lora_alpha: float | None,
     options: Mapping[str, Any],
     max_shard_bytes: int | None,
-    running: Mapping[str, Any],
-) -> tuple[dict[str, Any], Report]:
-    """Write a folder that transformers opens: what is to be said of it, and the report."""
-    from ckptlab.describe.facts import briefly
+) -> Reshape:
+    """A folder that transformers opens."""
     from ckptlab.pretrained import pretrained
 
     numbers = {k: options[k] for k in ("heads", "kv_heads")}
@@ -288,11 +271,7 @@ def _write_pretrained(
                 raise CkptlabError(f"{config}: expected a JSON object: {error}") from None
         if not isinstance(said, dict):
             raise CkptlabError(f"{config}: expected a JSON object, found a {type(said).__name__}")
-    dtype = options["dtype"]
-    reshape = pretrained(ckpt, family, dtype, max_shard_bytes, said, **lora, **numbers)
-    report = reshape.save(destination, **running)
-    findings = briefly(reshape.check())
-    return {"format": "huggingface", "dtype": dtype, "latest": None, "findings": [*findings, *_left_out(ckpt)]}, report
+    return pretrained(ckpt, family, options["dtype"], max_shard_bytes, said, adapter, lora_alpha, **numbers)
 
 
 def _weights_only(options: Mapping[str, Any], form: str) -> None:

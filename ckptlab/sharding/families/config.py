@@ -108,6 +108,11 @@ class _Known:
     def set(self, **values: Any) -> None:
         self.config.values.update(values)
 
+    def embedding(self, name: str, hidden: str = "hidden_size") -> None:
+        """The vocabulary's size and the hidden one, under the word that is given."""
+        vocab, size = self.tensors[name].shape
+        self.set(vocab_size=vocab, **{hidden: size})
+
     def layers(self, before: str) -> int:
         """How many layers there are below a name."""
         return 1 + max(int(n[len(before) :].split(".")[0]) for n in self.tensors if n.startswith(before))
@@ -132,9 +137,8 @@ class _Known:
 
 def _llama(known: _Known) -> None:
     layer = "model.layers.0"
+    known.embedding("model.embed_tokens.weight")
     known.set(
-        vocab_size=known.size("model.embed_tokens.weight"),
-        hidden_size=known.size("model.embed_tokens.weight", 1),
         num_hidden_layers=known.layers("model.layers."),
         hidden_act="silu",
         tie_word_embeddings="lm_head.weight" not in known.tensors,
@@ -216,9 +220,8 @@ def _gpt2(known: _Known) -> None:
     joined, width = "transformer.h.0.attn.c_attn.weight", known.size("transformer.wte.weight", 1)
     if known.tensors[joined].shape == (3 * width, width):
         raise LayoutError(f"{joined} is a linear layer, out × in, and GPT2's is in × out: say family='conv1d'")
+    known.embedding("transformer.wte.weight", "n_embd")
     known.set(
-        vocab_size=known.size("transformer.wte.weight"),
-        n_embd=known.size("transformer.wte.weight", 1),
         n_layer=known.layers("transformer.h."),
         n_inner=known.size("transformer.h.0.mlp.c_fc.weight", 1),
         tie_word_embeddings="lm_head.weight" not in known.tensors,
@@ -238,20 +241,16 @@ def _gelu(said: Any) -> str:
 
 
 def _bloom(known: _Known) -> None:
-    known.set(
-        vocab_size=known.size("transformer.word_embeddings.weight"),
-        hidden_size=known.size("transformer.word_embeddings.weight", 1),
-        n_layer=known.layers("transformer.h."),
-    )
+    known.embedding("transformer.word_embeddings.weight")
+    known.set(n_layer=known.layers("transformer.h."))
     known.heads("n_head")
     known.take("layer_norm_epsilon", "layernorm_epsilon")
     known.take("apply_residual_connection_post_layernorm")
 
 
 def _gpt_neox(known: _Known) -> None:
+    known.embedding("gpt_neox.embed_in.weight")
     known.set(
-        vocab_size=known.size("gpt_neox.embed_in.weight"),
-        hidden_size=known.size("gpt_neox.embed_in.weight", 1),
         num_hidden_layers=known.layers("gpt_neox.layers."),
         intermediate_size=known.size("gpt_neox.layers.0.mlp.dense_h_to_4h.weight"),
         tie_word_embeddings="embed_out.weight" not in known.tensors,

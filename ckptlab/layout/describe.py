@@ -9,7 +9,7 @@ from typing import Any
 from ckptlab.aliases import Shape
 from ckptlab.errors import LayoutError
 from ckptlab.layout.layout import Layout
-from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, show
+from ckptlab.layout.notation import Name, Node, Number, Product, Sum, below, names, rebuilt, show
 from ckptlab.layout.solve import RESERVED
 from ckptlab.mesh import Mesh
 
@@ -94,10 +94,8 @@ def without(layout: Layout, axes: Iterable[str]) -> Layout:
 
 
 def _less(node: Node, left_out: set[str]) -> Node:
-    if isinstance(node, Sum):
-        return Sum(tuple(_less(term, left_out) for term in node.terms))
     if not isinstance(node, Product):
-        return node
+        return rebuilt(node, lambda term: _less(term, left_out))
     kept = tuple(_less(f, left_out) for f in node.factors if not (isinstance(f, Name) and f.text in left_out))
     return kept[0] if len(kept) == 1 else Product(kept)
 
@@ -146,8 +144,7 @@ def _term_of(node: Node, name: str) -> Product | None:
     """The innermost product that a name is a factor of."""
     if isinstance(node, Product) and Name(name) in node.factors:
         return node
-    below = node.terms if isinstance(node, Sum) else node.factors if isinstance(node, Product) else ()
-    return next((found for part in below if (found := _term_of(part, name))), None)
+    return next((found for part in below(node) if (found := _term_of(part, name))), None)
 
 
 def _length(layout: Layout, term: Node) -> int:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckptlab.errors import LayoutError
-from ckptlab.layout.cut import Coordinate, Cut, overlap
+from ckptlab.layout.cut import Coordinate, Cut, check_same_tensor, overlap
 from ckptlab.layout.rows import Rows
 
 
@@ -70,8 +69,7 @@ def laws(cut: Cut, there: Cut | None = None) -> Laws:
 
 def _returns(cut: Cut, there: Cut) -> bool:
     """Shards of `cut`, taken there and back, are what they were, but for padding, which is not part of it."""
-    if cut.logical != there.logical:
-        raise LayoutError(f"the cuts are of different tensors: shapes {cut.logical} and {there.logical}")
+    check_same_tensor(cut, there)
     whole = np.full(cut.shape, -1, np.int64)
     whole[tuple(map(slice, cut.logical))] = np.arange(math.prod(cut.logical)).reshape(cut.logical)
     shards = {at: cut.take(whole, at) for at in cut.coordinates()}

@@ -13,7 +13,7 @@ from ckptlab.errors import LayoutError
 from ckptlab.layout.blocks import dims_of_axes, equal_blocks
 from ckptlab.layout.cut import Cut, DimCut
 from ckptlab.layout.laws import Laws, laws
-from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, parse
+from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names, parse, rebuilt
 from ckptlab.layout.solve import RESERVED, Geometry
 from ckptlab.mesh import Mesh
 from ckptlab.shown import Shown
@@ -313,11 +313,7 @@ def _name_numbers(node: Node, lengths: dict[str, Length], numbers: Iterable[int]
         name = f"n{next(iter(numbers))}"
         lengths[name] = node.value
         return Name(name)
-    if isinstance(node, Product):
-        return Product(tuple(_name_numbers(factor, lengths, numbers) for factor in node.factors))
-    if isinstance(node, Sum):
-        return Sum(tuple(_name_numbers(term, lengths, numbers) for term in node.terms))
-    return node
+    return rebuilt(node, lambda inside: _name_numbers(inside, lengths, numbers))
 
 
 def _without(node: Node, left_out: set[str]) -> str:

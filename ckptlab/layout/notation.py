@@ -9,7 +9,7 @@ or sum of one thing is that thing. Which names are mesh axes is not known here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
@@ -60,13 +60,24 @@ class Sum:
 Node = Name | Number | Product | Sum
 
 
+def below(node: Node) -> tuple[Node, ...]:
+    """What a product or a sum is made of."""
+    return node.factors if isinstance(node, Product) else node.terms if isinstance(node, Sum) else ()
+
+
+def rebuilt(node: Node, change: Callable[[Node], Node]) -> Node:
+    """The node with what it is made of changed."""
+    if isinstance(node, Product | Sum):
+        return type(node)(tuple(map(change, below(node))))
+    return node
+
+
 def names(node: Node) -> Iterator[str]:
     """Every name in a tree, in order, as often as it stands there."""
     if isinstance(node, Name):
         yield node.text
-    elif isinstance(node, Product | Sum):
-        for child in node.factors if isinstance(node, Product) else node.terms:
-            yield from names(child)
+    for child in below(node):
+        yield from names(child)
 
 
 def show(dims: tuple[Node, ...]) -> str:

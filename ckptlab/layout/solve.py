@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from ckptlab.errors import LayoutError
-from ckptlab.layout.notation import Name, Node, Number, Product, Sum, names
+from ckptlab.layout.notation import Name, Node, Number, Product, Sum, below, names
 from ckptlab.layout.rows import Interval, Rows, nest, rows_of
 from ckptlab.mesh import Mesh
 
@@ -224,13 +224,11 @@ class Geometry:
         return next(axes for dim in self.dims if (axes := self._path(dim, name)) is not None)
 
     def _path(self, node: Node, name: str) -> list[str] | None:
-        if isinstance(node, Sum):
-            return next((axes for term in node.terms if (axes := self._path(term, name)) is not None), None)
-        if isinstance(node, Product):
-            beside = [f.text for f in node.factors if isinstance(f, Name) and self.is_axis(f.text)]
-            inner = next((axes for f in node.factors if (axes := self._path(f, name)) is not None), None)
-            return None if inner is None else beside + inner
-        return [] if isinstance(node, Name) and node.text == name else None
+        if node == Name(name):
+            return []
+        inner = next((axes for part in below(node) if (axes := self._path(part, name)) is not None), None)
+        beside = [f.text for f in below(node) if isinstance(f, Name) and self.is_axis(f.text)]
+        return inner if inner is None or isinstance(node, Sum) else beside + inner
 
     def _spell(self, axes: list[str]) -> str:
         return " * ".join(f"{axis} {self.degree(axis)}" for axis in axes)
@@ -320,13 +318,9 @@ def _terms(node: Node, name: str) -> list[Node]:
     """The innermost terms in which a name stands."""
     if isinstance(node, Name):
         return [node] if node.text == name else []
-    if isinstance(node, Sum):
-        return [found for term in node.terms for found in _terms(term, name)]
-    if isinstance(node, Product):
-        if any(isinstance(factor, Name) and factor.text == name for factor in node.factors):
-            return [node]
-        return [found for factor in node.factors for found in _terms(factor, name)]
-    return []
+    if isinstance(node, Product) and Name(name) in node.factors:
+        return [node]
+    return [found for inside in below(node) for found in _terms(inside, name)]
 
 
 def _quote(node: Node) -> str:

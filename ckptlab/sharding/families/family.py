@@ -18,6 +18,7 @@ from ckptlab.catalog import Catalog
 from ckptlab.catalog.seen import identity
 from ckptlab.errors import InputError, LayoutError
 from ckptlab.findings import Finding, Where
+from ckptlab.layout.rows import elements, intervals
 from ckptlab.sharding.families.lines import SIDES, Line, Side, other
 from ckptlab.sharding.families.names import Places, Template, form_of
 from ckptlab.sharding.families.numbers import numbers as numbers_of
@@ -296,22 +297,15 @@ def _assembled(view: View, held: Mapping[str, np.ndarray]) -> np.ndarray:
             if isinstance(of, int):
                 stored.append(np.array([of]))
                 continue
-            plain = [_spelled(of[1], start, stride) for start, stride in ((0, 4), (1, 5))]
-            seen[of[0]] = plain[0]
-            stored.append(plain[1])
+            plain = intervals(of[1])
+            seen[of[0]] = elements(plain[:, 0], plain[:, 2])
+            stored.append(elements(plain[:, 1], plain[:, 2]))
             order.append(of[0])
         taken = held[piece.name][np.ix_(*stored)] if stored else held[piece.name]
         taken = taken.reshape([len(seen[dim]) for dim in order])
         taken = taken.transpose(np.argsort(order, kind="stable")) if order else taken
         whole[np.ix_(*seen) if seen else ()] = taken.reshape([len(index) for index in seen])
     return whole
-
-
-def _spelled(runs: np.ndarray, start: int, stride: int) -> np.ndarray:
-    """The indices of runs on one side."""
-    return np.concatenate(
-        [(row[start] + np.arange(row[3])[:, None] * row[stride] + np.arange(row[2])).reshape(-1) for row in runs]
-    )
 
 
 def _hint(error: LayoutError) -> str:

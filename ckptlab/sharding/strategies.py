@@ -17,9 +17,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from ckptlab.aliases import Shape
 from ckptlab.arguments import behaves, explained, kind_of
-from ckptlab.errors import CkptlabError, InputError, LayoutError, NotationError
+from ckptlab.errors import InputError, LayoutError
 from ckptlab.layout import Layout
 from ckptlab.registry import Registry
+from ckptlab.sharding.rules import Rules
 
 MOST_DIMS = 64  # numpy's own
 
@@ -78,60 +79,6 @@ def _ndim(shards: Sequence[Shape]) -> int:
     if not len(shards):
         raise LayoutError("a tensor has at least one shard: give the shape of each")
     return len(shards[0])
-
-
-@explained
-@dataclass(frozen=True)
-class Rules:
-    """Regular expressions (the whole name must match) and what they mean; the first that matches wins."""
-
-    rules: tuple[tuple[str, Layout], ...]
-    name: str = "rules"
-
-    def layout(self, name: str, shards: Sequence[Shape]) -> Layout | None:
-        return next((layout for pattern, layout in self.rules if re.fullmatch(pattern, name)), None)
-
-    @staticmethod
-    def of(mapping: Mapping[str, str | Layout | Mapping[str, Any]], name: str = "rules") -> Rules:
-        """From {pattern: line of notation, Layout, or {"layout": line} with a Layout's other fields beside it}.
-
-        NotationError for a bad line, LayoutError for a bad pattern, field or value.
-        """
-        rules = []
-        for pattern, layout in mapping.items():
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise LayoutError(f"strategy {name}: {pattern!r} is no regular expression: {e}") from None
-            rules.append(
-                (pattern, layout if isinstance(layout, Layout) else _layout_of(layout, f"{name}: {pattern!r}"))
-            )
-        return Rules(tuple(rules), name)
-
-
-def _layout_of(told: Any, where: str) -> Layout:
-    """A layout as JSON says it. LayoutError with `where` it stands for what is none."""
-    fields: Any = {"layout": told} if isinstance(told, str) else told
-    known = {"layout", "dims", "sizes", "totals", "units", "padded", "stages", "replicas"}
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("layout"), str):
-        raise LayoutError(f'strategy {where}: expected a line of notation, or {{"layout": line, …}}, found {told!r}')
-    if unknown := sorted(map(str, fields.keys() - known)):
-        raise LayoutError(f"strategy {where}: no field {unknown[0]!r}: expected {', '.join(sorted(known))}")
-    others: dict[str, Any] = {key: value for key, value in fields.items() if key != "layout"}
-    for key, kind in (("stages", int), ("dims", str)):
-        if key in others and not (isinstance(others[key], list) and all(isinstance(v, kind) for v in others[key])):
-            raise LayoutError(f"strategy {where}: {key}: expected a list of {kind.__name__}, found {others[key]!r}")
-    for key in ("sizes", "totals", "units", "padded"):
-        if key in others and not isinstance(others[key], Mapping):
-            raise LayoutError(f"strategy {where}: {key}: expected an object, name: length, found {others[key]!r}")
-    try:
-        if "padded" in others:
-            others["padded"] = {int(dim): size for dim, size in others["padded"].items()}
-        return Layout(fields["layout"], **others)
-    except NotationError as e:
-        raise NotationError(f"strategy {where}: {e}") from None
-    except (CkptlabError, ValueError) as e:
-        raise LayoutError(f"strategy {where}: {e}") from None
 
 
 @explained

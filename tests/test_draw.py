@@ -41,7 +41,7 @@ def every_kind(name: str) -> list[Drawing]:
         draw.strips([Bar(name, 10, [Piece(name, 0, 6, 0, (True, True), {"from": name})])], title=name, notes=[name]),
         draw.pipeline([(name, [Box(name, 3, name, name, {"tensor": name})]), (name, [Box(name, 3, "", name)])]),
         draw.bars([Stack(name, {name: 5}, {"rank": name})], title=name, notes=[name]),
-        draw.matrix([[1, 0], [2, 3]], [[1, 0], [0, 1]], side, side, title=name, notes=[name]),
+        draw.matrix(draw.Traffic([[1, 0], [2, 3]], [[1, 0], [0, 1]], side, side), title=name, notes=[name]),
     ]
 
 

@@ -14,7 +14,7 @@ from ckptlab.draw.edge import Edge
 from ckptlab.draw.flow import flow
 from ckptlab.draw.fragments import Fragment
 from ckptlab.draw.grid import grid
-from ckptlab.draw.matrix import Side, matrix
+from ckptlab.draw.matrix import Side, Traffic, matrix
 from ckptlab.draw.pipeline import Box, pipeline
 from ckptlab.draw.sheet import sheet
 from ckptlab.draw.strips import Bar, Piece, strips
@@ -30,6 +30,7 @@ __all__ = [
     "Piece",
     "Side",
     "Stack",
+    "Traffic",
     "bars",
     "block",
     "flow",

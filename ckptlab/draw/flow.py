@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptlab.draw.blocks import told
 from ckptlab.draw.colours import colour
-from ckptlab.draw.matrix import Side, carried
+from ckptlab.draw.matrix import Traffic
 from ckptlab.draw.svg import Drawing, cell, drawing, element, noted, telling, text, width_of
 from ckptlab.words import size
 
@@ -16,22 +16,20 @@ _HEIGHT, _ACROSS, _BOX, _GAP, _LINE = 300.0, 260.0, 14.0, 7.0, 13.0
 
 
 def flow(
-    table: Sequence[Sequence[int]],
-    kept: Sequence[Sequence[int]],
-    rows: Side,
-    columns: Side,
+    traffic: Traffic,
     *,
     title: str = "",
     notes: Sequence[str] = (),
     width: float | None = None,
 ) -> Drawing:
-    """table[i][j] bytes go from i (left) to j (right), in the colour of i; of these kept[i][j] do not change rank:
-    so much of the band has an outline.
+    """Bytes as bands from rows (left) to columns (right), in the colour of the row; of what does not change rank the
+    band has an outline.
 
     Cells: paths of class `flow`, data-source, data-target, data-bytes, data-kept; boxes of class `end`, data-source or
     data-target, data-bytes.
     """
-    sent, received = [sum(row) for row in table], [sum(column) for column in zip(*table, strict=True)]
+    table, kept, rows, columns = traffic.table, traffic.kept, traffic.rows, traffic.columns
+    sent, received = traffic.sent, traffic.received
     total = max(sum(sent), 1)
     names = [
         [f"{label} · {size(n)}" for label, n in zip(s.labels, sums, strict=True)]
@@ -55,7 +53,7 @@ def flow(
         for j, nbytes in enumerate(row):
             if nbytes:
                 band = (left + _BOX, starts[i][j], right, ends[j][i], nbytes * scale)
-                parts.append(_band(band, nbytes, kept[i][j], rows, columns, i, j))
+                parts.append(_band(traffic, i, j, band))
     for side, x, sums, at, end in ((rows, left, sent, places[0], True), (columns, right, received, places[1], False)):
         what = "source" if end else "target"
         for k, nbytes in enumerate(sums):
@@ -88,22 +86,14 @@ def _places(sums: Sequence[int], scale: float, top: float) -> list[float]:
     return found
 
 
-def _band(
-    band: tuple[float, float, float, float, float],
-    nbytes: int,
-    kept: int,
-    rows: Side,
-    columns: Side,
-    i: int,
-    j: int,
-) -> str:
-    tip, data = carried(nbytes, kept, rows, columns, i, j)
+def _band(traffic: Traffic, i: int, j: int, band: tuple[float, float, float, float, float]) -> str:
+    tip, data = traffic.told(i, j)
     whole = telling("path", tip, data, d=_path(band), class_="flow", fill=colour(i), fill_opacity=".4")
-    if not kept:
+    if not (kept := traffic.kept[i][j]):
         return whole
     x, y, end, to, high = band
     outline: dict[str, Any] = {"stroke": "currentColor", "stroke_width": "1.1"}
-    own = _path((x, y, end, to, high * kept / nbytes))
+    own = _path((x, y, end, to, high * kept / traffic.table[i][j]))
     return whole + element("path", d=own, class_="own overlay", fill=colour(i), fill_opacity=".6", **outline)
 
 

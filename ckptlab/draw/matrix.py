@@ -22,17 +22,41 @@ class Side:
     ranks: Sequence[range]
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """table[i][j] bytes go from row i to column j; of these kept[i][j] do not change rank."""
+
+    table: Sequence[Sequence[int]]
+    kept: Sequence[Sequence[int]]
+    rows: Side
+    columns: Side
+
+    @property
+    def sent(self) -> list[int]:
+        return [sum(row) for row in self.table]
+
+    @property
+    def received(self) -> list[int]:
+        return [sum(column) for column in zip(*self.table, strict=True)]
+
+    def told(self, i: int, j: int) -> tuple[str, dict[str, object]]:
+        """The tip and the data of what goes from i to j."""
+        nbytes, kept = self.table[i][j], self.kept[i][j]
+        stays = f" · {size(kept)} stay on their rank" if kept else ""
+        source, target = told(self.rows.ranks[i]), told(self.columns.ranks[j])
+        data: dict[str, object] = {"source": source, "target": target, "bytes": nbytes, "kept": kept}
+        return f"{self.rows.labels[i]} → {self.columns.labels[j]} · {size(nbytes)}{stays}", data
+
+
 def matrix(
-    table: Sequence[Sequence[int]],
-    kept: Sequence[Sequence[int]],
-    rows: Side,
-    columns: Side,
+    traffic: Traffic,
     *,
     title: str = "",
     notes: Sequence[str] = (),
     width: float | None = None,
 ) -> Drawing:
-    """table[i][j] bytes go from i to j; of these kept[i][j] do not change rank, and a frame says so."""
+    """Bytes in cells; a frame says that they do not change rank."""
+    table, kept, rows, columns = traffic.table, traffic.kept, traffic.rows, traffic.columns
     most = max([n for row in table for n in row] + [1])
     unit, name = unit_of(most)
     wide = max([width_of(label, 11) for label in columns.labels] + [44 if width is None else 36]) + 8
@@ -48,16 +72,16 @@ def matrix(
     parts.append(text(8, middle, f"from {rows.name}", "middle quiet", transform=_turned(8, middle)))
     for j, label in enumerate(columns.labels):
         parts.append(text(left + (j + 0.5) * wide, top - 10, label, "middle column-label"))
-    sums = [sum(row) for row in table]
+    sums = traffic.sent
     for i, label in enumerate(rows.labels):
         y = top + i * _HEIGHT
         parts.append(text(left - 8, y + _HEIGHT / 2, label, "end row-label"))
         for j, nbytes in enumerate(table[i]):
             box = (left + j * wide + 1, y + 1, wide - 2, _HEIGHT - 2)
-            parts.append(_cell(nbytes, kept[i][j], most, unit, box, rows, columns, i, j))
+            label = figure(nbytes / unit) if nbytes else "·"
+            parts.append(_cell(traffic, i, j, box, label, f"{strength(nbytes / most):.3f}"))
         parts += _sum(left + across + 10, y + 6, sums[i], max(sums, default=0), margin, colour(i))
-    received = [sum(column) for column in zip(*table, strict=True)]
-    for j, nbytes in enumerate(received):
+    for j, nbytes in enumerate(traffic.received):
         parts.append(text(left + (j + 0.5) * wide, top + down + 12, size(nbytes), "small middle quiet sum"))
     y = top + down + 24
     said = [f"figures in {name}", *notes]
@@ -71,27 +95,9 @@ def matrix(
     return drawing(title or "matrix", [*parts, *below], total, y + 2)
 
 
-def carried(nbytes: int, kept: int, rows: Side, columns: Side, i: int, j: int) -> tuple[str, dict[str, object]]:
-    """The tip and the data of bytes that go from i to j, of which `kept` do not change rank."""
-    stays = f" · {size(kept)} stay on their rank" if kept else ""
-    data = {"source": told(rows.ranks[i]), "target": told(columns.ranks[j]), "bytes": nbytes, "kept": kept}
-    return f"{rows.labels[i]} → {columns.labels[j]} · {size(nbytes)}{stays}", data
-
-
-def _cell(
-    nbytes: int,
-    kept: int,
-    most: int,
-    unit: int,
-    box: tuple[float, float, float, float],
-    rows: Side,
-    columns: Side,
-    i: int,
-    j: int,
-) -> str:
-    tip, data = carried(nbytes, kept, rows, columns, i, j)
-    label = figure(nbytes / unit) if nbytes else "·"
-    opacity = f"{strength(nbytes / most):.3f}"
+def _cell(traffic: Traffic, i: int, j: int, box: tuple[float, float, float, float], label: str, opacity: str) -> str:
+    nbytes, kept = traffic.table[i][j], traffic.kept[i][j]
+    tip, data = traffic.told(i, j)
     shape = cell(box, SHADE, tip, kind="move" if nbytes else "move none", label=label, data=data, fill_opacity=opacity)
     if not kept:
         return shape

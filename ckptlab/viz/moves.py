@@ -9,7 +9,7 @@ import numpy as np
 from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
 from ckptlab.checkpoint import Reshape
-from ckptlab.draw import Drawing, Side, matrix
+from ckptlab.draw import Drawing, Side, Traffic, matrix
 from ckptlab.draw import flow as flow_drawing
 from ckptlab.draw.blocks import blocks, span
 from ckptlab.mesh import Mesh
@@ -60,7 +60,7 @@ def _drawn(draw: Callable[..., Drawing], plan: Plan, rows: Side, columns: Side, 
     for what, side, ranks in (("source", rows, plan.sources), ("target", columns, plan.targets)):
         if len(side.labels) < ranks:
             notes.append(f"{ranks:,} {what} ranks in {len(side.labels):,} {side.name.removeprefix(what).strip()}")
-    return draw(table.tolist(), kept.tolist(), rows, columns, title=title, notes=notes, width=width)
+    return draw(Traffic(table.tolist(), kept.tolist(), rows, columns), title=title, notes=notes, width=width)
 
 
 def moved(plan: Plan | Reshape) -> Plan:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import ckptlab
 from ckptlab import Layout, LayoutError, Mesh, MeshError, viz
-from ckptlab.draw import Drawing, Side, matrix
+from ckptlab.draw import Drawing, Side, Traffic, matrix
 from ckptlab.draw.svg import width_of
 from ckptlab.plan import FlatBuffer
 from ckptlab.sharding import families
@@ -489,7 +489,8 @@ def test_the_matrix_is_the_plan() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 def test_the_name_of_few_rows_stays_off_title_and_notes(rows: int) -> None:
     side = Side("source rank", [str(k) for k in range(rows)], [range(k, k + 1) for k in range(rows)])
-    drawing = matrix([[1]] * rows, [[0]] * rows, side, Side("target rank", ["0"], [range(1)]), title="a plan")
+    other = Side("target rank", ["0"], [range(1)])
+    drawing = matrix(Traffic([[1]] * rows, [[0]] * rows, side, other), title="a plan")
     (middle,) = re.findall(r"rotate\(-90 8\.0 ([\d.]+)\)[^>]*>from source rank", drawing.svg)
     half = width_of("from source rank") / 2
     (note,) = [float(y) for y in re.findall(r'y="([\d.]+)" class="quiet note"', drawing.svg)]

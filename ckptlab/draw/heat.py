@@ -24,6 +24,7 @@ FINE = 0.4  # share of borders between cells from which they are not drawn
 REGIONS = 512  # rectangles of one owner that have a tooltip each
 _WIDTH, _HEIGHT, _STRONG = 560.0, 360.0, 0.75
 
+Float64 = NDArray[np.float64]
 Run = tuple[int, int, int]
 """Cells of one row that one owner has: the first, the one behind the last, the owner."""
 
@@ -48,8 +49,37 @@ class Side:
         return min(self.start + k * self.step, self.stop)
 
 
+@dataclass(frozen=True)
+class _Table:
+    """Where the cells stand on the page: the corner of the first, how wide and high one is, how many there are; `who`
+    are the ranks of each owner."""
+
+    rows: Side
+    columns: Side
+    who: Mapping[int, Sequence[int]]
+    corner: tuple[float, float]
+    across: float
+    down: float
+    shape: tuple[int, int]
+
+    @property
+    def area(self) -> tuple[float, float, float, float]:
+        return self.box(0, 0, *self.shape)
+
+    def box(self, i: int, j: int, stop: int | None = None, end: int | None = None) -> tuple[float, float, float, float]:
+        """The place of the cells from row i and column j to before `stop` and `end` (None: of one cell)."""
+        high, wide = (1 if stop is None else stop - i), (1 if end is None else end - j)
+        x, y = self.corner[0] + j * self.across, self.corner[1] + i * self.down
+        return x, y, wide * self.across, high * self.down
+
+    def data(self, i: int, j: int, owner: int) -> dict[str, object]:
+        """Of cells from row i and column j on: the ranks that hold them, and the first index of both sides."""
+        first = f"{self.rows.start + i * self.rows.step},{self.columns.start + j * self.columns.step}"
+        return {"rank": listed(self.who[owner]), "start": first}
+
+
 def heat(
-    values: NDArray[np.float64],
+    values: Float64,
     owner: Int64,
     rows: Side,
     columns: Side,
@@ -80,20 +110,21 @@ def heat(
     across = min(room / wide, 46.0)
     down = min(_HEIGHT / high, 20.0 if few else across, 20.0) if high > 1 else 24.0
     top = (24.0 if title else 4.0) + 34
-    area = (left, top, wide * across, high * down)
+    table = _Table(rows, columns, who, (left, top), across, down, (high, wide))
+    area = table.area
     strength = np.minimum(np.abs(values) / full, 1.0) if full else np.zeros(values.shape)
     faint = np.ones(values.shape) if marked is None else np.where(np.isin(owner, list(marked)), 1.0, 0.3)
     title = title if width is None else tail(title, width, 14)
     parts = [text(0, 8, title, "title")] if title else []
-    parts += _sides(rows, columns, area, across, down, high, wide)
+    parts += _sides(table)
     if alone and tip is not None:
-        parts += _cells(values, strength * faint, owner, who, rows, columns, area, (across, down), tip)
+        parts += _cells(table, values, strength * faint, owner, tip)
     else:
-        parts += [_image(values, strength * faint, area), *_written(values, area, (across, down))]
-    parts += _regions(held, who, rows, columns, area, (across, down), "none" if alone else "all")
+        parts += [_image(values, strength * faint, area), *_written(table, values)]
+    parts += _regions(table, held, "none" if alone else "all")
     frame: dict[str, Any] = {"fill": "none", "stroke": "currentColor", "stroke_width": "1.25"}
     parts.append(rect(*area, class_="heat overlay", data_rows=high, data_columns=wide, **frame))
-    lines, fine = _borders(owner, area, across, down)
+    lines, fine = _borders(table, owner)
     parts.append(lines)
     for (i, stop, _), label in zip(held, said, strict=True):
         if label and (stop - i) * down >= 9 and len(who) > 1:
@@ -112,62 +143,42 @@ def heat(
     return drawing(title or "values", parts, total if width is None else min(total, max(width, 160)), bottom + 2, defs)
 
 
-def _sides(
-    rows: Side,
-    columns: Side,
-    area: tuple[float, float, float, float],
-    across: float,
-    down: float,
-    high: int,
-    wide: int,
-) -> list[str]:
+def _sides(table: _Table) -> list[str]:
     """Names of both sides, and indices: of every cell that has room, else of the first and the last."""
-    x, y, w, _ = area
+    rows, columns, (high, wide) = table.rows, table.columns, table.shape
+    x, y, w, _ = table.area
     found = [text(x + w / 2, y - 26, columns.name, "middle dim")]
     each = max(width_of(columns.label(k), 10) for k in (0, wide - 1)) + 6
-    step = max(int(each // across) + 1, 1)
+    step = max(int(each // table.across) + 1, 1)
     for k in range(0, wide, step):
-        found.append(text(x + (k + 0.5) * across, y - 9, columns.label(k), "small quiet middle"))
+        found.append(text(x + (k + 0.5) * table.across, y - 9, columns.label(k), "small quiet middle"))
     if not rows.name:
         return found
     found.append(text(x - 8, y - 9, rows.name, "end dim"))
-    for k in range(0, high, max(int(12 // down) + 1, 1)):
-        found.append(text(x - 6, y + (k + 0.5) * down, rows.label(k), "small quiet end"))
+    for k in range(0, high, max(int(12 // table.down) + 1, 1)):
+        found.append(text(x - 6, y + (k + 0.5) * table.down, rows.label(k), "small quiet end"))
     return found
 
 
 def _cells(
-    values: NDArray[np.float64],
-    strength: NDArray[np.float64],
-    owner: Int64,
-    who: Mapping[int, Sequence[int]],
-    rows: Side,
-    columns: Side,
-    area: tuple[float, float, float, float],
-    size: tuple[float, float],
-    tip: Callable[[int, int], str],
+    table: _Table, values: Float64, strength: Float64, owner: Int64, tip: Callable[[int, int], str]
 ) -> Iterator[str]:
     for i, j in itertools.product(*map(range, values.shape)):
         value = float(values[i, j])
-        box = (area[0] + j * size[0], area[1] + i * size[1], *size)
-        data = {
-            "rank": listed(who[int(owner[i, j])]),
-            "start": f"{rows.start + i * rows.step},{columns.start + j * columns.step}",
-        }
+        data = table.data(i, j, int(owner[i, j]))
         fill = NAN if value != value else ABOVE if value > 0 else BELOW
         opacity = f"{0.9 if value != value else 0.7 * float(strength[i, j]):.3f}"
-        thin: dict[str, Any] = {} if size[1] >= 14 else {"stroke_opacity": ".12"}
-        yield cell(box, fill, tip(i, j), kind="value", label=_short(value), data=data, fill_opacity=opacity, **thin)
+        look: dict[str, Any] = {"fill_opacity": opacity, **({} if table.down >= 14 else {"stroke_opacity": ".12"})}
+        yield cell(table.box(i, j), fill, tip(i, j), kind="value", label=_short(value), data=data, **look)
 
 
-def _written(
-    values: NDArray[np.float64], area: tuple[float, float, float, float], size: tuple[float, float]
-) -> Iterator[str]:
+def _written(table: _Table, values: Float64) -> Iterator[str]:
     """The numbers themselves, where cells have room for them."""
-    if size[0] < 40 or size[1] < 12:
+    if table.across < 40 or table.down < 12:
         return
     for (i, j), value in np.ndenumerate(values):
-        yield text(area[0] + (j + 0.5) * size[0], area[1] + (i + 0.5) * size[1], _short(float(value)), "small middle")
+        x, y, w, h = table.box(i, j)
+        yield text(x + w / 2, y + h / 2, _short(float(value)), "small middle")
 
 
 def _short(value: float) -> str:
@@ -180,7 +191,7 @@ def _short(value: float) -> str:
     return said.replace("e+0", "e").replace("-", "−", 1) if value < 0 else said.replace("e+0", "e")
 
 
-def _image(values: NDArray[np.float64], strength: NDArray[np.float64], area: tuple[float, float, float, float]) -> str:
+def _image(values: Float64, strength: Float64, area: tuple[float, float, float, float]) -> str:
     """All cells as the points of one picture; what is small is clear, so that the page's ground shows."""
     pixels = np.zeros((*values.shape, 4), np.uint8)
     pixels[..., :3] = np.where((values > 0)[..., None], _rgb(ABOVE), _rgb(BELOW))
@@ -225,31 +236,25 @@ def _told(runs: Sequence[Run], who: Mapping[int, Sequence[int]]) -> str:
     return " | ".join(ranges(who[k]) for _, _, k in runs) if len(runs) <= 4 else ""
 
 
-def _regions(
-    bands: Sequence[tuple[int, int, list[Run]]],
-    who: Mapping[int, Sequence[int]],
-    rows: Side,
-    columns: Side,
-    area: tuple[float, float, float, float],
-    size: tuple[float, float],
-    events: str,
-) -> Iterator[str]:
+def _regions(table: _Table, bands: Sequence[tuple[int, int, list[Run]]], events: str) -> Iterator[str]:
     """What one owner has, rectangle by rectangle, with a tooltip each where cells have none."""
     if sum(len(runs) for _, _, runs in bands) > REGIONS:
         return
+    rows, columns = table.rows, table.columns
     for i, stop, runs in bands:
         for j, end, k in runs:
-            box = (area[0] + j * size[0], area[1] + i * size[1], (end - j) * size[0], (stop - i) * size[1])
-            first = (rows.start + i * rows.step, columns.start + j * columns.step)
-            last = (rows.behind(stop) - 1, columns.behind(end) - 1)
-            told = f"{'rank' if len(who[k]) == 1 else 'ranks'} {ranges(who[k])} · {list(first)} to {list(last)}"
-            data = {"rank": listed(who[k]), "start": f"{first[0]},{first[1]}"}
+            first = [rows.start + i * rows.step, columns.start + j * columns.step]
+            last = [rows.behind(stop) - 1, columns.behind(end) - 1]
+            ranks = table.who[k]
+            told = f"{'rank' if len(ranks) == 1 else 'ranks'} {ranges(ranks)} · {first} to {last}"
+            box, data = table.box(i, j, stop, end), table.data(i, j, k)
             yield cell(box, "none", told, kind="region", data=data, stroke="none", pointer_events=events)
 
 
-def _borders(owner: Int64, area: tuple[float, float, float, float], across: float, down: float) -> tuple[str, bool]:
+def _borders(table: _Table, owner: Int64) -> tuple[str, bool]:
     """Lines between cells of different owners; and whether there are so many that none is drawn."""
-    x, y, *_ = area
+    across, down = table.across, table.down
+    x, y = table.corner
     beside, below = owner[:, 1:] != owner[:, :-1], owner[1:] != owner[:-1]
     if any(at.sum() > FINE * at.size + n for at, n in zip((beside, below), owner.shape, strict=True)):
         return "", True

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from ckptlab.arguments import explained
-from ckptlab.catalog import Catalog
+from ckptlab.catalog import Catalog, asked
 from ckptlab.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -151,13 +151,7 @@ def _shown(view: Any, stack: bool, state: str | None, chunks: Any) -> Any:
 
 
 def _states(state: States, catalog: Catalog) -> tuple[str, ...] | None:
-    if state is None:
-        return None
-    wanted = (state,) if isinstance(state, str) else tuple(state)
-    unknown = [s for s in wanted if s not in catalog.states]
-    if unknown:
-        raise CheckpointError(f"{catalog.path}: no state {unknown[0]!r}: there are {', '.join(catalog.states)}")
-    return wanted
+    return asked(state, catalog.states, f"{catalog.path}: ")
 
 
 def _state(state: States, catalog: Catalog) -> str | None:

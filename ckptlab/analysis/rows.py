@@ -14,7 +14,7 @@ from ckptlab.analysis.windows import array_of
 from ckptlab.arrays import reader
 from ckptlab.arrays.coordinates import rank_dims
 from ckptlab.arrays.lazy import Gathered
-from ckptlab.catalog import Catalog
+from ckptlab.catalog import Catalog, asked
 from ckptlab.catalog.stacks import places, without_number
 from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
@@ -73,14 +73,8 @@ def rows_of(view: View, states: Sequence[str] | None = None) -> list[Row]:
 def _wanted(rows: list[Row], states: Sequence[str] | None) -> list[Row]:
     if not rows:
         raise CheckpointError("there is no tensor to take statistics of")
-    if states is None:
-        return rows
-    wanted = (states,) if isinstance(states, str) else tuple(states)
-    known = dict.fromkeys(row.state for row in rows)
-    unknown = [state for state in wanted if state not in known]
-    if unknown:
-        raise CheckpointError(f"no state {unknown[0]!r}: there are {', '.join(known)}")
-    return [row for row in rows if row.state in wanted]
+    wanted = asked(states, dict.fromkeys(row.state for row in rows))
+    return rows if wanted is None else [row for row in rows if row.state in wanted]
 
 
 def _of_catalog(catalog: Catalog) -> Iterator[Row]:

@@ -3,7 +3,7 @@
 from ckptlab.catalog.catalog import Catalog
 from ckptlab.catalog.extents import ALONE, Extents, FlatGroup, Fragment, placements_of, whole_placements
 from ckptlab.catalog.seen import LowRank, Piece
-from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor, drawn_from
+from ckptlab.catalog.tensor import MASTER, PARAM, ParameterGroup, Tensor, asked, drawn_from
 from ckptlab.catalog.training import DTYPES, ZERO_STAGES, Gradients, Training
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Piece",
     "Tensor",
     "Training",
+    "asked",
     "drawn_from",
     "placements_of",
     "whole_placements",

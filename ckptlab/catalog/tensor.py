@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ckptlab.arguments import explained
+from ckptlab.errors import CheckpointError
 from ckptlab.layout import Cut, Layout
 
 MASTER = "master"  # the state that holds the weight that the optimizer steps
@@ -61,6 +62,17 @@ def drawn_from(source: Tensor, target: Tensor, state: str) -> str:
         return state
     keeps = source.states.get(PARAM) == target.states[PARAM]
     return PARAM if keeps or MASTER not in source.states else MASTER
+
+
+def asked(states: str | Sequence[str] | None, known: Collection[str], where: str = "") -> tuple[str, ...] | None:
+    """The states that somebody names (None: nobody did). CheckpointError, with `where` before it, for one that is not
+    known."""
+    if states is None:
+        return None
+    wanted = (states,) if isinstance(states, str) else tuple(states)
+    if unknown := [state for state in wanted if state not in known]:
+        raise CheckpointError(f"{where}no state {unknown[0]!r}: there are {', '.join(known)}")
+    return wanted
 
 
 @dataclass(frozen=True)

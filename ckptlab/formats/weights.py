@@ -12,8 +12,8 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.arrays import Drawn
-from ckptlab.catalog import PARAM, Catalog, Tensor
-from ckptlab.errors import CheckpointError
+from ckptlab.catalog import DTYPES, PARAM, Catalog, Tensor
+from ckptlab.errors import CheckpointError, ReshapeError
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 from ckptlab.formats.format import Listing
@@ -26,6 +26,22 @@ _MOST_FILES = 10_000
 # files beside weights in which programs keep an optimizer: accelerate, transformers, torchtune, OLMo
 OPTIMIZERS = re.compile(r"optimizer(?:_\d+)?\.(?:pt|bin|pth)|optim\.pt|recipe_state\.pt")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<of>\d{5})(?P<suffix>\.\w+)")
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """What a user may say of consolidated weights. `dtype`: "bf16", "fp16" or "fp32" for floating-point weights, None
+    keeps the master's (float32). `max_shard_bytes`: at which size files are cut."""
+
+    dtype: str | None = None
+    max_shard_bytes: int = SHARD_BYTES
+
+    @property
+    def wanted(self) -> np.dtype | None:
+        """What floating-point weights become. ReshapeError for a name of no dtype."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ReshapeError(f"dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        return None if self.dtype is None else DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Interaction: `explore` a checkpoint, `playground` for a model on paper. Needs the extra `widgets`.
 
-From the ground up: subject.py (what is explored and chosen), held.py, steps.py, pictures.py, page.py (pictures, tables
-and texts), parts.py (which of them a state of the page is made of), presets.py; explorer.py (the widget, whose page is
+From the ground up: subject.py (what is explored and chosen), held.py, steps.py, page.py (pictures, tables and texts),
+parts.py (which of them a state of the page is made of), presets.py; explorer.py (the widget, whose page is
 static/explorer.js), export.py (the same without a kernel).
 """
 

@@ -1,4 +1,4 @@
-"""The widgets' tables and texts as HTML, and the static page that a saved notebook keeps."""
+"""The widgets' pictures, tables and texts as HTML, and the static page that a saved notebook keeps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from ckptlab import viz
 from ckptlab.catalog import Catalog
 from ckptlab.checkpoint import Cost, Reshape
 from ckptlab.widgets.held import in_words, inventory, sizes
-from ckptlab.widgets.pictures import buffer, layout
 from ckptlab.widgets.steps import Step
 from ckptlab.widgets.subject import Choice, Refusal, Subject
 from ckptlab.words import count, number_of, shorten, size
@@ -148,6 +147,23 @@ def static(subject: Subject, choice: Choice) -> str:
     parts.append(code(subject.reshaping(choice) if changed else subject.opening(choice)))
     quiet = "A picture of the widget as it was when the cell ran; with a kernel it answers to the mouse."
     return block("".join([*parts, f'<div class="quiet">{quiet}</div>']))
+
+
+def layout(catalog: Catalog, name: str, state: str, rank: int | None = None, width: int | None = None) -> str:
+    """The tensor as its holders have it, over dp too where dp cuts it. SVG."""
+    shown = state if state in catalog[name].states else None
+    return viz.placed(catalog, name, shown, rank=rank, width=width).svg
+
+
+def buffer(catalog: Catalog, name: str, state: str, rank: int, width: int | None = None) -> str:
+    """The flat buffers that hold the state, for the tp of a rank and its pp stage (or the tensor's own); SVG, empty
+    where it is in none."""
+    tensor = catalog[name]
+    if not catalog.is_flat(tensor.name, state):
+        return ""
+    placement = catalog.placement(tensor.name, state)
+    mine = placement.holder(rank) or placement.holders[0]
+    return viz.flat(catalog.flat(tensor.name, mine)[0], tensor=None, width=width, **mine).svg
 
 
 def moves(reshape: Reshape) -> str:

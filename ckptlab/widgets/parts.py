@@ -18,7 +18,7 @@ from ckptlab.draw import Stack, bars
 from ckptlab.errors import CkptlabError
 from ckptlab.widgets import numbers, page, steps
 from ckptlab.widgets.held import by_rank
-from ckptlab.widgets.pictures import buffer, layout
+from ckptlab.widgets.page import buffer, layout
 from ckptlab.widgets.subject import Choice, Refusal, Subject, one_line
 from ckptlab.words import shape_text
 

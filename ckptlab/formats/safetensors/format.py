@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.arrays import Tally
-from ckptlab.catalog import DTYPES, Catalog
-from ckptlab.errors import ReshapeError
+from ckptlab.catalog import Catalog
 from ckptlab.findings import Faults
 from ckptlab.formats.fileplan import FilePlan
 from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.formats.known import Unread
-from ckptlab.formats.weights import SHARD_BYTES, entries
+from ckptlab.formats.weights import WeightOptions, entries
 from ckptlab.mesh import Mesh
 from ckptlab.sharding.strategies import Strategy
-
-
-@dataclass(frozen=True)
-class WeightOptions:
-    """What a user may say of consolidated weights. `dtype`: "bf16", "fp16" or "fp32" for floating-point weights, None
-    keeps the master's (float32). `max_shard_bytes`: at which size files are cut."""
-
-    dtype: str | None = None
-    max_shard_bytes: int = SHARD_BYTES
 
 
 class Safetensors(Format):
@@ -48,17 +37,15 @@ class Safetensors(Format):
 
     def target(self, source: Catalog, mesh: Mesh, options: Any) -> Catalog:
         """Whole tensors, whatever the mesh."""
-        from ckptlab.formats.safetensors.target import weights
+        from ckptlab.formats.safetensors.write import weights
 
-        if options.dtype is not None and options.dtype not in DTYPES:
-            raise ReshapeError(f"dtype {options.dtype!r}: expected one of {', '.join(DTYPES)}")
         return weights(source, options)
 
     def files(self, source: Catalog, target: Catalog, tally: Tally | None = None) -> Iterator[FilePlan]:
         from ckptlab.formats.safetensors.write import files
 
         options: WeightOptions = target.private
-        return files(source, DTYPES[options.dtype] if options.dtype else None, options.max_shard_bytes)
+        return files(source, options.wanted, options.max_shard_bytes)
 
     def payload(self, source: Catalog, target: Catalog) -> int:
         return sum(entry.nbytes for entry in entries(target, None))

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptlab.arrays import Tally
-from ckptlab.catalog import DTYPES, Catalog
+from ckptlab.catalog import Catalog
 from ckptlab.errors import ReshapeError
 from ckptlab.findings import Finding, Where
 from ckptlab.formats.fileplan import FilePlan, Literal
 from ckptlab.formats.format import Listing, Match
-from ckptlab.formats.safetensors.format import Safetensors, WeightOptions
-from ckptlab.formats.weights import entries
+from ckptlab.formats.safetensors.format import Safetensors
+from ckptlab.formats.weights import WeightOptions, entries
 from ckptlab.mesh import Mesh
 from ckptlab.words import some
 
@@ -56,10 +56,9 @@ class HuggingFace(Safetensors):
         from ckptlab.formats.safetensors.write import SINGLE, files
 
         options, said = target.private
-        dtype = DTYPES[options.dtype] if options.dtype else None
         alone = options.adapter is not None
         single = ADAPTER if alone else SINGLE
-        yield from files(source, dtype, options.max_shard_bytes, aliases=False, single=single)
+        yield from files(source, options.wanted, options.max_shard_bytes, aliases=False, single=single)
         if said is not None:
             yield FilePlan(
                 ADAPTER_CONFIG if alone else CONFIG,

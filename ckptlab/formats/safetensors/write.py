@@ -1,4 +1,4 @@
-"""Whole tensors → safetensors: one file, or numbered ones with an index.
+"""A source → whole tensors → safetensors: one file, or numbered ones with an index.
 
 The header is written here, not by the library, because tensors are streamed into the file, never held.
 """
@@ -8,16 +8,38 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ckptlab.catalog import Catalog
+from ckptlab.catalog import Catalog, Tensor, whole_placements
 from ckptlab.formats.fileplan import FilePlan, Literal, merged
 from ckptlab.formats.safefile import NAMES
-from ckptlab.formats.weights import Entry, sharded
+from ckptlab.formats.weights import Entry, WeightOptions, entries, sharded
+from ckptlab.layout import Cut
+from ckptlab.mesh import Mesh
 
 SINGLE = "model.safetensors"
+
+
+def weights(source: Catalog, options: WeightOptions) -> Catalog:
+    """What safetensors would hold of a source: its weights, as whole tensors."""
+    tensors: dict[str, Tensor] = {}
+    for entry in entries(source, options.wanted):
+        tensor = entry.tensor
+        whole = replace(tensor, cut=Cut.whole(tensor.shape), states={entry.state: entry.dtype}, stages=(0,))
+        tensors[tensor.name] = whole
+    states = [(name, state) for name, tensor in tensors.items() for state in tensor.states]
+    return Catalog(
+        path="",
+        format="safetensors",
+        mesh=Mesh(),
+        tensors=tensors,
+        placements=whole_placements(tensors, states),
+        training=source.training,
+        private=options,
+    )
 
 
 def files(

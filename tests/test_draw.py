@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptlab import draw
-from ckptlab.draw import Axes, Bar, Box, Drawing, Edge, Piece, Side, Stack
+from ckptlab.draw import Axes, Bar, Box, Drawing, Edge, Piece, Ranks, Side, Stack
 from ckptlab.draw.blocks import blocks, thinned
 from ckptlab.draw.colours import PALETTE, SHADE, colour, ink, strength
 from ckptlab.draw.edge import HOLDERS, STRIPS
@@ -36,7 +36,7 @@ def every_kind(name: str) -> list[Drawing]:
     """One of each picture, with a name in every place that takes one."""
     side = Side(name, [name, name], [range(1), range(1, 2)])
     return [
-        draw.grid({"pp": 2, "dp": 2, "tp": 2}, ["pp"], ["dp"], ["tp"], groups=[[0, 1]], along=name, title=name),
+        draw.grid(Ranks({"pp": 2, "dp": 2, "tp": 2}, (["pp"], ["dp"], ["tp"]), (), [[0, 1]], name), title=name),
         draw.sheet([edge(name, 4, 2, parts=[(name, 2), (name, 2)])], title=name, notation=name, notes=[name]),
         draw.strips([Bar(name, 10, [Piece(name, 0, 6, 0, (True, True), {"from": name})])], title=name, notes=[name]),
         draw.pipeline([(name, [Box(name, 3, name, name, {"tensor": name})]), (name, [Box(name, 3, "", name)])]),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ckptlab.aliases import Int64
 from ckptlab.draw.blocks import listed
 from ckptlab.words import ranges
 
@@ -44,30 +43,3 @@ class Axes:
     def _values(self, numbers: Sequence[int]) -> dict[str, set[int]]:
         places = np.unravel_index(np.asarray(numbers, np.int64), self.degrees) if self.names else ()
         return {name: set(found.tolist()) for name, found in zip(self.names, places, strict=True)}
-
-
-def placed(
-    degrees: Mapping[str, int], sides: Sequence[Sequence[str]], numbers: Sequence[int] | None = None
-) -> tuple[list[Axes], Int64]:
-    """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest, in a table with a dim for each
-    side, along which some of the axes run together: the sides, and the table."""
-    found = [Axes(tuple(axes), tuple(degrees[a] for a in axes)) for axes in sides]
-    order = [list(degrees).index(axis) for side in found for axis in side.names]
-    every = np.arange(math.prod(degrees.values())) if numbers is None else np.asarray(numbers)
-    table = every.reshape(tuple(degrees.values())).transpose(order).reshape([side.size for side in found])
-    return found, table
-
-
-def held_at(
-    table: Int64, sides: Sequence[Axes], at: Sequence[range], group_of: Mapping[int, int]
-) -> tuple[list[int], tuple[int, ...], dict[str, str]]:
-    """What a cell stands for that is at some numbers along each side: its ranks, the groups that they are in, and its
-    place for `data-*` attributes."""
-    held = [int(rank) for rank in table[np.ix_(*at)].ravel()]
-    groups = tuple(sorted({group_of[rank] for rank in held if rank in group_of}))
-    return held, groups, {axis: k for side, own in zip(sides, at, strict=True) for axis, k in side.data(own).items()}
-
-
-def kind_of(mark: bool, marked: frozenset[int]) -> str:
-    """The classes of a cell of ranks: one of those that are marked, if any are."""
-    return "rank marked" if mark else "rank dimmed" if marked else "rank"

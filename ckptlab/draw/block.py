@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckptlab.draw.axes import held_at, kind_of, placed
-from ckptlab.draw.blocks import each, fill, listed, notes, thinned, tip
+from ckptlab.draw.blocks import fill, listed, thinned
 from ckptlab.draw.colours import colour, ink
+from ckptlab.draw.ranks import Cell, Ranks
 from ckptlab.draw.svg import Drawing, drawing, element, noted, telling, text, width_of
 from ckptlab.words import ranges
 
@@ -20,40 +20,16 @@ _DOWN, _SLANT, _GAP = 24.0, 15.0, 34.0  # of a row: its height, how far it is mo
 Point = tuple[float, float]
 
 
-def block(
-    degrees: Mapping[str, int],
-    sheets: Sequence[str],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    marks: Sequence[int] = (),
-    groups: Sequence[Sequence[int]] = (),
-    along: str = "",
-    spoken: Sequence[str] = (),
-    title: str = "",
-    width: float | None = None,
-    numbers: Sequence[int] | None = None,
-) -> Drawing:
-    """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest; each axis goes to one direction.
-
-    marks: ranks that stand out. groups: lists of ranks, framed together; `along` says what they are.
-    spoken: axes in the order in which they are named. Cells are paths of class
-    `rank`.
-    """
-    marked = frozenset(marks)
-    sides, ranks = placed(degrees, (sheets, rows, columns), numbers)
-    cut = thinned(ranks.shape, (SHEETS, ROWS, COLUMNS), CELLS)
+def block(ranks: Ranks, *, title: str = "", width: float | None = None) -> Drawing:
+    """Ranks as slanted sheets. Cells are paths of class `rank`; groups are framed, and named beside."""
+    sides, groups, along = ranks.sides, ranks.groups, ranks.along
+    cut = thinned(ranks.table.shape, (SHEETS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(one[0]) for one in cut)
-    group_of = {rank: i for i, group in enumerate(groups) for rank in group}
     down, across = len(cut[1]), len(cut[2])
-    labels = (
-        [sides[0].label(b) for b in cut[0]],
-        [sides[1].label(b) for b in cut[1]],
-        [sides[2].label(b) for b in cut[2]],
-    )
+    labels = [[side.label(b) for b in blocks] for side, blocks in zip(sides, cut, strict=True)]
     left = max([width_of(label) for label in labels[0]] + [0]) + max([width_of(s, 10) for s in labels[1]] + [0]) + 26
     room = 60.0 if width is None else max((width - left - _SLANT * down - 90) / across, 26.0)
-    last, letters_of = int(ranks.max()), 12 if step == 1 else 10
+    last, letters_of = int(ranks.table.max()), 12 if step == 1 else 10
     longest = width_of(_label([last], step), letters_of)
     wide = min(max(max(width_of(label, 10) for label in labels[2]) + 8, longest + 10, 44.0), max(room, 26.0))
     begin = left + _SLANT * down
@@ -78,24 +54,23 @@ def block(
             parts.append(text(x - _SLANT / 2 - 4, y, labels[1][i], "small quiet end row-label"))
             seen: set[int] = set()
             for j, column in enumerate(cut[2]):
-                held, found, at = held_at(ranks, sides, (panel, row, column), group_of)
-                seen.update(found)
-                if found:
-                    frames.setdefault(found, []).append((i, j))
-                at = {axis: at[axis] for axis in spoken or at}
-                parts.append(_cell(held, at, found, along, marked, j, _corners(corner, i, i + 1, j, j + 1, wide)))
-                texts = (_label(held, len(held)), str(held[0]), "")
+                one = ranks.cell((panel, row, column))
+                seen.update(one.groups)
+                if one.groups:
+                    frames.setdefault(one.groups, []).append((i, j))
+                parts.append(_cell(one, along, j, _corners(corner, i, i + 1, j, j + 1, wide)))
+                texts = (_label(one.held, len(one.held)), str(one.held[0]), "")
                 label = next(said for said in texts if width_of(said, letters_of) <= wide - 4)
-                on = [ink(colour(j))] if not marked.isdisjoint(held) else []
-                letters = ["middle", *(["small"] if len(held) > 1 else []), *on]
-                parts.append(text(x + (j + 0.5) * wide, y, label, " ".join(letters)))
+                letters = "middle" + (" small" if len(one.held) > 1 else "")
+                letters += f" {ink(colour(j))}" if one.marked else ""
+                parts.append(text(x + (j + 0.5) * wide, y, label, letters))
             if seen:
                 label = named(along, sorted(seen))
                 parts.append(text(x + across * wide + 12, y, label, "small quiet group-label"))
                 rights.append(width_of(label, 10))
         parts += _frames(frames, corner, wide)
     bottom = corners[-1][1] + high + 8
-    said = notes(ranks.size, cut, marked)
+    said = ranks.notes(cut)
     if groups:
         said.append(f"framed: {len(groups):,} {along}{'s' if len(groups) > 1 else ''} of {len(groups[0]):,} ranks")
     below, bottom, broad = noted(said, bottom, width)
@@ -122,23 +97,10 @@ def _corners(corner: Point, i: int, stop: int, j: int, end: int, wide: float) ->
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at) + "Z"
 
 
-def _cell(
-    held: Sequence[int],
-    at: Mapping[str, str],
-    groups: Sequence[int],
-    along: str,
-    marked: frozenset[int],
-    hue: int,
-    path: str,
-) -> str:
-    mark = not marked.isdisjoint(held)
-    kind = f"cell {kind_of(mark, marked)}"
-    said = tip(held, at) + (f" · {named(along, groups)}" if groups else "")
-    data: dict[str, object] = {"rank": each(held), **at}
-    if groups:
-        data["group"] = listed(groups)
-    strength = "1" if mark else ".1" if marked else ".32"
-    return telling("path", said, data, d=path, class_=kind, fill=colour(hue), fill_opacity=strength)
+def _cell(one: Cell, along: str, hue: int, path: str) -> str:
+    said = one.said + (f" · {named(along, one.groups)}" if one.groups else "")
+    look = {"d": path, "class_": f"cell {one.kind}", "fill": colour(hue), "fill_opacity": one.strength}
+    return telling("path", said, one.data, **look)
 
 
 def _edges(corners: Sequence[Point], wide: float, high: float, slant: float) -> Iterator[str]:

@@ -61,17 +61,3 @@ def fill(cells: Collection[tuple[int, int]]) -> bool:
     rows, columns = {i for i, _ in cells}, {j for _, j in cells}
     whole = len(rows) * len(columns) == len(cells)
     return whole and all(max(side) - min(side) < len(side) for side in (rows, columns))
-
-
-def notes(size: int, cut: Sequence[Sequence[range]], marked: Collection[int]) -> list[str]:
-    """What is to be said below cells of `size` ranks: how many one stands for, and which are marked."""
-    found = []
-    if (step := math.prod(len(side[0]) for side in cut)) > 1:
-        cells = math.prod(map(len, cut))
-        found.append(
-            f"{size:,} ranks in {cells:,} cells: each cell stands for up to {step:,} ranks, of which it names the first"
-        )
-    if marked:
-        some = ", ".join(map(str, sorted(marked)[:8])) + (" …" if len(marked) > 8 else "")
-        found.append(f"marked: {'rank' if len(marked) == 1 else f'{len(marked):,} ranks,'} {some}")
-    return found

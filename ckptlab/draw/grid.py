@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ckptlab.aliases import Int64
-from ckptlab.draw.axes import Axes, held_at, kind_of, placed
-from ckptlab.draw.blocks import each, fill, listed, notes, span, thinned, tip
+from ckptlab.draw.axes import Axes
+from ckptlab.draw.blocks import fill, listed, span, thinned
 from ckptlab.draw.colours import colour
+from ckptlab.draw.ranks import Ranks
 from ckptlab.draw.svg import Drawing, cell, drawing, noted, rect, text, width_of
 
 COLUMNS, ROWS, PANELS = 8, 16, 8  # the most that are drawn one by one along each side
@@ -18,31 +18,12 @@ _GAP = 26
 _Box = tuple[float, float, float, float]
 
 
-def grid(
-    degrees: Mapping[str, int],
-    panels: Sequence[str],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    marks: Collection[int] = (),
-    groups: Sequence[Sequence[int]] = (),
-    along: str = "",
-    spoken: Sequence[str] = (),
-    title: str = "",
-    width: float | None = None,
-    numbers: Sequence[int] | None = None,
-) -> Drawing:
-    """Ranks 0, 1, … (or `numbers`) over axes with `degrees`, the last running fastest; each axis goes to one direction.
-
-    marks: ranks that stand out. groups: lists of ranks, each outlined in a colour of its own; `along` names them.
-    spoken: axes in the order in which they are named.
-    """
-    marked = frozenset(marks)
-    sides, ranks = placed(degrees, (panels, rows, columns), numbers)
-    cut = thinned(ranks.shape, (PANELS, ROWS, COLUMNS), CELLS)
+def grid(ranks: Ranks, *, title: str = "", width: float | None = None) -> Drawing:
+    """Ranks as a grid for each coordinate that goes from sheet to sheet, each group outlined in a colour of its own."""
+    sides, groups = ranks.sides, ranks.groups
+    cut = thinned(ranks.table.shape, (PANELS, ROWS, COLUMNS), CELLS)
     step = math.prod(len(b[0]) for b in cut)
-    group_of = {rank: i for i, group in enumerate(groups) for rank in group}
-    size = _cell_size(step, ranks.size, len(groups))
+    size = _cell_size(step, ranks.table.size, len(groups))
     left = max([width_of(sides[1].label(b)) for b in cut[1]] + [0]) + 8
     panel_w, panel_h = len(cut[2]) * size[0], len(cut[1]) * size[1]
     named = max(width_of(sides[0].label(b)) for b in cut[0]) if sides[0].size > 1 else 0.0
@@ -67,13 +48,14 @@ def grid(
             for j, b in enumerate(cut[2])
             if sides[2].size > 1
         ]
-        parts += _panel(ranks, sides, cut, panel, (x0, y0), size, marked, group_of, along, spoken)
+        parts += _panel(ranks, cut, panel, (x0, y0), size)
     lines = -(-len(cut[0]) // across)
     height = top + lines * (panel_h + head + _GAP) - _GAP + 6
     total = left + across * pitch - _GAP + 6
-    said = notes(ranks.size, cut, marked)
+    said = ranks.notes(cut)
     if groups:
-        said.append(f"{len(groups):,} {along}s of {len(groups[0]):,}, each framed in its own colour with its number")
+        many = f"{len(groups):,} {ranks.along}s of {len(groups[0]):,}"
+        said.append(f"{many}, each framed in its own colour with its number")
     below, height, broad = noted(said, height, width)
     return drawing(title or "ranks", [*parts, *below], max(total, broad, width_of(title, 14)), height + 2)
 
@@ -90,41 +72,32 @@ def _short(side: Axes, block: range, width: float) -> str:
 
 
 def _panel(
-    ranks: Int64,
-    sides: Sequence[Axes],
+    ranks: Ranks,
     cut: Sequence[Sequence[range]],
     panel: range,
     corner: tuple[float, float],
     size: tuple[float, float],
-    marked: frozenset[int],
-    group_of: Mapping[int, int],
-    along: str,
-    spoken: Sequence[str],
 ) -> list[str]:
     cells: list[str] = []
     outlines: dict[tuple[int, ...], list[tuple[int, int, _Box]]] = {}
     for i, row in enumerate(cut[1]):
         for j, column in enumerate(cut[2]):
-            held, found, place = held_at(ranks, sides, (panel, row, column), group_of)
+            one = ranks.cell((panel, row, column))
+            held, found = one.held, one.groups
             box = (corner[0] + j * size[0] + 2, corner[1] + i * size[1] + 2, size[0] - 4, size[1] - 4)
             tint = colour(found[0]) if found else colour(j)
-            mark = bool(marked.intersection(held))
-            data = {"rank": each(held), **place, "count": len(held)}
-            if found:
-                data["group"] = listed(found)
-            said = tip(held, {axis: place[axis] for axis in spoken or place})
-            said += f" · {along} {span(found)}" if found else ""
-            label = str(held[0]) if len(held) == 1 else _several(held, marked)
-            kind = kind_of(mark, marked)
-            strong: dict[str, Any] = {} if mark else {"fill_opacity": ".1" if marked else ".32"}
-            small = width_of(_several([int(ranks.max())] * len(held), frozenset())) + 8 > box[2] and len(held) > 1
-            cells.append(cell(box, tint, said, kind=kind, label=label, data=data, small=small, rx="3", **strong))
+            said = one.said + (f" · {ranks.along} {span(found)}" if found else "")
+            label = str(held[0]) if len(held) == 1 else _several(held, ranks.marked)
+            look: dict[str, Any] = {"rx": "3", **({} if one.marked else {"fill_opacity": one.strength})}
+            look["small"] = width_of(_several([int(ranks.table.max())] * len(held))) + 8 > box[2] and len(held) > 1
+            data = {**one.data, "count": len(held)}
+            cells.append(cell(box, tint, said, kind=one.kind, label=label, data=data, **look))
             if found:
                 outlines.setdefault(found, []).append((i, j, box))
     return cells + [line for found, boxes in outlines.items() for line in _outline(found, boxes)]
 
 
-def _several(held: Sequence[int], marked: frozenset[int]) -> str:
+def _several(held: Sequence[int], marked: frozenset[int] = frozenset()) -> str:
     """A block's label: its first rank and how many more there are, or the one that is marked in it."""
     found = sorted(marked.intersection(held))
     return f"({found[0]})" if len(found) == 1 else f"{held[0]} +{len(held) - 1}"

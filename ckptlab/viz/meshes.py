@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ckptlab.arguments import explained
-from ckptlab.draw import Drawing, block, grid
+from ckptlab.draw import Drawing, Ranks, block, grid
 from ckptlab.errors import InputError, MeshError
 from ckptlab.mesh import Mesh, spoken
 from ckptlab.shown import shows
@@ -43,26 +43,16 @@ def mesh(
         raise InputError(f"mesh frames one kind of groups: group={group!r} or node={node}, not both")
     if node is not None and node < 1:
         raise InputError(f"mesh takes node=the ranks of a machine, at least 1, not {node}")
-    draw = block if oblique else grid
-    if not isinstance(mesh, Mesh):
-        return _of_neighbour(Devices.of(mesh), highlight, group, node, draw, width)
-    marked: list[int] = []
-    if isinstance(highlight, int):
-        mesh.coordinate(highlight)  # refuses a rank that is not there
-        marked = [highlight]
-    elif highlight is not None:
-        marked = mesh.ranks(**highlight)
-    groups = mesh.groups(group) if group is not None else _nodes(range(mesh.size), node)
-    return draw(
-        mesh.degrees,
-        *mesh.directions(),
-        marks=marked,
-        groups=groups,
-        along=f"{group} group" if group else "node",
-        spoken=spoken(mesh.axes),
-        title=mesh.title() + _framed(group, node),
-        width=width,
-    )
+    along = f"{group} group" if group else "node"
+    if isinstance(mesh, Mesh):
+        if isinstance(highlight, int):
+            mesh.coordinate(highlight)  # refuses a rank that is not there
+        marked = mesh.ranks(**highlight) if isinstance(highlight, Mapping) else [] if highlight is None else [highlight]
+        groups = mesh.groups(group) if group is not None else _nodes(range(mesh.size), node)
+        ranks, title = Ranks(mesh.degrees, mesh.directions(), marked, groups, along, spoken(mesh.axes)), mesh.title()
+    else:
+        ranks, title = _of_neighbour(Devices.of(mesh), highlight, group, node, along)
+    return (block if oblique else grid)(ranks, title=title + _framed(group, node), width=width)
 
 
 def _framed(group: str | None, node: int | None) -> str:
@@ -79,13 +69,9 @@ def _nodes(ranks: Sequence[int], node: int | None) -> list[list[int]]:
 
 
 def _of_neighbour(
-    devices: Devices,
-    highlight: Mapping[str, int] | int | None,
-    group: str | None,
-    node: int | None,
-    draw: Callable[..., Drawing],
-    width: float | None,
-) -> Drawing:
+    devices: Devices, highlight: Mapping[str, int] | int | None, group: str | None, node: int | None, along: str
+) -> tuple[Ranks, str]:
+    """The ranks of torch's or jax's mesh, and its title."""
     names, numbers = list(devices.degrees), devices.numbers
     if unknown := [
         axis for axis in (*(highlight if isinstance(highlight, Mapping) else ()), group) if axis and axis not in names
@@ -102,18 +88,9 @@ def _of_neighbour(
     if group is not None:
         groups = np.moveaxis(numbers, names.index(group), -1).reshape(-1, devices.degrees[group]).tolist()
     degrees = " · ".join(f"{axis} {n}" for axis, n in devices.degrees.items())
-    return draw(
-        devices.degrees,
-        names[:-2],
-        names[-2:-1],
-        names[-1:],
-        marks=marked,
-        groups=groups,
-        along=f"{group} group" if group else "node",
-        title=f"{degrees} ({number_of(numbers.size, 'rank')}){_framed(group, node)}",
-        width=width,
-        numbers=numbers.ravel().tolist(),
-    )
+    directions = (names[:-2], names[-2:-1], names[-1:])
+    ranks = Ranks(devices.degrees, directions, marked, groups, along, numbers=numbers.ravel().tolist())
+    return ranks, f"{degrees} ({number_of(numbers.size, 'rank')})"
 
 
 shows(Mesh, html=lambda shown: mesh(shown)._repr_html_())

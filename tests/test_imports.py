@@ -10,7 +10,7 @@ import ckptlab
 
 PACKAGE = Path(ckptlab.__file__).parent
 PARTS = """
-errors plain words arguments paths far stored shown registry pool findings draw
+aliases lazily errors plain words arguments paths far stored shown registry pool findings draw
 mesh
 layout
 plan

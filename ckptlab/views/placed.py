@@ -21,7 +21,7 @@ from ckptlab.arrays.duck import duck
 from ckptlab.arrays.lazy import Gathered, LazyArray, Stacked
 from ckptlab.arrays.readers import is_sum
 from ckptlab.arrays.sharding import Sharding
-from ckptlab.catalog import PARAM, Tensor, param_source
+from ckptlab.catalog import Tensor, drawn_from
 from ckptlab.catalog.stacks import Stack, stacks
 from ckptlab.errors import BackendError, LayoutError
 from ckptlab.layout.cut import Coordinate, Cut
@@ -118,7 +118,7 @@ class Placed(View):
         averaged what they make together."""
         placement, found = self.held.placement(tensor.name, state), {}
         if placement.replicas == "mean" or is_sum(placement.replicas, state):
-            drawn = state if self.target is None or state != PARAM else param_source(self.source[tensor.name], tensor)
+            drawn = state if self.target is None else drawn_from(self.source[tensor.name], tensor, state)
             one = reader(self.source, tensor.name, drawn, dtype=tensor.states[state])
             return {at: converted(Gathered(one, tensor.cut, at), self.dtype) for at in tensor.cut.coordinates()}
         for holder in reversed(placement.on(placement.stages[0])):

@@ -25,6 +25,7 @@ from ckptlab.mesh import Mesh
 from ckptlab.plan import Made, Move, Placement, Plan, compose
 from ckptlab.pool import Workers
 from ckptlab.sharding.relaid import relaid
+from ckptlab.sharding.rules import unmatched
 from ckptlab.sharding.strategies import Rules, Strategy, resolve
 from ckptlab.sharding.transformer import PaperModel
 from ckptlab.shown import Shown
@@ -291,7 +292,10 @@ class Reshape(Viewed, Shown):
         if said is not None or (format == PAPER and not source.training.numbers):
             laid = relaid(source, mesh, said or Rules(()), form.cuts, form.uneven)
             _check_cuts(laid, mesh, form)
-        return Reshape(source, form.target(laid, mesh, given), given, said)
+        target = form.target(laid, mesh, given)
+        if idle := unmatched(said, source.tensors):
+            target = replace(target, findings=(*target.findings, replace(idle, about="target")))
+        return Reshape(source, target, given, said)
 
     @property
     def format(self) -> Format:

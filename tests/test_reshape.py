@@ -354,3 +354,13 @@ def test_sub_groups_are_closed_by_what_a_rank_holds_of_a_shard() -> None:
     wanted = Wanted(catalog, mesh, TargetOptions(sub_group_size=2 * held))
     groups = _sub_groups(wanted, names, catalog.tensors, mesh.dp)
     assert groups == [names[:2], names[2:]]
+
+
+def test_parts_of_dp_that_deepspeed_does_not_have_are_said() -> None:
+    mesh = Mesh(dp=4).split("dp", dp_replicate=2, dp_shard=2)
+    target = ckptlab.open(ZERO2).reshape(mesh)
+    assert target.mesh == Mesh(dp=4)
+    assert [f.text for f in target.check()] == [
+        "dp_replicate and dp_shard are one axis to DeepSpeed: ZeRO cuts over all of dp 4"
+    ]
+    assert ckptlab.open(ZERO2).reshape(Mesh(dp=4)).check() == ()

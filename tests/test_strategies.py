@@ -227,6 +227,23 @@ def test_a_strategy_that_the_shapes_deny_is_refused(tmp_path: Path, rows: int, s
     assert ckptlab.open(tmp_path).reshape(tp=2, strategy=other).mesh.tp == 2
 
 
+def test_a_pattern_that_matches_no_tensor_is_said() -> None:
+    """Else a slip of the pen leaves a tensor as it was, in silence: of a source, and of a target."""
+    slip = {r"fc1\.weight": "(tp out) in", r".*fc2\.weight": "out (tp in)"}
+    opened = ckptlab.open(ZERO2, strategy=slip)
+    assert ("strategy-unmatched", "info") in {(f.code, f.severity) for f in opened.findings}
+    said = next(f for f in opened.findings if f.code == "strategy-unmatched")
+    assert repr(r"fc1\.weight") in said.found
+    assert "fc2" not in said.found
+    assert said in ckptlab.check(ZERO2, strategy=slip).findings
+    target = ckptlab.open(ZERO2).reshape(dp=1, strategy=slip)
+    assert [f.found for f in target.check() if f.code == "strategy-unmatched"] == [said.found]
+    whole = ckptlab.open(ZERO2, strategy={r".*fc1\.weight": "(tp out) in"})
+    assert not [f for f in whole.findings if f.code == "strategy-unmatched"]
+    alone = ckptlab.open(ZERO2, strategy={"wte": "(tp out) in"}).findings
+    assert [f.severity for f in alone if f.code == "strategy-unmatched"] == ["warning"]
+
+
 class TestJSON:
     def test_says_all_of_a_layout(self, tmp_path: Path) -> None:
         told = {

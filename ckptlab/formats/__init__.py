@@ -21,6 +21,7 @@ from ckptlab.formats.format import Format, Listing, Match
 from ckptlab.formats.locate import locate
 from ckptlab.formats.registered import FORMATS, every, get
 from ckptlab.mesh import Mesh
+from ckptlab.sharding.rules import unmatched
 from ckptlab.sharding.strategies import Strategy, denied
 from ckptlab.words import some
 
@@ -78,6 +79,9 @@ def read_at(match: Match, faults: Faults, strategy: Strategy | None = None, mesh
         where, fits = Where(tensors=against), "a strategy that fits the tensors' shapes"
         message = f"{match.path}: {some(against, 1)}: {why}: {todo}"
         faults.report(Finding("strategy-denied", "error", where, fits, why, todo, "headers", message))
+    if idle := unmatched(strategy, catalog.tensors):
+        faults.report(idle)
+        catalog = replace(catalog, findings=(*catalog.findings, idle))
     return catalog
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptlab.aliases import Shape
 from ckptlab.arguments import explained
 from ckptlab.errors import CkptlabError, LayoutError, NotationError
+from ckptlab.findings import Finding, Where
 from ckptlab.layout import Layout
+from ckptlab.words import some
 
 
 @explained
@@ -40,6 +42,20 @@ class Rules:
                 (pattern, layout if isinstance(layout, Layout) else _layout_of(layout, f"{name}: {pattern!r}"))
             )
         return Rules(tuple(rules), name)
+
+
+def unmatched(strategy: Any, names: Collection[str]) -> Finding | None:
+    """What there is to say of rules that match none of these names of tensors: they say nothing."""
+    if not isinstance(strategy, Rules):
+        return None
+    idle = [pattern for pattern, _ in strategy.rules if not any(re.fullmatch(pattern, name) for name in names)]
+    if not idle or not names:
+        return None
+    severity = "warning" if len(idle) == len(strategy.rules) else "info"
+    found = f"{strategy.name}: {some(list(map(repr, idle)), 3)}: no tensor has such a name"
+    expected = f"patterns that match whole names, such as {next(iter(names))!r}"
+    todo = "look at the names (ckptlab ls); `.*` at the start of a pattern stands for what is before"
+    return Finding("strategy-unmatched", severity, Where(), expected, found, todo, "headers")
 
 
 def _layout_of(told: Any, where: str) -> Layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ckptlab.catalog import Catalog, ParameterGroup
 from ckptlab.findings import Finding
@@ -31,6 +32,14 @@ def assumed(source: Catalog, options: TargetOptions) -> Iterator[Finding]:
             "out: data loaders and random states begin anew"
         )
         yield told("client-left-out", "info", text)
+
+
+def with_joined(target: Catalog, joined: Sequence[str]) -> Catalog:
+    """The target, with a remark where its mesh was asked for with parts of dp that DeepSpeed does not have."""
+    if not joined:
+        return target
+    text = f"{' and '.join(joined)} are one axis to DeepSpeed: ZeRO cuts over all of dp {target.mesh.dp}"
+    return replace(target, findings=(*target.findings, told("dp-joined", "info", text)))
 
 
 def of_heads(wanted: Wanted, heads: int | None) -> Iterator[Finding]:

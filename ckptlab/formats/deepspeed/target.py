@@ -53,6 +53,7 @@ def reshape(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
             else ", or lay it out on paper by a strategy, reshape(mesh, strategy={pattern: notation})"
         )
         raise ReshapeError(f"{mesh}: DeepSpeed's native format has no axis {extra[0]!r}: use pp, dp and tp{also}")
+    joined = [axis for axis in mesh.leaves("dp") if axis not in ("dp", "ep", "edp")]
     mesh, ep, data_first = asked(mesh)
     options = replace(
         options,
@@ -63,7 +64,7 @@ def reshape(catalog: Catalog, mesh: Mesh, options: TargetOptions) -> Catalog:
     reasons = list(problems(wanted))
     if not reasons:
         try:
-            return _build(wanted)
+            return cautions.with_joined(_build(wanted), joined)
         except LayoutError as e:
             reasons.append(str(e))
     near = list(itertools.islice(_nearest_meshes(wanted), 3))

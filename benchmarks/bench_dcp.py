@@ -21,8 +21,8 @@ import numpy as np
 from ckptlab import Mesh
 from ckptlab.catalog import MASTER, Catalog, Extents, Fragment, ParameterGroup, Tensor, Training, whole_placements
 from ckptlab.catalog.extents import ALONE
-from ckptlab.checkpoint import Reshape
 from ckptlab.layout import Cut, Layout
+from ckptlab.reshaping import Reshape
 from ckptlab.stored import Stored
 
 CHUNKS = (1024, 100)  # ranks × tensors of the large `.metadata`

@@ -25,7 +25,7 @@ from bench_dcp import COLUMNS, ROWS, source
 from ckptlab import Mesh
 from ckptlab.catalog import MASTER, Extents, Fragment
 from ckptlab.catalog.extents import ALONE
-from ckptlab.checkpoint import Reshape
+from ckptlab.reshaping import Reshape
 from ckptlab.stored import Stored
 
 BYTES = 14 * ROWS * COLUMNS  # of a tensor: bf16, master, two moments

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckptlab.beginning import begin
     from ckptlab.catalog import Catalog, ParameterGroup
     from ckptlab.catalog import Tensor as Tensor
-    from ckptlab.checkpoint import Checkpoint, Cost, Reshape, paper_model, save_weights
+    from ckptlab.checkpoint import Checkpoint, paper_model, save_weights
     from ckptlab.checkpoint import open as open
     from ckptlab.convert import Report
     from ckptlab.errors import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ckptlab.mesh import Mesh
     from ckptlab.plan import Cluster
     from ckptlab.pretrained import save_pretrained, with_weights
+    from ckptlab.reshaping import Cost, Reshape
     from ckptlab.sharding import families
     from ckptlab.sharding.strategies import Megatron, Rules, Strategy
     from ckptlab.stored import reading
@@ -117,7 +118,7 @@ _HOMES = {
     "arrays.operations": "ReplicaWarning merge reshape split to",
     "beginning": "begin",
     "catalog": "Catalog ParameterGroup Tensor",
-    "checkpoint": "Checkpoint Cost Reshape open paper_model save_weights",
+    "checkpoint": "Checkpoint open paper_model save_weights",
     "convert": "Report",
     "deepspeed": "DeepSpeedCheckpoint SubparamShape ZeROCheckpoint constants enable_universal_checkpoint "
     "flatten_dp_dimension get_files_with_prefix get_layer_ckpt_name_for_rank get_model_3d_descriptor "
@@ -130,6 +131,7 @@ _HOMES = {
     "mesh": "Mesh",
     "plan": "Cluster",
     "pretrained": "save_pretrained with_weights",
+    "reshaping": "Cost Reshape",
     "stored": "reading",
     "sharding": "families",
     "sharding.strategies": "Megatron Rules Strategy",

@@ -9,9 +9,10 @@ from typing import Any
 
 from ckptlab import adapters, convert
 from ckptlab.arguments import explained, only_said
-from ckptlab.checkpoint import Checkpoint, Reshape, Source, opened
+from ckptlab.checkpoint import Checkpoint, Source, opened
 from ckptlab.errors import LayoutError, ReshapeError
 from ckptlab.findings import Finding, Where
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding import families
 from ckptlab.sharding.families import Family
 from ckptlab.sharding.families.config import CLASSES

@@ -18,6 +18,7 @@ _RENDERERS = {
     "ckptlab.layout.cut": "ckptlab.viz.cuts",
     "ckptlab.plan.compose": "ckptlab.viz.moves",
     "ckptlab.checkpoint": "ckptlab.describe",
+    "ckptlab.reshaping": "ckptlab.describe",
     "ckptlab.analysis.found": "ckptlab.describe.differences",
     "ckptlab.analysis.run": "ckptlab.describe.runs",
     "ckptlab.analysis.checkup.health": "ckptlab.describe.health",

@@ -22,7 +22,6 @@ from compare import DATA, GPT, ZERO2, ZERO3, differences, digest
 
 from ckptlab import convert
 from ckptlab.arrays import Partition
-from ckptlab.checkpoint import Reshape
 from ckptlab.convert import execute
 from ckptlab.convert.journal import Journal
 from ckptlab.errors import CkptlabError, DestinationError
@@ -32,6 +31,7 @@ from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 from ckptlab.formats.safetensors.write import files as safetensors_files
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding.strategies import resolve
 
 
@@ -156,7 +156,7 @@ def test_what_is_checked_and_found_wrong_does_not_appear(tmp_path: Path) -> None
 
 SLOW = """
 import sys, time
-from ckptlab.checkpoint import Reshape
+from ckptlab.reshaping import Reshape
 from ckptlab.convert import execute
 from ckptlab.formats import read
 from ckptlab.formats.fileplan import Piece

@@ -15,7 +15,7 @@ from helpers.files import refuse_reading
 from helpers.html import assert_well_formed
 
 from ckptlab.catalog import ParameterGroup, Tensor
-from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.checkpoint import Checkpoint
 from ckptlab.checkpoint import open as open_checkpoint
 from ckptlab.convert import MANIFEST
 from ckptlab.describe import plan, plan_html, plan_text, summary, summary_html, summary_text
@@ -23,6 +23,7 @@ from ckptlab.describe.fold import fold
 from ckptlab.findings import Finding
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 from ckptlab.words import count, figure, ranges, shorten, size
 
 STATES = {s: np.dtype(np.float32) for s in ("master", "exp_avg")}

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 
 import ckptlab
 from ckptlab.catalog import MASTER, PARAM, ParameterGroup
-from ckptlab.checkpoint import Reshape
 from ckptlab.convert.manifest import MANIFEST
 from ckptlab.errors import CheckpointError, ReshapeError, UnsupportedError
 from ckptlab.findings import Strict
@@ -27,6 +26,7 @@ from ckptlab.formats.deepspeed import groups as grouping
 from ckptlab.formats.deepspeed.experts import Experts
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 
 MOE = DATA / "moe_ep2_dp4"
 LAYER = "blocks.1.moe.deepspeed_moe.experts.deepspeed_experts."

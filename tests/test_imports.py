@@ -20,7 +20,7 @@ arrays
 formats
 convert
 views
-viewed state_dict checkpoint
+viewed state_dict reshaping checkpoint
 analysis adapters beginning pretrained
 describe viz
 testing widgets deepspeed cli

@@ -16,12 +16,12 @@ from helpers.files import edit
 import ckptlab
 from ckptlab.arrays import Tally
 from ckptlab.catalog import MASTER, Catalog
-from ckptlab.checkpoint import Reshape
 from ckptlab.convert.manifest import MANIFEST
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import fileplan, get, read
 from ckptlab.formats.torch import torchfile
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 
 MOMENTUM = "momentum_buffer"
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 import ckptlab
 from ckptlab import Mesh
 from ckptlab.catalog import PARAM, Catalog
-from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.formats.deepspeed.groups import match_groups
 from ckptlab.formats.deepspeed.names import layer_number
 from ckptlab.formats.deepspeed.pipeline import Pipeline, describe, stage_of
 from ckptlab.formats.torch import torchfile
+from ckptlab.reshaping import Reshape
 
 BLOCK, NORM = (("w", (4, 4)),), (("b", (4,)),)
 

@@ -14,11 +14,11 @@ from compare import DATA, GPT, ZERO2, ZERO3, differences, differences_from_truth
 from helpers.files import copy, edit, swap
 from real_deepspeed import make_case, requires_deepspeed
 
-from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError
 from ckptlab.formats import read
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding.strategies import Rules, resolve
 
 STEP = "global_step3"

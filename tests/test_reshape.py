@@ -15,7 +15,6 @@ from real_deepspeed import make_case, requires_deepspeed
 import ckptlab
 from ckptlab.arrays import Tally, reader
 from ckptlab.catalog import PARAM
-from ckptlab.checkpoint import Reshape
 from ckptlab.errors import ReshapeError
 from ckptlab.formats import fileplan, read
 from ckptlab.formats.deepspeed import universal, write
@@ -26,6 +25,7 @@ from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding.strategies import Rules
 
 THERE = [

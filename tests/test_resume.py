@@ -8,9 +8,9 @@ import pytest
 from compare import DATA
 from real_deepspeed import make_case, requires_deepspeed, resume
 
-from ckptlab.checkpoint import Reshape
 from ckptlab.formats import read
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 
 GPT, ZERO2, ZERO3 = "gpt_tp2_pp2_dp2", "plain_zero2_dp2", "plain_zero3_dp2"
 

@@ -25,12 +25,12 @@ from ckptlab.arrays import gather, reader
 from ckptlab.arrays.lazy import Gathered, Padded, Stacked, variable
 from ckptlab.catalog import Catalog, Extents, Fragment, Tensor, placements_of
 from ckptlab.catalog.stacks import stacks
-from ckptlab.checkpoint import Reshape
 from ckptlab.errors import CheckpointError, UnknownNameError
 from ckptlab.formats import read
 from ckptlab.layout import Cut, Layout
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Holder, Placement
+from ckptlab.reshaping import Reshape
 
 EMBEDDING = "tied_modules.embed.word_embeddings.weight"
 POSITIONS = "tied_modules.embed.position_embeddings.weight"

@@ -13,9 +13,10 @@ import click
 from ckptlab.errors import CkptlabError
 
 if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint, Reshape
+    from ckptlab.checkpoint import Checkpoint
     from ckptlab.formats import Paths
     from ckptlab.pool import Workers
+    from ckptlab.reshaping import Reshape
 
 _PATIENCE = 10  # seconds in which a scheduler must answer
 

@@ -26,8 +26,9 @@ from ckptlab.cli.out import note, print_json, say
 from ckptlab.errors import CkptlabError
 
 if TYPE_CHECKING:
-    from ckptlab.checkpoint import Checkpoint, Reshape
+    from ckptlab.checkpoint import Checkpoint
     from ckptlab.convert import Report
+    from ckptlab.reshaping import Reshape
 
 WEIGHTS = ("safetensors", "huggingface")  # formats that hold weights alone
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckptlab.catalog import Catalog
-from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.checkpoint import Checkpoint
 from ckptlab.convert import Report
 from ckptlab.deepspeed.constants import UNIVERSAL_CHECKPOINT_INFO
 from ckptlab.deepspeed.files import get_files, get_model_files
@@ -20,6 +20,7 @@ from ckptlab.formats.deepspeed.write import NativeWriter
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding.strategies import Strategy, resolve
 
 if TYPE_CHECKING:

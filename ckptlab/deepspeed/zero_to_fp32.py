@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from ckptlab import checkpoint, convert
+from ckptlab import checkpoint, convert, reshaping
 from ckptlab.catalog import Catalog
 from ckptlab.cli.options import Size
 from ckptlab.errors import CkptlabError
@@ -92,9 +92,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     limit = sys.maxsize if max_shard_size is None else Size().convert(max_shard_size, None, None)
     if safe_serialization:
         return checkpoint.save_weights(source, output_dir, dtype="fp32", max_shard_bytes=limit)
-    identity = {"format": "pytorch_model.bin", "source": checkpoint.fingerprint(source), "shard": limit}
+    identity = {"format": "pytorch_model.bin", "source": reshaping.fingerprint(source), "shard": limit}
     plans = sharded(source, np.dtype(np.float32), limit, WEIGHTS, _plan)
-    return convert.run(list(plans), output_dir, identity, source=checkpoint.source_of(source))
+    return convert.run(list(plans), output_dir, identity, source=reshaping.source_of(source))
 
 
 def _plan(name: str, source: Catalog, shard: Sequence[Entry]) -> FilePlan:

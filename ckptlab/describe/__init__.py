@@ -6,9 +6,10 @@ the analysis found.
 """
 
 from ckptlab.catalog import Catalog
-from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.checkpoint import Checkpoint
 from ckptlab.describe.facts import plan, summary
 from ckptlab.describe.text import plan_text, summary_text
+from ckptlab.reshaping import Reshape
 from ckptlab.shown import shows
 
 __all__ = ["plan", "plan_html", "plan_text", "summary", "summary_html", "summary_text"]

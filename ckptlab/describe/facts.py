@@ -10,12 +10,12 @@ import numpy as np
 
 from ckptlab import paths
 from ckptlab.catalog import Catalog, Tensor
-from ckptlab.checkpoint import Reshape
 from ckptlab.findings import Finding
 from ckptlab.formats import get as format_of
 from ckptlab.formats.torch.placeholders import Foreign
 from ckptlab.mesh import STANDARD, Mesh
 from ckptlab.plain import plain
+from ckptlab.reshaping import Reshape
 from ckptlab.words import brief
 
 MATRIX = 16  # the most ranks a side for which the plan shows who sends how much to whom

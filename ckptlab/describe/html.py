@@ -9,11 +9,11 @@ from typing import Any
 
 from ckptlab import viz
 from ckptlab.catalog import Catalog
-from ckptlab.checkpoint import Reshape
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold
 from ckptlab.describe.page import folded, page, scrolled, table_html, terms
 from ckptlab.draw import Drawing
+from ckptlab.reshaping import Reshape
 from ckptlab.words import more
 
 ROWS = 200  # lines of tensors in a summary

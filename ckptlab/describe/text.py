@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptlab.catalog import Catalog
-from ckptlab.checkpoint import Reshape
 from ckptlab.describe import facts, phrases
 from ckptlab.describe.fold import Line, fold, unfolded
+from ckptlab.reshaping import Reshape
 from ckptlab.words import figure, more, shorten, unit_of
 
 WIDTH = 100

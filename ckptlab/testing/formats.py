@@ -20,7 +20,7 @@ from ckptlab.arrays import Tally, reader
 from ckptlab.arrays.readers import is_sum
 from ckptlab.catalog import Catalog
 from ckptlab.catalog.stacks import stacks
-from ckptlab.checkpoint import Checkpoint, Reshape
+from ckptlab.checkpoint import Checkpoint
 from ckptlab.convert import MANIFEST
 from ckptlab.errors import CheckpointError, CkptlabError
 from ckptlab.formats import Format, Listing, fileplan, get, locate, read
@@ -28,6 +28,7 @@ from ckptlab.formats.fileplan import Elements, FilePlan, Literal
 from ckptlab.layout import Cut
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Placement
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding.strategies import LayoutsOf, Strategy, resolve
 from ckptlab.stored import reading
 from ckptlab.testing.suite import hold

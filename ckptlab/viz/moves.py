@@ -8,12 +8,12 @@ import numpy as np
 
 from ckptlab.aliases import Int64
 from ckptlab.arguments import explained
-from ckptlab.checkpoint import Reshape
 from ckptlab.draw import Drawing, Side, Traffic, matrix
 from ckptlab.draw import flow as flow_drawing
 from ckptlab.draw.blocks import blocks, span
 from ckptlab.mesh import Mesh
 from ckptlab.plan import Plan
+from ckptlab.reshaping import Reshape
 from ckptlab.shown import shows
 from ckptlab.words import size
 

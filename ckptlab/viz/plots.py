@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ckptlab.arguments import explained
-from ckptlab.checkpoint import Reshape
 from ckptlab.draw.colours import colour
 from ckptlab.draw.pyplot import pyplot
 from ckptlab.plan import Plan
+from ckptlab.reshaping import Reshape
 from ckptlab.viz.moves import moved
 from ckptlab.viz.sizes import Model, ranked, table, titled
 from ckptlab.words import size

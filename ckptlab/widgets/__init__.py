@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ckptlab.arguments import check_fields, explained
-from ckptlab.checkpoint import Checkpoint, Reshape, Source, opened
+from ckptlab.checkpoint import Checkpoint, Source, opened
 from ckptlab.errors import UnsupportedError
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 
 if TYPE_CHECKING:
     from ckptlab.widgets.explorer import Explorer, Playground

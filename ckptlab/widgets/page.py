@@ -6,7 +6,7 @@ from html import escape
 
 from ckptlab import viz
 from ckptlab.catalog import Catalog
-from ckptlab.checkpoint import Cost, Reshape
+from ckptlab.reshaping import Cost, Reshape
 from ckptlab.widgets.held import in_words, inventory, sizes
 from ckptlab.widgets.steps import Step
 from ckptlab.widgets.subject import Choice, Refusal, Subject

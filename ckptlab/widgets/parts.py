@@ -13,9 +13,9 @@ from typing import Any
 
 from ckptlab import viz
 from ckptlab.catalog import ZERO_STAGES, Catalog
-from ckptlab.checkpoint import Reshape
 from ckptlab.draw import Stack, bars
 from ckptlab.errors import CkptlabError
+from ckptlab.reshaping import Reshape
 from ckptlab.widgets import numbers, page, steps
 from ckptlab.widgets.held import by_rank
 from ckptlab.widgets.page import buffer, layout

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from ckptlab import viz
 from ckptlab.catalog import PARAM, Catalog, Tensor
-from ckptlab.checkpoint import Reshape
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 from ckptlab.words import number_of, ranges, shape_text
 
 HUE = 0  # the colour of the chosen tensor, in every step

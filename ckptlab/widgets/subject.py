@@ -13,9 +13,10 @@ from typing import Any
 
 from ckptlab import formats
 from ckptlab.catalog import ZERO_STAGES, Catalog, Tensor
-from ckptlab.checkpoint import Checkpoint, Reshape, paper_model
+from ckptlab.checkpoint import Checkpoint, paper_model
 from ckptlab.errors import CkptlabError
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding.activations import Activations
 from ckptlab.sharding.transformer import PaperModel
 from ckptlab.widgets.held import pieces

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ckptlab.arrays import Tally
-from ckptlab.checkpoint import Reshape
 from ckptlab.formats import fileplan
 from ckptlab.formats.deepspeed import write
 from ckptlab.formats.torch import torchfile
 from ckptlab.layout import Layout
 from ckptlab.mesh import Mesh
+from ckptlab.reshaping import Reshape
 from ckptlab.sharding.strategies import Strategy, replicated
 
 

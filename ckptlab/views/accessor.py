@@ -68,6 +68,7 @@ class Table(Shown):
         return {"by": found.attrs.get("by", "tensor"), "dims": keys, "rows": rows}
 
 
+@explained
 class _Each(ABC, Generic[T]):
     """The operations on arrays, of every variable of a thing."""
 

@@ -35,3 +35,4 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
+    gc.set_threshold(10_000)  # hypothesis and jax have callbacks for each search

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -71,7 +72,7 @@ def serve(handle: Callable[[TextIO], None]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
     for path in address.parent.glob(f"{address.stem}.*"):
-        path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with suppress(OSError):  # another server's are there
         address.parent.rmdir()
 

@@ -271,7 +271,7 @@ def test_other_bytes_end_in_tensors_that_can_be_read_or_in_our_error(
     folder = make(tmp_path / "run")
     raw = (folder / name).read_bytes()
 
-    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
         changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=4),
         cut=st.none() | st.integers(0, 1 << 20),

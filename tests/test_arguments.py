@@ -132,6 +132,8 @@ def test_errors_are_ours(
     needed = {p.name: RIGHT.get(p.name) for p in named if p.default is p.empty}
     for parameter in named:
         for wrong in WRONG[: -len(CHECKPOINTS)] if RIGHT.get(parameter.name) is CKPT else WRONG:
+            if parameter.name == "window" and isinstance(wrong, int):  # of so few bytes
+                continue
             try:
                 function(**{**needed, parameter.name: wrong})
             except CkptlabError:

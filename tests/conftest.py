@@ -4,8 +4,11 @@ cores; little time for compilers and the garbage collector."""
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 
 import pytest
 from hypothesis import settings
@@ -25,6 +28,13 @@ sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 # These machines are shared, and a slow example is no fault.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Executor]:
+    """Two processes, not forked: what they are given was pickled."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
+        yield executor
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

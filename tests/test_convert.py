@@ -10,9 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -234,16 +233,10 @@ def test_every_plan_travels_is_small_and_says_what_is_written(case: Path, form: 
         assert here.read_bytes() == there.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
-        yield executor
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_whoever_writes_it_writes_the_same_bytes(
-    form: str, tmp_path: Path, processes: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    form: str, tmp_path: Path, processes: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One worker writes files whole; the others write them in pieces, whose checksums are put together."""
     made = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -13,7 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -532,14 +531,15 @@ def test_a_source_that_changes_meanwhile_is_refused(
 
 
 @pytest.mark.slow
-def test_processes_read_from_s3_and_write_to_it(s3: tuple[Server, dict[str, Any]], near: Path, tmp_path: Path) -> None:
+def test_processes_read_from_s3_and_write_to_it(
+    s3: tuple[Server, dict[str, Any]], near: Path, tmp_path: Path, processes: Executor
+) -> None:
     """They are told the options, and complete each file themselves."""
     _, options = s3
     here = ckptlab.open(near / KINDS["stage 3"])
     there = ckptlab.open(f"s3://bucket/run/{KINDS['stage 3']}", storage_options=options)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
-        here.reshape(dp=1).save("s3://bucket/processes/new", on=processes)
-        assert ckptlab.stats(there, on=processes).equals(ckptlab.stats(here))
+    here.reshape(dp=1).save("s3://bucket/processes/new", on=processes)
+    assert ckptlab.stats(there, on=processes).equals(ckptlab.stats(here))
     here.reshape(dp=1).save(tmp_path / "new")
     store = fsspec.filesystem("s3", **options)
     store.invalidate_cache()

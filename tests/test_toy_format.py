@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from importlib.metadata import entry_points
-from multiprocessing import get_context
 from pathlib import Path
 
 import ml_dtypes
@@ -88,13 +87,12 @@ def test_it_is_checked_and_compared(toy: Path, tmp_path: Path) -> None:
     assert health.format == "toy"
 
 
-def test_it_is_reshaped_by_processes_too(toy: Path, tmp_path: Path) -> None:
+def test_it_is_reshaped_by_processes_too(toy: Path, tmp_path: Path, processes: Executor) -> None:
     reshape = ckptlab.open(toy).reshape(Mesh(ring=1, tp=4))
     assert "tp 2 → 4" in repr(reshape)
     assert_well_formed(viz.plan(reshape.plan)._repr_html_())
     reshape.save(tmp_path / "threads", on=2)
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        reshape.save(tmp_path / "processes", on=pool)
+    reshape.save(tmp_path / "processes", on=processes)
     assert digest(tmp_path / "threads") == digest(tmp_path / "processes")
     with pytest.raises(ReshapeError, match="toy checkpoints know ring and tp, not pp"):
         ckptlab.open(toy).reshape(Mesh(pp=2))

@@ -18,9 +18,9 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ckptlab import paths
+from ckptlab.aliases import Int64
 from ckptlab.arrays.dtypes import TORCHS
 from ckptlab.errors import CheckpointError, UnsafeFileError
 from ckptlab.formats.dcp.marks import DATA, METADATA
@@ -28,8 +28,6 @@ from ckptlab.formats.torch import budget, pickles
 from ckptlab.formats.torch.pickles import Foreign, Global, tuple_opcodes_at_most
 from ckptlab.formats.torch.placeholders import comparisons_at_most
 from ckptlab.words import brief, shorten
-
-Int64 = NDArray[np.int64]
 
 CHECKPOINT = "torch.distributed.checkpoint.metadata"  # the module of its classes
 LABELS = "ckptlab"  # the attribute in which ckptlab's own writer says what torch has no word for

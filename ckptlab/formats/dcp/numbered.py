@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-Shape = tuple[int, ...]
+from ckptlab.aliases import Shape
 
 
 def by_number(

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ckptlab.aliases import Shape
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.formats.torch.torchfile import is_unread
 from ckptlab.stored import Stored
 from ckptlab.words import brief
 
-Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 Content = Mapping[str, Any]
 

@@ -7,16 +7,17 @@ stand where results arrive, and know nothing of threads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from ckptlab import paths
-from ckptlab.errors import InputError
+from ckptlab.errors import CkptlabError, InputError
 from ckptlab.stored import add_read, reading_apart
 
 if TYPE_CHECKING:
@@ -30,7 +31,12 @@ R = TypeVar("R")
 class Client(Protocol):
     """A client of dask.distributed."""
 
-    def get_executor(self, *, pure: bool) -> Executor: ...
+    @property
+    def loop(self) -> Any: ...
+
+    def submit(self, func: Callable[..., Any], *args: Any, pure: bool, **kwargs: Any) -> Any: ...
+
+    def gather(self, futures: Any, *, asynchronous: bool) -> Awaitable[Any]: ...
 
     def nthreads(self) -> Mapping[str, int]: ...
 
@@ -41,6 +47,7 @@ Workers = int | Executor | Client | None
 AHEAD = 8  # tasks for each worker that are begun, or done, and not yet asked for
 _MOST = 1 << 12  # threads that are believed to be meant
 _UNKNOWN = 16  # workers of an executor that does not say how many it has (a cluster's may grow)
+_SENT = 4  # times that a cluster is given a task that it forgets
 
 
 def run(
@@ -95,13 +102,12 @@ def _metered(work: Callable[[T], R], task: T, options: dict[str, dict[str, Any]]
 
 
 def executor_of(on: Workers) -> Executor | int | None:
-    """What `on` means: a client of dask.distributed stands for all of its workers, which take up what a worker that
-    died had begun."""
+    """What `on` means: a client of dask.distributed stands for all of its workers."""
     if isinstance(on, int | np.integer):
         return int(on)
     if isinstance(on, Executor | None):
         return on
-    return on.get_executor(pure=False)
+    return _Cluster(on)
 
 
 @contextmanager
@@ -136,6 +142,48 @@ class _Threads(ThreadPoolExecutor):
         except RuntimeError:
             if not self._threads:
                 raise
+
+
+class _Cluster(Executor):
+    """The workers of a client of dask.distributed, which take up what a worker that died had begun.
+
+    A task whose worker dies after saying that it is done, and before its result is fetched, may be forgotten by the
+    scheduler: the client calls it cancelled then, and its own executor raises or never answers. It is sent again.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        future: Future[R] = Future()
+        send = partial(self._client.submit, fn, *args, pure=False, **kwargs)
+        self._client.loop.add_callback(self._answer, future, send(), send)
+        return future
+
+    async def _answer(self, future: Future[R], sent: Any, send: Callable[[], Any]) -> None:
+        """Give `future` what comes of `sent`, on the client's loop."""
+        try:
+            for more in reversed(range(_SENT)):
+                future.add_done_callback(partial(_no_more, sent))
+                try:
+                    result = await self._client.gather(sent, asynchronous=True)
+                    break
+                except CancelledError as error:
+                    if future.cancelled() or not more:
+                        told = f"dask.distributed gave up a task {_SENT} times ({error})"
+                        raise CkptlabError(f"{told}: see whether its scheduler and its workers are up") from error
+                    sent = send()
+        except BaseException as error:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        else:
+            if future.set_running_or_notify_cancel():
+                future.set_result(result)
+
+
+def _no_more(sent: Any, future: Future[Any]) -> None:
+    if future.cancelled():
+        sent.cancel()
 
 
 class _Here(Executor):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import ckptlab
+from ckptlab import pool
 from ckptlab.convert import execute
 from ckptlab.convert.journal import Journal
 from ckptlab.formats.torch import torchfile
@@ -68,18 +69,45 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("forgotten", [1, 3, 4])
+def test_a_task_that_the_scheduler_forgets_is_sent_again_and_given_up_with_one_error(
+    client: Any, monkeypatch: pytest.MonkeyPatch, forgotten: int
+) -> None:
+    from distributed.client import FutureCancelledError
+
+    gather, asked = client.gather, []
+
+    def gathered(futures: Any, **options: Any) -> Any:
+        asked.append(futures.key)
+        if len(asked) <= forgotten:
+            raise FutureCancelledError(futures.key, None)
+        return gather(futures, **options)
+
+    monkeypatch.setattr(client, "gather", gathered)
+    if forgotten < 4:
+        assert list(pool.run(abs, [-5], on=client)) == [5]
+    else:
+        with pytest.raises(ckptlab.CkptlabError, match=r"gave up a task 4 times \(.* cancelled.*scheduler"):
+            list(pool.run(abs, [-5], on=client))
+    assert len(set(asked)) == min(forgotten + 1, 4)
+
+
+@pytest.mark.slow
 def test_data_never_passes_through_the_client(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distributed.cfexecutor import ClientExecutor
-
     sizes: list[int] = []
-    submit = ClientExecutor.submit
+    submit, gather = client.submit, client.gather
 
-    def watched(self: Any, work: Any, *args: Any) -> Any:
-        future = submit(self, work, *args)
-        future.add_done_callback(lambda done: sizes.append(len(pickle.dumps((work, args, done.result())))))
-        return future
+    def submitted(work: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(pickle.dumps((work, args))))
+        return submit(work, *args, **options)
 
-    monkeypatch.setattr(ClientExecutor, "submit", watched)
+    async def gathered(futures: Any, **options: Any) -> Any:
+        result = await gather(futures, **options)
+        sizes.append(len(pickle.dumps(result)))
+        return result
+
+    monkeypatch.setattr(client, "submit", submitted)
+    monkeypatch.setattr(client, "gather", gathered)
     (tmp_path / "source").mkdir()
     large = {f"{i}.weight": np.random.default_rng(i).normal(size=(512, 512)).astype(np.float32) for i in range(8)}
     torchfile.write(tmp_path / "source/pytorch_model.bin", large)

@@ -18,7 +18,8 @@ from typing import TextIO
 import forks
 
 IMPORTED = (
-    *("ipykernel.kernelapp", "anywidget", "xarray", "dask.array", "scipy.fftpack", "scipy.special"),
+    *("ipykernel.kernelapp", "ipykernel.debugger", "anywidget", "xarray", "dask.array"),
+    *("scipy.fftpack", "scipy.special", "matplotlib.pyplot", "matplotlib.backends.backend_agg"),
     *("torch", "transformers.cache_utils"),
 )
 
@@ -54,6 +55,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "-f":
         _ask()
     else:
+        os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
         for name in IMPORTED:
             with suppress(ImportError):
                 importlib.import_module(name)

@@ -136,8 +136,8 @@ def test_no_state_of_the_widget_contradicts_itself_in_jupyterlab(tmp_path: Path)
         root.get_by_role("button", name="Python").click()
         root.locator('figure[data-slot="to.plan"] svg').wait_for()
         root.evaluate(WATCH)
-        for degree in (3, 4, 5, 6, 4, 3, 2, 1):
-            for dp in (2, 3, 4, 6, 8):
+        for degree in (3, 4, 6, 2, 1):
+            for dp in (2, 3, 8):
                 slide(root, "dp", dp)
             slide(root, "tp", degree)
         settled(page, "tp 1 · pp 2 · dp 8")
@@ -148,7 +148,7 @@ def test_no_state_of_the_widget_contradicts_itself_in_jupyterlab(tmp_path: Path)
         seen = page.evaluate("window.seen")
         assert seen["wrong"] == []
         assert seen["busy"] > 5
-        assert seen["settled"] > 5
+        assert seen["settled"] > 2
         assert seen["costs"] > 5
 
         # the tree: search, choose; step by step
@@ -220,8 +220,8 @@ def test_no_state_of_the_widget_contradicts_itself_in_marimo(tmp_path: Path) -> 
         root.get_by_role("tab", name="Reshape").click()
         root.locator('figure[data-slot="to.plan"] svg').wait_for()
         root.evaluate(WATCH)
-        for degree in (3, 4, 6, 2, 1):
-            for dp in (2, 4, 6):
+        for degree in (3, 4, 1):
+            for dp in (2, 6):
                 slide(root, "dp", dp)
             slide(root, "tp", degree)
         settled(page, "tp 1 · pp 2 · dp 6")

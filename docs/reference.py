@@ -66,7 +66,11 @@ EXAMPLES = {
     ),
     "Diff": "ckptlab.diff(ckpt, ckpt).by_layer('master')",
     "diff": 'ckptlab.diff(ckpt, "data/gpt_tp2_pp2_dp2/universal").equal',
-    "explore": ('widget = ckptlab.explore(ckpt)\nwidget.tensor = name\nwidget.to_html(out + "page.html")'),
+    "explore": (
+        "widget = ckptlab.explore(ckpt)\n"
+        "widget.tensor = name\n"
+        'widget.to_html(out + "page.html", meshes=[Mesh(tp=4)], tensors=[name])'
+    ),
     "families": 'ckptlab.families.resolve("gpt2", ckpt).onto(ckpt)["transformer.h.0.attn.c_attn.weight"].layout',
     "families.Bound": (
         'family = families.resolve("gpt2", ckpt)\ntaken = family.take(ckpt, "left", {})\ntaken.bound[0].names'

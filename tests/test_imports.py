@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import ckptlab
@@ -36,6 +37,7 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(package: Path) -> dict[str, set[str]]:
     """Module → the modules of the same package that it imports anywhere in its text."""
     known = modules(package)

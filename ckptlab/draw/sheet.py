@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,14 +58,14 @@ def sheet(
     told = title if room is None else tail(title, room, 14)
     one = _Sheet(edges, told, notation, copies, marked, shard, notes, fragments, nothing, everyone, hue, room)
     for below in (False, True):
-        made = one.drawn(_SIDES[0], below)
-        if room is None or made.width <= room:
-            return made
-        smallest = one.drawn(_SIDES[-1], below)
-        if smallest.width <= room:
-            between = (one.drawn(side, below) for side in _SIDES[1:-1])
-            return next((made for made in between if made.width <= room), smallest)
-    return smallest
+        width, draw = one.laid(_SIDES[0], below)
+        if room is None or width <= room:
+            return draw()
+        width, draw = one.laid(_SIDES[-1], below)
+        if width <= room:
+            between = (one.laid(side, below) for side in _SIDES[1:-1])
+            return next((larger for width, larger in between if width <= room), draw)()
+    return draw()
 
 
 @dataclass(frozen=True)
@@ -85,49 +85,53 @@ class _Sheet:
     hue: int | None
     room: float | None
 
-    def drawn(self, side: float, below: bool) -> Drawing:
-        """The tensor with its longer side so long; below: what a rank holds is drawn below it, not beside."""
+    def laid(self, side: float, below: bool) -> tuple[int, Callable[[], Drawing]]:
+        """How wide it is with the tensor's longer side so long, and what draws it; below: what a rank holds is drawn
+        below it, not beside."""
         edges, title, notation, fragments = self.edges, self.title, self.notation, self.fragments
         rows, columns = self._directions()
         width, height = _extent([edges[i].size for i in rows], [edges[i].size for i in columns], side)
         down = _Direction([edges[i] for i in rows], height, vertical=True)
         over = _Direction([edges[i] for i in columns], width, vertical=False)
         left, top = self._margins(down, over)
-        area = (left, top, width, height)
         sheets = min(2, math.prod(n for _, n in self.copies) - 1)
-        parts = [text(0, 8, title, "title")] if title else []
-        if notation:
-            parts.append(text(0, 26 if title else 8, _spelled(notation, edges), "mono notation", svg=True))
-        for k in range(sheets, 0, -1):
-            parts.append(_behind(left + 5 * k, top + 5 * k, width, height))
-        defs: list[str] = []
-        if fragments:
-            across, deep = (math.prod(edges[i].size for i in side) for side in (columns, rows))
-            parts += areas_drawn(fragments, area, across, deep, self.marked, bool(self.nothing))
-        for a, b in itertools.product(down.bands, over.bands):
-            strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
-            parts.append(self._cell(strips, (left + b.at, top + a.at, b.length, a.length), defs))
-        parts.append(_frame(area, "whole overlay", "1.5"))
         headed = not fragments and _headed(down, over)
-        parts += [*down.inner(area), *over.inner(area), *down.labels(area, headed), *over.labels(area, headed)]
         wide = [width_of(f"{down.head(b)} · {math.prod(s.length for s in b.strips):,}", 10) for b in down.bands]
         right = left + width + 5 * sheets + (max(wide) + 20 if headed else 46)
         bottom = top + height + 5 * sheets + (28 if len(over.bands) > 1 else 6)
         corner = (left, bottom + 34) if below else (right + 30, top)
-        cells: list[str] = []
+        beside: list[str] = []
         end = corner
         if self.nothing:
-            cells, end = _empty(self.nothing, corner, (width, height))
+            beside, end = _empty(self.nothing, corner, (width, height))
         elif fragments and self.marked is not None:
-            cells, end = fragment_beside(fragments, corner, (width, height), edges, rows, columns, self.marked)
+            beside, end = fragment_beside(fragments, corner, (width, height), edges, rows, columns, self.marked)
         elif self.shard is not None:
-            cells, end = shard_beside(edges, self.shard, rows, columns, corner, (width, height), self.marked or {})
-        if cells:
-            parts += cells
+            beside, end = shard_beside(edges, self.shard, rows, columns, corner, (width, height), self.marked or {})
+        if beside:
             right, bottom = max(right, end[0]), max(bottom, end[1] + 6)
         said, bottom, broad = noted([*self._said({*rows, *columns}), *self.notes], bottom, self.room)
         total = max(right, width_of(title, 14), width_of(notation, 13), broad)
-        return drawing(title or notation, [*parts, *said], total, bottom + 2, defs)
+
+        def draw() -> Drawing:
+            area = (left, top, width, height)
+            parts = [text(0, 8, title, "title")] if title else []
+            if notation:
+                parts.append(text(0, 26 if title else 8, _spelled(notation, edges), "mono notation", svg=True))
+            for k in range(sheets, 0, -1):
+                parts.append(_behind(left + 5 * k, top + 5 * k, width, height))
+            defs: list[str] = []
+            if fragments:
+                across, deep = (math.prod(edges[i].size for i in side) for side in (columns, rows))
+                parts += areas_drawn(fragments, area, across, deep, self.marked, bool(self.nothing))
+            for a, b in itertools.product(down.bands, over.bands):
+                strips: dict[int, Strip] = dict(zip([*rows, *columns], [*a.strips, *b.strips], strict=True))
+                parts.append(self._cell(strips, (left + b.at, top + a.at, b.length, a.length), defs))
+            parts.append(_frame(area, "whole overlay", "1.5"))
+            parts += [*down.inner(area), *over.inner(area), *down.labels(area, headed), *over.labels(area, headed)]
+            return drawing(title or notation, [*parts, *beside, *said], total, bottom + 2, defs)
+
+        return round(total), draw
 
     def _directions(self) -> tuple[list[int], list[int]]:
         """Dims that run down and across. All that are cut are shown, and at least two; the rest are said below."""

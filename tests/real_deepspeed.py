@@ -59,7 +59,7 @@ def _ask(limit: float, *job: Any) -> Any:
 
 
 def resume(
-    folder: Path, case: str | Path, *, universal: bool = False, steps: int = 2, limit: float = HANGS, **changes: object
+    folder: Path, case: str | Path, *, universal: bool = False, steps: int = 1, limit: float = HANGS, **changes: object
 ) -> dict[str, Any]:
     """Resume `folder` as `case` (of data/, or a folder made by make.py) and return the report of resume.py.
 

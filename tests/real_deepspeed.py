@@ -7,14 +7,16 @@ since importing DeepSpeed takes longer than most of them.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
 import select
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import forks
 import pytest
@@ -31,22 +33,33 @@ def requires_deepspeed(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.deepspeed(skipped(test))
 
 
+@functools.cache
+def _jobs() -> tuple[socket.socket, TextIO, int]:
+    """A fork that does all jobs of this process, and its process group: a fork of what has so much memory is dear."""
+    connection = forks.connect(JOBS)
+    lines = connection.makefile("rw")
+    return connection, lines, int(lines.readline())
+
+
 def _ask(limit: float, *job: Any) -> Any:
     """The value of a job. RuntimeError if it fails; TimeoutError, and the end of all ranks, after `limit` s."""
-    with forks.connect(JOBS) as connection, connection.makefile("rw") as lines:
-        group = int(lines.readline())
-        print(json.dumps(job), file=lines, flush=True)
-        if not select.select([connection], [], [], limit)[0]:
-            os.killpg(group, signal.SIGKILL)
-            raise TimeoutError(f"DeepSpeed took longer than {limit:g} s: {job}")
-        answer = json.loads(lines.readline() or '{"error": "the process ended"}')
+    connection, lines, group = _jobs()
+    print(json.dumps(job), file=lines, flush=True)
+    if not select.select([connection], [], [], limit)[0]:
+        os.killpg(group, signal.SIGKILL)
+        _jobs.cache_clear()
+        raise TimeoutError(f"DeepSpeed took longer than {limit:g} s: {job}")
+    said = lines.readline()
+    if not said:
+        _jobs.cache_clear()
+    answer = json.loads(said or '{"error": "the process ended"}')
     if "error" in answer:
         raise RuntimeError(f"{job} failed:\n{answer['error']}")
     return answer["value"]
 
 
 def resume(
-    folder: Path, case: str | Path, *, universal: bool = False, steps: int = 2, limit: float = HANGS, **changes: object
+    folder: Path, case: str | Path, *, universal: bool = False, steps: int = 1, limit: float = HANGS, **changes: object
 ) -> dict[str, Any]:
     """Resume `folder` as `case` (of data/, or a folder made by make.py) and return the report of resume.py.
 

@@ -478,7 +478,7 @@ def test_a_router_has_the_models_own_name_too() -> None:
 )
 def test_deepspeed_resumes_them(asked: dict[str, Any], run: dict[str, Any], tmp_path: Path) -> None:
     ckptlab.open(AUTOEP).reshape(**asked).save(tmp_path / STEP)
-    report = resume(tmp_path, AUTOEP.name, steps=1, **run)
+    report = resume(tmp_path, AUTOEP.name, **run)
     assert report["status"] == "equal", report
     assert report["losses"]["4"] == pytest.approx(report["uninterrupted"]["4"], rel=1e-4)
 
@@ -518,7 +518,7 @@ def test_deepspeed_resumes_them_beside_autotp(
     assert headers(tmp_path / "same" / STEP) == headers(made / STEP)
     source.reshape(**asked).save(tmp_path / "run" / STEP)
     assert ckptlab.check(tmp_path / "run").verdict == "healthy"
-    report = resume(tmp_path / "run", made, steps=1, **run)
+    report = resume(tmp_path / "run", made, **run)
     assert report["status"] == "equal", report
     assert report["losses"]["4"] == pytest.approx(report["uninterrupted"]["4"], rel=1e-4)
 
@@ -530,7 +530,7 @@ def test_deepspeed_resumes_beside_autotp_what_had_no_tp(tmp_path: Path) -> None:
     like = read(make_case("autoep_tp2_ep4_dp2", tmp_path / "made"))
     layouts = LayoutsOf({name: tensor.layout for name, tensor in like.tensors.items()})
     ckptlab.open(AUTOEP, strategy=layouts).reshape(tp=2, dp=2, ep=4).save(tmp_path / "run" / STEP)
-    report = resume(tmp_path / "run", AUTOEP.name, steps=1, tp=2, dp=2, ep=4)
+    report = resume(tmp_path / "run", AUTOEP.name, tp=2, dp=2, ep=4)
     assert report["status"] == "equal", report
 
 
@@ -556,8 +556,8 @@ def test_deepspeed_loads_the_universal_folder(tmp_path: Path) -> None:
 def test_other_stages_are_read_and_resumed_at_stage_2(case: str, tmp_path: Path) -> None:
     made = make_case(case, tmp_path / "made")
     assert differences_from_truth(read(made), made / "truth.safetensors") == []
-    ckptlab.open(made).reshape(dp=4, ep=4, zero_stage=2).save(tmp_path / "run" / STEP)
-    report = resume(tmp_path / "run", made, steps=0, dp=4, ep=4, zero=2, zero_config={})
+    ckptlab.open(made).reshape(dp=2, ep=1, zero_stage=2).save(tmp_path / "run" / STEP)
+    report = resume(tmp_path / "run", made, steps=0, dp=2, ep=1, zero=2, zero_config={})
     assert report["status"] == "equal", report
 
 

@@ -403,7 +403,7 @@ def test_a_map_that_follows_no_rule_cannot_go_elsewhere(tmp_path: Path) -> None:
 def test_deepspeed_resumes_at_another_tp(asked: dict[str, int], tmp_path: Path) -> None:
     """Its own words are that AutoTP restores at the same tp only."""
     ckptlab.open(AUTOTP).reshape(**asked).save(tmp_path / "out" / "step")
-    report = resume(tmp_path / "out" / "step", "autotp_tp2_dp2", steps=1, **asked)
+    report = resume(tmp_path / "out" / "step", "autotp_tp2_dp2", **asked)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] == 21
 
@@ -415,7 +415,7 @@ def test_deepspeed_trains_more_ranks_than_heads(case: str, stage: int, tmp_path:
     folder = make_case(case, tmp_path)
     assert differences_from_truth(read(folder), folder / "truth.safetensors") == []
     ckptlab.open(folder).reshape(zero_stage=stage).save(tmp_path / "out" / "step")
-    report = resume(tmp_path / "out" / "step", folder, steps=1, zero=stage)
+    report = resume(tmp_path / "out" / "step", folder, zero=stage)
     assert report["status"] == "equal", report.get("error") or report["differences"]
 
 
@@ -424,5 +424,5 @@ def test_three_ranks_at_stage_2(tmp_path: Path) -> None:
     folder = make_case("autotp_tp3_zero2", tmp_path)
     assert differences_from_truth(read(folder), folder / "truth.safetensors") == []
     ckptlab.open(folder).reshape(tp=2, kv_heads=3).save(tmp_path / "out" / "step")
-    report = resume(tmp_path / "out" / "step", folder, steps=1, tp=2)
+    report = resume(tmp_path / "out" / "step", folder, tp=2)
     assert report["status"] == "equal", report.get("error") or report["differences"]

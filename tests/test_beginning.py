@@ -68,7 +68,7 @@ def test_real_deepspeed_begins_with_it(form: str, changes: dict[str, int], weigh
     begun.reshape(format=form, **{"zero_stage": 2, **changes}).save(tmp_path / "out" / "step")
     stage = {"zero": changes["zero_stage"]} if "zero_stage" in changes else {}
     universal = form == "universal"
-    report = resume(tmp_path / "out" / "step", ZERO2.name, universal=universal, steps=1, dp=changes["dp"], **stage)
+    report = resume(tmp_path / "out" / "step", ZERO2.name, universal=universal, dp=changes["dp"], **stage)
     assert report["status"] == "different", report.get("error")
     compared = {key.split("/", 1)[0] for key in report["differences"]}
     assert compared <= {"exp_avg", "exp_avg_sq", "settings", "step", "steps"}, report["differences"]
@@ -106,7 +106,7 @@ def test_by_names_alone_it_goes_where_names_count(weights: Path, tmp_path: Path)
         assert ckptlab.diff(tmp_path / form, weights, states=["master"]).equal
 
 
-PIPE = ckptlab.Mesh(pp=2, dp=2, tp=2)
+PIPE = ckptlab.Mesh(pp=2, tp=2)
 
 
 @requires_deepspeed
@@ -120,7 +120,7 @@ def test_real_deepspeed_begins_a_pipeline_out_of_a_folder_of_transformers(tmp_pa
     assert [*begun] == [*run_]
     assert [g.tensors for g in begun.catalog.groups] == [g.tensors for g in run_.catalog.groups]
     begun.reshape(PIPE, format="deepspeed", padded_vocab=112).save(tmp_path / "out" / "global_step0")
-    report = resume(tmp_path / "out" / "global_step0", GPT.name, steps=1)
+    report = resume(tmp_path / "out" / "global_step0", GPT.name, dp=1)
     assert report["status"] == "different", report.get("error")
     compared = {key.split("/", 1)[0] for key in report["differences"]}
     assert compared <= {"exp_avg", "exp_avg_sq", "settings", "step", "steps"}, report["differences"]

@@ -1,11 +1,10 @@
-"""Layouts in jax's and torch's words: what their shards are is what our cuts say (in processes with 8 devices)."""
+"""Layouts in jax's and torch's words: what their shards are is what our cuts say (jax in a process with 8 devices)."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,6 @@ from ckptlab import Layout, LayoutError, Mesh
 pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-SAID = """
-from ckptlab import Layout, Mesh
 SAID = [
     (Layout("(tp out) in"), (8, 6)),
     (Layout("out (tp in)"), (3, 8)),
@@ -27,56 +24,50 @@ SAID = [
     (Layout("(tp out) in", padded={0: 8}), (7, 6)),
     (Layout("(tp out)", sizes={"out": (2, 2, 2, 2)}), (8,)),
 ]
+
+
+JAX = """
+import os, pickle, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax, numpy as np
+from jax.sharding import Mesh as Devices, NamedSharding
+from ckptlab import Mesh
+
+devices = Devices(np.array(jax.devices()).reshape(2, 4), ("dp", "tp"))
+mesh = Mesh.from_device_mesh(devices)
+assert mesh == Mesh(dp=2, tp=4)
+for layout, shape in pickle.load(sys.stdin.buffer):
+    cut = layout.resolve(shape, mesh)
+    whole = np.arange(np.prod(cut.shape)).reshape(cut.shape)
+    for spec in (layout.partition_spec(), layout.partition_spec(mesh)):
+        placed = jax.device_put(whole, NamedSharding(devices, spec))
+        for piece in placed.addressable_shards:
+            coordinate = mesh.coordinate(piece.device.id)
+            rows = [dim.owned[tuple(coordinate[a] for a in dim.axes)] for dim in cut.dims]
+            at = [np.concatenate([np.arange(r[0], r[0] + r[2]) for r in one.tolist()]) for one in rows]
+            assert (np.asarray(piece.data) == whole[np.ix_(*at)]).all(), (layout, piece.device)
 """
 
 
-def run(tmp_path: Path, code: str) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SAID + textwrap.dedent(code))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.slow
+def test_jax_cuts_as_the_layout_does() -> None:
+    command = [sys.executable, "-c", JAX]
+    done = subprocess.run(command, input=pickle.dumps(SAID), capture_output=True, timeout=180)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
 @pytest.mark.slow
-def test_jax_cuts_as_the_layout_does(tmp_path: Path) -> None:
-    run(
-        tmp_path,
-        """
-        import os
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        import jax, numpy as np
-        from jax.sharding import Mesh as Devices, NamedSharding
+def test_torch_cuts_as_the_layout_does() -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        devices = Devices(np.array(jax.devices()).reshape(2, 4), ("dp", "tp"))
-        mesh = Mesh.from_device_mesh(devices)
-        assert mesh == Mesh(dp=2, tp=4)
-        for layout, shape in SAID:
-            cut = layout.resolve(shape, mesh)
-            whole = np.arange(np.prod(cut.shape)).reshape(cut.shape)
-            for spec in (layout.partition_spec(), layout.partition_spec(mesh)):
-                placed = jax.device_put(whole, NamedSharding(devices, spec))
-                for piece in placed.addressable_shards:
-                    coordinate = mesh.coordinate(piece.device.id)
-                    rows = [dim.owned[tuple(coordinate[a] for a in dim.axes)] for dim in cut.dims]
-                    at = [np.concatenate([np.arange(r[0], r[0] + r[2]) for r in one.tolist()]) for one in rows]
-                    assert (np.asarray(piece.data) == whole[np.ix_(*at)]).all(), (layout, piece.device)
-        """,
-    )
-
-
-@pytest.mark.slow
-def test_torch_cuts_as_the_layout_does(tmp_path: Path) -> None:
-    run(
-        tmp_path,
-        """
-        import torch, torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        for rank in range(8):  # a process group that sends nothing: each rank asks what it would hold
-            dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+    for rank in range(8):  # a process group that sends nothing: each rank asks what it would hold
+        dist.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+        try:
             devices = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
             mesh = Mesh.from_device_mesh(devices)
             for layout, shape in SAID:
@@ -91,9 +82,8 @@ def test_torch_cuts_as_the_layout_does(tmp_path: Path) -> None:
                     at = torch.cat([torch.arange(r[0], r[0] + r[2]) for r in rows])
                     expected = expected.index_select(i, at)
                 assert torch.equal(local, expected), (layout, rank)
+        finally:
             dist.destroy_process_group()
-        """,
-    )
 
 
 @pytest.mark.parametrize(

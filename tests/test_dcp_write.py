@@ -120,7 +120,8 @@ def test_there_and_back_to_the_bit_with_the_runs_own_labels(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_laws_of_formats(tmp_path: Path) -> None:
     _, there = written(ZERO2, tmp_path / "dcp", mesh=Mesh(dp=2))
-    assert "to another mesh and back is the identity" in check_format("dcp", there.path)
+    laws = check_format("dcp", there.path, meshes=[Mesh(dp=3)], most_files=3)
+    assert "to another mesh and back is the identity" in laws
 
 
 @pytest.mark.slow
@@ -401,25 +402,25 @@ def test_fsdp_and_tensor_parallel_ranks_load_it(ranks: int, tp: int, tmp_path: P
 @pytest.mark.slow
 @requires_deepspeed
 @pytest.mark.parametrize(
-    ("case", "rows", "programs"),
+    ("case", "rows", "program"),
     [
-        ("gpt_tp2_pp1_dp2_fp32", 104, [(2, 1), (4, 2)]),  # ZeRO-1
-        ("plain_zero3_dp2_fp32", None, [(2, 1), (4, 2)]),
-        ("megatron_tp2", None, [(2, 1)]),
+        ("gpt_tp2_pp1_dp2_fp32", 104, (4, 2)),  # ZeRO-1
+        ("plain_zero3_dp2_fp32", None, (2, 1)),
+        ("megatron_tp2", None, (2, 1)),
     ],
 )
 def test_the_next_step_is_that_of_the_run(
-    case: str, rows: int | None, programs: list[tuple[int, int]], tmp_path: Path
+    case: str, rows: int | None, program: tuple[int, int], tmp_path: Path
 ) -> None:
     """FSDP2 and tensor parallelism, with torch's AdamW, from what real DeepSpeed or a Megatron saved and went on from:
     the weights after one more step are those of the run; without the moments they are not."""
     source = make_case(case, tmp_path)
     written(source, tmp_path / "dcp", mesh=Mesh(dp=3), padded_vocab=rows)
-    for program, report in zip(programs, onward(tmp_path / "dcp", source, *programs), strict=True):
-        assert report["differences"] == {}, program
-        assert report["compared"] > 20
-        assert report["apart"] < 0.03, (program, report)
-        assert report["without"] > 1, (program, report)
+    (report,) = onward(tmp_path / "dcp", source, program)
+    assert report["differences"] == {}
+    assert report["compared"] > 20
+    assert report["apart"] < 0.03, report
+    assert report["without"] > 1, report
 
 
 # Back to DeepSpeed.
@@ -566,7 +567,7 @@ def test_real_deepspeed_resumes_what_came_from_dcp(
     _, there = through_dcp(case, tmp_path)
     there.reshape(format=form, dtype="bf16", **{"zero_stage": 2, **options}).save(tmp_path / "out" / "step")
     changes = {key.removesuffix("_stage"): value for key, value in options.items()}
-    report = resume(tmp_path / "out" / "step", case.name, universal=form == "universal", steps=1, **changes)
+    report = resume(tmp_path / "out" / "step", case.name, universal=form == "universal", **changes)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] > 20
 
@@ -581,7 +582,7 @@ def test_real_deepspeeds_pipeline_resumes_what_came_from_dcp(form: str, tmp_path
     reshape.save(tmp_path / "out" / "step")
     assert ckptlab.diff(ckpt, ckptlab.open(tmp_path / "out" / "step")).equal
     universal = form == "universal"
-    report = resume(tmp_path / "out" / "step", GPT.name, universal=universal, steps=1, pp=2, tp=2, dp=1)
+    report = resume(tmp_path / "out" / "step", GPT.name, universal=universal, pp=2, tp=2, dp=1)
     assert report["status"] == "equal", report.get("error") or report["differences"]
     assert report["compared"]["exp_avg_sq"] > 20
 

@@ -142,9 +142,9 @@ def test_file_names_are_the_same(real: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_2d_maps_for_every_degree_up_to_8(real: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_2d_maps_for_every_degree_up_to_6(real: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     answered = 0
-    for degrees in itertools.product(range(1, 9), repeat=4):
+    for degrees in itertools.product(range(1, 7), repeat=4):
         theirs = outcome(lambda d=degrees: real.reshape_meg_2d_parallel(*d, verbose=True).map)
         printed = capsys.readouterr().out
         ours = ds.reshape_meg_2d_parallel(*degrees, verbose=True).map
@@ -153,13 +153,13 @@ def test_2d_maps_for_every_degree_up_to_8(real: ModuleType, capsys: pytest.Captu
             assert capsys.readouterr().out == printed
             answered += 1
         capsys.readouterr()
-    assert answered > 400
+    assert answered > 200
 
 
 @pytest.mark.slow
-def test_3d_maps_for_every_degree_up_to_8(real: ModuleType) -> None:
+def test_3d_maps_for_every_degree_up_to_6(real: ModuleType) -> None:
     answered = 0
-    for source in itertools.product(range(1, 9), repeat=3):
+    for source in itertools.product(range(1, 7), repeat=3):
         divisors = [[d for d in range(1, degree + 1) if degree % d == 0] for degree in source]
         for target in itertools.product(*divisors):
             theirs = outcome(lambda s=source, t=target: real.model_3d_desc(*s).reshape(real.model_3d_desc(*t)))

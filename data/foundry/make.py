@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `foundry`, from wherever the script is run
@@ -34,7 +34,7 @@ COMMITTED = {
     "autoep_ep2_dp4": Case("plain_autoep", dp=4, ep=2, zero=2),
     "autotp_tp2_dp2": Case("plain_autotp", tp=2, dp=2, grad_accum_dtype="fp32"),
 }
-CASES = COMMITTED | {
+OTHERS = {
     "gpt_tp1_pp2_dp2": Case("gpt", pp=2, dp=2, grad_accum_dtype="fp32"),
     "gpt_tp2_pp1_dp2": Case("gpt", tp=2, dp=2, grad_accum_dtype="fp32"),
     "gpt_tp2_pp1_dp2_fp32": Case("gpt", tp=2, dp=2, dtype="fp32"),
@@ -76,6 +76,7 @@ CASES = COMMITTED | {
     "moe_ep4_dp4": Case("plain_moe", dp=4, ep=4, zero=2),
     "plain_zero3_dp3": Case("plain", dp=3, zero=3, zero_config=SHARDED),
 }
+CASES = COMMITTED | {name: replace(case, further_steps=1) for name, case in OTHERS.items()}
 
 
 def train(rank: int, name: str, case: Case, folder: Path) -> None:

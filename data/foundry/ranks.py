@@ -20,6 +20,7 @@ os.environ |= {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
+import torch
 import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessException
 
@@ -52,6 +53,7 @@ def preload() -> None:
             importlib.import_module(late)
     # Else DeepSpeed compiles an all-reduce in shared memory, and each rank leaves 66 MiB in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    torch.set_printoptions(threshold=1, edgeitems=1)  # ZeRO-3 formats every parameter for what it does not print
     gc.freeze()  # DeepSpeed collects garbage often: not in what all ranks share, which would then be copied
 
 

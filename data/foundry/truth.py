@@ -7,7 +7,6 @@ each trained tensor, `frozen` and `buffer` for the rest. Vocabularies are cut to
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,8 @@ from foundry.models import cut_of, global_name, is_vocabulary, unshard
 from foundry.train import Case, Run
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Gathered = tuple[dict[str, int], dict[str, Tensor], dict[str, str]]
+"""A rank's coordinate, tensors and settings."""
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
@@ -51,7 +52,9 @@ def gather(run: Run) -> Truth | None:
     """The truth about a running engine, from all its ranks; None but on rank 0. Of pipeline copies the first stage's is
     taken."""
     mine, settings = _over_dp(run)
-    every = _on_rank_0(run, (run.coordinate, mine, settings))
+    if run.coordinate["dp"]:  # where all is as on the first dp rank, but experts
+        mine = {key: tensor for key, tensor in mine.items() if "experts" in key}
+    every = _on_rank_0(run, mine, settings)
     if every is None:
         return None
     if run.case.autoep:
@@ -74,13 +77,15 @@ def gather(run: Run) -> Truth | None:
     return truth
 
 
-def _on_rank_0(run: Run, value: Any) -> list[Any] | None:
-    """The values of all ranks, on rank 0. As files in memory: tensors pickled one by one take ten times as long."""
-    file = io.BytesIO()
-    torch.save(value, file)
+def _on_rank_0(run: Run, tensors: dict[str, Tensor], settings: dict[str, str]) -> list[Gathered] | None:
+    """What all ranks have, on rank 0. As files in memory: tensors pickled one by one take ten times as long."""
     every: list[Any] | None = [None] * run.case.world if torch.distributed.get_rank() == 0 else None
-    torch.distributed.gather_object(file.getvalue(), every)
-    return every and [torch.load(io.BytesIO(other), weights_only=False) for other in every]
+    mine = run.coordinate, [*tensors], safetensors.torch.save(tensors), settings
+    torch.distributed.gather_object(mine, every)
+    if every is None:
+        return None
+    files = [safetensors.torch.load(file) for _, _, file, _ in every]
+    return [(c, {key: held[key] for key in keys}, s) for (c, keys, _, s), held in zip(every, files, strict=True)]
 
 
 def _over_ep(ranks: list[dict[str, Tensor]], ep: int) -> None:

@@ -50,7 +50,7 @@ def near(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("near")
     for name in ("gpt_tp2_pp2_dp2", "plain_zero3_dp2", "moe_ep2_dp4"):
-        shutil.copytree(DATA / name, root / name)
+        shutil.copytree(DATA / name, root / name, ignore=shutil.ignore_patterns("truth*"))
     ckpt = ckptlab.open(root / "gpt_tp2_pp2_dp2")
     ckptlab.save_weights(ckpt, root / "weights", max_shard_bytes=100_000)
     weights = {name: np.array(array) for name, array in ckpt.full("master", stack=False).items()}
@@ -261,14 +261,14 @@ def test_http_gives_the_same_by_listings_or_by_manifests(http: tuple[str, Server
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["s3", "http"])
-def test_opening_96_ranks_costs_a_bounded_number_of_requests_and_bytes(
+def test_opening_32_ranks_costs_a_bounded_number_of_requests_and_bytes(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """On S3 files are small and fetched whole; over HTTP they are holes of 0.1 to 14 GB, and headers are fetched."""
     monkeypatch.syspath_prepend(str(DATA.parent / "benchmarks"))
     import holes
 
-    for name, smaller in {"PP": 3, "LAYERS": 3, "LAST": 7}.items():
+    for name, smaller in {"PP": 1, "LAYERS": 1, "LAST": 5}.items():
         monkeypatch.setattr(holes, name, smaller)
     if kind == "s3":
         monkeypatch.setattr(holes, "HIDDEN", 8)
@@ -279,7 +279,7 @@ def test_opening_96_ranks_costs_a_bounded_number_of_requests_and_bytes(
     root = tmp_path / "holes"
     holes.make(root)
     count = sum(path.is_file() for path in root.rglob("*"))
-    assert count > 96
+    assert count > 32
     if kind == "s3":
         server, options = request.getfixturevalue("s3")
         fsspec.filesystem("s3", **options).put(str(root), "bucket/holes", recursive=True)
@@ -291,7 +291,7 @@ def test_opening_96_ranks_costs_a_bounded_number_of_requests_and_bytes(
     server.told(latency=0.05)
     there = ckptlab.open(url, **options)
     told = server.told(latency=0)
-    assert there.mesh.size == 96
+    assert there.mesh.size == 32
     a_file, nbytes = (1, 1 << 16) if kind == "s3" else (8, 176 << 10)
     assert count < len(told["requests"]) <= a_file * count + 20
     assert told["bytes"] <= nbytes * count
@@ -303,24 +303,32 @@ def resume(source: str, destination: str, **running: Any) -> Any:
     return ckptlab.open(source).reshape(tp=1, pp=1, dp=2).save(destination, **running)
 
 
-def test_a_destination_in_memory_is_what_a_near_one_is(near: Path, memory: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "latest"),
+    [({"tp": 1, "pp": 1, "dp": 2}, "latest"), ({"format": "universal"}, "latest_universal")],
+    ids=["deepspeed", "universal"],
+)
+def test_a_destination_in_memory_is_what_a_near_one_is(
+    to: dict[str, Any], latest: str, near: Path, memory: str, tmp_path: Path
+) -> None:
     source = near / KINDS["deepspeed"]
+    reshape = ckptlab.open(source).reshape(**to)
     (source.parent / "config.json").write_text("{}")
-    report = resume(str(source), "memory://out/run/new")
+    report = reshape.save("memory://out/run/new")
     (source.parent / "config.json").unlink()
-    assert (report.destination, report.latest) == ("memory://out/run/new", "memory://out/run/latest")
+    assert (report.destination, report.latest) == ("memory://out/run/new", f"memory://out/run/{latest}")
     assert report.beside == ("config.json",)
-    resume(str(source), str(tmp_path / "new"))
+    reshape.save(tmp_path / "new")
     store = fsspec.filesystem("memory")
     names = {path.removeprefix("/out/run/") for path in store.find("/out/run")}
-    assert {"latest", "config.json", "new/ckptlab-manifest.json"} < names
+    assert {latest, "config.json", "new/ckptlab-manifest.json"} < names
     assert "new/ckptlab-journal.json" not in names
     near_names = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "new").rglob("*") if p.is_file())
     assert sorted(n for n in names if n.startswith("new/")) == near_names
     assert all(store.cat(f"/out/run/{name}") == (tmp_path / name).read_bytes() for name in near_names)
     assert ckptlab.check("memory://out/run").verdict == ckptlab.check(tmp_path / "new").verdict
     with pytest.raises(ckptlab.DestinationError, match="memory://out/run/new exists already"):
-        resume(str(source), "memory://out/run/new")
+        reshape.save("memory://out/run/new")
     store.rm("/out", recursive=True)
 
 

@@ -11,6 +11,7 @@ disk (a tmpfs, which takes root to mount) that has room for a part only, of so m
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -21,8 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
 
+import ckptlab.cli
+from ckptlab.__main__ import run
 from ckptlab.convert import manifest
 from ckptlab.convert.sources import crc_of
 
@@ -36,6 +40,30 @@ FORMS = {
 
 def command(source: Path, out: Path, form: str) -> list[str]:
     return [sys.executable, "-m", "ckptlab", "convert", str(source), str(out), *FORMS[form], "--json"]
+
+
+class Forked:
+    """A command that runs in a fork of this process, which has imported it: what is killed is a conversion, and no
+    interpreter that starts."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.said = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self.process = get_context("fork").Process(target=self._run, args=(command,))
+        self.process.start()
+
+    def _run(self, command: list[str]) -> None:
+        for number, file in enumerate(self.said, 1):
+            os.dup2(file.fileno(), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell leaves it
+        atexit._clear()  # to remove the folder of them all is for whoever made it
+        sys.argv = command[2:]
+        run()
+
+    def end(self, within: float | None = None) -> tuple[int | None, bytes, bytes]:
+        """The exit status, None where it runs on after so many seconds; what was printed, and on stderr."""
+        self.process.join(within)
+        texts = [os.pread(file.fileno(), 1 << 20, 0) for file in self.said]
+        return self.process.exitcode, texts[0], texts[1]
 
 
 def state(folder: Path) -> list[tuple[str, int, int]]:
@@ -59,21 +87,20 @@ def killed(options: argparse.Namespace, out: Path, form: str, took: float, chanc
     """One conversion, killed and repeated until it ends."""
     counts, before = Counter[str](conversions=1), state(options.source)
     while True:
-        running = subprocess.Popen(command(options.source, out, form), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            told = running.communicate(timeout=chance.uniform(0.1, took) if counts["kills"] < 8 else None)
-        except subprocess.TimeoutExpired:
+        running = Forked(command(options.source, out, form))
+        status, told, said = running.end(chance.uniform(0, took) if counts["kills"] < 8 else None)
+        if status is None:
             number = chance.choice(options.signal)
-            running.send_signal(getattr(signal, f"SIG{number}"))
-            said = running.communicate()[1].decode()
+            os.kill(running.process.pid or 0, getattr(signal, f"SIG{number}"))
+            said = running.end()[2]
             counts.update(["kills", f"by {number}"])
             counts["killed when it had its name"] += check(options, before, out)
-            assert "Traceback" not in said or "import" in said, said  # Python's own, while it starts
+            assert b"Traceback" not in said or b"__main__.py" not in said, said  # Python's own, before it began
             continue
-        if running.returncode == 2 and out.exists() and b"exists already" in told[1]:
+        if status == 2 and out.exists() and b"exists already" in said:
             return counts  # killed after all was done
-        assert running.returncode == 0, told[1].decode()
-        counts["files kept"] += json.loads(told[0])["resumed"]
+        assert status == 0, said.decode()
+        counts["files kept"] += json.loads(told)["resumed"]
         return counts
 
 
@@ -106,12 +133,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.made = {}
+    ckptlab.open(options.source)  # what that imports, no fork has to
     chance, counts = random.Random(options.seed), Counter[str]()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         truth, took, sizes = {}, {}, {}
         for form in FORMS:
             out, began = Path(scratch) / f"{form} whole", time.monotonic()
-            subprocess.run(command(options.source, out, form), check=True, capture_output=True)
+            assert Forked(command(options.source, out, form)).end()[0] == 0
             truth[form], took[form] = manifest.read(str(out)), time.monotonic() - began
             sizes[form] = sum(size for _, size, _ in state(out))
             assert whole(out)

@@ -262,10 +262,11 @@ def _known(path: str) -> Listed | None:
     """What is known of a file or folder; None where there is none."""
     if path in _alone:
         return _alone[path]
-    if path not in _roots and parent(path) != path:
+    folder = parent(path)
+    if path not in _roots and folder != path:
         above = None
         with suppress(OSError):
-            above = _listing(parent(path))
+            above = _listing(folder)
         if above is not None:
             return above.get(path.rpartition("/")[2])
     one = _info(path) if path.startswith(_HTTP) else None  # a folder there is a page; to list a file is to fetch it
@@ -398,8 +399,10 @@ def fetch(ranges: Sequence[Range], *, further: bool = False) -> list[bytes]:
 
     CheckpointError where a file is shorter than it was; OSError where it cannot be read.
     """
-    sizes(path for path, _, _ in ranges)
-    known = {path: _sized(path) for path, _, _ in ranges}
+    files = dict.fromkeys(path for path, _, _ in ranges)
+    if len(files) > 1:
+        sizes(files)
+    known = {path: _sized(path) for path in files}
     got: dict[tuple[str, int], bytes] = {}
     missing: dict[str, set[int]] = {}
     for path, lo, hi in ranges:

@@ -26,6 +26,7 @@ from helpers.command import refused, run
 from safetensors.numpy import load_file
 
 import ckptlab
+from ckptlab.cli import main
 from ckptlab.cli.options import Size
 from ckptlab.formats import read
 from ckptlab.formats.torch import torchfile
@@ -51,22 +52,22 @@ def gpt(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("code", "light"),
-    [
-        ("import ckptlab", (*HEAVY, "numpy", "click", "tqdm")),
-        ("import ckptlab; ckptlab.open", HEAVY),
-        ("from ckptlab.analysis import check, diff", HEAVY),
-        (f"from ckptlab.cli import main; main(['info', {str(GPT)!r}], standalone_mode=False)", HEAVY),
-        (f"from ckptlab.cli import main; main(['plan', {str(GPT)!r}, '--tp', '4'], standalone_mode=False)", HEAVY),
-        (f"from ckptlab.cli import main; main(['check', {str(GPT)!r}], standalone_mode=False)", HEAVY),
-    ],
-    ids=["package", "open", "analysis", "info", "plan", "check"],
-)
-def test_nothing_heavy_is_imported(code: str, light: tuple[str, ...]) -> None:
-    code += f"; import sys; print('heavy:', sorted(set({light!r}) & set(sys.modules)))"
+def test_nothing_heavy_is_imported() -> None:
+    """One step after the other in one process: the first that imports something is named."""
+    steps = {
+        "import ckptlab": (*HEAVY, "numpy", "click", "tqdm"),
+        "ckptlab.open": HEAVY,
+        "from ckptlab.analysis import check, diff": HEAVY,
+        "from ckptlab.cli import main": HEAVY,
+        f"main(['info', {str(GPT)!r}], standalone_mode=False)": HEAVY,
+        f"main(['plan', {str(GPT)!r}, '--tp', '4'], standalone_mode=False)": HEAVY,
+        f"main(['check', {str(GPT)!r}], standalone_mode=False)": HEAVY,
+    }
+    told = "print('imported:', {!r}, sorted(set({!r}) & set(sys.modules)))"
+    code = "\n".join(["import sys", *(f"{step}\n{told.format(step, light)}" for step, light in steps.items())])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "heavy: []"
+    found = [line for line in done.stdout.splitlines() if line.startswith("imported: ")]
+    assert found == [f"imported: {step} []" for step in steps]
 
 
 @pytest.mark.slow
@@ -533,32 +534,22 @@ def test_errors_of_the_operating_system(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_as_a_process(tmp_path: Path) -> None:
     done = process("convert", ZERO2, tmp_path / "step", "--to", "universal")
     assert (done.returncode, done.stderr) == (0, ""), "no bar where nobody looks"
-    assert process("diff", ZERO2, tmp_path / "step").returncode == 0
+    assert run("diff", ZERO2, tmp_path / "step").exit_code == 0
     assert process("diff", ZERO2, ZERO3, "--states", "exp_avg").returncode == 1
     trouble = process("diff", ZERO2, tmp_path / "nowhere")
     assert (trouble.returncode, trouble.stdout) == (2, "")
     assert trouble.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
-def test_a_bar_in_a_terminal_only(tmp_path: Path) -> None:
+def test_a_bar_in_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
     for name, options in (("bar", []), ("none", ["--no-progress"])):
         ours, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        command = [
-            sys.executable,
-            "-m",
-            "ckptlab",
-            "convert",
-            ZERO2,
-            tmp_path / name / "s",
-            "--to",
-            "universal",
-            *options,
-        ]
-        subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=theirs, check=True)
-        os.close(theirs)
+        command = ["convert", ZERO2, tmp_path / name / "s", "--to", "safetensors", *options]
+        with monkeypatch.context() as patched, os.fdopen(theirs, "w") as terminal:
+            patched.setattr(sys, "stderr", terminal)
+            main([str(c) for c in command], standalone_mode=False)
         shown[name] = b""
         while True:
             try:

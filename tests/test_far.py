@@ -21,6 +21,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from compare import differences
 from far_server import Server
 
 import ckptlab
@@ -49,7 +50,7 @@ def near(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("near")
     for name in ("gpt_tp2_pp2_dp2", "plain_zero3_dp2", "moe_ep2_dp4"):
-        shutil.copytree(DATA / name, root / name)
+        shutil.copytree(DATA / name, root / name, ignore=shutil.ignore_patterns("truth*"))
     ckpt = ckptlab.open(root / "gpt_tp2_pp2_dp2")
     ckptlab.save_weights(ckpt, root / "weights", max_shard_bytes=100_000)
     weights = {name: np.array(array) for name, array in ckpt.full("master", stack=False).items()}
@@ -94,15 +95,11 @@ def http(request: pytest.FixtureRequest, near: Path) -> Iterator[tuple[str, Serv
 
 
 def same(one: ckptlab.Checkpoint, other: ckptlab.Checkpoint) -> None:
-    """Equal in names, shapes, findings and every bit."""
+    """Equal in names, states, shapes, findings and every bit."""
     assert list(one) == list(other)
+    assert {name: tensor.states for name, tensor in one.items()} == {n: t.states for n, t in other.items()}
     assert [f.code for f in one.findings] == [f.code for f in other.findings]
-    for state in one.states:
-        mine, theirs = one.full(state, stack=False), other.full(state, stack=False)
-        for name in mine:
-            a, b = np.asarray(mine[name].values), np.asarray(theirs[name].values)
-            assert a.dtype == b.dtype
-            assert a.tobytes() == b.tobytes(), f"{name}: {state}"
+    assert differences(one.catalog, other.catalog) == []
 
 
 def same_files(one: Path, other: Path) -> None:
@@ -264,14 +261,14 @@ def test_http_gives_the_same_by_listings_or_by_manifests(http: tuple[str, Server
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["s3", "http"])
-def test_opening_96_ranks_costs_a_bounded_number_of_requests_and_bytes(
+def test_opening_32_ranks_costs_a_bounded_number_of_requests_and_bytes(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """On S3 files are small and fetched whole; over HTTP they are holes of 0.1 to 14 GB, and headers are fetched."""
     monkeypatch.syspath_prepend(str(DATA.parent / "benchmarks"))
     import holes
 
-    for name, smaller in {"PP": 3, "LAYERS": 3, "LAST": 7}.items():
+    for name, smaller in {"PP": 1, "LAYERS": 1, "LAST": 5}.items():
         monkeypatch.setattr(holes, name, smaller)
     if kind == "s3":
         monkeypatch.setattr(holes, "HIDDEN", 8)
@@ -282,7 +279,7 @@ def test_opening_96_ranks_costs_a_bounded_number_of_requests_and_bytes(
     root = tmp_path / "holes"
     holes.make(root)
     count = sum(path.is_file() for path in root.rglob("*"))
-    assert count > 96
+    assert count > 32
     if kind == "s3":
         server, options = request.getfixturevalue("s3")
         fsspec.filesystem("s3", **options).put(str(root), "bucket/holes", recursive=True)
@@ -294,7 +291,7 @@ def test_opening_96_ranks_costs_a_bounded_number_of_requests_and_bytes(
     server.told(latency=0.05)
     there = ckptlab.open(url, **options)
     told = server.told(latency=0)
-    assert there.mesh.size == 96
+    assert there.mesh.size == 32
     a_file, nbytes = (1, 1 << 16) if kind == "s3" else (8, 176 << 10)
     assert count < len(told["requests"]) <= a_file * count + 20
     assert told["bytes"] <= nbytes * count
@@ -306,24 +303,32 @@ def resume(source: str, destination: str, **running: Any) -> Any:
     return ckptlab.open(source).reshape(tp=1, pp=1, dp=2).save(destination, **running)
 
 
-def test_a_destination_in_memory_is_what_a_near_one_is(near: Path, memory: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "latest"),
+    [({"tp": 1, "pp": 1, "dp": 2}, "latest"), ({"format": "universal"}, "latest_universal")],
+    ids=["deepspeed", "universal"],
+)
+def test_a_destination_in_memory_is_what_a_near_one_is(
+    to: dict[str, Any], latest: str, near: Path, memory: str, tmp_path: Path
+) -> None:
     source = near / KINDS["deepspeed"]
+    reshape = ckptlab.open(source).reshape(**to)
     (source.parent / "config.json").write_text("{}")
-    report = resume(str(source), "memory://out/run/new")
+    report = reshape.save("memory://out/run/new")
     (source.parent / "config.json").unlink()
-    assert (report.destination, report.latest) == ("memory://out/run/new", "memory://out/run/latest")
+    assert (report.destination, report.latest) == ("memory://out/run/new", f"memory://out/run/{latest}")
     assert report.beside == ("config.json",)
-    resume(str(source), str(tmp_path / "new"))
+    reshape.save(tmp_path / "new")
     store = fsspec.filesystem("memory")
     names = {path.removeprefix("/out/run/") for path in store.find("/out/run")}
-    assert {"latest", "config.json", "new/ckptlab-manifest.json"} < names
+    assert {latest, "config.json", "new/ckptlab-manifest.json"} < names
     assert "new/ckptlab-journal.json" not in names
     near_names = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "new").rglob("*") if p.is_file())
     assert sorted(n for n in names if n.startswith("new/")) == near_names
     assert all(store.cat(f"/out/run/{name}") == (tmp_path / name).read_bytes() for name in near_names)
     assert ckptlab.check("memory://out/run").verdict == ckptlab.check(tmp_path / "new").verdict
     with pytest.raises(ckptlab.DestinationError, match="memory://out/run/new exists already"):
-        resume(str(source), "memory://out/run/new")
+        reshape.save("memory://out/run/new")
     store.rm("/out", recursive=True)
 
 
@@ -398,7 +403,7 @@ BEGUN = """
 import sys, ckptlab
 from ckptlab.convert import upload
 upload.EVERY = 0.0
-ckptlab.open(sys.argv[1]).reshape(format="universal").save("s3://bucket/killed/new", storage_options={options}, on=2)
+ckptlab.open(sys.argv[1]).reshape(dp=8).save("s3://bucket/killed/new", storage_options={options}, on=2)
 """
 
 
@@ -425,13 +430,13 @@ def test_a_killed_upload_goes_on(s3: tuple[Server, dict[str, Any]], near: Path, 
     """What was sent is not sent again, what was begun does not stay in the store, and the bytes are the same."""
     server, options = s3
     store = fsspec.filesystem("s3", **options)
-    source = near / KINDS["deepspeed"]
+    source = near / KINDS["stage 3"]
     begun(source, options, server, 8)
     assert list(store.find("bucket/killed")) == ["bucket/killed/new/ckptlab-journal.json"]
     with pytest.raises(CheckpointError, match=r"^s3://bucket/killed/new: a conversion writes it, or was interrupted"):
         ckptlab.open("s3://bucket/killed/new", storage_options=options)
     with pytest.raises(ckptlab.DestinationError, match="exists already"):  # another conversion
-        resume(str(source), "s3://bucket/killed/new", storage_options=options)
+        ckptlab.open(source).reshape(dp=4).save("s3://bucket/killed/new", storage_options=options)
     sent = {json.loads(line)[0] for line in store.cat("bucket/killed/new/ckptlab-journal.json").splitlines()[2:]}
     lost = sorted(sent)[0]  # the store has it no more
     uploads = {one["Key"]: one for one in store.list_multipart_uploads("bucket")}
@@ -440,12 +445,12 @@ def test_a_killed_upload_goes_on(s3: tuple[Server, dict[str, Any]], near: Path, 
     store.call_s3("abort_multipart_upload", Bucket="bucket", Key=key, UploadId=uploads[key]["UploadId"])
     server.told()
     ckpt = ckptlab.open(source)
-    report = ckpt.reshape(format="universal").save("s3://bucket/killed/new", storage_options=options)
+    report = ckpt.reshape(dp=8).save("s3://bucket/killed/new", storage_options=options)
     assert report.resumed == len(sent) - 1 >= 7
     assert not store.list_multipart_uploads("bucket")
     put = {r.split()[1].removeprefix("/bucket/killed/new/") for r in server.told()["requests"] if r.startswith("PUT")}
     assert put & sent == {lost}
-    whole = ckpt.reshape(format="universal").save(tmp_path / "new")
+    whole = ckpt.reshape(dp=8).save(tmp_path / "new")
     assert report.verified == whole.verified > 0
     store.invalidate_cache()
     store.get("bucket/killed/new", str(tmp_path / "got"), recursive=True)
@@ -458,7 +463,7 @@ def test_a_lost_connection_leaves_what_was_sent(
 ) -> None:
     _, options = s3
     store = fsspec.filesystem("s3", **options)
-    reshape = ckptlab.open(near / KINDS["stage 3"]).reshape(format="universal")
+    reshape = ckptlab.open(near / KINDS["stage 3"]).reshape(dp=4)
     save = partial(reshape.save, "s3://bucket/lost/new", storage_options=options, on=1)
     send, sent = parts.InParts.send, []
 

@@ -52,7 +52,7 @@ def test_what_no_sharding_says_is_refused_with_the_reason(layout: Layout, shape:
 def test_jax_devices_hold_what_the_ranks_held(tmp_path: Path) -> None:
     code = """
         import os
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax, numpy as np, ckptlab
         from jax.sharding import Mesh

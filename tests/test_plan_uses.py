@@ -149,7 +149,7 @@ dist.destroy_process_group()
 
 JAX = """
 import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 mesh = jax.make_mesh((8,), ("rank",))
@@ -193,7 +193,7 @@ def test_what_no_rank_gives_and_what_has_no_elements(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     code = """
 import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 from ckptlab import Layout

@@ -8,9 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,16 +20,15 @@ from ckptlab.stored import add_read, reading
 KINDS = ("here", "threads", "default", "pool", "processes")
 
 
-@contextmanager
-def workers(kind: str) -> Iterator[Workers]:
-    if kind == "pool":
+@pytest.fixture(params=KINDS)
+def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
+    if request.param == "pool":
         with ThreadPoolExecutor(2) as executor:
             yield executor
-    elif kind == "processes":
-        with ProcessPoolExecutor(2, get_context("spawn")) as executor:
-            yield executor
+    elif request.param == "processes":
+        yield request.getfixturevalue("processes")
     else:
-        yield {"here": 1, "threads": 3, "default": None}[kind]
+        yield {"here": 1, "threads": 3, "default": None}[request.param]
 
 
 def square(x: int) -> int:
@@ -51,17 +48,13 @@ def reads(x: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_results_come_in_the_order_of_tasks(kind: str) -> None:
-    with workers(kind) as on:
-        assert list(run(square, range(100), on=on)) == [x * x for x in range(100)]
+def test_results_come_in_the_order_of_tasks(workers: Workers) -> None:
+    assert list(run(square, range(100), on=workers)) == [x * x for x in range(100)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_results_come_as_they_arrive_each_once(kind: str) -> None:
-    with workers(kind) as on:
-        assert sorted(run(square, range(100), on=on, ordered=False)) == [x * x for x in range(100)]
+def test_results_come_as_they_arrive_each_once(workers: Workers) -> None:
+    assert sorted(run(square, range(100), on=workers, ordered=False)) == [x * x for x in range(100)]
 
 
 def test_whoever_is_ready_first_comes_first_if_order_is_not_asked_for() -> None:
@@ -84,10 +77,9 @@ def test_no_tasks_no_results() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_failure_is_raised_as_it_is(kind: str, ordered: bool) -> None:
-    with workers(kind) as on, pytest.raises(CheckpointError, match=r"a\.pt: task 7 failed"):
-        list(run(fails_at_seven, range(1000), on=on, ordered=ordered))
+def test_a_failure_is_raised_as_it_is(workers: Workers, ordered: bool) -> None:
+    with pytest.raises(CheckpointError, match=r"a\.pt: task 7 failed"):
+        list(run(fails_at_seven, range(1000), on=workers, ordered=ordered))
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -176,9 +168,8 @@ def test_a_caller_that_wants_no_more_ends_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ordered", [True, False])
-def test_few_tasks_are_taken_before_results_are_asked_for(kind: str, ordered: bool) -> None:
+def test_few_tasks_are_taken_before_results_are_asked_for(workers: Workers, ordered: bool) -> None:
     taken = 0
 
     def tasks() -> Iterator[int]:
@@ -187,19 +178,17 @@ def test_few_tasks_are_taken_before_results_are_asked_for(kind: str, ordered: bo
             taken += 1
             yield x
 
-    with workers(kind) as on:
-        results = run(square, tasks(), on=on, ordered=ordered)
-        for asked in range(1, 30):
-            next(results)
-            assert taken <= asked + AHEAD * max(3, os.cpu_count() or 1)
-        results.close()  # type: ignore[attr-defined]
+    results = run(square, tasks(), on=workers, ordered=ordered)
+    for asked in range(1, 30):
+        next(results)
+        assert taken <= asked + AHEAD * max(3, os.cpu_count() or 1)
+    results.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_tasks_read_is_counted_by_whoever_asked_for_it(kind: str) -> None:
-    with workers(kind) as on, reading() as outer:
+def test_what_tasks_read_is_counted_by_whoever_asked_for_it(workers: Workers) -> None:
+    with reading() as outer:
         with reading() as read:
-            list(run(reads, range(100), on=on))
+            list(run(reads, range(100), on=workers))
         assert read.bytes == sum(range(100))
         add_read(1)
     assert outer.bytes == sum(range(100)) + 1

@@ -28,7 +28,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import ckptlab
 from ckptlab.catalog import MASTER
 
-IMPORTED = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "ckptlab.checkpoint")
+IMPORTED = (
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"),
+    *("xarray", "dask.array", "ckptlab.checkpoint", "ckptlab.views.placed", "ckptlab.arrays.live"),
+)
+"""Of these multiprocessing leaves out what is not installed."""
 
 
 def small_model() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from compare import GPT, ZERO2
-from safetensors.numpy import save_file
+from helpers.small import small
 
 import ckptlab
 import ckptlab.testing
@@ -28,22 +27,8 @@ from ckptlab.sharding import strategies
 pytest.importorskip("matplotlib")
 
 FOLDER = TemporaryDirectory()  # until the process ends
-
-
-def a_run(folder: Path) -> Path:
-    """Two steps of a model of four tensors, so that a call costs little; families take its names."""
-    shapes = {f"{i}.mlp.dense_h_to_4h.{n}": s for i in (2, 3) for n, s in {"weight": (8, 4), "bias": (8,)}.items()}
-    save_file({n: np.ones(s, np.float32) for n, s in shapes.items()}, folder / "model.safetensors")
-    begun = ckptlab.begin(folder / "model.safetensors").catalog
-    for step in (1, 2):
-        training = replace(begun.training, step=step)
-        target = ckptlab.Checkpoint(replace(begun, training=training)).reshape(format="deepspeed", dp=2, zero_stage=2)
-        target.save(folder / "run" / f"global_step{step}")
-    return folder / "run"
-
-
-RUN = a_run(Path(FOLDER.name))
-CKPT = ckptlab.open(RUN / "global_step2")
+STEPS = [small(Path(FOLDER.name) / f"global_step{step}", step) for step in (1, 2)]  # so that a call costs little
+CKPT = ckptlab.open(STEPS[-1])
 GPTS = ckptlab.open(GPT)
 PLAN = CKPT.reshape(Mesh(dp=3))
 WHOLE = xr.DataArray(np.zeros((4, 4), np.float32), dims=("out", "in"))
@@ -60,7 +45,7 @@ RIGHT: dict[str, Any] = {
     "found": ckptlab.stats(CKPT.shards()),
     **dict.fromkeys(("array", "whole"), WHOLE),
     **dict.fromkeys(("layout", "text"), "(tp out) in"),
-    **dict.fromkeys(("path", "dir", "checkpoint"), str(RUN / "global_step2")),
+    **dict.fromkeys(("path", "dir", "checkpoint"), str(STEPS[-1])),
     "shards": WHOLE.expand_dims(tp=2),
     "mesh": Mesh(tp=2),
     "shape": (4, 4),
@@ -109,7 +94,7 @@ OBJECTS = [
     Rules(()),
     ckptlab.Megatron(),
     families.resolve("gpt2", CKPT),
-    ckptlab.open_run(RUN),
+    ckptlab.open_run(FOLDER.name),
     ckptlab.stats(CKPT).ckptlab,
     GPTS.shards("master", stack=False)["2.mlp.dense_h_to_4h.weight"].ckptlab,
     ckptlab.diff(CKPT, CKPT),

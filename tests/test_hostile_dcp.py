@@ -17,7 +17,7 @@ from helpers.costs import cost
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
-from test_check_and_open import law
+from test_check_and_open import held_to_the_law
 from test_dcp import Folder, array, dtensor, item, megatron, placed, rows
 from test_hostile_files import BOMBS, op
 
@@ -78,15 +78,15 @@ def changed(value: Any, way: Way, new: Any) -> Any:
 
 def told(folder: Path) -> bool:
     """Hold the laws on a folder: open is check; what opens can be read, or is refused. Whether it was."""
-    health = law(folder)
+    health, opened = held_to_the_law(folder)
     for finding in health.findings:
         assert 0 < len(finding.text) < 3000, finding
-    error: CkptlabError | None = None
+    error = opened if isinstance(opened, CkptlabError) else None
     try:
-        ckpt = ckptlab.open(folder)
-        shown = [repr(ckpt), repr(ckpt.findings), *(repr(ckpt.client_state[key]) for key in ckpt.client_state)]
-        full = ckpt.full(ckpt.states[0], stack=False) if ckpt.states else {}
-        shown += [name for name, array in full.items() if array.values.nbytes < 0]
+        if not isinstance(opened, CkptlabError):
+            shown = [repr(opened), repr(opened.findings), *(repr(value) for value in opened.client_state.values())]
+            full = opened.full(opened.states[0], stack=False) if opened.states else {}
+            shown += [name for name, array in full.items() if array.values.nbytes < 0]
     except CkptlabError as caught:
         error = caught
     text = "" if error is None else str(error)

@@ -27,7 +27,9 @@ from ckptlab.sharding import strategies
 pytest.importorskip("matplotlib")
 
 FOLDER = TemporaryDirectory()  # until the process ends
-STEPS = [small(Path(FOLDER.name) / f"global_step{step}", step) for step in (1, 2)]  # so that a call costs little
+STEPS = [
+    small(Path(FOLDER.name) / f"global_step{step}", step, zero_stage=2) for step in (1, 2)
+]  # so that a call costs little
 CKPT = ckptlab.open(STEPS[-1])
 GPTS = ckptlab.open(GPT)
 PLAN = CKPT.reshape(Mesh(dp=3))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from compare import DATA
 from helpers.costs import cost
+from helpers.small import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -104,8 +105,8 @@ def fsdp(path: Path) -> Path:
 
 def ours(path: Path) -> Path:
     """What ckptlab writes, with its labels."""
-    ckptlab.open(FSDP, mesh=Mesh(dp=2, tp=2)).reshape(format="dcp", dp=3, keys="torch-flat").save(path)
-    return path
+    layouts = {".*weight": "(tp out) in", ".*bias": "out"}
+    return small(path, format="dcp", dp=3, tp=2, strategy=layouts, keys="torch-flat")
 
 
 def of_torchtitan(path: Path) -> Path:

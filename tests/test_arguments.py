@@ -7,13 +7,15 @@ import io
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
-from compare import DATA, GPT, ZERO2
+from compare import GPT, ZERO2
+from helpers.small import small
 
 import ckptlab
 import ckptlab.testing
@@ -24,7 +26,11 @@ from ckptlab.sharding import strategies
 
 pytest.importorskip("matplotlib")
 
-CKPT = ckptlab.open(ZERO2)
+FOLDER = TemporaryDirectory()  # until the process ends
+STEPS = [
+    small(Path(FOLDER.name) / f"global_step{step}", step, zero_stage=2) for step in (1, 2)
+]  # so that a call costs little
+CKPT = ckptlab.open(STEPS[-1])
 GPTS = ckptlab.open(GPT)
 PLAN = CKPT.reshape(Mesh(dp=3))
 WHOLE = xr.DataArray(np.zeros((4, 4), np.float32), dims=("out", "in"))
@@ -41,7 +47,7 @@ RIGHT: dict[str, Any] = {
     "found": ckptlab.stats(CKPT.shards()),
     **dict.fromkeys(("array", "whole"), WHOLE),
     **dict.fromkeys(("layout", "text"), "(tp out) in"),
-    **dict.fromkeys(("path", "dir", "checkpoint"), str(ZERO2)),
+    **dict.fromkeys(("path", "dir", "checkpoint"), str(STEPS[-1])),
     "shards": WHOLE.expand_dims(tp=2),
     "mesh": Mesh(tp=2),
     "shape": (4, 4),
@@ -78,7 +84,7 @@ MODULES: list[tuple[str, ModuleType]] = [
 OBJECTS = [
     CKPT,
     CKPT.catalog,
-    CKPT["blocks.0.fc1.weight"],
+    CKPT["2.mlp.dense_h_to_4h.weight"],
     CKPT.full(stack=False),
     CKPT.catalog.flat_groups[0],
     PLAN,
@@ -89,8 +95,8 @@ OBJECTS = [
     CUT,
     Rules(()),
     ckptlab.Megatron(),
-    families.resolve("gpt2", GPTS),
-    ckptlab.open_run(DATA / "plain_zero1_dp2_steps"),
+    families.resolve("gpt2", CKPT),
+    ckptlab.open_run(FOLDER.name),
     ckptlab.stats(CKPT).ckptlab,
     GPTS.shards("master", stack=False)["2.mlp.dense_h_to_4h.weight"].ckptlab,
     ckptlab.diff(CKPT, CKPT),

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,7 @@ import pytest
 import xarray as xr
 from compare import GPT, ZERO2, ZERO3
 from devices import BACKENDS, spoken
+from helpers.small import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -305,11 +307,26 @@ def nodes(catalog: Catalog, tree: xr.DataTree) -> Iterator[tuple[FlatGroup, xr.D
         seen[path] += 1
 
 
-@pytest.mark.parametrize("backend", COMPILED, ids=spoken)
-@pytest.mark.parametrize("case", [GPT, ZERO2, ZERO3], ids=lambda c: c.name)
-def test_from_buffers_to_other_buffers_by_hand(case: Any, backend: Backend) -> None:
-    """Merge dp, merge tp, split tp, split dp: step by step in memory it is what the reshape's views show."""
-    ckpt = ckptlab.open(case)
+LAYOUTS = {".*weight": "out (tp in)", ".*bias": "(tp out)"}
+TARGETS: dict[str, dict[str, Any]] = {
+    "ZeRO-1 on tp 2": {"tp": 2, "zero_stage": 1, "strategy": LAYOUTS},
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        pytest.param(b, case, marks=[pytest.mark.slow] * (b.name == "jax"), id=f"{spoken(b)}-{name}")
+        for b in BACKENDS
+        for name, case in (TARGETS if b.name == "jax" else {c.name: c for c in (GPT, ZERO2, ZERO3)}).items()
+    ],
+)
+def test_from_buffers_to_other_buffers_by_hand(backend: Backend, case: Any, tmp_path: Path) -> None:
+    """Merge dp, merge tp, split tp, split dp: step by step in memory it is what the reshape's views show. jax compiles
+    each shape: of few tensors."""
+    ckpt = ckptlab.open(small(tmp_path / "step", **case) if isinstance(case, dict) else case)
     to = ckpt.reshape(Mesh(tp=1, dp=3) if ckpt.mesh.tp > 1 else Mesh(dp=3))
     whole: dict[str, xr.DataArray] = {}
     for group, node in nodes(ckpt.catalog, ckpt.flat(backend=backend.name, device=backend.device)):

@@ -32,6 +32,7 @@ from ckptlab.analysis.statistics import partials
 from ckptlab.arrays.lazy import LazyArray
 from ckptlab.errors import CheckpointError, UnsupportedError
 from ckptlab.layout import Cut
+from ckptlab.stored import reading
 
 STEPS = DATA / "plain_zero1_dp2_steps"
 QKV = "self_attention.query_key_value.weight"
@@ -518,6 +519,9 @@ def test_spectra_of_a_checkpoint() -> None:
     assert "histogram" not in found
     with pytest.raises(CheckpointError, match="has no spectrum"):
         stats(GPT, spectrum=True, by="model")
+    with reading() as read, pytest.raises(CheckpointError, match="or how many singular values, from 1"):
+        stats(GPT, spectrum=-1)
+    assert not read.bytes
 
 
 @pytest.mark.parametrize("shape", [(20, 8), (700, 600)])

@@ -171,9 +171,10 @@ def test_without_its_own_step_a_group_has_the_checkpoints() -> None:
     np.testing.assert_array_equal(updates(changed(catalog, {"step": 8}))["step"], 8)
 
 
-@pytest.mark.parametrize("missing", ["lr", "betas", "eps"])
-def test_without_hyperparameters_there_is_no_update(missing: str) -> None:
-    found = updates(changed(read(ZERO2), **{missing: None}))
+@pytest.mark.parametrize("told", [{"lr": None}, {"betas": None}, {"eps": None}, {"step": 0}], ids=str)
+def test_without_hyperparameters_or_a_step_there_is_no_update(told: dict[str, Any]) -> None:
+    catalog = read(ZERO2)
+    found = updates(changed(catalog, **told) if "step" not in told else changed(catalog, told))
     assert found["update_norm"].isnull().all()
     assert found["weight_norm"].notnull().all()
     assert (found["dead"] == 0).all()

@@ -86,10 +86,10 @@ def updates(
     `stats`).
 
     The learning rate is the one that was saved: DeepSpeed moves the schedule on before it saves, so it is the next
-    step's. Without a learning rate, betas, eps or step, updates are NaN. For Adam's relatives that keep the same two
-    moments (AdamW, Lamb) it is what Adam would have done. Streams like `stats`, in float64. on: how many threads
-    (None: as many as there are cores), an executor or a dask client. window: elements of each of the three states
-    that a worker holds at a time.
+    step's. Without a learning rate, betas, eps or step, and before the first step, updates are NaN. For Adam's
+    relatives that keep the same two moments (AdamW, Lamb) it is what Adam would have done. Streams like `stats`, in
+    float64. on: how many threads (None: as many as there are cores), an executor or a dask client. window: elements of
+    each of the three states that a worker holds at a time.
 
     CheckpointError where no tensor has both moments.
     """

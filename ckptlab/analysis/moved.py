@@ -65,10 +65,10 @@ class Settings:
 
     @property
     def corrections(self) -> tuple[float, float]:
-        """What the first and the second moment are divided by."""
+        """What the first and the second moment are divided by; NaN before the first step."""
         if not self.bias_correction:
             return 1.0, 1.0
-        return 1.0 - self.beta1**self.step, 1.0 - self.beta2**self.step
+        return 1.0 - self.beta1**self.step or math.nan, 1.0 - self.beta2**self.step or math.nan
 
 
 def _number(value: Any) -> float:

@@ -108,14 +108,15 @@ def stats(
     window = positive("window", window)
     rows = rows_of(view, states)
     bins = _bins(histogram)
-    parts = partials(rows, bins, progress=progress, on=on, window=window)
-    table = _Table(rows, by)
-    found = table.dataset(parts, bins)
     if spectrum:
         most = max(TOP, *(math.isqrt(row.numel) for row in rows))  # no matrix has more
         top = TOP if spectrum is True else min(int(spectrum), most)
         if top < 1:
             raise CheckpointError(f"spectrum={spectrum}: expected True, or how many singular values, from 1")
+    parts = partials(rows, bins, progress=progress, on=on, window=window)
+    table = _Table(rows, by)
+    found = table.dataset(parts, bins)
+    if spectrum:
         found = found.assign(table.spectra(_spectra(rows, parts, top, window, progress, on), top))
     return found
 

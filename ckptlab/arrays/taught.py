@@ -8,7 +8,7 @@ xarray's answer is an error); of everything else xarray answers as ever. It has 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,7 @@ _TAUGHT: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 )
 
 
+@cache
 def teach() -> None:
     """Once, when the first of our arrays goes to xarray. An xarray that asks otherwise answers in its own words."""
     for owner, name, answer in _TAUGHT:

@@ -6,7 +6,7 @@ that of transformers), and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -20,7 +20,7 @@ from ckptlab.errors import InputError, LayoutError
 from ckptlab.findings import Finding, Where
 from ckptlab.layout.rows import elements, intervals
 from ckptlab.sharding.families.lines import SIDES, Line, Side, other
-from ckptlab.sharding.families.names import Places, Template, form_of
+from ckptlab.sharding.families.names import Places, Template, by_form, form_of
 from ckptlab.sharding.families.numbers import numbers as numbers_of
 from ckptlab.sharding.families.seen import View, seen_as
 from ckptlab.sharding.families.tables import Shape
@@ -124,12 +124,14 @@ class Family:
 
     def _takers(self, form: str, side: Side) -> list[tuple[int, int, Template]]:
         """The lines, by number and in their order, that may take names of a form, and which of their names it is."""
-        known = self._known.setdefault((form, side), [])
-        if not known:
-            for number, line in enumerate(self.lines):
-                for part, template in enumerate(line.templates[side]):
-                    if template.form in (None, form):
-                        known.append((number, part, template))
+        known = self._known.get((form, side))
+        if known is None:
+            known = self._known[form, side] = [
+                (number, part, template)
+                for number, line in enumerate(self.lines)
+                for part, template in enumerate(line.templates[side])
+                if template.form in (None, form)
+            ]
         return known
 
     @cached_property
@@ -140,13 +142,7 @@ class Family:
         """How many of the names are taken on that side, and how many are not: none, where all of them keep their name
         and shape, since any program may have those. Of many of one form the last is looked at, which has the largest
         numbers."""
-        forms: dict[str, list[str]] = {}
-        for name in names:
-            forms.setdefault(form_of(name), []).append(name)
-        total = sum(map(len, forms.values()))
-        found = [(len(of), taken[0]) for of in forms.values() if (taken := self.match(of[-1], side, {})) is not None]
-        took = 0 if all(self.lines[number].keeps for _, number in found) else sum(count for count, _ in found)
-        return took, total - took
+        return fits_forms(self, by_form(names), side)
 
     def side_of(self, names: Iterable[str]) -> Side:
         """The side that most of the names are of; "left" where as many are of both. LayoutError if none are of any."""
@@ -233,6 +229,14 @@ class Family:
 
     def __str__(self) -> str:
         return self.name
+
+
+def fits_forms(family: Family, forms: Mapping[str, Sequence[str]], side: Side) -> tuple[int, int]:
+    """What `Family.fits` says of the names of these forms, which are the same for all families."""
+    total = sum(map(len, forms.values()))
+    found = [(len(of), taken[0]) for of in forms.values() if (taken := family.match(of[-1], side, {})) is not None]
+    took = 0 if all(family.lines[number].keeps for _, number in found) else sum(count for count, _ in found)
+    return took, total - took
 
 
 def _missing(

@@ -7,7 +7,7 @@ the number `first`, `{layers+3}` a number that follows from others. `{*}` is any
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,6 +92,14 @@ class Template:
 def form_of(name: str) -> str:
     """A name with 0 for each number in it: the same for all layers and experts."""
     return ".".join("0" if part.isdecimal() else part for part in name.split("."))
+
+
+def by_form(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names, together with those of the same form."""
+    forms: dict[str, list[str]] = {}
+    for name in names:
+        forms.setdefault(form_of(name), []).append(name)
+    return forms
 
 
 def _terms(place: str) -> Iterator[str]:

@@ -11,9 +11,10 @@ from ckptlab.catalog import Catalog, Piece
 from ckptlab.errors import LayoutError
 from ckptlab.findings import Finding
 from ckptlab.registry import Registry
-from ckptlab.sharding.families.family import Family
+from ckptlab.sharding.families.family import Family, fits_forms
 from ckptlab.sharding.families.lines import SIDES, Rename, Side, other
 from ckptlab.sharding.families.models import families
+from ckptlab.sharding.families.names import by_form
 from ckptlab.sharding.families.numbers import told
 from ckptlab.words import number_of, some
 
@@ -130,7 +131,8 @@ def _alike(family: Family | str | None, names: list[str], sides: Iterable[Side])
         mine = [f for f in every if f.name.startswith(f"{model}-") or model.replace("-", "_") in f.model_types]
         if not mine:
             FAMILIES.get(family)  # the error that lists them
-    counts = [max(one.fits(names, side)[0] for side in sides) for one in mine]
+    forms = by_form(names)
+    counts = [max(fits_forms(one, forms, side)[0] for side in sides) for one in mine]
     best = max(counts)
     if family is None and best * 2 <= len(names):
         return []

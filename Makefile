@@ -34,9 +34,9 @@ lab: $(VENV)/lab.stamp
 docs: $(VENV)/docs.stamp
 	$(PYTHON) docs/site.py
 
-# One worker more than cores: some tests wait for servers and browsers.
+# Two workers: a third that fills their waits imports and compiles everything once more, which takes longer.
 test: $(VENV)/full.stamp
-	$(PYTHON) -m pytest -n 3 --dist worksteal
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/full.stamp
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not deepspeed"

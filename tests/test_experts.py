@@ -159,6 +159,7 @@ def test_the_plans_figures_are_what_happens(case: Path, dp: int, ep: int, stage:
     figures_are_what_happens(read(case), Mesh(dp=dp), tmp_path, ep=ep, zero_stage=stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 0])
 def test_the_plans_figures_where_tp_ranks_have_different_ones(stage: int, tmp_path: Path) -> None:
     source = ckptlab.open(dealt_to_tp(tmp_path / "run", MOE), strategy=Whole()).catalog
@@ -166,6 +167,7 @@ def test_the_plans_figures_where_tp_ranks_have_different_ones(stage: int, tmp_pa
     figures_are_what_happens(source, Mesh(dp=4), tmp_path / "at tp 1", ep=2, zero_stage=stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 0, 3])
 @pytest.mark.parametrize(("dp", "tp", "ep"), [(2, 2, 4), (1, 4, 2)])
 def test_the_plans_figures_of_autoep_beside_autotp(dp: int, tp: int, ep: int, stage: int, tmp_path: Path) -> None:
@@ -173,6 +175,7 @@ def test_the_plans_figures_of_autoep_beside_autotp(dp: int, tp: int, ep: int, st
     figures_are_what_happens(source, Mesh(dp=dp, tp=tp), tmp_path, ep=ep, zero_stage=stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "ranks"),
     [
@@ -316,6 +319,7 @@ def test_views_show_whose_dealt_experts_are(tmp_path: Path) -> None:
     assert "replicas-differ" not in {f.code for f in ckptlab.check(found).findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked", [{}, {"dp": 1}, {"ep": 4}, {"tp": 4, "dp": 1, "ep": 4}, {"zero_stage": 0, "ep": 4}], ids=str
 )
@@ -477,6 +481,7 @@ def test_experts_in_a_pipeline_are_read(tmp_path: Path) -> None:
         ckptlab.open(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
     [{"pp": 1}, {"ep": 4}, {"dp": 2, "ep": 1}, {"pp": 1, "dp": 2}, {"zero_stage": 0, "dtype": "fp16", "ep": 1}],
@@ -535,6 +540,7 @@ def test_each_stage_of_a_pipeline_needs_experts(tmp_path: Path) -> None:
         found.reshape(pipeline=(0, 2))
 
 
+@pytest.mark.slow
 def test_what_a_later_stage_alone_has_stays_there_by_way_of_a_universal_folder(tmp_path: Path) -> None:
     """Buffers and frozen tensors too: DeepSpeed loads each stage's part of the module strictly."""
     step = staged(tmp_path / "run") / "global_step3"

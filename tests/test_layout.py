@@ -459,6 +459,7 @@ def test_uneven_widths_are_recut_evenly_for_another_degree(text, sizes, shape, w
     assert {recut.resolve(shape, Mesh(tp=3)).shard_shape((k,)) for k in range(3)} == {(width, 4)}
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(strategies.cuts(), strategies.cuts())
 def test_the_laws_that_are_shipped_hold(a, b):

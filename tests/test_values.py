@@ -49,6 +49,7 @@ def test_every_cell_tells_the_bytes_that_hold_its_value(path: Path, most: tuple[
                 assert found.values[i, j] == float(whole[found.index(i, j)]) == in_file(found, i, j)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9), st.integers(1, 64))
 @settings(deadline=None, max_examples=40)
 def test_a_cell_is_the_largest_of_its_elements(rows: int, columns: int, down: int, across: int, piece: int) -> None:
